@@ -1,0 +1,115 @@
+"""A recipe: one YAML file of sections, overridden by ``--section.key=value``, checked into dataclasses.
+
+OmegaConf reads and merges (it knows ``1e-4`` is a number and interpolates ``${...}``), pydantic checks types and bounds.
+Keys that no dataclass has fail and name the nearest one, so that a typing error never trains a different model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from infra.errors import UserError, nearest
+
+Settings = TypeVar("Settings")
+
+
+def load_settings(cls: type[Settings], recipe: Path | None, overrides: Sequence[str] = ()) -> Settings:
+    """Read ``recipe`` (YAML), apply ``--section.key=value`` overrides and check the result against ``cls``.
+
+    Raises UserError with the key, the value found, what is allowed and where it came from.
+    """
+    tree = _read(recipe) if recipe else OmegaConf.create({})
+    source = recipe.name if recipe else "settings"
+    _refuse_unknown(cls, _plain(tree, source), source)
+    for override in overrides:
+        tree = _override(cls, tree, override)
+    plain = _plain(tree, source)
+    try:
+        return TypeAdapter(cls).validate_python(plain)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top)"
+        wrong = first["input"]
+        found = "" if isinstance(wrong, Mapping) and first["type"] == "missing" else f", found {wrong!r}"
+        raise UserError(f"{source}: {key}: {first['msg']}{found}; set it in the recipe or with --{key}=VALUE") from None
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Settings as plain nested dictionaries, in the order in which the dataclass lists them."""
+    plain: dict[str, Any] = TypeAdapter(type(settings)).dump_python(settings, mode="json")
+    return plain
+
+
+def to_yaml(settings: Any) -> str:
+    """Settings as YAML that ``load_settings`` reads back to the same settings."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(settings)))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"loss": {"bandwidth": 5}}`` -> ``{"loss.bandwidth": 5}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read(recipe: Path) -> Any:
+    try:
+        tree = OmegaConf.load(recipe)
+    except FileNotFoundError:
+        raise UserError(f"recipe {recipe} not found; give a shipped recipe's name or the path of a YAML file") from None
+    except Exception as error:  # the parser raises many kinds; each means that the file is not YAML
+        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(tree):
+        raise UserError(f"recipe {recipe} must hold sections of keys, found {type(tree).__name__}")
+    return tree
+
+
+def _override(cls: type[Any], tree: Any, override: str) -> Any:
+    name, equals, _ = override.removeprefix("--").partition("=")
+    if not override.startswith("--") or not equals:
+        raise UserError(f"override {override!r} is not of the form --section.key=value")
+    given = OmegaConf.from_dotlist([override[2:]])
+    _refuse_unknown(cls, _plain(given, f"--{name}"), f"--{name}")
+    # A value replaces what the recipe holds under its key whole; merging would keep the list items it means to drop.
+    OmegaConf.update(tree, name, OmegaConf.select(given, name), merge=False, force_add=True)
+    return tree
+
+
+def _plain(tree: Any, source: str) -> dict[str, Any]:
+    try:
+        return typing.cast("dict[str, Any]", OmegaConf.to_container(tree, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+
+
+def _refuse_unknown(cls: type[Any], tree: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    types = typing.get_type_hints(cls)
+    for key, value in tree.items():
+        if key not in types:
+            known = ", ".join(f.name for f in dataclasses.fields(cls))
+            full = f"{prefix}{key}"
+            raise UserError(f"{source}: unknown key {full!r}{nearest(str(key), types)}; allowed here: {known}")
+        section = _section(types[key])
+        if section is not None and isinstance(value, Mapping):
+            _refuse_unknown(section, value, source, f"{prefix}{key}.")
+
+
+def _section(annotation: Any) -> type[Any] | None:
+    """The dataclass that an annotation holds (``Loss`` or ``Loss | None``), if it holds one."""
+    candidates = [annotation, *typing.get_args(annotation)]
+    for candidate in candidates:
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
