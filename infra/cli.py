@@ -28,7 +28,8 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
 def usage() -> str:
     """The text of ``yaware --help``."""
     rows = "\n".join(f"  {name:<10} {what}" for name, (_, what) in SUBCOMMANDS.items())
-    return f"usage: yaware COMMAND ...\n\nPretraining of 3D brain-MRI encoders at scale.\n\ncommands:\n{rows}\n\n`yaware COMMAND --help` says more.\n"
+    head = "usage: yaware COMMAND ...\n\nPretraining of 3D brain-MRI encoders at scale."
+    return f"{head}\n\ncommands:\n{rows}\n\n`yaware COMMAND --help` says more.\n"
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -7,6 +7,8 @@ Keys that no dataclass has fail and name the nearest one, so that a typing error
 from __future__ import annotations
 
 import dataclasses
+import keyword
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,12 +33,12 @@ def load_settings(cls: type[Settings], recipe: Path | None, overrides: Sequence[
     _refuse_unknown(cls, _plain(tree, source), source)
     for override in overrides:
         tree = _override(cls, tree, override)
-    plain = _plain(tree, source)
+    plain = _escape(_plain(tree, source))
     try:
         return TypeAdapter(cls).validate_python(plain)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(top)"
+        key = ".".join(str(part).removesuffix("_") for part in first["loc"]) or "(top)"
         wrong = first["input"]
         found = "" if isinstance(wrong, Mapping) and first["type"] == "missing" else f", found {wrong!r}"
         raise UserError(f"{source}: {key}: {first['msg']}{found}; set it in the recipe or with --{key}=VALUE") from None
@@ -44,7 +46,7 @@ def load_settings(cls: type[Settings], recipe: Path | None, overrides: Sequence[
 
 def to_dict(settings: Any) -> dict[str, Any]:
     """Settings as plain nested dictionaries, in the order in which the dataclass lists them."""
-    plain: dict[str, Any] = TypeAdapter(type(settings)).dump_python(settings, mode="json")
+    plain: dict[str, Any] = _unescape(TypeAdapter(type(settings)).dump_python(settings, mode="json"))
     return plain
 
 
@@ -95,20 +97,41 @@ def _plain(tree: Any, source: str) -> dict[str, Any]:
 
 
 def _refuse_unknown(cls: type[Any], tree: Mapping[str, Any], source: str, prefix: str = "") -> None:
-    types = typing.get_type_hints(cls)
+    hints = {name.removesuffix("_"): hint for name, hint in typing.get_type_hints(cls).items()}
     for key, value in tree.items():
-        if key not in types:
-            known = ", ".join(f.name for f in dataclasses.fields(cls))
+        if key not in hints:
+            known = ", ".join(f.name.removesuffix("_") for f in dataclasses.fields(cls))
             full = f"{prefix}{key}"
-            raise UserError(f"{source}: unknown key {full!r}{nearest(str(key), types)}; allowed here: {known}")
-        section = _section(types[key])
-        if section is not None and isinstance(value, Mapping):
-            _refuse_unknown(section, value, source, f"{prefix}{key}.")
+            raise UserError(f"{source}: unknown key {full!r}{nearest(str(key), hints)}; allowed here: {known}")
+        hint = hints[key]
+        if typing.get_origin(hint) is dict and isinstance(value, Mapping):
+            named = [
+                (f"{prefix}{key}.{name}.", _section(typing.get_args(hint)[1]), part) for name, part in value.items()
+            ]
+        else:
+            named = [(f"{prefix}{key}.", _section(hint), value)]
+        for path, section, part in named:
+            if section is not None and isinstance(part, Mapping):
+                _refuse_unknown(section, part, source, path)
+
+
+def _escape(tree: Any) -> Any:
+    """A key that is a word of Python (``global``) belongs to the field of that name with an underscore behind it."""
+    if isinstance(tree, Mapping):
+        return {f"{key}_" if keyword.iskeyword(str(key)) else key: _escape(value) for key, value in tree.items()}
+    return tree
+
+
+def _unescape(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key[:-1] if keyword.iskeyword(str(key)[:-1]) else key: _unescape(value) for key, value in tree.items()}
+    return tree
 
 
 def _section(annotation: Any) -> type[Any] | None:
-    """The dataclass that an annotation holds (``Loss`` or ``Loss | None``), if it holds one."""
-    candidates = [annotation, *typing.get_args(annotation)]
+    """The dataclass that an annotation names (``Loss`` or ``Loss | None``), if it names one."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    candidates = typing.get_args(annotation) if union else [annotation]
     for candidate in candidates:
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
             return candidate

@@ -68,7 +68,9 @@ class _ResNet(nn.Module):
 def _norm(name: str) -> Any:
     norms: dict[str, Any] = {"batch": "batch", "group": ("group", {"num_groups": 8}), "instance": "instance"}
     if name not in norms:
-        raise UserError(f"encoder.options.norm={name!r} is not known{nearest(name, norms)}; allowed: {', '.join(norms)}")
+        raise UserError(
+            f"encoder.options.norm={name!r} is not known{nearest(name, norms)}; allowed: {', '.join(norms)}"
+        )
     return norms[name]
 
 

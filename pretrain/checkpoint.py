@@ -1,0 +1,167 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is a folder ``step-XXXXXXXX``. It is written under a temporary name by all ranks, flushed and summed
+(checksums.json), and renamed by rank 0 once every rank is done; only then does the pointer ``latest`` move, by an atomic
+replace. DeepSpeed's own pointer is not used: rank 0 moves it without waiting for the others (measured: a rank killed in
+mid-write leaves it naming a truncated shard).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from infra import distributed
+from infra.errors import UserError
+from infra.files import atomic_write, flush_folder, sha256_of, write_json
+from pretrain.engine import load_engine, save_engine
+
+PREFIX = "step-"
+UNFINISHED = ".unfinished-"
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """``checkpoints/step-00000120``."""
+    return checkpoints / f"{PREFIX}{step:08d}"
+
+
+def save_checkpoint(
+    checkpoints: Path, step: int, engine: Any, state: dict[str, Any], write_rest: Callable[[Path], None]
+) -> Path:
+    """Write the state after ``step`` steps; collective. ``write_rest(folder)`` adds rank 0's files (the encoder).
+
+    ``state`` (plain JSON values, the same on every rank) comes back from ``load_checkpoint``.
+    """
+    final = step_folder(checkpoints, step)
+    temporary = checkpoints / f"{UNFINISHED}{final.name}"
+    if distributed.is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    save_engine(engine, checkpoints, temporary.name)
+    _write_random_state(temporary)
+    if distributed.is_main():
+        write_json(temporary / "state.json", {**state, "step": step, "world_size": distributed.world_size()})
+        write_rest(temporary)
+    dist.barrier()
+    _write_checksums(temporary)
+    if distributed.is_main():
+        if final.exists():
+            # Left by a run that was stopped after this step and resumed from an earlier one; the new one is the same.
+            shutil.rmtree(final)
+        temporary.rename(final)
+        flush_folder(checkpoints)
+        with atomic_write(checkpoints / "latest", "w") as pointer:
+            pointer.write(final.name + "\n")
+        flush_folder(checkpoints)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(checkpoints: Path, engine: Any) -> dict[str, Any] | None:
+    """Load the newest checkpoint that verifies on every rank; None where there is none. Collective."""
+    for folder in _newest_first(checkpoints):
+        problem = verify_checkpoint(folder, distributed.rank(), distributed.world_size())
+        bad = distributed.reduce_scalars([float(problem is not None)])[0]
+        if bad:
+            if problem:
+                print(f"checkpoint {folder.name} is damaged ({problem}); trying an older one", flush=True)
+            continue
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state["world_size"] != distributed.world_size():
+            raise UserError(
+                f"{folder} was written by {state['world_size']} ranks, this run has {distributed.world_size()}; "
+                f"resume with --launch.ranks={state['world_size']} or choose another run.output"
+            )
+        load_engine(engine, checkpoints, folder.name)
+        _read_random_state(folder)
+        return state
+    return None
+
+
+def newest_step(checkpoints: Path) -> int | None:
+    """The step that ``latest`` names, without verifying it; None where there is no checkpoint."""
+    pointer = checkpoints / "latest"
+    return int(pointer.read_text().strip().removeprefix(PREFIX)) if pointer.is_file() else None
+
+
+def verify_checkpoint(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with every ``parts``-th file of a checkpoint, from ``part`` on; None where nothing is."""
+    try:
+        checksums: dict[str, str] = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"checksums.json: {error}"
+    for name in sorted(checksums)[part::parts]:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_of(folder / name) != checksums[name]:
+            return f"{name} differs from its checksum"
+    return None
+
+
+def clean_checkpoints(checkpoints: Path, keep: int) -> None:
+    """Remove what a killed run left unfinished and all but the ``keep`` newest checkpoints. Rank 0 only."""
+    for folder in checkpoints.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in _newest_first(checkpoints)[keep:]:
+        # Renamed first: a kill in mid-removal must not leave a folder that looks like a checkpoint.
+        doomed = folder.with_name(f"{UNFINISHED}{folder.name}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    """Finished checkpoints, the one that ``latest`` names first, then older ones; newer ones than it last of all.
+
+    A newer one than ``latest`` is whole but its pointer never moved; the pointer decides while it can be read.
+    """
+    folders = sorted(checkpoints.glob(f"{PREFIX}*"), reverse=True)
+    newest = newest_step(checkpoints)
+    if newest is None:
+        return folders
+    pointed = step_folder(checkpoints, newest)
+    return [f for f in folders if f <= pointed] + [f for f in folders if f > pointed]
+
+
+def _write_random_state(folder: Path) -> None:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    torch.save(states, folder / f"random-{distributed.rank():05d}.pt")
+
+
+def _read_random_state(folder: Path) -> None:
+    states = torch.load(folder / f"random-{distributed.rank():05d}.pt", weights_only=True)
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _write_checksums(folder: Path) -> None:
+    """Every rank flushes and sums its share of the files; rank 0 writes the list. Collective."""
+    listed: list[list[str]] = [[]]
+    if distributed.is_main():
+        listed = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())]
+    dist.broadcast_object_list(listed, src=0)
+    share = listed[0][distributed.rank() :: distributed.world_size()]
+    sums = {name: _flush_and_sum(folder / name) for name in share}
+    gathered: list[Any] = [None] * distributed.world_size()
+    dist.all_gather_object(gathered, sums)
+    if distributed.is_main():
+        write_json(folder / "checksums.json", {name: digest for part in gathered for name, digest in part.items()})
+        for inner in (path for path in folder.rglob("*") if path.is_dir()):
+            flush_folder(inner)
+        flush_folder(folder)
+
+
+def _flush_and_sum(path: Path) -> str:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return sha256_of(path)

@@ -1,0 +1,87 @@
+"""``yaware pretrain``, ``export`` and ``embed``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from infra.distributed import free_port
+from infra.extensions import extensions_folder
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Check the recipe here, where an error is one line, then hand it to the deepspeed launcher."""
+    parser = argparse.ArgumentParser(
+        prog="yaware pretrain",
+        description="Pretrain an encoder. Equals `deepspeed --num_accelerators N --module pretrain.train --config ...`.",
+        epilog="Any key of the recipe is overridden by --section.key=value, as in --optimizer.lr=3e-4.",
+    )
+    parser.add_argument("--config", required=True, help="a shipped recipe (demo-cpu, ...) or a YAML file")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and exit")
+    options, overrides = parser.parse_known_args(arguments)
+
+    from infra.settings import to_yaml
+    from pretrain.config import load_recipe
+
+    recipe = load_recipe(options.config, overrides)
+    if options.print_config:
+        print(to_yaml(recipe), end="")
+        return 0
+    from pretrain.checkpoint import newest_step
+    from pretrain.train import make_plan
+
+    plan = make_plan(recipe, recipe.launch.ranks)
+    checkpoints = Path(recipe.run.output) / "checkpoints"
+    if (newest_step(checkpoints) or -1) >= plan.total_steps or (
+        plan.total_steps == 0 and newest_step(checkpoints) == 0
+    ):
+        print(f"pretrain: {recipe.run.name} is already complete: {plan.total_steps} steps, {checkpoints}")
+        return 0
+    return _launch(recipe.launch.ranks, ["--config", options.config, *overrides])
+
+
+def _launch(ranks: int, arguments: list[str]) -> int:
+    extensions_folder()
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+    ]
+    environment = {**os.environ, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", _accelerator())}
+    if ranks > 1 and environment["DS_ACCELERATOR"] == "cpu":
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    command = [*launcher, "--module", "pretrain.train", *arguments]
+    process = subprocess.Popen(command, env=environment)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: process.send_signal(received))
+    return process.wait()
+
+
+def _accelerator() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def export(arguments: list[str]) -> int:
+    """Copy a checkpoint's encoder to a folder that needs nothing else."""
+    parser = argparse.ArgumentParser(prog="yaware export", description=export.__doc__)
+    parser.add_argument("checkpoint", help="a run folder (its latest checkpoint) or one of its checkpoints/step-*")
+    parser.add_argument("out", type=Path, help="the folder to make")
+    options = parser.parse_args(arguments)
+    from pretrain.export import export_encoder
+
+    print(f"export: wrote {export_encoder(options.checkpoint, options.out)}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"pretrain": pretrain, "export": export}

@@ -1,0 +1,167 @@
+"""The sections of a pretraining recipe. Every key that a recipe may hold is a field here, with its default."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from infra.errors import UserError, nearest
+from infra.settings import load_settings
+
+RECIPES = Path(__file__).parent / "recipes"
+_strict = ConfigDict(extra="forbid", validate_default=True)
+
+
+@dataclass(config=_strict)
+class Run:
+    """What the run is called and where it writes."""
+
+    name: str = "y-aware"
+    output: str = "runs/y-aware"
+    experiment: str = "yaware"
+    seed: int = Field(default=0, ge=0)
+    # MLflow store; null = MLFLOW_TRACKING_URI, else sqlite:///mlruns/mlflow.db
+    tracking_uri: str | None = None
+
+
+@dataclass(config=_strict)
+class Data:
+    """Which scans, and how they reach the training device."""
+
+    shards: str = "shards"
+    split: list[str] = field(default_factory=lambda: ["pretrain"])
+    query: str | None = None  # pandas query over the columns of scans.parquet
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where DALI augments
+    workers: int = Field(default=0, ge=0)  # processes that read and decode; 0 = in the training process
+    threads: int = Field(default=1, ge=1)  # DALI's own threads
+    prefetch: int = Field(default=2, ge=1)
+
+
+@dataclass(config=_strict)
+class Batch:
+    """Scans (two views each) a step over all ranks."""
+
+    global_: int = Field(default=64, ge=2)
+
+
+@dataclass(config=_strict)
+class Encoder:
+    """A key of pretrain.encoders.ENCODERS and its options."""
+
+    name: str = "densenet121"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(config=_strict)
+class Projector:
+    """Linear, ReLU, Linear on the pooled features, as in the paper."""
+
+    hidden: int = Field(default=512, ge=1)
+    out: int = Field(default=128, ge=1)
+
+
+@dataclass(config=_strict)
+class Proxy:
+    """One continuous (or categorical) proxy of the weights: a column of scans.parquet and its kernel."""
+
+    kernel: str = "gaussian"
+    bandwidth: float = Field(default=5.0, ge=0)  # in the proxy's unit; 0 = SimCLR
+
+
+@dataclass(config=_strict)
+class Loss:
+    """The contrastive loss over all ranks' embeddings."""
+
+    name: str = "y-aware"
+    temperature: float = Field(default=0.1, gt=0)
+    normalization: Literal["row", "column"] = "row"
+    proxies: dict[str, Proxy] = field(default_factory=lambda: {"age": Proxy()})
+
+
+@dataclass(config=_strict)
+class Optimizer:
+    """Optimiser and learning-rate schedule. Adam (with L2 weight decay) is the paper's."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=5e-5, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = Field(default=0, ge=0)
+    decay: Literal["constant", "cosine", "step"] = "constant"
+    step_epochs: float = Field(default=10.0, gt=0)  # decay: step multiplies lr by step_factor every so many epochs
+    step_factor: float = Field(default=0.9, gt=0, le=1)
+
+
+@dataclass(config=_strict)
+class Train:
+    """How long. ``steps`` wins over ``epochs``; ``steps: 0`` writes the untrained encoder, the random baseline."""
+
+    epochs: float | None = Field(default=30.0, gt=0)
+    steps: int | None = Field(default=None, ge=0)
+    precision: Literal["fp32", "bf16", "autocast"] = "fp32"
+
+
+@dataclass(config=_strict)
+class Checkpoint:
+    """How often a resumable state is written, and how many are kept."""
+
+    every_steps: int = Field(default=500, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+@dataclass(config=_strict)
+class Launch:
+    """What ``yaware pretrain`` hands to the deepspeed launcher on this host."""
+
+    ranks: int = Field(default=1, ge=1)
+
+
+@dataclass(config=_strict)
+class Recipe:
+    """A whole pretraining run."""
+
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    augmentation: dict[str, Any] = field(default_factory=lambda: {"preset": "default"})
+    batch: Batch = field(default_factory=Batch)
+    encoder: Encoder = field(default_factory=Encoder)
+    projector: Projector = field(default_factory=Projector)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    # DeepSpeed's own configuration, passed through whole; what the recipe owns may not be set in it (pretrain.engine).
+    deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+    launch: Launch = field(default_factory=Launch)
+
+
+def find_recipe(name: str) -> Path:
+    """A shipped recipe by name, or any YAML file by path."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        return Path(name)
+    shipped = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    if name not in shipped:
+        raise UserError(f"recipe {name!r} is not known{nearest(name, shipped)}; shipped: {', '.join(shipped)}")
+    return RECIPES / f"{name}.yaml"
+
+
+def load_recipe(name: str, overrides: list[str]) -> Recipe:
+    """A recipe by name or path with ``--section.key=value`` overrides."""
+    return load_settings(Recipe, find_recipe(name), overrides)
+
+
+def check_world_size(global_batch: int, world_size: int) -> int:
+    """Scans a rank; UserError with the nearest world sizes where the batch cannot be cut evenly."""
+    if global_batch % world_size:
+        fits = [w for w in range(1, global_batch + 1) if global_batch % w == 0]
+        below = max(w for w in fits if w < world_size)
+        above = min((w for w in fits if w > world_size), default=below)
+        raise UserError(
+            f"batch.global={global_batch} is not divisible by world_size={world_size}; "
+            f"use {below} or {above} ranks, or --batch.global={-(-global_batch // world_size) * world_size}"
+        )
+    return global_batch // world_size

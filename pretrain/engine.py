@@ -1,0 +1,154 @@
+"""DeepSpeed behind one door: process group, engine, its own checkpoint files. The only module that imports deepspeed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from infra import distributed
+from infra.errors import UserError
+from infra.extensions import exclusive_build, extensions_folder
+from pretrain.config import Optimizer, Recipe
+
+# What the recipe itself decides; in the recipe's `deepspeed:` section these would contradict it.
+OWNED = {
+    "train_batch_size": "batch.global", "train_micro_batch_size_per_gpu": "batch.global",
+    "gradient_accumulation_steps": "batch.global", "optimizer": "optimizer", "scheduler": "optimizer",
+    "fp16": "train.precision", "bf16": "train.precision", "torch_autocast": "train.precision",
+}  # fmt: skip
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, told where to compile and which accelerator to take, and without its INFO lines."""
+    extensions_folder()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def warm() -> None:
+    """Compile (or load, 0.1 s) DeepSpeed's CPU collectives, one process at a time; nothing to do on a GPU."""
+    import_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        with exclusive_build():
+            get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+
+
+def start_ranks() -> torch.device:
+    """Join the process group that the launcher prepared (or make one of one rank) and give this rank its device."""
+    os.environ.update(distributed.single_process_environment())
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(distributed.local_rank())
+    else:
+        # Ranks on one host share its cores; torch alone would give every rank all of them.
+        local_ranks = int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world_size()
+        )
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    warm()
+    import_deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    return torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
+
+
+def stop_ranks() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: the recipe's ``deepspeed:`` section and what the recipe's other keys imply."""
+    for key in recipe.deepspeed:
+        if key in OWNED:
+            raise UserError(f"deepspeed.{key} contradicts the recipe's own keys; set {OWNED[key]} instead")
+    micro = recipe.batch.global_ // world_size
+    config: dict[str, Any] = {
+        **recipe.deepspeed,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": micro * world_size,
+        "steps_per_print": 10**9,
+        # A client optimiser of torch's under ZeRO is what the recipe asks for.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if recipe.train.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        # Batch statistics stay in one type with the activations; a float32 buffer beside bf16 input raises.
+        config["data_types"] = {"buffer_dtype": "bf16", **recipe.deepspeed.get("data_types", {})}
+    elif recipe.train.precision == "autocast":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config
+
+
+def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]) -> Any:
+    """The DeepSpeed engine of ``model``. ``lr_at(step)`` is the factor on the learning rate at a step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(recipe.optimizer, parameters)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_at)
+    engine, _, _, _ = import_deepspeed().initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=deepspeed_config(recipe, distributed.world_size()),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def build_optimizer(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's own optimisers: DeepSpeed's would be compiled a second time, and the paper's is plain Adam with L2."""
+    common = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "adam": lambda: torch.optim.Adam(parameters, betas=settings.betas, **common),
+        "adamw": lambda: torch.optim.AdamW(parameters, betas=settings.betas, **common),
+        "sgd": lambda: torch.optim.SGD(parameters, momentum=0.9, **common),
+    }
+    return kinds[settings.name]()
+
+
+def encoder_state(engine: Any) -> dict[str, torch.Tensor]:
+    """The encoder's weights and buffers in float32 on the CPU, whole on every rank whatever the ZeRO stage."""
+    encoder = engine.module.encoder
+    if engine.zero_optimization_stage() == 3:
+        deepspeed = import_deepspeed()
+        with deepspeed.zero.GatheredParameters(list(encoder.parameters())):
+            return _to_float32(encoder.state_dict())
+    return _to_float32(encoder.state_dict())
+
+
+def _to_float32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().clone().contiguous()
+        for name, value in state.items()
+    }
+
+
+def gradient_norm(engine: Any) -> float:
+    """L2 norm of the last step's whole gradient, before clipping; NaN where DeepSpeed does not keep it."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)
+
+
+def save_engine(engine: Any, folder: Path, tag: str) -> None:
+    """Write DeepSpeed's files to ``folder/tag``; its own ``latest`` is not used, see pretrain.checkpoint."""
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+
+def load_engine(engine: Any, folder: Path, tag: str) -> None:
+    """Read what ``save_engine`` wrote, at the same world size and ZeRO stage."""
+    path, _ = engine.load_checkpoint(str(folder), tag=tag)
+    if path is None:
+        raise UserError(f"checkpoint {folder / tag} could not be loaded by DeepSpeed; is it of another world size?")

@@ -1,0 +1,41 @@
+"""The trained network: encoder and projector. Legend: B scans on this rank, F encoder features, P projected size."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pretrain.config import Recipe
+from pretrain.encoders import build_encoder
+
+
+class Projector(nn.Sequential):
+    """Linear, ReLU, Linear: (N, F) -> (N, P), as in the paper (512, then 128)."""
+
+    def __init__(self, features: int, hidden: int, out: int) -> None:
+        super().__init__(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+class ContrastiveModel(nn.Module):
+    """Encodes both views in one pass: (2, B, 1, D, H, W) -> embeddings (2, B, P).
+
+    One pass, so that batch normalisation sees both views of the batch, as in the published code.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector
+
+    def forward(self, views_2B1DHW: torch.Tensor) -> torch.Tensor:
+        embeddings: torch.Tensor = self.projector(self.encoder(views_2B1DHW.flatten(0, 1)))
+        return embeddings.unflatten(0, views_2B1DHW.shape[:2])
+
+
+def build_model(recipe: Recipe) -> ContrastiveModel:
+    """The recipe's encoder and projector, initialised from ``run.seed`` alone: every rank builds the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)
+        encoder = build_encoder(recipe.encoder.name, recipe.encoder.options)
+        features = int(encoder.feature_size)  # type: ignore[arg-type]
+        return ContrastiveModel(encoder, Projector(features, recipe.projector.hidden, recipe.projector.out))

@@ -1,0 +1,40 @@
+"""The command: help at once, one line and status 2 for what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from infra import cli
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.run(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.SUBCOMMANDS)
+
+
+def test_no_command_prints_usage_and_fails(capsys):
+    assert cli.run([]) == 2
+    assert "usage" in capsys.readouterr().out
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    assert cli.run(["pretrian"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("yaware: error: unknown command 'pretrian' (did you mean 'pretrain'?)")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(cli.SUBCOMMANDS))
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"yaware {name}" in capsys.readouterr().out
+
+
+def test_doctor_reports_this_machine(capsys):
+    assert cli.run(["doctor"]) in (0, 1)
+    printed = capsys.readouterr().out
+    assert "python" in printed
+    assert "deepspeed" in printed

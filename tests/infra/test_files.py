@@ -1,0 +1,41 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from infra.files import atomic_write, sha256_of, write_json
+from infra.progress import Progress, clock
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "manifest.json"
+    write_json(path, {"b": 1, "a": 2})
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError), atomic_write(path, "w") as stream:
+        stream.write("half")
+        raise RuntimeError
+    assert path.read_bytes() == before == b'{\n "a": 2,\n "b": 1\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_sha256_of_known_bytes(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4.4, "4 s"), (185, "3 min 05 s"), (7625, "2 h 07 min")])
+def test_clock_reads_well(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_a_log_gets_plain_lines_with_count_and_figures():
+    stream = io.StringIO()
+    with Progress(4, "scans", "building", stream=stream) as progress:
+        for _ in range(4):
+            progress.advance(quarantined=1)
+    (line,) = stream.getvalue().splitlines()
+    assert line.startswith("building: 4/4 scans, ")
+    assert line.endswith(", quarantined 1")
