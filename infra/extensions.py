@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def extensions_folder() -> Path:
-    """``TORCH_EXTENSIONS_DIR``, set to a private folder where it is not set: the checkout's ``.cache``, else the user's."""
+    """``TORCH_EXTENSIONS_DIR``; where it is not set, it becomes the checkout's ``.cache``, else one in the user's."""
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         checkout = Path(__file__).resolve().parent.parent
         if (checkout / "pyproject.toml").exists():

@@ -1,7 +1,7 @@
 """A recipe: one YAML file of sections, overridden by ``--section.key=value``, checked into dataclasses.
 
-OmegaConf reads and merges (it knows ``1e-4`` is a number and interpolates ``${...}``), pydantic checks types and bounds.
-Keys that no dataclass has fail and name the nearest one, so that a typing error never trains a different model.
+OmegaConf reads and merges (it knows that ``1e-4`` is a number, and interpolates ``${...}``); pydantic checks types and
+bounds. Keys that no dataclass has fail and name the nearest one, so that a typing error never trains a different model.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def pretrain(arguments: list[str]) -> int:
     """Check the recipe here, where an error is one line, then hand it to the deepspeed launcher."""
     parser = argparse.ArgumentParser(
         prog="yaware pretrain",
-        description="Pretrain an encoder. Equals `deepspeed --num_accelerators N --module pretrain.train --config ...`.",
+        description="Pretrain an encoder: `deepspeed --num_accelerators N --module pretrain.train --config ...`.",
         epilog="Any key of the recipe is overridden by --section.key=value, as in --optimizer.lr=3e-4.",
     )
     parser.add_argument("--config", required=True, help="a shipped recipe (demo-cpu, ...) or a YAML file")

@@ -81,7 +81,7 @@ def _checkpointed(trunk: nn.Sequential) -> nn.Module:
     for name, block in list(trunk.named_children()):
         if name.startswith("denseblock"):
             plain = block.forward
-            block.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=False)
     return trunk
 
 

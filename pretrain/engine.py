@@ -1,4 +1,4 @@
-"""DeepSpeed behind one door: process group, engine, its own checkpoint files. The only module that imports deepspeed."""
+"""DeepSpeed behind one door: process group, engine, its checkpoint files. The only module that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]
 
 def build_optimizer(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """torch's own optimisers: DeepSpeed's would be compiled a second time, and the paper's is plain Adam with L2."""
-    common = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "adam": lambda: torch.optim.Adam(parameters, betas=settings.betas, **common),
         "adamw": lambda: torch.optim.AdamW(parameters, betas=settings.betas, **common),

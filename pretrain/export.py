@@ -21,7 +21,7 @@ FILES = ("model.safetensors", "config.json", "preprocessing.json")
 
 
 class Encoder(nn.Module):
-    """A pretrained encoder: (B, 1, D, H, W) float32, z-scored, on the grid of ``preprocessing`` -> (B, feature_size)."""
+    """A pretrained encoder: (B, 1, D, H, W) float32, z-scored, on ``preprocessing``'s grid -> (B, feature_size)."""
 
     def __init__(self, network: nn.Module, config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
         super().__init__()
@@ -113,8 +113,8 @@ def _card(config: dict[str, Any], preprocessing: dict[str, Any]) -> str:
 {simulated}
 - method: {config["method"]}
 - features: {config["feature_size"]} (global average of the last feature map)
-- input: (B, 1, {", ".join(map(str, grid.get("shape", [])))}) float32 at {grid.get("spacing")} mm, RAS, z-scored per scan,
-  modality {preprocessing.get("modality")}, scaling {preprocessing.get("scaling")}
+- input: (B, 1, {", ".join(map(str, grid.get("shape", [])))}) float32 at {grid.get("spacing")} mm, RAS,
+  z-scored per scan, modality {preprocessing.get("modality")}, scaling {preprocessing.get("scaling")}
 - data: manifest {config["manifest_digest"]}, split {config["split"]}
 - made by yaware {config["version"]}, MLflow run {config["run_id"]}
 

@@ -29,7 +29,7 @@ class ContrastiveModel(nn.Module):
 
     def forward(self, views_2B1DHW: torch.Tensor) -> torch.Tensor:
         embeddings: torch.Tensor = self.projector(self.encoder(views_2B1DHW.flatten(0, 1)))
-        return embeddings.unflatten(0, views_2B1DHW.shape[:2])
+        return embeddings.view(2, -1, embeddings.shape[-1])
 
 
 def build_model(recipe: Recipe) -> ContrastiveModel:

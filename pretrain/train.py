@@ -230,9 +230,7 @@ class RunLog:
         if status == "FINISHED":
             output = Path(self.plan.recipe.run.output)
             took = clock(time.monotonic() - self._started)
-            print(
-                f"pretrain: done in {took}; checkpoints in {output / 'checkpoints'}, losses in {output / 'metrics.jsonl'}"
-            )
+            print(f"pretrain: done in {took}; checkpoints in {output}/checkpoints, losses in {output}/metrics.jsonl")
 
 
 def main(arguments: Sequence[str]) -> int:
