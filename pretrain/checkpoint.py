@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``step-XXXXXXXX``. It is written under a temporary name by all ranks, flushed and summed
 (checksums.json), and renamed by rank 0 once every rank is done; only then does the pointer ``latest`` move, by an
-atomic replace. DeepSpeed's own pointer is not used: rank 0 moves it without waiting for the others (measured: a rank killed in
-mid-write leaves it naming a truncated shard).
+atomic replace. DeepSpeed's own pointer is not used: rank 0 moves it without waiting for the others (measured: a rank
+killed in mid-write leaves it naming a truncated shard).
 """
 
 from __future__ import annotations

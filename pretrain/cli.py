@@ -59,7 +59,7 @@ def _launch(ranks: int, arguments: list[str]) -> int:
     environment = {**os.environ, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", _accelerator())}
     if ranks > 1 and environment["DS_ACCELERATOR"] == "cpu":
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    command = [*launcher, "--module", "pretrain.train", *arguments]
+    command = [*launcher, "--log_level", "error", "--module", "pretrain.train", *arguments]
     process = subprocess.Popen(command, env=environment)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: process.send_signal(received))

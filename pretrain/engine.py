@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ OWNED = {
 def import_deepspeed() -> Any:
     """DeepSpeed, told where to compile and which accelerator to take, and without its INFO lines."""
     extensions_folder()
+    # The environment's own ninja first, however the command was started: another ninja would compile all over again.
+    binaries = str(Path(sys.executable).parent)
+    if os.environ["PATH"].split(os.pathsep)[0] != binaries:
+        os.environ["PATH"] = os.pathsep.join((binaries, os.environ["PATH"]))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -136,10 +141,14 @@ def _to_float32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def gradient_norm(engine: Any) -> float:
-    """L2 norm of the last step's whole gradient, before clipping; NaN where DeepSpeed does not keep it."""
-    norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(norm)
+def update(engine: Any) -> float:
+    """Step the optimiser on the gradient that ``engine.backward`` left; the gradient's L2 norm before clipping."""
+    norm = None
+    if engine.zero_optimization_stage() == 0:
+        # Stage 0 keeps no norm of its own. The gradients are averaged over the ranks by now, the same on each.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
 def save_engine(engine: Any, folder: Path, tag: str) -> None:

@@ -50,7 +50,9 @@ class Encoder(nn.Module):
         try:
             network.load_state_dict(load_file(path / "model.safetensors"))
         except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"{path}: weights do not fit {config['encoder']['name']}: {str(error)[:200]}") from None
+            raise UserError(
+                f"{path}: weights do not fit {config['encoder']['name']}: {' '.join(str(error).split())[:200]}"
+            ) from None
         if (path / "mlflow.json").is_file():
             config["model_id"] = _read_json(path / "mlflow.json").get("model_id")
         return cls(network, config, _read_json(path / "preprocessing.json")).eval()

@@ -10,7 +10,7 @@ import torch
 
 from infra import distributed
 from pretrain.config import Optimizer, Recipe
-from pretrain.engine import gradient_norm
+from pretrain.engine import update
 
 ContrastiveLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -52,9 +52,8 @@ def train_step(
         raise NotFinite(f"step {step}: the loss is {mean}; lower optimizer.lr or look at the scans of this batch")
     engine.backward(value)
     lr = float(engine.get_lr()[0])
-    engine.step()
-    norm = gradient_norm(engine)
-    if math.isinf(norm):
+    norm = update(engine)
+    if not math.isfinite(norm):
         raise NotFinite(f"step {step}: the gradient norm is {norm}; lower optimizer.lr or clip (gradient_clipping)")
     return {"loss": mean, "lr": lr, "grad_norm": norm}
 
