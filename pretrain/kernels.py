@@ -1,0 +1,180 @@
+"""Kernels over proxies: how related two scans are, judged by their meta-data.
+
+A kernel maps ``(proxies_a (A, P), proxies_b (B, P))`` to weights (A, B) in [0, 1]: 1 for equal proxies, falling with
+their distance, 0 for any pair in which a proxy is missing (NaN). It judges *different* scans; the two views of one
+scan are always positives of each other with weight 1, which the losses see to (`pretrain.losses`). A scan with a
+missing proxy therefore keeps its own other view as its one positive.
+
+A, B = scans, P = proxies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infra.errors import UserError
+
+Kernel = Callable[[Tensor, Tensor], Tensor]
+
+
+def _check_proxies(proxies_a: Tensor, proxies_b: Tensor) -> None:
+    shapes = tuple(proxies_a.shape), tuple(proxies_b.shape)
+    if proxies_a.ndim != 2 or proxies_b.ndim != 2 or shapes[0][1] != shapes[1][1] or shapes[0][1] == 0:
+        raise UserError(
+            f"proxies have the shapes {shapes[0]} and {shapes[1]}; a kernel takes (A, P) and (B, P) with P >= 1: "
+            "give a column per proxy, proxies[:, None] for a single one"
+        )
+
+
+def _present(proxies_a: Tensor, proxies_b: Tensor) -> Tensor:
+    """(A, B) bool: no proxy of either scan is missing."""
+    return ~proxies_a.isnan().any(dim=1)[:, None] & ~proxies_b.isnan().any(dim=1)[None, :]
+
+
+def _gaussian(square: Tensor) -> Tensor:
+    return torch.exp(-0.5 * square)
+
+
+def _epanechnikov(square: Tensor) -> Tensor:
+    return (1.0 - square).clamp(min=0.0)
+
+
+def _exponential(square: Tensor) -> Tensor:
+    return torch.exp(-square.sqrt())
+
+
+def _cauchy(square: Tensor) -> Tensor:
+    return 1.0 / (1.0 + square)
+
+
+def _linear(square: Tensor) -> Tensor:
+    return (1.0 - square.sqrt()).clamp(min=0.0)
+
+
+def _cosine(square: Tensor) -> Tensor:
+    return torch.cos(0.5 * math.pi * square.sqrt().clamp(max=1.0)).clamp(min=0.0)
+
+
+@dataclass(frozen=True)
+class DistanceKernel:
+    """w = profile(d²), d = Euclidean length of (a - b) / bandwidth; see the functions that make one for the formulas.
+
+    ``bandwidth``: one number in the proxies' unit, or one per proxy. 0 relates no two scans.
+    """
+
+    profile: Callable[[Tensor], Tensor]
+    bandwidth: float | tuple[float, ...]
+
+    def __call__(self, proxies_a: Tensor, proxies_b: Tensor) -> Tensor:
+        _check_proxies(proxies_a, proxies_b)
+        shape = len(proxies_a), len(proxies_b)
+        if self.bandwidth == 0.0:
+            return proxies_a.new_zeros(shape)
+        widths = self.bandwidth if isinstance(self.bandwidth, tuple) else (self.bandwidth,) * proxies_a.shape[1]
+        if len(widths) != proxies_a.shape[1]:
+            raise UserError(
+                f"bandwidth has {len(widths)} values, the proxies {proxies_a.shape[1]}; give one number, or one each"
+            )
+        # One proxy after the other: the (A, B, P) tensor of all differences is never held.
+        square = proxies_a.new_zeros(shape)
+        for column, width in enumerate(widths):
+            difference = (proxies_a[:, column, None] - proxies_b[None, :, column]).div_(width)
+            square.addcmul_(difference, difference)
+        # NaN differences give NaN weights; the pairs are unrelated.
+        return self.profile(square).masked_fill(~_present(proxies_a, proxies_b), 0.0)
+
+
+def _distance_kernel(profile: Callable[[Tensor], Tensor], bandwidth: float | Sequence[float]) -> DistanceKernel:
+    if isinstance(bandwidth, list | tuple):
+        widths = tuple(float(width) for width in bandwidth)
+        if not widths or not all(math.isfinite(width) and width > 0.0 for width in widths):
+            raise UserError(f"bandwidth={list(bandwidth)!r}: one finite number above 0 per proxy is needed")
+        return DistanceKernel(profile, widths)
+    if not isinstance(bandwidth, int | float) or not math.isfinite(bandwidth) or bandwidth < 0.0:
+        raise UserError(
+            f"bandwidth={bandwidth!r} is not allowed; give a finite number >= 0 in the proxy's unit "
+            "(0: a scan's only positive is its own other view)"
+        )
+    return DistanceKernel(profile, float(bandwidth))
+
+
+def gaussian(bandwidth: float | Sequence[float]) -> DistanceKernel:
+    """w = exp(-d²/2), d = |a - b| / bandwidth: the paper's kernel (Eq. 3 of arXiv:2106.08808), bandwidth = σ.
+
+    The bandwidth is the standard deviation in the proxy's unit (5.0 years in the paper), not its square.
+    """
+    return _distance_kernel(_gaussian, bandwidth)
+
+
+def epanechnikov(bandwidth: float | Sequence[float]) -> DistanceKernel:
+    """w = max(0, 1 - d²), d = |a - b| / bandwidth: no weight beyond one bandwidth."""
+    return _distance_kernel(_epanechnikov, bandwidth)
+
+
+def exponential(bandwidth: float | Sequence[float]) -> DistanceKernel:
+    """w = exp(-d), d = |a - b| / bandwidth."""
+    return _distance_kernel(_exponential, bandwidth)
+
+
+def cauchy(bandwidth: float | Sequence[float]) -> DistanceKernel:
+    """w = 1 / (1 + d²), d = |a - b| / bandwidth: heavy tails; never 0, so it ranks scans at any distance."""
+    return _distance_kernel(_cauchy, bandwidth)
+
+
+def linear(bandwidth: float | Sequence[float]) -> DistanceKernel:
+    """w = max(0, 1 - d), d = |a - b| / bandwidth (the triangular kernel of density estimation)."""
+    return _distance_kernel(_linear, bandwidth)
+
+
+def cosine(bandwidth: float | Sequence[float]) -> DistanceKernel:
+    """w = cos(π d / 2) for d < 1, else 0, d = |a - b| / bandwidth."""
+    return _distance_kernel(_cosine, bandwidth)
+
+
+@dataclass(frozen=True)
+class CategoryKernel:
+    """w = ``same`` where every proxy is equal, ``different`` elsewhere."""
+
+    same: float
+    different: float
+
+    def __call__(self, proxies_a: Tensor, proxies_b: Tensor) -> Tensor:
+        _check_proxies(proxies_a, proxies_b)
+        equal = torch.ones(len(proxies_a), len(proxies_b), dtype=torch.bool, device=proxies_a.device)
+        for column in range(proxies_a.shape[1]):
+            equal &= proxies_a[:, column, None] == proxies_b[None, :, column]
+        weights = torch.where(equal, self.same, self.different).to(proxies_a.dtype)
+        return weights.masked_fill(~_present(proxies_a, proxies_b), 0.0)
+
+
+def _share(name: str, value: float) -> float:
+    if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise UserError(f"{name}={value!r} is not allowed; a weight lies between 0 and 1")
+    return float(value)
+
+
+def same(otherwise: float = 0.0) -> CategoryKernel:
+    """w = 1 where all proxies are equal, else ``otherwise`` (0: supervised contrastive learning, arXiv:2004.11362)."""
+    return CategoryKernel(same=1.0, different=_share("otherwise", otherwise))
+
+
+def different(same: float = 0.0) -> CategoryKernel:
+    """w = 1 where a proxy differs, else ``same``: a penalty, such as 0.5 for positives of the anchor's own site."""
+    return CategoryKernel(same=_share("same", same), different=1.0)
+
+
+KERNELS: dict[str, Callable[..., Kernel]] = {
+    "gaussian": gaussian,
+    "epanechnikov": epanechnikov,
+    "exponential": exponential,
+    "cauchy": cauchy,
+    "linear": linear,
+    "cosine": cosine,
+    "same": same,
+    "different": different,
+}

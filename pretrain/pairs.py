@@ -1,0 +1,212 @@
+"""The pairs that a contrastive loss compares: this rank's views (rows) against the views of all ranks (columns).
+
+Anchor i = (view v, scan b) is row v·B + b; column j = (view u, scan g) is v·G + g. With two views of four scans on two
+ranks, rank 1 holds the rows of scans c and d (s: the anchor itself, left out; o: its other view, weight 1; w: the
+kernel's weight, the same for the four pairs of views of two scans):
+
+                 columns, view 0      columns, view 1
+                  a   b   c   d        a   b   c   d
+    view 0   c    w   w   s   w        w   w   o   w
+             d    w   w   w   s        w   w   w   o
+    view 1   c    w   w   o   w        w   w   s   w
+             d    w   w   w   o        w   w   w   s
+
+B = scans of this rank, R = scans of a block of rows, G = scans of all ranks, D = embedding size, P = proxies.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Concatenate, NamedTuple, ParamSpec
+
+import torch
+from torch import Tensor
+
+from infra.errors import UserError
+from pretrain.gather import Alone, Gather
+from pretrain.kernels import Kernel
+
+# A vector whose largest entry is smaller than this counts as zero: dividing by it would overflow float32.
+ZERO = 1e-30
+
+Options = ParamSpec("Options")
+
+
+def full_precision(
+    loss: Callable[Concatenate[Tensor, Options], Tensor],
+) -> Callable[Concatenate[Tensor, Options], Tensor]:
+    """The loss out of reach of autocast, which would take its similarities in half precision."""
+
+    @functools.wraps(loss)
+    def guarded(views: Tensor, *arguments: Options.args, **options: Options.kwargs) -> Tensor:
+        with torch.autocast(views.device.type, enabled=False):
+            return loss(views, *arguments, **options)
+
+    return guarded
+
+
+def normalised(views: Tensor) -> Tensor:
+    """Embeddings (..., D) of any floating type -> unit vectors, float32 (float64 stays).
+
+    A zero vector stays zero: its similarity to everything is 0, and it gets no gradient, since it has no direction.
+    Every other vector is normalised exactly, however short or long: it is scaled by its largest entry first.
+    """
+    z = views if views.dtype == torch.float64 else views.float()
+    # Normalising forgets the scale, so the scale may be held constant and the gradient is still exact.
+    largest = z.detach().abs().amax(dim=-1, keepdim=True)
+    # False for NaN: it must stay one, and be seen by the check on the loss.
+    dead = largest < ZERO
+    z = z / torch.where(dead, 1.0, largest)
+    length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return torch.where(dead, 0.0, z / torch.where(dead, 1.0, length))
+
+
+class Block(NamedTuple):
+    """A block of rows against all columns.
+
+    ``logits`` (2R, 2G): <z_i, z_j> / τ. ``weights`` (2R, 2G): the kernel, 1 for the other view of the anchor's scan,
+    0 where not kept. ``keep`` (2R, 2G) bool: False for the anchor itself and for pairs that are left out altogether.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    keep: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """This rank's rows and everyone's columns, with what relates them. Made by `gather_pairs`."""
+
+    z_2BD: Tensor
+    z_2GD: Tensor
+    proxies_BP: Tensor
+    proxies_GP: Tensor
+    subjects_B: Tensor | None
+    subjects_G: Tensor | None
+    start: int
+    world_size: int
+    kernel: Kernel
+    temperature: float | Tensor
+    cross_view: bool
+
+    @property
+    def scans(self) -> int:
+        """B."""
+        return self.z_2BD.shape[1]
+
+    @property
+    def total(self) -> int:
+        """G."""
+        return self.z_2GD.shape[1]
+
+    @property
+    def share(self) -> float:
+        """W / 2G, the factor on this rank's sum over anchors.
+
+        Data parallelism averages gradients over the W ranks. Each rank's sum over its own anchors times W / 2G
+        averages to the sum over all anchors divided by 2G: the mean of one process, even where the ranks hold
+        different numbers of scans.
+        """
+        return self.world_size / (2 * self.total)
+
+    def related(self, first: int, last: int) -> Tensor:
+        """(R, G) bool: pairs of this rank's scans [first, last) with the columns that are not left out.
+
+        Two scans of one subject are neither positives nor negatives of each other; a scan is kept with itself.
+        """
+        keep = torch.ones(last - first, self.total, dtype=torch.bool, device=self.z_2BD.device)
+        if self.subjects_B is not None and self.subjects_G is not None:
+            keep = self.subjects_B[first:last, None] != self.subjects_G[None, :]
+            keep[self._own(first, last)] = True
+        return keep
+
+    def kernel_weights(self, first: int, last: int) -> Tensor:
+        """(R, G): the kernel between scans, 1 for a scan with itself (that is, with its other view)."""
+        weights = self.kernel(self.proxies_BP[first:last], self.proxies_GP).to(self.z_2BD.dtype)
+        if self.subjects_B is not None:
+            weights = weights.masked_fill(~self.related(first, last), 0.0)
+        weights[self._own(first, last)] = 1.0
+        return weights
+
+    def block(self, first: int, last: int) -> Block:
+        """The rows of this rank's scans [first, last), both views, against all columns."""
+        rows, total = last - first, self.total
+        z_RD, z_CD = self.z_2BD[:, first:last].flatten(0, 1), self.z_2GD.flatten(0, 1)
+        logits = (z_RD @ z_CD.T) / self.temperature
+        keep = self.related(first, last).repeat(2, 2).view(2, rows, 2, total)
+        own_row, own_column = self._own(first, last)
+        for view in (0, 1):
+            if self.cross_view:
+                keep[view, :, view] = False
+            keep[view, own_row, view, own_column] = False
+        weights = self.kernel_weights(first, last).repeat(2, 2).view(2, rows, 2, total) * keep
+        shape = 2 * rows, 2 * total
+        return Block(logits, weights.view(shape), keep.view(shape))
+
+    def column_sums(self) -> Tensor:
+        """(G,): the sum of the weights in the column of either view of each scan, over all 2G anchors of all ranks.
+
+        Computed from the gathered proxies, a block of anchors at a time, so that it needs no further collective.
+        """
+        sums = torch.zeros(self.total, dtype=self.z_2BD.dtype, device=self.z_2BD.device)
+        for first in range(0, self.total, max(1, self.scans)):
+            rows = slice(first, min(self.total, first + max(1, self.scans)))
+            weights = self.kernel(self.proxies_GP[rows], self.proxies_GP).to(sums.dtype)
+            if self.subjects_G is not None:
+                weights = weights.masked_fill(self.subjects_G[rows, None] == self.subjects_G[None, :], 0.0)
+            own = torch.arange(rows.start, rows.stop, device=sums.device)
+            weights[own - first, own] = 1.0
+            sums += weights.sum(dim=0)
+        return sums if self.cross_view else 2.0 * sums - 1.0
+
+    def _own(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Where the scans [first, last) meet themselves in an (R, G) block: rows, columns."""
+        rows = torch.arange(last - first, device=self.z_2BD.device)
+        return rows, rows + self.start + first
+
+
+def gather_pairs(
+    views: Tensor,
+    proxies: Tensor,
+    *,
+    kernel: Kernel,
+    temperature: float | Tensor,
+    gather: Gather | None = None,
+    subjects: Tensor | None = None,
+    cross_view: bool = False,
+) -> Pairs:
+    """Check what a loss was given, normalise the embeddings and gather the columns of all ranks."""
+    _check(views, proxies, temperature, subjects)
+    z_2BD = normalised(views)
+    proxies_BP = proxies.detach().to(z_2BD.device, z_2BD.dtype)
+    sides = [proxies_BP] if subjects is None else [proxies_BP, subjects.to(z_2BD.device)]
+    columns = (gather or Alone())(z_2BD, sides)
+    if columns.z_2GD.shape[1] == 0:
+        raise UserError("views holds no scan on any rank; a loss needs at least one")
+    return Pairs(
+        z_2BD=z_2BD,
+        z_2GD=columns.z_2GD,
+        proxies_BP=proxies_BP,
+        proxies_GP=columns.sides[0],
+        subjects_B=None if subjects is None else sides[1],
+        subjects_G=None if subjects is None else columns.sides[1],
+        start=columns.start,
+        world_size=columns.world_size,
+        kernel=kernel,
+        temperature=temperature,
+        cross_view=cross_view,
+    )
+
+
+def _check(views: Tensor, proxies: Tensor, temperature: float | Tensor, subjects: Tensor | None) -> None:
+    if views.ndim != 3 or views.shape[0] != 2 or not views.is_floating_point():
+        raise UserError(f"views has shape {tuple(views.shape)}, type {views.dtype}; give floating (2, B, D)")
+    scans = views.shape[1]
+    if proxies.ndim != 2 or len(proxies) != scans:
+        raise UserError(f"proxies has shape {tuple(proxies.shape)} for {scans} scans; give (B, P) = ({scans}, P)")
+    if subjects is not None and (subjects.shape != (scans,) or subjects.is_floating_point()):
+        raise UserError(f"subjects has shape {tuple(subjects.shape)}, type {subjects.dtype}; give integers ({scans},)")
+    if not isinstance(temperature, Tensor) and not 0.0 < temperature < float("inf"):
+        raise UserError(f"temperature={temperature} is not allowed; give a finite number above 0 (the paper: 0.1)")

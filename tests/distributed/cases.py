@@ -1,0 +1,110 @@
+"""What the ranks run, and the one process that they are compared with: a small 3D encoder under a gathered loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pretrain.gather import AllGather
+from pretrain.losses import LOSSES, global_loss
+from tests.reference.wrong import WRONG_GATHERS
+
+GATHERS = {"right": AllGather, **WRONG_GATHERS}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training step: scans per rank, the loss and its options, how ranks gather and average."""
+
+    sizes: tuple[int, ...]
+    loss: str = "y-aware"
+    options: dict[str, Any] = field(default_factory=dict)
+    gather: str = "right"
+    ddp: bool = False
+    missing: bool = False
+    seed: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    def own(self, rank: int) -> slice:
+        first = sum(self.sizes[:rank])
+        return slice(first, first + self.sizes[rank])
+
+
+def encoder(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Every scan by itself (no batch statistics), so that one process and many compute the same embeddings."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return nn.Sequential(
+            nn.Conv3d(1, 4, 3, stride=2),
+            nn.GELU(),
+            nn.Conv3d(4, 6, 2),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(6, 5, bias=False),
+        ).to(dtype)
+
+
+def batch(job: Job, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Global batch: volumes (2, G, 1, 6, 6, 6), proxies (G, 1), subjects (G,); a function of the job's seed alone."""
+    source = torch.Generator().manual_seed(100 + job.seed)
+    volumes = 4.0 * torch.randn(2, job.total, 1, 6, 6, 6, generator=source, dtype=torch.float64).to(dtype)
+    ages = 20.0 + 30.0 * torch.rand(job.total, 1, generator=source, dtype=torch.float64)
+    if job.missing:
+        ages[:: max(2, job.total // 2)] = torch.nan
+    subjects = torch.arange(job.total) // 2
+    return volumes, ages.to(dtype), subjects
+
+
+def embed(model: Callable[[Tensor], Tensor], volumes: Tensor) -> Tensor:
+    return model(volumes.flatten(0, 1)).unflatten(0, (2, volumes.shape[1]))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def one_process(job: Job, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a process that holds the whole batch; loss(views, proxies, subjects)."""
+    model = encoder()
+    volumes, proxies, subjects = batch(job)
+    value = loss(embed(model, volumes), proxies, subjects)
+    value.backward()
+    return value.item(), gradients(model)
+
+
+def step(group: dist.ProcessGroup, rank: int, job: Job) -> tuple[float, float, dict[str, Tensor]]:
+    """The same step on one rank of many: (own share, global loss, averaged gradients)."""
+    model = encoder()
+    volumes, proxies, subjects = batch(job)
+    own = job.own(rank)
+    volumes, proxies, subjects = volumes[:, own], proxies[own], subjects[own]
+    gather = GATHERS[job.gather](group)
+    network = DistributedDataParallel(model, process_group=group) if job.ddp else model
+    options = {**job.options, **({"subjects": subjects} if job.options.get("subjects") else {})}
+    loss = LOSSES[job.loss](embed(network, volumes), proxies, gather=gather, **options)
+    loss.backward()
+    if not job.ddp:
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad, group=group)
+            parameter.grad /= gather.world_size
+    return loss.item(), global_loss(loss, gather).item(), gradients(model)
+
+
+def jobs_on_ranks(group: dist.ProcessGroup, rank: int, jobs: Sequence[Job]) -> list[Any]:
+    return [step(group, rank, job) for job in jobs]
+
+
+def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest difference of any entry, relative to the largest entry of all parameters' gradients."""
+    assert found.keys() == expected.keys()
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    return max((found[name].double() - expected[name].double()).abs().max().item() for name in expected) / scale

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+from infra.errors import UserError
+from pretrain.kernels import KERNELS
+from tests.reference import naive
+
+CONTINUOUS = ["gaussian", "epanechnikov", "exponential", "cauchy", "linear", "cosine"]
+
+
+def proxies(scans: int, count: int = 1, seed: int = 0) -> Tensor:
+    source = torch.Generator().manual_seed(seed)
+    return 6.0 + 82.0 * torch.rand(scans, count, generator=source, dtype=torch.float64)
+
+
+def by_loop(name: str, bandwidth: float, a: Tensor, b: Tensor) -> Tensor:
+    weight = naive.pair_weight(name, bandwidth)
+    return torch.tensor([[weight(x, y) for y in b.tolist()] for x in a.tolist()], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("bandwidth", [0.5, 5.0, 40.0])
+def test_continuous_kernels_equal_their_formulas(name: str, count: int, bandwidth: float) -> None:
+    a, b = proxies(7, count), proxies(5, count, seed=1)
+    found = KERNELS[name](bandwidth=bandwidth)(a, b)
+    torch.testing.assert_close(found, by_loop(name, bandwidth, a, b), rtol=1e-12, atol=1e-15)
+
+
+def test_a_gaussian_bandwidth_is_the_standard_deviation_not_its_square() -> None:
+    weights = KERNELS["gaussian"](bandwidth=5.0)(torch.tensor([[30.0]]), torch.tensor([[30.0], [35.0], [40.0]]))
+    torch.testing.assert_close(weights, torch.tensor([[1.0, math.exp(-0.5), math.exp(-2.0)]]))
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_weights_are_symmetric_one_at_no_distance_and_fall_with_it(name: str) -> None:
+    ages = torch.linspace(20.0, 60.0, 41, dtype=torch.float64)[:, None]
+    weights = KERNELS[name](bandwidth=8.0)(ages, ages)
+    torch.testing.assert_close(weights, weights.T, rtol=0, atol=0)
+    torch.testing.assert_close(weights.diagonal(), torch.ones(41, dtype=torch.float64))
+    assert (weights[0].diff() <= 0).all()
+    assert (weights >= 0).all()
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_bandwidth_zero_relates_no_two_scans_even_of_one_age(name: str) -> None:
+    ages = torch.tensor([[30.0], [30.0], [50.0]])
+    assert (KERNELS[name](bandwidth=0)(ages, ages) == 0).all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_missing_proxy_relates_to_nothing(name: str) -> None:
+    kernel = KERNELS[name](bandwidth=30.0) if name in CONTINUOUS else KERNELS[name]()
+    a = torch.tensor([[30.0, 1.0], [math.nan, 1.0], [31.0, math.nan]])
+    weights = kernel(a, a)
+    assert (weights[1:] == 0).all()
+    assert (weights[:, 1:] == 0).all()
+    assert torch.isfinite(weights).all()
+
+
+def test_categories() -> None:
+    sex = torch.tensor([[0.0], [1.0], [0.0]])
+    equal = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+    torch.testing.assert_close(KERNELS["same"]()(sex, sex), equal)
+    torch.testing.assert_close(KERNELS["same"](otherwise=0.25)(sex, sex), 0.25 + 0.75 * equal)
+    torch.testing.assert_close(KERNELS["different"]()(sex, sex), 1 - equal)
+    torch.testing.assert_close(KERNELS["different"](same=0.5)(sex, sex), 1 - 0.5 * equal)
+    both = torch.tensor([[0.0, 3.0], [0.0, 4.0]])
+    torch.testing.assert_close(KERNELS["same"]()(both, both), torch.eye(2))
+
+
+def test_a_bandwidth_per_proxy_scales_each() -> None:
+    a = proxies(6, 2)
+    scaled = a / torch.tensor([5.0, 20.0], dtype=torch.float64)
+    found = KERNELS["gaussian"](bandwidth=[5.0, 20.0])(a, a)
+    torch.testing.assert_close(found, KERNELS["gaussian"](bandwidth=1.0)(scaled, scaled))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_type_device_and_input_are_kept(name: str) -> None:
+    kernel = KERNELS[name](bandwidth=5.0) if name in CONTINUOUS else KERNELS[name]()
+    a = proxies(4).float()
+    before = a.clone()
+    weights = kernel(a, a[:0])
+    assert weights.shape == (4, 0)
+    assert kernel(a, a).dtype == torch.float32
+    assert torch.equal(a, before)
+    assert torch.equal(pickle.loads(pickle.dumps(kernel))(a, a), kernel(a, a))
+
+
+@pytest.mark.parametrize("bandwidth", [-1.0, math.nan, math.inf, "wide", [], [5.0, 0.0]])
+def test_a_wrong_bandwidth_is_refused(bandwidth: object) -> None:
+    with pytest.raises(UserError, match="bandwidth="):
+        KERNELS["gaussian"](bandwidth=bandwidth)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    kernel = KERNELS["gaussian"](bandwidth=5.0)
+    with pytest.raises(UserError, match=r"\(A, P\) and \(B, P\)"):
+        kernel(torch.ones(3), torch.ones(3))
+    with pytest.raises(UserError, match=r"\(A, P\) and \(B, P\)"):
+        kernel(torch.ones(3, 1), torch.ones(3, 2))
+    with pytest.raises(UserError, match="2 values, the proxies 1"):
+        KERNELS["gaussian"](bandwidth=[5.0, 5.0])(torch.ones(3, 1), torch.ones(3, 1))
+    with pytest.raises(UserError, match="otherwise=2"):
+        KERNELS["same"](otherwise=2)
