@@ -60,7 +60,7 @@ def test_a_changed_or_missing_file_is_refused(written, name):
 
 
 def test_weights_of_another_encoder_are_refused_in_one_line(written):
-    _, folder, root = written
+    root = written[2]
     other = build_encoder("resnet18", {"width": 0.5}).state_dict()
     write_encoder(root / "other", other, CONFIG, PREPROCESSING)
     with pytest.raises(UserError, match="weights do not fit resnet18") as caught:

@@ -1,0 +1,64 @@
+"""The bytes of a shard: a plain WebDataset tar, the same for the same input, whatever machine or moment wrote it."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zstandard
+from webdataset import TarWriter
+
+from data_pipeline.volume import Array
+from infra.errors import UserError
+
+CODECS = {"zst": "npy.zst", "npy": "npy"}
+
+
+def encode(voxels: Array, codec: str) -> bytes:
+    """(D, H, W) float16 -> .npy v1.0, in one zstd frame (level 3, with content size) for codec ``zst``."""
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.ascontiguousarray(voxels), version=(1, 0), allow_pickle=False)
+    raw = stream.getvalue()
+    return zstandard.ZstdCompressor(level=3, threads=0).compress(raw) if codec == "zst" else raw
+
+
+def decode(payload: bytes, codec: str) -> Array:
+    """What ``encode`` wrote."""
+    raw = zstandard.ZstdDecompressor().decompress(payload) if codec == "zst" else payload
+    return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]], codec: str) -> list[dict[str, Any]]:
+    """Write ``(key, payload, description)`` samples as a tar; a row per sample: key, offset, size, crc32c of the payload.
+
+    Times are 0 and owners root, members in the order given: the bytes depend on the samples alone.
+    """
+    if codec not in CODECS:
+        raise UserError(f"codec={codec!r} is not known; allowed: {', '.join(CODECS)}")
+    sums: dict[str, int] = {}
+    with path.open("wb") as stream:
+        writer = TarWriter(stream, mtime=0, user="root", group="root", mode=0o644, compress=False, encoder=False)
+        for key, payload, description in samples:
+            text = json.dumps(description, sort_keys=True).encode()
+            writer.write({"__key__": key, CODECS[codec]: payload, "json": text})
+            sums[key] = google_crc32c.value(payload)
+        writer.close()
+    return [
+        {"key": key, "offset": offset, "size": size, "crc32c": sums[key]}
+        for key, offset, size in payloads(path, CODECS[codec])
+    ]
+
+
+def payloads(path: Path, extension: str) -> Iterable[tuple[str, int, int]]:
+    """Key, offset and size of every member with ``extension``, read from the tar's own headers."""
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            key, _, ending = member.name.partition(".")
+            if ending == extension:
+                yield key, member.offset_data, member.size

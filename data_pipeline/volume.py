@@ -1,0 +1,122 @@
+"""One scan as an array: read, turned to RAS, brought to the grid, scaled, checked. Axes (D, H, W) = nibabel's x, y, z."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.processing import resample_from_to
+
+from infra.errors import UserError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# CAT12's default bounding box at 1.5 mm, the grid of the paper's grey-matter maps.
+VBM_SHAPE = (121, 145, 121)
+VBM_ORIGIN = (-90.0, -126.0, -72.0)
+REFERENCE_TIV_ML = 1500.0  # to which `scaling: tiv` brings every head
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where voxels lie: shape (D, H, W), spacing in mm, and the RAS affine of voxel (0, 0, 0)'s centre."""
+
+    shape: tuple[int, int, int]
+    affine: tuple[tuple[float, ...], ...]
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Edge lengths of a voxel in mm."""
+        return tuple(float(round(v, 6)) for v in np.linalg.norm(np.array(self.affine)[:3, :3], axis=0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest keeps it."""
+        return {"shape": list(self.shape), "spacing": list(self.spacing), "affine": [list(row) for row in self.affine]}
+
+    @classmethod
+    def from_dict(cls, grid: dict[str, Any]) -> Grid:
+        """From the manifest."""
+        d, h, w = (int(n) for n in grid["shape"])
+        return cls((d, h, w), tuple(tuple(float(v) for v in row) for row in grid["affine"]))
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], affine: Array) -> Grid:
+        """From an image's shape and affine, rounded to a micrometre so that equal grids compare equal."""
+        d, h, w = (int(n) for n in shape)
+        return cls((d, h, w), tuple(tuple(float(round(v, 3)) + 0.0 for v in row) for row in np.asarray(affine)))
+
+    @classmethod
+    def vbm(cls, spacing: float) -> Grid:
+        """The VBM box (181.5 x 217.5 x 181.5 mm) cut into voxels of ``spacing`` mm."""
+        edges = [n * 1.5 for n in VBM_SHAPE]
+        shape = tuple(max(1, round(edge / spacing)) for edge in edges)
+        affine = np.diag([spacing, spacing, spacing, 1.0])
+        affine[:3, 3] = [o - 0.75 + spacing / 2 for o in VBM_ORIGIN]
+        return cls.of(shape, affine)
+
+
+class BadScan(Exception):
+    """A scan that cannot be used; the text is the reason that quarantine.tsv gives."""
+
+
+def open_image(path: Path) -> Any:
+    """A scan's image, RAS, three-dimensional (one-volume 4D files lose their last axis). BadScan where it is not one."""
+    try:
+        image = nibabel.as_closest_canonical(nibabel.load(path))
+    except Exception as error:  # nibabel and gzip raise many kinds for a damaged file
+        raise BadScan(f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
+    shape = image.shape
+    if len(shape) == 4 and shape[3] == 1:
+        image = nibabel.squeeze_image(image)
+    elif len(shape) != 3:
+        raise BadScan(f"shape {shape} is not one 3D volume")
+    return image
+
+
+def load_volume(path: Path, grid: Grid, *, factor: float = 1.0) -> Array:
+    """A scan on the grid: (D, H, W) float16, multiplied by ``factor``. BadScan for what cannot be used."""
+    image = open_image(path)
+    if Grid.of(image.shape, image.affine) != grid:
+        image = resample_from_to(image, (grid.shape, np.array(grid.affine)), order=1)
+    try:
+        voxels = np.asarray(image.dataobj, dtype=np.float32)
+    except Exception as error:  # a truncated gzip stream shows only here
+        raise BadScan(f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
+    if not np.isfinite(voxels).all():
+        raise BadScan(f"{int((~np.isfinite(voxels)).sum())} voxels are NaN or infinite")
+    if voxels.min() == voxels.max():
+        raise BadScan(f"every voxel is {float(voxels.flat[0]):g}")
+    voxels *= np.float32(factor)
+    peak = float(np.abs(voxels).max())
+    # float16 ends at 65504: raw intensities beyond are scaled by a power of two, which loses nothing and which the
+    # z-score of the loader takes out again.
+    while peak > 32768.0:
+        voxels *= np.float32(0.5)
+        peak *= 0.5
+    return voxels.astype(np.float16)
+
+
+def scale_factor(scaling: str, values: dict[str, Any]) -> float:
+    """What ``load_volume`` multiplies by. ``tiv``: 1500 ml / total intracranial volume, which takes head size out."""
+    if scaling == "none":
+        return 1.0
+    tiv = values.get("tiv")
+    if not isinstance(tiv, int | float) or not 300 < tiv < 3000:
+        raise BadScan(f"tiv={tiv!r} is not a volume of 300..3000 ml; scaling: tiv needs it")
+    return REFERENCE_TIV_ML / float(tiv)
+
+
+def check_scaling(scaling: str) -> None:
+    """UserError for an unknown ``scaling``."""
+    if scaling not in ("none", "tiv"):
+        raise UserError(f"scaling={scaling!r} is not known; allowed: none, tiv")
+
+
+def zscore(voxels: Array) -> Array:
+    """(voxels - mean) / standard deviation over the whole volume, float32, as in the paper's code."""
+    wide = voxels.astype(np.float32)
+    mean, deviation = float(wide.mean(dtype=np.float64)), float(wide.std(dtype=np.float64))
+    return (wide - np.float32(mean)) / np.float32(max(deviation, 1e-8))
