@@ -57,7 +57,8 @@ def _linear(square: Tensor) -> Tensor:
 
 
 def _cosine(square: Tensor) -> Tensor:
-    return torch.cos(0.5 * math.pi * square.sqrt().clamp(max=1.0)).clamp(min=0.0)
+    # cos(π/2) is 6e-17, not 0: pairs beyond the bandwidth would still be ranked.
+    return torch.cos(0.5 * math.pi * square.sqrt()).masked_fill(square >= 1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,57 @@ def different(same: float = 0.0) -> CategoryKernel:
     return CategoryKernel(same=_share("same", same), different=1.0)
 
 
+@dataclass(frozen=True)
+class WhitenedKernel:
+    """``kernel`` on proxies turned by ``matrix`` (P, P), so that Euclidean distance there is Mahalanobis' here."""
+
+    kernel: Kernel
+    matrix: tuple[tuple[float, ...], ...]
+
+    def __call__(self, proxies_a: Tensor, proxies_b: Tensor) -> Tensor:
+        _check_proxies(proxies_a, proxies_b)
+        if len(self.matrix) != proxies_a.shape[1]:
+            raise UserError(f"covariance is for {len(self.matrix)} proxies, the scans have {proxies_a.shape[1]}")
+        turn = torch.tensor(self.matrix, dtype=proxies_a.dtype, device=proxies_a.device)
+        # A missing proxy makes its scan's whole row NaN, as it should.
+        return self.kernel(proxies_a @ turn.T, proxies_b @ turn.T)
+
+
+def multivariate_gaussian(covariance: Sequence[Sequence[float]]) -> WhitenedKernel:
+    """w = exp(-(a - b)ᵀ Σ⁻¹ (a - b) / 2) over all P proxies, ``covariance`` Σ (P, P) in the products of their units."""
+    sigma = torch.as_tensor(covariance, dtype=torch.float64)
+    square = sigma.ndim == 2 and sigma.shape[0] == sigma.shape[1] and len(sigma) > 0
+    # Estimated covariances are symmetric but for rounding.
+    symmetric = square and torch.allclose(sigma, sigma.T, rtol=1e-9)
+    factor, failed = torch.linalg.cholesky_ex(sigma) if symmetric else (sigma, torch.ones(()))
+    if failed:
+        raise UserError(f"covariance={covariance!r} is not allowed; give a symmetric positive definite matrix")
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(sigma), dtype=torch.float64), upper=False)
+    return WhitenedKernel(DistanceKernel(_gaussian, 1.0), tuple(tuple(row) for row in inverse.tolist()))
+
+
+@dataclass(frozen=True)
+class ProductKernel:
+    """w = Π_f k_f(a_f, b_f): every factor judges its own ``columns`` of the proxies. One missing proxy, and w = 0."""
+
+    factors: tuple[tuple[Kernel, tuple[int, ...]], ...]
+
+    def __call__(self, proxies_a: Tensor, proxies_b: Tensor) -> Tensor:
+        _check_proxies(proxies_a, proxies_b)
+        judged = sorted(column for _, columns in self.factors for column in columns)
+        if judged != list(range(proxies_a.shape[1])):
+            raise UserError(f"the kernels judge the proxy columns {judged}, the scans have {proxies_a.shape[1]}")
+        weights = proxies_a.new_ones(len(proxies_a), len(proxies_b))
+        for kernel, columns in self.factors:
+            weights *= kernel(proxies_a[:, list(columns)], proxies_b[:, list(columns)])
+        return weights
+
+
+def product(kernels: Sequence[Kernel]) -> ProductKernel:
+    """One kernel per proxy column, multiplied: age x sex, or age x a penalty for the anchor's own site."""
+    return ProductKernel(tuple((kernel, (column,)) for column, kernel in enumerate(kernels)))
+
+
 KERNELS: dict[str, Callable[..., Kernel]] = {
     "gaussian": gaussian,
     "epanechnikov": epanechnikov,
@@ -177,4 +229,5 @@ KERNELS: dict[str, Callable[..., Kernel]] = {
     "cosine": cosine,
     "same": same,
     "different": different,
+    "multivariate-gaussian": multivariate_gaussian,
 }

@@ -1,6 +1,6 @@
 """The pairs that a contrastive loss compares: this rank's views (rows) against the views of all ranks (columns).
 
-Anchor i = (view v, scan b) is row v·B + b; column j = (view u, scan g) is v·G + g. With two views of four scans on two
+Anchor i = (view v, scan b) is row v·B + b; column j = (view u, scan g) is u·G + g. With two views of four scans on two
 ranks, rank 1 holds the rows of scans c and d (s: the anchor itself, left out; o: its other view, weight 1; w: the
 kernel's weight, the same for the four pairs of views of two scans):
 
@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Concatenate, NamedTuple, ParamSpec
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,20 +31,19 @@ from pretrain.kernels import Kernel
 # A vector whose largest entry is smaller than this counts as zero: dividing by it would overflow float32.
 ZERO = 1e-30
 
-Options = ParamSpec("Options")
+Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
 
-def full_precision(
-    loss: Callable[Concatenate[Tensor, Options], Tensor],
-) -> Callable[Concatenate[Tensor, Options], Tensor]:
+def full_precision(loss: Loss) -> Loss:
     """The loss out of reach of autocast, which would take its similarities in half precision."""
 
     @functools.wraps(loss)
-    def guarded(views: Tensor, *arguments: Options.args, **options: Options.kwargs) -> Tensor:
-        with torch.autocast(views.device.type, enabled=False):
-            return loss(views, *arguments, **options)
+    def guarded(*arguments: Any, **options: Any) -> Tensor:
+        devices = (value.device.type for value in (*arguments, *options.values()) if isinstance(value, Tensor))
+        with torch.autocast(next(devices, "cpu"), enabled=False):
+            return loss(*arguments, **options)
 
-    return guarded
+    return cast(Loss, guarded)
 
 
 def normalised(views: Tensor) -> Tensor:
@@ -102,6 +101,11 @@ class Pairs:
         return self.z_2GD.shape[1]
 
     @property
+    def alone(self) -> bool:
+        """No other rank holds a scan: the columns are the rows."""
+        return self.total == self.scans
+
+    @property
     def share(self) -> float:
         """W / 2G, the factor on this rank's sum over anchors.
 
@@ -111,23 +115,28 @@ class Pairs:
         """
         return self.world_size / (2 * self.total)
 
-    def related(self, first: int, last: int) -> Tensor:
-        """(R, G) bool: pairs of this rank's scans [first, last) with the columns that are not left out.
+    def with_columns(self, columns_GD: Tensor) -> Pairs:
+        """The same with one vector per scan, such as a centroid, in place of the views' columns."""
+        return replace(self, z_2GD=columns_GD[None])
+
+    def related(self, first: int, last: int) -> Tensor | None:
+        """(R, G) bool: pairs of this rank's scans [first, last) with the columns that are not left out; None: all.
 
         Two scans of one subject are neither positives nor negatives of each other; a scan is kept with itself.
         """
-        keep = torch.ones(last - first, self.total, dtype=torch.bool, device=self.z_2BD.device)
-        if self.subjects_B is not None and self.subjects_G is not None:
-            keep = self.subjects_B[first:last, None] != self.subjects_G[None, :]
-            keep[self._own(first, last)] = True
+        if self.subjects_B is None or self.subjects_G is None:
+            return None
+        keep = self.subjects_B[first:last, None] != self.subjects_G[None, :]
+        keep[self.own(first, last)] = True
         return keep
 
     def kernel_weights(self, first: int, last: int) -> Tensor:
         """(R, G): the kernel between scans, 1 for a scan with itself (that is, with its other view)."""
-        weights = self.kernel(self.proxies_BP[first:last], self.proxies_GP).to(self.z_2BD.dtype)
-        if self.subjects_B is not None:
-            weights = weights.masked_fill(~self.related(first, last), 0.0)
-        weights[self._own(first, last)] = 1.0
+        weights = self.kernel(self.proxies_BP[first:last], self.proxies_GP)
+        keep = self.related(first, last)
+        if keep is not None:
+            weights = weights.masked_fill(~keep, 0.0)
+        weights[self.own(first, last)] = 1.0
         return weights
 
     def block(self, first: int, last: int) -> Block:
@@ -135,13 +144,16 @@ class Pairs:
         rows, total = last - first, self.total
         z_RD, z_CD = self.z_2BD[:, first:last].flatten(0, 1), self.z_2GD.flatten(0, 1)
         logits = (z_RD @ z_CD.T) / self.temperature
-        keep = self.related(first, last).repeat(2, 2).view(2, rows, 2, total)
-        own_row, own_column = self._own(first, last)
+        keep = torch.ones(2, rows, 2, total, dtype=torch.bool, device=z_RD.device)
+        related = self.related(first, last)
+        if related is not None:
+            keep &= related[None, :, None]
+        own_row, own_column = self.own(first, last)
         for view in (0, 1):
             if self.cross_view:
                 keep[view, :, view] = False
             keep[view, own_row, view, own_column] = False
-        weights = self.kernel_weights(first, last).repeat(2, 2).view(2, rows, 2, total) * keep
+        weights = self.kernel_weights(first, last)[None, :, None] * keep
         shape = 2 * rows, 2 * total
         return Block(logits, weights.view(shape), keep.view(shape))
 
@@ -150,21 +162,20 @@ class Pairs:
 
         Computed from the gathered proxies, a block of anchors at a time, so that it needs no further collective.
         """
-        sums = torch.zeros(self.total, dtype=self.z_2BD.dtype, device=self.z_2BD.device)
-        for first in range(0, self.total, max(1, self.scans)):
-            rows = slice(first, min(self.total, first + max(1, self.scans)))
-            weights = self.kernel(self.proxies_GP[rows], self.proxies_GP).to(sums.dtype)
-            if self.subjects_G is not None:
-                weights = weights.masked_fill(self.subjects_G[rows, None] == self.subjects_G[None, :], 0.0)
-            own = torch.arange(rows.start, rows.stop, device=sums.device)
-            weights[own - first, own] = 1.0
-            sums += weights.sum(dim=0)
+        everyone = Pairs(
+            self.z_2GD, self.z_2GD, self.proxies_GP, self.proxies_GP, self.subjects_G, self.subjects_G,
+            0, 1, self.kernel, self.temperature, self.cross_view,
+        )  # fmt: skip
+        step = max(1, min(self.total, 2**22 // self.total))
+        sums = self.z_2GD.new_zeros(self.total)
+        for first in range(0, self.total, step):
+            sums += everyone.kernel_weights(first, min(self.total, first + step)).sum(dim=0)
         return sums if self.cross_view else 2.0 * sums - 1.0
 
-    def _own(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def own(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Where the scans [first, last) meet themselves in an (R, G) block: rows, columns."""
         rows = torch.arange(last - first, device=self.z_2BD.device)
-        return rows, rows + self.start + first
+        return rows, rows + (self.start + first)
 
 
 def gather_pairs(
@@ -172,7 +183,7 @@ def gather_pairs(
     proxies: Tensor,
     *,
     kernel: Kernel,
-    temperature: float | Tensor,
+    temperature: float | Tensor = 1.0,
     gather: Gather | None = None,
     subjects: Tensor | None = None,
     cross_view: bool = False,

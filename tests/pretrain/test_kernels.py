@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from infra.errors import UserError
-from pretrain.kernels import KERNELS
+from pretrain.kernels import KERNELS, Kernel, product
 from tests.reference import naive
 
 CONTINUOUS = ["gaussian", "epanechnikov", "exponential", "cauchy", "linear", "cosine"]
+
+
+def make(name: str, proxies: int) -> Kernel:
+    if name == "multivariate-gaussian":
+        return KERNELS[name](covariance=torch.eye(proxies).tolist())
+    return KERNELS[name](bandwidth=30.0) if name in CONTINUOUS else KERNELS[name]()
 
 
 def proxies(scans: int, count: int = 1, seed: int = 0) -> Tensor:
@@ -56,7 +62,7 @@ def test_bandwidth_zero_relates_no_two_scans_even_of_one_age(name: str) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_missing_proxy_relates_to_nothing(name: str) -> None:
-    kernel = KERNELS[name](bandwidth=30.0) if name in CONTINUOUS else KERNELS[name]()
+    kernel = make(name, 2)
     a = torch.tensor([[30.0, 1.0], [math.nan, 1.0], [31.0, math.nan]])
     weights = kernel(a, a)
     assert (weights[1:] == 0).all()
@@ -82,9 +88,40 @@ def test_a_bandwidth_per_proxy_scales_each() -> None:
     torch.testing.assert_close(found, KERNELS["gaussian"](bandwidth=1.0)(scaled, scaled))
 
 
+def test_multivariate_gaussian_is_its_formula() -> None:
+    covariance = torch.tensor([[25.0, 30.0], [30.0, 100.0]], dtype=torch.float64)
+    a, b = proxies(6, 2), proxies(4, 2, seed=1)
+    found = KERNELS["multivariate-gaussian"](covariance=covariance.tolist())(a, b)
+    for i in range(6):
+        for j in range(4):
+            difference = a[i] - b[j]
+            expected = math.exp(-0.5 * float(difference @ torch.linalg.inv(covariance) @ difference))
+            assert found[i, j].item() == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    diagonal = KERNELS["multivariate-gaussian"](covariance=[[25.0, 0.0], [0.0, 400.0]])
+    torch.testing.assert_close(diagonal(a, b), KERNELS["gaussian"](bandwidth=[5.0, 20.0])(a, b))
+
+
+@pytest.mark.parametrize(
+    "covariance", [[[1.0, 2.0], [2.0, 1.0]], [[1.0, 0.1], [0.2, 1.0]], [[1.0, 0.0]], [], [[math.nan]]]
+)
+def test_a_wrong_covariance_is_refused(covariance: list[list[float]]) -> None:
+    with pytest.raises(UserError, match="covariance="):
+        KERNELS["multivariate-gaussian"](covariance=covariance)
+
+
+def test_a_product_multiplies_one_kernel_per_proxy() -> None:
+    scans = torch.stack([proxies(6)[:, 0], torch.tensor([0.0, 1, 0, 1, 0, math.nan], dtype=torch.float64)], dim=1)
+    age, sex = KERNELS["gaussian"](bandwidth=20.0), KERNELS["same"](otherwise=0.5)
+    found = product([age, sex])(scans, scans)
+    torch.testing.assert_close(found, age(scans[:, :1], scans[:, :1]) * sex(scans[:, 1:], scans[:, 1:]))
+    assert (found[5] == 0).all()
+    with pytest.raises(UserError, match=r"judge the proxy columns \[0, 1\]"):
+        product([age, sex])(scans[:, :1], scans[:, :1])
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_type_device_and_input_are_kept(name: str) -> None:
-    kernel = KERNELS[name](bandwidth=5.0) if name in CONTINUOUS else KERNELS[name]()
+    kernel = make(name, 1)
     a = proxies(4).float()
     before = a.clone()
     weights = kernel(a, a[:0])

@@ -58,7 +58,7 @@ def test_equals_the_naive_loops_with_every_kernel(case: str, normalization: str)
 def test_equals_the_naive_loops_over_sizes(scans: int, depth: int, temperature: float, bandwidth: float) -> None:
     views, ages = batch(scans, depth, seed=scans)
     found = y_aware_infonce(views, ages, kernel=KERNELS["gaussian"](bandwidth=bandwidth), temperature=temperature)
-    expected = naive.y_aware(views, ages, naive.pair_weight("gaussian", bandwidth), temperature)
+    expected = naive.y_aware(views, ages, naive.pair_weight("gaussian", bandwidth), temperature=temperature)
     assert found.item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-12)
 
 

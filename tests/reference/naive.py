@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def _distance(a: Sequence[float], b: Sequence[float], bandwidth: float) -> float
     return math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True))) / bandwidth
 
 
-def pair_weight(name: str, bandwidth: float = 1.0) -> PairWeight:
+def pair_weight(name: str, bandwidth: float = 1.0, otherwise: float = 0.0, same: float = 0.0) -> PairWeight:
     """The weight of two different scans, from the formula of its kernel."""
     formulas: dict[str, Callable[[float], float]] = {
         "gaussian": lambda d: math.exp(-(d**2) / 2),
@@ -33,46 +34,146 @@ def pair_weight(name: str, bandwidth: float = 1.0) -> PairWeight:
         if any(math.isnan(value) for value in (*a, *b)):
             return 0.0
         if name == "same":
-            return float(tuple(a) == tuple(b))
+            return 1.0 if tuple(a) == tuple(b) else otherwise
         if name == "different":
-            return float(tuple(a) != tuple(b))
+            return 1.0 if tuple(a) != tuple(b) else same
         return 0.0 if bandwidth == 0 else formulas[name](_distance(a, b, bandwidth))
 
     return weight
+
+
+@dataclass
+class Table:
+    """All 2N views against each other: s_ij / τ, w_ij, and the columns j that anchor i is compared with."""
+
+    s: list[list[Tensor]]
+    w: list[list[float]]
+    others: list[list[int]]
+
+    @property
+    def anchors(self) -> range:
+        return range(len(self.s))
 
 
 def unit(vector: Tensor) -> Tensor:
     return vector / torch.sqrt(sum(x * x for x in vector))
 
 
-def view_table(
-    views: Tensor, proxies: Tensor, weight: PairWeight, temperature: float
-) -> tuple[list[list[Tensor]], list[list[float]], list[int]]:
-    """Similarities / τ and weights of all pairs of the 2N views, and the scan of each view."""
+def table(
+    views: Tensor,
+    proxies: Tensor,
+    weight: PairWeight,
+    temperature: float = 0.1,
+    subjects: Sequence[int] | None = None,
+    cross_view: bool = False,
+) -> Table:
     count = views.shape[1]
-    z = [unit(views[view, scan]) for view in (0, 1) for scan in range(count)]
-    scan_of = [scan for _ in (0, 1) for scan in range(count)]
-    rows = proxies.tolist()
-    similarity = [[(z_i * z_j).sum() / temperature for z_j in z] for z_i in z]
-    weights = [[1.0 if a == b else weight(rows[a], rows[b]) for b in scan_of] for a in scan_of]
-    return similarity, weights, scan_of
+    place = [(view, scan) for view in (0, 1) for scan in range(count)]
+    z = [unit(views[view, scan]) for view, scan in place]
+    ages = proxies.tolist()
+    others = []
+    for view, scan in place:
+        mine = []
+        for j, (other_view, other_scan) in enumerate(place):
+            myself = (view, scan) == (other_view, other_scan)
+            relative = subjects is not None and scan != other_scan and subjects[scan] == subjects[other_scan]
+            if not myself and not relative and not (cross_view and view == other_view):
+                mine.append(j)
+        others.append(mine)
+    return Table(
+        s=[[(z_i * z_j).sum() / temperature for z_j in z] for z_i in z],
+        w=[[1.0 if a == b else weight(ages[a], ages[b]) for _, b in place] for _, a in place],
+        others=others,
+    )
+
+
+def log_sum(terms: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).logsumexp(0)
 
 
 def y_aware(
-    views: Tensor, proxies: Tensor, weight: PairWeight, temperature: float = 0.1, normalization: str = "row"
+    views: Tensor, proxies: Tensor, weight: PairWeight, *, normalization: str = "row", **options: object
 ) -> Tensor:
-    """-(1/2N) Σ_i Σ_{j≠i} w_ij / Σ_{k≠i} w_ik log p(j|i); column: -(1/N) Σ_i Σ_{j≠i} w_ij / Σ_{k≠j} w_kj log p(j|i)."""
-    s, w, scan_of = view_table(views, proxies, weight, temperature)
-    everyone = range(len(scan_of))
+    """-(1/2N) Σ_i Σ_j w_ij / Σ_k w_ik log p(j|i); column: -(1/N) Σ_i Σ_j w_ij / Σ_k w_kj log p(j|i)."""
+    t = table(views, proxies, weight, **options)
     total = views.new_zeros(())
-    for i in everyone:
-        log_sum = torch.stack([s[i][k] for k in everyone if k != i]).logsumexp(0)
-        for j in everyone:
-            if j == i:
-                continue
+    for i in t.anchors:
+        denominator = log_sum(t.s[i][k] for k in t.others[i])
+        for j in t.others[i]:
             if normalization == "row":
-                share = w[i][j] / sum(w[i][k] for k in everyone if k != i)
+                share = t.w[i][j] / sum(t.w[i][k] for k in t.others[i])
             else:
-                share = w[i][j] / sum(w[k][j] for k in everyone if k != j)
-            total = total - share * (s[i][j] - log_sum)
-    return total / (len(scan_of) if normalization == "row" else len(scan_of) / 2)
+                share = t.w[i][j] / sum(t.w[k][j] for k in t.anchors if j in t.others[k])
+            total = total - share * (t.s[i][j] - denominator)
+    return total / (len(t.s) if normalization == "row" else len(t.s) / 2)
+
+
+def threshold(views: Tensor, proxies: Tensor, weight: PairWeight, **options: object) -> Tensor:
+    """-(1/2N) Σ_i Σ_k w_ik / Σ_t w_it log( exp(s_ik) / Σ_{t: w_it < w_ik} exp(s_it) )"""
+    t = table(views, proxies, weight, **options)
+    total = views.new_zeros(())
+    for i in t.anchors:
+        whole = sum(t.w[i][k] for k in t.others[i])
+        for k in t.others[i]:
+            less = [t.s[i][j] for j in t.others[i] if t.w[i][j] < t.w[i][k]]
+            if less:
+                total = total - t.w[i][k] / whole * (t.s[i][k] - log_sum(less))
+    return total / len(t.s)
+
+
+def exp(views: Tensor, proxies: Tensor, weight: PairWeight, **options: object) -> Tensor:
+    """-(1/2N) Σ_i Σ_k w_ik / Σ_t w_it log( exp(s_ik) / Σ_t exp(s_it (1 - w_it)) )"""
+    t = table(views, proxies, weight, **options)
+    total = views.new_zeros(())
+    for i in t.anchors:
+        whole = sum(t.w[i][k] for k in t.others[i])
+        denominator = log_sum(t.s[i][j] * (1 - t.w[i][j]) for j in t.others[i])
+        for k in t.others[i]:
+            total = total - t.w[i][k] / whole * (t.s[i][k] - denominator)
+    return total / len(t.s)
+
+
+def rank_n_contrast(views: Tensor, proxies: Tensor, weight: PairWeight, **options: object) -> Tensor:
+    """-(1/2N) Σ_i 1/|J_i| Σ_{j in J_i} log( exp(s_ij) / Σ_{k: w_ik <= w_ij} exp(s_ik) ), J_i = {j: w_ij > 0}"""
+    t = table(views, proxies, weight, **options)
+    total = views.new_zeros(())
+    for i in t.anchors:
+        ranked = [j for j in t.others[i] if t.w[i][j] > 0]
+        for j in ranked:
+            farther = [t.s[i][k] for k in t.others[i] if t.w[i][k] <= t.w[i][j]]
+            total = total - (t.s[i][j] - log_sum(farther)) / len(ranked)
+    return total / len(t.s)
+
+
+def decoupled_uniformity(
+    views: Tensor,
+    proxies: Tensor,
+    weight: PairWeight,
+    *,
+    scale: float = 2.0,
+    ridge: float | None = None,
+    subjects: Sequence[int] | None = None,
+) -> Tensor:
+    """log( 1/(N(N-1)) Σ_{a≠b} exp(-t |μ_a - μ_b|²) ), μ = (K + λI)⁻¹ K z̄"""
+    count = views.shape[1]
+    ages = proxies.tolist()
+    mean = torch.stack([(unit(views[0, a]) + unit(views[1, a])) / 2 for a in range(count)])
+    rows = [[1.0 if a == b else weight(ages[a], ages[b]) for b in range(count)] for a in range(count)]
+    k = torch.tensor(rows, dtype=views.dtype)
+    penalty = 1 / math.sqrt(count) if ridge is None else ridge
+    centroids = torch.linalg.inv(k + penalty * torch.eye(count, dtype=views.dtype)) @ k @ mean
+    total = views.new_zeros(())
+    for a in range(count):
+        for b in range(count):
+            if a != b and (subjects is None or subjects[a] != subjects[b]):
+                total = total + torch.exp(-scale * ((centroids[a] - centroids[b]) ** 2).sum())
+    return (total / (count * (count - 1))).log()
+
+
+TWINS: dict[str, Callable[..., Tensor]] = {
+    "y-aware": y_aware,
+    "threshold": threshold,
+    "exp": exp,
+    "rank-n-contrast": rank_n_contrast,
+    "decoupled-uniformity": decoupled_uniformity,
+}
