@@ -9,6 +9,6 @@ from tests.distributed.ranks import Ranks
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Three gloo ranks, started once for all tests; a case may use fewer of them."""
-    with Ranks(3) as pool:
+    """Four gloo ranks, started once for all tests; a case may use fewer of them."""
+    with Ranks(4) as pool:
         yield pool

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 
 GAUSSIAN = KERNELS["gaussian"](bandwidth=5.0)
 # Scans per rank: alone; equal; one scan each; unequal, the smaller first and last; a rank without any scan.
-SIZES = [(4,), (3, 3), (1, 1), (2, 4), (4, 1), (2, 2, 2), (1, 3, 2), (3, 0, 2)]
+SIZES = [(4,), (3, 3), (1, 1), (2, 4), (4, 1), (2, 2, 2), (1, 3, 2), (3, 0, 2), (2, 1, 1, 3)]
 
 
 def naive_y_aware(views: Tensor, proxies: Tensor, _: Tensor, bandwidth: float = 5.0, **options: str) -> Tensor:
