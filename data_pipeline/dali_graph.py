@@ -27,7 +27,7 @@ def view_arrays(settings: Augmentation, view: View, noise: Any) -> tuple[Any, ..
     if settings.blur.p > 0:
         arrays.append(np.array([view.blur], np.float32))
     if settings.noise.p > 0:
-        arrays += [np.float32(view.noise * view.noise_sign), noise]
+        arrays += [np.array(view.noise * view.noise_sign, np.float32), noise]
     if settings.cutout.p > 0:
         arrays += [view.cutout_from, np.full(3, view.cutout_side, np.float32)]
     return tuple(arrays)

@@ -84,4 +84,23 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"pretrain": pretrain, "export": export}
+def embed(arguments: list[str]) -> int:
+    """Features of NIfTI files, brought to the encoder's grid as its training scans were."""
+    parser = argparse.ArgumentParser(prog="yaware embed", description=embed.__doc__)
+    parser.add_argument("encoder", help="an exported encoder, a checkpoint or a run folder")
+    parser.add_argument(
+        "scans", nargs="+", type=Path, help="NIfTI files of the modality that the encoder was trained on"
+    )
+    parser.add_argument("--tiv", type=float, nargs="+", help="total intracranial volumes in ml, for scaling: tiv")
+    parser.add_argument("--out", type=Path, help="table to write (.tsv); default: standard output")
+    options = parser.parse_args(arguments)
+    from pretrain.embed import embed_files, write_table
+
+    rows = embed_files(options.encoder, options.scans, options.tiv)
+    write_table(rows, options.out)
+    if options.out:
+        print(f"embed: wrote {options.out}: {len(rows)} scans, {len(rows[0][1])} features")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"pretrain": pretrain, "export": export, "embed": embed}

@@ -1,0 +1,196 @@
+"""Drawing of parameters: keyed, uniform, identity at zero; and each DALI operator against its scipy twin."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from data_pipeline.augment import (
+    BANK_MARGIN,
+    PRESETS,
+    Affine,
+    Augmentation,
+    Blur,
+    Crop,
+    Cutout,
+    Flip,
+    Noise,
+    draw_view,
+    load_augmentation,
+    noise_bank,
+)
+from data_pipeline.dali_graph import AugmentPipeline, view_arrays
+from data_pipeline.volume import zscore
+from infra.errors import UserError
+from tests.cohorts import blob
+
+SHAPE = (14, 16, 12)
+
+
+def apply(settings: Augmentation, volume: np.ndarray, view, noise=None) -> np.ndarray:
+    """One volume through the real graph, with the same parameters for both views."""
+
+    def source(sample):
+        arrays = view_arrays(settings, view, noise)
+        return (volume.astype(np.float16)[..., None], *arrays, *arrays)
+
+    pipeline = AugmentPipeline(source, settings, batch=1, device="cpu", threads=1, workers=0, prefetch=1)
+    views = pipeline.run()[:, 0, 0].numpy()
+    pipeline.close()
+    assert np.array_equal(views[0], views[1])
+    return views[0]
+
+
+@pytest.fixture(scope="module")
+def volume():
+    return blob(3, 40.0).astype(np.float16).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def scored(volume):
+    return zscore(volume)
+
+
+def twin_warp(scored, matrix):
+    """The same resampling by scipy, whose coordinates count from the first voxel's centre rather than its corner."""
+    linear, offset = matrix[:, :3].astype(float), matrix[:, 3].astype(float)
+    half = np.full(3, 0.5)
+    return ndimage.affine_transform(scored, linear, linear @ half + offset - half, order=1, mode="nearest")
+
+
+def test_no_augmentation_is_the_z_score(volume, scored):
+    out = apply(PRESETS["none"], volume, draw_view(PRESETS["none"], SHAPE, 0, 0, 0, 0))
+    np.testing.assert_allclose(out, scored, atol=3e-6)
+
+
+def test_flip_changes_left_and_right_only(volume, scored):
+    settings = Augmentation(flip=Flip(p=1.0))
+    out = apply(settings, volume, draw_view(settings, SHAPE, 0, 0, 0, 0))
+    np.testing.assert_allclose(out, scored[::-1], atol=3e-6)
+    assert np.abs(out - scored).max() > 0.1  # the blob is not symmetric
+
+
+@pytest.mark.parametrize("scan", range(4))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Augmentation(affine=Affine(p=1.0, degrees=20.0)),
+        Augmentation(affine=Affine(p=1.0, zoom=0.2)),
+        Augmentation(affine=Affine(p=1.0, shift=0.2)),
+        Augmentation(crop=Crop(p=1.0, side=0.75)),
+        Augmentation(flip=Flip(p=1.0), affine=Affine(p=1.0, degrees=10.0, zoom=0.1, shift=0.1), crop=Crop(p=1.0, side=0.8)),
+    ],
+    ids=["rotation", "zoom", "shift", "crop", "all"],
+)
+def test_warp_equals_scipy(volume, scored, settings, scan):
+    view = draw_view(settings, SHAPE, 1, 0, scan, 0)
+    out = apply(settings, volume, view)
+    np.testing.assert_allclose(out, twin_warp(scored, view.matrix), atol=2e-4)
+    assert np.abs(out - scored).max() > 0.05
+
+
+def test_a_crop_is_the_box_brought_back_to_the_grid(volume, scored):
+    settings = Augmentation(crop=Crop(p=1.0, side=0.5))
+    view = draw_view(settings, SHAPE, 2, 0, 1, 0)
+    corner = view.matrix @ np.array([0, 0, 0, 1.0])
+    assert np.allclose(view.matrix[:, :3], np.eye(3) * 0.5)
+    assert np.all(corner >= -1e-5)
+    assert np.all(corner <= np.array(SHAPE) * 0.5 + 1e-5)
+
+
+def test_blur_equals_scipy(volume, scored):
+    settings = Augmentation(blur=Blur(p=1.0, sigma=(0.8, 0.8)))
+    out = apply(settings, volume, draw_view(settings, SHAPE, 0, 0, 0, 0))
+    radius = int(np.ceil(3 * 0.8))
+    twin = ndimage.gaussian_filter(scored.astype(np.float64), 0.8, mode="mirror", radius=radius)
+    np.testing.assert_allclose(out, twin, atol=2e-5)
+
+
+def test_noise_is_the_drawn_part_of_the_bank(volume, scored):
+    settings = Augmentation(noise=Noise(p=1.0, sigma=(0.5, 0.5)))
+    view = draw_view(settings, SHAPE, 0, 0, 0, 0)
+    bank = noise_bank(SHAPE, 0)
+    part = bank[tuple(slice(c, c + n) for c, n in zip(view.noise_from, SHAPE, strict=True))]
+    out = apply(settings, volume, view, np.ascontiguousarray(part[..., None]))
+    np.testing.assert_allclose(out, scored + 0.5 * view.noise_sign * part.astype(np.float32), atol=1e-5)
+    assert bank.shape == tuple(n + BANK_MARGIN for n in SHAPE)
+    assert abs(float(bank.astype(np.float32).std()) - 1) < 0.01
+
+
+def test_cutout_zeroes_a_box_of_a_quarter_of_each_side(volume, scored):
+    settings = Augmentation(cutout=Cutout(p=1.0, side=0.25))
+    out = apply(settings, volume, draw_view(settings, SHAPE, 0, 0, 5, 0))
+    cut = np.argwhere(out != scored.astype(np.float32))
+    changed = np.abs(out - scored) > 1e-5
+    low, high = np.argwhere(changed).min(0), np.argwhere(changed).max(0) + 1
+    assert np.all(out[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] == 0)
+    assert np.all(np.abs((high - low) - np.array(SHAPE) * 0.25) <= 1)
+    assert len(cut)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Augmentation(affine=Affine(p=1.0)),
+        Augmentation(crop=Crop(p=1.0, side=1.0)),
+        Augmentation(blur=Blur(p=1.0, sigma=(0.0, 0.0))),
+        Augmentation(noise=Noise(p=1.0, sigma=(0.0, 0.0))),
+        Augmentation(flip=Flip(p=1e-12), blur=Blur(p=1e-12), cutout=Cutout(p=1e-12)),
+    ],
+    ids=["affine", "crop", "blur", "noise", "never"],
+)
+def test_zero_strength_changes_nothing(volume, scored, settings):
+    noise = np.ones((*SHAPE, 1), np.float16)
+    out = apply(settings, volume, draw_view(settings, SHAPE, 0, 0, 0, 0), noise)
+    np.testing.assert_allclose(out, scored, atol=5e-6)
+
+
+def test_a_view_depends_on_its_key_alone():
+    settings = PRESETS["default"]
+    keys = list(itertools.product([0, 1], [0, 1], [0, 7], [0, 1]))
+    first = [draw_view(settings, SHAPE, *key) for key in keys]
+    again = [draw_view(settings, SHAPE, *key) for key in reversed(keys)][::-1]
+    for a, b in zip(first, again, strict=True):
+        assert np.array_equal(a.matrix, b.matrix)
+        assert (a.blur, a.noise, a.noise_from) == (b.blur, b.noise, b.noise_from)
+    assert len({view.noise_from for view in first}) == len(keys)
+
+
+def test_operators_are_applied_as_often_as_asked():
+    settings = PRESETS["paper-all"]
+    views = [draw_view(settings, SHAPE, 0, 0, scan, view) for scan in range(1000) for view in range(2)]
+    shares = [
+        np.mean([v.matrix[0, 0] < 0 for v in views]),
+        np.mean([v.blur > 0.01 for v in views]),
+        np.mean([v.noise > 0 for v in views]),
+        np.mean([v.cutout_side > 0 for v in views]),
+        np.mean([abs(v.matrix[1, 1]) < 1 for v in views]),
+    ]
+    assert np.allclose(shares, 0.5, atol=0.06)  # five standard deviations
+
+
+def test_changing_one_probability_leaves_the_other_draws_alone():
+    base = PRESETS["paper-all"]
+    other = load_augmentation({"preset": "paper-all", "cutout": {"p": 0.0}})
+    for scan in range(20):
+        a, b = (draw_view(s, SHAPE, 0, 0, scan, 0) for s in (base, other))
+        assert np.array_equal(a.matrix, b.matrix)
+        assert (a.blur, a.noise) == (b.blur, b.noise)
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ("papr-all", r"augmentation.preset='papr-all' is not known \(did you mean 'paper-all'\?\)"),
+        ({"preset": "none", "blurr": {}}, r"augmentation.blurr is no operator \(did you mean 'blur'\?\)"),
+        ({"blur": {"sigm": 1}}, r"augmentation.blur.sigm is not known \(did you mean 'sigma'\?\)"),
+        ({"blur": 0.5}, "augmentation.blur=0.5 must hold keys"),
+        ({"flip": {"p": 2}}, r"augmentation.flip.p: .*less than or equal to 1, found 2"),
+    ],
+)
+def test_wrong_settings_are_named(section, text):
+    with pytest.raises(UserError, match=text):
+        load_augmentation(section)
