@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pretrain.kernels import KERNELS
+from pretrain.losses import LOSSES
 from tests.distributed.cases import Job, one_process, relative_error
 from tests.distributed.deepspeed_cases import serve, zero_steps
 from tests.distributed.ranks import Ranks
@@ -13,30 +14,35 @@ from tests.reference import naive
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 STAGES = (0, 1, 2, 3)
+BANDWIDTH = 5.0
 
 
-def check(world_size: int, sizes: list[tuple[int, ...]]) -> None:
-    """One set of ranks for all stages and sizes: starting a DeepSpeed group takes seconds."""
-    options = {"kernel": KERNELS["gaussian"](bandwidth=5.0)}
-    jobs = [(stage, Job(size, options=options, seed=seed)) for seed, size in enumerate(sizes) for stage in STAGES]
+def check(world_size: int, jobs: list[Job]) -> None:
+    """One set of ranks for all jobs and stages: starting a DeepSpeed group takes seconds."""
+    runs = [(stage, job) for job in jobs for stage in STAGES]
     with Ranks(world_size, serve) as pool:
-        results = pool.run(zero_steps, world_size, jobs=jobs)
-    weight = naive.pair_weight("gaussian", 5.0)
-    for index, (stage, job) in enumerate(jobs):
-        value, gradients = one_process(job, lambda views, proxies, _: naive.y_aware(views, proxies, weight))
-        for share, whole, found in (results[rank][index] for rank in range(world_size)):
-            assert share != pytest.approx(value, rel=1e-4) or world_size == 1
-            assert whole == pytest.approx(value, rel=1e-5), f"ZeRO {stage}, {job.sizes}"
-            assert relative_error(found, gradients) < 1e-5, f"ZeRO {stage}, {job.sizes}"
+        results = pool.run(zero_steps, world_size, jobs=runs)
+    weight = naive.pair_weight("gaussian", BANDWIDTH)
+    for index, (stage, job) in enumerate(runs):
+        twin = naive.TWINS[job.loss]
+        value, gradients = one_process(job, lambda views, proxies, _, twin=twin: twin(views, proxies, weight))
+        for _, whole, found in (results[rank][index] for rank in range(world_size)):
+            assert whole == pytest.approx(value, rel=1e-5), f"ZeRO {stage}, {job}"
+            assert relative_error(found, gradients) < 1e-5, f"ZeRO {stage}, {job}"
 
 
-def test_zero_stages_on_three_ranks() -> None:
-    check(3, [(2, 2, 2), (1, 3, 2)])
+def job(sizes: tuple[int, ...], loss: str = "y-aware", seed: int = 0, tile: int | None = None) -> Job:
+    return Job(sizes, loss, {"kernel": KERNELS["gaussian"](bandwidth=BANDWIDTH), "tile": tile}, seed=seed)
 
 
-def test_zero_stages_on_two_ranks() -> None:
-    check(2, [(2, 2), (3, 1)])
+def test_y_aware_on_three_ranks() -> None:
+    check(3, [job((2, 2, 2)), job((1, 3, 2), seed=1, tile=2)])
 
 
-def test_zero_stages_on_one_rank() -> None:
-    check(1, [(4,)])
+def test_every_loss_on_two_ranks() -> None:
+    plain = [job((3, 1), loss, seed) for seed, loss in enumerate(LOSSES)]
+    check(2, [*plain, job((2, 2), tile=1), job((3, 1), "threshold", seed=9, tile=1)])
+
+
+def test_y_aware_on_one_rank() -> None:
+    check(1, [job((4,)), job((4,), tile=2)])
