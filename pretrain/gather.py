@@ -159,10 +159,12 @@ class AllGather:
         return [int(size) for size in everyone.tolist()]
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a detached tensor over the ranks, the same on each."""
+        """The sum of a detached tensor over the ranks, the same on each, on the tensor's device."""
         total = value.detach().clone()
+        if dist.get_backend(self.group) == "nccl":
+            total = total.cuda()
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
-        return total
+        return total.to(value.device)
 
 
 def _unpack(side_GS: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:

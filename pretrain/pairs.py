@@ -212,7 +212,7 @@ def gather_pairs(
 
 
 def _check(views: Tensor, proxies: Tensor, temperature: float | Tensor, subjects: Tensor | None) -> None:
-    if views.ndim != 3 or views.shape[0] != 2 or not views.is_floating_point():
+    if views.ndim != 3 or views.shape[0] != 2 or views.shape[2] == 0 or not views.is_floating_point():
         raise UserError(f"views has shape {tuple(views.shape)}, type {views.dtype}; give floating (2, B, D)")
     scans = views.shape[1]
     if proxies.ndim != 2 or len(proxies) != scans:
