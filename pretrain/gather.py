@@ -3,14 +3,14 @@
     rank r holds     embeddings (2, B_r, D) and side columns (B_r, ...): proxies, subjects
     forward          all_gather of one record per scan: its 2 D floats and its side values, as bytes
     every rank has   embeddings (2, G, D) and side columns (G, ...), G = sum of B_r, in rank order
-    backward         reduce_scatter (SUM) of the gradient (G, 2 D): every rank gets what all ranks' losses
+    backward         reduce_scatter (sum) of the gradient (G, 2 D): every rank gets what all ranks' losses
                      say about its own scans
 
-The ranks may hold different numbers of scans; blocks are padded to the largest, S = max B_r, for the wire.
-With W ranks, record = 2 D e + s bytes (e = bytes of a float, s = bytes of the side values of a scan), a rank receives
-    forward    (W - 1) S (2 D e + s), and 8 (W - 1) for the sizes, unless they are given
-    backward   (W - 1) S 2 D e
-bytes: O(G D), whatever the loss does with the (2 B, 2 G) pairs.
+The ranks may hold different numbers of scans; all_gather pads their blocks to the largest, S = max B_r. With W ranks,
+e bytes of a float and s bytes of side values of a scan (4 P of float32 proxies, 8 more for subjects), a rank sends
+    forward    (W - 1) (S (2 D e + s) + 8)      the 8 bytes of its size not where the sizes are given
+    backward   (G - B_r) 2 D e                  = (W - 1) B 2 D e where all hold B (NCCL: padded to S)
+bytes: O(G D), whatever the loss does with the (2 B, 2 G) pairs. The benchmark measures them.
 
 B = scans of this rank, G = scans of all ranks, D = embedding size, W = ranks.
 """
@@ -27,6 +27,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from infra.errors import UserError
+
+# torch 2.13 renamed these two and warns about the old names; 2.11 has the old names alone.
+_all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+# Backends on which the sum goes by an exchange of parts, see _reduce_scatter.
+EXCHANGED = ("gloo",)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class _GatherRows(torch.autograd.Function):
         block[: len(rows_BF), :row_bytes] = _bytes(rows_BF)
         block[: len(rows_BF), row_bytes:] = side_BS
         received = block.new_empty(len(sizes) * slot, block.shape[1])
-        dist.all_gather_into_tensor(received, block, group=group)
+        _all_gather_flat(received, block, group=group)
         all_GR = torch.cat([received[r * slot : r * slot + size] for r, size in enumerate(sizes)])
         side_GS = all_GR[:, row_bytes:].contiguous()
         ctx.mark_non_differentiable(side_GS)
@@ -103,14 +109,25 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        grad_GF, sizes = gradients[0].contiguous(), ctx.sizes
-        slot = max(sizes)
-        padded = grad_GF.new_zeros(len(sizes) * slot, grad_GF.shape[1])
-        for r, part in enumerate(torch.split(grad_GF, list(sizes))):
-            padded[r * slot : r * slot + len(part)] = part
-        summed = grad_GF.new_empty(slot, grad_GF.shape[1])
-        dist.reduce_scatter_tensor(summed, padded, op=dist.ReduceOp.SUM, group=ctx.group)
-        return summed[: sizes[dist.get_rank(ctx.group)]], None, None, None
+        return _reduce_scatter(gradients[0].contiguous(), ctx.sizes, ctx.group), None, None, None
+
+
+def _reduce_scatter(rows_GF: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """(B, F): the sum over ranks of their values of this rank's rows."""
+    rank, width = dist.get_rank(group), rows_GF.shape[1]
+    if dist.get_backend(group) in EXCHANGED:
+        # gloo's reduce_scatter is an allreduce inside: measured, twice the bytes and 5 to 7 times the time of an
+        # exchange of the parts, which also needs no padding and adds them up in rank order.
+        parts = rows_GF.new_empty(len(sizes) * sizes[rank], width)
+        dist.all_to_all_single(parts, rows_GF, [sizes[rank]] * len(sizes), list(sizes), group=group)
+        return parts.view(len(sizes), sizes[rank], width).sum(dim=0)
+    slot = max(sizes)
+    padded = rows_GF.new_zeros(len(sizes) * slot, width)
+    for r, part in enumerate(torch.split(rows_GF, list(sizes))):
+        padded[r * slot : r * slot + len(part)] = part
+    summed = rows_GF.new_empty(slot, width)
+    _reduce_scatter_flat(summed, padded, op=dist.ReduceOp.SUM, group=group)
+    return summed[: sizes[rank]]
 
 
 class AllGather:
@@ -155,7 +172,7 @@ class AllGather:
             return self.sizes
         own = torch.tensor([scans], dtype=torch.int64, device=device)
         everyone = own.new_empty(self.world_size)
-        dist.all_gather_into_tensor(everyone, own, group=self.group)
+        _all_gather_flat(everyone, own, group=self.group)
         return [int(size) for size in everyone.tolist()]
 
     def sum(self, value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pretrain import gather as gather_module
 from pretrain.gather import AllGather, Alone
 from tests.distributed.ranks import Ranks
 
@@ -21,7 +22,11 @@ def ranks() -> Iterator[Ranks]:
         yield pool
 
 
-def gathered(group: dist.ProcessGroup, rank: int, sizes: Sequence[int], known: bool, dtype: torch.dtype) -> Any:
+def gathered(
+    group: dist.ProcessGroup, rank: int, sizes: Sequence[int], known: bool, dtype: torch.dtype, exchanged: bool
+) -> Any:
+    # The way of NCCL works on gloo too, only slower.
+    gather_module.EXCHANGED = ("gloo",) if exchanged else ()
     scans = sizes[rank]
     z = (torch.arange(2 * scans * 3, dtype=dtype).view(2, scans, 3) + 1000 * (rank + 1)).requires_grad_()
     proxies = torch.full((scans, 2), rank + 0.5, dtype=torch.float32)
@@ -34,14 +39,15 @@ def gathered(group: dist.ProcessGroup, rank: int, sizes: Sequence[int], known: b
     return z.detach(), z.grad, columns.z_2GD.detach(), columns.sides, columns.start, columns.world_size
 
 
+@pytest.mark.parametrize("exchanged", [True, False], ids=["exchanged", "reduced"])
 @pytest.mark.parametrize("known", [False, True], ids=["sizes-exchanged", "sizes-given"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sizes", [(2,), (2, 2), (1, 3), (2, 0, 3), (1, 1, 1)], ids=str)
 def test_columns_in_rank_order_and_summed_gradients(
-    ranks: Ranks, sizes: tuple[int, ...], dtype: torch.dtype, known: bool
+    ranks: Ranks, sizes: tuple[int, ...], dtype: torch.dtype, known: bool, exchanged: bool
 ) -> None:
     world, total = len(sizes), sum(sizes)
-    results = ranks.run(gathered, world, sizes=sizes, known=known, dtype=dtype)
+    results = ranks.run(gathered, world, sizes=sizes, known=known, dtype=dtype, exchanged=exchanged)
     everyone = torch.cat([z for z, *_ in results], dim=1)
     weights = torch.arange(2 * total * 3, dtype=dtype).view(2, total, 3) * sum(range(1, world + 1))
     for rank, (z, gradient, columns, sides, start, reported) in enumerate(results):
