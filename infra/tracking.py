@@ -319,6 +319,7 @@ def client_of(uri: str, create: bool = True) -> Any:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     if file is None or not create:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     file.parent.mkdir(parents=True, exist_ok=True)

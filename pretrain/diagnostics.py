@@ -18,14 +18,12 @@ from torch import Tensor
 
 from pretrain.gather import Alone, Gather
 from pretrain.kernels import Kernel
-from pretrain.pairs import gather_pairs
+from pretrain.pairs import KERNEL_BLOCK, gather_pairs
 
 # An anchor with fewer positives than this learns from little more than its own other view.
 FEW = 2.0
 # Upper edges of the histogram's bins but the last, in effective positives: powers of two.
 EDGES = tuple(float(2**power) for power in range(1, 13))
-# Rows of the kernel at a time, in values.
-BLOCK = 2**22
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,14 @@ def effective_positives(
     # Embeddings that say nothing: the gather, checks and exclusions are then the loss's own.
     views = torch.zeros(2, len(proxies), 1, dtype=torch.float64, device=proxies.device)
     pairs = gather_pairs(views, proxies, kernel=kernel, gather=gather, subjects=subjects, cross_view=cross_view)
-    step = max(1, BLOCK // pairs.total)
+    rows, columns, step = range(pairs.scans), range(pairs.total), max(1, KERNEL_BLOCK // pairs.total)
     parts = [views.new_zeros(0)]
-    for first in range(0, pairs.scans, step):
-        last = min(pairs.scans, first + step)
-        weights = pairs.kernel_weights(first, last)
+    for first in rows[::step]:
+        block = rows[first : first + step]
+        weights = pairs.kernel_weights(block, columns)
         # Another scan stands for its two views; the anchor's own scan for its other view alone.
         copies = torch.full_like(weights, 1.0 if cross_view else 2.0)
-        copies[pairs.own(first, last)] = 1.0
+        copies.diagonal(pairs.start + first).fill_(1.0)
         total = (copies * weights).sum(dim=1)
         # -Σ p log p with p = w / total, written so that w = 0 adds 0.
         entropy = total.log() - (copies * torch.special.xlogy(weights, weights)).sum(dim=1) / total

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,8 @@ def import_deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed and gloo go by names that torch 2.13 calls deprecated; nothing a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
 
 
@@ -47,7 +52,8 @@ def warm() -> None:
 
     if get_accelerator().device_name() == "cpu":
         with exclusive_build():
-            get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+            with redirect_stdout(io.StringIO()):  # it reports its success from every rank
+                get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
 
 
 def start_ranks() -> torch.device:

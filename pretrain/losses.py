@@ -238,34 +238,30 @@ def decoupled_uniformity(
     kernel_GG.fill_diagonal_(1.0)
     penalty = (pairs.total**-0.5 if ridge is None else ridge) * torch.eye(pairs.total).to(kernel_GG)
     centroids_GD = torch.linalg.solve(kernel_GG + penalty, kernel_GG) @ pairs.z_2GD.mean(dim=0)
-    own = sum_over_scans(
-        pairs.with_columns(centroids_GD), lambda part, first, last: _repulsion(part, first, last, scale), tile
-    )
+    spread = pairs.with_columns(centroids_GD)
+    own = sum_over_scans(spread, lambda part, rows: _repulsion(part, rows, scale), tile)
     everyone = (gather or Alone()).sum(own)
     value = (everyone / (pairs.total * (pairs.total - 1))).log()
     # The value is the whole batch's; the gradient is this rank's share of that of log Σ.
     return value + (own - own.detach()) * (pairs.world_size / everyone)
 
 
-def _repulsion(pairs: Pairs, first: int, last: int, scale: float) -> Tensor:
-    """Σ exp(-t |μ_a - μ_b|²) over this rank's scans a in [first, last) and all other scans b."""
-    centroids_GD = pairs.z_2GD[0]
-    rows, columns = pairs.own(first, last)
-    own_RD = centroids_GD[columns]
+def _repulsion(pairs: Pairs, rows: range, scale: float) -> Tensor:
+    """Σ exp(-t |μ_a - μ_b|²) over these scans a of this rank and all other scans b."""
+    centroids_GD, columns = pairs.z_2GD[0], range(pairs.total)
+    own_RD = centroids_GD[pairs.start + rows.start : pairs.start + rows.stop]
     squares = own_RD.square().sum(1)[:, None] + centroids_GD.square().sum(1)[None, :] - 2.0 * own_RD @ centroids_GD.T
-    repelled = torch.exp(-scale * squares)
-    left_out = torch.zeros_like(repelled, dtype=torch.bool)
-    related = pairs.related(first, last)
+    left_out = torch.zeros_like(squares, dtype=torch.bool)
+    related = pairs.related(rows, columns)
     if related is not None:
         left_out |= ~related
-    left_out[rows, columns] = True
-    return repelled.masked_fill(left_out, 0.0).sum()
+    left_out.diagonal(pairs.start + rows.start).fill_(True)
+    return torch.exp(-scale * squares).masked_fill(left_out, 0.0).sum()
 
 
 def _mean_over_anchors(pairs: Pairs, anchor_losses: Callable[[Block], Tensor], tile: TileSize) -> Tensor:
     """This rank's share of the mean over all anchors of ``anchor_losses``: block of R scans -> (2R,)."""
-    total = sum_over_scans(pairs, lambda part, first, last: anchor_losses(part.block(first, last)).sum(), tile)
-    return total * pairs.share
+    return sum_over_scans(pairs, lambda part, rows: anchor_losses(part.block(rows)).sum(), tile) * pairs.share
 
 
 def _log_sum(block: Block) -> Tensor:

@@ -30,6 +30,8 @@ from pretrain.kernels import Kernel
 
 # A vector whose largest entry is smaller than this counts as zero: dividing by it would overflow float32.
 ZERO = 1e-30
+# Values of the scans' kernel that are held at a time where all of it is walked through.
+KERNEL_BLOCK = 2**20
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
@@ -119,63 +121,65 @@ class Pairs:
         """The same with one vector per scan, such as a centroid, in place of the views' columns."""
         return replace(self, z_2GD=columns_GD[None])
 
-    def related(self, first: int, last: int) -> Tensor | None:
-        """(R, G) bool: pairs of this rank's scans [first, last) with the columns that are not left out; None: all.
+    def crossing(self, rows: range, columns: range) -> int | None:
+        """Which diagonal of the (R, C) tile of these scans holds them against themselves; None if none does."""
+        offset = self.start + rows.start - columns.start
+        return offset if -len(rows) < offset < len(columns) else None
+
+    def related(self, rows: range, columns: range) -> Tensor | None:
+        """(R, C) bool: which of this rank's scans and which columns are not left out; None: nothing is.
 
         Two scans of one subject are neither positives nor negatives of each other; a scan is kept with itself.
         """
         if self.subjects_B is None or self.subjects_G is None:
             return None
-        keep = self.subjects_B[first:last, None] != self.subjects_G[None, :]
-        keep[self.own(first, last)] = True
+        keep = self.subjects_B[rows.start : rows.stop, None] != self.subjects_G[None, columns.start : columns.stop]
+        diagonal = self.crossing(rows, columns)
+        if diagonal is not None:
+            keep.diagonal(diagonal).fill_(True)
         return keep
 
-    def kernel_weights(self, first: int, last: int) -> Tensor:
-        """(R, G): the kernel between scans, 1 for a scan with itself (that is, with its other view)."""
-        weights = self.kernel(self.proxies_BP[first:last], self.proxies_GP)
-        keep = self.related(first, last)
+    def kernel_weights(self, rows: range, columns: range) -> Tensor:
+        """(R, C): the kernel between scans, 1 for a scan with itself (that is, with its other view)."""
+        weights = self.kernel(self.proxies_BP[rows.start : rows.stop], self.proxies_GP[columns.start : columns.stop])
+        keep = self.related(rows, columns)
         if keep is not None:
             weights = weights.masked_fill(~keep, 0.0)
-        weights[self.own(first, last)] = 1.0
+        diagonal = self.crossing(rows, columns)
+        if diagonal is not None:
+            weights.diagonal(diagonal).fill_(1.0)
         return weights
 
-    def block(self, first: int, last: int) -> Block:
-        """The rows of this rank's scans [first, last), both views, against all columns."""
-        rows, total = last - first, self.total
-        z_RD, z_CD = self.z_2BD[:, first:last].flatten(0, 1), self.z_2GD.flatten(0, 1)
+    def block(self, rows: range) -> Block:
+        """These scans' rows, both views, against all columns."""
+        columns, count, total = range(self.total), len(rows), self.total
+        z_RD, z_CD = self.z_2BD[:, rows.start : rows.stop].flatten(0, 1), self.z_2GD.flatten(0, 1)
         logits = (z_RD @ z_CD.T) / self.temperature
-        keep = torch.ones(2, rows, 2, total, dtype=torch.bool, device=z_RD.device)
-        related = self.related(first, last)
+        keep = torch.ones(2, count, 2, total, dtype=torch.bool, device=z_RD.device)
+        related, diagonal = self.related(rows, columns), self.crossing(rows, columns)
         if related is not None:
             keep &= related[None, :, None]
-        own_row, own_column = self.own(first, last)
         for view in (0, 1):
             if self.cross_view:
                 keep[view, :, view] = False
-            keep[view, own_row, view, own_column] = False
-        weights = self.kernel_weights(first, last)[None, :, None] * keep
-        shape = 2 * rows, 2 * total
-        return Block(logits, weights.view(shape), keep.view(shape))
+            elif diagonal is not None:
+                keep[view, :, view].diagonal(diagonal).fill_(False)
+        weights = self.kernel_weights(rows, columns)[None, :, None] * keep
+        return Block(logits, weights.view(2 * count, 2 * total), keep.view(2 * count, 2 * total))
 
     def column_sums(self) -> Tensor:
         """(G,): the sum of the weights in the column of either view of each scan, over all 2G anchors of all ranks.
 
         Computed from the gathered proxies, a block of anchors at a time, so that it needs no further collective.
         """
-        everyone = Pairs(
-            self.z_2GD, self.z_2GD, self.proxies_GP, self.proxies_GP, self.subjects_G, self.subjects_G,
-            0, 1, self.kernel, self.temperature, self.cross_view,
-        )  # fmt: skip
-        step = max(1, min(self.total, 2**22 // self.total))
+        everyone = replace(
+            self, z_2BD=self.z_2GD, proxies_BP=self.proxies_GP, subjects_B=self.subjects_G, start=0, world_size=1
+        )
+        columns, step = range(self.total), max(1, KERNEL_BLOCK // self.total)
         sums = self.z_2GD.new_zeros(self.total)
-        for first in range(0, self.total, step):
-            sums += everyone.kernel_weights(first, min(self.total, first + step)).sum(dim=0)
+        for first in columns[::step]:
+            sums += everyone.kernel_weights(columns[first : first + step], columns).sum(dim=0)
         return sums if self.cross_view else 2.0 * sums - 1.0
-
-    def own(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Where the scans [first, last) meet themselves in an (R, G) block: rows, columns."""
-        rows = torch.arange(last - first, device=self.z_2BD.device)
-        return rows, rows + (self.start + first)
 
 
 def gather_pairs(

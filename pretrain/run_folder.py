@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from data_pipeline.manifest import Manifest
 from omegaconf import OmegaConf
 
+from data_pipeline.manifest import Manifest
 from infra.errors import UserError
 from infra.files import atomic_write, write_json
 from infra.settings import flatten, to_dict, to_yaml

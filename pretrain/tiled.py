@@ -4,23 +4,23 @@ y-Aware InfoNCE (`y_aware_sum`) has a closed form. With the weights of an anchor
 
     L_i = logsumexp_j s_ij - Σ_j w_ij s_ij         dL_i / ds_ij = p_ij - w_ij         s_ij = <z_i, z_j> / τ
 
-and both halves go by tiles:
-- p: tile after tile of columns updates the running maximum and the running sum of exp of each row (online logsumexp);
-  a second pass forms p_ij = exp(s_ij - logsumexp_i) tile by tile and multiplies it onto the embeddings at once.
-  One process compares everything with itself, s_ij = s_ji, so half the tiles serve rows and columns alike: two
-  products of (2N, 2N, D) in all, where autograd on the plain form takes three.
-- w: Σ_j w_ij z_j and its transpose need the kernel between *scans*, (B, G), not between views (2B, 2G), and no
-  similarity at all.
+and goes twice over the tiles. The first pass gathers each row's sums: logsumexp (online: tile after tile updates a
+running maximum and a running sum of exp), Σ w, Σ w s. The second forms p - w of a tile and multiplies it onto the
+embeddings at once. A tile is all four pairs of views of R x C scans; its kernel is computed once, between the scans.
+
+One process compares everything with itself, so s_ij = s_ji and w's kernel is symmetric: a tile above the diagonal
+serves for the one below (`_one_process`): two products of (2N, 2N, D) in all, where autograd on the plain form
+takes three. Many ranks (`_many_ranks`) take three, keeping the logits of one strip of rows between the passes.
+
 The gradient is formed together with the value, in one call, and kept (2(B + G) D values) until backward asks for it.
+Every other loss (`sum_over_scans`) goes by blocks of rows against all columns, each through autograd on its own.
 
-Every other loss (`sum_by_rows`) goes by blocks of rows against all columns, each through autograd on its own.
-
-B = scans of this rank, G = scans of all ranks, D = embedding size, T = scans of a tile, u, v = views.
+B = scans of this rank, G = scans of all ranks, D = embedding size, R x C = scans of a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -32,35 +32,38 @@ from pretrain.pairs import Pairs
 
 # Scans of a tile, or None for the plain form.
 TileSize = int | Literal["auto"] | None
-# Sum of the losses of this rank's scans [first, last), both views.
-Piece = Callable[[Pairs, int, int], Tensor]
+# Sum of the losses of these scans of this rank, both views.
+Piece = Callable[[Pairs, range], Tensor]
 
-# A tile of 1024 x 1024 floats (4 MB) was as fast as any on a CPU with 32 MB of cache, and 512 or 2048 within 5 %.
-CPU_TILE = 1024
-GPU_TILE = 8192
-# Logits of a strip of rows are kept between the two passes up to this size, and computed twice beyond it.
-STRIP_BYTES = 128 * 2**20
-# Takes the place of -inf: a row's first tiles may hold nothing else, and inf - inf is NaN.
+# Scans of a tile, and bytes of the logits of a strip of rows. On a CPU with 1 MB of second-level cache a core, tiles
+# of 256 to 1024 scans took the same time within 10 %.
+CPU_TILE, CPU_STRIP = 512, 2**26
+GPU_TILE, GPU_STRIP = 2048, 2**29
+# Takes the place of -inf: a row's first tile may hold nothing else, and inf - inf is NaN.
 MASKED = -1e30
+# With |s| <= 1/τ, exp(s - 1/τ) >= exp(-2/τ): up to these, one constant serves as every row's maximum.
+SAFE_SPAN = {torch.float32: 60.0, torch.float64: 600.0}
 
 
-def check_tile(tile: TileSize) -> None:
-    """Refuse a tile size that is neither a positive number, "auto" nor None."""
+class Sizes(NamedTuple):
+    """Scans of a tile: rows, columns."""
+
+    rows: int
+    columns: int
+
+
+def tile_sizes(tile: TileSize, pairs: Pairs) -> Sizes:
+    """The tiles to use: as given, or such that a tile suits the device and a strip of rows its memory."""
+    if isinstance(tile, int):
+        return Sizes(tile, tile)
+    side, strip = (GPU_TILE, GPU_STRIP) if pairs.z_2BD.is_cuda else (CPU_TILE, CPU_STRIP)
+    in_strip = strip // (4 * pairs.total * pairs.z_2BD.element_size())
+    return Sizes(min(side, max(64, in_strip)), side)
+
+
+def _check_tile(tile: TileSize) -> None:
     if tile is not None and tile != "auto" and (not isinstance(tile, int) or tile < 1):
         raise UserError(f"tile={tile!r} is not allowed; give a number of scans >= 1, 'auto', or None for no tiling")
-
-
-def _tile_scans(tile: TileSize, z: Tensor) -> int:
-    if isinstance(tile, int):
-        return tile
-    return GPU_TILE if z.is_cuda else CPU_TILE
-
-
-def _row_scans(tile: TileSize, pairs: Pairs) -> int:
-    """Scans per block of rows against all columns: 2R x 2G values of a strip, at least one scan."""
-    if isinstance(tile, int):
-        return tile
-    return max(1, STRIP_BYTES // (8 * 4 * pairs.total * pairs.z_2BD.element_size()))
 
 
 class _SumByRows(torch.autograd.Function):
@@ -68,15 +71,15 @@ class _SumByRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z_2BD: Tensor, z_2GD: Tensor, temperature: Tensor, pairs: Pairs, piece: Piece, rows: int
+        ctx: Any, z_2BD: Tensor, z_2GD: Tensor, temperature: Tensor, pairs: Pairs, piece: Piece, step: int
     ) -> Tensor:
         inputs = [tensor.detach().requires_grad_() for tensor in (z_2BD, z_2GD, temperature)]
         sums = [torch.zeros_like(tensor) for tensor in inputs]
-        total = z_2BD.new_zeros(())
+        total, scans = z_2BD.new_zeros(()), range(pairs.scans)
         part = replace(pairs, z_2BD=inputs[0], z_2GD=inputs[1], temperature=inputs[2])
-        for first in range(0, pairs.scans, rows):
+        for first in scans[::step]:
             with torch.enable_grad():
-                value = piece(part, first, min(pairs.scans, first + rows))
+                value = piece(part, scans[first : first + step])
                 gradients = torch.autograd.grad(value, inputs, allow_unused=True)
             total += value.detach()
             for whole, gradient in zip(sums, gradients, strict=True):
@@ -92,201 +95,200 @@ class _SumByRows(torch.autograd.Function):
 
 def sum_over_scans(pairs: Pairs, piece: Piece, tile: TileSize) -> Tensor:
     """The sum of ``piece`` over this rank's scans, at once (tile None) or by blocks of rows."""
-    check_tile(tile)
+    _check_tile(tile)
     if tile is None:
-        return piece(pairs, 0, pairs.scans)
+        return piece(pairs, range(pairs.scans))
     temperature = torch.as_tensor(pairs.temperature, dtype=pairs.z_2BD.dtype, device=pairs.z_2BD.device)
-    rows = _row_scans(tile, pairs)
-    total: Tensor = _SumByRows.apply(pairs.z_2BD, pairs.z_2GD, temperature, pairs, piece, rows)  # type: ignore[no-untyped-call]
+    # Autograd keeps about eight matrices of a block.
+    step = tile if isinstance(tile, int) else max(1, tile_sizes(tile, pairs).rows // 8)
+    total: Tensor = _SumByRows.apply(pairs.z_2BD, pairs.z_2GD, temperature, pairs, piece, step)  # type: ignore[no-untyped-call]
     return total
 
 
-class _Range(NamedTuple):
-    """Scans [first, last) of a view."""
-
-    view: int
-    first: int
-    last: int
-
-
-def _ranges(scans: int, tile: int) -> list[_Range]:
-    return [_Range(view, first, min(scans, first + tile)) for view in (0, 1) for first in range(0, scans, tile)]
-
-
 class _Tiles:
-    """Tiles of the logits of this rank's rows against all columns, with what is left out set to MASKED."""
+    """The logits and the kernel, tile by tile, and the shares of the weights in a row's loss.
 
-    def __init__(self, pairs: Pairs, rows_2BD: Tensor, columns_2GD: Tensor, inverse_temperature: Tensor) -> None:
-        self.pairs = pairs
-        self.rows_2BD, self.columns_2GD = rows_2BD, columns_2GD
-        self.scaled_2BD = rows_2BD * inverse_temperature
+    share_ij = w_ij / Σ_k w_ik (rows) or 2 w_ij / Σ_k w_kj (columns).
+    """
 
-    def columns_of(self, row: _Range, columns: list[_Range]) -> Iterator[_Range]:
-        """The column tiles that a row tile meets."""
-        return (column for column in columns if not (self.pairs.cross_view and column.view == row.view))
+    def __init__(self, pairs: Pairs, inverse_temperature: Tensor, by_row: bool) -> None:
+        self.pairs, self.by_row = pairs, by_row
+        self.rows_2BD, self.columns_2GD = pairs.z_2BD.detach(), pairs.z_2GD.detach()
+        self.scaled_2BD = self.rows_2BD * inverse_temperature
+        # <sum of a scan's views, sum of another's> is the sum of their four products; across views, two of them.
+        facing = self.columns_2GD.flip(0) if pairs.cross_view else self.columns_2GD
+        self._near, self._far = (self._joined(z, pairs.cross_view) for z in (self.scaled_2BD, facing))
+        self._column_shares_G = None if by_row else 2.0 / pairs.column_sums()
 
-    def logits(self, row: _Range, column: _Range) -> Tensor:
-        """(rows, columns) of the two ranges, a fresh tensor."""
-        pairs = self.pairs
-        columns_CD = self.columns_2GD[column.view, column.first : column.last]
-        tile = self.scaled_2BD[row.view, row.first : row.last] @ columns_CD.T
-        # Row b and column start + b are one scan: the tile's diagonal with this offset, where it crosses the tile.
-        offset = pairs.start + row.first - column.first
-        crosses = -tile.shape[0] < offset < tile.shape[1]
-        if pairs.subjects_B is not None and pairs.subjects_G is not None:
-            subjects_R, subjects_C = (
-                pairs.subjects_B[row.first : row.last],
-                pairs.subjects_G[column.first : column.last],
-            )
-            left_out = subjects_R[:, None] == subjects_C[None, :]
-            if crosses:
-                left_out.diagonal(offset).fill_(False)
-            tile.masked_fill_(left_out, MASKED)
-        if crosses and row.view == column.view:
-            tile.diagonal(offset).fill_(MASKED)
+    @staticmethod
+    def _joined(z_2XD: Tensor, cross_view: bool) -> Tensor:
+        return torch.cat([z_2XD[0], z_2XD[1]], dim=1) if cross_view else z_2XD[0] + z_2XD[1]
+
+    def logits(self, rows: range, columns: range) -> Tensor:
+        """(2R, 2C), with MASKED where a pair is left out."""
+        left = self.scaled_2BD[:, rows.start : rows.stop].flatten(0, 1)
+        tile = left @ self.columns_2GD[:, columns.start : columns.stop].flatten(0, 1).T
+        return self.leave_out(tile, rows, columns, MASKED)
+
+    def leave_out(self, tile: Tensor, rows: range, columns: range, value: float) -> Tensor:
+        """Write ``value`` in (2R, 2C) where the anchor meets itself or a pair is left out."""
+        pairs, views = self.pairs, tile.view(2, len(rows), 2, len(columns))
+        related, diagonal = pairs.related(rows, columns), pairs.crossing(rows, columns)
+        if related is not None:
+            views.masked_fill_(~related[None, :, None], value)
+        for view in (0, 1):
+            if pairs.cross_view:
+                views[view, :, view] = value
+            elif diagonal is not None:
+                views[view, :, view].diagonal(diagonal).fill_(value)
         return tile
 
+    def weights(self, rows: range, columns: range) -> Tensor:
+        """(R, C): the kernel, times the column's share where shares are by columns."""
+        weights = self.pairs.kernel_weights(rows, columns)
+        if self._column_shares_G is not None:
+            weights *= self._column_shares_G[columns.start : columns.stop]
+        return weights
 
-class _LogSums:
-    """Online logsumexp of rows: running maximum, and running sum of exp(logit - maximum)."""
+    def similarities(self, rows: range, columns: range) -> Tensor:
+        """(R, C): the sum of the logits of the pairs of views of two scans, a scan's with itself included."""
+        return self._near[rows.start : rows.stop] @ self._far[columns.start : columns.stop].T
 
-    def __init__(self, like_2BD: Tensor) -> None:
-        self.largest_2B = like_2BD.new_full(like_2BD.shape[:2], MASKED)
-        self.sum_2B = like_2BD.new_zeros(like_2BD.shape[:2])
-
-    def add(self, row: _Range, logits: Tensor) -> None:
-        """Take in a tile (rows of the range, any columns)."""
-        place = row.view, slice(row.first, row.last)
-        before = self.largest_2B[place]
-        largest = torch.maximum(before, logits.amax(dim=1))
-        added = torch.exp(logits - largest[:, None]).sum(dim=1)
-        self.sum_2B[place] = self.sum_2B[place] * torch.exp(before - largest) + added
-        self.largest_2B[place] = largest
-
-    def result(self) -> Tensor:
-        """(2, B)"""
-        return self.largest_2B + self.sum_2B.log()
+    def own(self) -> tuple[Tensor, Tensor]:
+        """(B,), (B,): the weight of an anchor with itself, and the sum of its two logits; both are counted too much."""
+        start, scans = self.pairs.start, self.pairs.scans
+        if self.pairs.cross_view:
+            return (self.rows_2BD.new_zeros(scans),) * 2
+        ones = self.rows_2BD.new_ones(scans)
+        weights = ones if self._column_shares_G is None else self._column_shares_G[start : start + scans]
+        return weights, (self.rows_2BD * self.scaled_2BD).sum(dim=(0, 2))
 
 
-def _softmax_half(tiles: _Tiles, tile: int, factors_2B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logsumexp (2, B), and the gradients of Σ_i f_i logsumexp_i in the rows and the columns, but for 1/τ."""
+class _RowSums:
+    """Σ_j w_ij and Σ_j w_ij s_ij of each scan of this rank (both its views), gathered tile by tile."""
+
+    def __init__(self, tiles: _Tiles) -> None:
+        self.tiles = tiles
+        self.weights_B, self.products_B = tiles.rows_2BD.new_zeros(2, tiles.pairs.scans)
+
+    def add(self, rows: range, weights_RC: Tensor, similarities_RC: Tensor) -> None:
+        self.weights_B[rows.start : rows.stop] += weights_RC.sum(dim=1)
+        self.products_B[rows.start : rows.stop] += torch.linalg.vecdot(weights_RC, similarities_RC)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,) each: factors of a row's shares, Σ_j share_ij of a view, and Σ_j share_ij s_ij of both views."""
+        own, own_products = self.tiles.own()
+        sums = self.weights_B if self.tiles.pairs.cross_view else 2.0 * self.weights_B - own
+        products = self.products_B - own * own_products
+        if self.tiles.by_row:
+            return 1.0 / sums, torch.ones_like(sums), products / sums
+        return torch.ones_like(sums), sums, products
+
+
+class Gradients(NamedTuple):
+    """The value Σ_i L_i, and its gradient in the rows, in the columns (both but for 1/τ), and in 1/τ."""
+
+    value: Tensor
+    rows_2BD: Tensor
+    columns_2GD: Tensor
+    inverse_temperature: Tensor
+
+
+def _many_ranks(tiles: _Tiles, sizes: Sizes) -> Gradients:
     pairs = tiles.pairs
-    rows, columns = _ranges(pairs.scans, tile), _ranges(pairs.total, tile)
-    sums = _LogSums(tiles.rows_2BD)
     grad_rows, grad_columns = torch.zeros_like(tiles.rows_2BD), torch.zeros_like(tiles.columns_2GD)
-    log_sums = sums.largest_2B
-    keep_strip = 2 * pairs.total * tile * tiles.rows_2BD.element_size() <= STRIP_BYTES
-    for row in rows:
-        place = row.view, slice(row.first, row.last)
-        strip = {}
-        for column in tiles.columns_of(row, columns):
-            logits = tiles.logits(row, column)
-            sums.add(row, logits)
-            if keep_strip:
-                strip[column] = logits
-        log_sums = sums.result()
-        for column in tiles.columns_of(row, columns):
-            logits = strip.pop(column) if keep_strip else tiles.logits(row, column)
-            p = logits.sub_(log_sums[place][:, None]).exp_().mul_(factors_2B[place][:, None])
-            there = column.view, slice(column.first, column.last)
-            grad_rows[place].addmm_(p, tiles.columns_2GD[there])
-            grad_columns[there].addmm_(p.T, tiles.rows_2BD[place])
-    return log_sums, grad_rows, grad_columns
+    value, scans, total = tiles.rows_2BD.new_zeros(()), range(pairs.scans), range(pairs.total)
+    sums = _RowSums(tiles)
+    for first in scans[:: sizes.rows]:
+        rows = scans[first : first + sizes.rows]
+        largest = tiles.rows_2BD.new_full((2 * len(rows),), MASKED)
+        running, strip = torch.zeros_like(largest), []
+        for start in total[:: sizes.columns]:
+            columns = total[start : start + sizes.columns]
+            logits, weights = tiles.logits(rows, columns), tiles.weights(rows, columns)
+            sums.add(rows, weights, tiles.similarities(rows, columns))
+            before, largest = largest, torch.maximum(largest, logits.amax(dim=1))
+            running = running * torch.exp(before - largest) + torch.exp(logits - largest[:, None]).sum(dim=1)
+            strip.append((columns, logits, weights))
+        factors, totals, products = (sum_B[rows.start : rows.stop] for sum_B in sums.finish())
+        log_sums, totals = largest + running.log(), totals.repeat(2)
+        value += (totals * log_sums).sum() - products.sum()
+        for columns, logits, weights in strip:
+            p = logits.sub_(log_sums[:, None]).exp_().mul_(totals[:, None])
+            _subtract(p, weights.mul_(factors[:, None]))
+            tiles.leave_out(p, rows, columns, 0.0)
+            _accumulate(grad_rows, rows, p, tiles.columns_2GD, columns)
+            _accumulate(grad_columns, columns, p.T, tiles.rows_2BD, rows)
+    return Gradients(value, grad_rows, grad_columns, (tiles.rows_2BD * grad_rows).sum())
 
 
-def _softmax_half_alone(tiles: _Tiles, tile: int, factors_2B: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for one process, whose columns are its rows: logsumexp (2, B) and the whole gradient (2, B, D).
-
-    s_ij = s_ji, so a tile below the diagonal is the transpose of one above it and is never formed.
-    """
-    ranges = _ranges(tiles.pairs.scans, tile)
-    tile_pairs = [(row, column) for index, row in enumerate(ranges) for column in tiles.columns_of(row, ranges[index:])]
-    sums = _LogSums(tiles.rows_2BD)
-    for row, column in tile_pairs:
-        logits = tiles.logits(row, column)
-        sums.add(row, logits)
-        if row != column:
-            sums.add(column, logits.T)
-    log_sums = sums.result()
-    gradient = torch.zeros_like(tiles.rows_2BD)
-    for row, column in tile_pairs:
-        place, there = (row.view, slice(row.first, row.last)), (column.view, slice(column.first, column.last))
-        logits = tiles.logits(row, column)
-        p = (logits - log_sums[place][:, None]).exp_().mul_(factors_2B[place][:, None])
-        p += (logits.sub_(log_sums[there][None, :])).exp_().mul_(factors_2B[there][None, :])
-        gradient[place].addmm_(p, tiles.rows_2BD[there])
-        if row != column:
-            gradient[there].addmm_(p.T, tiles.rows_2BD[place])
-    return log_sums, gradient
-
-
-class _WeightHalf(NamedTuple):
-    """With shares w_ij (each row's weights over their sum, or twice the weights over their columns' sums):
-
-    ``attracted`` (2, B, D): Σ_j w_ij z_j. ``attracting`` (2, G, D): Σ_i w_ij z_i. ``factors`` (2, B): Σ_j w_ij.
-    """
-
-    attracted_2BD: Tensor
-    attracting_2GD: Tensor
-    factors_2B: Tensor
-
-
-def _weight_half(pairs: Pairs, rows_2BD: Tensor, columns_2GD: Tensor, by_row: bool, step: int) -> _WeightHalf:
-    """By strips of the scans' kernel (step, G): a view's weights are its scan's, but for itself.
-
-    Where all views are compared, Σ_j w_ij z_j over both views of all scans counts the anchor itself (weight 1, the
-    scan's own) once too often. Where only the other view's columns are, it is plainly that view's sum.
-    """
-    attracted, attracting = torch.zeros_like(rows_2BD), torch.zeros_like(columns_2GD)
-    factors = rows_2BD.new_ones(rows_2BD.shape[:2])
-    columns_G = None if by_row else 2.0 / pairs.column_sums()
-    # (views of the columns, G, D): the sum over both views, or each by itself, the other view's first.
-    facing = columns_2GD.flip(0) if pairs.cross_view else columns_2GD.sum(dim=0, keepdim=True)
-    for first in range(0, pairs.scans, step):
-        rows = slice(first, min(pairs.scans, first + step))
-        weights = pairs.kernel_weights(rows.start, rows.stop)
-        if columns_G is not None:
-            weights *= columns_G
-        own = weights[pairs.own(rows.start, rows.stop)]
-        scale = weights.sum(dim=1) if pairs.cross_view else 2.0 * weights.sum(dim=1) - own
-        pulled = torch.stack([weights @ view for view in facing]).expand(2, -1, -1)
-        if not pairs.cross_view:
-            pulled = pulled - own[:, None] * rows_2BD[:, rows]
-        if by_row:
-            pulled, own, sources = pulled / scale[:, None], own / scale, rows_2BD[:, rows] / scale[:, None]
+def _one_process(tiles: _Tiles, sizes: Sizes, bound: Tensor) -> Gradients:
+    """Rows are columns, and no logit exceeds ``bound``: half the tiles do, see the head."""
+    scans, z = range(tiles.pairs.scans), tiles.rows_2BD
+    ranges = [scans[first : first + sizes.columns] for first in scans[:: sizes.columns]]
+    tile_pairs = [(rows, columns) for index, rows in enumerate(ranges) for columns in ranges[index:]]
+    sums, exponentials_2B = _RowSums(tiles), z.new_zeros(z.shape[:2])
+    for rows, columns in tile_pairs:
+        powers = tiles.logits(rows, columns).sub_(bound).exp_()
+        weights, similarities = tiles.weights(rows, columns), tiles.similarities(rows, columns)
+        sums.add(rows, weights, similarities)
+        exponentials_2B[:, rows.start : rows.stop] += powers.sum(dim=1).view(2, -1)
+        if rows != columns:
+            sums.add(columns, weights.T if tiles.by_row else tiles.weights(columns, rows), similarities.T)
+            exponentials_2B[:, columns.start : columns.stop] += powers.sum(dim=0).view(2, -1)
+    factors_B, totals_B, products_B = sums.finish()
+    value = (totals_B * (bound + exponentials_2B.log())).sum() - products_B.sum()
+    # p_ij and p_ji, share_ij and share_ji: each is one matrix times the sum of a row's and a column's factor.
+    scale_2B = totals_B / exponentials_2B
+    gradient = torch.zeros_like(z)
+    for rows, columns in tile_pairs:
+        p = tiles.logits(rows, columns).sub_(bound).exp_()
+        p.mul_(_outer_sum(*(scale_2B[:, part.start : part.stop].flatten() for part in (rows, columns))))
+        weights = tiles.weights(rows, columns)
+        if tiles.by_row:
+            weights.mul_(_outer_sum(*(factors_B[part.start : part.stop] for part in (rows, columns))))
         else:
-            factors[:, rows], sources = scale, rows_2BD[:, rows]
-        attracted[:, rows] = pulled
-        pulling = sources.flip(0) if pairs.cross_view else sources.sum(dim=0, keepdim=True)
-        attracting += torch.stack([weights.T @ view for view in pulling])
-        if not pairs.cross_view:
-            columns = slice(pairs.start + rows.start, pairs.start + rows.stop)
-            attracting[:, columns] -= own[:, None] * rows_2BD[:, rows]
-    return _WeightHalf(attracted, attracting, factors)
+            weights = weights + tiles.weights(columns, rows).T
+        _subtract(p, weights)
+        tiles.leave_out(p, rows, columns, 0.0)
+        _accumulate(gradient, rows, p, z, columns)
+        if rows != columns:
+            _accumulate(gradient, columns, p.T, z, rows)
+    # Every pair pulls on both its ends here.
+    return Gradients(value, gradient, torch.zeros_like(gradient), 0.5 * (z * gradient).sum())
+
+
+def _outer_sum(rows_R: Tensor, columns_C: Tensor) -> Tensor:
+    return rows_R[:, None] + columns_C[None, :]
+
+
+def _subtract(p: Tensor, shares_RC: Tensor) -> None:
+    """Subtract the scans' shares from each of the four pairs of views in (2R, 2C)."""
+    rows, columns = shares_RC.shape
+    p.view(2, rows, 2, columns).sub_(shares_RC[None, :, None])
+
+
+def _accumulate(gradient_2XD: Tensor, into: range, p: Tensor, z_2YD: Tensor, source: range) -> None:
+    """gradient[into] += p @ z[source], p (2 into, 2 source)."""
+    added = p @ z_2YD[:, source.start : source.stop].flatten(0, 1)
+    gradient_2XD[:, into.start : into.stop] += added.view(2, len(into), -1)
 
 
 class _YAwareSum(torch.autograd.Function):
-    """Σ_i Σ_j w_ij (logsumexp_i - s_ij) over this rank's anchors, with its gradient in closed form."""
+    """Σ_i Σ_j share_ij (logsumexp_i - s_ij) over this rank's anchors, with its gradient in closed form."""
 
     @staticmethod
     def forward(
-        ctx: Any, z_2BD: Tensor, z_2GD: Tensor, inverse_temperature: Tensor, pairs: Pairs, by_row: bool, tile: int
+        ctx: Any, z_2BD: Tensor, z_2GD: Tensor, inverse_temperature: Tensor, pairs: Pairs, by_row: bool, sizes: Sizes
     ) -> Tensor:
-        step = max(1, min(tile, STRIP_BYTES // (8 * pairs.total * z_2BD.element_size())))
-        half = _weight_half(pairs, z_2BD, z_2GD, by_row, step)
-        tiles = _Tiles(pairs, z_2BD, z_2GD, inverse_temperature)
-        if pairs.alone:
-            log_sums, repelled = _softmax_half_alone(tiles, tile, half.factors_2B)
-            grad_rows, grad_columns = repelled - half.attracted_2BD, -half.attracting_2GD
-            # Here every pair's pull on both its ends is in ``repelled``: half of it is Σ_ij p_ij <z_i, z_j>.
-            in_temperature = 0.5 * (z_2BD * repelled).sum() - (z_2BD * half.attracted_2BD).sum()
+        tiles = _Tiles(pairs, inverse_temperature, by_row)
+        if pairs.alone and 2.0 * float(inverse_temperature) <= SAFE_SPAN[z_2BD.dtype]:
+            found = _one_process(tiles, sizes, inverse_temperature)
         else:
-            log_sums, repelled, grad_columns = _softmax_half(tiles, tile, half.factors_2B)
-            grad_rows, grad_columns = repelled - half.attracted_2BD, grad_columns - half.attracting_2GD
-            in_temperature = (z_2BD * grad_rows).sum()
-        ctx.save_for_backward(grad_rows * inverse_temperature, grad_columns * inverse_temperature, in_temperature)
-        similarity = (z_2BD * half.attracted_2BD).sum(dim=2) * inverse_temperature
-        return (half.factors_2B * log_sums - similarity).sum()
+            found = _many_ranks(tiles, sizes)
+        rows, columns = found.rows_2BD * inverse_temperature, found.columns_2GD * inverse_temperature
+        ctx.save_for_backward(rows, columns, found.inverse_temperature)
+        return found.value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -294,10 +296,9 @@ class _YAwareSum(torch.autograd.Function):
 
 
 def y_aware_sum(pairs: Pairs, by_row: bool, tile: TileSize) -> Tensor:
-    """This rank's sum over anchors of y-Aware InfoNCE, normalised by rows or (x 2) by columns; see the head."""
-    check_tile(tile)
+    """This rank's sum over anchors of y-Aware InfoNCE, shares by rows or (twice, as published) by columns."""
+    _check_tile(tile)
     z = pairs.z_2BD
     inverse = 1.0 / torch.as_tensor(pairs.temperature, dtype=z.dtype, device=z.device)
-    size = _tile_scans(tile, z)
-    total: Tensor = _YAwareSum.apply(z, pairs.z_2GD, inverse, pairs, by_row, size)  # type: ignore[no-untyped-call]
+    total: Tensor = _YAwareSum.apply(z, pairs.z_2GD, inverse, pairs, by_row, tile_sizes(tile, pairs))  # type: ignore[no-untyped-call]
     return total

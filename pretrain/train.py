@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from data_pipeline.augment import load_augmentation
 from data_pipeline.loader import TwoViewLoader
 from data_pipeline.manifest import Manifest
-from infra.tracking import Tracker, default_uri
-
 from infra import distributed
 from infra.errors import UserError
 from infra.files import write_json
 from infra.progress import Progress, clock
 from infra.settings import flatten, to_dict
+from infra.tracking import Tracker, default_uri
 from pretrain import checkpoint, engine, run_folder
 from pretrain.config import Recipe, check_world_size, load_recipe
 from pretrain.export import write_encoder

@@ -1,0 +1,17 @@
+"""Shards and a private MLflow store for tests that run the real commands."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cohorts import write_cohort
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    from data_pipeline.build import build_shards
+
+    cohort = write_cohort(tmp_path_factory.mktemp("cohort") / "tiny", participants=36, sessions=2)
+    out = tmp_path_factory.mktemp("shards") / "tiny"
+    build_shards(cohort, out, scans_per_shard=20, workers=2)
+    return out

@@ -1,0 +1,41 @@
+"""Both ranks die by SIGKILL; the same command goes on and ends with the losses of a run that was never interrupted."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.runs import kill_ranks_when, losses, pretrain_command, run
+
+STEPS = 14
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert run(pretrain_command(shards, folder / "run", STEPS), folder).returncode == 0
+    found = losses(folder / "run")
+    assert [step for step, _ in found] == list(range(STEPS))
+    assert len({loss for _, loss in found}) == STEPS
+    return found
+
+
+@pytest.mark.parametrize("after", [2, 9], ids=["before the first checkpoint", "between two checkpoints"])
+def test_killed_run_ends_as_if_nothing_had_happened(uninterrupted, shards, tmp_path, after):
+    command = pretrain_command(shards, tmp_path / "run", STEPS)
+    kill_ranks_when(command, tmp_path, lambda: len(losses(tmp_path / "run")) >= after)
+    assert len(losses(tmp_path / "run")) < STEPS, "killed too late to show anything"
+    done = run(command, tmp_path)
+    assert done.returncode == 0
+    assert ("resuming after step" in done.stdout) == (after >= 5)
+    assert losses(tmp_path / "run") == uninterrupted
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step-{STEPS:08d}"
+
+
+def test_killed_while_a_checkpoint_is_written(uninterrupted, shards, tmp_path):
+    command = pretrain_command(shards, tmp_path / "run", STEPS)
+    folder = tmp_path / "run" / "checkpoints"
+    kill_ranks_when(command, tmp_path, lambda: any(folder.glob(".unfinished-step-*/*")))
+    assert run(command, tmp_path).returncode == 0
+    assert losses(tmp_path / "run") == uninterrupted
+    assert not list(folder.glob(".unfinished-*"))

@@ -1,0 +1,70 @@
+"""Starts the real training command the way a user would, on tiny scans."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--encoder.options={width: 0.25, norm: batch}", "--batch.global=8", "--checkpoint.every_steps=4"]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Two ranks on two cores, an MLflow store of the test's own."""
+    store = f"sqlite:///{folder}/mlflow.db"
+    return {**os.environ, "MLFLOW_TRACKING_URI": store, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def pretrain_command(shards: Path, output: Path, steps: int, *more: str) -> list[str]:
+    """``yaware pretrain`` on tiny scans."""
+    given = [f"--data.shards={shards}", f"--run.output={output}", f"--train.steps={steps}", *SMALL, *more]
+    return [sys.executable, "-m", "infra.cli", "pretrain", "--config", "demo-cpu", *given]
+
+
+def run(command: list[str], folder: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    """Run to its end; the output of both streams is kept for a failing test to show."""
+    done = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=timeout)
+    print(done.stdout[-4000:], done.stderr[-4000:])
+    return done
+
+
+def losses(output: Path) -> list[tuple[int, float]]:
+    """(step, loss) of metrics.jsonl, to the last digit."""
+    rows = []
+    path = output / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        row = json.loads(line) if line.endswith("}") else None
+        rows += [(row["step"], row["loss"])] if row else []
+    return rows
+
+
+def kill_ranks_when(command: list[str], folder: Path, ready: Callable[[], bool], timeout: float = 150) -> None:
+    """Start ``command``; once ``ready()``, SIGKILL every training process it started, then wait for the launcher."""
+    log = (folder / "killed.log").open("w")
+    started = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=log, stderr=log)
+    limit = time.monotonic() + timeout
+    try:
+        while not ready():
+            assert started.poll() is None, (folder / "killed.log").read_text()[-3000:]
+            assert time.monotonic() < limit, "the run never came so far"
+            time.sleep(0.02)
+        family = psutil.Process(started.pid).children(recursive=True)
+        ranks = [p for p in family if "pretrain.train" in " ".join(p.cmdline()) and "--local_rank" in " ".join(p.cmdline())]
+        ranks = [p for p in ranks if "deepspeed" not in " ".join(p.cmdline())]
+        assert len(ranks) == 2, [p.cmdline() for p in family]
+        for process in ranks:
+            process.kill()
+        assert started.wait(timeout=60) != 0
+    finally:
+        for process in psutil.Process(started.pid).children(recursive=True) if started.poll() is None else []:
+            process.kill()
+        started.kill()
+        started.wait()
+        log.close()
