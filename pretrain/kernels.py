@@ -1,9 +1,9 @@
 """Kernels over proxies: how related two scans are, judged by their meta-data.
 
 A kernel maps ``(proxies_a (A, P), proxies_b (B, P))`` to weights (A, B) in [0, 1]: 1 for equal proxies, falling with
-their distance, 0 for any pair in which a proxy is missing (NaN). It judges *different* scans; the two views of one
-scan are always positives of each other with weight 1, which the losses see to (`pretrain.losses`). A scan with a
-missing proxy therefore keeps its own other view as its one positive.
+their distance, symmetric, and 0 for any pair in which a proxy is missing (NaN). It judges *different* scans; the two
+views of one scan are always positives of each other with weight 1, which the losses see to (`pretrain.losses`). A scan
+with a missing proxy therefore keeps its own other view as its one positive.
 
 A, B = scans, P = proxies.
 """
@@ -36,29 +36,32 @@ def _present(proxies_a: Tensor, proxies_b: Tensor) -> Tensor:
     return ~proxies_a.isnan().any(dim=1)[:, None] & ~proxies_b.isnan().any(dim=1)[None, :]
 
 
+# Profiles take squared distances in bandwidths, infinite for a missing proxy, and may overwrite them: a loss spends
+# as long on passes over its kernel as on exp itself.
 def _gaussian(square: Tensor) -> Tensor:
-    return torch.exp(-0.5 * square)
+    return square.mul_(-0.5).exp_()
 
 
 def _epanechnikov(square: Tensor) -> Tensor:
-    return (1.0 - square).clamp(min=0.0)
+    return (1.0 - square).clamp_(min=0.0)
 
 
 def _exponential(square: Tensor) -> Tensor:
-    return torch.exp(-square.sqrt())
+    return square.sqrt_().neg_().exp_()
 
 
 def _cauchy(square: Tensor) -> Tensor:
-    return 1.0 / (1.0 + square)
+    return square.add_(1.0).reciprocal_()
 
 
 def _linear(square: Tensor) -> Tensor:
-    return (1.0 - square.sqrt()).clamp(min=0.0)
+    return (1.0 - square.sqrt_()).clamp_(min=0.0)
 
 
 def _cosine(square: Tensor) -> Tensor:
     # cos(π/2) is 6e-17, not 0: pairs beyond the bandwidth would still be ranked.
-    return torch.cos(0.5 * math.pi * square.sqrt()).masked_fill(square >= 1.0, 0.0)
+    beyond = square >= 1.0
+    return square.sqrt_().mul_(0.5 * math.pi).cos_().masked_fill_(beyond, 0.0)
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,17 @@ class DistanceKernel:
             raise UserError(
                 f"bandwidth has {len(widths)} values, the proxies {proxies_a.shape[1]}; give one number, or one each"
             )
-        # One proxy after the other: the (A, B, P) tensor of all differences is never held.
-        square = proxies_a.new_zeros(shape)
+        # One proxy after the other: the (A, B, P) tensor of all differences is never held. Differences come before
+        # the division, so that equal and close proxies lose no digits.
+        square: Tensor | None = None
         for column, width in enumerate(widths):
-            difference = (proxies_a[:, column, None] - proxies_b[None, :, column]).div_(width)
-            square.addcmul_(difference, difference)
-        # NaN differences give NaN weights; the pairs are unrelated.
-        return self.profile(square).masked_fill(~_present(proxies_a, proxies_b), 0.0)
+            a, b = proxies_a[:, column], proxies_b[:, column]
+            # Infinitely far from everything, each other included: the weight is 0 with no further pass.
+            a, b = a.masked_fill(~a.isfinite(), math.inf), b.masked_fill(~b.isfinite(), -math.inf)
+            term = (a[:, None] - b[None, :]).square_().mul_(width**-2)
+            square = term if square is None else square.add_(term)
+        assert square is not None
+        return self.profile(square)
 
 
 def _distance_kernel(profile: Callable[[Tensor], Tensor], bandwidth: float | Sequence[float]) -> DistanceKernel:

@@ -41,8 +41,8 @@ CPU_TILE, CPU_STRIP = 512, 2**26
 GPU_TILE, GPU_STRIP = 2048, 2**29
 # Takes the place of -inf: a row's first tile may hold nothing else, and inf - inf is NaN.
 MASKED = -1e30
-# With |s| <= 1/τ, exp(s - 1/τ) >= exp(-2/τ): up to these, one constant serves as every row's maximum.
-SAFE_SPAN = {torch.float32: 60.0, torch.float64: 600.0}
+# No |s| exceeds 1/τ. Up to these, exp(s) and its sums neither overflow nor vanish, and no maximum is needed.
+SAFE_LOGIT = {torch.float32: 60.0, torch.float64: 600.0}
 
 
 class Sizes(NamedTuple):
@@ -111,10 +111,12 @@ class _Tiles:
     share_ij = w_ij / Σ_k w_ik (rows) or 2 w_ij / Σ_k w_kj (columns).
     """
 
-    def __init__(self, pairs: Pairs, inverse_temperature: Tensor, by_row: bool) -> None:
+    def __init__(self, pairs: Pairs, inverse_temperature: Tensor, by_row: bool, sizes: Sizes) -> None:
         self.pairs, self.by_row = pairs, by_row
         self.rows_2BD, self.columns_2GD = pairs.z_2BD.detach(), pairs.z_2GD.detach()
         self.scaled_2BD = self.rows_2BD * inverse_temperature
+        self.cut_rows, self.cut_columns = _cut(self.rows_2BD, sizes.rows), _cut(self.columns_2GD, sizes.columns)
+        self._cut_scaled = _cut(self.scaled_2BD, sizes.rows)
         # <sum of a scan's views, sum of another's> is the sum of their four products; across views, two of them.
         facing = self.columns_2GD.flip(0) if pairs.cross_view else self.columns_2GD
         self._near, self._far = (self._joined(z, pairs.cross_view) for z in (self.scaled_2BD, facing))
@@ -126,8 +128,7 @@ class _Tiles:
 
     def logits(self, rows: range, columns: range) -> Tensor:
         """(2R, 2C), with MASKED where a pair is left out."""
-        left = self.scaled_2BD[:, rows.start : rows.stop].flatten(0, 1)
-        tile = left @ self.columns_2GD[:, columns.start : columns.stop].flatten(0, 1).T
+        tile = self._cut_scaled[rows] @ self.cut_columns[columns].T
         return self.leave_out(tile, rows, columns, MASKED)
 
     def leave_out(self, tile: Tensor, rows: range, columns: range, value: float) -> Tensor:
@@ -194,17 +195,13 @@ class Gradients(NamedTuple):
     inverse_temperature: Tensor
 
 
-def _many_ranks(tiles: _Tiles, sizes: Sizes) -> Gradients:
-    pairs = tiles.pairs
-    grad_rows, grad_columns = torch.zeros_like(tiles.rows_2BD), torch.zeros_like(tiles.columns_2GD)
-    value, scans, total = tiles.rows_2BD.new_zeros(()), range(pairs.scans), range(pairs.total)
-    sums = _RowSums(tiles)
-    for first in scans[:: sizes.rows]:
-        rows = scans[first : first + sizes.rows]
+def _many_ranks(tiles: _Tiles) -> Gradients:
+    grad_rows, grad_columns = _zeros(tiles.cut_rows), _zeros(tiles.cut_columns)
+    value, sums = tiles.rows_2BD.new_zeros(()), _RowSums(tiles)
+    for rows in tiles.cut_rows:
         largest = tiles.rows_2BD.new_full((2 * len(rows),), MASKED)
         running, strip = torch.zeros_like(largest), []
-        for start in total[:: sizes.columns]:
-            columns = total[start : start + sizes.columns]
+        for columns in tiles.cut_columns:
             logits, weights = tiles.logits(rows, columns), tiles.weights(rows, columns)
             sums.add(rows, weights, tiles.similarities(rows, columns))
             before, largest = largest, torch.maximum(largest, logits.amax(dim=1))
@@ -217,45 +214,63 @@ def _many_ranks(tiles: _Tiles, sizes: Sizes) -> Gradients:
             p = logits.sub_(log_sums[:, None]).exp_().mul_(totals[:, None])
             _subtract(p, weights.mul_(factors[:, None]))
             tiles.leave_out(p, rows, columns, 0.0)
-            _accumulate(grad_rows, rows, p, tiles.columns_2GD, columns)
-            _accumulate(grad_columns, columns, p.T, tiles.rows_2BD, rows)
-    return Gradients(value, grad_rows, grad_columns, (tiles.rows_2BD * grad_rows).sum())
+            grad_rows[rows].addmm_(p, tiles.cut_columns[columns])
+            grad_columns[columns].addmm_(p.T, tiles.cut_rows[rows])
+    gradient = _join(grad_rows, tiles.rows_2BD)
+    return Gradients(value, gradient, _join(grad_columns, tiles.columns_2GD), (tiles.rows_2BD * gradient).sum())
 
 
-def _one_process(tiles: _Tiles, sizes: Sizes, bound: Tensor) -> Gradients:
-    """Rows are columns, and no logit exceeds ``bound``: half the tiles do, see the head."""
-    scans, z = range(tiles.pairs.scans), tiles.rows_2BD
-    ranges = [scans[first : first + sizes.columns] for first in scans[:: sizes.columns]]
+def _one_process(tiles: _Tiles) -> Gradients:
+    """Rows are columns, and exp(s) is safe: half the tiles do, see the head."""
+    ranges = list(tiles.cut_rows)
     tile_pairs = [(rows, columns) for index, rows in enumerate(ranges) for columns in ranges[index:]]
-    sums, exponentials_2B = _RowSums(tiles), z.new_zeros(z.shape[:2])
+    sums, powers_2B = _RowSums(tiles), torch.zeros_like(tiles.rows_2BD[:, :, 0])
     for rows, columns in tile_pairs:
-        powers = tiles.logits(rows, columns).sub_(bound).exp_()
-        weights, similarities = tiles.weights(rows, columns), tiles.similarities(rows, columns)
+        powers, weights = tiles.logits(rows, columns).exp_(), tiles.weights(rows, columns)
+        similarities = tiles.similarities(rows, columns)
         sums.add(rows, weights, similarities)
-        exponentials_2B[:, rows.start : rows.stop] += powers.sum(dim=1).view(2, -1)
+        powers_2B[:, rows.start : rows.stop] += powers.sum(dim=1).view(2, -1)
         if rows != columns:
             sums.add(columns, weights.T if tiles.by_row else tiles.weights(columns, rows), similarities.T)
-            exponentials_2B[:, columns.start : columns.stop] += powers.sum(dim=0).view(2, -1)
+            powers_2B[:, columns.start : columns.stop] += powers.sum(dim=0).view(2, -1)
     factors_B, totals_B, products_B = sums.finish()
-    value = (totals_B * (bound + exponentials_2B.log())).sum() - products_B.sum()
-    # p_ij and p_ji, share_ij and share_ji: each is one matrix times the sum of a row's and a column's factor.
-    scale_2B = totals_B / exponentials_2B
-    gradient = torch.zeros_like(z)
+    value = (totals_B * powers_2B.log()).sum() - products_B.sum()
+    # p_ij + p_ji and share_ij + share_ji: each is one matrix times the sum of a row's and a column's factor.
+    scales_2B, cut_gradient = totals_B / powers_2B, _zeros(tiles.cut_rows)
     for rows, columns in tile_pairs:
-        p = tiles.logits(rows, columns).sub_(bound).exp_()
-        p.mul_(_outer_sum(*(scale_2B[:, part.start : part.stop].flatten() for part in (rows, columns))))
+        p = tiles.logits(rows, columns).exp_()
+        p.mul_(_outer_sum(*(scales_2B[:, part.start : part.stop].flatten() for part in (rows, columns))))
         weights = tiles.weights(rows, columns)
         if tiles.by_row:
             weights.mul_(_outer_sum(*(factors_B[part.start : part.stop] for part in (rows, columns))))
         else:
-            weights = weights + tiles.weights(columns, rows).T
+            weights += tiles.weights(columns, rows).T
         _subtract(p, weights)
         tiles.leave_out(p, rows, columns, 0.0)
-        _accumulate(gradient, rows, p, z, columns)
+        cut_gradient[rows].addmm_(p, tiles.cut_rows[columns])
         if rows != columns:
-            _accumulate(gradient, columns, p.T, z, rows)
+            cut_gradient[columns].addmm_(p.T, tiles.cut_rows[rows])
+    gradient = _join(cut_gradient, tiles.rows_2BD)
     # Every pair pulls on both its ends here.
-    return Gradients(value, gradient, torch.zeros_like(gradient), 0.5 * (z * gradient).sum())
+    return Gradients(value, gradient, torch.zeros_like(gradient), 0.5 * (tiles.rows_2BD * gradient).sum())
+
+
+def _cut(z_2XD: Tensor, size: int) -> dict[range, Tensor]:
+    """Scans -> (2 scans, D), both views: the operands of a tile's products, cut out once."""
+    scans = range(z_2XD.shape[1])
+    parts = (scans[first : first + size] for first in scans[::size])
+    return {part: z_2XD[:, part.start : part.stop].reshape(2 * len(part), -1) for part in parts}
+
+
+def _zeros(cut: dict[range, Tensor]) -> dict[range, Tensor]:
+    return {part: torch.zeros_like(values) for part, values in cut.items()}
+
+
+def _join(cut: dict[range, Tensor], like_2XD: Tensor) -> Tensor:
+    whole = torch.empty_like(like_2XD)
+    for part, values in cut.items():
+        whole[:, part.start : part.stop] = values.view(2, len(part), -1)
+    return whole
 
 
 def _outer_sum(rows_R: Tensor, columns_C: Tensor) -> Tensor:
@@ -268,12 +283,6 @@ def _subtract(p: Tensor, shares_RC: Tensor) -> None:
     p.view(2, rows, 2, columns).sub_(shares_RC[None, :, None])
 
 
-def _accumulate(gradient_2XD: Tensor, into: range, p: Tensor, z_2YD: Tensor, source: range) -> None:
-    """gradient[into] += p @ z[source], p (2 into, 2 source)."""
-    added = p @ z_2YD[:, source.start : source.stop].flatten(0, 1)
-    gradient_2XD[:, into.start : into.stop] += added.view(2, len(into), -1)
-
-
 class _YAwareSum(torch.autograd.Function):
     """Σ_i Σ_j share_ij (logsumexp_i - s_ij) over this rank's anchors, with its gradient in closed form."""
 
@@ -281,11 +290,11 @@ class _YAwareSum(torch.autograd.Function):
     def forward(
         ctx: Any, z_2BD: Tensor, z_2GD: Tensor, inverse_temperature: Tensor, pairs: Pairs, by_row: bool, sizes: Sizes
     ) -> Tensor:
-        tiles = _Tiles(pairs, inverse_temperature, by_row)
-        if pairs.alone and 2.0 * float(inverse_temperature) <= SAFE_SPAN[z_2BD.dtype]:
-            found = _one_process(tiles, sizes, inverse_temperature)
+        # Not more than SAFE_LOGIT, and NaN neither.
+        if pairs.alone and float(inverse_temperature) <= SAFE_LOGIT[z_2BD.dtype]:
+            found = _one_process(_Tiles(pairs, inverse_temperature, by_row, Sizes(sizes.columns, sizes.columns)))
         else:
-            found = _many_ranks(tiles, sizes)
+            found = _many_ranks(_Tiles(pairs, inverse_temperature, by_row, sizes))
         rows, columns = found.rows_2BD * inverse_temperature, found.columns_2GD * inverse_temperature
         ctx.save_for_backward(rows, columns, found.inverse_temperature)
         return found.value

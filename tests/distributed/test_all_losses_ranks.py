@@ -37,7 +37,7 @@ def expected_of(job: Job) -> tuple[float, dict[str, Tensor]]:
     return one_process(job, twin)
 
 
-@pytest.mark.parametrize("sizes", [(4,), (2, 3), (1, 3, 2), (3, 0, 2), (2, 1, 1, 3)], ids=str)
+@pytest.mark.parametrize("sizes", [(4,), (2, 3), (0, 4), (1, 3, 2), (3, 0, 2), (2, 1, 1, 3)], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_and_gradients_equal_one_process(ranks: Ranks, loss: str, sizes: tuple[int, ...]) -> None:
     kernel = KERNELS["gaussian"](bandwidth=8.0)

@@ -32,6 +32,8 @@ SUBJECTS = (0, 1, 0, 2, 3, 2)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "warm": {"temperature": 0.7},
+    # Beyond the span in which one constant serves as every row's maximum.
+    "cold": {"temperature": 0.002},
     "column": {"normalization": "column"},
     "subjects": {"subjects": SUBJECTS},
     "cross-view": {"cross_view": True},
