@@ -1,68 +1,56 @@
-"""Reads a BIDS-like folder: participants.tsv, optional sub-X_sessions.tsv, sub-*/[ses-*/]anat/*.nii[.gz]."""
+"""Reads a BIDS-like folder: participants.tsv, optional sessions.tsv, sub-*/[ses-*/]anat/*.nii[.gz]."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.scan import Rejection, Scan, safe
-from data_pipeline.tables import Row, read_table, typed
-from infra.errors import UserError, nearest
+import pandas as pd
+
+from data_pipeline.scan import Scan, safe
+from infra.errors import UserError
 
 # What each modality's file name ends in. The grey-matter maps are CAT12's, as BIDS derivatives or under their own name.
 MODALITIES = {
     "vbm": re.compile(r"(_desc-mwp1_probseg|_desc-gm_T1w|cat12vbm.*)\.nii(\.gz)?$|^mwp1.*\.nii(\.gz)?$"),
     "t1w": re.compile(r"^(?!.*_desc-).*_T1w\.nii(\.gz)?$"),
 }
-PATTERNS = {
-    "vbm": "sub-*/[ses-*/]**/*_desc-mwp1_probseg.nii[.gz], *_desc-gm_T1w.nii[.gz] or mwp1*.nii[.gz]",
-    "t1w": "sub-*/[ses-*/]**/*_T1w.nii[.gz]",
-}
-SESSION_COLUMNS = ("session_id", "session")
-# Columns that the scan table has of its own; a participants' column of such a name is kept under ``participants_<name>``.
-RESERVED = {"key", "shard", "offset", "size", "crc32c", "run", "dataset"}
+MISSING = {"", "n/a", "N/A", "nan", "NaN"}
+SEX = {"f": "F", "female": "F", "m": "M", "male": "M"}
 
 
-def read_bids(
-    root: str | Path, dataset: str | None = None, modality: str = "vbm"
-) -> tuple[list[Scan], list[Rejection]]:
-    """Scans of a BIDS-like folder in the order of their keys, and the images that belong to no row of its tables.
+def read_bids(root: str | Path, dataset: str | None = None, modality: str = "vbm") -> tuple[list[Scan], list[Scan]]:
+    """Scans of a BIDS-like folder, in the order of their keys, and those whose participant the table does not list.
 
-    Values come from participants.tsv: the row of the scan's session where the table has a session column, else the
-    participant's; ``sub-X/sub-X_sessions.tsv`` goes before it, value by value. Raises UserError where the folder, a table
-    or a value in it is wrong, or where no scan is left.
+    Sessions' own values (``sub-X/sub-X_sessions.tsv``) go before the participant's. Raises UserError where the folder,
+    the table or a value in it is wrong.
     """
     folder = Path(root)
     if modality not in MODALITIES:
-        raise UserError(f"modality={modality!r} is not known{nearest(modality, MODALITIES)}; allowed: vbm, t1w")
+        raise UserError(f"modality={modality!r} is not known; allowed: {', '.join(MODALITIES)}")
     if not folder.is_dir():
         raise UserError(f"cohort {folder} is not a folder; give the BIDS folder that holds participants.tsv")
-    tables = _Tables(folder)
+    people = _read_table(folder / "participants.tsv", "participant_id", prefix="sub-")
     name = safe(dataset or folder.resolve().name)
-    found: dict[str, tuple[Scan, Row]] = {}
-    rejected: list[Rejection] = []
-    for path in _images(folder, modality):
-        scan = _place(path, folder, name)
-        row = tables.row(scan)
-        if isinstance(row, str):
-            rejected.append(Rejection(scan.key, str(path), row))
-        elif scan.key in found:
-            first = found[scan.key][0].path
-            reason = f"same participant, session and run as {first}; tell them apart by _run-1, _run-2"
-            rejected.append(Rejection(scan.key, str(path), reason))
-        else:
-            found[scan.key] = (scan, row)
-    if not found:
-        what = f"{len(rejected)} images, but: {rejected[0].reason}" if rejected else "none"
+    known, unknown = [], []
+    for path in sorted(folder.glob("sub-*/**/*.nii*")):
+        if not MODALITIES[modality].search(path.name):
+            continue
+        participant, session, run = _entities(path, folder)
+        row = people.get(participant)
+        if row is None:
+            unknown.append(Scan(path, name, participant, session or "1", run))
+            continue
+        values = {**row, **_session_values(folder, participant, session)}
+        known.append(_scan(path, name, participant, session, run, values))
+    if not known:
+        where = f"sub-*/[ses-*/]anat/*{'_T1w' if modality == 't1w' else '_desc-mwp1_probseg'}.nii.gz"
         raise UserError(
-            f"cohort {folder} has no {modality} scan; looked for {PATTERNS[modality]}, found {what}; "
-            "check the folder or --modality"
+            f"cohort {folder} has no {modality} scan of a listed participant; looked for {where}; choose another --modality"
         )
-    tables.check_ages(row for _, row in found.values())
-    return _complete([found[key] for key in sorted(found)]), rejected
+    return sorted(known, key=lambda scan: scan.key), unknown
 
 
 def is_simulated(root: str | Path) -> bool:
@@ -70,97 +58,73 @@ def is_simulated(root: str | Path) -> bool:
     path = Path(root) / "dataset_description.json"
     if not path.is_file():
         return False
+    return bool(json.loads(path.read_text(encoding="utf-8")).get("Simulated", False))
+
+
+def _entities(path: Path, root: Path) -> tuple[str, str, str]:
+    """Participant, session and run, from the folders first, then from the file's name."""
+    folders = path.relative_to(root).parts
+    named = {
+        part.partition("-")[0]: part.partition("-")[2] for part in (*path.name.split("_"), *folders[:-1]) if "-" in part
+    }
+    return folders[0].removeprefix("sub-"), named.get("ses", ""), named.get("run", "")
+
+
+def _scan(path: Path, dataset: str, participant: str, session: str, run: str, values: dict[str, Any]) -> Scan:
+    extra = {k: v for k, v in values.items() if k not in ("age", "sex", "site", "session", "session_id")}
+    return Scan(
+        path, dataset, participant, session or "1", run, str(values.get("site") or ""),
+        float("nan") if values.get("age") is None else float(values["age"]), str(values.get("sex") or ""), extra,
+    )  # fmt: skip
+
+
+def _session_values(root: Path, participant: str, session: str) -> dict[str, Any]:
+    path = root / f"sub-{participant}" / f"sub-{participant}_sessions.tsv"
+    if not session or not path.is_file():
+        return {}
+    return _read_table(path, "session_id", prefix="ses-").get(session, {})
+
+
+def _read_table(path: Path, key: str, prefix: str) -> dict[str, dict[str, Any]]:
+    """Rows of a .tsv by their key, values checked: age a number, sex F or M, ``n/a`` and empty are None."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; a cohort needs this table with a column {key}")
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8")).get("Simulated", False))
-    except (ValueError, AttributeError):
-        raise UserError(f"{path} is not a JSON object; mend or remove it") from None
+        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a tab-separated table: {' '.join(str(error).split())}") from None
+    if key not in table.columns:
+        raise UserError(f"{path} has no column {key}; found: {', '.join(table.columns)}")
+    rows: dict[str, dict[str, Any]] = {}
+    for number, record in enumerate(table.to_dict("records"), start=2):
+        name = str(record.pop(key)).removeprefix(prefix)
+        if name in rows:
+            raise UserError(f"{path} line {number}: {key} {name!r} is there twice; keep one row each")
+        rows[name] = {str(k): _value(path, number, str(k), str(v)) for k, v in record.items()}
+    return rows
 
 
-def _images(folder: Path, modality: str) -> Iterator[Path]:
-    for path in sorted(folder.glob("sub-*/**/*.nii*")):
-        if MODALITIES[modality].search(path.name):
-            yield path
-
-
-def _place(path: Path, root: Path, dataset: str) -> Scan:
-    """Participant, session and run of an image: from its folders first, then from its name."""
-    folders = path.relative_to(root).parts[:-1]
-    named: dict[str, str] = {}
-    for part in (*path.name.split("_"), *folders):
-        entity, dash, value = part.partition("-")
-        if dash:
-            named[entity] = value
-    participant = folders[0].removeprefix("sub-")
-    return Scan(path, dataset, participant, named.get("ses") or "1", named.get("run", ""))
-
-
-class _Tables:
-    """The rows of a cohort's tables, looked up by scan."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.path = root / "participants.tsv"
-        table = read_table(self.path, "participant_id")
-        self.columns = list(table[0]) if table else []
-        self.session = next((name for name in SESSION_COLUMNS if name in self.columns), None)
-        self.people: dict[str, dict[tuple[str, str], Row]] = {}
-        for row in table:
-            person = (row.pop("participant_id") or "").removeprefix("sub-")
-            session = (row.pop(self.session) or "").removeprefix("ses-") if self.session else ""
-            run = row.pop("run") or "" if "run" in self.columns and self.session else ""
-            its = self.people.setdefault(person, {})
-            if (session, run.removeprefix("run-")) in its:
-                where = f" session {session!r}" if session else ""
-                raise UserError(f"{self.path}: participant_id {person!r}{where} is there twice; keep one row each")
-            its[session, run.removeprefix("run-")] = row
-        self._sessions: dict[str, dict[str, Row]] = {}
-
-    def row(self, scan: Scan) -> Row | str:
-        """A scan's values, or why it has none."""
-        its = self.people.get(scan.participant_id)
-        if its is None:
-            return "participant is not in participants.tsv"
-        for place in ((scan.session, scan.run), (scan.session, ""), ("", "")):
-            if place in its:
-                return {**its[place], **self._of_session(scan)}
-        if len(its) == 1 and not any("ses-" in part for part in scan.path.relative_to(self.root).parts):
-            return next(iter(its.values()))  # one row and an image that names no session
-        return f"session {scan.session} of the participant is not in participants.tsv"
-
-    def _of_session(self, scan: Scan) -> Row:
-        if scan.participant_id not in self._sessions:
-            path = self.root / f"sub-{scan.participant_id}" / f"sub-{scan.participant_id}_sessions.tsv"
-            rows = read_table(path, "session_id") if path.is_file() else []
-            self._sessions[scan.participant_id] = {
-                (row.pop("session_id") or "").removeprefix("ses-"): row for row in rows
-            }
-        values = self._sessions[scan.participant_id].get(scan.session, {})
-        return {name: value for name, value in values.items() if value is not None}
-
-    def check_ages(self, rows: Iterator[Row]) -> None:
-        """Age is what the scans are compared by: a table without the column is a mistake, n/a in it is not."""
-        if not any("age" in row for row in rows):
+def _value(path: Path, line: int, column: str, text: str) -> Any:
+    text = text.strip()
+    if text in MISSING:
+        return None
+    if column == "age":
+        try:
+            age = float(text)
+        except ValueError:
+            age = float("nan")
+        if not 0 <= age <= 130:
             raise UserError(
-                f"{self.path} has no column age; found: {', '.join(self.columns)}; add it in years, n/a where unknown"
+                f"{path} line {line}: age={text!r} is not a number of years in 0..130; write n/a if unknown"
             )
-
-
-def _complete(found: list[tuple[Scan, Row]]) -> list[Scan]:
-    """Scans with their values, each column of one type over the whole cohort."""
-    names = dict.fromkeys(name for _, row in found for name in row)
-    columns = {name: typed(name, [row.get(name) for _, row in found]) for name in names}
-    scans = []
-    for number, (scan, _) in enumerate(found):
-        values = {name: column[number] for name, column in columns.items()}
-        age = values.pop("age", None)
-        site, sex = values.pop("site", None) or "", values.pop("sex", None) or ""
-        extra: dict[str, Any] = {
-            (f"participants_{name}" if name in RESERVED or name.startswith("q_") else name): value
-            for name, value in values.items()
-            if name not in SESSION_COLUMNS
-        }
-        known = float("nan") if age is None else float(age)
-        scans.append(
-            Scan(scan.path, scan.dataset, scan.participant_id, scan.session, scan.run, site, known, sex, extra)
-        )
-    return scans
+        return age
+    if column == "sex":
+        if text.lower() not in SEX:
+            raise UserError(f"{path} line {line}: sex={text!r} is not F, M, female or male; write n/a if unknown")
+        return SEX[text.lower()]
+    if column in ("site", "diagnosis", "split"):
+        return text  # names, also where they look like numbers
+    try:
+        return float(text)
+    except ValueError:
+        return text

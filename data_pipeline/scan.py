@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Scan:
     """One image and what is known about it.
 
-    ``age`` in years, NaN where missing; ``sex`` is ``F``, ``M``, ``O`` or empty; ``extra`` holds every other column of the
+    ``age`` in years, NaN where missing; ``sex`` is ``F``, ``M`` or empty; ``extra`` holds every other column of the
     participants' table (numbers as float, text as str, missing as None).
     """
 
@@ -31,14 +31,6 @@ class Scan:
         """``<dataset>_sub-<id>_ses-<id>[_run-<n>]``; no dots, at which WebDataset would cut the name."""
         run = f"_run-{self.run}" if self.run else ""
         return safe(f"{self.dataset}_sub-{self.participant_id}_ses-{self.session}{run}")
-
-
-class Rejection(NamedTuple):
-    """A scan that is left out, as a line of quarantine.tsv."""
-
-    key: str
-    path: str
-    reason: str
 
 
 def safe(name: str) -> str:
