@@ -134,7 +134,10 @@ def _t1(
     # Pull from nearer the ventricles: what lies beyond moves outward, and their volume grows.
     reach = template.ventricle_distance
     push = np.float32(world.ventricle_push(VENTRICLE_ML * np.exp(ventricle)) / world.spacing)
-    moved = push * np.exp(-reach / np.float32(VENTRICLE_REACH))
+    # Never from deeper than 2 mm inside: the ventricles are narrow, and beyond their middle lies the other wall.
+    moved = np.minimum(
+        push * np.exp(-np.maximum(reach, 0) / np.float32(VENTRICLE_REACH)), np.maximum(reach + 2, 0) / world.spacing
+    )
     where = where - world.outward * moved
     grey, white, fluid, residual = (
         ndimage.map_coordinates(values, where, order=1, mode="nearest")
@@ -169,7 +172,7 @@ class _World:
         d, h, w = (slice(int(edge.min()), int(edge.max()) + 1) for edge in np.nonzero(mask))
         self.box, self.mask_in_box = (d, h, w), mask[d, h, w]
         self.brain_index = np.stack(np.nonzero(mask)).astype(np.float32)
-        self.near_ventricles = np.exp(-self.template.ventricle_distance[mask] / np.float32(6.0))
+        self.near_ventricles = np.exp(-np.maximum(self.template.ventricle_distance[mask], 0) / np.float32(6.0))
         # Mean log change of an adult of 20, which the template's own amount of grey matter is to stand for.
         self.mean_change = 0.16 / (1.0 + np.exp((20.0 - 16.0) / 5.0))
         total = float(self.template.gm[self.template.mask].sum()) * self.template.voxel_ml
@@ -179,12 +182,13 @@ class _World:
     def index(self) -> Array:
         """(3, D, H, W) voxel numbers."""
         shape = self.template.grid.shape
-        return np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape), indexing="ij"))
+        index: Array = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape), indexing="ij"))
+        return index
 
     @cached_property
     def outward(self) -> Array:
         """(3, D, H, W) unit vectors away from the ventricles."""
-        gradient = np.stack(np.gradient(self.template.ventricle_distance))
+        gradient = np.stack(list(np.gradient(self.template.ventricle_distance)))
         outward: Array = gradient / np.maximum(np.linalg.norm(gradient, axis=0), 1e-3)
         return outward
 
@@ -195,7 +199,7 @@ class _World:
     def deformation(self, generator: np.random.Generator) -> list[Array]:
         """Control points of a displacement (x, y, z) in mm, about 1.2 mm each, that never folds."""
         control = [np.float32(1.2) * self.coarse.draw(generator) for _ in range(3)]
-        gradient = np.stack([np.stack(np.gradient(self.lattice.evaluate(part), 10.0)) for part in control])
+        gradient = np.stack([np.stack(list(np.gradient(self.lattice.evaluate(part), 10.0))) for part in control])
         steepest = float(np.sqrt((gradient**2).sum(axis=(0, 1)).max()))
         return [part * np.float32(min(1.0, STEEPEST / steepest)) for part in control]
 
@@ -216,7 +220,7 @@ def _ventricle_table() -> tuple[Any, Any]:
     reach = load_template(Grid.vbm(2.0)).ventricle_distance
     pushes = np.linspace(0.0, 9.0, 19)
     # A voxel becomes ventricle where the point it is pulled from is: reach - push exp(-reach / 12) <= 0.
-    inside = [float((reach <= push * np.exp(-reach / VENTRICLE_REACH)).sum()) * 0.008 for push in pushes]
+    inside = [float((reach <= push * np.exp(-np.maximum(reach, 0) / VENTRICLE_REACH)).sum()) * 0.008 for push in pushes]
     return np.array(inside) * VENTRICLE_ML / inside[0], pushes
 
 

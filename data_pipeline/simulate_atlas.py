@@ -21,7 +21,7 @@ from data_pipeline.volume import Grid
 from infra.files import atomic_write
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-VERSION = 4  # part of the cache's name: raise it when what is cached changes
+VERSION = 5  # part of the cache's name: raise it when what is cached changes
 
 # Gaussian regions: centre and standard deviations in mm (x, y, z); pairs are given once and mirrored.
 Ellipsoid = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -57,7 +57,7 @@ class Template:
     wm: Array  # (D, H, W)
     csf: Array  # (D, H, W)
     residual: Array  # (D, H, W) T1 less the mixture of tissue means, in units of the white-grey difference
-    ventricle_distance: Array  # (D, H, W) mm outside the lateral ventricles
+    ventricle_distance: Array  # (D, H, W) mm outside the lateral ventricles, negative inside
     regions: Array  # (R, M) region maps, 0..1
 
     @property
@@ -91,10 +91,13 @@ def _make(grid: Grid) -> dict[str, Any]:
     means = [float((t1 * tissue).sum() / tissue.sum()) for tissue in (gm, wm, csf)]
     mixture = gm * means[0] + wm * means[1] + csf * means[2]
     residual = np.where(brain, (t1 - mixture) / (means[1] - means[0]), 0.0).astype(np.float32)
-    distance = ndimage.distance_transform_edt(~_ventricles(csf, affine)).astype(np.float32)
+    ventricles = _ventricles(csf, affine)
+    outside, inside = (ndimage.distance_transform_edt(where) for where in (~ventricles, ventricles))
+    distance = (outside - inside).astype(np.float32)
     tissues = {"gm": gm, "wm": wm, "csf": csf, "residual": residual}
     on_grid = {name: _to_grid(values, affine, grid) for name, values in tissues.items()}
-    mask = on_grid["gm"] > 0.02
+    # Wide enough that tissue moved by a deformation is not cut off at the edge.
+    mask = ndimage.binary_dilation(on_grid["gm"] > 0.02, iterations=int(np.ceil(3.0 / grid.spacing[0])))
     where = _world_coordinates(grid)[:, mask]
     return {
         **on_grid,

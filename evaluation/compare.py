@@ -120,8 +120,10 @@ def verdict(row: Any) -> str:
     """In words: which of a pair is better, if the interval leaves 0 out."""
     if row.low <= 0 <= row.high:
         return "no difference shown"
-    better = row.first if (row.difference > 0) == HIGHER_IS_BETTER[row.figure] else row.second
-    return f"{better} better"
+    higher, lower = (row.first, row.second) if row.difference > 0 else (row.second, row.first)
+    if row.figure == "bacc":
+        return f"{higher} higher"  # good for a diagnosis, bad for a site
+    return f"{higher if HIGHER_IS_BETTER[row.figure] else lower} better"
 
 
 def print_comparison(comparison: Comparison) -> None:

@@ -120,7 +120,7 @@ def auc_intervals(comparison: Comparison) -> Any:
     axis.axhline(0.5, color="black", lw=1, ls="--")
     axis.text(1.0, 0.5, " chance", transform=axis.get_yaxis_transform(), va="center", fontsize=9)
     axis.set_xticks(range(len(tasks)), [titles[task] for task in tasks])
-    axis.set_ylim(min(0.4, float(table["low"].min()) - 0.03) if len(table) else 0.4, 1.08)
+    axis.set_ylim(0, 1.08)
     axis.set_ylabel("AUC (95 % interval over participants)")
     axis.grid(axis="x", visible=False)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=min(4, max(1, len(names))))

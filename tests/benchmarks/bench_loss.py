@@ -190,7 +190,7 @@ def main() -> None:
     part = 8 if chosen.quick else 1
     name = torch.cuda.get_device_name() if chosen.device == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    against_published(4096 // part, chosen.device, repeats=3)
+    against_published(4096 // part, chosen.device, repeats=6)
     over_batches([4096 // part, 8192 // part, 16384 // part, 32768 // part], chosen.device)
     over_ranks([2, 4, 8], 2048 // part)
 
