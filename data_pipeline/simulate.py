@@ -56,11 +56,14 @@ def simulate_cohort(out: str | Path, settings: Simulation, workers: int | None =
     load_template(Grid.vbm(settings.spacing))  # made once here, read from the cache by the workers
     tasks = [(str(folder), settings, person) for person in people]
     rows: list[list[dict[str, Any]]] = []
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers={workers} must be at least 1")
     count = workers or len(os.sched_getaffinity(0))
     with Progress(len(people), "participants", "simulating") as progress:
         if count == 1:
             for task in tasks:
-                rows.append(write_person(task))
+                with _one_thread():  # as in the workers: BLAS sums in another order with more threads
+                    rows.append(write_person(task))
                 progress.advance()
         else:
             with multiprocessing.get_context("spawn").Pool(count, initializer=_one_thread) as pool:
@@ -306,10 +309,11 @@ def _check(settings: Simulation) -> None:
         )
 
 
-def _one_thread() -> None:
+def _one_thread() -> Any:
+    """Linear algebra on one thread, until the end of a ``with`` or of the process."""
     from threadpoolctl import threadpool_limits
 
-    threadpool_limits(1)  # the workers share the cores
+    return threadpool_limits(1)
 
 
 def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:

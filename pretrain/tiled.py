@@ -108,7 +108,7 @@ def sum_over_scans(pairs: Pairs, piece: Piece, tile: TileSize) -> Tensor:
 class _Tiles:
     """The logits and the kernel, tile by tile, and the shares of the weights in a row's loss.
 
-    share_ij = w_ij / Σ_k w_ik (rows) or 2 w_ij / Σ_k w_kj (columns).
+    share_ij is w_ij times a factor of its row, 1 / Σ_k w_ik, or of its column, 2 / Σ_k w_kj; the other factor is 1.
     """
 
     def __init__(self, pairs: Pairs, inverse_temperature: Tensor, by_row: bool, sizes: Sizes) -> None:
@@ -120,7 +120,7 @@ class _Tiles:
         # <sum of a scan's views, sum of another's> is the sum of their four products; across views, two of them.
         facing = self.columns_2GD.flip(0) if pairs.cross_view else self.columns_2GD
         self._near, self._far = (self._joined(z, pairs.cross_view) for z in (self.scaled_2BD, facing))
-        self._column_shares_G = None if by_row else 2.0 / pairs.column_sums()
+        self.column_factors_G = self.columns_2GD.new_ones(pairs.total) if by_row else 2.0 / pairs.column_sums()
 
     @staticmethod
     def _joined(z_2XD: Tensor, cross_view: bool) -> Tensor:
@@ -133,8 +133,11 @@ class _Tiles:
 
     def leave_out(self, tile: Tensor, rows: range, columns: range, value: float) -> Tensor:
         """Write ``value`` in (2R, 2C) where the anchor meets itself or a pair is left out."""
-        pairs, views = self.pairs, tile.view(2, len(rows), 2, len(columns))
+        pairs = self.pairs
         related, diagonal = pairs.related(rows, columns), pairs.crossing(rows, columns)
+        if related is None and diagonal is None and not pairs.cross_view:
+            return tile
+        views = tile.view(2, len(rows), 2, len(columns))
         if related is not None:
             views.masked_fill_(~related[None, :, None], value)
         for view in (0, 1):
@@ -144,25 +147,24 @@ class _Tiles:
                 views[view, :, view].diagonal(diagonal).fill_(value)
         return tile
 
-    def weights(self, rows: range, columns: range) -> Tensor:
-        """(R, C): the kernel, times the column's share where shares are by columns."""
-        weights = self.pairs.kernel_weights(rows, columns)
-        if self._column_shares_G is not None:
-            weights *= self._column_shares_G[columns.start : columns.stop]
-        return weights
+    def kernel(self, rows: range, columns: range) -> Tensor:
+        """(R, C): w between scans."""
+        return self.pairs.kernel_weights(rows, columns)
+
+    def by_columns(self, kernel_RC: Tensor, columns: range) -> Tensor:
+        """(R, C): w times its column's factor."""
+        return kernel_RC if self.by_row else kernel_RC * self.column_factors_G[columns.start : columns.stop]
 
     def similarities(self, rows: range, columns: range) -> Tensor:
         """(R, C): the sum of the logits of the pairs of views of two scans, a scan's with itself included."""
         return self._near[rows.start : rows.stop] @ self._far[columns.start : columns.stop].T
 
     def own(self) -> tuple[Tensor, Tensor]:
-        """(B,), (B,): the weight of an anchor with itself, and the sum of its two logits; both are counted too much."""
+        """(B,), (B,): an anchor's weight with itself, and the sum of both views' logits with themselves: not its own."""
         start, scans = self.pairs.start, self.pairs.scans
         if self.pairs.cross_view:
             return (self.rows_2BD.new_zeros(scans),) * 2
-        ones = self.rows_2BD.new_ones(scans)
-        weights = ones if self._column_shares_G is None else self._column_shares_G[start : start + scans]
-        return weights, (self.rows_2BD * self.scaled_2BD).sum(dim=(0, 2))
+        return self.column_factors_G[start : start + scans], (self.rows_2BD * self.scaled_2BD).sum(dim=(0, 2))
 
 
 class _RowSums:
@@ -202,7 +204,8 @@ def _many_ranks(tiles: _Tiles) -> Gradients:
         largest = tiles.rows_2BD.new_full((2 * len(rows),), MASKED)
         running, strip = torch.zeros_like(largest), []
         for columns in tiles.cut_columns:
-            logits, weights = tiles.logits(rows, columns), tiles.weights(rows, columns)
+            logits = tiles.logits(rows, columns)
+            weights = tiles.by_columns(tiles.kernel(rows, columns), columns)
             sums.add(rows, weights, tiles.similarities(rows, columns))
             before, largest = largest, torch.maximum(largest, logits.amax(dim=1))
             running = running * torch.exp(before - largest) + torch.exp(logits - largest[:, None]).sum(dim=1)
@@ -212,7 +215,7 @@ def _many_ranks(tiles: _Tiles) -> Gradients:
         value += (totals * log_sums).sum() - products.sum()
         for columns, logits, weights in strip:
             p = logits.sub_(log_sums[:, None]).exp_().mul_(totals[:, None])
-            _subtract(p, weights.mul_(factors[:, None]))
+            _subtract(p, weights * factors[:, None])
             tiles.leave_out(p, rows, columns, 0.0)
             grad_rows[rows].addmm_(p, tiles.cut_columns[columns])
             grad_columns[columns].addmm_(p.T, tiles.cut_rows[rows])
@@ -226,26 +229,22 @@ def _one_process(tiles: _Tiles) -> Gradients:
     tile_pairs = [(rows, columns) for index, rows in enumerate(ranges) for columns in ranges[index:]]
     sums, powers_2B = _RowSums(tiles), torch.zeros_like(tiles.rows_2BD[:, :, 0])
     for rows, columns in tile_pairs:
-        powers, weights = tiles.logits(rows, columns).exp_(), tiles.weights(rows, columns)
+        powers, kernel = tiles.logits(rows, columns).exp_(), tiles.kernel(rows, columns)
         similarities = tiles.similarities(rows, columns)
-        sums.add(rows, weights, similarities)
+        sums.add(rows, tiles.by_columns(kernel, columns), similarities)
         powers_2B[:, rows.start : rows.stop] += powers.sum(dim=1).view(2, -1)
         if rows != columns:
-            sums.add(columns, weights.T if tiles.by_row else tiles.weights(columns, rows), similarities.T)
+            sums.add(columns, tiles.by_columns(kernel.T, rows), similarities.T)
             powers_2B[:, columns.start : columns.stop] += powers.sum(dim=0).view(2, -1)
     factors_B, totals_B, products_B = sums.finish()
     value = (totals_B * powers_2B.log()).sum() - products_B.sum()
-    # p_ij + p_ji and share_ij + share_ji: each is one matrix times the sum of a row's and a column's factor.
+    # p_ij + p_ji and share_ij + share_ji: each is one symmetric matrix times the sum of a factor of i and one of j.
     scales_2B, cut_gradient = totals_B / powers_2B, _zeros(tiles.cut_rows)
+    either_B = factors_B if tiles.by_row else tiles.column_factors_G
     for rows, columns in tile_pairs:
         p = tiles.logits(rows, columns).exp_()
-        p.mul_(_outer_sum(*(scales_2B[:, part.start : part.stop].flatten() for part in (rows, columns))))
-        weights = tiles.weights(rows, columns)
-        if tiles.by_row:
-            weights.mul_(_outer_sum(*(factors_B[part.start : part.stop] for part in (rows, columns))))
-        else:
-            weights += tiles.weights(columns, rows).T
-        _subtract(p, weights)
+        p.mul_(_outer_sum(scales_2B, rows, columns))
+        _subtract(p, tiles.kernel(rows, columns).mul_(_outer_sum(either_B[None], rows, columns)))
         tiles.leave_out(p, rows, columns, 0.0)
         cut_gradient[rows].addmm_(p, tiles.cut_rows[columns])
         if rows != columns:
@@ -273,8 +272,10 @@ def _join(cut: dict[range, Tensor], like_2XD: Tensor) -> Tensor:
     return whole
 
 
-def _outer_sum(rows_R: Tensor, columns_C: Tensor) -> Tensor:
-    return rows_R[:, None] + columns_C[None, :]
+def _outer_sum(values_XB: Tensor, rows: range, columns: range) -> Tensor:
+    """(X R, X C): v_i + v_j, of one view (X = 1) or both."""
+    first, second = (values_XB[:, part.start : part.stop].flatten() for part in (rows, columns))
+    return first[:, None] + second[None, :]
 
 
 def _subtract(p: Tensor, shares_RC: Tensor) -> None:
