@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ from infra.files import atomic_write, sha256_of
 from infra.progress import Progress
 
 UNFINISHED = ".unfinished-"
+PLACES = (
+    "key",
+    "shard",
+    "offset",
+    "size",
+    "crc32c",
+)  # the manifest's own columns; a table's of these names are left out
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ def build_shards(
     ``quarantine.tsv`` with its reason. A folder that holds this very build already is left as it is; another one in it
     is refused.
     """
-    folder, root = Path(out), Path(cohort)
+    folder, root = Path(out).resolve(), Path(cohort).resolve()  # Ray's workers have a working directory of their own
     check_scaling(scaling)
     if codec not in CODECS:
         raise UserError(f"codec={codec!r} is not known{nearest(codec, CODECS)}; allowed: {', '.join(CODECS)}")
@@ -85,7 +93,8 @@ def build_shards(
     if done:
         return done
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{UNFINISHED}*"):
+    # What a killed build left, with other settings perhaps: no manifest lists it.
+    for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{scans[0].dataset}-[0-9]*.tar")):
         leftover.unlink()
     shards, rows, bad = _write_shards(folder, scans, grid, settings, workers)
     bad = [(scan.key, str(scan.path), "participant is not in participants.tsv") for scan in unknown] + bad
@@ -161,16 +170,19 @@ def build_one(task: _Task) -> tuple[dict[str, Any], list[dict[str, Any]], list[t
         temporary.unlink()
         return {}, [], bad
     shard = {"name": task.name, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary), "scans": len(rows)}
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
     temporary.replace(final)
     return shard, [{**row, **_describe(scan)} for row, scan in zip(rows, used, strict=True)], bad
 
 
 def _describe(scan: Scan) -> dict[str, Any]:
     """What a sample's .json and the scan table say of a scan; no path, which may name a person."""
-    return {
+    known = {
         "participant_id": scan.participant_id, "session": scan.session, "run": scan.run, "dataset": scan.dataset,
-        "site": scan.site, "age": None if scan.age != scan.age else scan.age, "sex": scan.sex, **scan.extra,
+        "site": scan.site, "age": None if scan.age != scan.age else scan.age, "sex": scan.sex,
     }  # fmt: skip
+    return {**{name: value for name, value in scan.extra.items() if name not in PLACES}, **known}
 
 
 def _scan_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> pd.DataFrame:

@@ -18,7 +18,8 @@ MODALITIES = {
     "t1w": re.compile(r"^(?!.*_desc-).*_T1w\.nii(\.gz)?$"),
 }
 MISSING = {"", "n/a", "N/A", "nan", "NaN"}
-SEX = {"f": "F", "female": "F", "m": "M", "male": "M"}
+SEX = {"f": "F", "female": "F", "m": "M", "male": "M", "o": "O", "other": "O"}
+TEXT = ("site", "diagnosis", "split", "age", "sex")  # names, also where they look like numbers; age and sex are checked
 
 
 def read_bids(root: str | Path, dataset: str | None = None, modality: str = "vbm") -> tuple[list[Scan], list[Scan]]:
@@ -95,16 +96,25 @@ def _read_table(path: Path, key: str, prefix: str) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} is not a tab-separated table: {' '.join(str(error).split())}") from None
     if key not in table.columns:
         raise UserError(f"{path} has no column {key}; found: {', '.join(table.columns)}")
+    numeric = {str(name) for name in table.columns if name not in TEXT and _all_numbers(table[name])}
     rows: dict[str, dict[str, Any]] = {}
     for number, record in enumerate(table.to_dict("records"), start=2):
         name = str(record.pop(key)).removeprefix(prefix)
         if name in rows:
             raise UserError(f"{path} line {number}: {key} {name!r} is there twice; keep one row each")
-        rows[name] = {str(k): _value(path, number, str(k), str(v)) for k, v in record.items()}
+        rows[name] = {str(k): _value(path, number, str(k), str(v), str(k) in numeric) for k, v in record.items()}
     return rows
 
 
-def _value(path: Path, line: int, column: str, text: str) -> Any:
+def _all_numbers(column: Any) -> bool:
+    """Whether a column is numbers and missing values only; one word makes all of it text."""
+    return bool(
+        pd.to_numeric(column.str.strip().replace(dict.fromkeys(MISSING, None)), errors="coerce").notna().sum()
+        == (~column.str.strip().isin(MISSING)).sum()
+    )
+
+
+def _value(path: Path, line: int, column: str, text: str, number: bool) -> Any:
     text = text.strip()
     if text in MISSING:
         return None
@@ -120,11 +130,8 @@ def _value(path: Path, line: int, column: str, text: str) -> Any:
         return age
     if column == "sex":
         if text.lower() not in SEX:
-            raise UserError(f"{path} line {line}: sex={text!r} is not F, M, female or male; write n/a if unknown")
+            raise UserError(
+                f"{path} line {line}: sex={text!r} is not F, M, O, female, male or other; write n/a if unknown"
+            )
         return SEX[text.lower()]
-    if column in ("site", "diagnosis", "split"):
-        return text  # names, also where they look like numbers
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    return float(text) if number else text

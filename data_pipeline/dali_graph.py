@@ -60,15 +60,17 @@ class AugmentPipeline:
     def run(self) -> torch.Tensor:
         """The next batch; a tensor of its own, DALI's buffers are used again."""
         views = [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
-        batch_2BDHW1 = torch.stack(views)
-        return batch_2BDHW1.movedim(-1, 2).contiguous()
+        batch_21BDHW = torch.stack(views).movedim(-1, 2).contiguous()
+        if self._gpu:
+            torch.cuda.current_stream().synchronize()  # the copy is done before DALI writes the buffers anew
+        return batch_21BDHW
 
     def close(self) -> None:
         """Stop the workers and free the graph."""
         pool = getattr(self._pipeline, "_py_pool", None)
+        self._pipeline = None  # the graph goes first: it may still be waiting for its workers
         if pool is not None:
             pool.close()
-        self._pipeline = None
 
 
 def _graph(source: Any, settings: Augmentation, gpu: bool, parallel: bool) -> tuple[Any, Any]:

@@ -138,11 +138,18 @@ class TwoViewLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: the next step is all it takes, everything else follows from it."""
-        return {"step": self.step}
+        """Where the loader stands: the next step, and what together with it decides all that follows."""
+        source = self._source
+        return {"step": self.step, "seed": source.seed, "global_batch": source.batch, "scans": len(source.rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the step that ``state_dict`` named, on whatever world size this loader has."""
+        """Continue at the step that ``state_dict`` named, on whatever world size this loader has.
+
+        UserError where seed, global batch or number of scans are others: the order would be another one.
+        """
+        for key, mine in self.state_dict().items():
+            if key != "step" and state.get(key, mine) != mine:
+                raise UserError(f"loader state has {key}={state[key]}, this loader {mine}; resume with the old value")
         self.close()
         self.step = int(state["step"])
 

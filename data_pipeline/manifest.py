@@ -26,6 +26,7 @@ from infra.errors import UserError, nearest
 from infra.files import atomic_write, sha256_of, write_json
 
 FORMAT = 1
+MOST_OPEN = 256  # shards open at once in a process; many systems allow 1024 files
 MANIFEST, SCANS = "manifest.json", "scans.parquet"
 
 
@@ -96,6 +97,11 @@ class Manifest:
             columns.append(values if rows is None else values[rows])
         return np.stack(columns, axis=1)
 
+    def subjects(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """A number for the participant of every scan, (N,)."""
+        people = self.scans["dataset"].astype(str) + "/" + self.scans["participant_id"].astype(str)
+        return pd.Categorical(people).codes.astype(np.int64)
+
     def reader(self) -> VolumeReader:
         """What reads the scans' voxels, small enough to be sent to worker processes."""
         shard, offset, size, crc = (
@@ -104,9 +110,13 @@ class Manifest:
         names = [str(row["name"]) for row in self.shards]
         return VolumeReader(str(self.root), names, shard, offset, size, crc, self.settings["codec"])
 
+    @cached_property
+    def _reader(self) -> VolumeReader:
+        return self.reader()
+
     def read_volume(self, row: int) -> Array:
         """One scan's (D, H, W) float16 voxels, checksum verified."""
-        return self.reader().read(row)
+        return self._reader.read(row)
 
     @property
     def simulated(self) -> bool:
@@ -142,6 +152,8 @@ class VolumeReader:
 
     def _descriptor(self, number: int) -> int:
         if number not in self._descriptors:
+            if len(self._descriptors) >= MOST_OPEN:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
             self._descriptors[number] = os.open(Path(self.root) / self.names[number], os.O_RDONLY)
         return self._descriptors[number]
 

@@ -192,12 +192,13 @@ class _World:
     def outward(self) -> Array:
         """(3, D, H, W) unit vectors away from the ventricles."""
         gradient = np.stack(list(np.gradient(self.template.ventricle_distance)))
-        outward: Array = gradient / np.maximum(np.linalg.norm(gradient, axis=0), 1e-3)
-        return outward
+        lengths = np.maximum(np.linalg.norm(gradient, axis=0), 1e-3)
+        return np.asarray(gradient / lengths, dtype=np.float32)
 
     def at_brain(self, field: SmoothField, control: Array) -> Array:
         """A field's values at the M voxels of the mask; only the box around them is worked out."""
-        return field.evaluate(control, self.box)[self.mask_in_box]
+        values: Array = field.evaluate(control, self.box)[self.mask_in_box]
+        return values
 
     def deformation(self, generator: np.random.Generator) -> list[Array]:
         """Control points of a displacement (x, y, z) in mm, about 1.2 mm each, that never folds."""

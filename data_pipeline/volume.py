@@ -79,14 +79,16 @@ def open_image(path: Path) -> Any:
 def load_volume(path: Path, grid: Grid, *, factor: float = 1.0) -> Array:
     """A scan on the grid: (D, H, W) float16, multiplied by ``factor``. BadScan for what cannot be used."""
     image = open_image(path)
-    if Grid.of(image.shape, image.affine) != grid:
-        image = resample_from_to(image, (grid.shape, np.array(grid.affine)), order=1)
     try:
+        if Grid.of(image.shape, image.affine) != grid:
+            image = resample_from_to(image, (grid.shape, np.array(grid.affine)), order=1)
         voxels = np.asarray(image.dataobj, dtype=np.float32)
     except Exception as error:  # a truncated gzip stream shows only here
         raise BadScan(f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
     if not np.isfinite(voxels).all():
         raise BadScan(f"{int((~np.isfinite(voxels)).sum())} voxels are NaN or infinite")
+    if voxels.size == 0:
+        raise BadScan("no voxels")
     if voxels.min() == voxels.max():
         raise BadScan(f"every voxel is {float(voxels.flat[0]):g}")
     voxels *= np.float32(factor)

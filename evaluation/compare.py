@@ -96,7 +96,7 @@ def differences_table(judged: list[Judged]) -> pd.DataFrame:
     for number, first in enumerate(judged):
         for second in judged[number + 1 :]:
             both = first.predictions.merge(
-                second.predictions, on=["task", "kind", "title", "row"], suffixes=("", "_other")
+                second.predictions, on=["task", "kind", "title", "key"], suffixes=("", "_other")
             )
             for (task, kind), part in both.groupby(["task", "kind"], sort=False):
                 same = (

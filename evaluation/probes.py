@@ -71,7 +71,6 @@ def curve_draws(
     one scan a participant and the classes in the proportion of all; sizes that the data cannot give are left out.
     """
     test = folds_of(labels, groups, "binary", 3, seed)[0][1]
-    generator = np.random.Generator(np.random.Philox(key=[seed, 0xC0DE]))
     pool = np.setdiff1d(np.arange(len(labels)), test)
     pool = pool[np.unique(groups[pool], return_index=True)[1]]
     classes = [pool[labels[pool] == code] for code in (0, 1)]
@@ -80,8 +79,10 @@ def curve_draws(
         counts = [round(size * len(members) / len(pool)) for members in classes]
         if size > len(pool) or min(counts) < 3:
             continue
-        chosen[size] = [
-            np.concatenate([generator.permutation(members)[:n] for members, n in zip(classes, counts, strict=True)])
-            for _ in range(draws)
-        ]
+        chosen[size] = []
+        for draw in range(draws):
+            # Keyed by size and number, so that asking for other sizes changes no draw.
+            generator = np.random.Generator(np.random.Philox(key=[seed, 0xC0DE], counter=[0, 0, size, draw]))
+            parts = [generator.permutation(members)[:n] for members, n in zip(classes, counts, strict=True)]
+            chosen[size].append(np.concatenate(parts))
     return test, chosen

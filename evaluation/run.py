@@ -19,7 +19,7 @@ from evaluation.probes import STRENGTHS
 from evaluation.statistics import FIGURES, with_interval
 from evaluation.tasks import Task, load_task
 from evaluation.tune import choose, prepare, search
-from infra import ray_cluster
+from infra import ray_cluster, runs
 from infra.errors import UserError
 from infra.files import sha256_of
 from infra.tracking import Tracker, default_uri
@@ -59,7 +59,7 @@ def evaluate(
     """
     manifest = Manifest.load(shards)
     encoders = [(find_encoder(path), Encoder.from_pretrained(path)) for path in checkpoints]
-    tasks = [load_task(name, manifest) for name in protocol.tasks]
+    tasks = [load_task(name, manifest, protocol.folds) for name in protocol.tasks]
     if not tasks:
         raise UserError("no task given; name some with --tasks, such as ad,scz,age,site")
     rows = np.unique(np.concatenate([task.rows for task in tasks]))
@@ -82,7 +82,7 @@ def evaluate(
             )
             place = {int(row): number for number, row in enumerate(rows)}
             by_task = {task.name: features[[place[int(row)] for row in task.rows]] for task in tasks}
-            result = judge(tasks, by_task, protocol, f"probes of {name}")
+            result = judge(tasks, by_task, protocol, manifest.scans["key"], f"probes of {name}")
             _log(encoder, manifest, weights, rows, features, result, protocol, experiment, tracking_uri)
             metrics.append(result.metrics)
             shown = ", ".join(f"{key} {value:.3f}" for key, value in result.metrics.items() if key.count(".") == 1)
@@ -90,8 +90,8 @@ def evaluate(
     return metrics
 
 
-def judge(tasks: Sequence[Task], features: dict[str, Array], protocol: Protocol, title: str) -> Result:
-    """Nested cross-validation and learning curves of every task on one checkpoint's features."""
+def judge(tasks: Sequence[Task], features: dict[str, Array], protocol: Protocol, keys: pd.Series, title: str) -> Result:
+    """Nested cross-validation and learning curves of every task on one checkpoint's features; ``keys`` name the scans."""
     prepared = {
         task.name: prepare(
             task, features[task.name], folds=protocol.folds, sizes=list(protocol.n_train), draws=protocol.draws,
@@ -113,8 +113,16 @@ def judge(tasks: Sequence[Task], features: dict[str, Array], protocol: Protocol,
                 f"{task.name}.{figure}.low": low,
                 f"{task.name}.{figure}.high": high,
             }
-        table = {"row": task.rows, "participant": task.groups, "label": task.labels.astype(float), "answer": answers}
+        table = {
+            "key": keys.loc[task.rows].to_numpy(),
+            "participant": task.groups,
+            "label": task.labels.astype(float),
+            "answer": answers,
+        }
         predictions.append(pd.DataFrame({"task": task.name, "kind": task.kind, "title": task.title, **table}))
+        left_out = sorted(set(protocol.n_train) - {size for size, _, _ in curve}) if task.kind == "binary" else []
+        if left_out:
+            print(f"evaluate: task {task.name}: too few scans for a learning curve at {', '.join(map(str, left_out))}")
         curves.append(pd.DataFrame(curve, columns=["n_train", "draw", "auc"]).assign(task=task.name))
         penalties.append(pd.DataFrame({"task": task.name, "fold": range(len(chosen)), "penalty": chosen}))
         for size, values in curves[-1].groupby("n_train")["auc"]:
@@ -161,18 +169,19 @@ def _log(
         tags["mlflow.parentRunId"] = str(config["run_id"])
     name = f"evaluate {config['run_name']} step {config['step']}"
     tracker = Tracker.open(tracking_uri or default_uri(), experiment, name, tags=tags)
+    if tracker.run_id is None:
+        raise UserError(
+            f"MLflow store {tracking_uri or default_uri()} does not answer; start it, or choose another --tracking-uri"
+        )
     tracker.log_params({**protocol.__dict__, "penalties": STRENGTHS, "scans": len(rows)})
     step = int(config["step"])
     found = [(key, value, step) for key, value in result.metrics.items() if np.isfinite(value)]
-    tracker.log_metrics(found)
-    if config.get("model_id"):
-        # The checkpoint's own page in MLflow shows its evaluations beside those of others.
-        tracker.log_metrics(
-            found,
-            model_id=str(config["model_id"]),
-            dataset=str(manifest.settings["dataset"]),
-            dataset_digest=manifest.digest[:32],
-        )
+    # With its model id a figure stands both in this run and on the checkpoint's own page, beside those of others.
+    known = bool(config.get("model_id")) and runs.has_model(tracking_uri or default_uri(), str(config["model_id"]))
+    tracker.log_metrics(
+        found, model_id=str(config["model_id"]) if known else None, dataset=str(manifest.settings["dataset"]),
+        dataset_digest=manifest.digest[:32],
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         result.predictions.to_parquet(folder / "predictions.parquet", index=False)

@@ -57,10 +57,12 @@ class Task:
     classes: list[str]
 
 
-def load_task(name: str, manifest: Manifest) -> Task:
+def load_task(name: str, manifest: Manifest, folds: int = 5) -> Task:
     """A shipped task by name, or a YAML file by path, applied to a manifest's scans."""
     path = _find(name)
     given = load_settings(TaskFile, path)
+    if given.kind == "binary" and not (given.positive and given.negative):
+        raise UserError(f"task {name}: a binary task needs values under positive and negative")
     scans = manifest.scans
     if given.label not in scans.columns:
         known = [str(c) for c in scans.columns]
@@ -78,7 +80,7 @@ def load_task(name: str, manifest: Manifest) -> Task:
     people = chosen["dataset"].astype(str) + "/" + chosen["participant_id"].astype(str)
     codes = pd.Categorical(people).codes.astype(np.int64)
     task = Task(path.stem, given.title, given.kind, chosen.index.to_numpy(np.int64), labels, codes, classes)
-    _check_size(task, given)
+    _check_size(task, given, folds)
     return task
 
 
@@ -94,7 +96,12 @@ def _find(name: str) -> Path:
 def _labels(given: TaskFile, scans: pd.DataFrame) -> tuple[Array, list[str], pd.DataFrame]:
     column = scans[given.label]
     if given.kind == "regression":
-        return pd.to_numeric(column).to_numpy(np.float64), [], scans
+        numbers = pd.to_numeric(column, errors="coerce")
+        if numbers.isna().any():
+            raise UserError(
+                f"label {given.label!r} holds text such as {column[numbers.isna()].iloc[0]!r}; regression needs numbers"
+            )
+        return numbers.to_numpy(np.float64), [], scans
     text = column.astype(str)
     if given.kind == "binary":
         positive, negative = ({v.lower() for v in values} for values in (given.positive, given.negative))
@@ -116,7 +123,8 @@ def _matched(scans: pd.DataFrame, labels: Array, match: Match) -> Array:
         for patient in patients:
             if round_ and not keep[patient]:
                 continue
-            distance = np.where(free, np.abs(values[controls] - values[patient]), np.inf)
+            gap = np.abs(values[controls] - values[patient])
+            distance = np.where(free & np.isfinite(gap), gap, np.inf)
             best = int(np.argmin(distance)) if len(controls) else 0
             if len(controls) and distance[best] <= match.within:
                 keep[patient] = keep[controls[best]] = True
@@ -124,7 +132,7 @@ def _matched(scans: pd.DataFrame, labels: Array, match: Match) -> Array:
     return keep
 
 
-def _check_size(task: Task, given: TaskFile, folds: int = 5) -> None:
+def _check_size(task: Task, given: TaskFile, folds: int) -> None:
     people = len(np.unique(task.groups))
     if task.kind == "regression":
         enough = people >= 2 * folds

@@ -59,6 +59,17 @@ def checkpoints(uri: str, run_id: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: int(row["step"]))
 
 
+def has_model(uri: str, model_id: str) -> bool:
+    """Whether the store knows a logged model."""
+    client = client_of(uri, create=False)
+    try:
+        with readable(uri):
+            client.get_logged_model(model_id)
+    except UserError:
+        return False
+    return True
+
+
 def ui_command(uri: str) -> str:
     """What to type to see the store: the viewer's command, or for a server its address."""
     if uri.startswith("http"):

@@ -66,20 +66,31 @@ class Projector:
 
 @dataclass(config=_strict)
 class Proxy:
-    """One continuous (or categorical) proxy of the weights: a column of scans.parquet and its kernel."""
+    """How one proxy (a column of scans.parquet, or two as ``age+tiv``) weighs pairs: a kernel and its options."""
 
-    kernel: str = "gaussian"
-    bandwidth: float = Field(default=5.0, ge=0)  # in the proxy's unit; 0 = SimCLR
+    kernel: str = "gaussian"  # a key of pretrain.kernels.KERNELS
+    # In the proxy's unit (years for age; 0 = SimCLR), or a rule over the scans' values: scott, silverman.
+    bandwidth: float | list[float] | Literal["scott", "silverman"] | None = None
+    covariance: list[list[float]] | Literal["scott", "silverman"] | None = None  # multivariate-gaussian
+    otherwise: float | None = None  # kernel same: weight where the proxy differs
+    same: float | None = None  # kernel different: weight where it is equal
+
+    def options(self) -> dict[str, Any]:
+        """What was given, as pretrain.proxies.build_kernel takes it."""
+        return {name: value for name, value in vars(self).items() if value is not None and not name.startswith("_")}
 
 
 @dataclass(config=_strict)
 class Loss:
     """The contrastive loss over all ranks' embeddings."""
 
-    name: str = "y-aware"
+    name: str = "y-aware"  # a key of pretrain.losses.LOSSES
     temperature: float = Field(default=0.1, gt=0)
     normalization: Literal["row", "column"] = "row"
-    proxies: dict[str, Proxy] = field(default_factory=lambda: {"age": Proxy()})
+    proxies: dict[str, Proxy] = field(default_factory=lambda: {"age": Proxy(bandwidth=5.0)})
+    cross_view: bool = False  # negatives from the other view only
+    mask_subjects: bool = False  # other sessions of the anchor's participant are neither positives nor negatives
+    tile: int | Literal["auto"] | None = None  # columns at a time; null = the whole matrix
 
 
 @dataclass(config=_strict)

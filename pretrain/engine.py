@@ -52,8 +52,7 @@ def warm() -> None:
 
     if get_accelerator().device_name() == "cpu":
         with exclusive_build():
-            with redirect_stdout(io.StringIO()):  # it reports its success from every rank
-                get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+            get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
 
 
 def start_ranks() -> torch.device:
@@ -69,7 +68,8 @@ def start_ranks() -> torch.device:
         )
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     warm()
-    import_deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    with redirect_stdout(io.StringIO()):  # every rank would report that the collectives were built
+        import_deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
 
 

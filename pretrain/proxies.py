@@ -21,7 +21,7 @@ JOINT = "+"
 RULES = ("scott", "silverman")
 
 
-def proxy_columns(proxies: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def proxy_columns(proxies: Mapping[str, Any]) -> list[str]:
     """The proxies to load, in the order of the kernel's columns; ``age+tiv`` names two."""
     return [column for name in proxies for column in name.split(JOINT)]
 

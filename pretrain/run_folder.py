@@ -27,7 +27,7 @@ def method_of(recipe: Recipe) -> str:
     """What the recipe trains, in the field's words."""
     if recipe.train.steps == 0:
         return "random"
-    if all(proxy.bandwidth == 0 for proxy in recipe.loss.proxies.values()):
+    if recipe.loss.name == "y-aware" and all(proxy.bandwidth == 0 for proxy in recipe.loss.proxies.values()):
         return "SimCLR"
     return recipe.loss.name
 

@@ -2,38 +2,69 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
+from data_pipeline.manifest import Manifest
 from infra import distributed
-from pretrain.config import Optimizer, Recipe
+from infra.errors import UserError, nearest
+from pretrain.config import Loss, Optimizer, Recipe
 from pretrain.engine import update
+from pretrain.gather import AllGather
+from pretrain.kernels import Kernel
+from pretrain.losses import LOSSES
+from pretrain.proxies import build_kernel, proxy_columns
 
-ContrastiveLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+ContrastiveLoss = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
 
 
 class NotFinite(RuntimeError):
     """The loss or its gradient is NaN or infinite; the run stops and its last checkpoint stays as it is."""
 
 
-def build_loss(recipe: Recipe) -> ContrastiveLoss:
-    """The recipe's loss over all ranks: (views (2, B, P), proxies (B, K)) -> this rank's scalar.
+def recipe_kernel(recipe: Recipe, scans: Manifest, rows: Rows) -> Kernel:
+    """The kernel of the recipe's proxies; rules such as ``scott`` look at the values of the scans to be trained on."""
+    proxies = {name: proxy.options() for name, proxy in recipe.loss.proxies.items()}
+    columns = proxy_columns(proxies)
+    values = scans.proxies(columns, rows)
+    return build_kernel(proxies, {name: torch.from_numpy(values[:, place]) for place, name in enumerate(columns)})
+
+
+def loss_options(section: Loss) -> dict[str, Any]:
+    """What the recipe's loss takes of ``loss:``; UserError for another loss's name or an option it does not have."""
+    if section.name not in LOSSES:
+        raise UserError(
+            f"loss.name={section.name!r} is not known{nearest(section.name, LOSSES)}; allowed: {', '.join(LOSSES)}"
+        )
+    names, default = ("temperature", "normalization", "cross_view", "tile"), Loss()
+    known = inspect.signature(LOSSES[section.name]).parameters
+    for name in names:
+        if name not in known and getattr(section, name) != getattr(default, name):
+            raise UserError(f"loss.{name} is no option of the loss {section.name}; leave it out")
+    return {name: getattr(section, name) for name in names if name in known}
+
+
+def build_loss(recipe: Recipe, scans: Manifest, rows: Rows) -> ContrastiveLoss:
+    """The recipe's loss over all ranks: (views (2, B, P), batch of the loader) -> this rank's scalar.
 
     The mean of the ranks' scalars is the loss of the whole batch, and so is the mean of their gradients.
     """
-    from pretrain.gather import AllGather
-    from pretrain.kernels import KERNELS
-    from pretrain.losses import LOSSES
-
-    ((_, proxy),) = recipe.loss.proxies.items()
-    kernel = KERNELS[proxy.kernel](bandwidth=proxy.bandwidth)
+    kernel, options = recipe_kernel(recipe, scans, rows), loss_options(recipe.loss)
     gather = AllGather() if distributed.world_size() > 1 else None
-    settings = {"temperature": recipe.loss.temperature, "normalization": recipe.loss.normalization}
+    subjects = torch.from_numpy(scans.subjects()) if recipe.loss.mask_subjects else None
     loss = LOSSES[recipe.loss.name]
-    return lambda views, proxies: loss(views, proxies, kernel=kernel, gather=gather, **settings)
+
+    def compare(views: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        people = None if subjects is None else subjects[batch["scan"].cpu()].to(views.device)
+        return loss(views, batch["proxies"], kernel=kernel, gather=gather, subjects=people, **options)
+
+    return compare
 
 
 def train_step(
@@ -45,7 +76,7 @@ def train_step(
     """
     views_2B1DHW = batch["views"].to(dtype)
     embeddings_2BP = engine(views_2B1DHW)
-    value = loss(embeddings_2BP.float(), batch["proxies"])
+    value = loss(embeddings_2BP.float(), batch)
     # One small collective gives the whole batch's loss and tells every rank of any rank's NaN.
     mean = distributed.reduce_scalars([float(value.detach())])[0] / distributed.world_size()
     if not math.isfinite(mean):

@@ -29,7 +29,8 @@ from pretrain import checkpoint, engine, run_folder
 from pretrain.config import Recipe, check_world_size, load_recipe
 from pretrain.export import write_encoder
 from pretrain.model import build_model
-from pretrain.step import build_loss, lr_factor, train_step
+from pretrain.proxies import proxy_columns
+from pretrain.step import build_loss, loss_options, lr_factor, recipe_kernel, train_step
 
 STEPS_PER_MLFLOW_CALL = 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.float32}
@@ -63,9 +64,10 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
             f"data.split={recipe.data.split} has {len(rows)} scans, fewer than batch.global={recipe.batch.global_}; "
             "lower batch.global or choose other splits"
         )
-    if len(recipe.loss.proxies) != 1:
-        raise UserError(f"loss.proxies has {len(recipe.loss.proxies)} entries; give exactly one proxy")
-    manifest.proxies(list(recipe.loss.proxies), rows[:1])
+    recipe_kernel(recipe, manifest, rows)
+    loss_options(recipe.loss)
+    build_model(recipe)
+    engine.deepspeed_config(recipe, world_size)
     steps = recipe.train.steps
     if steps is None:
         if recipe.train.epochs is None:
@@ -103,7 +105,7 @@ def train(recipe: Recipe) -> None:
 def loop(plan: Plan, trained: Any, resumed: int | None, device: torch.device, log: RunLog | None) -> None:
     """Steps from ``resumed`` (None: a new run) to the last, with a checkpoint every so often and at the end."""
     recipe, first = plan.recipe, resumed or 0
-    loss, dtype = build_loss(recipe), DTYPES[recipe.train.precision]
+    loss, dtype = build_loss(recipe, plan.manifest, plan.rows), DTYPES[recipe.train.precision]
     if resumed is None and plan.total_steps == 0:
         save(plan, trained, 0, {}, log)
     if first >= plan.total_steps:
@@ -112,7 +114,7 @@ def loop(plan: Plan, trained: Any, resumed: int | None, device: torch.device, lo
     loader = TwoViewLoader(
         plan.manifest, rows=plan.rows, global_batch=recipe.batch.global_, rank=distributed.rank(),
         world_size=distributed.world_size(), seed=recipe.run.seed, augmentation=load_augmentation(recipe.augmentation),
-        proxies=list(recipe.loss.proxies), device=augment_on, start_step=first, workers=recipe.data.workers,
+        proxies=proxy_columns(recipe.loss.proxies), device=augment_on, start_step=first, workers=recipe.data.workers,
         threads=recipe.data.threads, prefetch=recipe.data.prefetch,
     )  # fmt: skip
     trained.train()

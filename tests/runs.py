@@ -56,7 +56,9 @@ def kill_ranks_when(command: list[str], folder: Path, ready: Callable[[], bool],
             assert time.monotonic() < limit, "the run never came so far"
             time.sleep(0.02)
         family = psutil.Process(started.pid).children(recursive=True)
-        ranks = [p for p in family if "pretrain.train" in " ".join(p.cmdline()) and "--local_rank" in " ".join(p.cmdline())]
+        ranks = [
+            p for p in family if "pretrain.train" in " ".join(p.cmdline()) and "--local_rank" in " ".join(p.cmdline())
+        ]
         ranks = [p for p in ranks if "deepspeed" not in " ".join(p.cmdline())]
         assert len(ranks) == 2, [p.cmdline() for p in family]
         for process in ranks:

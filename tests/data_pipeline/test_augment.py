@@ -81,7 +81,9 @@ def test_flip_changes_left_and_right_only(volume, scored):
         Augmentation(affine=Affine(p=1.0, zoom=0.2)),
         Augmentation(affine=Affine(p=1.0, shift=0.2)),
         Augmentation(crop=Crop(p=1.0, side=0.75)),
-        Augmentation(flip=Flip(p=1.0), affine=Affine(p=1.0, degrees=10.0, zoom=0.1, shift=0.1), crop=Crop(p=1.0, side=0.8)),
+        Augmentation(
+            flip=Flip(p=1.0), affine=Affine(p=1.0, degrees=10.0, zoom=0.1, shift=0.1), crop=Crop(p=1.0, side=0.8)
+        ),
     ],
     ids=["rotation", "zoom", "shift", "crop", "all"],
 )
