@@ -82,7 +82,10 @@ def _override(cls: type[Any], tree: Any, override: str) -> Any:
     name, equals, _ = override.removeprefix("--").partition("=")
     if not override.startswith("--") or not equals:
         raise UserError(f"override {override!r} is not of the form --section.key=value")
-    given = OmegaConf.from_dotlist([override[2:]])
+    try:
+        given = OmegaConf.from_dotlist([override[2:]])
+    except Exception as error:  # the YAML parser's own kinds
+        raise UserError(f"override {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
     _refuse_unknown(cls, _plain(given, f"--{name}"), f"--{name}")
     # A value replaces what the recipe holds under its key whole; merging would keep the list items it means to drop.
     OmegaConf.update(tree, name, OmegaConf.select(given, name), merge=False, force_add=True)

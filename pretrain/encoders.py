@@ -91,8 +91,8 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_encoder(name: str, options: dict[str, Any]) -> nn.Module:
-    """The encoder ``name`` with ``options``; UserError names the nearest where either is unknown."""
+def check_encoder(name: str, options: dict[str, Any]) -> None:
+    """UserError naming the nearest where an encoder or an option is unknown; quick, MONAI is not imported."""
     if name not in ENCODERS:
         raise UserError(f"encoder.name={name!r} is not known{nearest(name, ENCODERS)}; allowed: {', '.join(ENCODERS)}")
     allowed = list(ENCODERS[name].__kwdefaults__ or {})
@@ -100,4 +100,9 @@ def build_encoder(name: str, options: dict[str, Any]) -> nn.Module:
         if option not in allowed:
             hint = nearest(option, allowed)
             raise UserError(f"encoder.options.{option} is no option of {name}{hint}; allowed: {', '.join(allowed)}")
+
+
+def build_encoder(name: str, options: dict[str, Any]) -> nn.Module:
+    """The encoder ``name`` with ``options``; UserError as ``check_encoder``."""
+    check_encoder(name, options)
     return ENCODERS[name](**options)

@@ -27,6 +27,7 @@ from infra.settings import flatten, to_dict
 from infra.tracking import Tracker, default_uri
 from pretrain import checkpoint, engine, run_folder
 from pretrain.config import Recipe, check_world_size, load_recipe
+from pretrain.encoders import check_encoder
 from pretrain.export import write_encoder
 from pretrain.model import build_model
 from pretrain.proxies import proxy_columns
@@ -66,7 +67,7 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
         )
     recipe_kernel(recipe, manifest, rows)
     loss_options(recipe.loss)
-    build_model(recipe)
+    check_encoder(recipe.encoder.name, recipe.encoder.options)
     engine.deepspeed_config(recipe, world_size)
     steps = recipe.train.steps
     if steps is None:

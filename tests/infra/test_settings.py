@@ -45,6 +45,7 @@ def test_deepspeed_section_takes_any_key():
         ("--batch.global=many", r"batch.global: .*valid integer.*found 'many'; set it in the recipe or with"),
         ("--optimizer.lr=-1", r"optimizer.lr: .*greater than 0, found -1"),
         ("--train.precision=fp8", r"train.precision: .*'fp32', 'bf16' or 'autocast', found 'fp8'"),
+        ("--loss.proxies={age:", r"override '--loss.proxies=\{age:' is not valid YAML"),
         ("optimizer.lr=1", r"not of the form --section.key=value"),
     ],
 )
