@@ -1,0 +1,115 @@
+"""Checkpoints on disk: found, verified, cleaned; a damaged one gives way to the one before."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from infra.files import sha256_of
+from pretrain import checkpoint, engine
+from pretrain.config import load_recipe
+from pretrain.model import build_model
+from pretrain.step import lr_factor
+
+SMALL = ["--encoder.options={width: 0.25, norm: group}", "--batch.global=4"]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A real engine of one rank."""
+    recipe = load_recipe("demo-cpu", SMALL)
+    engine.start_ranks()
+    yield engine.build_engine(recipe, build_model(recipe), lr_factor(recipe.optimizer, 20, 10))
+    engine.stop_ranks()
+
+
+def advance(trained, seed):
+    generator = torch.Generator().manual_seed(seed)
+    trained.backward(trained(torch.randn(2, 4, 1, 12, 12, 12, generator=generator)).square().mean())
+    return engine.update(trained)
+
+
+def weights(trained):
+    return torch.cat([p.detach().flatten() for p in trained.module.parameters()]).clone()
+
+
+def write_rest(folder):
+    (folder / "encoder").mkdir()
+    (folder / "encoder" / "note").write_text("x")
+
+
+@pytest.fixture
+def two(trained, tmp_path):
+    """Checkpoints of steps 1 and 2 and the weights at each."""
+    kept = {}
+    for step in (1, 2):
+        advance(trained, step)
+        checkpoint.save_checkpoint(tmp_path, step, trained, {"loader": {"step": step}}, write_rest)
+        kept[step] = weights(trained)
+    return tmp_path, kept
+
+
+def test_what_was_saved_comes_back_and_goes_on_the_same(trained, two):
+    folder, kept = two
+    torch.manual_seed(5)
+    expected = advance(trained, 3), weights(trained)
+    advance(trained, 4)
+    state = checkpoint.load_checkpoint(folder, trained)
+    assert (state["step"], state["loader"]) == (2, {"step": 2})
+    assert torch.equal(weights(trained), kept[2])
+    assert advance(trained, 3) == expected[0]
+    assert torch.equal(weights(trained), expected[1])
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "missing", "no list"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, two, harm, capsys):
+    folder, kept = two
+    newest = checkpoint.step_folder(folder, 2)
+    path = newest / "mp_rank_00_model_states.pt"
+    content = path.read_bytes()
+    if harm == "cut":
+        path.write_bytes(content[:-1000])
+    elif harm == "flip":
+        path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    elif harm == "missing":
+        (newest / "encoder" / "note").unlink()
+    else:
+        (newest / "checksums.json").unlink()
+    assert checkpoint.verify_checkpoint(newest)
+    assert checkpoint.load_checkpoint(folder, trained)["step"] == 1
+    assert torch.equal(weights(trained), kept[1])
+    assert "step-00000002 is damaged" in capsys.readouterr().out
+
+
+def test_every_file_is_in_the_list(two):
+    folder, _ = two
+    one = checkpoint.step_folder(folder, 1)
+    listed = json.loads((one / "checksums.json").read_text())
+    files = {str(p.relative_to(one)) for p in one.rglob("*") if p.is_file()} - {"checksums.json"}
+    assert set(listed) == files
+    assert all(sha256_of(one / name) == digest for name, digest in listed.items())
+
+
+def test_a_pointer_to_nothing_and_unfinished_folders_do_no_harm(trained, two):
+    folder, _ = two
+    (folder / "latest").write_text("step-00000009\n")
+    (folder / ".unfinished-step-00000009").mkdir()
+    assert checkpoint.load_checkpoint(folder, trained)["step"] == 2
+    checkpoint.clean_checkpoints(folder, keep=1)
+    assert sorted(p.name for p in folder.glob("*step*")) == ["step-00000002"]
+    assert not list(folder.glob(".unfinished*"))
+
+
+def test_cleaning_keeps_the_newest(two):
+    folder, _ = two
+    checkpoint.clean_checkpoints(folder, keep=2)
+    assert len(list(folder.glob("step-*"))) == 2
+    checkpoint.clean_checkpoints(folder, keep=1)
+    assert [p.name for p in folder.glob("step-*")] == ["step-00000002"]
+
+
+def test_an_empty_folder_has_no_checkpoint(trained, tmp_path):
+    assert checkpoint.load_checkpoint(tmp_path / "none", trained) is None
+    assert checkpoint.newest_step(tmp_path / "none") is None
