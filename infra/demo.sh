@@ -18,7 +18,7 @@ step pretrain --config demo-cpu
 step pretrain --config demo-cpu --run.name=SimCLR --run.output=demo/runs/simclr --loss.proxies.age.bandwidth=0
 step pretrain --config demo-cpu --run.name=random --run.output=demo/runs/random --train.steps=0
 step evaluate demo/runs/y-aware demo/runs/simclr demo/runs/random --shards demo/shards --tasks ad,scz,age,site \
-    --experiment yaware-demo --n-train 50,100,200
+    --experiment yaware-demo --n-train 15,30,60,120
 step compare --experiment yaware-demo --out demo/report.html
 
 printf '\n== done in %d s\n' $((SECONDS - began))

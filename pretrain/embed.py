@@ -16,10 +16,10 @@ from pretrain.export import Encoder
 
 
 def embed_files(
-    encoder: str | Path, scans: Sequence[Path], tiv: Sequence[float] | None = None
+    encoder: Encoder | str | Path, scans: Sequence[Path], tiv: Sequence[float] | None = None
 ) -> list[tuple[Path, Array]]:
     """(path, features (F,) float32) of NIfTI files; ``tiv`` in ml, one a scan, where the encoder's data were scaled by it."""
-    network = Encoder.from_pretrained(encoder)
+    network = encoder if isinstance(encoder, Encoder) else Encoder.from_pretrained(encoder)
     grid, scaling = Grid.from_dict(network.preprocessing["grid"]), network.preprocessing.get("scaling") or "none"
     if scaling == "tiv" and (tiv is None or len(tiv) != len(scans)):
         raise UserError(f"this encoder's scans were scaled by tiv; give {len(scans)} values in ml with --tiv")
@@ -30,9 +30,10 @@ def embed_files(
             volume = load_volume(path, grid, factor=factor)
         except BadScan as error:
             raise UserError(f"{path}: {error}") from None
+        device = next(network.parameters()).device
         with torch.no_grad():
-            features = network(torch.from_numpy(zscore(volume))[None, None])[0]
-        rows.append((path, features.numpy()))
+            features = network(torch.from_numpy(zscore(volume))[None, None].to(device))[0]
+        rows.append((path, features.cpu().numpy()))
     return rows
 
 

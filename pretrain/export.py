@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -33,6 +35,15 @@ class Encoder(nn.Module):
     def forward(self, volumes_B1DHW: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.network(volumes_B1DHW)
         return features
+
+    def embed(self, scans: Sequence[str | Path], tiv: Sequence[float] | None = None) -> np.ndarray[Any, np.dtype[Any]]:
+        """Features (n, feature_size) float32 of NIfTI files, brought to the encoder's grid as its training scans were.
+
+        ``tiv``: total intracranial volumes in ml, one a scan, where the training scans were scaled by them.
+        """
+        from pretrain.embed import embed_files
+
+        return np.stack([features for _, features in embed_files(self, [Path(scan) for scan in scans], tiv)])
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Encoder:

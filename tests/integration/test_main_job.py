@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,5 +160,7 @@ def test_export_and_embed_a_nifti_file(job, tmp_path, capsys):
     assert cli.run(["embed", str(tmp_path / "encoder"), str(scan), "--tiv", "1450", "--out", str(out)]) == 0
     head, row = out.read_text().splitlines()
     assert len(head.split("\t")) == len(row.split("\t")) == 129
+    features = Encoder.from_pretrained(tmp_path / "encoder").embed([scan], tiv=[1450.0])
+    np.testing.assert_allclose(features[0], [float(value) for value in row.split("\t")[1:]], rtol=1e-4, atol=1e-5)
     assert cli.run(["embed", str(tmp_path / "encoder"), str(scan)]) == 2
     assert "scaled by tiv; give 1 values in ml with --tiv" in capsys.readouterr().err
