@@ -46,6 +46,8 @@ class Batch:
     """Scans (two views each) a step over all ranks."""
 
     global_: int = Field(default=64, ge=2)
+    # Scans a rank embeds at a time, for batches beyond its memory (pretrain.grad_cache); null = all of its share.
+    micro: int | None = Field(default=None, ge=1)
 
 
 @dataclass(config=_strict)
@@ -86,6 +88,7 @@ class Loss:
 
     name: str = "y-aware"  # a key of pretrain.losses.LOSSES
     temperature: float = Field(default=0.1, gt=0)
+    temperature_bounds: tuple[float, float] | None = None  # learn the temperature within these, as in [0.01, 1.0]
     normalization: Literal["row", "column"] = "row"
     proxies: dict[str, Proxy] = field(default_factory=lambda: {"age": Proxy(bandwidth=5.0)})
     cross_view: bool = False  # negatives from the other view only
@@ -176,3 +179,16 @@ def check_world_size(global_batch: int, world_size: int) -> int:
             f"use {below} or {above} ranks, or --batch.global={-(-global_batch // world_size) * world_size}"
         )
     return global_batch // world_size
+
+
+def check_micro_batch(batch: Batch, world_size: int) -> int:
+    """Micro-batches a rank embeds in a step, 1 without ``batch.micro``; UserError where they do not come out even."""
+    share = check_world_size(batch.global_, world_size)
+    micro = batch.micro or share
+    if share % micro:
+        below = max(n for n in range(1, micro) if share % n == 0)
+        raise UserError(
+            f"batch.micro={micro} does not divide the {share} scans of a rank (batch.global={batch.global_} over "
+            f"{world_size} ranks); use {below}"
+        )
+    return share // micro

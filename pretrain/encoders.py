@@ -46,9 +46,11 @@ def resnet18(*, norm: str = "batch", width: float = 1.0, max_pool: bool = True) 
     from monai.networks.nets import resnet18 as monai_resnet18
 
     network = monai_resnet18(
-        spatial_dims=3, n_input_channels=1, feed_forward=False, norm=_norm(norm), conv1_t_stride=2,
-        widen_factor=width, no_max_pool=not max_pool, shortcut_type="B",
+        spatial_dims=3, n_input_channels=1, feed_forward=False, conv1_t_stride=2, widen_factor=width,
+        no_max_pool=not max_pool, shortcut_type="B",
     )  # fmt: skip
+    if norm != "batch":
+        _renorm(network, _norm(norm))
     return _ResNet(network, int(512 * width))
 
 
@@ -63,6 +65,16 @@ class _ResNet(nn.Module):
     def forward(self, volumes_N1DHW: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.network(volumes_N1DHW)
         return features
+
+
+def _renorm(network: nn.Module, norm: Any) -> None:
+    """Put another normalisation in every place. MONAI 1.6's ResNet would give its ``norm`` to the first layer alone."""
+    from monai.networks.layers.utils import get_norm_layer
+
+    for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm3d):
+                setattr(module, name, get_norm_layer(name=norm, spatial_dims=3, channels=child.num_features))
 
 
 def _norm(name: str) -> Any:

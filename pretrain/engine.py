@@ -18,12 +18,12 @@ from torch import nn
 from infra import distributed
 from infra.errors import UserError
 from infra.extensions import exclusive_build, extensions_folder
-from pretrain.config import Optimizer, Recipe
+from pretrain.config import Optimizer, Recipe, check_micro_batch
 
 # What the recipe itself decides; in the recipe's `deepspeed:` section these would contradict it.
 OWNED = {
-    "train_batch_size": "batch.global", "train_micro_batch_size_per_gpu": "batch.global",
-    "gradient_accumulation_steps": "batch.global", "optimizer": "optimizer", "scheduler": "optimizer",
+    "train_batch_size": "batch.global", "train_micro_batch_size_per_gpu": "batch.micro",
+    "gradient_accumulation_steps": "batch.micro", "optimizer": "optimizer", "scheduler": "optimizer",
     "fp16": "train.precision", "bf16": "train.precision", "torch_autocast": "train.precision",
 }  # fmt: skip
 
@@ -84,12 +84,12 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     for key in recipe.deepspeed:
         if key in OWNED:
             raise UserError(f"deepspeed.{key} contradicts the recipe's own keys; set {OWNED[key]} instead")
-    micro = recipe.batch.global_ // world_size
+    passes = check_micro_batch(recipe.batch, world_size)
     config: dict[str, Any] = {
         **recipe.deepspeed,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": micro * world_size,
+        "train_micro_batch_size_per_gpu": recipe.batch.global_ // world_size // passes,
+        "gradient_accumulation_steps": passes,
+        "train_batch_size": recipe.batch.global_,
         "steps_per_print": 10**9,
         # A client optimiser of torch's under ZeRO is what the recipe asks for.
         "zero_allow_untested_optimizer": True,
@@ -106,8 +106,11 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]) -> Any:
     """The DeepSpeed engine of ``model``. ``lr_at(step)`` is the factor on the learning rate at a step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(recipe.optimizer, parameters)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [p for name, p in named if not name.startswith("temperature.")]}]
+    if learned := [p for name, p in named if name.startswith("temperature.")]:
+        groups.append({"params": learned, "weight_decay": 0.0})  # decay would pull the temperature towards 1
+    optimizer = build_optimizer(recipe.optimizer, groups)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_at)
     engine, _, _, _ = import_deepspeed().initialize(
         model=model,
@@ -119,7 +122,7 @@ def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]
     return engine
 
 
-def build_optimizer(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(settings: Optimizer, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """torch's own optimisers: DeepSpeed's would be compiled a second time, and the paper's is plain Adam with L2."""
     common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {

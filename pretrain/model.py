@@ -7,6 +7,7 @@ from torch import nn
 
 from pretrain.config import Recipe
 from pretrain.encoders import build_encoder
+from pretrain.temperature import Temperature
 
 
 class Projector(nn.Sequential):
@@ -17,19 +18,21 @@ class Projector(nn.Sequential):
 
 
 class ContrastiveModel(nn.Module):
-    """Encodes both views in one pass: (2, B, 1, D, H, W) -> embeddings (2, B, P).
+    """Encodes both views in one pass: (2, B, 1, D, H, W) -> embeddings (2, B, P), and the temperature if it is learned.
 
     One pass, so that batch normalisation sees both views of the batch, as in the published code.
     """
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, projector: nn.Module, temperature: Temperature | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = projector
+        self.temperature = temperature
 
-    def forward(self, views_2B1DHW: torch.Tensor) -> torch.Tensor:
+    def forward(self, views_2B1DHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         embeddings: torch.Tensor = self.projector(self.encoder(views_2B1DHW.flatten(0, 1)))
-        return embeddings.view(2, -1, embeddings.shape[-1])
+        learned = None if self.temperature is None else self.temperature()
+        return embeddings.view(2, -1, embeddings.shape[-1]), learned
 
 
 def build_model(recipe: Recipe) -> ContrastiveModel:
@@ -38,4 +41,7 @@ def build_model(recipe: Recipe) -> ContrastiveModel:
         torch.manual_seed(recipe.run.seed)
         encoder = build_encoder(recipe.encoder.name, recipe.encoder.options)
         features = int(encoder.feature_size)  # type: ignore[arg-type]
-        return ContrastiveModel(encoder, Projector(features, recipe.projector.hidden, recipe.projector.out))
+        projector = Projector(features, recipe.projector.hidden, recipe.projector.out)
+    learned = recipe.loss.temperature_bounds
+    temperature = None if learned is None else Temperature(recipe.loss.temperature, *learned)
+    return ContrastiveModel(encoder, projector, temperature)

@@ -14,14 +14,17 @@ from data_pipeline.manifest import Manifest
 from infra import distributed
 from infra.errors import UserError, nearest
 from pretrain.config import Loss, Optimizer, Recipe
+from pretrain.diagnostics import effective_positives
 from pretrain.engine import update
 from pretrain.gather import AllGather
+from pretrain.grad_cache import cached, whole
 from pretrain.kernels import Kernel
 from pretrain.losses import LOSSES
 from pretrain.proxies import build_kernel, proxy_columns
+from pretrain.temperature import Temperature
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
-ContrastiveLoss = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+ContrastiveLoss = Callable[[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]], torch.Tensor]
 
 
 class NotFinite(RuntimeError):
@@ -47,46 +50,82 @@ def loss_options(section: Loss) -> dict[str, Any]:
     for name in names:
         if name not in known and getattr(section, name) != getattr(default, name):
             raise UserError(f"loss.{name} is no option of the loss {section.name}; leave it out")
+    if section.temperature_bounds is not None:
+        if "temperature" not in known:
+            raise UserError(f"loss.temperature_bounds is no option of the loss {section.name}; leave it out")
+        Temperature(section.temperature, *section.temperature_bounds)
     return {name: getattr(section, name) for name in names if name in known}
 
 
 def build_loss(recipe: Recipe, scans: Manifest, rows: Rows) -> ContrastiveLoss:
-    """The recipe's loss over all ranks: (views (2, B, P), batch of the loader) -> this rank's scalar.
+    """The recipe's loss over all ranks: (views (2, B, P), learned temperature, batch of the loader) -> this rank's scalar.
 
     The mean of the ranks' scalars is the loss of the whole batch, and so is the mean of their gradients.
     """
     kernel, options = recipe_kernel(recipe, scans, rows), loss_options(recipe.loss)
     gather = AllGather() if distributed.world_size() > 1 else None
-    subjects = torch.from_numpy(scans.subjects()) if recipe.loss.mask_subjects else None
+    people_of = subjects_of(recipe, scans)
     loss = LOSSES[recipe.loss.name]
 
-    def compare(views: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        people = None if subjects is None else subjects[batch["scan"].cpu()].to(views.device)
-        return loss(views, batch["proxies"], kernel=kernel, gather=gather, subjects=people, **options)
+    def compare(views: torch.Tensor, temperature: torch.Tensor | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        learned = {} if temperature is None else {"temperature": temperature}
+        people = people_of(batch)
+        return loss(views, batch["proxies"], kernel=kernel, gather=gather, subjects=people, **{**options, **learned})
 
     return compare
 
 
+def build_watch(recipe: Recipe, scans: Manifest, rows: Rows) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    """Effective positives (B,) of this rank's scans in a batch, with the loss's own kernel and exclusions. Collective."""
+    kernel, people_of = recipe_kernel(recipe, scans, rows), subjects_of(recipe, scans)
+    gather = AllGather() if distributed.world_size() > 1 else None
+
+    def watch(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return effective_positives(
+            batch["proxies"], kernel, gather=gather, subjects=people_of(batch), cross_view=recipe.loss.cross_view
+        )
+
+    return watch
+
+
+def subjects_of(recipe: Recipe, scans: Manifest) -> Callable[[dict[str, torch.Tensor]], torch.Tensor | None]:
+    """Participant numbers (B,) of a batch where ``loss.mask_subjects`` wants them, else None."""
+    if not recipe.loss.mask_subjects:
+        return lambda batch: None
+    subjects = torch.from_numpy(scans.subjects())
+    return lambda batch: subjects[batch["scan"].cpu()].to(batch["proxies"].device)
+
+
 def train_step(
-    engine: Any, loss: ContrastiveLoss, batch: dict[str, torch.Tensor], step: int, dtype: torch.dtype
-) -> dict[str, float]:
+    engine: Any, loss: ContrastiveLoss, batch: dict[str, torch.Tensor], step: int, dtype: torch.dtype,
+    micro: int | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Forward, backward and update on one batch of the loader; the figures to log. Collective.
 
-    Raises NotFinite on every rank before the weights change when any rank's loss is not finite.
+    ``micro`` scans are embedded at a time where it is given. Raises NotFinite on every rank before the weights change
+    when any rank's loss is not finite.
     """
-    views_2B1DHW = batch["views"].to(dtype)
-    embeddings_2BP = engine(views_2B1DHW)
-    value = loss(embeddings_2BP.float(), batch)
+    views_2B1DHW, temperatures = batch["views"].to(dtype), []
+
+    def compare(embeddings_2BP: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
+        temperatures.append(temperature)
+        return loss(embeddings_2BP, temperature, batch)
+
+    if micro is None or micro >= views_2B1DHW.shape[1]:
+        value, backward = whole(engine, views_2B1DHW, compare)
+    else:
+        value, backward = cached(engine, views_2B1DHW, compare, micro)
     # One small collective gives the whole batch's loss and tells every rank of any rank's NaN.
     mean = distributed.reduce_scalars([float(value.detach())])[0] / distributed.world_size()
     if not math.isfinite(mean):
         raise NotFinite(f"step {step}: the loss is {mean}; lower optimizer.lr or look at the scans of this batch")
-    engine.backward(value)
+    backward()
     lr = float(engine.get_lr()[0])
     norm = update(engine)
     if not math.isfinite(norm):
         raise NotFinite(f"step {step}: the gradient norm is {norm}; lower optimizer.lr or clip (gradient_clipping)")
-    return {"loss": mean, "lr": lr, "grad_norm": norm}
+    learned = {} if temperatures[0] is None else {"temperature": float(temperatures[0].detach())}
+    return {"loss": mean, "lr": lr, "grad_norm": norm, **learned}
 
 
 def lr_factor(settings: Optimizer, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:

@@ -29,7 +29,9 @@ class _Clamp(torch.autograd.Function):
 
 
 class Temperature(nn.Module):
-    """τ = exp(log τ), clamped to [low, high]; log τ is the one parameter, a scalar in float32.
+    """τ = exp(log τ), clamped to [low, high]; log τ is the one parameter, (1,) float32.
+
+    (DeepSpeed cannot broadcast a parameter of no dimension.)
 
     Its gradient is exact under data parallelism like the encoder's: every rank holds its own anchors' share.
     Weight decay would pull it towards 1: leave it out of decay.
@@ -38,11 +40,14 @@ class Temperature(nn.Module):
     def __init__(self, start: float = 0.1, low: float = 0.01, high: float = 1.0) -> None:
         super().__init__()
         if not 0.0 < low <= start <= high < math.inf:
-            raise UserError(f"temperature start={start}, low={low}, high={high}: needs 0 < low <= start <= high")
+            raise UserError(
+                f"temperature={start}, temperature_bounds=[{low}, {high}] are not allowed; needs 0 < low <= temperature <= high"
+            )
         self.bounds = math.log(low), math.log(high)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(start)))
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(start)]))
 
     def forward(self) -> Tensor:
         """τ, a scalar tensor to be given to a loss."""
-        clamped: Tensor = _Clamp.apply(self.log_temperature.float(), *self.bounds)  # type: ignore[no-untyped-call]
-        return clamped.exp()
+        wide = self.log_temperature.to(torch.promote_types(self.log_temperature.dtype, torch.float32))
+        clamped: Tensor = _Clamp.apply(wide, *self.bounds)  # type: ignore[no-untyped-call]
+        return clamped.exp()[0]

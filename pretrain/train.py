@@ -27,11 +27,13 @@ from infra.settings import flatten, to_dict
 from infra.tracking import Tracker, default_uri
 from pretrain import checkpoint, engine, run_folder
 from pretrain.config import Recipe, check_world_size, load_recipe
+from pretrain.diagnostics import Positives, positive_figures
 from pretrain.encoders import check_encoder
 from pretrain.export import write_encoder
+from pretrain.gather import AllGather
 from pretrain.model import build_model
 from pretrain.proxies import proxy_columns
-from pretrain.step import build_loss, loss_options, lr_factor, recipe_kernel, train_step
+from pretrain.step import build_loss, build_watch, loss_options, lr_factor, recipe_kernel, train_step
 
 STEPS_PER_MLFLOW_CALL = 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.float32}
@@ -119,19 +121,43 @@ def loop(plan: Plan, trained: Any, resumed: int | None, device: torch.device, lo
         threads=recipe.data.threads, prefetch=recipe.data.prefetch,
     )  # fmt: skip
     trained.train()
+    watch = EpochPositives(plan)
     try:
         batches = iter(loader)
         for step in range(first, plan.total_steps):
             started = time.perf_counter()
             batch = next(batches)
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            figures = train_step(trained, loss, batch, step, dtype)
+            figures = train_step(trained, loss, batch, step, dtype, recipe.batch.micro)
+            positives = watch.step(step, batch)
             if log:
+                if positives:
+                    log.epoch(step, positives)
                 log.step(step, figures, time.perf_counter() - started, loader.wait_seconds)
             if (step + 1) % recipe.checkpoint.every_steps == 0 or step + 1 == plan.total_steps:
                 save(plan, trained, step + 1, loader.state_dict(), log)
     finally:
         loader.close()
+
+
+class EpochPositives:
+    """How many positives an anchor effectively had, over the steps of each epoch and all ranks."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._watch = build_watch(plan.recipe, plan.manifest, plan.rows)
+        self._plan = plan
+        self._gather = AllGather() if distributed.world_size() > 1 else None
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def step(self, step: int, batch: dict[str, torch.Tensor]) -> Positives | None:
+        """Take in a batch; the figures where it ends an epoch or the run. Collective."""
+        self._seen.append((self._watch(batch), batch["proxies"]))
+        scans, batch_size = len(self._plan.rows), self._plan.recipe.batch.global_
+        if (step + 1) * batch_size // scans == step * batch_size // scans and step + 1 < self._plan.total_steps:
+            return None
+        positives, proxies = zip(*self._seen, strict=True)
+        self._seen = []
+        return positive_figures(positives, proxies, self._gather)
 
 
 def save(plan: Plan, trained: Any, step: int, loader_state: dict[str, Any], log: RunLog | None) -> None:
@@ -179,6 +205,7 @@ class RunLog:
         self.tracker.log_artifact(output / "recipe.yaml", "recipe")
         self.metrics = run_folder.MetricsFile(output / "metrics.jsonl", first)
         self.weights_sha256 = ""
+        self._positives_said = False
         self._pending: list[tuple[str, float, int]] = []
         self._started = time.monotonic()
         self._announce(state, first)
@@ -210,6 +237,18 @@ class RunLog:
         if (step + 1) % STEPS_PER_MLFLOW_CALL == 0:
             self.flush()
         self.progress.advance(loss=figures["loss"], stall=f"{100 * waited / seconds:.0f}%")
+
+    def epoch(self, step: int, positives: Positives) -> None:
+        """Log an epoch's effective positives, and say the first."""
+        self._pending += [(name, value, step) for name, value in positives.figures().items() if math.isfinite(value)]
+        if not self._positives_said:
+            self._positives_said = True
+            print(
+                f"pretrain: effective positives per anchor: {positives.mean:.1f} of {2 * self.plan.recipe.batch.global_ - 1}; "
+                f"{100 * positives.below_two:.0f}% of anchors have fewer than 2, {100 * positives.missing:.0f}% of scans a "
+                "missing proxy",
+                flush=True,
+            )
 
     def checkpoint(self, step: int, folder: Path) -> None:
         """Enter a finished checkpoint in MLflow as a logged model and note its id beside the encoder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.gather import AllGather
+from pretrain.grad_cache import cached, whole
 from pretrain.losses import LOSSES, global_loss
+from pretrain.temperature import Temperature
 from tests.reference.wrong import WRONG_GATHERS
 
 GATHERS = {"right": AllGather, **WRONG_GATHERS}
@@ -27,6 +30,8 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     gather: str = "right"
     ddp: bool = False
+    micro: int | None = None  # scans embedded at a time, by GradCache
+    learned: bool = False  # the temperature is a parameter
     missing: bool = False
     seed: int = 0
 
@@ -53,6 +58,50 @@ def encoder(dtype: torch.dtype = torch.float64) -> nn.Module:
         ).to(dtype)
 
 
+class Network(nn.Module):
+    """Both views through the encoder, as `pretrain.model.ContrastiveModel` hands them to the loss."""
+
+    def __init__(self, network: nn.Module, learned: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.temperature = Temperature(0.3).to(next(network.parameters()).dtype) if learned else None
+
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor | None]:
+        return embed(self.network, views), None if self.temperature is None else self.temperature()
+
+
+class PlainEngine:
+    """What GradCache needs of DeepSpeed's engine, without any data parallelism."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, views: Tensor) -> Any:
+        return self.module(views)
+
+    def set_gradient_accumulation_boundary(self, last: bool) -> None:
+        pass
+
+    def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
+        loss.backward()
+
+
+def backward(engine: Any, job: Job, rank: int, gather: Any, dtype: torch.dtype) -> Tensor:
+    """The loss on a rank's part of the batch, plain or from micro-batches, and its backward pass."""
+    volumes, proxies, subjects = batch(job, dtype)
+    own = job.own(rank)
+    options = {**job.options, **({"subjects": subjects[own]} if job.options.get("subjects") else {})}
+
+    def compare(views: Tensor, temperature: Tensor | None) -> Tensor:
+        learned = {} if temperature is None else {"temperature": temperature}
+        return LOSSES[job.loss](views, proxies[own], gather=gather, **{**options, **learned})
+
+    run = whole if job.micro is None else partial(cached, micro=job.micro)
+    loss, go_back = run(engine, volumes[:, own], compare)
+    go_back()
+    return loss
+
+
 def batch(job: Job, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """Global batch: volumes (2, G, 1, 6, 6, 6), proxies (G, 1), subjects (G,); a function of the job's seed alone."""
     source = torch.Generator().manual_seed(100 + job.seed)
@@ -69,7 +118,11 @@ def embed(model: Callable[[Tensor], Tensor], volumes: Tensor) -> Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {plain_name(name): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_name(name: str) -> str:
+    return name.removeprefix("network.").removeprefix("module.")
 
 
 def one_process(job: Job, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[float, dict[str, Tensor]]:
@@ -84,19 +137,15 @@ def one_process(job: Job, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> t
 def step(group: dist.ProcessGroup, rank: int, job: Job) -> tuple[float, float, dict[str, Tensor]]:
     """The same step on one rank of many: (own share, global loss, averaged gradients)."""
     model = encoder()
-    volumes, proxies, subjects = batch(job)
-    own = job.own(rank)
-    volumes, proxies, subjects = volumes[:, own], proxies[own], subjects[own]
     gather = GATHERS[job.gather](group)
     network = DistributedDataParallel(model, process_group=group) if job.ddp else model
-    options = {**job.options, **({"subjects": subjects} if job.options.get("subjects") else {})}
-    loss = LOSSES[job.loss](embed(network, volumes), proxies, gather=gather, **options)
-    loss.backward()
+    whole_model = Network(network, job.learned)
+    loss = backward(PlainEngine(whole_model), job, rank, gather, torch.float64)
     if not job.ddp:
-        for parameter in model.parameters():
+        for parameter in whole_model.parameters():
             dist.all_reduce(parameter.grad, group=group)
             parameter.grad /= gather.world_size
-    return loss.item(), global_loss(loss, gather).item(), gradients(model)
+    return loss.item(), global_loss(loss, gather).item(), gradients(whole_model)
 
 
 def jobs_on_ranks(group: dist.ProcessGroup, rank: int, jobs: Sequence[Job]) -> list[Any]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pretrain.engine import import_deepspeed, warm
 from pretrain.gather import AllGather
-from pretrain.losses import LOSSES, global_loss
-from tests.distributed.cases import Job, batch, embed, encoder
+from pretrain.losses import global_loss
+from tests.distributed.cases import Job, Network, backward, encoder, plain_name
 from tests.distributed.ranks import TIMEOUT_S, answer_cases
 
 
@@ -46,27 +46,25 @@ def _zero_step(rank: int, stage: int, job: Job) -> tuple[float, float, dict[str,
     deepspeed = import_deepspeed()
     from deepspeed.utils import safe_get_full_grad
 
-    model = encoder(torch.float32)
+    model = Network(encoder(torch.float32), job.learned)
+    share = len(range(*job.own(rank).indices(job.total)))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
-        config=_config(stage),
+        config=_config(stage, -(-share // job.micro) if job.micro else 1),
         dist_init_required=False,
     )
-    volumes, proxies, _ = batch(job, torch.float32)
-    own = job.own(rank)
     gather = AllGather()
-    loss = LOSSES[job.loss](embed(engine, volumes[:, own]), proxies[own], gather=gather, **job.options)
-    engine.backward(loss)
-    gradients = {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
+    loss = backward(engine, job, rank, gather, torch.float32)
+    gradients = {plain_name(name): safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
     engine.destroy()
     return loss.item(), global_loss(loss, gather).item(), gradients
 
 
-def _config(stage: int) -> dict[str, Any]:
+def _config(stage: int, passes: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": passes,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         # Small enough that ZeRO-3 partitions every parameter of a tiny encoder.

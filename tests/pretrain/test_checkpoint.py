@@ -17,17 +17,15 @@ SMALL = ["--encoder.options={width: 0.25, norm: group}", "--batch.global=4"]
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(one_rank):
     """A real engine of one rank."""
     recipe = load_recipe("demo-cpu", SMALL)
-    engine.start_ranks()
-    yield engine.build_engine(recipe, build_model(recipe), lr_factor(recipe.optimizer, 20, 10))
-    engine.stop_ranks()
+    return engine.build_engine(recipe, build_model(recipe), lr_factor(recipe.optimizer, 20, 10))
 
 
 def advance(trained, seed):
     generator = torch.Generator().manual_seed(seed)
-    trained.backward(trained(torch.randn(2, 4, 1, 12, 12, 12, generator=generator)).square().mean())
+    trained.backward(trained(torch.randn(2, 4, 1, 12, 12, 12, generator=generator))[0].square().mean())
     return engine.update(trained)
 
 

@@ -21,6 +21,17 @@ def test_features_have_the_announced_size(name, shape):
     assert features.isfinite().all()
 
 
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+@pytest.mark.parametrize("norm", ["group", "instance"])
+def test_features_of_a_scan_do_not_depend_on_the_batch_without_batch_statistics(name, norm):
+    torch.manual_seed(0)
+    encoder = build_encoder(name, {"norm": norm}).double().train()
+    volumes = torch.randn(3, 1, 64, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(volumes)[:1], encoder(volumes[:1]))
+    assert not any(isinstance(m, torch.nn.BatchNorm3d) for m in encoder.modules())
+
+
 def test_densenet121_has_the_published_number_of_parameters():
     encoder = build_encoder("densenet121", {})
     model = ContrastiveModel(encoder, Projector(1024, 512, 128))
@@ -80,6 +91,7 @@ def test_model_keeps_views_apart():
     model = build_model(load_recipe("demo-cpu", ["--encoder.options={width: 0.25}"])).eval()
     views = torch.randn(2, 3, 1, 16, 16, 16)
     with torch.no_grad():
-        both = model(views)
+        both, temperature = model(views)
+        assert temperature is None
         assert both.shape == (2, 3, 128)
-        torch.testing.assert_close(both[1], model(views[1:].expand(2, -1, -1, -1, -1, -1))[0])
+        torch.testing.assert_close(both[1], model(views[1:].expand(2, -1, -1, -1, -1, -1))[0][0])

@@ -39,5 +39,5 @@ def test_it_stops_at_its_bounds_and_comes_back(start: float, sign: float) -> Non
 
 
 def test_wrong_bounds_are_refused() -> None:
-    with pytest.raises(UserError, match="low=0.5"):
+    with pytest.raises(UserError, match=r"temperature_bounds=\[0.5, 1.0\]"):
         Temperature(0.1, low=0.5)

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pretrain import engine
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[None]:
+    """DeepSpeed's process group of one rank; it cannot be started twice in a process."""
+    engine.start_ranks()
+    yield
+    engine.stop_ranks()
