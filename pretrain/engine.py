@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -170,3 +171,26 @@ def load_engine(engine: Any, folder: Path, tag: str) -> None:
     path, _ = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
         raise UserError(f"checkpoint {folder / tag} could not be loaded by DeepSpeed; is it of another world size?")
+
+
+def convert_to_universal(folder: Path, out: Path) -> None:
+    """Join the ranks' parts of a checkpoint (ZeRO 1 to 3) into one file per parameter, DeepSpeed's universal checkpoint."""
+    import_deepspeed()
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    with redirect_stdout(io.StringIO()):
+        main(
+            Namespace(
+                input_folder=str(folder), output_folder=str(out), num_extract_workers=1, num_merge_workers=1,
+                keep_temp_folder=False, strict=True, inject_missing_state=True,
+            )
+        )  # fmt: skip
+
+
+def load_universal(engine: Any, folder: Path, tag: str) -> None:
+    """Read what ``convert_to_universal`` wrote, on any number of ranks and under any ZeRO stage from 1 to 3."""
+    engine._config.load_universal_checkpoint = True
+    try:
+        load_engine(engine, folder, tag)
+    finally:
+        engine._config.load_universal_checkpoint = False
