@@ -21,8 +21,9 @@ from data_pipeline.augment import (
     draw_view,
     load_augmentation,
     noise_bank,
+    view_arrays,
 )
-from data_pipeline.dali_graph import AugmentPipeline, view_arrays
+from data_pipeline.dali_graph import AugmentPipeline
 from data_pipeline.volume import zscore
 from infra.errors import UserError
 from tests.cohorts import blob
@@ -30,15 +31,17 @@ from tests.cohorts import blob
 SHAPE = (14, 16, 12)
 
 
-def apply(settings: Augmentation, volume: np.ndarray, view, noise=None) -> np.ndarray:
+def apply(settings: Augmentation, volume: np.ndarray, view, noise=None, device="cpu") -> np.ndarray:
     """One volume through the real graph, with the same parameters for both views."""
 
-    def source(sample):
+    def source(iteration):
         arrays = view_arrays(settings, view, noise)
-        return (volume.astype(np.float16)[..., None], *arrays, *arrays)
+        return [[volume.astype(np.float16)[..., None], *arrays, *arrays]]
 
-    pipeline = AugmentPipeline(source, settings, batch=1, device="cpu", threads=1, workers=0, prefetch=1)
-    views = pipeline.run()[:, 0, 0].numpy()
+    pipeline = AugmentPipeline(
+        source, settings, shape=volume.shape, batch=1, device=device, threads=1, prefetch=1
+    )
+    views = pipeline.run()[:, 0, 0].cpu().numpy()
     pipeline.close()
     assert np.array_equal(views[0], views[1])
     return views[0]
