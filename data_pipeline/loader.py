@@ -221,7 +221,7 @@ class BadScans:
 
     def see(self, step: int, samples: Sequence[Sample]) -> None:
         """Take note of a step; LoaderError once bad scans are too many."""
-        self._seen += len(samples)
+        self._seen += sum(1 + len(sample.bad) for sample in samples)
         for sample in samples:
             for row, reason in sample.bad:
                 self.rows.add(row)
