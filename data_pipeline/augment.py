@@ -193,14 +193,20 @@ class View:
 
     @property
     def move(self) -> int:
-        """How it is resampled: ``STILL``, along the axes alone (``BOX``, thirteen times faster), or ``TURNED``."""
-        linear = self.matrix[:, :3]
+        """How it is resampled: ``STILL``, ``MIRRORED``, along the axes alone (``BOX``), or ``TURNED``.
+
+        Each takes a fraction of the time of the next: a copy, and at 121 x 145 x 121 on a CPU 14 and 200 ms.
+        """
+        linear, offset = self.matrix[:, :3], self.matrix[:, 3]
         if np.any(linear[~np.eye(3, dtype=bool)] != 0):
             return TURNED
-        return STILL if np.array_equal(self.matrix, np.eye(3, 4, dtype=np.float32)) else BOX
+        if np.any(np.abs(np.diag(linear)) != 1) or np.any(offset[1:] != 0) or np.any(np.diag(linear)[1:] != 1):
+            return BOX
+        start = 0 if linear[0, 0] > 0 else len(self.bias[0])
+        return BOX if offset[0] != start else (STILL if start == 0 else MIRRORED)
 
 
-STILL, BOX, TURNED = 0, 1, 2
+STILL, MIRRORED, BOX, TURNED = range(4)
 NO_BLUR = 1e-3  # DALI refuses 0; at a thousandth of a voxel every other weight of the kernel is exactly 0
 
 

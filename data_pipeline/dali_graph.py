@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data_pipeline.augment import BOX, TURNED, Augmentation
+from data_pipeline.augment import BOX, MIRRORED, TURNED, Augmentation
 
 # DALI type and rank of what augment.OPERATOR_ARRAYS hands over.
 _ARRAYS: dict[str, list[tuple[str, int]]] = {
@@ -121,6 +121,8 @@ def _warp(view: Any, flags: Any, given: Any, frame: Frame) -> Any:
         moved = fn.resize(
             view, size=frame.shape, roi_start=start, roi_end=end, interp_type=types.INTERP_LINEAR, antialias=False
         )
+    elif flags[_MOVE] == MIRRORED:
+        moved = fn.flip(view, depthwise=1, horizontal=0)
     else:
         moved = view
     return moved

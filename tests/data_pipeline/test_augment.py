@@ -173,14 +173,14 @@ def test_views_of_one_batch_take_each_its_own_operators(volume, scored):
         flip=Flip(p=0.5), affine=Affine(p=0.5, degrees=15.0), crop=Crop(p=0.5, side=0.8), gamma=Gamma(p=0.5),
         bias=Bias(p=0.5),
     )  # fmt: skip
-    pairs = [[draw_view(settings, SHAPE, 0, 0, scan, number) for number in range(2)] for scan in range(12)]
-    assert {view.move for pair in pairs for view in pair} == {0, 1, 2}
+    pairs = [[draw_view(settings, SHAPE, 0, 0, scan, number) for number in range(2)] for scan in range(16)]
+    assert {view.move for pair in pairs for view in pair} == {0, 1, 2, 3}
 
     def source(iteration):
         voxels = volume.astype(np.float16)[..., None]
         return [[voxels, *(a for view in pair for a in view_arrays(settings, view, None))] for pair in pairs]
 
-    pipeline = AugmentPipeline(source, settings, shape=SHAPE, batch=12, device="cpu", threads=2, prefetch=1)
+    pipeline = AugmentPipeline(source, settings, shape=SHAPE, batch=16, device="cpu", threads=2, prefetch=1)
     views = pipeline.run()[:, :, 0].numpy()
     pipeline.close()
     low, span = scored.min(), scored.max() - scored.min()
