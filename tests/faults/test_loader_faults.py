@@ -3,8 +3,10 @@ promptly with one line."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import torch
 from data_pipeline.loader import TwoViewLoader
 from data_pipeline.manifest import Manifest
 from data_pipeline.source import LoaderError
-from tests.runs import ROOT
+from tests.runs import ROOT, kill_ranks_when, losses, pretrain_command, run
 
 STEPS = 40
 
@@ -141,3 +143,60 @@ def test_readers_end_when_the_training_process_is_killed(shards):
     for process in alive:
         process.kill()
     assert len(gone) == 2
+
+
+@pytest.fixture
+def spoil(shards, tmp_path):
+    """``spoil(rows)``: a copy of the shards in which one bit of each of these scans is wrong."""
+
+    def copy(rows):
+        folder = tmp_path / "spoilt"
+        shutil.copytree(shards, folder)
+        manifest = Manifest.load(folder)
+        for row in rows:
+            scan = manifest.scans.iloc[row]
+            path = folder / manifest.shards[int(scan["shard"])]["name"]
+            content = bytearray(path.read_bytes())
+            content[int(scan["offset"]) + 50] ^= 1
+            path.write_bytes(content)
+        return folder
+
+    return copy
+
+
+@pytest.mark.distributed
+def test_a_run_over_a_spoilt_scan_goes_on_and_tells(shards, spoil, tmp_path):
+    folder = spoil([int(Manifest.load(shards).rows(split="pretrain")[0])])
+    output = tmp_path / "run"
+    done = run(pretrain_command(folder, output, 12, "--data.workers=1"), tmp_path)
+    assert done.returncode == 0
+    assert "fails its checksum; run `yaware shards verify" in done.stderr
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["wait_seconds"] / row["seconds"] == pytest.approx(row["data_stall"]) for row in rows)
+    assert all(row["data_stall"] <= 1 and row["bad_scans"] in (0, 1) for row in rows)
+    assert "stall" in done.stdout
+
+
+@pytest.mark.distributed
+def test_a_run_over_spoilt_shards_ends_with_one_line(spoil, tmp_path):
+    folder = spoil(range(72))
+    done = run(pretrain_command(folder, tmp_path / "run", 12), tmp_path)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("yaware: error: ")]
+    assert said
+    assert all("cannot be read" in line for line in said)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("reader", ["stream", "dali"])
+def test_a_killed_run_of_a_sequential_reader_ends_as_if_nothing_had_happened(shards, tmp_path, reader):
+    more = [f"--data.reader={reader}", "--data.buffer=8"]
+    assert run(pretrain_command(shards, tmp_path / "whole", 10, *more), tmp_path).returncode == 0
+    command = pretrain_command(shards, tmp_path / "killed", 10, *more)
+    kill_ranks_when(command, tmp_path, lambda: len(losses(tmp_path / "killed")) >= 6)
+    assert len(losses(tmp_path / "killed")) < 10, "killed too late to show anything"
+    done = run(command, tmp_path)
+    assert done.returncode == 0
+    assert "resuming after step" in done.stdout
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
