@@ -71,8 +71,8 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
     )  # fmt: skip
     if order.length < recipe.batch.global_:
         raise UserError(
-            f"data.split={recipe.data.split} has {order.length} scans an epoch, fewer than batch.global={recipe.batch.global_}; "
-            "lower batch.global or choose other splits"
+            f"data.split={recipe.data.split} has {order.length} scans an epoch, fewer than "
+            f"batch.global={recipe.batch.global_}; lower batch.global or choose other splits"
         )
     recipe_kernel(recipe, manifest, rows)
     loss_options(recipe.loss)

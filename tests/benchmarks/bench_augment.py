@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few scans, to see that it runs")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    scans, each, device = (4, 2, chosen.device) if chosen.quick else (40, 4, chosen.device)
+    scans, each, device = (4, 2, chosen.device) if chosen.quick else (30, 8, chosen.device)
     name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
     kinds: dict[str, Callable[[Augmentation, int], float]] = {
         "DALI graph": lambda settings, n: ours(settings, n, device),
