@@ -31,7 +31,9 @@ def shards(arguments: list[str]) -> int:
     preview = commands.add_parser("preview", help="a picture of some scans and two augmented views of each")
     preview.add_argument("shards")
     preview.add_argument("--out", type=Path, help="PNG to write (default: preview.png beside the shards)")
-    preview.add_argument("--augmentation", default="default", help="preset: none, default, paper-all, paper-cutout")
+    preview.add_argument(
+        "--augmentation", default="default", help="preset: none, default, t1w, paper-all, paper-cutout"
+    )
     preview.add_argument("--scans", type=int, default=4)
     for name, what in (("info", "counts, ages, sites, splits, sizes"), ("verify", "every shard against its checksum")):
         commands.add_parser(name, help=what).add_argument("shards")

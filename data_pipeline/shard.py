@@ -12,7 +12,6 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import zstandard
-from webdataset import TarWriter
 
 from data_pipeline.volume import Array
 from infra.errors import UserError
@@ -41,6 +40,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]]
     """
     if codec not in CODECS:
         raise UserError(f"codec={codec!r} is not known; allowed: {', '.join(CODECS)}")
+    from webdataset import TarWriter  # it imports torch, which reader processes need not
+
     sums: dict[str, int] = {}
     with path.open("wb") as stream:
         writer = TarWriter(stream, mtime=0, user="root", group="root", mode=0o644, compress=False, encoder=False)

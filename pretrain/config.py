@@ -29,6 +29,15 @@ class Run:
 
 
 @dataclass(config=_strict)
+class Balance:
+    """Show groups of scans, or subjects, equally often (data_pipeline.balance says what that does to the positives)."""
+
+    by: str | None = None  # a column of scans.parquet: site, age, …
+    bins: float | None = Field(default=None, gt=0)  # width of a group in the column's unit, as 5 (years) for age
+    one_session_per_subject: bool = False
+
+
+@dataclass(config=_strict)
 class Data:
     """Which scans, and how they reach the training device."""
 
@@ -39,6 +48,11 @@ class Data:
     workers: int = Field(default=0, ge=0)  # processes that read and decode; 0 = in the training process
     threads: int = Field(default=1, ge=1)  # DALI's own threads
     prefetch: int = Field(default=2, ge=1)
+    # index: any scan, any number of ranks; stream (webdataset) and dali: shards front to back, ranks fixed for the run
+    reader: Literal["index", "stream", "dali"] = "index"
+    buffer: int = Field(default=256, ge=1)  # scans that stream and dali hold for shuffling
+    balance: Balance = field(default_factory=Balance)
+    max_bad_share: float = Field(default=0.001, ge=0, le=1)  # of scans that cannot be read; more than it (and 3) stops
 
 
 @dataclass(config=_strict)

@@ -18,7 +18,7 @@ from pretrain.config import Recipe
 
 # Keys that change where and how fast a run goes, not what it computes: a resumed run may set them anew.
 FREE_TO_CHANGE = (
-    "run.tracking_uri", "data.shards", "data.workers", "data.threads", "data.prefetch", "data.device",
+    "run.tracking_uri", "data.shards", "data.workers", "data.threads", "data.prefetch", "data.device", "data.max_bad_share",
     "checkpoint.", "launch.",
 )  # fmt: skip
 

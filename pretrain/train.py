@@ -17,8 +17,11 @@ import numpy as np
 import torch
 
 from data_pipeline.augment import load_augmentation
+from data_pipeline.balance import build_order
 from data_pipeline.loader import TwoViewLoader
 from data_pipeline.manifest import Manifest
+from data_pipeline.order import Order
+from data_pipeline.source import LoaderError
 from infra import distributed
 from infra.errors import UserError
 from infra.files import write_json
@@ -46,12 +49,13 @@ class Plan:
     recipe: Recipe
     manifest: Manifest
     rows: np.ndarray[Any, np.dtype[np.int64]]
+    order: Order
     total_steps: int
 
     @property
     def steps_per_epoch(self) -> float:
         """Optimiser steps an epoch; not whole where the batch does not divide the scans."""
-        return len(self.rows) / self.recipe.batch.global_
+        return self.order.length / self.recipe.batch.global_
 
 
 def make_plan(recipe: Recipe, world_size: int) -> Plan:
@@ -62,10 +66,15 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
     manifest = Manifest.load(recipe.data.shards)
     run_folder.check_same_manifest(Path(recipe.run.output), manifest)
     rows = manifest.rows(split=recipe.data.split, query=recipe.data.query)
-    if len(rows) < recipe.batch.global_:
+    balance = recipe.data.balance
+    order = build_order(
+        manifest, rows, seed=recipe.run.seed, batch=recipe.batch.global_, by=balance.by, bins=balance.bins,
+        one_session_per_subject=balance.one_session_per_subject,
+    )  # fmt: skip
+    if order.length < recipe.batch.global_:
         raise UserError(
-            f"data.split={recipe.data.split} has {len(rows)} scans, fewer than batch.global={recipe.batch.global_}; "
-            "lower batch.global or choose other splits"
+            f"data.split={recipe.data.split} has {order.length} scans an epoch, fewer than "
+            f"batch.global={recipe.batch.global_}; lower batch.global or choose other splits"
         )
     recipe_kernel(recipe, manifest, rows)
     loss_options(recipe.loss)
@@ -75,8 +84,8 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
     if steps is None:
         if recipe.train.epochs is None:
             raise UserError("train.epochs and train.steps are both null; set one of them")
-        steps = math.ceil(recipe.train.epochs * len(rows) / recipe.batch.global_)
-    return Plan(recipe, manifest, rows, steps)
+        steps = math.ceil(recipe.train.epochs * order.length / recipe.batch.global_)
+    return Plan(recipe, manifest, rows, order, steps)
 
 
 def train(recipe: Recipe) -> None:
@@ -94,7 +103,7 @@ def train(recipe: Recipe) -> None:
             checkpoint.clean_checkpoints(folder, recipe.checkpoint.keep)
         log = RunLog(plan, state) if distributed.is_main() else None
         try:
-            loop(plan, trained, int(state["step"]) if state else None, device, log)
+            loop(plan, trained, state, device, log)
         except BaseException:
             if log:
                 log.close("FAILED")
@@ -105,11 +114,11 @@ def train(recipe: Recipe) -> None:
         engine.stop_ranks()
 
 
-def loop(plan: Plan, trained: Any, resumed: int | None, device: torch.device, log: RunLog | None) -> None:
-    """Steps from ``resumed`` (None: a new run) to the last, with a checkpoint every so often and at the end."""
-    recipe, first = plan.recipe, resumed or 0
+def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.device, log: RunLog | None) -> None:
+    """Steps from the checkpoint's ``state`` (None: a new run) to the last, with checkpoints on the way and at the end."""
+    recipe, first = plan.recipe, int(state["step"]) if state else 0
     loss, dtype = build_loss(recipe, plan.manifest, plan.rows), DTYPES[recipe.train.precision]
-    if resumed is None and plan.total_steps == 0:
+    if state is None and plan.total_steps == 0:
         save(plan, trained, 0, {}, log)
     if first >= plan.total_steps:
         return
@@ -118,8 +127,11 @@ def loop(plan: Plan, trained: Any, resumed: int | None, device: torch.device, lo
         plan.manifest, rows=plan.rows, global_batch=recipe.batch.global_, rank=distributed.rank(),
         world_size=distributed.world_size(), seed=recipe.run.seed, augmentation=load_augmentation(recipe.augmentation),
         proxies=proxy_columns(recipe.loss.proxies), device=augment_on, start_step=first, workers=recipe.data.workers,
-        threads=recipe.data.threads, prefetch=recipe.data.prefetch,
+        threads=recipe.data.threads, prefetch=recipe.data.prefetch, reader=recipe.data.reader, order=plan.order,
+        buffer=recipe.data.buffer, max_bad_share=recipe.data.max_bad_share,
     )  # fmt: skip
+    if state and state.get("loader"):
+        loader.load_state_dict(state["loader"])
     trained.train()
     watch = EpochPositives(plan)
     try:
@@ -133,7 +145,7 @@ def loop(plan: Plan, trained: Any, resumed: int | None, device: torch.device, lo
             if log:
                 if positives:
                     log.epoch(step, positives)
-                log.step(step, figures, time.perf_counter() - started, loader.wait_seconds)
+                log.step(step, figures, time.perf_counter() - started, loader)
             if (step + 1) % recipe.checkpoint.every_steps == 0 or step + 1 == plan.total_steps:
                 save(plan, trained, step + 1, loader.state_dict(), log)
     finally:
@@ -152,7 +164,7 @@ class EpochPositives:
     def step(self, step: int, batch: dict[str, torch.Tensor]) -> Positives | None:
         """Take in a batch; the figures where it ends an epoch or the run. Collective."""
         self._seen.append((self._watch(batch), batch["proxies"]))
-        scans, batch_size = len(self._plan.rows), self._plan.recipe.batch.global_
+        scans, batch_size = self._plan.order.length, self._plan.recipe.batch.global_
         if (step + 1) * batch_size // scans == step * batch_size // scans and step + 1 < self._plan.total_steps:
             return None
         positives, proxies = zip(*self._seen, strict=True)
@@ -228,15 +240,17 @@ class RunLog:
             flush=True,
         )
 
-    def step(self, step: int, figures: dict[str, float], seconds: float, waited: float) -> None:
-        """Log one step."""
-        rate = self.plan.recipe.batch.global_ / seconds
-        row = {**figures, "seconds": seconds, "wait_seconds": waited, "scans_per_second": rate}
+    def step(self, step: int, figures: dict[str, float], seconds: float, loader: TwoViewLoader) -> None:
+        """Log one step; what is said of data is rank 0's."""
+        rate, stall = self.plan.recipe.batch.global_ / seconds, loader.wait_seconds / seconds
+        row = {**figures, "seconds": seconds, "wait_seconds": loader.wait_seconds, "data_stall": stall,
+               "bad_scans": float(loader.bad_scans), "scans_per_second": rate}  # fmt: skip
         self.metrics.write({"step": step, "epoch": step / self.plan.steps_per_epoch, **row})
         self._pending += [(name, value, step) for name, value in row.items() if math.isfinite(value)]
         if (step + 1) % STEPS_PER_MLFLOW_CALL == 0:
             self.flush()
-        self.progress.advance(loss=figures["loss"], stall=f"{100 * waited / seconds:.0f}%")
+        bad = {"bad scans": loader.bad_scans} if loader.bad_scans else {}
+        self.progress.advance(loss=figures["loss"], stall=f"{100 * stall:.0f}%", **bad)
 
     def epoch(self, step: int, positives: Positives) -> None:
         """Log an epoch's effective positives, and say the first."""
@@ -281,7 +295,7 @@ def main(arguments: Sequence[str]) -> int:
         recipe = load_recipe(*parse_arguments(arguments))
         train(recipe)
     except UserError as error:
-        if distributed.is_main():
+        if distributed.is_main() or isinstance(error, LoaderError):  # a rank's own data concern that rank alone
             print(f"yaware: error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -1,0 +1,202 @@
+"""Reader processes die by SIGKILL at random moments: the batches are the same as if nothing had happened, or the run ends
+promptly with one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import psutil
+import pytest
+import torch
+
+from data_pipeline.loader import TwoViewLoader
+from data_pipeline.manifest import Manifest
+from data_pipeline.source import LoaderError
+from tests.runs import ROOT, kill_ranks_when, losses, pretrain_command, run
+
+STEPS = 40
+
+
+def loader_of(shards, **options):
+    manifest = Manifest.load(shards)
+    return TwoViewLoader(manifest, rows=manifest.rows(), global_batch=6, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards):
+    loader = loader_of(shards)
+    batches = [next(loader) for _ in range(STEPS)]
+    loader.close()
+    return batches
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killing_readers_at_random_moments_changes_no_batch(shards, undisturbed, capfd, seed):
+    loader, chance = loader_of(shards, workers=2, prefetch=2), random.Random(seed)
+    next_kill, kills = threading.Event(), []
+
+    def kill_now_and_then():
+        while not next_kill.wait(chance.uniform(0.0, 0.05)):
+            if len(kills) < 6 and chance.random() < 0.3:
+                pid = chance.choice(loader.reader_pids)
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                    kills.append(pid)
+                except ProcessLookupError:
+                    pass
+                next_kill.wait(chance.uniform(0.5, 1.5))  # a new process needs a moment to be in the middle of a step
+
+    found = [next(loader)]
+    killer = threading.Thread(target=kill_now_and_then)
+    killer.start()
+    try:
+        while len(found) < STEPS or (len(kills) < 2 and len(found) < 4000):
+            batch = next(loader)
+            if len(found) < STEPS:
+                found.append(batch)
+    finally:
+        next_kill.set()
+        killer.join()
+        loader.close()
+    assert len(kills) >= 2
+    for mine, theirs in zip(found, undisturbed, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert "a reader process was lost (by signal SIGKILL) and is started again" in capfd.readouterr().err
+
+
+def test_both_readers_killed_while_the_trainer_waits(shards, undisturbed):
+    loader = loader_of(shards, workers=2, prefetch=1)
+    for step in range(6):
+        batch = next(loader)
+        assert torch.equal(batch["views"], undisturbed[step]["views"])
+        if step in (0, 3):
+            for pid in loader.reader_pids:
+                os.kill(pid, signal.SIGKILL)
+    loader.close()
+
+
+def test_readers_that_die_again_and_again_end_the_run_promptly_with_one_line(shards):
+    loader = loader_of(shards, workers=1)
+    next(loader)
+    stop = threading.Event()
+
+    def keep_killing():
+        while not stop.wait(0.01):
+            for pid in loader.reader_pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=keep_killing)
+    killer.start()
+    started = time.monotonic()
+    try:
+        with pytest.raises(
+            LoaderError, match=r"reader processes died 4 times at one batch \(the last by signal SIGKILL\)"
+        ):
+            for _ in range(20):
+                next(loader)
+    finally:
+        stop.set()
+        killer.join()
+        loader.close()
+    assert time.monotonic() - started < 30
+
+
+def test_after_an_end_the_loader_starts_again_where_it_was(shards, undisturbed):
+    """Nothing is lost on restart: the state after a batch, given to a new loader, continues with the next one."""
+    loader = loader_of(shards, workers=2)
+    for _ in range(5):
+        next(loader)
+    for pid in loader.reader_pids:
+        os.kill(pid, signal.SIGKILL)
+    state = loader.state_dict()
+    loader.close()
+    again = loader_of(shards)
+    again.load_state_dict(state)
+    assert torch.equal(next(again)["views"], undisturbed[5]["views"])
+    again.close()
+
+
+def test_readers_end_when_the_training_process_is_killed(shards):
+    code = (
+        "import sys, time; from data_pipeline import Manifest, TwoViewLoader; m = Manifest.load(sys.argv[1])\n"
+        "l = TwoViewLoader(m, rows=m.rows(), global_batch=6, workers=2); next(l)\n"
+        "print(*l.reader_pids, flush=True); time.sleep(100)"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", code, str(shards)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        readers = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
+        assert len(readers) == 2
+    finally:
+        trainer.kill()
+        trainer.wait()
+    gone, alive = psutil.wait_procs(readers, timeout=10)
+    for process in alive:
+        process.kill()
+    assert len(gone) == 2
+
+
+@pytest.fixture
+def spoil(shards, tmp_path):
+    """``spoil(rows)``: a copy of the shards in which one bit of each of these scans is wrong."""
+
+    def copy(rows):
+        folder = tmp_path / "spoilt"
+        shutil.copytree(shards, folder)
+        manifest = Manifest.load(folder)
+        for row in rows:
+            scan = manifest.scans.iloc[row]
+            path = folder / manifest.shards[int(scan["shard"])]["name"]
+            content = bytearray(path.read_bytes())
+            content[int(scan["offset"]) + 50] ^= 1
+            path.write_bytes(content)
+        return folder
+
+    return copy
+
+
+@pytest.mark.distributed
+def test_a_run_over_a_spoilt_scan_goes_on_and_tells(shards, spoil, tmp_path):
+    folder = spoil([int(Manifest.load(shards).rows(split="pretrain")[0])])
+    output = tmp_path / "run"
+    done = run(pretrain_command(folder, output, 12, "--data.workers=1"), tmp_path)
+    assert done.returncode == 0
+    assert "fails its checksum; run `yaware shards verify" in done.stderr
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["wait_seconds"] / row["seconds"] == pytest.approx(row["data_stall"]) for row in rows)
+    assert all(row["data_stall"] <= 1 and row["bad_scans"] in (0, 1) for row in rows)
+    assert "stall" in done.stdout
+
+
+@pytest.mark.distributed
+def test_a_run_over_spoilt_shards_ends_with_one_line(spoil, tmp_path):
+    folder = spoil(range(72))
+    done = run(pretrain_command(folder, tmp_path / "run", 12), tmp_path)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("yaware: error: ")]
+    assert said
+    assert all("cannot be read" in line for line in said)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("reader", ["stream", "dali"])
+def test_a_killed_run_of_a_sequential_reader_ends_as_if_nothing_had_happened(shards, tmp_path, reader):
+    more = [f"--data.reader={reader}", "--data.buffer=8"]
+    assert run(pretrain_command(shards, tmp_path / "whole", 10, *more), tmp_path).returncode == 0
+    command = pretrain_command(shards, tmp_path / "killed", 10, *more)
+    kill_ranks_when(command, tmp_path, lambda: len(losses(tmp_path / "killed")) >= 6)
+    assert len(losses(tmp_path / "killed")) < 10, "killed too late to show anything"
+    done = run(command, tmp_path)
+    assert done.returncode == 0
+    assert "resuming after step" in done.stdout
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
