@@ -24,7 +24,7 @@ MODALITIES = {
 }
 EXAMPLES = {"vbm": "_desc-mwp1_probseg", "t1w": "_T1w", "quasiraw": "_preproc-quasiraw_T1w"}
 OPENBHB = {"vbm": "_preproc-cat12vbm_desc-gm_T1w.npy", "quasiraw": "_preproc-quasiraw_T1w.npy"}
-CAT12_DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # folders between the data set's and CAT12's mri/
+CAT12_DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # how deep CAT12's mri/ is looked for to tell the layout
 CAT12_FIGURES = {"cat12_iqr": "qualityratings/IQR", "tiv": "subjectmeasures/vol_TIV"}  # a school mark (1 best); ml
 
 Scans = tuple[list[Scan], list[Scan]]
@@ -72,7 +72,7 @@ def read_cat12(source: DataSet, modality: str) -> Scans:
         )
     people = _people(source, [folder / "participants.tsv"])
     found = []
-    for path in cat12_maps(folder):
+    for path in sorted(folder.rglob("mri/mwp1*.nii*")):
         stem = path.name.removeprefix("mwp1").removesuffix(".gz").removesuffix(".nii")
         named = _named(stem.split("_"))
         participant = named.get("sub") or _listed_in(stem, people)
@@ -138,8 +138,8 @@ def bids_images(folder: Path) -> Iterator[Path]:
 
 
 def cat12_maps(folder: Path) -> Iterable[Path]:
-    """CAT12's modulated grey-matter maps of a folder, in the order of their names."""
-    return sorted(path for depth in CAT12_DEPTHS for path in folder.glob(f"{depth}mri/mwp1*.nii*"))
+    """CAT12's modulated grey-matter maps, a few folders deep."""
+    return (path for depth in CAT12_DEPTHS for path in folder.glob(f"{depth}mri/mwp1*.nii*"))
 
 
 def openbhb_arrays(folder: Path, ending: str) -> Iterable[Path]:

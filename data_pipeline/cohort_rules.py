@@ -28,7 +28,7 @@ DAYS_A_YEAR = 365.25
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set of a cohort, as its YAML declares it (``docs/data.md``); ``declared_in`` names that file in messages.
+    """One data set of a cohort, as its YAML declares it (``docs/cohorts.md``); ``declared_in`` names that file in messages.
 
     ``columns``: our name -> theirs, None where all columns are taken. ``values``: our name -> a constant, or their text
     -> ours. ``missing``: our name (or ``all``) -> texts that mean missing. ``age``: columns of the dates of birth and scan.
@@ -88,15 +88,18 @@ def typed(rows: Sequence[Row], source: DataSet) -> list[dict[str, Any]]:
     columns = _columns(source, present)
     values = [dict[str, Any]() for _ in rows]
     for name, theirs in columns.items():
-        cells = [row.cell(theirs) for row in rows]
         rule = source.values.get(name)
+        if isinstance(rule, str):
+            continue
+        cells = [row.cell(theirs) for row in rows]
         texts = [_recode(name, text.strip(), where, rule, source) for text, where in cells]
-        number = name not in TEXT and not isinstance(rule, str) and _all_numbers(texts)
+        number = name not in TEXT and _all_numbers(texts)
         for its, text, (_, where) in zip(values, texts, cells, strict=True):
             its[name] = None if text is None else _value(where, name, text, number)
     for name, rule in source.values.items():
         if isinstance(rule, str):
-            constant = _value(source.declared_in, name, rule, False)
+            number = name not in TEXT and _all_numbers([rule])
+            constant = None if rule in MISSING else _value(source.declared_in, name, rule, number)
             for its in values:
                 its[name] = constant
     if source.age:
@@ -123,7 +126,7 @@ def _columns(source: DataSet, present: Iterable[str]) -> dict[str, str]:
     for part, names in (("values", [n for n, rule in source.values.items() if not isinstance(rule, str)]),
                         ("missing", [n for n in source.missing if n != ALL])):  # fmt: skip
         for name in names:
-            if present and name not in taken:
+            if present and name not in taken and not (name == "age" and source.age):
                 raise UserError(
                     f"{source.declared_in}: {part}.{name} is no column of {source.name}{nearest(name, taken)}; "
                     f"there: {', '.join(taken)}"

@@ -72,6 +72,11 @@ def test_columns_are_renamed_and_only_the_mapped_ones_enter(tmp_path):
     assert [(s.age, s.site, s.extra) for s in scans] == [(20, "guys", {"tiv": 1400.0}), (30, "guys", {"tiv": 1500.0})]
 
 
+def test_a_constant_takes_the_place_of_a_column(tmp_path):
+    scans = one(tmp_path, "sex,tesla,site", "0,x,a", "1,y,b", declare="values: {sex: F, tesla: 3, site: n/a}")
+    assert [(scan.sex, scan.extra, scan.site) for scan in scans] == [("F", {"tesla": 3.0}, "")] * 2
+
+
 def test_ids_and_paths_may_have_other_names(tmp_path):
     image(tmp_path / "x.nii")
     path = table(tmp_path / "list.tsv", "file | IXI_ID | visit | AGE", "x.nii | 7 | b | 20")
@@ -94,6 +99,8 @@ def test_age_from_birth_and_scan_dates_and_the_dates_stay_out(tmp_path):
     with_format = "age: {birth: born, scan: scanned, format: '%d/%m/%Y'}"
     (scan,) = one(tmp_path, "born,scanned", "03/02/1980,03/08/2010", declare=with_format)
     assert scan.age == pytest.approx(30.5, abs=0.01)
+    zeros = declare + "\nmissing: {age: [0000-00-00]}"
+    assert np.isnan(one(tmp_path, "born,scanned", "0000-00-00,2010-01-01", declare=zeros)[0].age)
     text = refused(tmp_path, "born,scanned", "2010-01-01,2009-01-01", declare=declare)
     assert "line 2: age from dates='-1.00' is not a number of years" in text
 
@@ -196,3 +203,37 @@ def test_a_table_elsewhere_is_declared(tmp_path):
 def test_the_declared_orientation_of_arrays_goes_with_their_scans(tmp_path):
     (scan,) = one(tmp_path, "age", "20", declare="orientation: lps")
     assert scan.orientation == "LPS"
+
+
+def blocks() -> list[str]:
+    """The indented examples of docs/cohorts.md."""
+    lines = (Path(__file__).resolve().parents[2] / "docs" / "cohorts.md").read_text().splitlines()
+    text = "\n".join(line[4:] if line.startswith("    ") else "\0" for line in lines)
+    return [block.strip() for block in text.split("\0") if block.strip()]
+
+
+def test_the_examples_of_the_documentation_are_read(tmp_path):
+    columns, dates, several = (next(b for b in blocks() if b.startswith(k)) for k in ("columns:", "age:", "datasets:"))
+    root = bids(tmp_path / "ds")
+    (root / "participants.tsv").unlink()
+    table(
+        tmp_path / "people.tsv",
+        "participant_id | AGE_Y | GENDER | ICV | name",
+        "01 | 30 | 2 | 1400 | X",
+        "02 | -9 | 9 | . | Y",
+    )
+    (tmp_path / "c.yaml").write_text(columns)
+    scans, _ = read_cohort(root, modality="t1w", columns=tmp_path / "c.yaml")
+    assert {(s.sex, s.site, s.extra["tiv"], s.orientation) for s in scans} == {
+        ("F", "kiel", 1400.0, "RAS"), ("", "kiel", None, "RAS"),
+    }  # fmt: skip
+    (scan,) = one(tmp_path, "birth_date,scan_date", "01/02/1980,01/02/2000", declare=dates)
+    assert scan.age == 20.0
+    cat12(tmp_path / "ixi")
+    table(tmp_path / "ixi" / "participants.tsv", "participant_id | AGE | SEX", "01 | 30 | 1", "IXI002 | 40 | 2")
+    image(tmp_path / "ds000001" / "sub-1" / "anat" / "sub-1_desc-mwp1_probseg.nii")
+    table(tmp_path / "ds000001" / "participants.tsv", "participant_id | age", "1 | 30")
+    table(tmp_path / "clinic.csv", "path,participant_id,age", "x.nii,1,999")
+    text = several.replace("/data/ixi", "ixi").replace("../openneuro/ds000001", "ds000001")
+    scans, _ = read_cohort(datasets(tmp_path, text))
+    assert [(scan.dataset, scan.sex) for scan in scans] == [("clinic", ""), ("ds1", ""), ("ixi", "M"), ("ixi", "F")]
