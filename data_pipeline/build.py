@@ -11,12 +11,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_pipeline.cohort import is_simulated, read_bids
+from data_pipeline.cohort import is_simulated, name_of, read_cohort
 from data_pipeline.manifest import MANIFEST, Manifest, write_manifest
 from data_pipeline.scan import Scan
 from data_pipeline.shard import CODECS, encode, write_shard
 from data_pipeline.split import DEFAULT_SPLITS, assign_splits
-from data_pipeline.volume import BadScan, Grid, check_scaling, load_volume, open_image, scale_factor
+from data_pipeline.volume import (
+    PREPARED,
+    BadScan,
+    Grid,
+    check_preparation,
+    check_scaling,
+    load_volume,
+    open_image,
+    scale_factor,
+)
 from infra import ray_cluster
 from infra.errors import UserError, nearest
 from infra.files import atomic_write, sha256_of
@@ -42,6 +51,8 @@ class _Task:
     grid: Grid
     scaling: str
     codec: str
+    crop: str = "world"
+    intensity: str = "none"
 
 
 def build_shards(
@@ -57,15 +68,22 @@ def build_shards(
     splits: dict[str, float] | None = None,
     seed: int = 0,
     workers: int | None = None,
+    layout: str | None = None,
+    columns: str | Path | None = None,
+    key_file: str | Path | None = None,
+    crop: str = "world",
+    intensity: str | None = None,
 ) -> Manifest:
-    """Build the shards of a BIDS-like cohort in ``out`` and return their manifest.
+    """Build the shards of a cohort in ``out`` and return their manifest.
 
     Args:
+        cohort, dataset, modality, layout, columns, key_file: see ``data_pipeline.cohort.read_cohort``.
         grid: where the voxels shall lie; None takes the cohort's own grid where its first scans share one, else the VBM
             grid at 1.5 mm.
         scaling: ``none``, or ``tiv``: divide by total intracranial volume (needs a ``tiv`` column in ml).
         codec: ``zst`` (zstd, a quarter of the size) or ``npy`` (which DALI's own reader decodes).
         splits: shares of the healthy participants, see ``data_pipeline.split``.
+        crop, intensity: see ``data_pipeline.volume.load_volume``; None scales T1 images robustly, VBM maps not at all.
 
     The same cohort and settings give the same bytes, whatever ``workers``. A scan that cannot be used goes to
     ``quarantine.tsv`` with its reason. A folder that holds this very build already is left as it is; another one in it
@@ -77,27 +95,25 @@ def build_shards(
         raise UserError(f"codec={codec!r} is not known{nearest(codec, CODECS)}; allowed: {', '.join(CODECS)}")
     if scans_per_shard < 1:
         raise UserError(f"scans_per_shard={scans_per_shard} must be at least 1")
-    scans, unknown = read_bids(root, dataset, modality)
-    twice = pd.Series([scan.key for scan in scans]).value_counts()
-    if twice.iloc[0] > 1:
-        raise UserError(
-            f"cohort {root}: {twice.iloc[0]} files have the key {twice.index[0]}; name their runs _run-1, _run-2"
-        )
+    intensity = check_preparation(modality, crop, intensity)
+    scans, unknown = read_cohort(root, dataset, modality, layout=layout, columns=columns, key_file=key_file)
     grid = grid or common_grid(scans)
     settings: dict[str, Any] = {
-        "dataset": scans[0].dataset, "modality": modality, "scaling": scaling, "codec": codec,
+        "dataset": name_of(scans, root), "crop": crop, "intensity": intensity, "modality": modality,
+        "scaling": scaling, "codec": codec,
         "scans_per_shard": scans_per_shard, "seed": seed, "splits": splits or DEFAULT_SPLITS,
         "simulated": is_simulated(root), "scans_found": len(scans) + len(unknown),
+        "pseudonymised": key_file is not None,
     }  # fmt: skip
     done = _already_built(folder, grid, settings)
     if done:
         return done
     folder.mkdir(parents=True, exist_ok=True)
     # What a killed build left, with other settings perhaps: no manifest lists it.
-    for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{scans[0].dataset}-[0-9]*.tar")):
+    for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{settings['dataset']}-[0-9]*.tar")):
         leftover.unlink()
     shards, rows, bad = _write_shards(folder, scans, grid, settings, workers)
-    bad = [(scan.key, str(scan.path), "participant is not in participants.tsv") for scan in unknown] + bad
+    bad = [(scan.key, scan.place, "participant is not in participants.tsv") for scan in unknown] + bad
     _write_quarantine(folder / "quarantine.tsv", bad)
     if not rows:
         raise UserError(f"cohort {root}: no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")
@@ -110,11 +126,12 @@ def common_grid(scans: list[Scan], look_at: int = 5) -> Grid:
     grids = set()
     for scan in scans[:look_at]:
         try:
-            image = open_image(scan.path)
+            image = open_image(scan.path, scan.orientation)
         except BadScan:
             continue
         grids.add(Grid.of(image.shape, image.affine))
-    return grids.pop() if len(grids) == 1 else Grid.vbm(1.5)
+    shared = grids.pop() if len(grids) == 1 else None
+    return shared if shared is not None and shared.upright else Grid.vbm(1.5)
 
 
 def _write_shards(
@@ -126,7 +143,16 @@ def _write_shards(
     step = settings["scans_per_shard"]
     parts = [[scans[i] for i in order[first : first + step]] for first in range(0, len(scans), step)]
     tasks = [
-        _Task(part, str(folder), f"{settings['dataset']}-{n:06d}.tar", grid, settings["scaling"], settings["codec"])
+        _Task(
+            part,
+            str(folder),
+            f"{settings['dataset']}-{n:06d}.tar",
+            grid,
+            settings["scaling"],
+            settings["codec"],
+            settings["crop"],
+            settings["intensity"],
+        )
         for n, part in enumerate(parts)
     ]
     results: list[Any] = [None] * len(tasks)
@@ -156,9 +182,13 @@ def build_one(task: _Task) -> tuple[dict[str, Any], list[dict[str, Any]], list[t
         for scan in task.scans:
             try:
                 factor = scale_factor(task.scaling, scan.extra)
-                payload = encode(load_volume(scan.path, task.grid, factor=factor), task.codec)
+                volume = load_volume(
+                    scan.path, task.grid, factor=factor, crop=task.crop, intensity=task.intensity,
+                    orientation=scan.orientation,
+                )  # fmt: skip
+                payload = encode(volume, task.codec)
             except BadScan as error:
-                bad.append((scan.key, str(scan.path), str(error)))
+                bad.append((scan.key, scan.place, str(error)))
                 continue
             used.append(scan)
             yield scan.key, payload, _describe(scan)
@@ -212,7 +242,10 @@ def _already_built(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manife
     if not (folder / MANIFEST).is_file():
         return None
     old = Manifest.load(folder)
-    before = {**{k: v for k, v in old.settings.items() if k != "quarantined"}, "grid": Grid.from_dict(old.grid)}
+    first = {**PREPARED, "pseudonymised": False}  # of builds from before these were settings
+    before = {
+        **first, **{k: v for k, v in old.settings.items() if k != "quarantined"}, "grid": Grid.from_dict(old.grid)
+    }  # fmt: skip
     now = {**settings, "grid": grid}
     changed = [key for key in now if before.get(key) != now[key]]
     if changed:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infra.errors import UserError
+
+if TYPE_CHECKING:
+    from data_pipeline.volume import Grid
 
 
 def cohort(arguments: list[str]) -> int:
@@ -42,10 +46,12 @@ def shards(arguments: list[str]) -> int:
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("cohort", help="BIDS-like folder with participants.tsv and sub-*/[ses-*/]anat/*.nii.gz")
+    parser.add_argument(
+        "cohort", help="folder of a data set, a table of paths (.csv, .tsv), or a list of data sets (.yaml)"
+    )
     parser.add_argument("out", type=Path, help="folder for the shards")
     parser.add_argument("--dataset", help="name that every key begins with (default: the cohort folder's name)")
-    parser.add_argument("--modality", default="vbm", help="vbm (grey-matter maps, default) or t1w")
+    _add_reading(parser)
     parser.add_argument("--spacing", type=float, help="bring scans to the VBM box cut into voxels of so many mm")
     parser.add_argument("--scaling", default="none", help="none, or tiv: divide by total intracranial volume")
     parser.add_argument("--codec", default="zst", help="zst (default) or npy, which DALI's own reader decodes")
@@ -57,20 +63,51 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="Ray workers (default: every core, or the cluster of RAY_ADDRESS)")
 
 
-def _build(options: argparse.Namespace) -> int:
-    from data_pipeline.build import build_shards
-    from data_pipeline.manifest import MANIFEST
-    from data_pipeline.split import parse_splits
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """How a cohort is read and its scans are prepared."""
+    parser.add_argument("--modality", default="vbm", help="vbm (grey-matter maps, default), t1w or quasiraw")
+    parser.add_argument("--layout", help="bids, cat12, openbhb or csv (default: by what the folder holds)")
+    parser.add_argument(
+        "--columns", type=Path, metavar="FILE", help="YAML that declares columns and rules of their values"
+    )
+    parser.add_argument(
+        "--pseudonymise",
+        type=Path,
+        metavar="KEYFILE",
+        help="replace ids by hashes keyed by this file's bytes (16 or more)",
+    )
+    parser.add_argument("--shape", metavar="D,H,W", help="a grid of one's own, with --spacing, centred on the origin")
+    parser.add_argument("--crop", default="world", help="lay the grid's middle by the world (default) or on the brain")
+    parser.add_argument("--intensity", help="none (default for vbm) or robust: 1st to 99th percentile to 0..1")
+
+
+def _grid(options: argparse.Namespace) -> Grid | None:
     from data_pipeline.volume import Grid
 
     if options.spacing is not None and not 0.5 <= options.spacing <= 20:
         raise UserError(f"--spacing={options.spacing} is not in 0.5..20 mm")
+    if options.shape is None:
+        return None if options.spacing is None else Grid.vbm(options.spacing)
+    edges = [int(part) if part.strip().isdigit() else 0 for part in options.shape.split(",")]
+    if len(edges) != 3 or not all(1 <= edge <= 1024 for edge in edges):
+        raise UserError(f"--shape={options.shape} is not three whole numbers of voxels in 1..1024, as in 128,160,128")
+    if options.spacing is None:
+        raise UserError(f"--shape={options.shape} needs the voxels' edge in mm too, as in --spacing 1.5")
+    return Grid.centred(tuple(edges), options.spacing)
+
+
+def _build(options: argparse.Namespace) -> int:
+    from data_pipeline.build import build_shards
+    from data_pipeline.manifest import MANIFEST
+    from data_pipeline.split import parse_splits
+
     before = (options.out / MANIFEST).is_file()
     manifest = build_shards(
         options.cohort, options.out, dataset=options.dataset, modality=options.modality,
-        grid=None if options.spacing is None else Grid.vbm(options.spacing), scaling=options.scaling, codec=options.codec,
+        grid=_grid(options), scaling=options.scaling, codec=options.codec,
         scans_per_shard=options.scans_per_shard, seed=options.seed, workers=options.workers,
-        splits=parse_splits(options.splits) if options.splits else None,
+        splits=parse_splits(options.splits) if options.splits else None, layout=options.layout, columns=options.columns,
+        key_file=options.pseudonymise, crop=options.crop, intensity=options.intensity,
     )  # fmt: skip
     bad = int(manifest.settings["quarantined"])
     size = sum(int(row["bytes"]) for row in manifest.shards) / 1e6

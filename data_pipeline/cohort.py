@@ -1,137 +1,169 @@
-"""Reads a BIDS-like folder: participants.tsv, optional sessions.tsv, sub-*/[ses-*/]anat/*.nii[.gz]."""
+"""From a cohort as it comes (a folder, a table, a list of data sets) to scans: ``read_cohort``."""
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
+from data_pipeline.cohort_layouts import (
+    MODALITIES,
+    OPENBHB,
+    Scans,
+    bids_images,
+    cat12_maps,
+    openbhb_arrays,
+    read_bids_layout,
+    read_cat12,
+    read_csv,
+    read_openbhb,
+)
+from data_pipeline.cohort_pseudonyms import pseudonymise, read_key
+from data_pipeline.cohort_rules import DataSet, declare, read_data_sets
 from data_pipeline.scan import Scan, safe
-from infra.errors import UserError
+from infra.errors import UserError, nearest
 
-# What each modality's file name ends in. The grey-matter maps are CAT12's, as BIDS derivatives or under their own name.
-MODALITIES = {
-    "vbm": re.compile(r"(_desc-mwp1_probseg|_desc-gm_T1w|cat12vbm.*)\.nii(\.gz)?$|^mwp1.*\.nii(\.gz)?$"),
-    "t1w": re.compile(r"^(?!.*_desc-).*_T1w\.nii(\.gz)?$"),
+LAYOUTS: dict[str, Callable[[DataSet, str], Scans]] = {
+    "bids": read_bids_layout,
+    "cat12": read_cat12,
+    "openbhb": read_openbhb,
+    "csv": read_csv,
 }
-MISSING = {"", "n/a", "N/A", "nan", "NaN"}
-SEX = {"f": "F", "female": "F", "m": "M", "male": "M", "o": "O", "other": "O"}
-TEXT = ("site", "diagnosis", "split", "age", "sex")  # names, also where they look like numbers; age and sex are checked
+# A file that shows that a folder has the layout.
+SIGNS: dict[str, Callable[[Path], Iterable[Path]]] = {
+    "bids": bids_images,
+    "cat12": cat12_maps,
+    "openbhb": lambda folder: (path for ending in OPENBHB.values() for path in openbhb_arrays(folder, ending)),
+}
+DATA_SETS, TABLES = (".yaml", ".yml"), (".csv", ".tsv", ".txt")
 
 
-def read_bids(root: str | Path, dataset: str | None = None, modality: str = "vbm") -> tuple[list[Scan], list[Scan]]:
-    """Scans of a BIDS-like folder, in the order of their keys, and those whose participant the table does not list.
+def read_cohort(
+    source: str | Path,
+    dataset: str | None = None,
+    modality: str = "vbm",
+    *,
+    layout: str | None = None,
+    columns: str | Path | None = None,
+    key_file: str | Path | None = None,
+) -> Scans:
+    """Scans of a cohort in the order of their keys, and those whose participant no table lists.
 
-    Sessions' own values (``sub-X/sub-X_sessions.tsv``) go before the participant's. Raises UserError where the folder,
-    the table or a value in it is wrong.
+    Args:
+        source: a folder, a table of paths (``.csv``, ``.tsv``), or a YAML file that lists data sets.
+        dataset: name that every key begins with; by default the folder's or table's.
+        modality: which of the images: ``vbm``, ``t1w`` or ``quasiraw`` (``csv`` takes every row).
+        layout: one of ``LAYOUTS``; by default what the folder holds, refused where it could be two.
+        columns: a YAML file that declares the columns and the rules of their values (of one data set).
+        key_file: a secret of at least 16 bytes; participants' ids then are keyed hashes everywhere but in ``Scan.path``.
+
+    Raises UserError where a folder, a table, a declaration or a value is wrong. No two scans have one key.
     """
-    folder = Path(root)
     if modality not in MODALITIES:
-        raise UserError(f"modality={modality!r} is not known; allowed: {', '.join(MODALITIES)}")
-    if not folder.is_dir():
-        raise UserError(f"cohort {folder} is not a folder; give the BIDS folder that holds participants.tsv")
-    people = _read_table(folder / "participants.tsv", "participant_id", prefix="sub-")
-    name = safe(dataset or folder.resolve().name)
-    known, unknown = [], []
-    for path in sorted(folder.glob("sub-*/**/*.nii*")):
-        if not MODALITIES[modality].search(path.name):
-            continue
-        participant, session, run = _entities(path, folder)
-        row = people.get(participant)
-        if row is None:
-            unknown.append(Scan(path, name, participant, session or "1", run))
-            continue
-        values = {**row, **_session_values(folder, participant, session)}
-        known.append(_scan(path, name, participant, session, run, values))
-    if not known:
-        where = f"sub-*/[ses-*/]anat/*{'_T1w' if modality == 't1w' else '_desc-mwp1_probseg'}.nii.gz"
         raise UserError(
-            f"cohort {folder} has no {modality} scan of a listed participant; looked for {where}; choose another --modality"
+            f"modality={modality!r} is not known{nearest(modality, MODALITIES)}; allowed: {', '.join(MODALITIES)}"
         )
-    return sorted(known, key=lambda scan: scan.key), unknown
+    key = None if key_file is None else read_key(Path(key_file))
+    known: list[Scan] = []
+    unknown: list[Scan] = []
+    for one in _sources(Path(source), dataset, layout, columns):
+        its_known, its_unknown = LAYOUTS[one.layout or detect_layout(one.path)](one, modality)
+        known += its_known
+        unknown += its_unknown
+    known = _one_kind_a_column(sorted(known, key=lambda scan: scan.key))
+    _refuse_equal_keys(known, source)
+    if key is not None:
+        known, unknown = pseudonymise(known, key), pseudonymise(unknown, key)
+    return known, unknown
+
+
+def read_bids(root: str | Path, dataset: str | None = None, modality: str = "vbm") -> Scans:
+    """``read_cohort`` of a BIDS-like folder."""
+    return read_cohort(root, dataset, modality, layout="bids")
 
 
 def is_simulated(root: str | Path) -> bool:
-    """Whether the data set's own description says that its scans are simulated."""
-    path = Path(root) / "dataset_description.json"
+    """Whether the description of the data set, or of one of those that a YAML file lists, says that it is simulated."""
+    source = Path(root)
+    if source.is_file() and source.suffix.lower() in DATA_SETS:
+        return any(is_simulated(one.path) for one in read_data_sets(source))
+    path = source / "dataset_description.json"
     if not path.is_file():
         return False
     return bool(json.loads(path.read_text(encoding="utf-8")).get("Simulated", False))
 
 
-def _entities(path: Path, root: Path) -> tuple[str, str, str]:
-    """Participant, session and run, from the folders first, then from the file's name."""
-    folders = path.relative_to(root).parts
-    named = {
-        part.partition("-")[0]: part.partition("-")[2] for part in (*path.name.split("_"), *folders[:-1]) if "-" in part
-    }
-    return folders[0].removeprefix("sub-"), named.get("ses", ""), named.get("run", "")
+def name_of(scans: Iterable[Scan], source: str | Path) -> str:
+    """The name of the whole: the data set's, or that of the YAML file where there are several."""
+    names = {scan.dataset for scan in scans}
+    return names.pop() if len(names) == 1 else safe(Path(source).stem)
 
 
-def _scan(path: Path, dataset: str, participant: str, session: str, run: str, values: dict[str, Any]) -> Scan:
-    extra = {k: v for k, v in values.items() if k not in ("age", "sex", "site", "session", "session_id")}
-    return Scan(
-        path, dataset, participant, session or "1", run, str(values.get("site") or ""),
-        float("nan") if values.get("age") is None else float(values["age"]), str(values.get("sex") or ""), extra,
-    )  # fmt: skip
+def detect_layout(path: Path) -> str:
+    """The layout of a folder or table by what it holds; UserError naming both where it could be two."""
+    if path.is_file():
+        if path.suffix.lower() in TABLES:
+            return "csv"
+        raise UserError(
+            f"cohort {path} is not a folder; give one, a table of paths ({', '.join(TABLES)}) or a list of data sets "
+            f"({', '.join(DATA_SETS)})"
+        )
+    if not path.is_dir():
+        raise UserError(f"cohort {path} is not a folder; give the folder that holds participants.tsv")
+    signs = {name: next(iter(look(path)), None) for name, look in SIGNS.items()}
+    shown = {name: sign.relative_to(path) for name, sign in signs.items() if sign is not None}
+    if len(shown) > 1:
+        both = " or ".join(f"{name} ({sign})" for name, sign in shown.items())
+        raise UserError(f"cohort {path} could be {both}; say which with --layout (in a list of data sets: layout:)")
+    if not shown:
+        raise UserError(
+            f"cohort {path} has no layout that is known: no sub-*/[ses-*/]anat/*.nii.gz (bids), no mri/mwp1*.nii (cat12), "
+            "no {train,val}/derivatives/sub-*/ses-*/*.npy (openbhb); list its files in a .csv with a column path"
+        )
+    return next(iter(shown))
 
 
-def _session_values(root: Path, participant: str, session: str) -> dict[str, Any]:
-    path = root / f"sub-{participant}" / f"sub-{participant}_sessions.tsv"
-    if not session or not path.is_file():
-        return {}
-    return _read_table(path, "session_id", prefix="ses-").get(session, {})
-
-
-def _read_table(path: Path, key: str, prefix: str) -> dict[str, dict[str, Any]]:
-    """Rows of a .tsv by their key, values checked: age a number, sex F or M, ``n/a`` and empty are None."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; a cohort needs this table with a column {key}")
-    try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a tab-separated table: {' '.join(str(error).split())}") from None
-    if key not in table.columns:
-        raise UserError(f"{path} has no column {key}; found: {', '.join(table.columns)}")
-    numeric = {str(name) for name in table.columns if name not in TEXT and _all_numbers(table[name])}
-    rows: dict[str, dict[str, Any]] = {}
-    for number, record in enumerate(table.to_dict("records"), start=2):
-        name = str(record.pop(key)).removeprefix(prefix)
-        if name in rows:
-            raise UserError(f"{path} line {number}: {key} {name!r} is there twice; keep one row each")
-        rows[name] = {str(k): _value(path, number, str(k), str(v), str(k) in numeric) for k, v in record.items()}
-    return rows
-
-
-def _all_numbers(column: Any) -> bool:
-    """Whether a column is numbers and missing values only; one word makes all of it text."""
-    return bool(
-        pd.to_numeric(column.str.strip().replace(dict.fromkeys(MISSING, None)), errors="coerce").notna().sum()
-        == (~column.str.strip().isin(MISSING)).sum()
-    )
-
-
-def _value(path: Path, line: int, column: str, text: str, number: bool) -> Any:
-    text = text.strip()
-    if text in MISSING:
-        return None
-    if column == "age":
-        try:
-            age = float(text)
-        except ValueError:
-            age = float("nan")
-        if not 0 <= age <= 130:
+def _sources(source: Path, dataset: str | None, layout: str | None, columns: str | Path | None) -> list[DataSet]:
+    if source.is_file() and source.suffix.lower() in DATA_SETS:
+        for option, value in (("dataset", dataset), ("layout", layout), ("columns", columns)):
+            if value is not None:
+                raise UserError(f"--{option}={value}: {source} lists data sets; declare it there, for each of them")
+        found = read_data_sets(source)
+    else:
+        path = source.resolve()
+        name = dataset or (path.stem if path.is_file() else path.name)
+        one = DataSet(path, safe(name), layout or "", declared_in="the cohort")
+        found = [one if columns is None else declare(one, Path(columns))]
+    for one in found:
+        if one.layout and one.layout not in LAYOUTS:
+            where = one.declared_in + ": " if len(found) > 1 else ""
             raise UserError(
-                f"{path} line {line}: age={text!r} is not a number of years in 0..130; write n/a if unknown"
+                f"{where}layout={one.layout!r} is not known{nearest(one.layout, LAYOUTS)}; allowed: {', '.join(LAYOUTS)}"
             )
-        return age
-    if column == "sex":
-        if text.lower() not in SEX:
-            raise UserError(
-                f"{path} line {line}: sex={text!r} is not F, M, O, female, male or other; write n/a if unknown"
-            )
-        return SEX[text.lower()]
-    return float(text) if number else text
+    return found
+
+
+def _refuse_equal_keys(scans: list[Scan], source: str | Path) -> None:
+    for first, second in pairwise(scans):
+        if first.key == second.key:
+            number = sum(scan.key == first.key for scan in scans)
+            raise UserError(f"cohort {source}: {number} files have the key {first.key}; name their runs _run-1, _run-2")
+
+
+def _one_kind_a_column(scans: list[Scan]) -> list[Scan]:
+    """Where one data set's column is numbers and another's of that name is text, all of it is text."""
+    kinds: dict[str, set[type[Any]]] = {}
+    for scan in scans:
+        for name, value in scan.extra.items():
+            if value is not None:
+                kinds.setdefault(name, set()).add(type(value))
+    mixed = {name for name, its in kinds.items() if len(its) > 1}
+    if not mixed:
+        return scans
+    return [
+        replace(scan, extra={n: f"{v:g}" if n in mixed and isinstance(v, float) else v for n, v in scan.extra.items()})
+        for scan in scans
+    ]

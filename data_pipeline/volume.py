@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
-from nibabel.processing import resample_from_to
+from scipy import ndimage
 
-from infra.errors import UserError
+from infra.errors import UserError, nearest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -18,6 +19,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 VBM_SHAPE = (121, 145, 121)
 VBM_ORIGIN = (-90.0, -126.0, -72.0)
 REFERENCE_TIV_ML = 1500.0  # to which `scaling: tiv` brings every head
+# What an array without a header can be: shape, spacing in mm, RAS position of the first voxel, order of its axes. OpenBHB's
+# grey-matter maps are stored as CAT12 writes them (RAS); its quasi-raw images were registered by FSL to MNI152_T1_1mm and
+# keep that template's order (LAS: the first axis runs from right to left). `orientation:` of a data set says otherwise.
+ARRAY_BOXES = [
+    (VBM_SHAPE, 1.5, VBM_ORIGIN, "RAS"),
+    ((182, 218, 182), 1.0, (-91.0, -126.0, -72.0), "LAS"),
+]
 
 
 @dataclass(frozen=True)
@@ -57,40 +65,75 @@ class Grid:
         affine[:3, 3] = [o - 0.75 + spacing / 2 for o in VBM_ORIGIN]
         return cls.of(shape, affine)
 
+    @classmethod
+    def centred(cls, shape: tuple[int, ...], spacing: float) -> Grid:
+        """``shape`` voxels of ``spacing`` mm whose middle is the world's origin."""
+        affine = np.diag([spacing, spacing, spacing, 1.0])
+        affine[:3, 3] = [-(n - 1) / 2 * spacing for n in shape]
+        return cls.of(shape, affine)
+
+    @property
+    def upright(self) -> bool:
+        """Whether its axes are the world's own: x, y and z, none of them oblique or turned round."""
+        linear = np.array(self.affine)[:3, :3]
+        return bool(np.array_equal(linear, np.diag(np.diag(linear))) and (np.diag(linear) > 0).all())
+
 
 class BadScan(Exception):
     """A scan that cannot be used; the text is the reason that quarantine.tsv gives."""
 
 
-def open_image(path: Path) -> Any:
-    """A scan's image, RAS, three-dimensional (one-volume 4D files lose their last axis). BadScan where it is not one."""
+def open_image(path: Path, orientation: str = "") -> Any:
+    """A scan's image, RAS, three-dimensional (one-volume 4D files lose their last axis). BadScan where it is not one.
+
+    ``orientation`` (as in ``LAS``) is what was declared of an array file's axes; other files' headers say it.
+    """
+    if path.suffix == ".npy":
+        return _open_array(path, orientation)
     try:
-        image = nibabel.as_closest_canonical(nibabel.load(path))
+        image = nibabel.load(path)
+        # A time series may be large: its shape is looked at before anything is turned.
+        shape = tuple(int(n) for n in image.shape)
+        if len(shape) < 3 or any(n != 1 for n in shape[3:]):
+            raise BadScan(f"shape {shape} is not one 3D volume")
+        if image.get_data_dtype().kind not in "iuf":
+            raise BadScan(f"voxels are of type {image.get_data_dtype()}; numbers are needed")
+        if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
+            raise BadScan("its affine is not invertible, so nothing says where its voxels lie")
+        image = nibabel.as_closest_canonical(image)
+    except BadScan:
+        raise
     except Exception as error:  # nibabel and gzip raise many kinds for a damaged file
-        raise BadScan(f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
-    shape = image.shape
-    if len(shape) == 4 and shape[3] == 1:
-        image = nibabel.squeeze_image(image)
-    elif len(shape) != 3:
-        raise BadScan(f"shape {shape} is not one 3D volume")
-    return image
+        raise _unreadable(path, error) from None
+    return image if len(shape) == 3 else nibabel.squeeze_image(image)
 
 
-def load_volume(path: Path, grid: Grid, *, factor: float = 1.0) -> Array:
-    """A scan on the grid: (D, H, W) float16, multiplied by ``factor``. BadScan for what cannot be used."""
-    image = open_image(path)
+def load_volume(
+    path: Path, grid: Grid, *, factor: float = 1.0, crop: str = "world", intensity: str = "none", orientation: str = ""
+) -> Array:
+    """A scan on the grid: (D, H, W) float16, multiplied by ``factor``. BadScan for what cannot be used.
+
+    Args:
+        crop: one of ``CROPS``: ``world`` lays the grid where its affine says; ``brain`` moves it so that its middle lies on
+            the centre of mass of the scan's foreground.
+        intensity: one of ``INTENSITIES``: ``none``, or ``robust`` (see ``robust_intensity``).
+        orientation: see ``open_image``.
+    """
+    image = open_image(path, orientation)
     try:
-        if Grid.of(image.shape, image.affine) != grid:
-            image = resample_from_to(image, (grid.shape, np.array(grid.affine)), order=1)
-        voxels = np.asarray(image.dataobj, dtype=np.float32)
+        # In memory in one order, whatever the file's: sums then round alike for every orientation.
+        voxels = np.array(image.dataobj, dtype=np.float32, order="C")
     except Exception as error:  # a truncated gzip stream shows only here
-        raise BadScan(f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
+        raise _unreadable(path, error) from None
     if not np.isfinite(voxels).all():
         raise BadScan(f"{int((~np.isfinite(voxels)).sum())} voxels are NaN or infinite")
     if voxels.size == 0:
         raise BadScan("no voxels")
     if voxels.min() == voxels.max():
         raise BadScan(f"every voxel is {float(voxels.flat[0]):g}")
+    voxels = INTENSITIES[intensity](to_grid(voxels, image.affine, grid, crop))
+    if voxels.min() == voxels.max():
+        raise BadScan(f"on the grid every voxel is {float(voxels.flat[0]):g}: it lies elsewhere; try --crop brain")
     voxels *= np.float32(factor)
     peak = float(np.abs(voxels).max())
     # float16 ends at 65504: raw intensities beyond are scaled by a power of two, which loses nothing and which the
@@ -99,6 +142,129 @@ def load_volume(path: Path, grid: Grid, *, factor: float = 1.0) -> Array:
         voxels *= np.float32(0.5)
         peak *= 0.5
     return voxels.astype(np.float16)
+
+
+def to_grid(voxels: Array, affine: Array, grid: Grid, crop: str = "world") -> Array:
+    """(D, H, W) float32 voxels of a RAS image on a grid: cut and padded by zeros where the voxels coincide, else trilinear.
+
+    Interpolation is scipy's, in float32: nibabel's ``resample_from_to`` rounds to the file's type, which for a uint8 image
+    are whole numbers.
+    """
+    affine, target = _steady(affine), np.array(grid.affine)
+    if crop == "world" and Grid.of(voxels.shape, affine) == grid:
+        return voxels
+    step = np.linalg.inv(affine) @ target  # from the grid's voxels to the scan's
+    matrix, offset = step[:3, :3], step[:3, 3]
+    if crop == "brain":
+        # Rounded, as a centre half-way between voxels must not depend on the last bit.
+        offset = np.round(centre_of_mass(voxels) - matrix @ ((np.array(grid.shape) - 1) / 2), 6)
+    if np.allclose(matrix, np.eye(3), atol=1e-5):
+        whole = np.round(offset)
+        if crop == "brain" or np.abs(offset - whole).max() < 1e-3:
+            return _cut(voxels, whole.astype(int), grid.shape)
+    resampled: Array = ndimage.affine_transform(voxels, matrix, offset, grid.shape, order=1, output=np.float32)
+    return resampled
+
+
+def centre_of_mass(voxels: Array) -> Array:
+    """The foreground's centre of mass, (3,) in voxels; every foreground voxel weighs the same, bright or dark."""
+    return np.array(ndimage.center_of_mass(foreground(voxels)))
+
+
+def foreground(voxels: Array) -> Array:
+    """Which voxels are head: those above the mean, which lies between air and tissue where much of the image is air."""
+    inside: Array = voxels > voxels.mean(dtype=np.float64)
+    return inside
+
+
+def robust_intensity(voxels: Array) -> Array:
+    """Intensities as shares of the foreground's range: its 1st percentile is 0, its 99th is 1, the rest is cut off there.
+
+    For raw T1 images, whose unit differs between scanners and whose brightest voxels (fat, vessels) say little.
+    """
+    values = voxels[foreground(voxels)]
+    if not len(values):
+        return voxels
+    low, high = np.percentile(values, ROBUST_PERCENTILES)
+    if high <= low:
+        raise BadScan(f"99 % of its foreground is {float(low):g}; there is no range to scale intensities by")
+    scaled: Array = np.clip((voxels - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
+    return scaled
+
+
+def _as_they_are(voxels: Array) -> Array:
+    return voxels
+
+
+ROBUST_PERCENTILES = (1.0, 99.0)
+INTENSITIES: dict[str, Callable[[Array], Array]] = {"none": _as_they_are, "robust": robust_intensity}
+CROPS = ("world", "brain")
+# How data sets and encoders were prepared that say nothing of it: before these were settings.
+PREPARED = {"crop": "world", "intensity": "none"}
+
+
+def check_preparation(modality: str, crop: str, intensity: str | None) -> str:
+    """The intensity scaling meant (None: ``none`` for VBM maps, which are volumes; ``robust`` for T1 images)."""
+    intensity = intensity or ("none" if modality == "vbm" else "robust")
+    for name, value, allowed in (("crop", crop, CROPS), ("intensity", intensity, tuple(INTENSITIES))):
+        if value not in allowed:
+            raise UserError(f"{name}={value!r} is not known{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
+    return intensity
+
+
+def _open_array(path: Path, orientation: str) -> Any:
+    """An .npy file (never a pickle) of one of ``ARRAY_BOXES``'s shapes, leading axes of length 1 taken off, turned to RAS."""
+    try:
+        voxels = np.load(path, mmap_mode="r", allow_pickle=False)
+        shape = voxels.shape
+        if voxels.dtype.kind not in "iuf":
+            raise BadScan(f"voxels are of type {voxels.dtype}; numbers are needed")
+        while voxels.ndim > 3 and voxels.shape[0] == 1:
+            voxels = voxels[0]
+        if voxels.ndim != 3:
+            raise BadScan(f"shape {shape} is not one 3D volume")
+        usual = next((box for box in ARRAY_BOXES if box[0] == voxels.shape), None)
+        turn = nibabel.orientations.axcodes2ornt(orientation or (usual[3] if usual else "RAS"))
+        voxels = nibabel.orientations.apply_orientation(np.asarray(voxels, dtype=np.float32), turn)
+    except BadScan:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from None
+    box = next((box for box in ARRAY_BOXES if box[0] == voxels.shape), None)
+    if box is None:
+        shapes = " or ".join(f"{'x'.join(map(str, known[0]))} ({known[1]:g} mm)" for known in ARRAY_BOXES)
+        raise BadScan(f"shape {shape} is no known grid; .npy files, which have no header, must be {shapes}")
+    affine = np.diag([box[1]] * 3 + [1.0])
+    affine[:3, 3] = box[2]
+    return nibabel.Nifti1Image(voxels, affine)
+
+
+def _unreadable(path: Path, error: Exception) -> BadScan:
+    """The reason without the file's place, which may name a person."""
+    text = " ".join(str(error).split())
+    for place in (str(path), str(path.parent), path.name, path.name.partition(".")[0]):
+        text = text.replace(place, "the file")
+    return BadScan(f"unreadable: {type(error).__name__}: {text[:120]}")
+
+
+def _steady(affine: Array) -> Array:
+    """An affine without the last bits of float32, which differ with the order in which a file stores its axes."""
+    steady = np.round(np.asarray(affine, dtype=np.float64), 6)
+    steady[:3, 3] = np.round(steady[:3, 3], 3)
+    return steady + 0.0
+
+
+def _cut(voxels: Array, start: Array, shape: tuple[int, ...]) -> Array:
+    """``shape`` voxels from ``start`` on, zeros where the image ends; no interpolation."""
+    cut = np.zeros(shape, dtype=np.float32)
+    source = [slice(max(0, s), max(0, min(n, s + m))) for s, n, m in zip(start, voxels.shape, shape, strict=True)]
+    place = [
+        slice(part.start - s, part.start - s + max(0, part.stop - part.start))
+        for part, s in zip(source, start, strict=True)
+    ]
+    if all(part.stop > part.start for part in source):
+        cut[tuple(place)] = voxels[tuple(source)]
+    return cut
 
 
 def scale_factor(scaling: str, values: dict[str, Any]) -> float:

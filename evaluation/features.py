@@ -10,6 +10,7 @@ import torch
 
 from data_pipeline.loader import volumes
 from data_pipeline.manifest import Manifest
+from data_pipeline.volume import PREPARED
 from infra.errors import UserError
 from infra.files import atomic_write
 from infra.progress import Progress
@@ -20,9 +21,9 @@ BATCH = 16
 
 
 def check_preprocessing(encoder: Encoder, manifest: Manifest, name: str) -> None:
-    """UserError where the shards are not on the encoder's grid, or of another modality or scaling."""
-    wanted, found = encoder.preprocessing, {"grid": manifest.grid, **manifest.settings}
-    for key in ("grid", "modality", "scaling"):
+    """UserError where the shards are not on the encoder's grid, or of another modality, scaling, crop or intensity."""
+    wanted, found = {**PREPARED, **encoder.preprocessing}, {**PREPARED, "grid": manifest.grid, **manifest.settings}
+    for key in ("grid", "modality", "scaling", *PREPARED):
         if wanted.get(key) is not None and wanted[key] != found.get(key):
             raise UserError(
                 f"{name}: the encoder was trained on {key} {wanted[key]!r}, {manifest.root} has {found.get(key)!r}; "

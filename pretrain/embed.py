@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.volume import Array, BadScan, Grid, load_volume, scale_factor, zscore
+from data_pipeline.volume import PREPARED, Array, BadScan, Grid, load_volume, scale_factor, zscore
 from infra.errors import UserError
 from infra.files import atomic_write
 from pretrain.export import Encoder
@@ -23,11 +23,12 @@ def embed_files(
     grid, scaling = Grid.from_dict(network.preprocessing["grid"]), network.preprocessing.get("scaling") or "none"
     if scaling == "tiv" and (tiv is None or len(tiv) != len(scans)):
         raise UserError(f"this encoder's scans were scaled by tiv; give {len(scans)} values in ml with --tiv")
+    prepared = {name: network.preprocessing.get(name) or usual for name, usual in PREPARED.items()}
     rows = []
     for number, path in enumerate(scans):
         try:
             factor = scale_factor(scaling, {"tiv": tiv[number] if tiv else None})
-            volume = load_volume(path, grid, factor=factor)
+            volume = load_volume(path, grid, factor=factor, **prepared)
         except BadScan as error:
             raise UserError(f"{path}: {error}") from None
         device = next(network.parameters()).device

@@ -127,7 +127,8 @@ def _card(config: dict[str, Any], preprocessing: dict[str, Any]) -> str:
 - method: {config["method"]}
 - features: {config["feature_size"]} (global average of the last feature map)
 - input: (B, 1, {", ".join(map(str, grid.get("shape", [])))}) float32 at {grid.get("spacing")} mm, RAS,
-  z-scored per scan, modality {preprocessing.get("modality")}, scaling {preprocessing.get("scaling")}
+  z-scored per scan, modality {preprocessing.get("modality")}, scaling {preprocessing.get("scaling")},
+  crop {preprocessing.get("crop", "world")}, intensity {preprocessing.get("intensity", "none")}
 - data: manifest {config["manifest_digest"]}, split {config["split"]}
 - made by yaware {config["version"]}, MLflow run {config["run_id"]}
 

@@ -22,6 +22,7 @@ from data_pipeline.loader import TwoViewLoader
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
 from data_pipeline.source import LoaderError
+from data_pipeline.volume import PREPARED
 from infra import distributed
 from infra.errors import UserError
 from infra.files import write_json
@@ -190,6 +191,7 @@ def save(plan: Plan, trained: Any, step: int, loader_state: dict[str, Any], log:
         preprocessing = {
             "grid": plan.manifest.grid, "normalisation": "zscore",
             "modality": settings.get("modality"), "scaling": settings.get("scaling"),
+            **{name: settings.get(name, usual) for name, usual in PREPARED.items()},
         }  # fmt: skip
         log.weights_sha256 = write_encoder(temporary / "encoder", weights, config, preprocessing)
 
