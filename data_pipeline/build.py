@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
-import os
-from dataclasses import dataclass
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from data_pipeline import resume
 from data_pipeline.cohort import is_simulated, read_bids
 from data_pipeline.manifest import MANIFEST, Manifest, write_manifest
+from data_pipeline.resume import Result
 from data_pipeline.scan import Scan
 from data_pipeline.shard import CODECS, encode, write_shard
 from data_pipeline.split import DEFAULT_SPLITS, assign_splits
@@ -22,22 +25,18 @@ from infra.errors import UserError, nearest
 from infra.files import atomic_write, sha256_of
 from infra.progress import Progress
 
-UNFINISHED = ".unfinished-"
-PLACES = (
-    "key",
-    "shard",
-    "offset",
-    "size",
-    "crc32c",
-)  # the manifest's own columns; a table's of these names are left out
+# The manifest's own columns; a participants' table's of these names are left out.
+PLACES = ("key", "shard", "offset", "size", "crc32c")
+IN_FLIGHT = 64  # shards handed to Ray ahead of their turn, at least
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What one Ray task needs to write one shard."""
+    """What one Ray task needs to write one shard. All but the two folders decides its bytes."""
 
     scans: list[Scan]
     out: str
+    temporary: str  # folder in ``out`` for unfinished shards
     name: str
     grid: Grid
     scaling: str
@@ -68,8 +67,8 @@ def build_shards(
         splits: shares of the healthy participants, see ``data_pipeline.split``.
 
     The same cohort and settings give the same bytes, whatever ``workers``. A scan that cannot be used goes to
-    ``quarantine.tsv`` with its reason. A folder that holds this very build already is left as it is; another one in it
-    is refused.
+    ``quarantine.tsv`` with its reason. A killed build goes on where it was when the same call is made again. A folder
+    that holds this very build already is left as it is; another one in it is refused.
     """
     folder, root = Path(out).resolve(), Path(cohort).resolve()  # Ray's workers have a working directory of their own
     check_scaling(scaling)
@@ -77,32 +76,61 @@ def build_shards(
         raise UserError(f"codec={codec!r} is not known{nearest(codec, CODECS)}; allowed: {', '.join(CODECS)}")
     if scans_per_shard < 1:
         raise UserError(f"scans_per_shard={scans_per_shard} must be at least 1")
-    scans, unknown = read_bids(root, dataset, modality)
-    twice = pd.Series([scan.key for scan in scans]).value_counts()
-    if twice.iloc[0] > 1:
-        raise UserError(
-            f"cohort {root}: {twice.iloc[0]} files have the key {twice.index[0]}; name their runs _run-1, _run-2"
-        )
+    scans, unknown = read_cohort(root, dataset, modality)
     grid = grid or common_grid(scans)
     settings: dict[str, Any] = {
         "dataset": scans[0].dataset, "modality": modality, "scaling": scaling, "codec": codec,
         "scans_per_shard": scans_per_shard, "seed": seed, "splits": splits or DEFAULT_SPLITS,
         "simulated": is_simulated(root), "scans_found": len(scans) + len(unknown),
     }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     done = _already_built(folder, grid, settings)
     if done:
         return done
-    folder.mkdir(parents=True, exist_ok=True)
-    # What a killed build left, with other settings perhaps: no manifest lists it.
-    for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{scans[0].dataset}-[0-9]*.tar")):
-        leftover.unlink()
+    with resume.locked(folder):
+        # Another process may have finished it since.
+        return _already_built(folder, grid, settings) or _build(folder, root, scans, unknown, grid, settings, workers)
+
+
+def _build(
+    folder: Path,
+    root: Path,
+    scans: list[Scan],
+    unknown: list[Scan],
+    grid: Grid,
+    settings: dict[str, Any],
+    workers: int | None,
+) -> Manifest:
+    # Shards of this name may also be left from a data set whose manifest the user removed, to build it anew.
+    count = -(-len(scans) // settings["scans_per_shard"])
+    names = {shard_name(settings["dataset"], n) for n in range(count)}
+    for leftover in folder.glob(f"{settings['dataset']}-{'[0-9]' * 6}.tar"):
+        if leftover.name not in names:
+            leftover.unlink()
     shards, rows, bad = _write_shards(folder, scans, grid, settings, workers)
-    bad = [(scan.key, str(scan.path), "participant is not in participants.tsv") for scan in unknown] + bad
-    _write_quarantine(folder / "quarantine.tsv", bad)
+    bad = [*not_listed(unknown), *bad]
+    write_quarantine(folder / "quarantine.tsv", bad)
     if not rows:
         raise UserError(f"cohort {root}: no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")
-    settings["quarantined"] = len(bad)
-    return write_manifest(folder, grid, settings, shards, _scan_table(rows, settings))
+    built = write_manifest(folder, grid, {**settings, "quarantined": len(bad)}, shards, scan_table(rows, settings))
+    resume.clear(folder)
+    return built
+
+
+def read_cohort(root: Path, dataset: str | None, modality: str) -> tuple[list[Scan], list[Scan]]:
+    """Scans of a cohort, each key once, and those of participants whom its table does not list."""
+    scans, unknown = read_bids(root, dataset, modality)
+    twice = pd.Series([scan.key for scan in scans]).value_counts()
+    if twice.iloc[0] > 1:
+        raise UserError(
+            f"cohort {root}: {twice.iloc[0]} files have the key {twice.index[0]}; name their runs _run-1, _run-2"
+        )
+    return scans, unknown
+
+
+def not_listed(unknown: list[Scan]) -> list[tuple[str, str, str]]:
+    """What quarantine.tsv says of scans whose participant the table does not list."""
+    return [(scan.key, str(scan.path), "participant is not in participants.tsv") for scan in unknown]
 
 
 def common_grid(scans: list[Scan], look_at: int = 5) -> Grid:
@@ -118,24 +146,20 @@ def common_grid(scans: list[Scan], look_at: int = 5) -> Grid:
 
 
 def _write_shards(
-    folder: Path, scans: list[Scan], grid: Grid, settings: dict[str, Any], workers: int | None
+    folder: Path, scans: list[Scan], grid: Grid, settings: dict[str, Any], workers: int | None, first_number: int = 0
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[tuple[str, str, str]]]:
     """Shuffle the scans over shards, write these in Ray tasks; rows of shards, of scans, and what was quarantined."""
     # One shuffle, once: a reader that takes shard after shard sees mixed sites too.
     order = np.random.Generator(np.random.Philox(key=[settings["seed"], 0x5AAD])).permutation(len(scans))
     step = settings["scans_per_shard"]
     parts = [[scans[i] for i in order[first : first + step]] for first in range(0, len(scans), step)]
-    tasks = [
-        _Task(part, str(folder), f"{settings['dataset']}-{n:06d}.tar", grid, settings["scaling"], settings["codec"])
-        for n, part in enumerate(parts)
-    ]
-    results: list[Any] = [None] * len(tasks)
-    with ray_cluster.session(workers), Progress(len(scans), "scans", "building shards") as progress:
-        quarantined = 0
-        for index, result in ray_cluster.map_unordered(build_one, [(task,) for task in tasks], in_flight=64):
-            results[index] = result
-            quarantined += len(result[2])
-            progress.advance(len(parts[index]), quarantined=quarantined)
+    names = [shard_name(settings["dataset"], first_number + n) for n in range(len(parts))]
+    with resume.building(folder, names) as temporary:
+        tasks = [
+            _Task(part, str(folder), str(temporary), name, grid, settings["scaling"], settings["codec"])
+            for name, part in zip(names, parts, strict=True)
+        ]
+        results = run_tasks(tasks, workers, "building shards")
     shards: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     bad: list[tuple[str, str, str]] = []
@@ -147,8 +171,36 @@ def _write_shards(
     return shards, rows, bad
 
 
-def build_one(task: _Task) -> tuple[dict[str, Any], list[dict[str, Any]], list[tuple[str, str, str]]]:
-    """Write one shard under a temporary name and rename it; runs in a Ray worker, one volume in memory at a time."""
+def shard_name(dataset: str, number: int) -> str:
+    """``<dataset>-<number of six digits>.tar``."""
+    return f"{dataset}-{number:06d}.tar"
+
+
+def run_tasks(tasks: Sequence[_Task], workers: int | None, title: str) -> list[Result]:
+    """``build_one`` of every task by Ray, in the tasks' order."""
+    results: list[Any] = [None] * len(tasks)
+    with ray_cluster.session(workers) as ray, Progress(sum(len(t.scans) for t in tasks), "scans", title) as progress:
+        quarantined = 0
+        ahead = max(IN_FLIGHT, 2 * int(ray.cluster_resources().get("CPU", 1)))
+        for index, result in ray_cluster.map_unordered(build_one, [(task,) for task in tasks], in_flight=ahead):
+            results[index] = result
+            quarantined += len(result[2])
+            progress.advance(len(tasks[index].scans), quarantined=quarantined)
+    return results
+
+
+def build_one(task: _Task) -> Result:
+    """Write one shard under a temporary name and rename it; runs in a Ray worker, one volume in memory at a time.
+
+    A shard that an earlier run finished from the same inputs is kept.
+    """
+    # Taken before the inputs are read: a file written to meanwhile differs from it when the next run looks.
+    mark = resume.fingerprint(
+        task.scans, {f.name: getattr(task, f.name) for f in fields(task) if f.name not in ("scans", "out", "temporary")}
+    )
+    kept = resume.finished(Path(task.out), task.name, mark)
+    if kept:
+        return kept
     bad: list[tuple[str, str, str]] = []
     used: list[Scan] = []
 
@@ -163,17 +215,15 @@ def build_one(task: _Task) -> tuple[dict[str, Any], list[dict[str, Any]], list[t
             used.append(scan)
             yield scan.key, payload, _describe(scan)
 
-    final = Path(task.out) / task.name
-    temporary = final.with_name(f"{UNFINISHED}{task.name}")
+    # A name of its own for every try: Ray may run a task again whose first worker is lost but not dead.
+    temporary = Path(task.temporary) / f"{task.name}.{uuid.uuid4().hex[:8]}"
     rows = write_shard(temporary, samples(), task.codec)
-    if not rows:
-        temporary.unlink()
-        return {}, [], bad
-    shard = {"name": task.name, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary), "scans": len(rows)}
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(final)
-    return shard, [{**row, **_describe(scan)} for row, scan in zip(rows, used, strict=True)], bad
+    shard: dict[str, Any] = {}
+    if rows:
+        size, sha256 = temporary.stat().st_size, sha256_of(temporary)
+        shard = {"name": task.name, "bytes": size, "sha256": sha256, "scans": len(rows)}
+    described = [{**row, **_describe(scan)} for row, scan in zip(rows, used, strict=True)]
+    return resume.finish(Path(task.out), temporary, task.name, mark, (shard, described, bad))
 
 
 def _describe(scan: Scan) -> dict[str, Any]:
@@ -185,26 +235,14 @@ def _describe(scan: Scan) -> dict[str, Any]:
     return {**{name: value for name, value in scan.extra.items() if name not in PLACES}, **known}
 
 
-def _scan_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> pd.DataFrame:
+def scan_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> pd.DataFrame:
+    """A row per scan in the order of the shards, with its split."""
     table = pd.DataFrame(rows)
     table["age"] = pd.to_numeric(table["age"])
     # A participant is a person of a data set: two data sets may both have a sub-01.
     people = table.assign(participant=table["dataset"] + "/" + table["participant_id"])
     table["split"] = assign_splits(people, settings["splits"], settings["seed"])
-    first = [
-        "key",
-        "shard",
-        "offset",
-        "size",
-        "crc32c",
-        "participant_id",
-        "session",
-        "run",
-        "dataset",
-        "site",
-        "age",
-        "sex",
-    ]
+    first = [*PLACES, "participant_id", "session", "run", "dataset", "site", "age", "sex"]
     return table[[*first, *(column for column in table.columns if column not in first)]]
 
 
@@ -212,7 +250,7 @@ def _already_built(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manife
     if not (folder / MANIFEST).is_file():
         return None
     old = Manifest.load(folder)
-    before = {**{k: v for k, v in old.settings.items() if k != "quarantined"}, "grid": Grid.from_dict(old.grid)}
+    before = {**old.settings, "grid": Grid.from_dict(old.grid)}
     now = {**settings, "grid": grid}
     changed = [key for key in now if before.get(key) != now[key]]
     if changed:
@@ -221,11 +259,13 @@ def _already_built(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manife
             f"{folder} holds shards built otherwise ({key} was {before.get(key)!r}, now {now[key]!r}); "
             "choose another folder, or remove that one"
         )
+    resume.tidy(folder, [str(row["name"]) for row in old.shards])
     return old
 
 
-def _write_quarantine(path: Path, bad: list[tuple[str, str, str]]) -> None:
+def write_quarantine(path: Path, bad: list[tuple[str, str, str]]) -> None:
+    """``quarantine.tsv``: a line for every scan left out, with its reason."""
     with atomic_write(path, "w") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
         writer.writerow(["key", "path", "reason"])
-        writer.writerows(sorted(bad))
+        writer.writerows(sorted(set(bad)))

@@ -24,7 +24,7 @@ def cohort(arguments: list[str]) -> int:
 
 
 def shards(arguments: list[str]) -> int:
-    """Build, preview, describe or verify shards."""
+    """Build, extend, preview, describe or verify shards."""
     parser = argparse.ArgumentParser(prog="yaware shards", description="WebDataset shards of a cohort.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands.add_parser("build", help="from a BIDS folder to shards and their manifest"))
@@ -33,8 +33,14 @@ def shards(arguments: list[str]) -> int:
     preview.add_argument("--out", type=Path, help="PNG to write (default: preview.png beside the shards)")
     preview.add_argument("--augmentation", default="default", help="preset: none, default, paper-all, paper-cutout")
     preview.add_argument("--scans", type=int, default=4)
-    for name, what in (("info", "counts, ages, sites, splits, sizes"), ("verify", "every shard against its checksum")):
-        commands.add_parser(name, help=what).add_argument("shards")
+    _add_append(commands.add_parser("append", help="add a data set, or newly arrived scans, to built shards"))
+    info = commands.add_parser("info", help="counts, ages, sites, splits, sizes")
+    info.add_argument("shards")
+    info.add_argument("--json", action="store_true", help="the same for programs")
+    verify = commands.add_parser("verify", help="every byte against its checksum")
+    verify.add_argument("shards")
+    verify.add_argument("--repair", metavar="COHORT", help="build damaged and missing shards again from this cohort")
+    verify.add_argument("--workers", type=int, help="threads, and Ray workers for --repair (default: every core)")
     options = parser.parse_args(arguments)
     return RUN[options.command](options)
 
@@ -53,6 +59,44 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="Ray workers (default: every core, or the cluster of RAY_ADDRESS)")
+
+
+def _add_append(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cohort", help="BIDS-like folder, as for build")
+    parser.add_argument("shards", help="folder of built shards; none of its shards is rewritten")
+    parser.add_argument("--dataset", help="name that every new key begins with (default: the cohort folder's name)")
+    parser.add_argument(
+        "--skip-known", action="store_true", help="do not read scans again whose key is there, to compare their voxels"
+    )
+    parser.add_argument("--modality", help="refuse shards of another modality; so for the next three")
+    parser.add_argument("--spacing", type=float)
+    parser.add_argument("--scaling")
+    parser.add_argument("--codec")
+    parser.add_argument("--workers", type=int, help="Ray workers (default: every core, or the cluster of RAY_ADDRESS)")
+
+
+def _append(options: argparse.Namespace) -> int:
+    from data_pipeline.append import append_shards
+    from data_pipeline.manifest import Manifest
+    from data_pipeline.volume import Grid
+
+    before = Manifest.load(options.shards)
+    after = append_shards(
+        options.cohort, options.shards, dataset=options.dataset, workers=options.workers, reread=not options.skip_known,
+        modality=options.modality, scaling=options.scaling, codec=options.codec,
+        grid=None if options.spacing is None else Grid.vbm(options.spacing),
+    )  # fmt: skip
+    added = after.scans.iloc[len(before.scans) :]
+    if not len(added):
+        print(f"shards: nothing to append: {options.shards} holds every usable scan of {options.cohort}")
+        return 0
+    part = after.settings["appended"][-1]
+    print(f"shards: appended {len(added)} scans in {len(after.shards) - len(before.shards)} shards to {options.shards}, "
+          f"which now holds {len(after.scans)}")  # fmt: skip
+    print(f"shards: splits of the new scans: {_counts(added['split'])}; manifest digest {after.digest[:12]}")
+    if part["quarantined"]:
+        print(f"shards: {part['quarantined']} scans were left out; see {Path(options.shards) / 'quarantine.tsv'}")
+    return 0
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -91,40 +135,30 @@ def _preview(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from data_pipeline.manifest import Manifest
+    from data_pipeline.info import run_info
 
-    manifest = Manifest.load(options.shards)
-    scans, grid, settings = manifest.scans, manifest.grid, manifest.settings
-    people = scans["dataset"] + "/" + scans["participant_id"]
-    size = sum(int(row["bytes"]) for row in manifest.shards) / 1e6
-    lines = {
-        "data": f"{settings['dataset']}, {settings['modality']}, scaling {settings['scaling']}"
-        + (", simulated" if manifest.simulated else ""),
-        "scans": f"{len(scans)} of {people.nunique()} participants in {len(manifest.shards)} shards, {size:.1f} MB",
-        "grid": f"{' x '.join(map(str, grid['shape']))} voxels of {' x '.join(f'{v:g}' for v in grid['spacing'])} mm",
-        "age": f"{scans['age'].mean():.1f} ± {scans['age'].std():.1f} years ({scans['age'].min():.0f} to "
-        f"{scans['age'].max():.0f}), {int(scans['age'].isna().sum())} missing",
-        "sex": _counts(scans["sex"]),
-        "sites": f"{scans['site'].nunique()}: {_counts(scans['site'])}",
-        "splits": _counts(scans["split"]),
-        "digest": manifest.digest,
-    }
-    if "diagnosis" in scans:
-        lines["diagnosis"] = _counts(scans["diagnosis"])
-    for name, text in lines.items():
-        print(f"{name:<10} {text}")
-    return 0
+    return run_info(options.shards, as_json=options.json)
 
 
 def _verify(options: argparse.Namespace) -> int:
     from data_pipeline.manifest import Manifest
-    from data_pipeline.verify import verify_shards
+    from data_pipeline.verify import find_problems, load_problem
 
+    broken = load_problem(options.shards)
+    if broken:
+        print(f"shards: {broken}")
+        return 1
     manifest = Manifest.load(options.shards)
-    problems = verify_shards(manifest)
-    for problem in problems:
-        print(f"shards: {problem}")
-    print(f"shards: {len(manifest.shards)} shards, {len(manifest.scans)} scans, {len(problems)} problems")
+    problems = find_problems(manifest, options.workers)
+    found = len(problems)
+    if problems and options.repair:
+        from data_pipeline.repair import repair_shards
+
+        problems = repair_shards(manifest, options.repair, problems, options.workers)
+    for name, problem in problems.items():
+        print(f"shards: {name}: {problem}")
+    repaired = f", {found - len(problems)} repaired" if options.repair else ""
+    print(f"shards: {len(manifest.shards)} shards, {len(manifest.scans)} scans{repaired}, {len(problems)} problems")
     return 1 if problems else 0
 
 
@@ -138,6 +172,6 @@ def _counts(column: object) -> str:
 
 
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {
-    "build": _build, "preview": _preview, "info": _info, "verify": _verify,
+    "build": _build, "append": _append, "preview": _preview, "info": _info, "verify": _verify,
 }  # fmt: skip
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"cohort": cohort, "shards": shards}
