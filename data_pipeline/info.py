@@ -25,14 +25,14 @@ DECADE = 10
 def shards_info(root: str | Path) -> dict[str, Any]:
     """Counts, ages in years, sizes in bytes; the keys are those that ``--json`` prints. UserError as ``Manifest.load``."""
     content, table = read_checked(root)
-    source = pq.ParquetFile(pa.BufferReader(table))
-    names = set(source.schema_arrow.names)
-    texts = [name for name in (*COUNTED, "participant_id") if name in names]
     # Codes instead of a million Python strings.
-    scans = pq.read_table(pa.BufferReader(table), columns=[*texts, "age"], read_dictionary=texts)
-    people = _people(scans)
+    names = set(pq.read_schema(pa.BufferReader(table)).names)
+    texts = [*(name for name in COUNTED if name in names), "participant_id"]
+    scans = pq.ParquetFile(pa.BufferReader(table), read_dictionary=texts).read([*texts, "age"])
+    people, people_of_split = _participants(scans)
     sizes = np.array([int(shard["bytes"]) for shard in content["shards"]])
-    settings, splits = content["settings"], _codes(scans["split"])
+    settings = content["settings"]
+    counts = {name: _counts(scans[name]) for name in COUNTED if name in names}
     return {
         "root": str(root),
         "digest": content["digest"],
@@ -42,42 +42,47 @@ def shards_info(root: str | Path) -> dict[str, Any]:
         "simulated": is_simulated(settings),
         "grid": content["grid"],
         "scans": scans.num_rows,
-        "participants": int(people.max(initial=-1)) + 1,
+        "participants": people,
         "quarantined": sum(int(p.get("quarantined", 0)) for p in (settings, *settings.get("appended", []))),
         "shards": {"count": len(sizes), "bytes": int(sizes.sum()), "smallest": int(sizes.min()), "largest": int(sizes.max())},
         "table_bytes": len(table),
         "age": _ages(scans["age"]),
-        "counts": {name: _counts(scans[name]) for name in COUNTED if name in names},
+        "counts": counts,
         "splits": {
-            str(name): {"scans": int((splits[0] == n).sum()), "participants": len(np.unique(people[splits[0] == n]))}
-            for n, name in enumerate(splits[1])
+            name: {"scans": counts["split"][name], "participants": number} for name, number in people_of_split.items()
         },
         "appended": [{key: part[key] for key in ("dataset", "scans")} for part in settings.get("appended", [])],
     }  # fmt: skip
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[Any]]:
-    """(N,) number of each row's value, and the values; missing ones and empty texts are a value of their own."""
-    whole = column.combine_chunks().cast(pa.dictionary(pa.int32(), pa.string())) if column.num_chunks else None
-    if whole is None or isinstance(whole, pa.ChunkedArray):
-        whole = pa.array(column.to_pylist(), pa.string()).dictionary_encode()
-    codes = whole.indices.fill_null(len(whole.dictionary)).to_numpy(zero_copy_only=False).astype(np.int64)
-    values = [value or "missing" for value in whole.dictionary.to_pylist()]
-    return codes, [*values, "missing"]
+def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray[Any, np.dtype[np.int64]], pa.Array]:
+    """(N,) number of each row's value, one beyond the last where it is missing; and the values."""
+    if not pa.types.is_dictionary(column.type):  # numbers, or nothing at all
+        column = pc.dictionary_encode(pc.cast(column, pa.string()))
+    whole = column.unify_dictionaries()
+    values = whole.chunk(0).dictionary if whole.num_chunks else pa.DictionaryArray.from_arrays([], []).dictionary
+    # Codes with missing ones among them come as float64 with NaN; pyarrow's own fill_null would import pandas.
+    parts = [np.nan_to_num(chunk.indices.to_numpy(zero_copy_only=False), nan=len(values)) for chunk in whole.chunks]
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64), values
 
 
-def _people(scans: pa.Table) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """(N,) a number for every row's participant; two data sets may both have a sub-01."""
+def _participants(scans: pa.Table) -> tuple[int, dict[str, int]]:
+    """How many there are, in all and in each split; two data sets may both have a sub-01."""
     ids, values = _codes(scans["participant_id"])
     datasets, _ = _codes(scans["dataset"])
-    joined = datasets * (len(values) + 1) + ids
-    _, numbers = np.unique(joined, return_inverse=True)
-    return numbers.astype(np.int64)
+    splits, names = _codes(scans["split"])
+    # One sort of one number per scan, (data set, id, split), rather than a million tuples.
+    triples = np.sort((datasets * (len(values) + 1) + ids) * (len(names) + 1) + splits)
+    triples = triples[np.diff(triples, prepend=-1) > 0]
+    people = int((np.diff(triples // (len(names) + 1), prepend=-1) > 0).sum())
+    each = np.bincount(triples % (len(names) + 1), minlength=len(names))
+    return people, {name: int(each[n]) for n, name in enumerate(names.to_pylist())}
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
     """Scans per value, the most frequent first."""
-    codes, values = _codes(column)
+    codes, names = _codes(column)
+    values = [name or "missing" for name in (*names.to_pylist(), "missing")]
     found: dict[str, int] = {}
     for value, count in zip(values, np.bincount(codes, minlength=len(values)), strict=True):
         if count:
@@ -128,7 +133,7 @@ def _lines(info: dict[str, Any]) -> dict[str, str]:
         "sex": _shown(counts["sex"]),
         "sites": f"{len(counts['site'])}: {_shown(counts['site'])}",
         "splits": ", ".join(
-            f"{n} {s['scans']} ({s['participants']} participants)" for n, s in info["splits"].items() if s["scans"]
+            f"{n} {s['scans']} ({s['participants']} participants)" for n, s in info["splits"].items()
         ),
         "digest": info["digest"],
     }  # fmt: skip
