@@ -61,9 +61,19 @@ def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray[Any, np.dtype[np.int64]]
         column = pc.dictionary_encode(pc.cast(column, pa.string()))
     whole = column.unify_dictionaries()
     values = whole.chunk(0).dictionary if whole.num_chunks else pa.DictionaryArray.from_arrays([], []).dictionary
-    # Codes with missing ones among them come as float64 with NaN; pyarrow's own fill_null would import pandas.
-    parts = [np.nan_to_num(chunk.indices.to_numpy(zero_copy_only=False), nan=len(values)) for chunk in whole.chunks]
-    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64), values
+    parts = [_numbers(chunk.indices, len(values)).astype(np.int64) for chunk in whole.chunks]
+    return np.concatenate([np.zeros(0, np.int64), *parts]), values
+
+
+def _numbers(array: pa.Array, missing: float) -> np.ndarray[Any, np.dtype[Any]]:
+    """An int32 or double array's values, ``missing`` where there is none. Arrow's own ``to_numpy`` imports pandas."""
+    valid, content = array.buffers()
+    kind = np.float64 if pa.types.is_float64(array.type) else np.int32
+    part = slice(array.offset, array.offset + len(array))
+    found = np.frombuffer(content, dtype=kind)[part]
+    if not array.null_count:
+        return found
+    return np.where(np.unpackbits(np.frombuffer(valid, np.uint8), bitorder="little")[part] > 0, found, kind(missing))
 
 
 def _participants(scans: pa.Table) -> tuple[int, dict[str, int]]:
@@ -91,7 +101,8 @@ def _counts(column: pa.ChunkedArray) -> dict[str, int]:
 
 
 def _ages(column: pa.ChunkedArray) -> dict[str, Any]:
-    ages = pc.cast(column, pa.float64()).to_numpy()
+    chunks = pc.cast(column, pa.float64()).chunks
+    ages = np.concatenate([np.zeros(0), *(_numbers(chunk, np.nan) for chunk in chunks)])
     known = ages[np.isfinite(ages)]
     decades, counts = np.unique(known // DECADE, return_counts=True)
     figures = (

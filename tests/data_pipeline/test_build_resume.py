@@ -105,7 +105,9 @@ def test_a_row_that_changed_in_between_is_written_again(people, tmp_path, monkey
     name = sorted(before)[0]
     participant = scan_in(out, people, name).parents[2].name
     lines = (people / "participants.tsv").read_text().splitlines()
-    edited = [line.replace("\tF\t", "\tO\t").replace("\tM\t", "\tO\t") if participant in line else line for line in lines]
+    edited = [
+        line.replace("\tF\t", "\tO\t").replace("\tM\t", "\tO\t") if participant in line else line for line in lines
+    ]
     (people / "participants.tsv").write_text("\n".join(edited) + "\n")
     built = build_shards(people, out, scans_per_shard=PER_SHARD)
     assert kept(out, before) == sorted(before)[1:]
@@ -115,7 +117,14 @@ def test_a_row_that_changed_in_between_is_written_again(people, tmp_path, monkey
 
 @pytest.mark.parametrize(
     "options",
-    [{"seed": 1}, {"scans_per_shard": 10}, {"codec": "npy"}, {"scaling": "tiv"}, {"dataset": "other"}, {"grid": "coarse"}],
+    [
+        {"seed": 1},
+        {"scans_per_shard": 10},
+        {"codec": "npy"},
+        {"scaling": "tiv"},
+        {"dataset": "other"},
+        {"grid": "coarse"},
+    ],
     ids=str,
 )
 def test_other_settings_start_over_and_leave_nothing_of_the_first(people, tmp_path, monkeypatch, options):

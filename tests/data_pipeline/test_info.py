@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,10 +15,16 @@ import pytest
 from data_pipeline.append import append_shards
 from data_pipeline.build import build_shards
 from data_pipeline.info import shards_info
-from infra import cli
+from infra import cli, ray_cluster
 from infra.errors import UserError
 from tests.benchmarks.bench_shards import write_large_manifest
 from tests.cohorts import write_cohort
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    with ray_cluster.session(1):
+        yield
 
 
 def test_counts_are_those_of_the_scan_table(manifest):
@@ -42,8 +49,8 @@ def test_missing_values_and_a_second_data_set_are_counted(tmp_path):
     cohort = write_cohort(tmp_path / "cohort", participants=6)
     table = cohort / "participants.tsv"
     table.write_text(table.read_text().replace("\t20.0\tF\tsite0\tcontrol\t", "\tn/a\tn/a\tn/a\tn/a\t", 1))
-    build_shards(cohort, tmp_path / "shards", workers=1)
-    append_shards(write_cohort(tmp_path / "more", participants=6, seed=1), tmp_path / "shards", workers=1)
+    build_shards(cohort, tmp_path / "shards")
+    append_shards(write_cohort(tmp_path / "more", participants=6, seed=1), tmp_path / "shards")
     info = shards_info(tmp_path / "shards")
     assert (info["scans"], info["participants"]) == (12, 12), "the sub-000 of two data sets are two people"
     assert info["age"]["missing"] == 1
@@ -55,7 +62,7 @@ def test_ages_that_are_all_missing_are_no_error(tmp_path, capsys):
     cohort = write_cohort(tmp_path / "cohort", participants=2)
     lines = ["participant_id\tage\tsite", "sub-000\tn/a\tn/a", "sub-001\tn/a\tn/a"]
     (cohort / "participants.tsv").write_text("\n".join(lines) + "\n")
-    build_shards(cohort, tmp_path / "shards", workers=1)
+    build_shards(cohort, tmp_path / "shards")
     assert cli.run(["shards", "info", str(tmp_path / "shards")]) == 0
     printed = capsys.readouterr().out
     assert "2 missing" in printed
@@ -68,8 +75,6 @@ def test_json_is_what_shards_info_returns(manifest, capsys):
 
 
 def test_an_edited_table_is_refused(manifest, tmp_path):
-    import shutil
-
     shutil.copytree(manifest.root, tmp_path / "shards")
     content = bytearray((tmp_path / "shards" / "scans.parquet").read_bytes())
     content[len(content) // 2] ^= 1

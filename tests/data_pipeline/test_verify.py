@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
 
@@ -47,12 +48,13 @@ def copy(small, tmp_path):
 def owners(path) -> list[tuple[int, int, str]]:
     """(start, end, scan) of the archive's bytes, by the tar library itself; the rest is the archive's end."""
     with tarfile.open(path) as tar:
-        members = [(m.offset, m.offset_data + -(-m.size // 512) * 512, m.name.partition(".")[0]) for m in tar]
-    return members
+        return [(m.offset, m.offset_data + -(-m.size // 512) * 512, m.name.partition(".")[0]) for m in tar]
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
-@given(shard=st.integers(0, 1), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), region=st.integers(0, 3))
+@given(
+    shard=st.integers(0, 1), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), region=st.integers(0, 3)
+)
 def test_any_flipped_bit_is_found_and_its_scan_named(small, shard, place, bit, region):
     manifest = Manifest.load(small / "shards")
     name = manifest.shards[shard]["name"]
@@ -81,7 +83,9 @@ def test_any_flipped_bit_is_found_and_its_scan_named(small, shard, place, bit, r
     assert problems[name].count("scan ") == len(owner)
 
 
-@pytest.mark.parametrize("part", ["voxels", "description", "header of its voxels", "header of its description", "padding"])
+@pytest.mark.parametrize(
+    "part", ["voxels", "description", "header of its voxels", "header of its description", "padding"]
+)
 def test_the_damaged_part_is_told(copy, part):
     scan = copy.scans.loc[2]
     path = copy.root / copy.shards[0]["name"]
@@ -127,8 +131,6 @@ def test_bytes_too_many_missing_and_extra_files_are_found(copy, capsys):
 
 
 def test_times_are_not_trusted(copy):
-    import os
-
     path = copy.root / copy.shards[0]["name"]
     stamps = path.stat()
     content = bytearray(path.read_bytes())
