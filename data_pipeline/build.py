@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import os
-from dataclasses import dataclass
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pydantic import TypeAdapter
 
+from data_pipeline import resume
 from data_pipeline.cohort import is_simulated, name_of, read_cohort
 from data_pipeline.manifest import MANIFEST, Manifest, write_manifest
+from data_pipeline.quality import COLUMNS as QUALITY_COLUMNS
+from data_pipeline.quality import Quality, Removal, check_quality, read_scan, write_quarantine
+from data_pipeline.quality_cohort import judge_shards, save_coarse
+from data_pipeline.resume import Result
 from data_pipeline.scan import Scan
 from data_pipeline.shard import CODECS, encode, write_shard
 from data_pipeline.split import DEFAULT_SPLITS, assign_splits
@@ -20,39 +26,33 @@ from data_pipeline.volume import (
     PREPARED,
     BadScan,
     Grid,
+    Preparation,
     check_preparation,
     check_scaling,
-    load_volume,
     open_image,
-    scale_factor,
 )
 from infra import ray_cluster
 from infra.errors import UserError, nearest
-from infra.files import atomic_write, sha256_of
+from infra.files import sha256_of
 from infra.progress import Progress
+from infra.settings import to_dict
 
-UNFINISHED = ".unfinished-"
-PLACES = (
-    "key",
-    "shard",
-    "offset",
-    "size",
-    "crc32c",
-)  # the manifest's own columns; a table's of these names are left out
+# The manifest's own columns; a participants' table's of these names are left out.
+PLACES = ("key", "shard", "offset", "size", "crc32c")
+IN_FLIGHT = 64  # shards handed to Ray ahead of their turn, at least
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What one Ray task needs to write one shard."""
+    """What one Ray task needs to write one shard. All but the two folders decides its bytes."""
 
     scans: list[Scan]
     out: str
+    temporary: str  # folder in ``out`` for unfinished shards
     name: str
-    grid: Grid
-    scaling: str
+    preparation: Preparation
     codec: str
-    crop: str = "world"
-    intensity: str = "none"
+    quality: Quality
 
 
 def build_shards(
@@ -66,6 +66,7 @@ def build_shards(
     codec: str = "zst",
     scans_per_shard: int = 256,
     splits: dict[str, float] | None = None,
+    quality: Quality | None = None,
     seed: int = 0,
     workers: int | None = None,
     layout: str | None = None,
@@ -83,11 +84,12 @@ def build_shards(
         scaling: ``none``, or ``tiv``: divide by total intracranial volume (needs a ``tiv`` column in ml).
         codec: ``zst`` (zstd, a quarter of the size) or ``npy`` (which DALI's own reader decodes).
         splits: shares of the healthy participants, see ``data_pipeline.split``.
+        quality: which scans are left out, see ``data_pipeline.quality``; None takes the rules' defaults.
         crop, intensity: see ``data_pipeline.volume.load_volume``; None scales T1 images robustly, VBM maps not at all.
 
     The same cohort and settings give the same bytes, whatever ``workers``. A scan that cannot be used goes to
-    ``quarantine.tsv`` with its reason. A folder that holds this very build already is left as it is; another one in it
-    is refused.
+    ``quarantine.tsv`` with its reason. A killed build goes on where it was when the same call is made again. A folder
+    that holds this very build already is left as it is; another one in it is refused.
     """
     folder, root = Path(out).resolve(), Path(cohort).resolve()  # Ray's workers have a working directory of their own
     check_scaling(scaling)
@@ -95,30 +97,47 @@ def build_shards(
         raise UserError(f"codec={codec!r} is not known{nearest(codec, CODECS)}; allowed: {', '.join(CODECS)}")
     if scans_per_shard < 1:
         raise UserError(f"scans_per_shard={scans_per_shard} must be at least 1")
-    intensity = check_preparation(modality, crop, intensity)
+    intensity, quality = check_preparation(modality, crop, intensity), quality or Quality()
     scans, unknown = read_cohort(root, dataset, modality, layout=layout, columns=columns, key_file=key_file)
+    check_quality(quality, scans)
     grid = grid or common_grid(scans)
     settings: dict[str, Any] = {
-        "dataset": name_of(scans, root), "crop": crop, "intensity": intensity, "modality": modality,
-        "scaling": scaling, "codec": codec,
-        "scans_per_shard": scans_per_shard, "seed": seed, "splits": splits or DEFAULT_SPLITS,
-        "simulated": is_simulated(root), "scans_found": len(scans) + len(unknown),
+        "dataset": name_of(scans, root), "modality": modality, "scaling": scaling, "crop": crop, "intensity": intensity,
+        "codec": codec, "scans_per_shard": scans_per_shard, "seed": seed, "splits": splits or DEFAULT_SPLITS,
+        "quality": to_dict(quality), "simulated": is_simulated(root), "scans_found": len(scans) + len(unknown),
         "pseudonymised": key_file is not None,
     }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     done = _already_built(folder, grid, settings)
     if done:
         return done
-    folder.mkdir(parents=True, exist_ok=True)
-    # What a killed build left, with other settings perhaps: no manifest lists it.
-    for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{settings['dataset']}-[0-9]*.tar")):
-        leftover.unlink()
+    with resume.locked(folder):
+        # Another process may have finished it since.
+        return _already_built(folder, grid, settings) or _build(folder, scans, unknown, grid, settings, workers)
+
+
+def _build(
+    folder: Path, scans: list[Scan], unknown: list[Scan], grid: Grid, settings: dict[str, Any], workers: int | None
+) -> Manifest:
+    # Shards of this name may also be left from a data set whose manifest the user removed, to build it anew.
+    count = -(-len(scans) // settings["scans_per_shard"])
+    names = {shard_name(settings["dataset"], n) for n in range(count)}
+    for leftover in folder.glob(f"{settings['dataset']}-{'[0-9]' * 6}.tar"):
+        if leftover.name not in names:
+            leftover.unlink()
     shards, rows, bad = _write_shards(folder, scans, grid, settings, workers)
-    bad = [(scan.key, scan.place, "participant is not in participants.tsv") for scan in unknown] + bad
-    _write_quarantine(folder / "quarantine.tsv", bad)
+    bad = [*not_listed(unknown), *bad]
+    write_quarantine(folder / "quarantine.tsv", bad)
     if not rows:
-        raise UserError(f"cohort {root}: no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")
-    settings["quarantined"] = len(bad)
-    return write_manifest(folder, grid, settings, shards, _scan_table(rows, settings))
+        raise UserError(f"no scan of the cohort could be used; the reasons are in {folder / 'quarantine.tsv'}")
+    built = write_manifest(folder, grid, {**settings, "quarantined": len(bad)}, shards, scan_table(rows, settings))
+    resume.clear(folder)
+    return built
+
+
+def not_listed(unknown: list[Scan]) -> list[Removal]:
+    """What quarantine.tsv says of scans whose participant the table does not list."""
+    return [Removal.of(scan, BadScan("participant is not in participants.tsv", "participant")) for scan in unknown]
 
 
 def common_grid(scans: list[Scan], look_at: int = 5) -> Grid:
@@ -135,75 +154,98 @@ def common_grid(scans: list[Scan], look_at: int = 5) -> Grid:
 
 
 def _write_shards(
-    folder: Path, scans: list[Scan], grid: Grid, settings: dict[str, Any], workers: int | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[tuple[str, str, str]]]:
-    """Shuffle the scans over shards, write these in Ray tasks; rows of shards, of scans, and what was quarantined."""
+    folder: Path, scans: list[Scan], grid: Grid, settings: dict[str, Any], workers: int | None, first_number: int = 0,
+    known: Mapping[str, str] | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Removal]]:  # fmt: skip
+    """Shuffle the scans over shards, write these in Ray tasks, take out what the rules that compare scans refuse.
+
+    Gives rows of shards, of scans, and what was quarantined. ``known``: see ``quality_cohort.judge``.
+    """
     # One shuffle, once: a reader that takes shard after shard sees mixed sites too.
     order = np.random.Generator(np.random.Philox(key=[settings["seed"], 0x5AAD])).permutation(len(scans))
-    step = settings["scans_per_shard"]
+    step, codec = settings["scans_per_shard"], settings["codec"]
     parts = [[scans[i] for i in order[first : first + step]] for first in range(0, len(scans), step)]
-    tasks = [
-        _Task(
-            part,
-            str(folder),
-            f"{settings['dataset']}-{n:06d}.tar",
-            grid,
-            settings["scaling"],
-            settings["codec"],
-            settings["crop"],
-            settings["intensity"],
-        )
-        for n, part in enumerate(parts)
-    ]
+    names = [shard_name(settings["dataset"], first_number + n) for n in range(len(parts))]
+    preparation, quality = Preparation.of(grid.to_dict(), settings), rules_of(settings)
+    with resume.building(folder, names) as temporary, ray_cluster.session(workers):
+        tasks = [
+            _Task(part, str(folder), str(temporary), name, preparation, codec, quality)
+            for name, part in zip(names, parts, strict=True)
+        ]
+        results = run_tasks(tasks, workers, "building shards")
+        shards: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
+        bad: list[Removal] = []
+        for shard, its_rows, its_bad in results:
+            bad += [Removal(*removal) for removal in its_bad]
+            if its_rows:
+                rows += [{**row, "shard": len(shards)} for row in its_rows]
+                shards.append(shard)
+        places = {scan.key: scan.place for scan in scans}
+        shards, rows, removed = judge_shards(folder, shards, rows, quality, codec, places, known)
+    return shards, rows, [*bad, *removed]
+
+
+def rules_of(settings: Mapping[str, Any]) -> Quality:
+    """The quality rules of a manifest's settings; the defaults for one of before there were any."""
+    return TypeAdapter(Quality).validate_python(settings.get("quality", {}))
+
+
+def shard_name(dataset: str, number: int) -> str:
+    """``<dataset>-<number of six digits>.tar``."""
+    return f"{dataset}-{number:06d}.tar"
+
+
+def run_tasks(tasks: Sequence[_Task], workers: int | None, title: str) -> list[Result]:
+    """``build_one`` of every task by Ray, in the tasks' order."""
     results: list[Any] = [None] * len(tasks)
-    with ray_cluster.session(workers), Progress(len(scans), "scans", "building shards") as progress:
+    with ray_cluster.session(workers) as ray, Progress(sum(len(t.scans) for t in tasks), "scans", title) as progress:
         quarantined = 0
-        for index, result in ray_cluster.map_unordered(build_one, [(task,) for task in tasks], in_flight=64):
+        ahead = max(IN_FLIGHT, 2 * int(ray.cluster_resources().get("CPU", 1)))
+        for index, result in ray_cluster.map_unordered(build_one, [(task,) for task in tasks], in_flight=ahead):
             results[index] = result
             quarantined += len(result[2])
-            progress.advance(len(parts[index]), quarantined=quarantined)
-    shards: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    bad: list[tuple[str, str, str]] = []
-    for shard, its_rows, its_bad in results:
-        bad += its_bad
-        if its_rows:
-            rows += [{**row, "shard": len(shards)} for row in its_rows]
-            shards.append(shard)
-    return shards, rows, bad
+            progress.advance(len(tasks[index].scans), quarantined=quarantined)
+    return results
 
 
-def build_one(task: _Task) -> tuple[dict[str, Any], list[dict[str, Any]], list[tuple[str, str, str]]]:
-    """Write one shard under a temporary name and rename it; runs in a Ray worker, one volume in memory at a time."""
-    bad: list[tuple[str, str, str]] = []
-    used: list[Scan] = []
+def build_one(task: _Task) -> Result:
+    """Write one shard under a temporary name and rename it; runs in a Ray worker, one volume in memory at a time.
+
+    A shard that an earlier run finished from the same inputs is kept.
+    """
+    # Taken before the inputs are read: a file written to meanwhile differs from it when the next run looks.
+    mark = resume.fingerprint(
+        task.scans, {f.name: getattr(task, f.name) for f in fields(task) if f.name not in ("scans", "out", "temporary")}
+    )
+    kept = resume.finished(Path(task.out), task.name, mark)
+    if kept:
+        return kept
+    bad: list[Removal] = []
+    used: list[tuple[Scan, dict[str, Any]]] = []
+    coarse: list[Any] = []
 
     def samples() -> Any:
         for scan in task.scans:
             try:
-                factor = scale_factor(task.scaling, scan.extra)
-                volume = load_volume(
-                    scan.path, task.grid, factor=factor, crop=task.crop, intensity=task.intensity,
-                    orientation=scan.orientation,
-                )  # fmt: skip
-                payload = encode(volume, task.codec)
+                voxels, figures, small = read_scan(scan, task.preparation, task.quality)
             except BadScan as error:
-                bad.append((scan.key, scan.place, str(error)))
+                bad.append(Removal.of(scan, error))
                 continue
-            used.append(scan)
-            yield scan.key, payload, _describe(scan)
+            used.append((scan, figures))
+            coarse.append(small)
+            yield scan.key, encode(voxels, task.codec), _describe(scan)
 
-    final = Path(task.out) / task.name
-    temporary = final.with_name(f"{UNFINISHED}{task.name}")
+    # A name of its own for every try: Ray may run a task again whose first worker is lost but not dead.
+    temporary = Path(task.temporary) / f"{task.name}.{uuid.uuid4().hex[:8]}"
     rows = write_shard(temporary, samples(), task.codec)
-    if not rows:
-        temporary.unlink()
-        return {}, [], bad
-    shard = {"name": task.name, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary), "scans": len(rows)}
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(final)
-    return shard, [{**row, **_describe(scan)} for row, scan in zip(rows, used, strict=True)], bad
+    shard: dict[str, Any] = {}
+    if rows:
+        size, sha256 = temporary.stat().st_size, sha256_of(temporary)
+        shard = {"name": task.name, "bytes": size, "sha256": sha256, "scans": len(rows)}
+        save_coarse(resume.coarse_of(Path(task.out), task.name), coarse)
+    described = [{**row, **_describe(scan), **figures} for row, (scan, figures) in zip(rows, used, strict=True)]
+    return resume.finish(Path(task.out), temporary, task.name, mark, (shard, described, bad))
 
 
 def _describe(scan: Scan) -> dict[str, Any]:
@@ -212,29 +254,17 @@ def _describe(scan: Scan) -> dict[str, Any]:
         "participant_id": scan.participant_id, "session": scan.session, "run": scan.run, "dataset": scan.dataset,
         "site": scan.site, "age": None if scan.age != scan.age else scan.age, "sex": scan.sex,
     }  # fmt: skip
-    return {**{name: value for name, value in scan.extra.items() if name not in PLACES}, **known}
+    return {**{name: value for name, value in scan.extra.items() if name not in (*PLACES, *QUALITY_COLUMNS)}, **known}
 
 
-def _scan_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> pd.DataFrame:
+def scan_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> pd.DataFrame:
+    """A row per scan in the order of the shards, with its split."""
     table = pd.DataFrame(rows)
     table["age"] = pd.to_numeric(table["age"])
     # A participant is a person of a data set: two data sets may both have a sub-01.
     people = table.assign(participant=table["dataset"] + "/" + table["participant_id"])
     table["split"] = assign_splits(people, settings["splits"], settings["seed"])
-    first = [
-        "key",
-        "shard",
-        "offset",
-        "size",
-        "crc32c",
-        "participant_id",
-        "session",
-        "run",
-        "dataset",
-        "site",
-        "age",
-        "sex",
-    ]
+    first = [*PLACES, "participant_id", "session", "run", "dataset", "site", "age", "sex"]
     return table[[*first, *(column for column in table.columns if column not in first)]]
 
 
@@ -242,10 +272,8 @@ def _already_built(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manife
     if not (folder / MANIFEST).is_file():
         return None
     old = Manifest.load(folder)
-    first = {**PREPARED, "pseudonymised": False}  # of builds from before these were settings
-    before = {
-        **first, **{k: v for k, v in old.settings.items() if k != "quarantined"}, "grid": Grid.from_dict(old.grid)
-    }  # fmt: skip
+    first = {**PREPARED, "pseudonymised": False, "quality": to_dict(Quality())}  # of builds from before these were settings
+    before = {**first, **old.settings, "grid": Grid.from_dict(old.grid)}
     now = {**settings, "grid": grid}
     changed = [key for key in now if before.get(key) != now[key]]
     if changed:
@@ -254,11 +282,5 @@ def _already_built(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manife
             f"{folder} holds shards built otherwise ({key} was {before.get(key)!r}, now {now[key]!r}); "
             "choose another folder, or remove that one"
         )
+    resume.tidy(folder, [str(row["name"]) for row in old.shards])
     return old
-
-
-def _write_quarantine(path: Path, bad: list[tuple[str, str, str]]) -> None:
-    with atomic_write(path, "w") as stream:
-        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-        writer.writerow(["key", "path", "reason"])
-        writer.writerows(sorted(bad))

@@ -8,7 +8,7 @@ Proxies and labels are looked up here and never baked into the tensors, so a new
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +20,16 @@ import google_crc32c
 import numpy as np
 import pandas as pd
 
+from data_pipeline.manifest_file import FORMAT, is_simulated, read_checked, read_content
+from data_pipeline.manifest_file import MANIFEST as MANIFEST
+from data_pipeline.manifest_file import SCANS as SCANS
+from data_pipeline.manifest_file import digest_of as digest_of
 from data_pipeline.shard import decode
 from data_pipeline.volume import Array, Grid
 from infra.errors import UserError, nearest
-from infra.files import atomic_write, sha256_of, write_json
+from infra.files import atomic_write, flush_folder, write_json
 
-FORMAT = 1
 MOST_OPEN = 256  # shards open at once in a process; many systems allow 1024 files
-MANIFEST, SCANS = "manifest.json", "scans.parquet"
 
 
 class Manifest:
@@ -44,21 +46,8 @@ class Manifest:
     @classmethod
     def load(cls, url: str | Path) -> Manifest:
         """Read and check ``manifest.json`` and ``scans.parquet`` of a folder of shards; UserError where they disagree."""
-        root = Path(url)
-        path = root / MANIFEST
-        if not path.is_file():
-            raise UserError(f"{path} is missing; give a folder made by `yaware shards build`")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}); build the shards again") from None
-        if content.get("format") != FORMAT:
-            raise UserError(f"{path} has format {content.get('format')!r}, this version reads {FORMAT}; build again")
-        if content["digest"] != digest_of(content):
-            raise UserError(f"{path} was edited: its digest does not fit its content; build the shards again")
-        if not (root / SCANS).is_file() or sha256_of(root / SCANS) != content["scans"]["sha256"]:
-            raise UserError(f"{root / SCANS} is missing or differs from manifest.json; build the shards again")
-        return cls(root, content, pd.read_parquet(root / SCANS))
+        content, table = read_checked(url)
+        return cls(Path(url), content, pd.read_parquet(io.BytesIO(table)))
 
     def rows(
         self, split: str | Sequence[str] | None = None, query: str | None = None
@@ -120,8 +109,8 @@ class Manifest:
 
     @property
     def simulated(self) -> bool:
-        """Whether the scans come from the simulator."""
-        return bool(self.settings.get("simulated", False))
+        """Whether scans come from the simulator."""
+        return is_simulated(self.settings)
 
 
 @dataclass
@@ -142,7 +131,8 @@ class VolumeReader:
         payload = os.pread(self._descriptor(number), size, int(self.offset[row]))
         if len(payload) != size or google_crc32c.value(payload) != self.crc32c[row]:
             found = "is cut short" if len(payload) != size else "fails its checksum"
-            key = str(pd.read_parquet(Path(self.root) / SCANS, columns=["key"])["key"].iloc[row])
+            table = Path(self.root) / str(read_content(self.root)["scans"]["name"])
+            key = str(pd.read_parquet(table, columns=["key"])["key"].iloc[row])
             raise OSError(f"shard {self.names[number]}, scan {key} {found}; run `yaware shards verify {self.root}`")
         return decode(payload, self.codec)
 
@@ -166,25 +156,43 @@ class VolumeReader:
             os.close(descriptor)
 
 
-def digest_of(content: dict[str, Any]) -> str:
-    """SHA-256 of the manifest's content without its own digest, as canonical JSON."""
-    rest = {key: value for key, value in content.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def write_manifest(
-    root: Path, grid: Grid, settings: dict[str, Any], shards: list[dict[str, Any]], scans: pd.DataFrame
+    root: Path,
+    grid: Grid,
+    settings: dict[str, Any],
+    shards: list[dict[str, Any]],
+    scans: pd.DataFrame,
+    *,
+    replaces: bool = False,
 ) -> Manifest:
-    """Write scans.parquet, then manifest.json, which alone makes the folder a data set."""
-    with atomic_write(root / SCANS) as stream:
-        scans.to_parquet(stream, index=False)
+    """Write the scan table, then manifest.json, which alone makes the folder a data set.
+
+    ``replaces``: the folder holds a manifest that others may be reading. The table then gets a name of its own, made of
+    its checksum, and the old one goes only after the new manifest has taken its place.
+    """
+    stream = io.BytesIO()
+    scans.to_parquet(stream, index=False)
+    sha256 = hashlib.sha256(stream.getbuffer()).hexdigest()
+    name = f"scans-{sha256[:8]}.parquet" if replaces else SCANS
+    with atomic_write(root / name) as target:
+        target.write(stream.getbuffer())
     content: dict[str, Any] = {
         "format": FORMAT,
         "grid": grid.to_dict(),
         "dtype": "float16",
         "settings": settings,
         "shards": shards,
-        "scans": {"name": SCANS, "rows": len(scans), "sha256": sha256_of(root / SCANS)},
+        "scans": {"name": name, "rows": len(scans), "sha256": sha256},
     }
+    flush_folder(root)
     write_json(root / MANIFEST, {**content, "digest": digest_of(content)})
+    flush_folder(root)
+    remove_old_tables(root, name)
     return Manifest.load(root)
+
+
+def remove_old_tables(root: Path, name: str) -> None:
+    """Remove the scan tables that no manifest names any more."""
+    for path in (root / SCANS, *root.glob("scans-????????.parquet")):
+        if path.name != name:
+            path.unlink(missing_ok=True)

@@ -35,11 +35,12 @@ def is_healthy(diagnosis: Any) -> bool:
     return diagnosis is None or str(diagnosis).strip().lower() in HEALTHY or diagnosis != diagnosis
 
 
-def assign_splits(scans: pd.DataFrame, shares: dict[str, float], seed: int) -> pd.Series[str]:
+def assign_splits(scans: pd.DataFrame, shares: dict[str, float], seed: int, dealt: int = 0) -> pd.Series[str]:
     """The split of every scan. A ``split`` column of the participants' table is kept as it is.
 
     Patients go to ``downstream``. Healthy participants are dealt out by ``shares`` within strata of site and ten years of
-    age: each stratum is shuffled by ``seed``, and the strata are dealt as one line, so that small ones count too.
+    age: each stratum is shuffled by ``seed``, and the strata are dealt as one line, so that small ones count too. ``dealt``:
+    how many people went before these, after whom the dealing goes on; one person at a time gets the shares too.
     """
     if "split" in scans.columns and scans["split"].notna().all():
         return scans["split"].astype(str)
@@ -51,7 +52,7 @@ def assign_splits(scans: pd.DataFrame, shares: dict[str, float], seed: int) -> p
     line = shuffled.assign(decade=decades).sort_values(["site", "decade"], kind="stable")["participant"].to_list()
     names, edges = list(shares), np.cumsum(list(shares.values()))
     # Golden-ratio steps through [0, 1): neighbours in the line fall into different splits, in just the wanted shares.
-    positions = (generator.random() + np.arange(len(line)) * 0.6180339887498949) % 1.0
+    positions = (generator.random() + (dealt + np.arange(len(line))) * 0.6180339887498949) % 1.0
     places = np.minimum(np.searchsorted(edges, positions, side="right"), len(names) - 1)
     chosen = {person: names[place] for person, place in zip(line, places, strict=True)}
     return scans["participant"].map(lambda person: chosen.get(person, "downstream"))

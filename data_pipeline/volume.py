@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,14 @@ class Grid:
         d, h, w = (int(n) for n in shape)
         return cls((d, h, w), tuple(tuple(float(round(v, 3)) + 0.0 for v in row) for row in np.asarray(affine)))
 
+    def distance(self, other: Grid) -> float:
+        """The longest way in mm between corresponding corners of the two grids: 0 for equal ones."""
+        ends = [
+            np.array([[i, j, k, 1] for i in (0, d - 1) for j in (0, h - 1) for k in (0, w - 1)]) @ np.array(affine).T
+            for (d, h, w), affine in ((self.shape, self.affine), (other.shape, other.affine))
+        ]
+        return float(np.linalg.norm((ends[0] - ends[1])[:, :3], axis=1).max())
+
     @classmethod
     def vbm(cls, spacing: float) -> Grid:
         """The VBM box (181.5 x 217.5 x 181.5 mm) cut into voxels of ``spacing`` mm."""
@@ -79,8 +87,30 @@ class Grid:
         return bool(np.array_equal(linear, np.diag(np.diag(linear))) and (np.diag(linear) > 0).all())
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """How a scan's file becomes the voxels of a shard: grid, crop, intensity (``load_volume``), scaling (``scale_factor``)."""
+
+    grid: Grid
+    scaling: str = "none"
+    crop: str = "world"
+    intensity: str = "none"
+
+    @classmethod
+    def of(cls, grid: dict[str, Any], settings: Mapping[str, Any]) -> Preparation:
+        """From a manifest's grid and settings."""
+        kept = {**PREPARED, **settings}
+        return cls(Grid.from_dict(grid), str(kept["scaling"]), str(kept["crop"]), str(kept["intensity"]))
+
+
 class BadScan(Exception):
-    """A scan that cannot be used; the text is the reason that quarantine.tsv gives."""
+    """A scan that cannot be used; the text is the reason that quarantine.tsv gives, beside rule, figure and threshold."""
+
+    def __init__(
+        self, reason: str, rule: str = "unreadable", figure: float | None = None, threshold: float | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.rule, self.figure, self.threshold = rule, figure, threshold
 
 
 def open_image(path: Path, orientation: str = "") -> Any:
@@ -95,11 +125,11 @@ def open_image(path: Path, orientation: str = "") -> Any:
         # A time series may be large: its shape is looked at before anything is turned.
         shape = tuple(int(n) for n in image.shape)
         if len(shape) < 3 or any(n != 1 for n in shape[3:]):
-            raise BadScan(f"shape {shape} is not one 3D volume")
+            raise BadScan(f"shape {shape} is not one 3D volume", "shape", len(shape), 3)
         if image.get_data_dtype().kind not in "iuf":
-            raise BadScan(f"voxels are of type {image.get_data_dtype()}; numbers are needed")
+            raise BadScan(f"voxels are of type {image.get_data_dtype()}; numbers are needed", "type")
         if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
-            raise BadScan("its affine is not invertible, so nothing says where its voxels lie")
+            raise BadScan("its affine is not invertible, so nothing says where its voxels lie", "affine")
         image = nibabel.as_closest_canonical(image)
     except BadScan:
         raise
@@ -119,21 +149,48 @@ def load_volume(
         intensity: one of ``INTENSITIES``: ``none``, or ``robust`` (see ``robust_intensity``).
         orientation: see ``open_image``.
     """
+    return to_float16(read_voxels(path, grid, crop=crop, intensity=intensity, orientation=orientation), factor)
+
+
+# What a scan is refused for at loading, where the cohort's rules say so (data_pipeline.quality).
+DEFAULT_CHECKS = frozenset({"nonfinite", "constant"})
+
+
+def read_voxels(
+    path: Path, grid: Grid, checks: frozenset[str] = DEFAULT_CHECKS, *, crop: str = "world", intensity: str = "none",
+    orientation: str = "",
+) -> Array:  # fmt: skip
+    """A scan on the grid: (D, H, W) float32, not scaled by a factor. Arguments as ``load_volume``, and
+
+    ``checks``: ``nonfinite`` refuses NaN and infinite voxels (else they become 0), ``constant`` a volume of one value,
+    ``grid`` one that lies on another grid (else it is resampled). BadScan names the rule and the figure.
+    """
     image = open_image(path, orientation)
+    if "grid" in checks:
+        _refuse_other_grid(Grid.of(image.shape, image.affine), grid)
     try:
         # In memory in one order, whatever the file's: sums then round alike for every orientation.
         voxels = np.array(image.dataobj, dtype=np.float32, order="C")
     except Exception as error:  # a truncated gzip stream shows only here
         raise _unreadable(path, error) from None
-    if not np.isfinite(voxels).all():
-        raise BadScan(f"{int((~np.isfinite(voxels)).sum())} voxels are NaN or infinite")
+    finite = np.isfinite(voxels)
+    if not finite.all():
+        count = int((~finite).sum())
+        if "nonfinite" in checks:
+            raise BadScan(f"{count} voxels are NaN or infinite", "nonfinite", count, 0)
+        voxels[~finite] = 0.0
     if voxels.size == 0:
-        raise BadScan("no voxels")
-    if voxels.min() == voxels.max():
-        raise BadScan(f"every voxel is {float(voxels.flat[0]):g}")
+        raise BadScan("no voxels", "empty", 0, 1)
+    if "constant" in checks:
+        _refuse_constant(voxels, "every voxel is {:g}")
     voxels = INTENSITIES[intensity](to_grid(voxels, image.affine, grid, crop))
-    if voxels.min() == voxels.max():
-        raise BadScan(f"on the grid every voxel is {float(voxels.flat[0]):g}: it lies elsewhere; try --crop brain")
+    if "constant" in checks:
+        _refuse_constant(voxels, "on the grid every voxel is {:g}: it lies elsewhere; try --crop brain")
+    return voxels
+
+
+def to_float16(voxels: Array, factor: float = 1.0) -> Array:
+    """What the shards hold: float32 voxels times ``factor`` as float16; ``voxels`` itself is overwritten."""
     voxels *= np.float32(factor)
     peak = float(np.abs(voxels).max())
     # float16 ends at 65504: raw intensities beyond are scaled by a power of two, which loses nothing and which the
@@ -142,6 +199,19 @@ def load_volume(
         voxels *= np.float32(0.5)
         peak *= 0.5
     return voxels.astype(np.float16)
+
+
+def _refuse_other_grid(here: Grid, grid: Grid) -> None:
+    if here != grid:
+        found = f"{' x '.join(map(str, here.shape))} voxels of {' x '.join(f'{v:g}' for v in here.spacing)} mm"
+        off = here.distance(grid)
+        raise BadScan(f"lies on another grid ({found}), up to {off:.4g} mm off", "grid", off, 0)
+
+
+def _refuse_constant(voxels: Array, text: str) -> None:
+    low, high = float(voxels.min()), float(voxels.max())
+    if low == high:
+        raise BadScan(text.format(low), "constant", low)
 
 
 def to_grid(voxels: Array, affine: Array, grid: Grid, crop: str = "world") -> Array:
@@ -187,7 +257,9 @@ def robust_intensity(voxels: Array) -> Array:
         return voxels
     low, high = np.percentile(values, ROBUST_PERCENTILES)
     if high <= low:
-        raise BadScan(f"99 % of its foreground is {float(low):g}; there is no range to scale intensities by")
+        raise BadScan(
+            f"99 % of its foreground is {float(low):g}; there is no range to scale intensities by", "constant", float(low)
+        )
     scaled: Array = np.clip((voxels - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
     return scaled
 
@@ -222,7 +294,7 @@ def _open_array(path: Path, orientation: str) -> Any:
         while voxels.ndim > 3 and voxels.shape[0] == 1:
             voxels = voxels[0]
         if voxels.ndim != 3:
-            raise BadScan(f"shape {shape} is not one 3D volume")
+            raise BadScan(f"shape {shape} is not one 3D volume", "shape", len(shape), 3)
         usual = next((box for box in ARRAY_BOXES if box[0] == voxels.shape), None)
         turn = nibabel.orientations.axcodes2ornt(orientation or (usual[3] if usual else "RAS"))
         voxels = nibabel.orientations.apply_orientation(np.asarray(voxels, dtype=np.float32), turn)
@@ -273,7 +345,7 @@ def scale_factor(scaling: str, values: dict[str, Any]) -> float:
         return 1.0
     tiv = values.get("tiv")
     if not isinstance(tiv, int | float) or not 300 < tiv < 3000:
-        raise BadScan(f"tiv={tiv!r} is not a volume of 300..3000 ml; scaling: tiv needs it")
+        raise BadScan(f"tiv={tiv!r} is not a volume of 300..3000 ml; scaling: tiv needs it", "tiv")
     return REFERENCE_TIV_ML / float(tiv)
 
 

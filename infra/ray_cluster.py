@@ -52,7 +52,13 @@ def session(workers: int | None = None) -> Iterator[Any]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_answers(address)
-        ray.init(address=address, **options)
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise UserError(
+                f"RAY_ADDRESS={address}: cannot join that cluster ({_first_line(error.__cause__ or error)}); where it was "
+                "started with a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            ) from None
     else:
         ray.init(
             address="local", num_cpus=workers or len(os.sched_getaffinity(0)), include_dashboard=False,
@@ -77,12 +83,17 @@ def _check_answers(address: str) -> None:
         ) from None
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
 def map_unordered(
     function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, in_flight: int, retries: int = 3
 ) -> Iterator[tuple[int, Any]]:
     """Run ``function(*arguments[i])`` as Ray tasks; yield (i, result) as they finish, at most ``in_flight`` at a time.
 
-    A task whose worker process dies runs again, ``retries`` times; what the function raises is raised here.
+    A task whose worker process dies runs again, ``retries`` times, after which it is a UserError; what the function raises
+    is raised here.
     """
     ray = import_ray()
     task = ray.remote(num_cpus=1, max_retries=retries)(function)
@@ -106,6 +117,11 @@ def _next(ray: Any, waiting: dict[Any, int]) -> tuple[int, Any]:
         return index, ray.get(ready)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
+        raise UserError(
+            f"a Ray worker died at the same task every time it was tried ({_first_line(error)}); "
+            "free memory or give fewer --workers, and run the same command again: it goes on where it was"
+        ) from None
 
 
 def tune_grid(

@@ -95,3 +95,12 @@ def test_an_address_without_a_cluster_is_one_line(tmp_path):
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
     assert "RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there" in out.stderr
     assert UserError.__name__ in out.stderr
+
+
+def die_always():
+    os._exit(1)
+
+
+def test_a_task_that_kills_every_worker_is_one_clear_error():
+    with pytest.raises(UserError, match="a Ray worker died at the same task every time it was tried"):
+        list(ray_cluster.map_unordered(die_always, [()], in_flight=1, retries=1))

@@ -1,0 +1,246 @@
+"""Speed of building, reading, verifying and describing shards: `python -m tests.benchmarks.bench_shards [--quick]`.
+
+Volumes of 121 x 145 x 121 voxels at 1.5 mm. The build is held against the bare loop (nibabel load, float16, zstd 3, tar)
+in one run, both on one core and in turn, so that a loaded machine slows both; memory is the largest resident size of a
+Ray worker. Reading is one pread, crc32c and decode, against nibabel on the same scans as .nii.gz. `info` is the whole
+command for a manifest of a million scans, which is written here without volumes. Two to three minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+import psutil
+import zstandard
+from scipy.ndimage import gaussian_filter
+
+from data_pipeline.build import build_shards
+from data_pipeline.manifest import Manifest, write_manifest
+from data_pipeline.verify import verify_shards
+from data_pipeline.volume import Grid
+from infra import ray_cluster
+
+GRID = Grid.vbm(1.5)
+MIB = 2**20
+SITES, DATA_SETS = 74, 13
+
+
+def write_volumes(root: Path, scans: int) -> Path:
+    """Grey-matter-like maps: smooth ribbons in an ellipsoid, a third of the box, as gzipped float32 NIfTI."""
+    generator = np.random.default_rng(0)
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in GRID.shape), indexing="ij", sparse=True)
+    head = sum(axis**2 for axis in axes) < 0.6
+    lines = ["participant_id\tage\tsex\tsite"]
+    for number in range(scans):
+        noise = gaussian_filter(generator.standard_normal(GRID.shape).astype(np.float32), 2)
+        voxels = np.where(head, np.clip(noise * 6 + 0.3, 0, 1), 0).astype(np.float32)
+        folder = root / f"sub-{number:03d}" / "ses-1" / "anat"
+        folder.mkdir(parents=True)
+        image = nibabel.Nifti1Image(voxels, np.array(GRID.affine))
+        nibabel.save(image, folder / f"sub-{number:03d}_ses-1_desc-mwp1_probseg.nii.gz")
+        lines.append(f"sub-{number:03d}\t{20 + number % 60}\t{'FM'[number % 2]}\tsite{number % 5}")
+    (root / "participants.tsv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def bare_loop(paths: list[Path], out: Path) -> float:
+    """Seconds of the least that any build must do."""
+    started = time.perf_counter()
+    with tarfile.open(out, "w") as tar:
+        for path in paths:
+            voxels = np.asarray(nibabel.load(path).dataobj, dtype=np.float32).astype(np.float16)
+            payload = zstandard.ZstdCompressor(level=3).compress(voxels.tobytes())
+            member = tarfile.TarInfo(f"{path.stem}.npy.zst")
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+    return time.perf_counter() - started
+
+
+def bench_build(cohort: Path, work: Path, rounds: int) -> Manifest:
+    """Build and bare loop in turn; prints both, their ratio, and the memory of the worker."""
+    paths = sorted(cohort.rglob("*.nii.gz"))
+    seconds: dict[str, list[float]] = {"bare loop": [], "yaware shards build": []}
+    peak, cpu = [0], []
+    with ray_cluster.session(1):
+        build_shards(cohort, work / "warm", grid=GRID, scans_per_shard=len(paths))
+        stop = threading.Event()
+        watcher = threading.Thread(target=_watch_workers, args=(peak, stop))
+        watcher.start()
+        try:
+            for turn in range(rounds):
+                marks = [_cpu_seconds()]
+                seconds["bare loop"].append(bare_loop(paths, work / "bare.tar"))
+                marks.append(_cpu_seconds())
+                started = time.perf_counter()
+                built = build_shards(cohort, work / f"shards{turn}", grid=GRID, scans_per_shard=16)
+                seconds["yaware shards build"].append(time.perf_counter() - started)
+                marks.append(_cpu_seconds())
+                cpu.append((marks[1] - marks[0]) / (marks[2] - marks[1]))
+        finally:
+            stop.set()
+            watcher.join()
+    print(f"\nBuild, {len(paths)} scans of {' x '.join(map(str, GRID.shape))}, one core, {rounds} rounds in turn")
+    print(f"{'':<24}{'scans/s':>10}{'ms/scan':>10}")
+    for name, found in seconds.items():
+        best = min(found)
+        print(f"{name:<24}{len(paths) / best:>10.1f}{1000 * best / len(paths):>10.1f}")
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    best = min(seconds["bare loop"]) / min(seconds["yaware shards build"])
+    print(f"ratio of the best rounds {best:.2f}, median of rounds {statistics.median(ratios):.2f} ({each}); goal 0.90")
+    print(
+        f"ratio of processor seconds, driver and worker together, {statistics.median(cpu):.2f} (a loaded machine leaves it)"
+    )
+    print(f"worker's largest resident size {peak[0] / MIB:.0f} MiB; goal below 1000")
+    return built
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and of its Ray workers."""
+    spent = time.process_time()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.name().startswith(("ray::build_one", "ray::IDLE")):
+                used = process.cpu_times()
+                spent += used.user + used.system
+        except psutil.NoSuchProcess:
+            continue
+    return spent
+
+
+def _watch_workers(peak: list[int], stop: threading.Event) -> None:
+    """The largest VmHWM among this process's Ray workers that have built a shard."""
+    while not stop.wait(0.1):
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if process.name().startswith("ray::build_one"):
+                    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                    line = next(line for line in lines if line.startswith("VmHWM"))
+                    peak[0] = max(peak[0], 1024 * int(line.split()[1]))
+            except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError, StopIteration):
+                continue
+
+
+def bench_read(cohort: Path, manifest: Manifest, repeats: int) -> None:
+    """Voxels of every scan from the shards and from .nii.gz, in turn, one thread."""
+    paths = sorted(cohort.rglob("*.nii.gz"))
+    some = paths[: max(1, len(paths) // 4)]
+    readers = {
+        "shards (zst)": (
+            len(manifest.scans),
+            lambda: [manifest.read_volume(row) for row in range(len(manifest.scans))],
+        ),
+        "nibabel, .nii.gz": (len(some), lambda: [np.asarray(nibabel.load(p).dataobj, dtype=np.float32) for p in some]),
+    }
+    wall: dict[str, list[float]] = {name: [] for name in readers}
+    processor: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(repeats):
+        for name, (count, read) in readers.items():
+            started, spent = time.perf_counter(), time.process_time()
+            read()
+            wall[name].append((time.perf_counter() - started) / count)
+            processor[name].append((time.process_time() - spent) / count)
+    print("\nRead, checksum and decode, one core, best of the rounds")
+    print(f"{'':<24}{'volumes/s':>10}{'ms/volume':>10}{'processor ms':>14}")
+    for name in readers:
+        best = min(wall[name])
+        print(f"{name:<24}{1 / best:>10.1f}{1000 * best:>10.1f}{1000 * min(processor[name]):>14.1f}")
+    ratios = [min(found["nibabel, .nii.gz"]) / min(found["shards (zst)"]) for found in (wall, processor)]
+    print(f"ratio {ratios[0]:.1f}, of processor time {ratios[1]:.1f}; goals 120/s and 8")
+
+
+def bench_verify(manifest: Manifest) -> None:
+    """Every byte of the shards, from the page cache."""
+    size = sum(int(row["bytes"]) for row in manifest.shards)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        assert not verify_shards(manifest)
+        seconds.append(time.perf_counter() - started)
+    print(f"\nVerify: {size / 1e6 / min(seconds):.0f} MB/s on all cores ({size / 1e6:.0f} MB, from the page cache)")
+
+
+def write_large_manifest(root: Path, scans: int) -> Manifest:
+    """The manifest of a data set that is not there: 13 data sets, 74 sites, 256 scans a shard, ids of seven digits."""
+    generator = np.random.default_rng(0)
+    person = generator.integers(0, max(1, int(scans * 0.74)), scans)
+    ids = np.char.mod("%07d", person)
+    data_set = np.array([f"set{n:02d}" for n in range(DATA_SETS)])[person % DATA_SETS]
+    session = np.char.mod("%d", np.arange(scans) % 9 + 1)
+    table = pd.DataFrame({
+        "key": np.char.add(np.char.add(np.char.add(data_set, "_sub-"), ids), np.char.add("_ses-", session)),
+        "shard": np.arange(scans) // 256, "offset": generator.integers(0, 2**28, scans),
+        "size": generator.integers(900_000, 1_100_000, scans), "crc32c": generator.integers(0, 2**32, scans),
+        "participant_id": ids, "session": session, "run": "", "dataset": data_set,
+        "site": np.array([f"site{n:02d}" for n in range(SITES)])[person % SITES],
+        "age": np.where(generator.random(scans) < 0.01, np.nan, generator.uniform(6, 88, scans)),
+        "sex": np.where(person % 2, "F", "M"), "diagnosis": np.where(person % 10, "control", "AD"),
+        "tiv": generator.normal(1500, 120, scans), "split": np.array(["pretrain", "monitor", "downstream"])[person % 3],
+    })  # fmt: skip
+    shards = [
+        {"name": f"set-{n:06d}.tar", "bytes": 268_000_000 + n, "sha256": f"{n:064x}", "scans": min(256, scans - first)}
+        for n, first in enumerate(range(0, scans, 256))
+    ]
+    settings = {
+        "dataset": "set", "modality": "vbm", "scaling": "none", "codec": "zst", "scans_per_shard": 256, "seed": 0,
+        "splits": {"pretrain": 0.7, "monitor": 0.1, "downstream": 0.2}, "simulated": True, "scans_found": scans,
+        "quarantined": 0,
+    }  # fmt: skip
+    return write_manifest(root, GRID, settings, shards, table)
+
+
+def bench_info(work: Path, scans: int) -> None:
+    """The whole command, Python's start included."""
+    root = work / "large"
+    root.mkdir()
+    write_large_manifest(root, scans)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "infra.cli", "shards", "info", str(root)], check=True, capture_output=True
+        )
+        seconds.append(time.perf_counter() - started)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / len(seconds)
+    print(f"\nInfo, {scans} scans ({(root / 'scans.parquet').stat().st_size / 1e6:.0f} MB of table): "
+          f"{min(seconds):.2f} s at best, median {statistics.median(seconds):.2f} s, processor {spent:.2f} s; goal 2")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda", "gpu"), default="cpu", help="accepted; all of it is CPU work"
+    )
+    parser.add_argument("--quick", action="store_true", help="few scans, to see that it runs")
+    chosen = parser.parse_args()
+    scans, rounds, large = (8, 1, 100_000) if chosen.quick else (48, 4, 1_000_000)
+    load = os.getloadavg()[0]
+    print(f"{os.cpu_count()} cores {platform.machine()}, load {load:.1f}, nibabel {nibabel.__version__}, "
+          f"zstandard {zstandard.__version__}, numpy {np.__version__}")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        cohort = write_volumes(work / "cohort", scans)
+        manifest = bench_build(cohort, work, rounds)
+        bench_read(cohort, manifest, rounds)
+        bench_verify(manifest)
+        bench_info(work, large)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Builds on a running cluster lose workers and drivers by SIGKILL, and end with the bytes of a build that lost nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import psutil
+import pytest
+
+from data_pipeline.manifest import Manifest
+from data_pipeline.verify import verify_shards
+from tests.cohorts import write_cohort
+from tests.ray_head import head_node
+from tests.runs import ROOT
+
+SHAPE = (61, 73, 61)
+SCANS, PER_SHARD = 72, 4
+SHARDS = SCANS // PER_SHARD
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def big_cohort(tmp_path_factory):
+    """Volumes at 3 mm, so that a shard takes a while; one of them is damaged."""
+    root = write_cohort(tmp_path_factory.mktemp("cohort") / "big", participants=SCANS)
+    generator = np.random.default_rng(0)
+    for path in sorted(root.glob("sub-*/ses-1/anat/*.nii.gz")):
+        voxels = generator.random(SHAPE, dtype=np.float32).round(2)
+        nibabel.save(nibabel.Nifti1Image(voxels, np.diag([3.0, 3, 3, 1])), path)
+    path.write_bytes(path.read_bytes()[:5000])
+    return root
+
+
+@pytest.fixture(scope="module")
+def head():
+    with head_node(cpus=2) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def whole(big_cohort, head, tmp_path_factory):
+    """Every file of an uninterrupted build."""
+    out = tmp_path_factory.mktemp("whole") / "shards"
+    done = subprocess.run(command(big_cohort, out), cwd=ROOT, env=environment(head), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 scans were left out" in done.stdout
+    assert not verify_shards(Manifest.load(out))
+    return files(out)
+
+
+def command(cohort: Path, out: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "infra.cli", "shards", "build", str(cohort), str(out), f"--scans-per-shard={PER_SHARD}",
+    ]  # fmt: skip
+
+
+def environment(head) -> dict[str, str]:
+    return {**os.environ, **head.environment}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def finished(out: Path) -> dict[str, int]:
+    """The inodes of shards that are in their place, with their record."""
+    names = [path.name.removeprefix(".unfinished-").removesuffix(".json") for path in out.glob(".unfinished-*.json")]
+    return {name: (out / name).stat().st_ino for name in names if (out / name).exists()}
+
+
+def start_and_wait(cohort, out, env, shards_done, log):
+    """The build, running, once so many shards are finished."""
+    started = subprocess.Popen(command(cohort, out), cwd=ROOT, env=env, stdout=log, stderr=log)
+    limit = time.monotonic() + 120
+    while len(finished(out)) < shards_done if out.exists() else True:
+        assert started.poll() is None, "the build ended before it could be killed"
+        assert time.monotonic() < limit, "the build never came so far"
+        time.sleep(0.002)
+    return started
+
+
+def name_of(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def more(count: int) -> list:
+    return [pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, count)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, *more(12)])
+def test_a_killed_driver_goes_on_where_it_was(big_cohort, head, whole, tmp_path, seed):
+    out, moments = tmp_path / "shards", random.Random(seed)
+    kept: dict[str, int] = {}
+    with (tmp_path / "log").open("w") as log:
+        for shards_done in sorted(moments.sample(range(SHARDS - 6), 2)):
+            started = start_and_wait(big_cohort, out, environment(head), shards_done, log)
+            time.sleep(moments.uniform(0, 0.03))
+            started.kill()
+            started.wait()
+            if (out / "manifest.json").exists():
+                pytest.skip("the machine built faster than it could be killed")
+            # A shard that was finished once is never written again.
+            now = finished(out)
+            assert kept.items() <= now.items()
+            kept = now
+    # At once, while workers of the dead driver may still be at their shards.
+    done = subprocess.run(command(big_cohort, out), cwd=ROOT, env=environment(head), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {name: (out / name).stat().st_ino for name in kept} == kept
+    time.sleep(0.5)  # an outliving worker would have renamed its shard by now
+    assert files(out) == whole
+
+
+@pytest.mark.parametrize("seed", [0, *more(8)])
+def test_a_build_goes_on_when_its_workers_are_killed(big_cohort, head, whole, tmp_path, seed):
+    out, moments = tmp_path / "shards", random.Random(seed)
+    killed = 0
+    with (tmp_path / "log").open("w+") as log:
+        started = start_and_wait(big_cohort, out, environment(head), moments.randrange(3), log)
+        while started.poll() is None and killed < 3:
+            time.sleep(moments.uniform(0, 0.05))
+            workers = head.workers()
+            if workers:
+                victim = moments.choice(workers)
+                try:
+                    victim.kill()
+                except psutil.NoSuchProcess:
+                    continue
+                killed += 1
+                psutil.wait_procs([victim], timeout=10)
+        assert started.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    assert killed, "no worker was seen at work"
+    assert files(out) == whole
+
+
+def test_a_killed_driver_with_a_cluster_of_its_own_leaves_nothing_at_work(big_cohort, whole, tmp_path):
+    out = tmp_path / "shards"
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with (tmp_path / "log").open("w") as log:
+        started = start_and_wait(big_cohort, out, env, 2, log)
+        family = {process: name_of(process) for process in psutil.Process(started.pid).children(recursive=True)}
+        working = [p for p, name in family.items() if name.startswith(("ray::build_one", "raylet", "gcs_server"))]
+        assert len(working) >= 3, family
+        started.kill()
+        started.wait()
+    try:
+        _, alive = psutil.wait_procs(working, timeout=60)
+        assert not alive
+    finally:  # Ray's agents, which do no work, look only now and then whether they are still wanted
+        for process in family:
+            if process.is_running():
+                process.kill()
+    assert not (out / "manifest.json").exists()
+    done = subprocess.run(command(big_cohort, out), cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert files(out) == whole
