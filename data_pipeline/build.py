@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,19 @@ import pandas as pd
 
 from data_pipeline.cohort import is_simulated, read_bids
 from data_pipeline.manifest import MANIFEST, Manifest, write_manifest
+from data_pipeline.quality import COLUMNS as QUALITY_COLUMNS
+from data_pipeline.quality import Quality, Removal, check_quality, read_scan, write_quarantine
+from data_pipeline.quality_cohort import COARSE, coarse_path, judge_shards, save_coarse
 from data_pipeline.scan import Scan
-from data_pipeline.shard import CODECS, encode, write_shard
+from data_pipeline.shard import CODECS, UNFINISHED, encode, write_shard
 from data_pipeline.split import DEFAULT_SPLITS, assign_splits
-from data_pipeline.volume import BadScan, Grid, check_scaling, load_volume, open_image, scale_factor
+from data_pipeline.volume import BadScan, Grid, check_scaling, open_image
 from infra import ray_cluster
 from infra.errors import UserError, nearest
-from infra.files import atomic_write, sha256_of
+from infra.files import sha256_of
 from infra.progress import Progress
+from infra.settings import to_dict
 
-UNFINISHED = ".unfinished-"
 PLACES = (
     "key",
     "shard",
@@ -42,6 +44,7 @@ class _Task:
     grid: Grid
     scaling: str
     codec: str
+    quality: Quality
 
 
 def build_shards(
@@ -55,6 +58,7 @@ def build_shards(
     codec: str = "zst",
     scans_per_shard: int = 256,
     splits: dict[str, float] | None = None,
+    quality: Quality | None = None,
     seed: int = 0,
     workers: int | None = None,
 ) -> Manifest:
@@ -66,6 +70,7 @@ def build_shards(
         scaling: ``none``, or ``tiv``: divide by total intracranial volume (needs a ``tiv`` column in ml).
         codec: ``zst`` (zstd, a quarter of the size) or ``npy`` (which DALI's own reader decodes).
         splits: shares of the healthy participants, see ``data_pipeline.split``.
+        quality: which scans are left out, see ``data_pipeline.quality``; None takes the rules' defaults.
 
     The same cohort and settings give the same bytes, whatever ``workers``. A scan that cannot be used goes to
     ``quarantine.tsv`` with its reason. A folder that holds this very build already is left as it is; another one in it
@@ -83,10 +88,12 @@ def build_shards(
         raise UserError(
             f"cohort {root}: {twice.iloc[0]} files have the key {twice.index[0]}; name their runs _run-1, _run-2"
         )
-    grid = grid or common_grid(scans)
+    grid, quality = grid or common_grid(scans), quality or Quality()
+    check_quality(quality, scans)
     settings: dict[str, Any] = {
         "dataset": scans[0].dataset, "modality": modality, "scaling": scaling, "codec": codec,
         "scans_per_shard": scans_per_shard, "seed": seed, "splits": splits or DEFAULT_SPLITS,
+        "quality": to_dict(quality),
         "simulated": is_simulated(root), "scans_found": len(scans) + len(unknown),
     }  # fmt: skip
     done = _already_built(folder, grid, settings)
@@ -94,11 +101,14 @@ def build_shards(
         return done
     folder.mkdir(parents=True, exist_ok=True)
     # What a killed build left, with other settings perhaps: no manifest lists it.
-    for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{scans[0].dataset}-[0-9]*.tar")):
+    for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{COARSE}*"), *folder.glob(f"{scans[0].dataset}-[0-9]*.tar")):
         leftover.unlink()
-    shards, rows, bad = _write_shards(folder, scans, grid, settings, workers)
-    bad = [(scan.key, str(scan.path), "participant is not in participants.tsv") for scan in unknown] + bad
-    _write_quarantine(folder / "quarantine.tsv", bad)
+    with ray_cluster.session(workers):
+        shards, rows, bad = _write_shards(folder, scans, grid, settings, quality)
+        paths = {scan.key: scan.path for scan in scans}
+        shards, rows, removed = judge_shards(folder, shards, rows, quality, codec, paths)
+    bad += removed + [Removal.of(scan, BadScan("participant is not in participants.tsv", "participant")) for scan in unknown]
+    write_quarantine(folder / "quarantine.tsv", bad)
     if not rows:
         raise UserError(f"cohort {root}: no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")
     settings["quarantined"] = len(bad)
@@ -118,19 +128,20 @@ def common_grid(scans: list[Scan], look_at: int = 5) -> Grid:
 
 
 def _write_shards(
-    folder: Path, scans: list[Scan], grid: Grid, settings: dict[str, Any], workers: int | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[tuple[str, str, str]]]:
+    folder: Path, scans: list[Scan], grid: Grid, settings: dict[str, Any], quality: Quality
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Removal]]:
     """Shuffle the scans over shards, write these in Ray tasks; rows of shards, of scans, and what was quarantined."""
     # One shuffle, once: a reader that takes shard after shard sees mixed sites too.
     order = np.random.Generator(np.random.Philox(key=[settings["seed"], 0x5AAD])).permutation(len(scans))
     step = settings["scans_per_shard"]
     parts = [[scans[i] for i in order[first : first + step]] for first in range(0, len(scans), step)]
+    scaling, codec = settings["scaling"], settings["codec"]
     tasks = [
-        _Task(part, str(folder), f"{settings['dataset']}-{n:06d}.tar", grid, settings["scaling"], settings["codec"])
+        _Task(part, str(folder), f"{settings['dataset']}-{n:06d}.tar", grid, scaling, codec, quality)
         for n, part in enumerate(parts)
     ]
     results: list[Any] = [None] * len(tasks)
-    with ray_cluster.session(workers), Progress(len(scans), "scans", "building shards") as progress:
+    with Progress(len(scans), "scans", "building shards") as progress:
         quarantined = 0
         for index, result in ray_cluster.map_unordered(build_one, [(task,) for task in tasks], in_flight=64):
             results[index] = result
@@ -138,7 +149,7 @@ def _write_shards(
             progress.advance(len(parts[index]), quarantined=quarantined)
     shards: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
-    bad: list[tuple[str, str, str]] = []
+    bad: list[Removal] = []
     for shard, its_rows, its_bad in results:
         bad += its_bad
         if its_rows:
@@ -147,21 +158,22 @@ def _write_shards(
     return shards, rows, bad
 
 
-def build_one(task: _Task) -> tuple[dict[str, Any], list[dict[str, Any]], list[tuple[str, str, str]]]:
+def build_one(task: _Task) -> tuple[dict[str, Any], list[dict[str, Any]], list[Removal]]:
     """Write one shard under a temporary name and rename it; runs in a Ray worker, one volume in memory at a time."""
-    bad: list[tuple[str, str, str]] = []
-    used: list[Scan] = []
+    bad: list[Removal] = []
+    used: list[tuple[Scan, dict[str, Any]]] = []
+    coarse: list[Any] = []
 
     def samples() -> Any:
         for scan in task.scans:
             try:
-                factor = scale_factor(task.scaling, scan.extra)
-                payload = encode(load_volume(scan.path, task.grid, factor=factor), task.codec)
+                voxels, figures, small = read_scan(scan, task.grid, task.scaling, task.quality)
             except BadScan as error:
-                bad.append((scan.key, str(scan.path), str(error)))
+                bad.append(Removal.of(scan, error))
                 continue
-            used.append(scan)
-            yield scan.key, payload, _describe(scan)
+            used.append((scan, figures))
+            coarse.append(small)
+            yield scan.key, encode(voxels, task.codec), _describe(scan)
 
     final = Path(task.out) / task.name
     temporary = final.with_name(f"{UNFINISHED}{task.name}")
@@ -169,11 +181,12 @@ def build_one(task: _Task) -> tuple[dict[str, Any], list[dict[str, Any]], list[t
     if not rows:
         temporary.unlink()
         return {}, [], bad
+    save_coarse(coarse_path(final.parent, task.name), coarse)
     shard = {"name": task.name, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary), "scans": len(rows)}
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     temporary.replace(final)
-    return shard, [{**row, **_describe(scan)} for row, scan in zip(rows, used, strict=True)], bad
+    return shard, [{**row, **_describe(scan), **figures} for row, (scan, figures) in zip(rows, used, strict=True)], bad
 
 
 def _describe(scan: Scan) -> dict[str, Any]:
@@ -182,7 +195,7 @@ def _describe(scan: Scan) -> dict[str, Any]:
         "participant_id": scan.participant_id, "session": scan.session, "run": scan.run, "dataset": scan.dataset,
         "site": scan.site, "age": None if scan.age != scan.age else scan.age, "sex": scan.sex,
     }  # fmt: skip
-    return {**{name: value for name, value in scan.extra.items() if name not in PLACES}, **known}
+    return {**{name: value for name, value in scan.extra.items() if name not in (*PLACES, *QUALITY_COLUMNS)}, **known}
 
 
 def _scan_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> pd.DataFrame:
@@ -222,10 +235,3 @@ def _already_built(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manife
             "choose another folder, or remove that one"
         )
     return old
-
-
-def _write_quarantine(path: Path, bad: list[tuple[str, str, str]]) -> None:
-    with atomic_write(path, "w") as stream:
-        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-        writer.writerow(["key", "path", "reason"])
-        writer.writerows(sorted(bad))

@@ -48,6 +48,14 @@ class Grid:
         d, h, w = (int(n) for n in shape)
         return cls((d, h, w), tuple(tuple(float(round(v, 3)) + 0.0 for v in row) for row in np.asarray(affine)))
 
+    def distance(self, other: Grid) -> float:
+        """The longest way in mm between corresponding corners of the two grids: 0 for equal ones."""
+        ends = [
+            np.array([[i, j, k, 1] for i in (0, d - 1) for j in (0, h - 1) for k in (0, w - 1)]) @ np.array(affine).T
+            for (d, h, w), affine in ((self.shape, self.affine), (other.shape, other.affine))
+        ]
+        return float(np.linalg.norm((ends[0] - ends[1])[:, :3], axis=1).max())
+
     @classmethod
     def vbm(cls, spacing: float) -> Grid:
         """The VBM box (181.5 x 217.5 x 181.5 mm) cut into voxels of ``spacing`` mm."""
@@ -59,7 +67,13 @@ class Grid:
 
 
 class BadScan(Exception):
-    """A scan that cannot be used; the text is the reason that quarantine.tsv gives."""
+    """A scan that cannot be used; the text is the reason that quarantine.tsv gives, beside rule, figure and threshold."""
+
+    def __init__(
+        self, reason: str, rule: str = "unreadable", figure: float | None = None, threshold: float | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.rule, self.figure, self.threshold = rule, figure, threshold
 
 
 def open_image(path: Path) -> Any:
@@ -72,25 +86,56 @@ def open_image(path: Path) -> Any:
     if len(shape) == 4 and shape[3] == 1:
         image = nibabel.squeeze_image(image)
     elif len(shape) != 3:
-        raise BadScan(f"shape {shape} is not one 3D volume")
+        raise BadScan(f"shape {shape} is not one 3D volume", "shape", len(shape), 3)
+    if not (np.isfinite(image.affine).all() and abs(np.linalg.det(image.affine)) > 1e-9):
+        raise BadScan("the affine in the header is singular or not finite", "affine")
     return image
+
+
+# What a scan is refused for at loading, where the cohort's rules say so (data_pipeline.quality).
+DEFAULT_CHECKS = frozenset({"nonfinite", "constant"})
 
 
 def load_volume(path: Path, grid: Grid, *, factor: float = 1.0) -> Array:
     """A scan on the grid: (D, H, W) float16, multiplied by ``factor``. BadScan for what cannot be used."""
+    return to_float16(read_voxels(path, grid), factor)
+
+
+def read_voxels(path: Path, grid: Grid, checks: frozenset[str] = DEFAULT_CHECKS) -> Array:
+    """A scan on the grid: (D, H, W) float32, not scaled.
+
+    ``checks``: ``nonfinite`` refuses NaN and infinite voxels (else they become 0), ``constant`` a volume of one value,
+    ``grid`` one that lies on another grid (else it is resampled). BadScan names the rule and the figure.
+    """
     image = open_image(path)
+    here = Grid.of(image.shape, image.affine)
+    if here != grid and "grid" in checks:
+        found = f"{' x '.join(map(str, here.shape))} voxels of {' x '.join(f'{v:g}' for v in here.spacing)} mm"
+        raise BadScan(f"lies on another grid ({found}), up to {here.distance(grid):.4g} mm off", "grid", here.distance(grid), 0)
     try:
-        if Grid.of(image.shape, image.affine) != grid:
+        if here != grid:
             image = resample_from_to(image, (grid.shape, np.array(grid.affine)), order=1)
         voxels = np.asarray(image.dataobj, dtype=np.float32)
     except Exception as error:  # a truncated gzip stream shows only here
         raise BadScan(f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
-    if not np.isfinite(voxels).all():
-        raise BadScan(f"{int((~np.isfinite(voxels)).sum())} voxels are NaN or infinite")
+    finite = np.isfinite(voxels)
+    if not finite.all():
+        count = int((~finite).sum())
+        if "nonfinite" in checks:
+            raise BadScan(f"{count} voxels are NaN or infinite", "nonfinite", count, 0)
+        voxels = np.where(finite, voxels, np.float32(0))
     if voxels.size == 0:
-        raise BadScan("no voxels")
-    if voxels.min() == voxels.max():
-        raise BadScan(f"every voxel is {float(voxels.flat[0]):g}")
+        raise BadScan("no voxels", "empty", 0, 1)
+    if "constant" in checks and voxels.min() == voxels.max():
+        value = float(voxels.flat[0])
+        raise BadScan(f"every voxel is {value:g}", "constant", value)
+    return voxels
+
+
+def to_float16(voxels: Array, factor: float = 1.0) -> Array:
+    """What the shards hold: float32 voxels times ``factor`` as float16; ``voxels`` itself may be overwritten."""
+    if not voxels.flags.writeable:
+        voxels = voxels.copy()
     voxels *= np.float32(factor)
     peak = float(np.abs(voxels).max())
     # float16 ends at 65504: raw intensities beyond are scaled by a power of two, which loses nothing and which the
@@ -107,7 +152,7 @@ def scale_factor(scaling: str, values: dict[str, Any]) -> float:
         return 1.0
     tiv = values.get("tiv")
     if not isinstance(tiv, int | float) or not 300 < tiv < 3000:
-        raise BadScan(f"tiv={tiv!r} is not a volume of 300..3000 ml; scaling: tiv needs it")
+        raise BadScan(f"tiv={tiv!r} is not a volume of 300..3000 ml; scaling: tiv needs it", "tiv")
     return REFERENCE_TIV_ML / float(tiv)
 
 
