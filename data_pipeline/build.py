@@ -83,11 +83,7 @@ def build_shards(
     if scans_per_shard < 1:
         raise UserError(f"scans_per_shard={scans_per_shard} must be at least 1")
     scans, unknown = read_bids(root, dataset, modality)
-    twice = pd.Series([scan.key for scan in scans]).value_counts()
-    if twice.iloc[0] > 1:
-        raise UserError(
-            f"cohort {root}: {twice.iloc[0]} files have the key {twice.index[0]}; name their runs _run-1, _run-2"
-        )
+    check_keys(root, scans)
     grid, quality = grid or common_grid(scans), quality or Quality()
     check_quality(quality, scans)
     settings: dict[str, Any] = {
@@ -101,18 +97,33 @@ def build_shards(
         return done
     folder.mkdir(parents=True, exist_ok=True)
     # What a killed build left, with other settings perhaps: no manifest lists it.
-    for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{COARSE}*"), *folder.glob(f"{scans[0].dataset}-[0-9]*.tar")):
+    for leftover in (
+        *folder.glob(f"{UNFINISHED}*"),
+        *folder.glob(f"*{COARSE}*"),
+        *folder.glob(f"{scans[0].dataset}-[0-9]*.tar"),
+    ):
         leftover.unlink()
     with ray_cluster.session(workers):
         shards, rows, bad = _write_shards(folder, scans, grid, settings, quality)
         paths = {scan.key: scan.path for scan in scans}
         shards, rows, removed = judge_shards(folder, shards, rows, quality, codec, paths)
-    bad += removed + [Removal.of(scan, BadScan("participant is not in participants.tsv", "participant")) for scan in unknown]
+    bad += removed + [
+        Removal.of(scan, BadScan("participant is not in participants.tsv", "participant")) for scan in unknown
+    ]
     write_quarantine(folder / "quarantine.tsv", bad)
     if not rows:
         raise UserError(f"cohort {root}: no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")
     settings["quarantined"] = len(bad)
     return write_manifest(folder, grid, settings, shards, _scan_table(rows, settings))
+
+
+def check_keys(root: Path, scans: list[Scan]) -> None:
+    """UserError where two files of a cohort have one key."""
+    twice = pd.Series([scan.key for scan in scans]).value_counts()
+    if twice.iloc[0] > 1:
+        raise UserError(
+            f"cohort {root}: {twice.iloc[0]} files have the key {twice.index[0]}; name their runs _run-1, _run-2"
+        )
 
 
 def common_grid(scans: list[Scan], look_at: int = 5) -> Grid:

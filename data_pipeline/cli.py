@@ -5,22 +5,27 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from infra.errors import UserError
 
 
 def cohort(arguments: list[str]) -> int:
-    """Make a cohort."""
-    parser = argparse.ArgumentParser(prog="yaware cohort", description="Make a cohort of scans.")
+    """Make a cohort, or look at one."""
+    parser = argparse.ArgumentParser(prog="yaware cohort", description="Make a cohort of scans, or look at one.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     simulate = commands.add_parser("simulate", help="write a simulated cohort as a BIDS folder of NIfTI files")
+    inspect = commands.add_parser(
+        "inspect", help="tables and an HTML page: who is there, which scans a build would leave out"
+    )
+    _add_reading(inspect)
+    inspect.add_argument("--out", type=Path, help="folder for the page (default: inspect-<data set> in this folder)")
     if arguments[:1] == ["simulate"]:  # the simulator is slow to import; `yaware cohort --help` does without
         from data_pipeline.simulate import add_simulate_arguments, run_simulate
 
         add_simulate_arguments(simulate)
         return run_simulate(parser.parse_args(arguments))
-    parser.parse_args(arguments)
-    return 0
+    return _inspect(_with_quality(parser, arguments))
 
 
 def shards(arguments: list[str]) -> int:
@@ -35,39 +40,76 @@ def shards(arguments: list[str]) -> int:
     preview.add_argument("--scans", type=int, default=4)
     for name, what in (("info", "counts, ages, sites, splits, sizes"), ("verify", "every shard against its checksum")):
         commands.add_parser(name, help=what).add_argument("shards")
-    options = parser.parse_args(arguments)
+    options = _with_quality(parser, arguments)
     return RUN[options.command](options)
 
 
+def _with_quality(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """The options, and the overrides ``--quality.key=value`` where the command has a ``--quality``."""
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if not (word.startswith("--quality.") and "quality" in options)]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.quality_overrides = rest
+    return options
+
+
 def _add_build(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("cohort", help="BIDS-like folder with participants.tsv and sub-*/[ses-*/]anat/*.nii.gz")
+    _add_reading(parser)
     parser.add_argument("out", type=Path, help="folder for the shards")
-    parser.add_argument("--dataset", help="name that every key begins with (default: the cohort folder's name)")
-    parser.add_argument("--modality", default="vbm", help="vbm (grey-matter maps, default) or t1w")
-    parser.add_argument("--spacing", type=float, help="bring scans to the VBM box cut into voxels of so many mm")
-    parser.add_argument("--scaling", default="none", help="none, or tiv: divide by total intracranial volume")
     parser.add_argument("--codec", default="zst", help="zst (default) or npy, which DALI's own reader decodes")
     parser.add_argument("--scans-per-shard", type=int, default=256)
     parser.add_argument(
         "--splits", help="shares of the healthy participants, as in pretrain=.7,monitor=.1,downstream=.2"
     )
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """How a cohort is read, by ``shards build`` and ``cohort inspect`` alike."""
+    parser.add_argument("cohort", help="BIDS-like folder with participants.tsv and sub-*/[ses-*/]anat/*.nii.gz")
+    parser.add_argument("--dataset", help="name that every key begins with (default: the cohort folder's name)")
+    parser.add_argument("--modality", default="vbm", help="vbm (grey-matter maps, default) or t1w")
+    parser.add_argument("--spacing", type=float, help="bring scans to the VBM box cut into voxels of so many mm")
+    parser.add_argument("--scaling", default="none", help="none, or tiv: divide by total intracranial volume")
+    parser.add_argument(
+        "--quality", type=Path, metavar="FILE", help="YAML with a section quality: of rules; --quality.outlier.robust_z=-4 "
+        "and the like change single ones (data_pipeline/quality.py lists them)",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, help="Ray workers (default: every core, or the cluster of RAY_ADDRESS)")
+
+
+def _reading(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``_add_reading`` asked for, as keywords of ``build_shards`` and ``survey_cohort``."""
+    from data_pipeline.quality import load_quality
+    from data_pipeline.volume import Grid
+
+    if options.spacing is not None and not 0.5 <= options.spacing <= 20:
+        raise UserError(f"--spacing={options.spacing} is not in 0.5..20 mm")
+    return {
+        "dataset": options.dataset, "modality": options.modality, "scaling": options.scaling, "workers": options.workers,
+        "grid": None if options.spacing is None else Grid.vbm(options.spacing),
+        "quality": load_quality(options.quality, options.quality_overrides),
+    }  # fmt: skip
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from data_pipeline.inspect_cohort import inspect_cohort
+
+    page = inspect_cohort(options.cohort, options.out, **_reading(options))
+    print(f"cohort: wrote {page} and, beside it, quarantine.tsv")
+    return 0
 
 
 def _build(options: argparse.Namespace) -> int:
     from data_pipeline.build import build_shards
     from data_pipeline.manifest import MANIFEST
     from data_pipeline.split import parse_splits
-    from data_pipeline.volume import Grid
 
-    if options.spacing is not None and not 0.5 <= options.spacing <= 20:
-        raise UserError(f"--spacing={options.spacing} is not in 0.5..20 mm")
     before = (options.out / MANIFEST).is_file()
     manifest = build_shards(
-        options.cohort, options.out, dataset=options.dataset, modality=options.modality,
-        grid=None if options.spacing is None else Grid.vbm(options.spacing), scaling=options.scaling, codec=options.codec,
-        scans_per_shard=options.scans_per_shard, seed=options.seed, workers=options.workers,
+        options.cohort, options.out, **_reading(options), codec=options.codec,
+        scans_per_shard=options.scans_per_shard, seed=options.seed,
         splits=parse_splits(options.splits) if options.splits else None,
     )  # fmt: skip
     bad = int(manifest.settings["quarantined"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -40,14 +40,25 @@ def save_coarse(path: Path, volumes: Sequence[Array]) -> None:
         np.save(stream, np.stack(volumes, axis=1).astype(np.float16))
 
 
+class Verdict(NamedTuple):
+    """Each scan's ``correlation`` with the median scan and its robust ``z``, (N,) float64, NaN where there is none; whom to
+    remove; and what z is reckoned with: z = (correlation - ``middle``) / ``scale``, both None in too small a cohort."""
+
+    correlation: Array
+    z: Array
+    removals: list[Removal]
+    middle: float | None
+    scale: float | None
+
+
 def judge(
     table: pd.DataFrame,
     coarse: Sequence[Path],
     quality: Quality,
     paths: Mapping[str, Path],
     known: Mapping[str, str] | None = None,
-) -> tuple[Array, list[Removal]]:
-    """Compare all scans of a cohort: each scan's correlation with the median scan (N,) float64, and whom to remove.
+) -> Verdict:
+    """Compare all scans of a cohort with each other and with their median scan.
 
     Args:
         table: a row per scan, in the order of the parts' columns: ``key``, ``dataset``, ``participant_id``,
@@ -66,20 +77,25 @@ def judge(
     correlation = _correlations(coarse, kept)
     limit = quality.outlier
     judged = kept & np.isfinite(correlation)
-    if limit.use and judged.sum() >= limit.least_scans:
-        z, middle = robust_z(correlation, judged)
-        for row in np.flatnonzero(judged & (z < limit.robust_z)):
-            key, r = str(table["key"].iloc[row]), float(correlation[row])
-            reason = f"correlation {r:.3f} with the cohort's median scan (median of the cohort {middle:.3f})"
-            removed[int(row)] = Removal(key, str(paths[key]), "outlier", round(float(z[row]), 3), limit.robust_z, reason)
-    return correlation, [removed[row] for row in sorted(removed)]
+    if judged.sum() < limit.least_scans:
+        none = np.full(len(table), np.nan)
+        return Verdict(correlation, none, [removed[row] for row in sorted(removed)], None, None)
+    middle, scale = robust_scale(correlation[judged])
+    z = (correlation - middle) / scale
+    for row in np.flatnonzero(judged & (z < limit.robust_z)) if limit.use else ():
+        key = str(table["key"].iloc[row])
+        reason = (
+            f"correlation {correlation[row]:.3f} with the cohort's median scan is {-z[row]:.3g} robust standard deviations "
+            f"below the cohort's median of {middle:.3f}"
+        )
+        removed[int(row)] = Removal(key, str(paths[key]), "outlier", float(z[row]), limit.robust_z, reason)
+    return Verdict(correlation, z, [removed[row] for row in sorted(removed)], middle, scale)
 
 
-def robust_z(correlation: Array, judged: Mask) -> tuple[Array, float]:
-    """(r - median) / (1.4826 x median absolute deviation) of all (N,), both taken over ``judged``; and that median."""
-    middle = float(np.median(correlation[judged]))
-    spread = max(float(np.median(np.abs(correlation[judged] - middle))), LEAST_SPREAD)
-    return (correlation - middle) / (1.4826 * spread), middle
+def robust_scale(correlation: Array) -> tuple[float, float]:
+    """Median and 1.4826 x median absolute deviation (the standard deviation of a normal law) of some correlations."""
+    middle = float(np.median(correlation))
+    return middle, 1.4826 * max(float(np.median(np.abs(correlation - middle))), LEAST_SPREAD)
 
 
 def _duplicates(table: pd.DataFrame, paths: Mapping[str, Path], known: Mapping[str, str]) -> dict[int, Removal]:
@@ -162,15 +178,13 @@ def judge_shards(
     names = ("key", "dataset", "participant_id", "voxels_sha256")
     table = pd.DataFrame({name: [row[name] for row in rows] for name in names})
     files = [coarse_path(folder, str(shard["name"])) for shard in shards]
-    correlation, removals = judge(table, files, quality, paths, known)
-    rows = [
-        {**row, "quality_correlation": None if r != r else float(r)} for row, r in zip(rows, correlation, strict=True)
-    ]
-    gone = {removal.key for removal in removals}
+    verdict = judge(table, files, quality, paths, known)
+    rows = [{**row, "quality_correlation": float(r)} for row, r in zip(rows, verdict.correlation, strict=True)]
+    gone = {removal.key for removal in verdict.removals}
     shards, rows = _without(folder, shards, rows, gone, codec)
     for path in files:
         path.unlink()
-    return shards, rows, removals
+    return shards, rows, verdict.removals
 
 
 def _without(

@@ -111,7 +111,9 @@ def read_voxels(path: Path, grid: Grid, checks: frozenset[str] = DEFAULT_CHECKS)
     here = Grid.of(image.shape, image.affine)
     if here != grid and "grid" in checks:
         found = f"{' x '.join(map(str, here.shape))} voxels of {' x '.join(f'{v:g}' for v in here.spacing)} mm"
-        raise BadScan(f"lies on another grid ({found}), up to {here.distance(grid):.4g} mm off", "grid", here.distance(grid), 0)
+        raise BadScan(
+            f"lies on another grid ({found}), up to {here.distance(grid):.4g} mm off", "grid", here.distance(grid), 0
+        )
     try:
         if here != grid:
             image = resample_from_to(image, (grid.shape, np.array(grid.affine)), order=1)
