@@ -15,8 +15,8 @@ from data_pipeline.volume import BadScan, read_voxels
 from infra.files import atomic_write
 from infra.progress import Progress
 
-KEPT, REMOVED, THIRD, FOURTH = "#0072B2", "#D55E00", "#009E73", "#999999"  # Okabe and Ito (2008)
-SEXES = {"F": ("female", REMOVED), "M": ("male", KEPT), "O": ("other", THIRD), "": ("sex missing", FOURTH)}
+KEPT, REMOVED = "#0072B2", "#D55E00"  # this and the other colours: Okabe and Ito (2008)
+SEXES = {"F": ("female", "#CC79A7"), "M": ("male", "#56B4E9"), "O": ("other", "#009E73"), "": ("missing", "#999999")}
 MOST_SITES = 40
 OTHERS = 8  # thumbnails of scans that another rule than the outliers' leaves out
 STYLE = """
@@ -117,7 +117,8 @@ def _pyplot() -> Any:
 
     plt.rcParams.update(
         {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-         "axes.grid": True, "grid.alpha": 0.25, "figure.facecolor": "white", "savefig.facecolor": "white"}
+         "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25,
+         "figure.facecolor": "white", "savefig.facecolor": "white"}
     )  # fmt: skip
     return plt
 
@@ -179,6 +180,8 @@ def _by_site(survey: Survey) -> bytes:
     axis.barh(shown.index, shown["sum"], color=KEPT, label="stay")
     axis.barh(shown.index, shown["size"] - shown["sum"], left=shown["sum"], color=REMOVED, label="left out")
     axis.grid(axis="y", visible=False)
+    axis.margins(y=0.02)
+    axis.set_xlim(0, 1.15 * max(1, shown["size"].max()))
     axis.legend(loc="lower right")
     axis.set_xlabel(
         "scans" if len(counts) <= MOST_SITES else f"scans (the {MOST_SITES} largest of {len(counts)} sites)"
@@ -187,22 +190,31 @@ def _by_site(survey: Survey) -> bytes:
 
 
 def _correlations(survey: Survey) -> bytes:
+    """All correlations on a log scale, where one outlier shows beside thousands; and those about the threshold alone."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained")
     measured = survey.scans.dropna(subset=["quality_correlation"])
     r, out = measured["quality_correlation"].to_numpy(), (measured["rule"] == "outlier").to_numpy()
-    if len(r):
-        limit = survey.threshold
-        ends = [*r, limit] if limit is not None else r
-        bins = np.linspace(min(ends), max(ends) + 1e-6, 60)
-        axis.hist([r[~out], r[out]], bins=bins, stacked=True, color=[KEPT, REMOVED], label=["others", "outliers"])
+    limit, scale = survey.threshold, survey.verdict.scale
+    near = r if limit is None or scale is None else r[r >= limit - 3 * scale]
+    for axis, values in zip(axes, (r, near), strict=True):
+        ends = [*values, *([] if limit is None else [limit])]
+        if ends:
+            bins = np.linspace(min(ends), max(ends) + 1e-6, 50)
+            axis.hist([r[~out], r[out]], bins=bins, stacked=True, color=[KEPT, REMOVED], label=["others", "outliers"])
         if limit is not None:
             axis.axvline(limit, color="black", lw=1.2, ls="--")
-            z = survey.quality.outlier.robust_z
-            axis.annotate(f"threshold {limit:.3f} (z = {z:g})", (limit, 1), xycoords=("data", "axes fraction"),
-                          xytext=(-5, -4), textcoords="offset points", ha="right", va="top")  # fmt: skip
-        axis.set_yscale("log")  # a single outlier must be seen beside thousands
-        axis.legend(loc="upper left")
-    axis.set_xlabel("correlation with the median scan")
-    axis.set_ylabel("scans (log scale)")
+        axis.set_xlabel("correlation with the median scan")
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+    axes[0].set(title="all scans", ylabel="scans (log scale)", yscale="log")
+    axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes[0].set_ylim(bottom=0.7)
+    axes[0].legend(loc="upper left")
+    name = "the same, about the threshold" if limit is not None else "the same, linear scale (outliers are not judged)"
+    axes[1].set(title=name, ylabel="scans")
+    if limit is not None:
+        text = f" threshold {limit:.3f}\n (robust z = {survey.quality.outlier.robust_z:g})"
+        axes[1].annotate(text, (limit, 0.97), xycoords=("data", "axes fraction"), va="top")
     return _png(figure)

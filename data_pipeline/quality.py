@@ -35,7 +35,8 @@ class Outlier:
     """Refuses scans whose correlation with the cohort's median scan has a robust z below ``robust_z``.
 
     z = (r - median r) / (1.4826 x median absolute deviation of r); only low correlations are refused. A cohort of fewer
-    than ``least_scans`` is not judged.
+    than ``least_scans`` is not judged. It finds noise, shifts, turned or cut heads; left and right that have changed places
+    alter the correlation too little to be found for sure.
     """
 
     use: bool = True
