@@ -18,12 +18,17 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.scan import Scan
-from data_pipeline.volume import DEFAULT_CHECKS, Array, BadScan, Grid, read_voxels, scale_factor, to_float16
+from data_pipeline.volume import DEFAULT_CHECKS, Array, BadScan, Grid, read_voxels, scale_factor, scaled, to_float16
 from infra.errors import UserError, nearest
 from infra.files import atomic_write
 from infra.settings import load_settings
 
-FIGURES = ("quality_mean", "quality_std", "quality_zeros")  # of the stored voxels; zeros: share of exact zeros
+FIGURES = (
+    "quality_mean",
+    "quality_std",
+    "quality_zeros",
+)  # share of zero voxels; mean and SD before rounding to float16
+NEGATIVE_ZERO = 0x8000
 COLUMNS = ("voxels_sha256", *FIGURES, "quality_correlation")  # what quality adds to scans.parquet
 COARSE_MM, COARSE_SIDE = 8.0, 20  # the coarse volume: blocks of about 8 mm, at most 20 along an axis
 WORST_MARK = 10.5  # CAT12's marks go from 0.5 (excellent) to 10.5
@@ -154,9 +159,9 @@ def read_scan(scan: Scan, grid: Grid, scaling: str, quality: Quality) -> tuple[A
     raw = read_voxels(scan.path, grid, quality.checks)
     # The same scan under two ids may have two head sizes: the digest is taken before scaling.
     digest = None if factor == 1.0 else digest_of(to_float16(raw.copy()))
-    voxels = to_float16(raw, factor)
-    wide = voxels.astype(np.float32)
-    figures = {"voxels_sha256": digest or digest_of(voxels), **_figures(wide)}
+    wide = scaled(raw, factor)
+    voxels = to_float16(wide)
+    figures = {"voxels_sha256": digest or digest_of(voxels), **_figures(wide, voxels)}
     _refuse_by_limits(figures, quality, FIGURES)
     return voxels, figures, coarse_volume(wide, grid)
 
@@ -166,24 +171,38 @@ def digest_of(voxels: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(voxels).data).hexdigest()
 
 
-def _figures(wide: Array) -> dict[str, float]:
-    mean = float(wide.mean(dtype=np.float64))
-    squares = np.square(wide - np.float32(mean)).sum(dtype=np.float64)
-    figures = (mean, float(np.sqrt(squares / wide.size)), 1.0 - np.count_nonzero(wide) / wide.size)
+def _figures(wide: Array, stored: Array) -> dict[str, float]:
+    # Float32 within a row, float64 over rows: as exact as the six digits kept, and a fifth of the time of float64.
+    rows = _c_order(wide)
+    mean = float(np.einsum("ijk->ij", rows).sum(dtype=np.float64)) / wide.size
+    squares = float(np.einsum("ijk,ijk->ij", rows, rows).sum(dtype=np.float64)) / wide.size
+    bits = stored.view(np.uint16)  # numpy compares float16 one by one
+    zeros = bits.size - np.count_nonzero(bits) + np.count_nonzero(bits == NEGATIVE_ZERO)
+    figures = (mean, max(squares - mean * mean, 0.0) ** 0.5, zeros / bits.size)
     return {name: float(f"{value:.6g}") for name, value in zip(FIGURES, figures, strict=True)}
 
 
 def coarse_volume(wide: Array, grid: Grid) -> Array:
     """Means of blocks of about 8 mm, larger where an axis would have more than 20 of them: (V,) float32, at most 8,000."""
-    coarse = wide
-    for axis, (length, spacing) in enumerate(zip(grid.shape, grid.spacing, strict=True)):
-        block = max(1, round(COARSE_MM / spacing), -(-length // COARSE_SIDE))
-        first = np.arange(0, length, block)
-        sizes = np.diff([*first, length]).astype(np.float32)
-        coarse = np.add.reduceat(coarse, first, axis=axis) / np.expand_dims(
-            sizes, tuple(other for other in range(3) if other != axis)
-        )
-    return coarse.ravel()
+    blocks = [
+        max(1, round(COARSE_MM / spacing), -(-length // COARSE_SIDE))
+        for length, spacing in zip(grid.shape, grid.spacing, strict=True)
+    ]
+    rows = _c_order(wide)
+    turned = rows is not wide
+    blocks = blocks[::-1] if turned else blocks
+    firsts = [np.arange(0, length, block) for length, block in zip(rows.shape, blocks, strict=True)]
+    # Whole slabs first: adding planes runs at the speed of memory, and leaves little for the other axes.
+    sums = np.stack([rows[first : first + blocks[0]].sum(axis=0) for first in firsts[0]])
+    sums = np.add.reduceat(np.add.reduceat(sums, firsts[1], axis=1), firsts[2], axis=2)
+    counts = [np.diff([*first, length]) for first, length in zip(firsts, rows.shape, strict=True)]
+    means = sums / np.multiply.outer(np.multiply.outer(*counts[:2]), counts[2]).astype(np.float32)
+    return (means.T if turned else means).ravel()
+
+
+def _c_order(wide: Array) -> Array:
+    """The same voxels with the axes in the order of memory: NIfTI's first axis runs fastest."""
+    return wide.T if wide.flags.f_contiguous and not wide.flags.c_contiguous else wide
 
 
 def _refuse_by_columns(known: Mapping[str, Any], quality: Quality) -> None:

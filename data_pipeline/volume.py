@@ -120,32 +120,36 @@ def read_voxels(path: Path, grid: Grid, checks: frozenset[str] = DEFAULT_CHECKS)
         voxels = np.asarray(image.dataobj, dtype=np.float32)
     except Exception as error:  # a truncated gzip stream shows only here
         raise BadScan(f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
-    finite = np.isfinite(voxels)
-    if not finite.all():
+    if voxels.size == 0:
+        raise BadScan("no voxels", "empty", 0, 1)
+    if not np.isfinite((voxels.min(), voxels.max())).all():  # either is NaN where any voxel is
+        finite = np.isfinite(voxels)
         count = int((~finite).sum())
         if "nonfinite" in checks:
             raise BadScan(f"{count} voxels are NaN or infinite", "nonfinite", count, 0)
         voxels = np.where(finite, voxels, np.float32(0))
-    if voxels.size == 0:
-        raise BadScan("no voxels", "empty", 0, 1)
     if "constant" in checks and voxels.min() == voxels.max():
         value = float(voxels.flat[0])
         raise BadScan(f"every voxel is {value:g}", "constant", value)
     return voxels
 
 
-def to_float16(voxels: Array, factor: float = 1.0) -> Array:
-    """What the shards hold: float32 voxels times ``factor`` as float16; ``voxels`` itself may be overwritten."""
-    if not voxels.flags.writeable:
-        voxels = voxels.copy()
-    voxels *= np.float32(factor)
-    peak = float(np.abs(voxels).max())
+def scaled(voxels: Array, factor: float = 1.0) -> Array:
+    """float32 voxels times ``factor``, within the range of float16; ``voxels`` itself may be overwritten."""
+    peak = max(-float(voxels.min()), float(voxels.max())) * abs(factor)
     # float16 ends at 65504: raw intensities beyond are scaled by a power of two, which loses nothing and which the
     # z-score of the loader takes out again.
     while peak > 32768.0:
-        voxels *= np.float32(0.5)
+        factor *= 0.5
         peak *= 0.5
-    return voxels.astype(np.float16)
+    if factor == 1.0:
+        return voxels
+    return np.multiply(voxels, np.float32(factor), out=voxels if voxels.flags.writeable else None)
+
+
+def to_float16(voxels: Array, factor: float = 1.0) -> Array:
+    """What the shards hold: float32 voxels times ``factor`` as float16 in C order; ``voxels`` may be overwritten."""
+    return np.ascontiguousarray(scaled(voxels, factor).astype(np.float16))
 
 
 def scale_factor(scaling: str, values: dict[str, Any]) -> float:
