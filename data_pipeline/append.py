@@ -74,7 +74,7 @@ def append_shards(
         }  # fmt: skip
         settings = {**old.settings, **part}
         grid = Grid.from_dict(old.grid)
-        first = _next_number(folder, part["dataset"])
+        first = _next_number(folder, str(part["dataset"]))
         copies = old.scans.get("voxels_sha256", pd.Series(dtype=str))
         added, rows, bad = _write_shards(
             folder, new, grid, settings, workers, first, dict(zip(copies, old.scans["key"], strict=False))
@@ -142,9 +142,7 @@ def _check_same(scans: list[Scan], old: Manifest, workers: int | None, reread: b
         )
 
 
-def _sums(
-    scans: list[Scan], preparation: Preparation, codec: str, quality: Quality
-) -> list[tuple[int, int] | None]:
+def _sums(scans: list[Scan], preparation: Preparation, codec: str, quality: Quality) -> list[tuple[int, int] | None]:
     """Size and crc32c that each scan's stored bytes would have; None for a scan that cannot be used any more."""
     import google_crc32c
 
@@ -194,10 +192,13 @@ def _read_quarantine(path: Path) -> list[Removal]:
         return []
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
-    numbers = [[float(row[name]) if row.get(name) else None for name in ("figure", "threshold")] for row in rows]
+
+    def number(row: dict[str, str], name: str) -> float | None:
+        return float(row[name]) if row.get(name) else None
+
     return [
-        Removal(row["key"], row["path"], row.get("rule") or "", *found, row["reason"])
-        for row, found in zip(rows, numbers, strict=True)
+        Removal(r["key"], r["path"], r.get("rule") or "", number(r, "figure"), number(r, "threshold"), r["reason"])
+        for r in rows
     ]
 
 
@@ -205,5 +206,9 @@ def check_pseudonyms(manifest: Manifest, key_file: str | Path | None) -> None:
     """UserError where shards of pseudonyms are to get names, or the other way round."""
     hidden = bool(manifest.settings.get("pseudonymised", False))
     if hidden != (key_file is not None):
-        have, fix = ("pseudonyms", "give the same key by --pseudonymise") if hidden else ("plain ids", "leave --pseudonymise out")
+        have, fix = (
+            ("pseudonyms", "give the same key by --pseudonymise")
+            if hidden
+            else ("plain ids", "leave --pseudonymise out")
+        )
         raise UserError(f"{manifest.root} holds {have}; {fix}")

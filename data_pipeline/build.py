@@ -272,7 +272,11 @@ def _already_built(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manife
     if not (folder / MANIFEST).is_file():
         return None
     old = Manifest.load(folder)
-    first = {**PREPARED, "pseudonymised": False, "quality": to_dict(Quality())}  # of builds from before these were settings
+    first = {
+        **PREPARED,
+        "pseudonymised": False,
+        "quality": to_dict(Quality()),
+    }  # of builds from before these were settings
     before = {**first, **old.settings, "grid": Grid.from_dict(old.grid)}
     now = {**settings, "grid": grid}
     changed = [key for key in now if before.get(key) != now[key]]

@@ -39,7 +39,9 @@ def shards(arguments: list[str]) -> int:
     preview = commands.add_parser("preview", help="a picture of some scans and two augmented views of each")
     preview.add_argument("shards")
     preview.add_argument("--out", type=Path, help="PNG to write (default: preview.png beside the shards)")
-    preview.add_argument("--augmentation", default="default", help="preset: none, default, t1w, paper-all, paper-cutout")
+    preview.add_argument(
+        "--augmentation", default="default", help="preset: none, default, t1w, paper-all, paper-cutout"
+    )
     preview.add_argument("--scans", type=int, default=4)
     _add_append(commands.add_parser("append", help="add a data set, or newly arrived scans, to built shards"))
     info = commands.add_parser("info", help="counts, ages, sites, splits, sizes")
@@ -89,7 +91,10 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--intensity", help="none (default for vbm) or robust: 1st to 99th percentile to 0..1")
     parser.add_argument("--scaling", default="none", help="none, or tiv: divide by total intracranial volume")
     parser.add_argument(
-        "--quality", type=Path, metavar="FILE", help="YAML whose section quality: holds rules; --quality.key=value sets one"
+        "--quality",
+        type=Path,
+        metavar="FILE",
+        help="YAML whose section quality: holds rules; --quality.key=value sets one",
     )
     parser.add_argument("--workers", type=int, help="Ray workers (default: every core, or the cluster of RAY_ADDRESS)")
 

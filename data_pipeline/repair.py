@@ -8,7 +8,7 @@ from typing import Any
 from data_pipeline import resume
 from data_pipeline.append import check_pseudonyms
 from data_pipeline.build import _Task, rules_of, run_tasks
-from data_pipeline.cohort import read_cohort
+from data_pipeline.cohort import DATA_SETS, read_cohort
 from data_pipeline.manifest import Manifest
 from data_pipeline.scan import Scan
 from data_pipeline.verify import stored_scans
@@ -45,7 +45,9 @@ def repair_shards(
                 del left[task.name]
             else:
                 why = (
-                    f"scan {bad[0][0]} cannot be used any more ({bad[0][-1]})" if bad else "its bytes come out otherwise"
+                    f"scan {bad[0][0]} cannot be used any more ({bad[0][-1]})"
+                    if bad
+                    else "its bytes come out otherwise"
                 )
                 left[task.name] = (
                     f"{problems[task.name]}; not repaired, the old file is as it was: {why}; "
@@ -64,7 +66,9 @@ def _scans_of(
         dataset = str(stored.row["dataset"])
         if dataset not in cohorts:
             try:
-                scans, _ = read_cohort(root, dataset, str(manifest.settings["modality"]), **reading)
+                # A list of data sets names each of them itself.
+                name = None if root.suffix.lower() in DATA_SETS else dataset
+                scans, _ = read_cohort(root, name, str(manifest.settings["modality"]), **reading)
                 cohorts[dataset] = {scan.key: scan for scan in scans}
             except UserError as error:
                 cohorts[dataset] = str(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import zstandard
 from data_pipeline.volume import Array
 from infra.errors import UserError
 
+COPY_BYTES = 1 << 22
 CODECS = {"zst": "npy.zst", "npy": "npy"}
 
 
@@ -63,3 +64,24 @@ def payloads(path: Path, extension: str) -> Iterable[tuple[str, int, int]]:
             key, _, ending = member.name.partition(".")
             if ending == extension:
                 yield key, member.offset_data, member.size
+
+
+def copy_without(path: Path, out: Path, keys: Collection[str]) -> None:
+    """Copy the shard ``path`` to ``out`` less the samples ``keys``, byte by byte: just what ``write_shard`` would write."""
+    with tarfile.open(path, "r:") as tar:
+        members = [(member.name.partition(".")[0], member.offset, member.offset_data, member.size) for member in tar]
+    with path.open("rb") as source, out.open("wb") as stream:
+        for key, begin, begin_data, size in members:
+            if key in keys:
+                continue
+            source.seek(begin)
+            left = begin_data - begin + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            while left:
+                block = source.read(min(left, COPY_BYTES))
+                if not block:
+                    raise OSError(f"{path} ends in the middle of sample {key}")
+                stream.write(block)
+                left -= len(block)
+        # The end of a tar, as tarfile writes it: two empty blocks, filled up to a whole record.
+        end = stream.tell() + 2 * tarfile.BLOCKSIZE
+        stream.write(bytes(-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - stream.tell()))

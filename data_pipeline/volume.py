@@ -189,16 +189,22 @@ def read_voxels(
     return voxels
 
 
-def to_float16(voxels: Array, factor: float = 1.0) -> Array:
-    """What the shards hold: float32 voxels times ``factor`` as float16; ``voxels`` itself is overwritten."""
-    voxels *= np.float32(factor)
-    peak = float(np.abs(voxels).max())
+def scaled(voxels: Array, factor: float = 1.0) -> Array:
+    """float32 voxels times ``factor``, within the range of float16; ``voxels`` itself may be overwritten."""
+    peak = max(-float(voxels.min()), float(voxels.max())) * abs(factor)
     # float16 ends at 65504: raw intensities beyond are scaled by a power of two, which loses nothing and which the
     # z-score of the loader takes out again.
     while peak > 32768.0:
-        voxels *= np.float32(0.5)
+        factor *= 0.5
         peak *= 0.5
-    return voxels.astype(np.float16)
+    if factor == 1.0:
+        return voxels
+    return np.multiply(voxels, np.float32(factor), out=voxels if voxels.flags.writeable else None)
+
+
+def to_float16(voxels: Array, factor: float = 1.0) -> Array:
+    """What the shards hold: float32 voxels times ``factor`` as float16 in C order; ``voxels`` may be overwritten."""
+    return np.ascontiguousarray(scaled(voxels, factor).astype(np.float16))
 
 
 def _refuse_other_grid(here: Grid, grid: Grid) -> None:
@@ -258,7 +264,9 @@ def robust_intensity(voxels: Array) -> Array:
     low, high = np.percentile(values, ROBUST_PERCENTILES)
     if high <= low:
         raise BadScan(
-            f"99 % of its foreground is {float(low):g}; there is no range to scale intensities by", "constant", float(low)
+            f"99 % of its foreground is {float(low):g}; there is no range to scale intensities by",
+            "constant",
+            float(low),
         )
     scaled: Array = np.clip((voxels - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
     return scaled

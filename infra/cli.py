@@ -14,7 +14,7 @@ from infra.errors import UserError, nearest
 
 # subcommand -> (module that holds COMMANDS, what it does)
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
-    "cohort": ("data_pipeline.cli", "simulate a cohort of brain scans as a BIDS folder"),
+    "cohort": ("data_pipeline.cli", "simulate a cohort of brain scans as a BIDS folder, or inspect one"),
     "shards": ("data_pipeline.cli", "build, preview, describe and verify WebDataset shards"),
     "pretrain": ("pretrain.cli", "pretrain an encoder from a recipe, through the deepspeed launcher"),
     "export": ("pretrain.cli", "copy a checkpoint's encoder into a folder of its own (safetensors)"),
