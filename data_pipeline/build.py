@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
+# Not used here: write_shard imports it, and a Ray task that is cancelled in the middle of an import spoils its worker.
+import webdataset  # noqa: F401
 from pydantic import TypeAdapter
 
 from data_pipeline import resume
