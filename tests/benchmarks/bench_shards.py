@@ -20,7 +20,9 @@ import tarfile
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -140,21 +142,19 @@ def bench_read(cohort: Path, manifest: Manifest, repeats: int) -> None:
     """Voxels of every scan from the shards and from .nii.gz, in turn, one thread."""
     paths = sorted(cohort.rglob("*.nii.gz"))
     some = paths[: max(1, len(paths) // 4)]
-    readers = {
-        "shards (zst)": (
-            len(manifest.scans),
-            lambda: [manifest.read_volume(row) for row in range(len(manifest.scans))],
-        ),
-        "nibabel, .nii.gz": (len(some), lambda: [np.asarray(nibabel.load(p).dataobj, dtype=np.float32) for p in some]),
+    readers: dict[str, tuple[Sequence[Any], Callable[[Any], Any]]] = {
+        "shards (zst)": (range(len(manifest.scans)), manifest.read_volume),
+        "nibabel, .nii.gz": (some, lambda path: np.asarray(nibabel.load(path).dataobj, dtype=np.float32)),
     }
     wall: dict[str, list[float]] = {name: [] for name in readers}
     processor: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(repeats):
-        for name, (count, read) in readers.items():
+        for name, (scans, read) in readers.items():
             started, spent = time.perf_counter(), time.process_time()
-            read()
-            wall[name].append((time.perf_counter() - started) / count)
-            processor[name].append((time.process_time() - spent) / count)
+            for scan in scans:
+                read(scan)
+            wall[name].append((time.perf_counter() - started) / len(scans))
+            processor[name].append((time.process_time() - spent) / len(scans))
     print("\nRead, checksum and decode, one core, best of the rounds")
     print(f"{'':<24}{'volumes/s':>10}{'ms/volume':>10}{'processor ms':>14}")
     for name in readers:
@@ -209,7 +209,7 @@ def bench_info(work: Path, scans: int) -> None:
     root = work / "large"
     root.mkdir()
     write_large_manifest(root, scans)
-    seconds = []
+    seconds, before = [], resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(5):
         started = time.perf_counter()
         subprocess.run(
@@ -218,8 +218,9 @@ def bench_info(work: Path, scans: int) -> None:
         seconds.append(time.perf_counter() - started)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / len(seconds)
-    print(f"\nInfo, {scans} scans ({(root / 'scans.parquet').stat().st_size / 1e6:.0f} MB of table): "
-          f"{min(seconds):.2f} s at best, median {statistics.median(seconds):.2f} s, processor {spent:.2f} s; goal 2")  # fmt: skip
+    size = (root / "scans.parquet").stat().st_size / 1e6
+    print(f"\nInfo, {scans} scans ({size:.0f} MB of table): {min(seconds):.2f} s at best, "
+          f"median {statistics.median(seconds):.2f} s, processor {spent:.2f} s; goal 2")  # fmt: skip
 
 
 def main() -> None:
