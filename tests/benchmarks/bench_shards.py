@@ -230,7 +230,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="few scans, to see that it runs")
     chosen = parser.parse_args()
-    scans, rounds, large = (8, 1, 100_000) if chosen.quick else (48, 4, 1_000_000)
+    scans, rounds, large = (8, 1, 100_000) if chosen.quick else (96, 3, 1_000_000)
     load = os.getloadavg()[0]
     print(f"{os.cpu_count()} cores {platform.machine()}, load {load:.1f}, nibabel {nibabel.__version__}, "
           f"zstandard {zstandard.__version__}, numpy {np.__version__}")  # fmt: skip
