@@ -39,6 +39,11 @@ class Data:
     workers: int = Field(default=0, ge=0)  # processes that read and decode; 0 = in the training process
     threads: int = Field(default=1, ge=1)  # DALI's own threads
     prefetch: int = Field(default=2, ge=1)
+    # Shards at s3:// or http(s)://: a folder that keeps them once read, and the most that it may hold (10^9 bytes).
+    cache: str | None = None
+    cache_gb: float | None = Field(default=None, gt=0)
+    retries: int = Field(default=4, ge=0)  # of a failed read, after 0.5 s, 1 s, 2 s, ...
+    timeout: float = Field(default=60.0, gt=0)  # seconds without an answer after which a read has failed
 
 
 @dataclass(config=_strict)

@@ -19,6 +19,7 @@ import torch
 from data_pipeline.augment import load_augmentation
 from data_pipeline.loader import TwoViewLoader
 from data_pipeline.manifest import Manifest
+from data_pipeline.remote import Access
 from infra import distributed
 from infra.errors import UserError
 from infra.files import write_json
@@ -57,7 +58,8 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
     check_world_size(recipe.batch.global_, world_size)
     run_folder.check_same_recipe(recipe)
     load_augmentation(recipe.augmentation)
-    manifest = Manifest.load(recipe.data.shards)
+    data = recipe.data
+    manifest = Manifest.load(data.shards, Access(data.cache, data.cache_gb, data.retries, data.timeout))
     run_folder.check_same_manifest(Path(recipe.run.output), manifest)
     rows = manifest.rows(split=recipe.data.split, query=recipe.data.query)
     if len(rows) < recipe.batch.global_:
