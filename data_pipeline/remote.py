@@ -269,11 +269,12 @@ def open_file(place: str, access: Access) -> IO[bytes]:
 
 def remote_sum(url: str, access: Access) -> tuple[int, str]:
     """Size and SHA-256 of a remote file, read once."""
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), 0
     with open_file(url, access) as stream:
         while block := stream.read(BLOCK):
             digest.update(block)
-        return stream.tell(), digest.hexdigest()
+            size += len(block)
+    return size, digest.hexdigest()
 
 
 def list_tars(folder: str, access: Access) -> list[str]:
