@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -101,25 +103,26 @@ def test_a_nifti_member_is_turned_to_ras():
     assert np.array_equal(decode(turned.to_bytes(), "nii"), voxels.astype(np.float16))
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_reading_opens_few_files_and_carries_none_to_another_process(manifest, monkeypatch):
     monkeypatch.setattr(module, "MOST_OPEN", 2)
     reader = manifest.reader()
     expected = [manifest.read_volume(row) for row in range(48)]
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for row in (0, 11, 22, 33, 44, 5, 47, 0):
         assert np.array_equal(reader.read(row), expected[row])
-    assert len(os.listdir("/proc/self/fd")) - before <= 2
+    assert open_files() - before <= 2
     other = pickle.loads(pickle.dumps(reader))
     assert isinstance(other, VolumeReader)
     assert np.array_equal(other.read(17), expected[17])
     del reader, other
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert open_files() <= before
 
 
 def test_local_shards_are_read_without_fsspec(manifest):
-    import subprocess
-    import sys
-
     code = (
         "import sys; from data_pipeline import Manifest; "
         f"Manifest.load({str(manifest.root)!r}).read_volume(3); "
