@@ -13,7 +13,7 @@ from data_pipeline.remote import Access
 from tests.runs import losses, pretrain_command, run
 from tests.servers import s3_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
