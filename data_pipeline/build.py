@@ -132,7 +132,7 @@ def _build(
     bad = [*not_listed(unknown), *bad]
     write_quarantine(folder / "quarantine.tsv", bad)
     if not rows:
-        raise UserError(f"no scan of the cohort could be used; the reasons are in {folder / 'quarantine.tsv'}")
+        raise UserError(f"no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")
     built = write_manifest(folder, grid, {**settings, "quarantined": len(bad)}, shards, scan_table(rows, settings))
     resume.clear(folder)
     return built

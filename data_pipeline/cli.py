@@ -36,6 +36,9 @@ def shards(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="yaware shards", description="WebDataset shards of a cohort.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands.add_parser("build", help="from a BIDS folder to shards and their manifest"))
+    _add_index(
+        commands.add_parser("index", help="a manifest for WebDataset shards made elsewhere, which stay as they are")
+    )
     preview = commands.add_parser("preview", help="a picture of some scans and two augmented views of each")
     preview.add_argument("shards")
     preview.add_argument("--out", type=Path, help="PNG to write (default: preview.png beside the shards)")
@@ -163,6 +166,40 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_index(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "shards", help="folder or URL with .tar files of .npy, .npy.gz, .npy.zst, .nii or .nii.gz members"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the manifest; may be that of the tars")
+    parser.add_argument("--participants", help="table (default: participants.tsv beside the tars or one folder up)")
+    parser.add_argument("--modality", help="name (default by shape: vbm, or quasiraw for 182x218x182)")
+    parser.add_argument("--dataset", help="of scans whose key and table name none (default: the folder's name)")
+    parser.add_argument("--spacing", type=float, help="voxel size in mm, where .npy members are of no known shape")
+    parser.add_argument("--key-pattern", help="regular expression with groups participant_id, session, run, dataset")
+    parser.add_argument(
+        "--splits", help="shares of the healthy participants, as in pretrain=.7,monitor=.1,downstream=.2"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, help="Ray workers (default: every core, or the cluster of RAY_ADDRESS)")
+
+
+def _index(options: argparse.Namespace) -> int:
+    from data_pipeline.reindex import index_shards
+    from data_pipeline.split import parse_splits
+
+    manifest = index_shards(
+        options.shards, options.out, participants=options.participants, modality=options.modality,
+        dataset=options.dataset, spacing=options.spacing, key_pattern=options.key_pattern, seed=options.seed,
+        workers=options.workers, splits=parse_splits(options.splits) if options.splits else None,
+    )  # fmt: skip
+    bad = int(manifest.settings["quarantined"])
+    print(f"shards: indexed: {len(manifest.scans)} scans in {len(manifest.shards)} shards; manifest in {options.out}")
+    print(f"shards: splits: {_counts(manifest.scans['split'])}; manifest digest {manifest.digest[:12]}")
+    if bad:
+        print(f"shards: {bad} were left out; the reasons are in {options.out / 'quarantine.tsv'}")
+    return 0
+
+
 def _build(options: argparse.Namespace) -> int:
     from data_pipeline.build import build_shards
     from data_pipeline.manifest import MANIFEST
@@ -213,7 +250,8 @@ def _preview(options: argparse.Namespace) -> int:
     from data_pipeline.manifest import Manifest
     from data_pipeline.preview import write_preview
 
-    out = options.out or Path(options.shards) / "preview.png"
+    remote = "://" in options.shards
+    out = options.out or Path("." if remote else options.shards) / "preview.png"
     write_preview(Manifest.load(options.shards), out, augmentation=options.augmentation, scans=options.scans)
     print(f"shards: wrote {out}")
     return 0
@@ -257,6 +295,6 @@ def _counts(column: object) -> str:
 
 
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {
-    "build": _build, "append": _append, "preview": _preview, "info": _info, "verify": _verify,
+    "build": _build, "append": _append, "index": _index, "preview": _preview, "info": _info, "verify": _verify,
 }  # fmt: skip
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"cohort": cohort, "shards": shards}

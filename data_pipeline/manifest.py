@@ -11,43 +11,65 @@ import hashlib
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pandas as pd
 
-from data_pipeline.manifest_file import FORMAT, is_simulated, read_checked, read_content
+from data_pipeline.manifest_file import FORMAT, check_content, is_simulated, read_checked
 from data_pipeline.manifest_file import MANIFEST as MANIFEST
 from data_pipeline.manifest_file import SCANS as SCANS
 from data_pipeline.manifest_file import digest_of as digest_of
-from data_pipeline.shard import decode
+from data_pipeline.reader import VolumeReader as VolumeReader
+from data_pipeline.remote import Access, ShardStore, is_remote, join, read_whole, with_retries
 from data_pipeline.volume import Array, Grid
 from infra.errors import UserError, nearest
-from infra.files import atomic_write, flush_folder, write_json
-
-MOST_OPEN = 256  # shards open at once in a process; many systems allow 1024 files
+from infra.files import atomic_write, flush_folder, sha256_of, write_json
 
 
 class Manifest:
     """A built data set: ``scans`` (a row per scan; the row number is the scan's index everywhere) and its shards."""
 
-    def __init__(self, root: Path, content: dict[str, Any], scans: pd.DataFrame) -> None:
-        self.root = root
+    def __init__(
+        self,
+        root: Path,
+        content: dict[str, Any],
+        scans: pd.DataFrame,
+        url: str | None = None,
+        access: Access | None = None,
+    ) -> None:
+        self.root = root  # the local folder that holds manifest.json and scans.parquet, or copies of them
+        self.url = url or str(root)
+        self.access = access or Access()
         self.digest: str = content["digest"]
         self.grid: dict[str, Any] = content["grid"]
         self.settings: dict[str, Any] = content["settings"]
         self.shards: list[dict[str, Any]] = content["shards"]
+        self.table = root / str(content["scans"]["name"])
         self.scans = scans
 
     @classmethod
-    def load(cls, url: str | Path) -> Manifest:
-        """Read and check ``manifest.json`` and ``scans.parquet`` of a folder of shards; UserError where they disagree."""
-        content, table = read_checked(url)
-        return cls(Path(url), content, pd.read_parquet(io.BytesIO(table)))
+    def load(cls, url: str | Path, access: Access | None = None) -> Manifest:
+        """Read and check ``manifest.json`` and ``scans.parquet`` of a folder of shards; UserError where they disagree.
+
+        ``url`` is a path, ``s3://bucket/prefix``, ``http(s)://host/prefix`` or whatever else fsspec knows; ``access``
+        says how remote shards are read.
+        """
+        url, access = str(url), access or Access()
+        root = _fetch(url, access) if is_remote(url) else Path(url)
+        content, table = read_checked(root)
+        return cls(root, content, pd.read_parquet(io.BytesIO(table)), url, access)
+
+    @property
+    def shards_root(self) -> str:
+        """The folder or URL that the shards' names are relative to: the manifest's own, unless they were indexed."""
+        return join(self.url, str(self.settings.get("root", ".")))
+
+    def shard_place(self, name: str) -> str:
+        """Path or URL of a shard."""
+        return join(self.shards_root, name)
 
     def rows(
         self, split: str | Sequence[str] | None = None, query: str | None = None
@@ -60,7 +82,7 @@ class Manifest:
             for name in wanted:
                 if name not in known:
                     raise UserError(
-                        f"split {name!r} is not in {self.root}{nearest(name, known)}; there: {', '.join(known)}"
+                        f"split {name!r} is not in {self.url}{nearest(name, known)}; there: {', '.join(known)}"
                     )
             scans = scans[scans["split"].isin(wanted)]
         if query:
@@ -76,7 +98,7 @@ class Manifest:
         for name in names:
             if name not in self.scans.columns:
                 known = [str(c) for c in self.scans.columns]
-                raise UserError(f"proxy {name!r} is no column of {self.root / SCANS}{nearest(name, known)}")
+                raise UserError(f"proxy {name!r} is no column of {join(self.url, SCANS)}{nearest(name, known)}")
             column = self.scans[name]
             if pd.api.types.is_numeric_dtype(column):
                 values = column.to_numpy(dtype=np.float32, na_value=np.nan)
@@ -97,7 +119,12 @@ class Manifest:
             self.scans[name].to_numpy(dtype=np.int64) for name in ("shard", "offset", "size", "crc32c")
         )
         names = [str(row["name"]) for row in self.shards]
-        return VolumeReader(str(self.root), names, shard, offset, size, crc, self.settings["codec"])
+        store = None
+        if is_remote(self.shards_root):
+            sizes, sums = [int(row["bytes"]) for row in self.shards], [str(row["sha256"]) for row in self.shards]
+            store = ShardStore(self.shards_root, names, sizes, sums, self.access)
+        codecs = [str(row.get("codec", self.settings["codec"])) for row in self.shards]
+        return VolumeReader(self.shards_root, names, shard, offset, size, crc, codecs, str(self.table), store)
 
     @cached_property
     def _reader(self) -> VolumeReader:
@@ -113,47 +140,35 @@ class Manifest:
         return is_simulated(self.settings)
 
 
-@dataclass
-class VolumeReader:
-    """Reads single scans out of shards: one pread, checksum, decode."""
+def _fetch(url: str, access: Access) -> Path:
+    """A local folder with copies of a remote manifest.json, fetched anew each time, and of the scan table it names."""
 
-    root: str
-    names: list[str]
-    shard: Array
-    offset: Array
-    size: Array
-    crc32c: Array
-    codec: str
+    def manifest() -> tuple[bytes, dict[str, Any]]:
+        text = read_whole(join(url, MANIFEST), access)
+        return text, check_content(text, join(url, MANIFEST))
 
-    def read(self, row: int) -> Array:
-        """(D, H, W) float16. OSError naming shard and key where the bytes are not those that the build wrote."""
-        number, size = int(self.shard[row]), int(self.size[row])
-        payload = os.pread(self._descriptor(number), size, int(self.offset[row]))
-        if len(payload) != size or google_crc32c.value(payload) != self.crc32c[row]:
-            found = "is cut short" if len(payload) != size else "fails its checksum"
-            table = Path(self.root) / str(read_content(self.root)["scans"]["name"])
-            key = str(pd.read_parquet(table, columns=["key"])["key"].iloc[row])
-            raise OSError(f"shard {self.names[number]}, scan {key} {found}; run `yaware shards verify {self.root}`")
-        return decode(payload, self.codec)
+    def scans() -> bytes:
+        found = read_whole(table, access)
+        if hashlib.sha256(found).hexdigest() != content["scans"]["sha256"]:
+            raise UserError(f"{table} differs from manifest.json; build the shards again")
+        return found
 
-    @cached_property
-    def _descriptors(self) -> dict[int, int]:
-        return {}
-
-    def _descriptor(self, number: int) -> int:
-        if number not in self._descriptors:
-            if len(self._descriptors) >= MOST_OPEN:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            self._descriptors[number] = os.open(Path(self.root) / self.names[number], os.O_RDONLY)
-        return self._descriptors[number]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # File descriptors stay in their process; a worker opens its own.
-        return {name: value for name, value in self.__dict__.items() if name != "_descriptors"}
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+    try:
+        text, content = with_retries(manifest, lambda: join(url, MANIFEST), access)
+        name = str(content["scans"]["name"])
+        table = join(url, name)
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        base = Path(access.cache) if access.cache else Path(home) / "yaware"
+        folder = base / "manifests" / str(content["digest"])[:32]
+        if not (folder / name).is_file() or sha256_of(folder / name) != content["scans"]["sha256"]:
+            fetched = with_retries(scans, lambda: table, access)
+            with atomic_write(folder / name) as stream:
+                stream.write(fetched)
+    except OSError as error:
+        raise UserError(f"shards {url} cannot be read: {error}") from None
+    with atomic_write(folder / MANIFEST) as stream:
+        stream.write(text)
+    return folder
 
 
 def write_manifest(

@@ -22,20 +22,22 @@ def read_content(root: str | Path) -> dict[str, Any]:
     """``manifest.json`` of a folder of shards. UserError where it is missing, no JSON, of another format, or edited."""
     path = Path(root) / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
+        return check_content(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; give a folder made by `yaware shards build`") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); build the shards again") from None
+
+
+def check_content(text: bytes, name: str) -> dict[str, Any]:
+    """What the text of ``manifest.json`` says; UserError naming ``name`` where it is none of ours, or was edited."""
     try:
-        content = json.loads(text)
+        content = json.loads(text.decode())
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); build the shards again") from None
+        raise UserError(f"{name} is not valid JSON ({error}); build the shards again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else content
-        raise UserError(f"{path} has format {found!r}, this version reads {FORMAT}; build again")
+        raise UserError(f"{name} has format {found!r}, this version reads {FORMAT}; build again")
     if content.get("digest") != digest_of(content):
-        raise UserError(f"{path} was edited: its digest does not fit its content; build the shards again")
+        raise UserError(f"{name} was edited: its digest does not fit its content; build the shards again")
     return content
 
 

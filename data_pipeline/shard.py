@@ -13,6 +13,7 @@ import google_crc32c
 import numpy as np
 import zstandard
 
+from data_pipeline.decoders import decode as decode  # the way back from encode
 from data_pipeline.volume import Array
 from infra.errors import UserError
 
@@ -26,12 +27,6 @@ def encode(voxels: Array, codec: str) -> bytes:
     np.lib.format.write_array(stream, np.ascontiguousarray(voxels), version=(1, 0), allow_pickle=False)
     raw = stream.getvalue()
     return zstandard.ZstdCompressor(level=3, threads=0).compress(raw) if codec == "zst" else raw
-
-
-def decode(payload: bytes, codec: str) -> Array:
-    """What ``encode`` wrote."""
-    raw = zstandard.ZstdDecompressor().decompress(payload) if codec == "zst" else payload
-    return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]], codec: str) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def evaluate(
         for folder, encoder in encoders:
             name = f"{encoder.config['run_name']} step {encoder.config['step']}"
             weights = sha256_of(folder / "model.safetensors")
-            stored = cache or Path(shards) / ".features"
+            stored = cache or manifest.root / ".features"
             features = features_of(
                 encoder, manifest, rows, stored / f"{weights[:16]}-{manifest.digest[:16]}.npz", f"features of {name}"
             )

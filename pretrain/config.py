@@ -53,6 +53,11 @@ class Data:
     buffer: int = Field(default=256, ge=1)  # scans that stream and dali hold for shuffling
     balance: Balance = field(default_factory=Balance)
     max_bad_share: float = Field(default=0.001, ge=0, le=1)  # of scans that cannot be read; more than it (and 3) stops
+    # Shards at s3:// or http(s)://: a folder that keeps them once read, and the most that it may hold (10^9 bytes).
+    cache: str | None = None
+    cache_gb: float | None = Field(default=None, gt=0)
+    retries: int = Field(default=4, ge=0)  # of a failed read, after 0.5 s, 1 s, 2 s, ...
+    timeout: float = Field(default=60.0, gt=0)  # seconds without an answer after which a read has failed
 
 
 @dataclass(config=_strict)

@@ -21,6 +21,7 @@ from data_pipeline.balance import build_order
 from data_pipeline.loader import TwoViewLoader
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
+from data_pipeline.remote import Access
 from data_pipeline.source import LoaderError
 from data_pipeline.volume import PREPARED
 from infra import distributed
@@ -64,7 +65,8 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
     check_world_size(recipe.batch.global_, world_size)
     run_folder.check_same_recipe(recipe)
     load_augmentation(recipe.augmentation)
-    manifest = Manifest.load(recipe.data.shards)
+    data = recipe.data
+    manifest = Manifest.load(data.shards, Access(data.cache, data.cache_gb, data.retries, data.timeout))
     run_folder.check_same_manifest(Path(recipe.run.output), manifest)
     rows = manifest.rows(split=recipe.data.split, query=recipe.data.query)
     balance = recipe.data.balance

@@ -13,9 +13,10 @@ import pytest
 from data_pipeline import build, resume
 from data_pipeline.build import build_shards
 from data_pipeline.manifest import Manifest
+from data_pipeline.quality import Quality
 from data_pipeline.scan import Scan
 from data_pipeline.verify import verify_shards
-from data_pipeline.volume import Grid
+from data_pipeline.volume import Grid, Preparation
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort
@@ -192,7 +193,7 @@ def test_a_worker_that_outlives_its_driver_cannot_put_its_shard_in_place(people,
     out.mkdir()
     scans = [Scan(path, "d", path.name[4:7]) for path in sorted(people.rglob("*.nii.gz"))[:2]]
     with resume.building(out, ["d-000000.tar"]) as old:
-        task = build._Task(scans, str(out), str(old), "d-000000.tar", GRID, "none", "zst")
+        task = build._Task(scans, str(out), str(old), "d-000000.tar", Preparation(GRID), "zst", Quality())
         (out / "d-000000.tar").write_bytes(b"of the new driver")
         shutil.rmtree(old)  # what the new driver does first
         with pytest.raises(FileNotFoundError):

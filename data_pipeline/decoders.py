@@ -1,0 +1,82 @@
+"""From the bytes of a shard's member to a volume: what yaware writes, and what other tools put into WebDataset shards."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Callable
+
+import nibabel
+import numpy as np
+import zstandard
+
+from data_pipeline.volume import Array
+
+# What follows the first dot of a member's name, and the codec that the manifest gives it.
+ENDINGS = {"npy.zst": "zst", "npy": "npy", "npy.gz": "npy.gz", "nii.gz": "nii.gz", "nii": "nii"}
+HALF_LIMIT = 32768.0  # float16 ends at 65504
+
+
+def decode(payload: bytes, codec: str) -> Array:
+    """A member's voxels as (D, H, W) float16; ValueError for an array that is not one volume."""
+    array, _ = DECODERS[codec](payload)
+    return as_volume(array)
+
+
+def as_volume(array: Array) -> Array:
+    """(..., D, H, W) of any real type with leading axes of length 1 -> (D, H, W) float16, C order.
+
+    Values beyond float16's range are scaled by a power of two, as ``volume.load_volume`` does: nothing is lost, and the
+    loader's z-score takes it out again.
+    """
+    while array.ndim > 3 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 3:
+        raise ValueError(f"shape {array.shape} is not one 3D volume")
+    if array.dtype != np.float16:
+        wide = np.asarray(array, dtype=np.float32)
+        peak = float(np.abs(wide).max(initial=0.0))
+        while np.isfinite(peak) and peak > HALF_LIMIT:
+            wide, peak = wide * np.float32(0.5), peak * 0.5
+        array = wide.astype(np.float16)
+    return np.ascontiguousarray(array)
+
+
+def _npy(raw: bytes) -> tuple[Array, Array | None]:
+    return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False), None
+
+
+def _unpack_zstd(payload: bytes) -> bytes:
+    # A frame written as a stream does not say how long it is; a file may also hold several frames.
+    with zstandard.ZstdDecompressor().stream_reader(payload, read_across_frames=True) as stream:
+        return stream.read()
+
+
+def _npy_zst(payload: bytes) -> tuple[Array, Array | None]:
+    known = zstandard.get_frame_parameters(payload).content_size
+    raw = _unpack_zstd(payload) if known in (0, zstandard.CONTENTSIZE_UNKNOWN) else _one_frame(payload)
+    return _npy(raw)
+
+
+def _one_frame(payload: bytes) -> bytes:
+    return zstandard.ZstdDecompressor().decompress(payload)
+
+
+def _nifti(raw: bytes) -> tuple[Array, Array | None]:
+    # The first number of a header is its size: 348 in NIfTI-1, 540 in NIfTI-2, in either byte order.
+    second = 540 in (int.from_bytes(raw[:4], order) for order in ("little", "big"))
+    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+    image = nibabel.as_closest_canonical(kind.from_bytes(raw))
+    if len(image.shape) == 4 and image.shape[3] == 1:
+        image = nibabel.squeeze_image(image)
+    return np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine)
+
+
+# Each gives the array as stored and, where the format has one, the RAS affine of the array as given.
+DECODERS: dict[str, Callable[[bytes], tuple[Array, Array | None]]] = {
+    "zst": _npy_zst,
+    "npy": _npy,
+    "npy.gz": lambda payload: _npy(gzip.decompress(payload)),
+    "nii": _nifti,
+    "nii.gz": lambda payload: _nifti(gzip.decompress(payload)),
+}
