@@ -260,7 +260,13 @@ def _preview(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     from data_pipeline.info import run_info
 
-    return run_info(options.shards, as_json=options.json)
+    folder = options.shards
+    if "://" in folder:
+        from data_pipeline.manifest import fetch
+        from data_pipeline.remote import Access
+
+        folder = str(fetch(folder, Access()))
+    return run_info(folder, as_json=options.json)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -58,7 +58,7 @@ class Manifest:
         says how remote shards are read.
         """
         url, access = str(url), access or Access()
-        root = _fetch(url, access) if is_remote(url) else Path(url)
+        root = fetch(url, access) if is_remote(url) else Path(url)
         content, table = read_checked(root)
         return cls(root, content, pd.read_parquet(io.BytesIO(table)), url, access)
 
@@ -140,7 +140,7 @@ class Manifest:
         return is_simulated(self.settings)
 
 
-def _fetch(url: str, access: Access) -> Path:
+def fetch(url: str, access: Access) -> Path:
     """A local folder with copies of a remote manifest.json, fetched anew each time, and of the scan table it names."""
 
     def manifest() -> tuple[bytes, dict[str, Any]]:

@@ -140,7 +140,7 @@ def test_the_commands_work_on_an_index(tmp_path, capsys):
     first.write_bytes(content)
     capsys.readouterr()
     assert cli.run(["shards", "verify", index]) == 1
-    assert f"{first.parent.name}/{first.name}: content differs from its checksum" in capsys.readouterr().out
+    assert f"{first.parent.name}/{first.name}: damaged: content differs from its checksum" in capsys.readouterr().out
 
 
 def test_index_and_tars_can_be_moved_together_and_the_index_made_again(tmp_path):

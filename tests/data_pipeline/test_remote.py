@@ -198,7 +198,7 @@ def test_verify_finds_harm_in_remote_shards(manifest, tmp_path, capsys):
         (copy / names[2]).unlink()
         assert cli.run(["shards", "verify", server.url]) == 1
     printed = capsys.readouterr().out
-    assert f"{names[0]}: content differs" in printed
+    assert f"{names[0]}: damaged: content differs" in printed
     assert re.search(rf"{names[1]}: \d+ bytes, the manifest says \d+", printed)
     assert f"{names[2]}: missing" in printed
     assert "3 problems" in printed
