@@ -47,6 +47,11 @@ def shards(arguments: list[str]) -> int:
     )
     preview.add_argument("--scans", type=int, default=4)
     _add_append(commands.add_parser("append", help="add a data set, or newly arrived scans, to built shards"))
+    annotate = commands.add_parser("annotate", help="add columns of a table (a proxy, a label) to built shards")
+    annotate.add_argument("shards")
+    annotate.add_argument("table", help=".tsv or .csv with participant_id, and session and dataset where they matter")
+    annotate.add_argument("--columns", type=lambda text: text.split(","), help="which of its columns (default: all)")
+    annotate.add_argument("--replace", action="store_true", help="also columns that the shards have already")
     info = commands.add_parser("info", help="counts, ages, sites, splits, sizes")
     info.add_argument("shards")
     info.add_argument("--json", action="store_true", help="the same for programs")
@@ -246,6 +251,17 @@ def _append(options: argparse.Namespace) -> int:
     return 0
 
 
+def _annotate(options: argparse.Namespace) -> int:
+    from data_pipeline.annotate import annotate_shards
+
+    manifest, known = annotate_shards(options.shards, options.table, options.columns, replace=options.replace)
+    total = len(manifest.scans)
+    for name, count in known.items():
+        print(f"shards: {name}: known of {count} of {total} scans")
+    print(f"shards: manifest digest {manifest.digest[:12]}")
+    return 0
+
+
 def _preview(options: argparse.Namespace) -> int:
     from data_pipeline.manifest import Manifest
     from data_pipeline.preview import write_preview
@@ -301,6 +317,7 @@ def _counts(column: object) -> str:
 
 
 RUN: dict[str, Callable[[argparse.Namespace], int]] = {
-    "build": _build, "append": _append, "index": _index, "preview": _preview, "info": _info, "verify": _verify,
+    "build": _build, "append": _append, "annotate": _annotate, "index": _index, "preview": _preview, "info": _info,
+    "verify": _verify,
 }  # fmt: skip
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"cohort": cohort, "shards": shards}
