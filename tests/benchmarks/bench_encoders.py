@@ -166,9 +166,8 @@ def engine_cost(sides: tuple[int, ...], scans: int, rounds: int) -> dict[str, An
 
 def against_bare(sides: tuple[int, ...], scans: int, rounds: int) -> None:
     taken = apart("engine", sides, scans, rounds)
-    print(
-        f"\nTraining step of DenseNet121, {scans} scans (two views each) of {'x'.join(map(str, sides))}, {rounds} rounds in turns"
-    )
+    shape = "x".join(map(str, sides))
+    print(f"\nTraining step of DenseNet121, {scans} scans (two views each) of {shape}, {rounds} rounds in turns")
     print(f"{'':<28}{'seconds':>16}{'core-seconds':>16}")
     for name, words in (("engine", "recipe, DeepSpeed, train_step"), ("bare", "MONAI, torch, Adam")):
         wall, cpu = zip(*taken[name], strict=True)

@@ -73,12 +73,13 @@ def test_features_of_a_scan_do_not_depend_on_the_batch_without_batch_statistics(
     torch.manual_seed(0)
     encoder = build_encoder(name, {"norm": norm}).train()
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules())
-    sides = [SMALLEST.get(name, (1, 33))[1]] * 3
-    volumes = torch.randn(3, 1, *sides, dtype=torch.float64)
-    volumes[1:] *= 100
+    side = SMALLEST.get(name, (1, 1))[1] if norm == "instance" else 32
+    volumes = torch.randn(2, 1, side, side, side)
+    volumes[1] = 100 * volumes[1] + 10
     with torch.no_grad():
-        encoder = encoder.double()
-        torch.testing.assert_close(encoder(volumes)[:1], encoder(volumes[:1]))
+        together, alone = encoder(volumes)[:1], encoder(volumes[:1])
+    # Convolutions of another batch size may sum in another order; statistics of the batch change features by their size.
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3 * float(alone.std()))
 
 
 @pytest.mark.parametrize("name", [n for n in ENCODERS if n not in TRANSFORMERS])
