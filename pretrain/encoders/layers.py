@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from infra.errors import UserError
-from pretrain.grad_cache import still_statistics
 
 # channels -> layer. torch's InstanceNorm3d (and so MONAI's "instance") has no weights unless asked.
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -58,11 +58,25 @@ def run_block(block: nn.Module, features: torch.Tensor, recompute: bool) -> torc
     """
     if recompute and torch.is_grad_enabled():
         result: torch.Tensor = checkpoint(
-            block, features, use_reentrant=False, context_fn=lambda: (nullcontext(), still_statistics(block))
+            block, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _held_statistics(block))
         )
         return result
     plain: torch.Tensor = block(features)
     return plain
+
+
+@contextmanager
+def _held_statistics(block: nn.Module) -> Iterator[None]:
+    """A forward pass that leaves running statistics where they are and yet saves what any other pass saves."""
+    held = [(m, m.momentum, m.num_batches_tracked.clone()) for m in block.modules() if isinstance(m, _BatchNorm)]  # type: ignore[union-attr]
+    for module, _, _ in held:
+        module.momentum = 0.0
+    try:
+        yield
+    finally:
+        for module, momentum, batches in held:
+            module.momentum = momentum
+            module.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
 
 
 class Trunk(nn.Sequential):

@@ -22,7 +22,7 @@ from pretrain.encoders.residual import FEATURES, resenc_trunk
 VBM = (121, 145, 121)
 PATCH = 16
 # name -> (smallest side of a volume, the same with instance normalisation, which wants two voxels a side at the end)
-SMALLEST = {"densenet121": (29, 61), "resnet18": (1, 33), "resnet50": (1, 33), "unet": (16, 32), "resenc-l": (1, 33)}
+SMALLEST = {"densenet121": (29, 61), "resnet18": (1, 33), "resnet50": (1, 33), "unet": (16, 32), "resenc-l": (17, 33)}
 
 
 def smallest_side(name: str, norm: str, max_pool: bool = True) -> int:
@@ -215,7 +215,7 @@ class _ViT(nn.Module):
     def _position(self, patches_a_side: tuple[int, ...]) -> torch.Tensor:
         if patches_a_side == self.patches_a_side:
             return self.position
-        learned_1Cdhw = self.position.transpose(1, 2).unflatten(2, self.patches_a_side)
+        learned_1Cdhw = self.position.transpose(1, 2).reshape(1, -1, *self.patches_a_side)
         return (
             nn.functional.interpolate(learned_1Cdhw, size=patches_a_side, mode="trilinear").flatten(2).transpose(1, 2)
         )
@@ -235,7 +235,7 @@ class _Swin(nn.Module):
         )  # fmt: skip
 
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
-        deepest_NCdhw = self.transformer(volumes, normalize=False)[-1]
+        deepest_NCdhw: torch.Tensor = self.transformer(volumes, normalize=False)[-1]
         tokens_NTC = deepest_NCdhw.flatten(2).transpose(1, 2)
-        normed = nn.functional.layer_norm(tokens_NTC, tokens_NTC.shape[-1:])
-        return normed.transpose(1, 2).unflatten(2, deepest_NCdhw.shape[2:])
+        normed: torch.Tensor = nn.functional.layer_norm(tokens_NTC, tokens_NTC.shape[-1:])
+        return normed.transpose(1, 2).reshape(deepest_NCdhw.shape)

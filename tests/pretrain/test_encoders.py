@@ -293,6 +293,7 @@ def test_channels_last_reaches_every_block_and_changes_no_feature(name):
     assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "given"), [("resnet18", SMALL), ("vit-small", {"grid": [32, 32, 32]})])
 def test_compiled_encoders_give_the_same_features_and_gradients_under_the_same_names(name, given):
     torch.manual_seed(0)
@@ -304,8 +305,9 @@ def test_compiled_encoders_give_the_same_features_and_gradients_under_the_same_n
     features = [network(volumes) for network in (plain, compiled)]
     torch.testing.assert_close(features[1], features[0], rtol=1e-3, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1  # it was compiled at all
+    pull = torch.randn_like(features[0])
     for each in features:
-        each.square().sum().backward()
+        (each * pull).sum().backward()
     for (key, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         scale = float(a.grad.abs().max())
         torch.testing.assert_close(
