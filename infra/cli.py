@@ -19,6 +19,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("pretrain.cli", "pretrain an encoder from a recipe, through the deepspeed launcher"),
     "export": ("pretrain.cli", "copy a checkpoint's encoder into a folder of its own (safetensors)"),
     "embed": ("pretrain.cli", "features of NIfTI files from an exported encoder"),
+    "import-weights": ("pretrain.cli", "bring published weights (BHB-10K DenseNet121) into an export folder"),
     "evaluate": ("evaluation.cli", "probe checkpoints on downstream tasks, tuned by Ray, logged to MLflow"),
     "compare": ("evaluation.cli", "compare evaluated checkpoints: table and HTML report"),
     "doctor": ("infra.doctor", "check this machine: compiler, libraries, GPUs, ports"),
@@ -27,7 +28,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
 
 def usage() -> str:
     """The text of ``yaware --help``."""
-    rows = "\n".join(f"  {name:<10} {what}" for name, (_, what) in SUBCOMMANDS.items())
+    rows = "\n".join(f"  {name:<14} {what}" for name, (_, what) in SUBCOMMANDS.items())
     head = "usage: yaware COMMAND ...\n\nPretraining of 3D brain-MRI encoders at scale."
     return f"{head}\n\ncommands:\n{rows}\n\n`yaware COMMAND --help` says more.\n"
 

@@ -103,4 +103,26 @@ def embed(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"pretrain": pretrain, "export": export, "embed": embed}
+def import_weights(arguments: list[str]) -> int:
+    """Bring published weights into an export folder, for `yaware evaluate` and `Encoder.from_pretrained`."""
+    parser = argparse.ArgumentParser(prog="yaware import-weights", description=import_weights.__doc__)
+    parser.add_argument("file", type=Path, help="the published checkpoint, as downloaded")
+    parser.add_argument("--arch", required=True, help="its layout: densenet121-yaware (Dufumier et al. 2021, BHB-10K)")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
+    parser.add_argument(
+        "--grid", help="of its scans: mm of a voxel in the VBM box (default 1.5, CAT12's), or shards to take it from"
+    )
+    parser.add_argument("--allow-missing", action="store_true", help="leave weights that the file lacks as initialised")
+    options = parser.parse_args(arguments)
+    from pretrain.import_weights import import_weights as bring
+    from pretrain.import_weights import scans_of
+
+    scans = scans_of(options.grid)
+    out, match = bring(options.file, options.arch, options.out, allow_missing=options.allow_missing, **scans)
+    print(f"{match.report()}\nimport-weights: wrote {out}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "pretrain": pretrain, "export": export, "embed": embed, "import-weights": import_weights,
+}  # fmt: skip

@@ -17,7 +17,7 @@ from torch import nn
 
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
-from pretrain.encoders import build_encoder
+from pretrain.encoders import TRAINING_ONLY, build_encoder
 
 FILES = ("model.safetensors", "config.json", "preprocessing.json")
 
@@ -57,7 +57,8 @@ class Encoder(nn.Module):
             if not (path / name).is_file() or sha256_of(path / name) != checksums.get(name):
                 raise UserError(f"{path / name} is missing or differs from checksums.json; export the encoder again")
         config = _read_json(path / "config.json")
-        network = build_encoder(config["encoder"]["name"], config["encoder"]["options"])
+        options = {k: v for k, v in config["encoder"]["options"].items() if k not in TRAINING_ONLY}
+        network = build_encoder(config["encoder"]["name"], options)
         try:
             network.load_state_dict(load_file(path / "model.safetensors"))
         except (SafetensorError, RuntimeError) as error:

@@ -81,7 +81,7 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
         )
     recipe_kernel(recipe, manifest, rows)
     loss_options(recipe.loss)
-    check_encoder(recipe.encoder.name, recipe.encoder.options)
+    check_encoder(recipe.encoder.name, recipe.encoder.options, grid=manifest.grid["shape"], training=True)
     engine.deepspeed_config(recipe, world_size)
     steps = recipe.train.steps
     if steps is None:

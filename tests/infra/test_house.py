@@ -14,7 +14,7 @@ HEAVY = {
     "deepspeed": "pretrain/engine.py",
     "ray": "infra/ray_cluster.py",
     "mlflow": "infra/tracking.py",
-    "monai": "pretrain/encoders.py",
+    "monai": "pretrain/encoders/networks.py",
 }
 
 
