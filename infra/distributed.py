@@ -42,6 +42,15 @@ def single_process_environment() -> dict[str, str]:
     return values
 
 
+def broadcast(value: Any) -> Any:
+    """Rank 0's ``value`` (whatever pickles) on every rank. Collective."""
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def reduce_scalars(values: list[float], operation: str = "sum") -> list[float]:
     """Reduce a few float64 figures over all ranks (``sum``, ``max`` or ``min``); one collective."""
     import torch

@@ -19,7 +19,7 @@ from pretrain.config import Recipe
 # Keys that change where and how fast a run goes, not what it computes: a resumed run may set them anew.
 FREE_TO_CHANGE = (
     "run.tracking_uri", "data.shards", "data.workers", "data.threads", "data.prefetch", "data.device",
-    "checkpoint.", "launch.",
+    "checkpoint.", "launch.", "train.watchdog_seconds",
 )  # fmt: skip
 
 
