@@ -285,6 +285,7 @@ class RunLog:
 def main(arguments: Sequence[str]) -> int:
     """Parse, train, close; 2 and one line from rank 0 for what the user gave and is wrong."""
     try:
+        distributed.adopt_slurm()
         recipe = load_recipe(*parse_arguments(arguments))
         with watchdog.Watchdog(recipe.train.watchdog_seconds):
             train(recipe)
