@@ -39,7 +39,7 @@ def launcher() -> list[str]:
 class Job:
     """``deepspeed --no_ssh --node_rank k`` on each host; their output goes to ``a.log`` and ``b.log``."""
 
-    def __init__(self, pair: Pair, folder: Path, arguments: list[str]) -> None:
+    def __init__(self, pair: Pair, folder: Path, arguments: list[str], store: Path) -> None:
         folder.mkdir(exist_ok=True)
         hostfile = write_hostfile(folder / "hostfile", pair)
         where = [
@@ -51,7 +51,7 @@ class Job:
             "--master_port",
             str(free_port()),
         ]
-        variables = {**environment(folder), "GLOO_SOCKET_IFNAME": pair.interface, "PYTHONPATH": str(ROOT)}
+        variables = {**environment(store), "GLOO_SOCKET_IFNAME": pair.interface, "PYTHONPATH": str(ROOT)}
         self.folder, self.processes = folder, []
         for rank, host in enumerate((pair.a, pair.b)):
             command = host.command([*launcher(), *where, "--node_rank", str(rank), *arguments])
@@ -77,28 +77,34 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def one_host(shards, tmp_path_factory):
+def store(tmp_path_factory):
+    """The folder of one MLflow store for all runs: to make one takes as long as a run."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def one_host(shards, store, tmp_path_factory):
     """The losses of two ranks on one host. Two cores or one: a rank has one thread here as there."""
     folder = tmp_path_factory.mktemp("one-host")
     command = [*launcher(), "--num_accelerators", "2", "--master_port", str(free_port())]
-    done = subprocess.run([*command, *training(shards, folder / "run")], cwd=ROOT, env=environment(folder),
+    done = subprocess.run([*command, *training(shards, folder / "run")], cwd=ROOT, env=environment(store),
                           capture_output=True, text=True, timeout=240)  # fmt: skip
     print(done.stdout[-3000:], done.stderr[-3000:])
     assert done.returncode == 0
     return losses(folder / "run")
 
 
-def test_two_hosts_train_as_one(pair, shards, tmp_path, one_host):
+def test_two_hosts_train_as_one(pair, shards, tmp_path, one_host, store):
     assert len({loss for _, loss in one_host}) == STEPS
-    job = Job(pair, tmp_path, training(shards, tmp_path / "run"))
+    job = Job(pair, tmp_path, training(shards, tmp_path / "run"), store)
     assert job.wait() == [0, 0]
     # To the last bit: the ranks add up the same two numbers, whichever way they travelled.
     assert losses(tmp_path / "run") == one_host
 
 
-def test_a_cut_cable_ends_both_hosts_and_a_restart_goes_on_exactly(pair, shards, tmp_path, one_host):
+def test_a_cut_cable_ends_both_hosts_and_a_restart_goes_on_exactly(pair, shards, tmp_path, one_host, store):
     output = tmp_path / "run"
-    job = Job(pair, tmp_path / "cut", training(shards, output))
+    job = Job(pair, tmp_path / "cut", training(shards, output), store)
     try:
         wait_for(lambda: len(losses(output)) >= 6, job)
         pair.cut()
@@ -114,7 +120,7 @@ def test_a_cut_cable_ends_both_hosts_and_a_restart_goes_on_exactly(pair, shards,
         assert lines[0].startswith(f"watchdog: rank {lost} ({other}) has not been heard of for ")
         assert f"rank {rank} ({here}) waited in the " in lines[0]
     assert 6 <= len(losses(output)) < STEPS, "cut too late to show anything"
-    assert Job(pair, tmp_path / "again", training(shards, output)).wait() == [0, 0]
+    assert Job(pair, tmp_path / "again", training(shards, output), store).wait() == [0, 0]
     assert "resuming after step 4" in (tmp_path / "again" / "host-a.log").read_text() or len(losses(output)) > 8
     assert losses(output) == one_host
 
@@ -156,11 +162,11 @@ def sshd(pair, tmp_path):
 
 
 @pytest.mark.slow
-def test_pdsh_starts_both_hosts_from_one(pair, shards, tmp_path, one_host, sshd):
+def test_pdsh_starts_both_hosts_from_one(pair, shards, tmp_path, one_host, sshd, store):
     work = tmp_path / "work"
     work.mkdir()
     hostfile = write_hostfile(work / "hostfile", pair)
-    variables = environment(tmp_path)
+    variables = environment(store)
     carried = {"GLOO_SOCKET_IFNAME": pair.interface, "MLFLOW_TRACKING_URI": variables["MLFLOW_TRACKING_URI"],
                "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
     (work / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in carried.items()))
