@@ -28,7 +28,7 @@ done
 left_out='torch|mypy|mypy_extensions|ruff|librt|ast_serialize|pathspec|pandas-stubs|scipy-stubs|optype|numpy-typing-compat|types-[A-Za-z]+'
 packages() {
     grep -vE "^(#|$|($left_out)==)" "$root/infra/constraints.txt"
-    echo 'setuptools>=77'  # builds the project itself there
+    printf '%s\n' 'setuptools>=77' 'wheel>=0.45'  # they build the project itself there
 }
 
 if [ -n "$list" ]; then packages; exit 0; fi
