@@ -136,6 +136,8 @@ class Train:
     epochs: float | None = Field(default=30.0, gt=0)
     steps: int | None = Field(default=None, ge=0)
     precision: Literal["fp32", "bf16", "autocast"] = "fp32"
+    # A rank that does not move for so long ends the job on all ranks (infra.watchdog); 0 = off. More than any step takes.
+    watchdog_seconds: float = Field(default=600.0, ge=0)
 
 
 @dataclass(config=_strict)

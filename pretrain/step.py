@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_pipeline.manifest import Manifest
-from infra import distributed
+from infra import distributed, watchdog
 from infra.errors import UserError, nearest
 from pretrain.config import Loss, Optimizer, Recipe
 from pretrain.diagnostics import effective_positives
@@ -106,9 +106,11 @@ def train_step(
     when any rank's loss is not finite.
     """
     views_2B1DHW, temperatures = batch["views"].to(dtype), []
+    watchdog.phase(f"the forward pass of step {step}")
 
     def compare(embeddings_2BP: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
         temperatures.append(temperature)
+        watchdog.phase(f"the exchange of embeddings of step {step}")
         return loss(embeddings_2BP, temperature, batch)
 
     if micro is None or micro >= views_2B1DHW.shape[1]:
@@ -119,6 +121,7 @@ def train_step(
     mean = distributed.reduce_scalars([float(value.detach())])[0] / distributed.world_size()
     if not math.isfinite(mean):
         raise NotFinite(f"step {step}: the loss is {mean}; lower optimizer.lr or look at the scans of this batch")
+    watchdog.phase(f"the gradient reduction of step {step}")
     backward()
     lr = float(engine.get_lr()[0])
     norm = update(engine)

@@ -24,7 +24,7 @@ from data_pipeline.order import Order
 from data_pipeline.remote import Access
 from data_pipeline.source import LoaderError
 from data_pipeline.volume import PREPARED
-from infra import distributed
+from infra import distributed, watchdog
 from infra.errors import UserError
 from infra.files import write_json
 from infra.progress import Progress, clock
@@ -96,10 +96,13 @@ def train(recipe: Recipe) -> None:
     plan = make_plan(recipe, distributed.world_size())
     device = engine.start_ranks()
     try:
+        watchdog.connect()
+        watchdog.phase("the building of the engine")
         model = build_model(recipe).to(device)
         trained = engine.build_engine(
             recipe, model, lr_factor(recipe.optimizer, plan.total_steps, plan.steps_per_epoch)
         )
+        watchdog.phase("the loading of the checkpoint")
         folder = Path(recipe.run.output) / "checkpoints"
         state = checkpoint.load_checkpoint(folder, trained)
         if distributed.is_main():
@@ -141,9 +144,11 @@ def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.d
         batches = iter(loader)
         for step in range(first, plan.total_steps):
             started = time.perf_counter()
+            watchdog.phase(f"the loading of batch {step}")
             batch = next(batches)
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             figures = train_step(trained, loss, batch, step, dtype, recipe.batch.micro)
+            watchdog.phase(f"the logging of step {step}")
             positives = watch.step(step, batch)
             if log:
                 if positives:
@@ -151,6 +156,7 @@ def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.d
                 log.step(step, figures, time.perf_counter() - started, loader)
             if (step + 1) % recipe.checkpoint.every_steps == 0 or step + 1 == plan.total_steps:
                 save(plan, trained, step + 1, loader.state_dict(), log)
+            watchdog.steady()
     finally:
         loader.close()
 
@@ -177,6 +183,7 @@ class EpochPositives:
 
 def save(plan: Plan, trained: Any, step: int, loader_state: dict[str, Any], log: RunLog | None) -> None:
     """Write checkpoint ``step-XXXXXXXX``, with the encoder as safetensors in it, and tell MLflow. Collective."""
+    watchdog.phase(f"the writing of the checkpoint after {step} steps", slow=True)
     weights = engine.encoder_state(trained)
     folder = Path(plan.recipe.run.output) / "checkpoints"
 
@@ -296,8 +303,10 @@ class RunLog:
 def main(arguments: Sequence[str]) -> int:
     """Parse, train, close; 2 and one line from rank 0 for what the user gave and is wrong."""
     try:
+        distributed.adopt_slurm()
         recipe = load_recipe(*parse_arguments(arguments))
-        train(recipe)
+        with watchdog.Watchdog(recipe.train.watchdog_seconds):
+            train(recipe)
     except UserError as error:
         if distributed.is_main() or isinstance(error, LoaderError):  # a rank's own data concern that rank alone
             print(f"yaware: error: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,184 @@
+"""The real launcher on two hosts (network namespaces): the losses of one host, and a cut cable that ends both."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from infra.distributed import free_port
+from infra.watchdog import EXIT_STATUS
+from tests.netns import Pair, two_hosts, why_not, write_hostfile
+from tests.runs import ROOT, SMALL, environment, losses
+
+STEPS, SECONDS = 12, 8
+REASON = why_not()
+pytestmark = [pytest.mark.distributed, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with two_hosts() as hosts:
+        yield hosts
+
+
+def training(shards: Path, output: Path) -> list[str]:
+    given = [f"--data.shards={shards}", f"--run.output={output}", f"--train.steps={STEPS}", *SMALL]
+    return ["--module", "pretrain.train", "--config", "demo-cpu", *given, f"--train.watchdog_seconds={SECONDS}"]
+
+
+def launcher() -> list[str]:
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+
+
+class Job:
+    """``deepspeed --no_ssh --node_rank k`` on each host; their output goes to ``a.log`` and ``b.log``."""
+
+    def __init__(self, pair: Pair, folder: Path, arguments: list[str], store: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        hostfile = write_hostfile(folder / "hostfile", pair)
+        where = [
+            "--hostfile",
+            str(hostfile),
+            "--no_ssh",
+            "--master_addr",
+            pair.a.address,
+            "--master_port",
+            str(free_port()),
+        ]
+        variables = {**environment(store), "GLOO_SOCKET_IFNAME": pair.interface, "PYTHONPATH": str(ROOT)}
+        self.folder, self.processes = folder, []
+        for rank, host in enumerate((pair.a, pair.b)):
+            command = host.command([*launcher(), *where, "--node_rank", str(rank), *arguments])
+            with (folder / f"{host.name}.log").open("wb") as log:
+                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log))
+
+    def log(self, host: str) -> str:
+        return (self.folder / f"{host}.log").read_text()
+
+    def wait(self, timeout: float = 240) -> list[int]:
+        """Exit status on each host."""
+        limit = time.monotonic() + timeout
+        try:
+            return [process.wait(timeout=max(0.1, limit - time.monotonic())) for process in self.processes]
+        finally:
+            for process in self.processes:
+                family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+                for member in family:
+                    member.kill()
+                process.kill()
+                process.wait()
+            print(self.log("host-a")[-3000:], self.log("host-b")[-3000:])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """The folder of one MLflow store for all runs: to make one takes as long as a run."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def one_host(shards, store, tmp_path_factory):
+    """The losses of two ranks on one host. Two cores or one: a rank has one thread here as there."""
+    folder = tmp_path_factory.mktemp("one-host")
+    command = [*launcher(), "--num_accelerators", "2", "--master_port", str(free_port())]
+    done = subprocess.run([*command, *training(shards, folder / "run")], cwd=ROOT, env=environment(store),
+                          capture_output=True, text=True, timeout=240)  # fmt: skip
+    print(done.stdout[-3000:], done.stderr[-3000:])
+    assert done.returncode == 0
+    return losses(folder / "run")
+
+
+def test_two_hosts_train_as_one(pair, shards, tmp_path, one_host, store):
+    assert len({loss for _, loss in one_host}) == STEPS
+    job = Job(pair, tmp_path, training(shards, tmp_path / "run"), store)
+    assert job.wait() == [0, 0]
+    # To the last bit: the ranks add up the same two numbers, whichever way they travelled.
+    assert losses(tmp_path / "run") == one_host
+
+
+def test_a_cut_cable_ends_both_hosts_and_a_restart_goes_on_exactly(pair, shards, tmp_path, one_host, store):
+    output = tmp_path / "run"
+    job = Job(pair, tmp_path / "cut", training(shards, output), store)
+    try:
+        wait_for(lambda: len(losses(output)) >= 6, job)
+        pair.cut()
+        cut = time.monotonic()
+        assert job.wait(timeout=120) == [EXIT_STATUS, EXIT_STATUS]
+        took = time.monotonic() - cut
+    finally:
+        pair.join()
+    assert SECONDS - 2 < took < SECONDS + 12
+    for here, rank, other, lost in (("host-a", 0, "host-b", 1), ("host-b", 1, "host-a", 0)):
+        lines = [line for line in job.log(here).splitlines() if line.startswith("watchdog: ")]
+        assert len(lines) == 1, job.log(here)
+        assert lines[0].startswith(f"watchdog: rank {lost} ({other}) has not been heard of for ")
+        assert f"rank {rank} ({here}) waited in the " in lines[0]
+    assert 6 <= len(losses(output)) < STEPS, "cut too late to show anything"
+    assert Job(pair, tmp_path / "again", training(shards, output), store).wait() == [0, 0]
+    assert "resuming after step 4" in (tmp_path / "again" / "host-a.log").read_text() or len(losses(output)) > 8
+    assert losses(output) == one_host
+
+
+def wait_for(ready, job: Job, timeout: float = 150) -> None:
+    limit = time.monotonic() + timeout
+    while not ready():
+        assert all(process.poll() is None for process in job.processes), job.log("host-a") + job.log("host-b")
+        assert time.monotonic() < limit, "the run never came so far"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def sshd(pair, tmp_path):
+    """An sshd on each host that lets in one key made for the test; the path of an ssh configuration that uses it."""
+    for tool in ("pdsh", "ssh-keygen", "/usr/sbin/sshd"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} not found (Debian: pdsh, openssh-server)")
+    for key in ("host_key", "user_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / key)], check=True)
+    shutil.copy(tmp_path / "user_key.pub", tmp_path / "authorized_keys")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    options = [f"HostKey={tmp_path}/host_key", f"AuthorizedKeysFile={tmp_path}/authorized_keys", "UsePAM=no",
+               "StrictModes=no", "PermitRootLogin=prohibit-password", "PidFile=none"]  # fmt: skip
+    flags = [part for option in options for part in ("-o", option)]
+    servers = [
+        subprocess.Popen(host.command(["/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-p", "2222", *flags]))
+        for host in (pair.a, pair.b)
+    ]
+    config = tmp_path / "ssh_config"
+    config.write_text(
+        f"Host 10.77.0.*\n  Port 2222\n  IdentityFile {tmp_path}/user_key\n  StrictHostKeyChecking no\n"
+        "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
+    )
+    yield config
+    for server in servers:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.slow
+def test_pdsh_starts_both_hosts_from_one(pair, shards, tmp_path, one_host, sshd, store):
+    work = tmp_path / "work"
+    work.mkdir()
+    hostfile = write_hostfile(work / "hostfile", pair)
+    variables = environment(store)
+    carried = {"GLOO_SOCKET_IFNAME": pair.interface, "MLFLOW_TRACKING_URI": variables["MLFLOW_TRACKING_URI"],
+               "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    (work / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in carried.items()))
+    # pdsh hands the line to a shell on the other side, which would expand the braces of a key given as an override.
+    recipe = (ROOT / "pretrain/recipes/demo-cpu.yaml").read_text().replace("width: 0.5", "width: 0.25")
+    (work / "mine.yaml").write_text(recipe)
+    arguments = [part for part in training(shards, tmp_path / "run") if not part.startswith("--encoder.options")]
+    arguments[arguments.index("demo-cpu")] = str(work / "mine.yaml")
+    command = [*launcher(), "--hostfile", str(hostfile), "--no_ssh_check", "--master_addr", pair.a.address,
+               "--master_port", str(free_port()), *arguments]  # fmt: skip
+    variables |= {"PDSH_SSH_ARGS_APPEND": f"-F {sshd}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(pair.a.command(command), cwd=work, env=variables, capture_output=True, text=True, timeout=240)
+    print(done.stdout[-3000:], done.stderr[-3000:])
+    assert done.returncode == 0
+    assert losses(tmp_path / "run") == one_host

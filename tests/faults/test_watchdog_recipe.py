@@ -1,0 +1,87 @@
+"""One rank of a real run is stopped or killed: the others end with its name, and the same command goes on exactly."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from infra.watchdog import EXIT_STATUS
+from tests.runs import ROOT, environment, losses, pretrain_command, run
+
+STEPS, SECONDS = 12, 8
+pytestmark = pytest.mark.distributed
+
+
+@contextmanager
+def running(command: list[str], folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[int, psutil.Process]]]:
+    """The launcher and its ranks, once six steps are done."""
+    with (folder / "run.log").open("wb") as log:
+        launcher = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=log, stderr=log)
+    limit = time.monotonic() + 200
+    try:
+        while len(losses(folder / "run")) < 6:
+            assert launcher.poll() is None, (folder / "run.log").read_text()[-3000:]
+            assert time.monotonic() < limit, "the run never came so far"
+            time.sleep(0.02)
+        yield launcher, dict(ranks_of(launcher.pid))
+    finally:
+        if launcher.poll() is None:
+            for process in psutil.Process(launcher.pid).children(recursive=True):
+                process.kill()
+        launcher.kill()
+        launcher.wait()
+
+
+def ranks_of(pid: int) -> Iterator[tuple[int, psutil.Process]]:
+    for process in psutil.Process(pid).children(recursive=True):
+        found = re.search(r"-m pretrain\.train --local_rank=(\d+)", " ".join(process.cmdline()))
+        if found and "deepspeed" not in " ".join(process.cmdline()):
+            yield int(found[1]), process
+
+
+def command_for(shards: Path, folder: Path, world: int) -> list[str]:
+    more = [f"--launch.ranks={world}", "--batch.global=6", f"--train.watchdog_seconds={SECONDS}"]
+    return pretrain_command(shards, folder / "run", STEPS, *more)
+
+
+def test_a_stopped_rank_ends_the_other_and_the_run_goes_on_exactly(shards, tmp_path):
+    command = command_for(shards, tmp_path, 2)
+    with running(command, tmp_path) as (launcher, ranks):
+        ranks[1].send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        while ranks[0].is_running() and ranks[0].status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() - stopped < SECONDS + 10, "rank 0 still waits for the stopped rank"
+            time.sleep(0.1)
+        assert time.monotonic() - stopped > SECONDS - 2
+        # The launcher now ends the stopped rank as well: at once if it runs again, after 30 s if not.
+        ranks[1].send_signal(signal.SIGCONT)
+        assert launcher.wait(timeout=60) == EXIT_STATUS
+    lines = [line for line in (tmp_path / "run.log").read_text().splitlines() if line.startswith("watchdog: rank 1 ")]
+    assert re.search(r"has not been heard of for \d+ s; it was last in the .* (step|batch) \d+", lines[0])
+    assert re.search(r"; rank 0 \(.*\) waited in the .* step \d+; the same command continues", lines[0])
+    interrupted = losses(tmp_path / "run")
+    assert 6 <= len(interrupted) < STEPS, "stopped too late to show anything"
+    assert run(command, tmp_path).returncode == 0
+    again = losses(tmp_path / "run")
+    assert [step for step, _ in again] == list(range(STEPS))
+    assert again[: len(interrupted)] == interrupted
+
+
+def test_a_killed_rank_of_three_is_named_by_another(shards, tmp_path):
+    with running(command_for(shards, tmp_path, 3), tmp_path) as (launcher, ranks):
+        assert sorted(ranks) == [0, 1, 2]
+        ranks[2].kill()
+        killed = time.monotonic()
+        assert launcher.wait(timeout=60) != 0
+        assert time.monotonic() - killed < 20
+    lines = [line for line in (tmp_path / "run.log").read_text().splitlines() if line.startswith("watchdog: ")]
+    # The launcher ends the ranks that are left within a second; one of them was quicker.
+    assert any(re.match(r"watchdog: rank 2 \(.*\) has died \(its connection closed\) in the ", line) for line in lines)

@@ -1,0 +1,99 @@
+"""The real recipe on one GPU: every ZeRO stage and precision, resume, and the fast path against plain float32."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from infra.distributed import free_port
+from pretrain.config import load_recipe
+from pretrain.kernels import KERNELS
+from pretrain.losses import LOSSES
+from pretrain.model import build_model
+from tests.runs import environment, losses, run
+
+pytestmark = pytest.mark.gpu
+STEPS = 4
+# Group normalisation: the gradients of batch normalisation at this size are as large as chance makes them.
+SMALL = ["--batch.global=8", "--checkpoint.every_steps=2", "--encoder.options={width: 0.25, norm: group}"]
+
+
+def train(device: str, shards: Path, output: Path, *more: str, accelerator: str | None = None) -> list[float]:
+    """The losses of a run of the real command on one rank."""
+    given = [f"--data.shards={shards}", f"--run.output={output}", f"--train.steps={STEPS}", *SMALL, *more]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1", "--master_port"]
+    command = [*launcher, str(free_port()), "--module", "pretrain.train", "--config", "demo-cpu", *given]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    variables = environment(output.parent)
+    done = run(["env", f"DS_ACCELERATOR={accelerator or device}", *command], output.parent)
+    assert done.returncode == 0, variables["MLFLOW_TRACKING_URI"]
+    found = losses(output)
+    assert [step for step, _ in found][-1] == STEPS - 1
+    return [loss for _, loss in found]
+
+
+def stage(number: int) -> str:
+    return f"--deepspeed={{zero_optimization: {{stage: {number}}}}}"
+
+
+@pytest.fixture(scope="module")
+def plain(device, shards, tmp_path_factory):
+    """Losses and run folder of ZeRO stage 0 in float32."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    return train(device, shards, folder, stage(0)), folder
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_zero_stage_trains_as_stage_0(device, plain, shards, tmp_path, number):
+    found = train(device, shards, tmp_path / "run", stage(number))
+    # Atomic additions of cuDNN come in another order each time; the CPU has none.
+    assert found == pytest.approx(plain[0], rel=1e-4)
+    assert len(set(found)) == STEPS
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("autocast", 0.02), ("bf16", 0.05)])
+def test_a_shorter_type_trains_nearly_as_float32(device, plain, shards, tmp_path, precision, tolerance):
+    found = train(device, shards, tmp_path / "run", stage(1), f"--train.precision={precision}")
+    assert found == pytest.approx(plain[0], rel=tolerance)
+    assert found[0] != plain[0][0], "the precision changed nothing"
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_run_resumed_on_the_gpu_goes_on_as_before(device, plain, shards, tmp_path, number):
+    whole = plain
+    if number:
+        whole = train(device, shards, tmp_path / "whole", stage(number)), tmp_path / "whole"
+    checkpoints = tmp_path / "resumed/checkpoints"
+    shutil.copytree(whole[1] / "checkpoints/step-00000002", checkpoints / "step-00000002")
+    (checkpoints / "latest").write_text("step-00000002\n")
+    assert train(device, shards, tmp_path / "resumed", stage(number)) == pytest.approx(whole[0][2:], rel=1e-4)
+
+
+def step_of(device: str, fast: bool) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of one step, plain float32 or bf16 autocast + channels last + torch.compile."""
+    recipe = load_recipe("demo-cpu", ["--encoder.options={width: 0.25, norm: group}"])
+    model = build_model(recipe).to(device)
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randn(2, 8, 1, 32, 40, 32, generator=generator).to(device)
+    ages = torch.linspace(20, 80, 8).unsqueeze(1).to(device)
+    network: torch.nn.Module = model
+    if fast:
+        model.to(memory_format=torch.channels_last_3d)
+        network = torch.compile(model)
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=fast):
+        embeddings, _ = network(views)
+    loss = LOSSES["y-aware"](embeddings.float(), ages, kernel=KERNELS["gaussian"](bandwidth=5.0))
+    loss.backward()
+    return float(loss), torch.cat([p.grad.float().flatten() for p in model.parameters()]).cpu()
+
+
+def test_bf16_channels_last_and_compile_keep_loss_and_gradient(device):
+    loss, gradient = step_of(device, fast=False)
+    fast_loss, fast_gradient = step_of(device, fast=True)
+    assert fast_loss == pytest.approx(loss, rel=0.02)
+    assert torch.cosine_similarity(gradient, fast_gradient, dim=0) > 0.97
+    assert float(fast_gradient.norm()) == pytest.approx(float(gradient.norm()), rel=0.1)

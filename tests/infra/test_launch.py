@@ -1,0 +1,316 @@
+"""The files and lines of infra/launch, SLURM's variables, and the GPU kit's packing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.distributed import expand_counts, expand_hosts, free_port, slurm_environment
+from infra.errors import UserError
+from tests.runs import ROOT, environment, losses, pretrain_command
+
+LAUNCH = ROOT / "infra" / "launch"
+README = (LAUNCH / "README.md").read_text()
+SLURM = {
+    "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_NTASKS": "6", "SLURM_JOB_ID": "123456",
+    "SLURM_JOB_NODELIST": "gpu[07-09]", "SLURM_TASKS_PER_NODE": "2(x3)",
+}  # fmt: skip
+
+
+def lines_of(word: str) -> list[list[str]]:
+    """The commands of the README's code blocks that begin with ``word``, as a shell would split them."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in commands if line.startswith(word)]
+
+
+def test_a_task_of_srun_finds_its_rank_and_master():
+    assert slurm_environment(SLURM) == {
+        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "23456",
+    }  # fmt: skip
+
+
+def test_a_step_on_a_part_of_the_job_counts_its_own_tasks_and_hosts():
+    step = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NODELIST": "gpu08", "SLURM_STEP_TASKS_PER_NODE": "3",
+            "SLURM_NODEID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "2"}  # fmt: skip
+    found = slurm_environment({**SLURM, **step})
+    assert (found["WORLD_SIZE"], found["MASTER_ADDR"], found["LOCAL_WORLD_SIZE"]) == ("3", "gpu08", "3")
+
+
+def test_a_master_that_is_set_wins():
+    found = slurm_environment({**SLURM, "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"})
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.7", "29500")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"SLURM_NTASKS": ""}, "SLURM_NTASKS is not set although SLURM_PROCID is; start with srun"),
+        ({"SLURM_LOCALID": "one"}, "a variable of SLURM is no number: .*'one'"),
+        ({"SLURM_JOB_NODELIST": "gpu[07-"}, "SLURM_JOB_NODELIST='gpu.07-' cannot be read"),
+        ({"SLURM_JOB_NODELIST": "gpu[a-b]"}, "holds .a-b., which is no list of numbers"),
+        ({"SLURM_TASKS_PER_NODE": "2x3"}, "SLURM_TASKS_PER_NODE='2x3' cannot be read"),
+    ],
+)
+def test_what_slurm_did_not_say_is_named(change, text):
+    with pytest.raises(UserError, match=text):
+        slurm_environment({**SLURM, **change})
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("login", ["login"]),
+        ("a[1-3,7],b", ["a1", "a2", "a3", "a7", "b"]),
+        ("node[098-101]-ib", ["node098-ib", "node099-ib", "node100-ib", "node101-ib"]),
+        ("r[1-2]n[08,10]", ["r1n08", "r1n10", "r2n08", "r2n10"]),
+    ],
+)
+def test_host_lists_in_slurms_short_form(text, hosts):
+    assert expand_hosts(text) == hosts
+
+
+@given(st.lists(st.tuples(st.integers(0, 120), st.integers(0, 12)), min_size=1, max_size=5), st.integers(1, 4))
+def test_ranges_written_short_read_back_in_order(ranges, width):
+    short = ",".join(f"{first:0{width}d}-{first + more:0{width}d}" for first, more in ranges)
+    naive = [f"n{number:0{width}d}.ib" for first, more in ranges for number in range(first, first + more + 1)]
+    assert expand_hosts(f"n[{short}].ib") == naive
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 9)), min_size=1, max_size=6))
+def test_task_counts_written_short_read_back(groups):
+    short = ",".join(f"{tasks}(x{hosts})" if hosts > 1 else f"{tasks}" for tasks, hosts in groups)
+    assert expand_counts(short) == [tasks for tasks, hosts in groups for _ in range(hosts)]
+
+
+@pytest.mark.distributed
+def test_two_processes_with_slurms_variables_train_as_two_ranks(shards, tmp_path):
+    arguments = pretrain_command(shards, tmp_path / "run", 3)[4:]
+    variables = {**environment(tmp_path), "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "1",
+                 "SLURM_TASKS_PER_NODE": "2", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pretrain.train", *arguments],
+            cwd=ROOT, env={**variables, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [task.communicate(timeout=200)[0] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert "over 2 ranks" in outputs[0]
+    assert "pretrain:" not in outputs[1]
+    assert [step for step, _ in losses(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_the_hostfile_and_the_environment_are_what_deepspeed_reads():
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    assert runner.fetch_hostfile(str(LAUNCH / "hostfile")) == {"node01": 8, "node02": 8}
+    # The launcher splits each line at its first "=" and knows neither comments nor empty lines.
+    for line in (LAUNCH / "deepspeed_env").read_text().splitlines():
+        assert re.fullmatch(r"[A-Z_]+=[^\s\"'#]+", line), line
+
+
+@pytest.mark.parametrize("word", ["deepspeed", "sbatch"])
+def test_every_documented_start_is_a_recipe_that_the_launcher_understands(word):
+    from deepspeed.launcher.runner import parse_args
+
+    from pretrain.config import load_recipe
+    from pretrain.train import parse_arguments
+
+    commands = lines_of(word)
+    assert len(commands) == {"deepspeed": 3, "sbatch": 1}[word]
+    for command in commands:
+        if word == "deepspeed":
+            given_to = parse_args(command[1:])
+            assert (given_to.user_script, given_to.module) == ("pretrain.train", True)
+            assert given_to.hostfile == "/job/hostfile" or (ROOT / given_to.hostfile).is_file()
+            rest = given_to.user_args
+        else:
+            script = next(part for part in command if part.endswith(".sbatch"))
+            assert (ROOT / script).is_file()
+            rest = ["--config", *command[command.index(script) + 1 :]]
+        load_recipe(*parse_arguments(rest))
+
+
+@pytest.mark.parametrize("name", ["pretrain.sbatch", "pretrain-deepspeed.sbatch"])
+def test_a_batch_script_starts_what_it_says(name, tmp_path):
+    """With stand-ins for srun and scontrol that record how they were called and run what they were given."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    scripts = {
+        "bin/srun": 'echo "srun $1 $2" >> calls; while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "bin/scontrol": '[ "$1" = show ] && printf "gpu07\\ngpu08\\n" || echo "scontrol $*" >> calls',
+        ".venv/bin/python": 'echo "python $*" >> calls; exit 75',
+        ".venv/bin/deepspeed": 'echo "deepspeed $*" >> calls; cat "$2" >> calls; exit 75',
+    }
+    for path, body in scripts.items():
+        (tmp_path / path).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / path).chmod(0o755)
+    variables = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path),
+                 "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_GPUS_ON_NODE": "8",
+                 "SLURM_NODEID": "1"}  # fmt: skip
+    done = subprocess.run(["bash", str(LAUNCH / name), "demo-cpu", "--run.name=a b"], env=variables, cwd=tmp_path,
+                          capture_output=True, text=True)  # fmt: skip
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert done.returncode == 75
+    assert calls[0] == "srun --kill-on-bad-exit=1 --gpu-bind=none"
+    if name == "pretrain.sbatch":
+        assert calls[1:] == ["python -u -m pretrain.train --config demo-cpu --run.name=a b", "scontrol requeue 123456"]
+    else:
+        assert calls[2:] == ["gpu07 slots=8", "gpu08 slots=8"]
+        assert calls[1].split("--no_ssh ")[1] == (
+            "--node_rank 1 --master_addr gpu07 --master_port 23456 --module pretrain.train --config demo-cpu --run.name=a b"
+        )
+    assert not list(tmp_path.glob(".hostfile-*"))
+    usage = subprocess.run(["bash", str(LAUNCH / name)], env=variables, cwd=tmp_path, capture_output=True, text=True)
+    assert usage.returncode != 0
+    assert "usage: sbatch" in usage.stderr
+
+
+def test_the_container_copies_what_exists_and_all_that_the_package_needs():
+    text = (LAUNCH / "Containerfile").read_text()
+    copied = [part for line in re.findall(r"^COPY (.*) \S+$", text, flags=re.MULTILINE) for part in line.split()]
+    assert all((ROOT / part).exists() for part in copied)
+    assert {"infra", "data_pipeline", "pretrain", "evaluation", "pyproject.toml"} <= set(copied)
+    assert "-c infra/constraints.txt" in text
+
+
+@pytest.mark.slow
+def test_the_ray_lines_make_one_cluster():
+    head, worker = lines_of("ray")
+    port = free_port()
+    binaries = Path(sys.executable).parent
+    # Two daemons share this machine: small stores, and no other change to the documented lines.
+    extra = ["--object-store-memory", "80000000", "--num-cpus", "1"]
+    given_port = [str(port) if part == "6379" else part for part in head[1:]]
+    given_address = [part.replace("node01:6379", f"127.0.0.1:{port}") for part in worker[1:]]
+    daemons = []
+    try:
+        for arguments in ([*given_port, "--include-dashboard", "false"], given_address):
+            daemons.append(subprocess.Popen([binaries / "ray", *arguments, *extra], stdout=subprocess.DEVNULL))
+            time.sleep(12)
+        code = "from infra.ray_cluster import session\nwith session() as ray: print('cpus', ray.cluster_resources()['CPU'])"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                              env={**os.environ, "RAY_ADDRESS": f"127.0.0.1:{port}"})  # fmt: skip
+        assert "cpus 2.0" in done.stdout, done.stderr[-2000:]
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in daemons:
+            daemon.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_the_mlflow_line_serves_a_store(tmp_path):
+    (command,) = lines_of("mlflow")
+    port = free_port()
+    arguments = [str(port) if part == "5000" else part for part in command[1:]]
+    variables = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen([Path(sys.executable).parent / "mlflow", *arguments], cwd=tmp_path, env=variables,
+                              start_new_session=True)  # fmt: skip
+    try:
+        limit = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                    assert answer.read() == b"OK"
+                break
+            except OSError:
+                assert time.monotonic() < limit
+                time.sleep(0.5)
+        assert (tmp_path / "mlflow.db").is_file()
+    finally:
+        import psutil
+
+        family = [*psutil.Process(server.pid).children(recursive=True), server]
+        for process in family:
+            process.terminate()
+        server.wait(timeout=60)
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """Wheels that are none, of awkward sizes, packed in small parts."""
+    source = tmp_path / "given"
+    source.mkdir()
+    for number, size in enumerate((1, 70_001, 250_000)):
+        (source / f"package{number}-1.0-py3-none-any.whl").write_bytes(os.urandom(size))
+    done = _pack("--wheels", str(source), "--part-size", "60K", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    return source, tmp_path / "out"
+
+
+def _pack(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", str(ROOT / "infra/gpu/pack.sh"), *arguments], capture_output=True, text=True)
+
+
+def _unpack(folder: Path, dest: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", str(folder / "unpack.sh"), *arguments, str(dest)], capture_output=True, text=True)
+
+
+def test_the_kit_is_cut_and_joined_without_loss(packed, tmp_path):
+    source, out = packed
+    parts = sorted(out.glob("yaware-gpu.tar.*"))
+    assert len(parts) > 6
+    assert all(part.stat().st_size <= 60 * 1024 for part in parts)
+    done = _unpack(out, tmp_path / "there", "--check")
+    assert done.returncode == 0, done.stderr
+    for wheel in source.iterdir():
+        assert (tmp_path / "there/wheels" / wheel.name).read_bytes() == wheel.read_bytes()
+    for name in ("pyproject.toml", "pretrain/recipes/demo-cpu.yaml", "tests/runs.py", "Makefile"):
+        assert (tmp_path / "there/yaware" / name).read_bytes() == _committed(name)
+
+
+def _committed(name: str) -> bytes:
+    return subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True, check=True).stdout
+
+
+@pytest.mark.parametrize("harm", ["cut short", "missing"])
+def test_a_damaged_part_is_named_and_nothing_unpacked(packed, tmp_path, harm):
+    _, out = packed
+    part = out / "yaware-gpu.tar.003"
+    if harm == "missing":
+        part.unlink()
+    else:
+        part.write_bytes(part.read_bytes()[:-1])
+    done = _unpack(out, tmp_path / "there", "--check")
+    assert done.returncode == 2
+    assert done.stderr == "unpack: error: missing or damaged: yaware-gpu.tar.003; carry it over again\n"
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_stray_part_of_an_older_pack_is_left_out(packed, tmp_path):
+    _, out = packed
+    shutil.copy(out / "yaware-gpu.tar.000", out / "yaware-gpu.tar.999")
+    assert _unpack(out, tmp_path / "there", "--check").returncode == 0
+
+
+def test_the_kit_holds_every_pin_but_torch_and_the_tools_of_development():
+    listed = {line.split("=")[0].split(">")[0] for line in _pack("--list").stdout.splitlines()}
+    assert {"deepspeed", "monai", "pytest", "hypothesis", "nvidia-dali-cuda130", "setuptools", "numpy"} <= listed
+    assert not {"torch", "ruff", "mypy"} & listed
+    assert len(listed) > 120
+
+
+def test_packing_over_an_older_kit_is_refused(packed):
+    done = _pack("--wheels", str(packed[0]), str(packed[1]))
+    assert done.returncode == 2
+    assert "is not empty; choose another folder" in done.stderr

@@ -1,0 +1,135 @@
+"""Ranks that hang, die or fail end the whole job within its time, and every rank's log names the one to blame."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from infra.distributed import free_port
+from infra.watchdog import EXIT_STATUS
+from infra.watchdog_wire import Standing, describe
+from tests.runs import ROOT
+
+SECONDS = 3
+pytestmark = pytest.mark.distributed
+
+
+def start(world: int, actions: dict[str, str], folder: Path, seconds: float = SECONDS) -> list[subprocess.Popen[bytes]]:
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+              "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    script = [sys.executable, "-m", "tests.infra.watchdog_rank", str(seconds), json.dumps(actions)]
+    ranks = []
+    for rank in range(world):
+        with (folder / f"rank{rank}.log").open("wb") as log:
+            environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(script, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    return ranks
+
+
+def statuses(ranks: list[subprocess.Popen[bytes]], timeout: float = 60) -> list[int]:
+    """Exit status of each rank; none may outlive ``timeout``."""
+    limit = time.monotonic() + timeout
+    try:
+        return [rank.wait(timeout=max(0.1, limit - time.monotonic())) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def verdict(folder: Path, rank: int) -> str:
+    lines = [line for line in (folder / f"rank{rank}.log").read_text().splitlines() if line.startswith("watchdog: ")]
+    assert len(lines) == 1, (folder / f"rank{rank}.log").read_text()
+    return lines[0]
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+def test_a_hanging_rank_is_named_by_every_rank_with_the_line_it_hangs_in(tmp_path, culprit):
+    ranks = start(3, {str(culprit): "hang"}, tmp_path)
+    assert statuses(ranks) == [EXIT_STATUS] * 3
+    for rank in range(3):
+        line = verdict(tmp_path, rank)
+        assert f"watchdog: rank {culprit} (" in line
+        assert "has not moved for 3 s in the loading of batch 3" in line
+        assert line.count("waited in the exchange of step 3") == 1
+        for other in {0, 1, 2} - {culprit}:
+            assert f"rank {other} (" in line.split(";")[1]
+    assert "(tests/infra/watchdog_rank.py:" in verdict(tmp_path, culprit)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_killed_rank_ends_the_others_with_its_name(tmp_path, culprit):
+    ranks = start(3, {str(culprit): "hang"}, tmp_path, seconds=60)
+    wait_for_text(tmp_path / f"rank{culprit}.log", "at step 3")
+    time.sleep(1)  # for the others to reach the exchange
+    killed = time.monotonic()
+    ranks[culprit].kill()
+    expected = [EXIT_STATUS] * 3
+    expected[culprit] = -9
+    assert statuses(ranks) == expected
+    assert time.monotonic() - killed < 15, "waited for the hang limit although the process was gone"
+    for rank in {0, 1, 2} - {culprit}:
+        assert f"rank {culprit} (" in verdict(tmp_path, rank)
+        assert "has died (its connection closed) in the loading of batch 3" in verdict(tmp_path, rank)
+
+
+def test_an_exception_of_one_rank_ends_the_others_and_keeps_its_traceback(tmp_path):
+    ranks = start(3, {"1": "raise"}, tmp_path, seconds=60)
+    assert statuses(ranks) == [EXIT_STATUS, 1, EXIT_STATUS]
+    assert "Traceback" in (tmp_path / "rank1.log").read_text()
+    for rank in (0, 2):
+        assert "has failed in the loading of batch 3: RuntimeError: out of memory" in verdict(tmp_path, rank)
+
+
+def test_an_exception_of_all_ranks_is_left_alone(tmp_path):
+    ranks = start(2, dict.fromkeys("01", "raise everywhere"), tmp_path)
+    assert statuses(ranks) == [1, 1]
+    for rank in range(2):
+        text = (tmp_path / f"rank{rank}.log").read_text()
+        assert "SameEverywhere: out of memory" in text
+        assert "watchdog:" not in text
+
+
+def test_a_rank_that_hangs_with_pythons_lock_ends_too(tmp_path):
+    ranks = start(2, {"1": "hold python's lock"}, tmp_path)
+    assert statuses(ranks) == [EXIT_STATUS, 1]
+    assert "rank 1 (" in verdict(tmp_path, 0)
+    assert "Thread 0x" in (tmp_path / "rank1.log").read_text()
+
+
+def test_slow_but_moving_ranks_are_let_be(tmp_path):
+    ranks = start(2, {"1": "take twice as long but beat", "checkpoint": "slow"}, tmp_path)
+    assert statuses(ranks) == [0, 0]
+    assert all((tmp_path / f"rank{rank}.log").read_text().strip().endswith("done") for rank in range(2))
+
+
+def test_zero_seconds_turn_it_off(tmp_path):
+    ranks = start(2, {"1": "take twice as long but beat"}, tmp_path, seconds=0)
+    assert statuses(ranks) == [0, 0]
+
+
+def test_hundreds_of_ranks_still_make_one_short_line():
+    everyone = [Standing(rank, f"host-{rank // 8}", "the exchange of step 7") for rank in range(256)]
+    for standing in everyone[100:108]:
+        standing.phase, standing.gone, standing.reason = (
+            "the forward pass of step 7",
+            standing.since,
+            "its connection closed",
+        )
+    line = describe(everyone[100:108], everyone, everyone[0].since + 5)
+    assert "rank 100 (host-12) has died" in line
+    assert "and 5 more; rank 0 (host-0), rank 1 (host-0), rank 2 (host-0) and 245 more waited in" in line
+    assert len(line) < 600
+
+
+def wait_for_text(path: Path, text: str) -> None:
+    limit = time.monotonic() + 60
+    while text not in path.read_text():
+        assert time.monotonic() < limit, path.read_text()
+        time.sleep(0.05)

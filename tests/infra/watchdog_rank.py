@@ -1,0 +1,56 @@
+"""A rank that does nothing but load, exchange and write, under the watchdog; test_watchdog.py says what goes wrong.
+
+usage: watchdog_rank.py SECONDS {"RANK": "what it does at step 3", ...}
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from infra import distributed, watchdog
+
+
+class SameEverywhere(RuntimeError):
+    """An error that every rank raises, as NotFinite."""
+
+
+def fail(error: type[Exception]) -> None:
+    raise error("out of memory")
+
+
+ACTIONS = {
+    "hang": lambda: time.sleep(600),
+    "hold python's lock": lambda: ctypes.PyDLL(None).sleep(600),
+    "raise": lambda: fail(RuntimeError),
+    "raise everywhere": lambda: fail(SameEverywhere),
+    "take twice as long but beat": lambda: [(time.sleep(0.5), watchdog.beat()) for _ in range(12)],
+}
+
+
+def main(seconds: float, actions: dict[str, str]) -> None:
+    dist.init_process_group("gloo")
+    with watchdog.Watchdog(seconds):
+        watchdog.connect()
+        for step in range(6):
+            watchdog.phase(f"the loading of batch {step}")
+            if step == 3 and str(distributed.rank()) in actions:
+                print("at step 3", flush=True)
+                ACTIONS[actions[str(distributed.rank())]]()
+            watchdog.phase(f"the exchange of step {step}")
+            dist.all_reduce(torch.ones(1))
+            watchdog.steady()
+        watchdog.phase("the writing of the checkpoint", slow=True)
+        if actions.get("checkpoint") == "slow":
+            time.sleep(1.5 * seconds)
+        dist.barrier()
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), json.loads(sys.argv[2]))
