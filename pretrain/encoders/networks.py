@@ -216,9 +216,10 @@ class _ViT(nn.Module):
         if patches_a_side == self.patches_a_side:
             return self.position
         learned_1Cdhw = self.position.transpose(1, 2).reshape(1, -1, *self.patches_a_side)
-        return (
+        position_1TC: torch.Tensor = (
             nn.functional.interpolate(learned_1Cdhw, size=patches_a_side, mode="trilinear").flatten(2).transpose(1, 2)
         )
+        return position_1TC
 
 
 class _Swin(nn.Module):
