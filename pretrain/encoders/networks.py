@@ -182,7 +182,7 @@ class _ViT(nn.Module):
             mlp_dim=4 * width, num_layers=12, num_heads=heads, dropout_rate=dropout, qkv_bias=True,
         )  # fmt: skip
         self.patches = network.patch_embedding.patch_embeddings
-        self.position = network.patch_embedding.position_embeddings
+        self.position: torch.Tensor = network.patch_embedding.position_embeddings
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = network.blocks
