@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ import torch.distributed as dist
 from infra import distributed
 from infra.errors import UserError
 from infra.files import atomic_write, flush_folder, sha256_of, write_json
+from pretrain.elastic import load_elsewhere
 from pretrain.engine import load_engine, save_engine
 
-PREFIX = "step-"
+PREFIX, BEST = "step-", "best"
 UNFINISHED = ".unfinished-"
 
 
@@ -48,7 +50,8 @@ def save_checkpoint(
     save_engine(engine, checkpoints, temporary.name)
     _write_random_state(temporary)
     if distributed.is_main():
-        write_json(temporary / "state.json", {**state, "step": step, "world_size": distributed.world_size()})
+        shape = {"world_size": distributed.world_size(), "zero_stage": int(engine.zero_optimization_stage())}
+        write_json(temporary / "state.json", {**state, **shape, "step": step})
         write_rest(temporary)
     dist.barrier()
     _write_checksums(temporary)
@@ -65,9 +68,35 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(checkpoints: Path, engine: Any) -> dict[str, Any] | None:
-    """Load the newest checkpoint that verifies on every rank; None where there is none. Collective."""
-    for folder in _newest_first(checkpoints):
+def resume(checkpoints: Path, engine: Any, how: str = "auto") -> dict[str, Any] | None:
+    """What ``run.resume`` asks for: the run's own newest checkpoint, none, or one of another run. Collective.
+
+    ``auto``: the run's own. ``never``: UserError where there is one. A path (a run's folder or one of its checkpoints) is
+    where a new run begins; once it has checkpoints of its own, these go before.
+    """
+    own = newest_step(checkpoints)
+    if how == "never" and own is not None:
+        raise UserError(
+            f"{checkpoints} holds a checkpoint of step {own}; choose another run.output, or run.resume=auto"
+        )
+    if how in ("auto", "never") or own is not None:
+        return load_checkpoint(checkpoints, engine)
+    given = Path(how)
+    folder = given if (given / "state.json").is_file() else None
+    state = load_checkpoint(given.parent if folder else given / "checkpoints", engine, folder)
+    if state is None:
+        raise UserError(
+            f"run.resume={how} is no checkpoint; give auto, never, a run's folder or its checkpoints/step-*"
+        )
+    return state
+
+
+def load_checkpoint(checkpoints: Path, engine: Any, only: Path | None = None) -> dict[str, Any] | None:
+    """Load the newest checkpoint that verifies on every rank (or ``only`` that); None where there is none. Collective.
+
+    Written on another number of ranks, or under another ZeRO stage, it is converted first (pretrain.elastic).
+    """
+    for folder in [only] if only else _newest_first(checkpoints):
         problem = verify_checkpoint(folder, distributed.rank(), distributed.world_size())
         bad = distributed.reduce_scalars([float(problem is not None)])[0]
         if bad:
@@ -75,13 +104,18 @@ def load_checkpoint(checkpoints: Path, engine: Any) -> dict[str, Any] | None:
                 print(f"checkpoint {folder.name} is damaged ({problem}); trying an older one", flush=True)
             continue
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state["world_size"] != distributed.world_size():
-            raise UserError(
-                f"{folder} was written by {state['world_size']} ranks, this run has {distributed.world_size()}; "
-                f"resume with --launch.ranks={state['world_size']} or choose another run.output"
-            )
-        load_engine(engine, checkpoints, folder.name)
-        _read_random_state(folder)
+        here = int(engine.zero_optimization_stage())
+        stage, world_size = int(state.get("zero_stage", here)), int(state["world_size"])
+        if (stage, world_size) == (here, distributed.world_size()):
+            load_engine(engine, folder.parent, folder.name)
+            _read_random_state(folder)
+            return state
+        if distributed.is_main():
+            print(f"checkpoint {folder.name} of {world_size} ranks under ZeRO {stage} is converted for "
+                  f"{distributed.world_size()} under ZeRO {here}", flush=True)  # fmt: skip
+        load_elsewhere(folder, stage, engine)
+        # The old ranks' generators do not fit: new ones, the same whenever this resume is repeated.
+        torch.manual_seed(1_000_003 * int(state["step"]) + distributed.rank())
         return state
     return None
 
@@ -107,14 +141,51 @@ def verify_checkpoint(folder: Path, part: int = 0, parts: int = 1) -> str | None
 
 
 def clean_checkpoints(checkpoints: Path, keep: int) -> None:
-    """Remove what a killed run left unfinished and all but the ``keep`` newest checkpoints. Rank 0 only."""
+    """Remove what a killed run left unfinished and all but the ``keep`` newest checkpoints and the best. Rank 0 only."""
     for folder in checkpoints.glob(f"{UNFINISHED}*"):
         shutil.rmtree(folder, ignore_errors=True)
+    pointer = checkpoints / BEST
+    best = pointer.read_text().strip() if pointer.is_file() else None
     for folder in _newest_first(checkpoints)[keep:]:
+        if folder.name == best:
+            continue
         # Renamed first: a kill in mid-removal must not leave a folder that looks like a checkpoint.
         doomed = folder.with_name(f"{UNFINISHED}{folder.name}")
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read_best(checkpoints: Path) -> dict[str, Any] | None:
+    """Step and score of the best encoder so far, as ``note_best`` wrote them."""
+    path = checkpoints / f"{BEST}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def note_best(checkpoints: Path, step: int, score: float) -> None:
+    """Keep the score of the encoder after ``step`` steps, the best so far. Rank 0 only."""
+    write_json(checkpoints / f"{BEST}.json", {"step": step, "score": score})
+
+
+def point_to_best(checkpoints: Path, step: int) -> None:
+    """Let the pointer ``best`` name a finished checkpoint. Rank 0 only."""
+    with atomic_write(checkpoints / BEST, "w") as pointer:
+        pointer.write(step_folder(checkpoints, step).name + "\n")
+
+
+class Clock:
+    """Says when ``minutes`` have gone by since the last checkpoint; None: never."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds = None if minutes is None else 60.0 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """A checkpoint was written."""
+        self._began = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether the next is due."""
+        return self._seconds is not None and time.monotonic() - self._began >= self._seconds
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:

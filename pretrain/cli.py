@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from infra.distributed import free_port
 from infra.extensions import extensions_folder
@@ -23,7 +24,10 @@ def pretrain(arguments: list[str]) -> int:
     )
     parser.add_argument("--config", required=True, help="a shipped recipe (demo-cpu, ...) or a YAML file")
     parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and exit")
+    parser.add_argument("--resume", metavar="auto|never|PATH", help="short for --run.resume (default: auto)")
     options, overrides = parser.parse_known_args(arguments)
+    if options.resume:
+        overrides = [*overrides, f"--run.resume={options.resume}"]
 
     from infra.settings import to_yaml
     from pretrain.config import load_recipe
@@ -61,9 +65,25 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     command = [*launcher, "--log_level", "error", "--module", "pretrain.train", *arguments]
     process = subprocess.Popen(command, env=environment)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: process.send_signal(received))
+
+    def pass_on(received: int, _: Any) -> None:
+        # To the ranks themselves, which save and leave; the launcher would end them after half a minute. A Ctrl-C has
+        # reached them already.
+        if received != signal.SIGINT:
+            for rank in _ranks_of(process.pid):
+                rank.send_signal(signal.SIGUSR1)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, pass_on)
     return process.wait()
+
+
+def _ranks_of(launcher: int) -> list[Any]:
+    """The training processes below a launcher's process."""
+    import psutil
+
+    below = psutil.Process(launcher).children(recursive=True)
+    return [p for p in below if any(word.startswith("--local_rank") for word in p.cmdline())]
 
 
 def _accelerator() -> str:

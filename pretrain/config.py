@@ -24,6 +24,8 @@ class Run:
     output: str = "runs/y-aware"
     experiment: str = "yaware"
     seed: int = Field(default=0, ge=0)
+    # auto: from the newest checkpoint of `output`; never: refuse where there is one; or a checkpoint of another run.
+    resume: str = "auto"
     # MLflow store; null = MLFLOW_TRACKING_URI, else sqlite:///mlruns/mlflow.db
     tracking_uri: str | None = None
 
@@ -145,7 +147,19 @@ class Checkpoint:
     """How often a resumable state is written, and how many are kept."""
 
     every_steps: int = Field(default=500, ge=1)
+    every_minutes: float | None = Field(default=None, gt=0)
     keep: int = Field(default=2, ge=1)
+
+
+@dataclass(config=_strict)
+class Monitor:
+    """A ridge probe of a proxy on held-out participants while training; the best checkpoint by it is kept."""
+
+    every_epochs: float = Field(default=1.0, ge=0)  # 0 = off
+    split: str = "monitor"
+    proxy: str = "age"
+    max_scans: int = Field(default=512, ge=20)
+    batch: int = Field(default=8, ge=1)  # scans encoded at a time on a rank
 
 
 @dataclass(config=_strict)
@@ -169,6 +183,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    monitor: Monitor = field(default_factory=Monitor)
     # DeepSpeed's own configuration, passed through whole; what the recipe owns may not be set in it (pretrain.engine).
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
     launch: Launch = field(default_factory=Launch)

@@ -29,6 +29,10 @@ OWNED = {
 }  # fmt: skip
 
 
+class NotFinite(RuntimeError):
+    """The loss or its gradient is NaN or infinite; the run stops and its last checkpoint stays as it is."""
+
+
 def import_deepspeed() -> Any:
     """DeepSpeed, told where to compile and which accelerator to take, and without its INFO lines."""
     extensions_folder()
@@ -112,6 +116,7 @@ def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]
     if learned := [p for name, p in named if name.startswith("temperature.")]:
         groups.append({"params": learned, "weight_decay": 0.0})  # decay would pull the temperature towards 1
     optimizer = build_optimizer(recipe.optimizer, groups)
+    optimizer.register_step_pre_hook(_refuse_not_finite)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_at)
     engine, _, _, _ = import_deepspeed().initialize(
         model=model,
@@ -121,6 +126,14 @@ def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]
         dist_init_required=False,
     )
     return engine
+
+
+def _refuse_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """NotFinite on every rank before the weights change, where any rank's part of the gradient is not finite. Collective."""
+    gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    bad = any(not bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    if distributed.reduce_scalars([float(bad)])[0]:
+        raise NotFinite("the gradient is not finite")
 
 
 def build_optimizer(settings: Optimizer, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:

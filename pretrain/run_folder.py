@@ -20,7 +20,7 @@ from pretrain.config import Recipe
 FREE_TO_CHANGE = (
     "run.tracking_uri", "data.shards", "data.workers", "data.threads", "data.prefetch", "data.device", "data.max_bad_share",
     "data.cache", "data.retries", "data.timeout", "deepspeed.zero_optimization.", "checkpoint.", "launch.",
-    "train.watchdog_seconds",
+    "train.watchdog_seconds", "run.resume", "monitor.",
 )  # fmt: skip
 
 

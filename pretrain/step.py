@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from infra import distributed, watchdog
 from infra.errors import UserError, nearest
 from pretrain.config import Loss, Optimizer, Recipe
 from pretrain.diagnostics import effective_positives
-from pretrain.engine import update
+from pretrain.engine import NotFinite, update
 from pretrain.gather import AllGather
 from pretrain.grad_cache import cached, whole
 from pretrain.kernels import Kernel
@@ -25,10 +25,6 @@ from pretrain.temperature import Temperature
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 ContrastiveLoss = Callable[[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]], torch.Tensor]
-
-
-class NotFinite(RuntimeError):
-    """The loss or its gradient is NaN or infinite; the run stops and its last checkpoint stays as it is."""
 
 
 def recipe_kernel(recipe: Recipe, scans: Manifest, rows: Rows) -> Kernel:
@@ -98,12 +94,13 @@ def subjects_of(recipe: Recipe, scans: Manifest) -> Callable[[dict[str, torch.Te
 
 def train_step(
     engine: Any, loss: ContrastiveLoss, batch: dict[str, torch.Tensor], step: int, dtype: torch.dtype,
-    micro: int | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Forward, backward and update on one batch of the loader; the figures to log. Collective.
+    micro: int | None = None, votes: Sequence[float] = (),
+) -> tuple[dict[str, float], list[float]]:  # fmt: skip
+    """Forward, backward and update on one batch of the loader; the figures to log, and the sums of the votes. Collective.
 
-    ``micro`` scans are embedded at a time where it is given. Raises NotFinite on every rank before the weights change
-    when any rank's loss is not finite.
+    ``micro`` scans are embedded at a time where it is given. ``votes`` are added up over the ranks in the collective that
+    the loss needs anyway. Raises NotFinite on every rank before the weights change when any rank's loss or gradient is
+    not finite.
     """
     views_2B1DHW, temperatures = batch["views"].to(dtype), []
     watchdog.phase(f"the forward pass of step {step}")
@@ -118,17 +115,19 @@ def train_step(
     else:
         value, backward = cached(engine, views_2B1DHW, compare, micro)
     # One small collective gives the whole batch's loss and tells every rank of any rank's NaN.
-    mean = distributed.reduce_scalars([float(value.detach())])[0] / distributed.world_size()
+    total, *sums = distributed.reduce_scalars([float(value.detach()), *votes])
+    mean = total / distributed.world_size()
     if not math.isfinite(mean):
-        raise NotFinite(f"step {step}: the loss is {mean}; lower optimizer.lr or look at the scans of this batch")
+        raise NotFinite(f"step {step}: the loss is {mean}")
     watchdog.phase(f"the gradient reduction of step {step}")
     backward()
     lr = float(engine.get_lr()[0])
-    norm = update(engine)
-    if not math.isfinite(norm):
-        raise NotFinite(f"step {step}: the gradient norm is {norm}; lower optimizer.lr or clip (gradient_clipping)")
+    try:
+        norm = update(engine)
+    except NotFinite as error:
+        raise NotFinite(f"step {step}: {error}") from None
     learned = {} if temperatures[0] is None else {"temperature": float(temperatures[0].detach())}
-    return {"loss": mean, "lr": lr, "grad_norm": norm, **learned}
+    return {"loss": mean, "lr": lr, "grad_norm": norm, **learned}, sums
 
 
 def lr_factor(settings: Optimizer, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:

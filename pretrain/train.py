@@ -8,56 +8,39 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from data_pipeline.augment import load_augmentation
 from data_pipeline.balance import build_order
 from data_pipeline.loader import TwoViewLoader
 from data_pipeline.manifest import Manifest
-from data_pipeline.order import Order
 from data_pipeline.remote import Access
 from data_pipeline.source import LoaderError
 from data_pipeline.volume import PREPARED
 from infra import distributed, watchdog
 from infra.errors import UserError
 from infra.files import write_json
-from infra.progress import Progress, clock
-from infra.settings import flatten, to_dict
-from infra.tracking import Tracker, default_uri
+from infra.settings import to_dict
 from pretrain import checkpoint, engine, run_folder
 from pretrain.config import Recipe, check_world_size, load_recipe
 from pretrain.diagnostics import Positives, positive_figures
 from pretrain.encoders import check_encoder
+from pretrain.engine import NotFinite
 from pretrain.export import write_encoder
 from pretrain.gather import AllGather
 from pretrain.model import build_model
+from pretrain.monitor import encode, probe_figures, watched_scans
+from pretrain.plan import Plan
 from pretrain.proxies import proxy_columns
+from pretrain.run_log import RunLog
 from pretrain.step import build_loss, build_watch, loss_options, lr_factor, recipe_kernel, train_step
+from pretrain.stop import StopRequest
 
-STEPS_PER_MLFLOW_CALL = 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.float32}
-
-
-@dataclass
-class Plan:
-    """What a recipe comes to on its data."""
-
-    recipe: Recipe
-    manifest: Manifest
-    rows: np.ndarray[Any, np.dtype[np.int64]]
-    order: Order
-    total_steps: int
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Optimiser steps an epoch; not whole where the batch does not divide the scans."""
-        return self.order.length / self.recipe.batch.global_
 
 
 def make_plan(recipe: Recipe, world_size: int) -> Plan:
@@ -102,32 +85,35 @@ def train(recipe: Recipe) -> None:
         trained = engine.build_engine(
             recipe, model, lr_factor(recipe.optimizer, plan.total_steps, plan.steps_per_epoch)
         )
-        watchdog.phase("the loading of the checkpoint")
+        watchdog.phase("the loading of the checkpoint", slow=True)
         folder = Path(recipe.run.output) / "checkpoints"
-        state = checkpoint.load_checkpoint(folder, trained)
+        state = checkpoint.resume(folder, trained, recipe.run.resume)
         if distributed.is_main():
             checkpoint.clean_checkpoints(folder, recipe.checkpoint.keep)
         log = RunLog(plan, state) if distributed.is_main() else None
         try:
-            loop(plan, trained, state, device, log)
+            stopped = loop(plan, trained, state, device, log)
         except BaseException:
             if log:
                 log.close("FAILED")
             raise
         if log:
-            log.close("FINISHED")
+            log.close("KILLED" if stopped else "FINISHED", stopped)
     finally:
         engine.stop_ranks()
 
 
-def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.device, log: RunLog | None) -> None:
-    """Steps from the checkpoint's ``state`` (None: a new run) to the last, with checkpoints on the way and at the end."""
+def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.device, log: RunLog | None) -> str:
+    """Steps from the checkpoint's ``state`` (None: a new run) to the last, with checkpoints on the way and at the end.
+
+    Ends early, after a checkpoint, where any rank was asked to stop; the signal's name then, else an empty text.
+    """
     recipe, first = plan.recipe, int(state["step"]) if state else 0
     loss, dtype = build_loss(recipe, plan.manifest, plan.rows), DTYPES[recipe.train.precision]
     if state is None and plan.total_steps == 0:
         save(plan, trained, 0, {}, log)
     if first >= plan.total_steps:
-        return
+        return ""
     augment_on = recipe.data.device if recipe.data.device != "auto" else ("gpu" if device.type == "cuda" else "cpu")
     loader = TwoViewLoader(
         plan.manifest, rows=plan.rows, global_batch=recipe.batch.global_, rank=distributed.rank(),
@@ -139,7 +125,9 @@ def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.d
     if state and state.get("loader"):
         loader.load_state_dict(state["loader"])
     trained.train()
-    watch = EpochPositives(plan)
+    watch, monitor = EpochPositives(plan), build_monitor(plan, trained, device, dtype)
+    clock, stop = checkpoint.Clock(recipe.checkpoint.every_minutes), StopRequest()
+    stop.listen()
     try:
         batches = iter(loader)
         for step in range(first, plan.total_steps):
@@ -147,18 +135,42 @@ def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.d
             watchdog.phase(f"the loading of batch {step}")
             batch = next(batches)
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            figures = train_step(trained, loss, batch, step, dtype, recipe.batch.micro)
+            votes = [float(stop.received or 0), float(clock.due())]
+            try:
+                figures, (asked, due) = train_step(trained, loss, batch, step, dtype, recipe.batch.micro, votes)
+            except NotFinite as error:
+                raise blame(plan, step, batch, error) from None
             watchdog.phase(f"the logging of step {step}")
             positives = watch.step(step, batch)
             if log:
                 if positives:
                     log.epoch(step, positives)
                 log.step(step, figures, time.perf_counter() - started, loader)
-            if (step + 1) % recipe.checkpoint.every_steps == 0 or step + 1 == plan.total_steps:
-                save(plan, trained, step + 1, loader.state_dict(), log)
+            done, last = step + 1, step + 1 == plan.total_steps or asked > 0
+            best = monitor(done, log) if monitor else False
+            if done % recipe.checkpoint.every_steps == 0 or due or last or best:
+                save(plan, trained, done, loader.state_dict(), log, best)
+                clock.restart()
             watchdog.steady()
+            if asked and done < plan.total_steps:
+                return stop.name(int(asked))
+        return ""
     finally:
+        stop.forget()
         loader.close()
+
+
+def blame(plan: Plan, step: int, batch: dict[str, torch.Tensor], error: NotFinite) -> NotFinite:
+    """The error with the file that lists each rank's scans of the batch. Collective."""
+    mine = plan.manifest.scans["key"].iloc[batch["scan"].cpu().numpy()].tolist()
+    keys: list[Any] = [mine]
+    if distributed.world_size() > 1:
+        keys = [None] * distributed.world_size()
+        torch.distributed.all_gather_object(keys, mine)
+    path = Path(plan.recipe.run.output) / f"not-finite-step-{step:08d}.json"
+    if distributed.is_main():
+        write_json(path, {"step": step, "error": str(error), "scans": {f"rank {n}": k for n, k in enumerate(keys)}})
+    return NotFinite(f"{error}; no weight was changed, its scans are in {path}; lower optimizer.lr, or look at them")
 
 
 class EpochPositives:
@@ -181,7 +193,38 @@ class EpochPositives:
         return positive_figures(positives, proxies, self._gather)
 
 
-def save(plan: Plan, trained: Any, step: int, loader_state: dict[str, Any], log: RunLog | None) -> None:
+def build_monitor(
+    plan: Plan, trained: Any, device: torch.device, dtype: torch.dtype
+) -> Callable[[int, RunLog | None], bool] | None:
+    """(steps done, log) -> whether the encoder is the best so far; None where nothing is watched. Collective."""
+    settings, manifest = plan.recipe.monitor, plan.manifest
+    watched = watched_scans(settings, manifest, plan.steps_per_epoch, plan.recipe.run.seed)
+    if watched is None:
+        return None
+    folder = Path(plan.recipe.run.output) / "checkpoints"
+
+    def look(done: int, log: RunLog | None) -> bool:
+        if done % watched.every_steps and done != plan.total_steps:
+            return False
+        watchdog.phase(f"the monitor's look after {done} steps", slow=True)
+        features = encode(trained, manifest, watched.rows, device, dtype, settings.batch)
+        better = 0.0
+        if log:
+            figures = probe_figures(features, watched, settings.proxy)
+            log.monitor(done - 1, figures)
+            score = figures[f"monitor/{settings.proxy}_mae"]
+            known = checkpoint.read_best(folder)
+            better = float(known is None or score < known["score"] or known["step"] >= done)
+            if better:
+                checkpoint.note_best(folder, done, score)
+        return distributed.reduce_scalars([better])[0] > 0
+
+    return look
+
+
+def save(
+    plan: Plan, trained: Any, step: int, loader_state: dict[str, Any], log: RunLog | None, best: bool = False
+) -> None:
     """Write checkpoint ``step-XXXXXXXX``, with the encoder as safetensors in it, and tell MLflow. Collective."""
     watchdog.phase(f"the writing of the checkpoint after {step} steps", slow=True)
     weights = engine.encoder_state(trained)
@@ -208,96 +251,9 @@ def save(plan: Plan, trained: Any, step: int, loader_state: dict[str, Any], log:
     written = checkpoint.save_checkpoint(folder, step, trained, state, write_rest)
     if log:
         log.checkpoint(step, written)
+        if best:
+            checkpoint.point_to_best(folder, step)
         checkpoint.clean_checkpoints(folder, plan.recipe.checkpoint.keep)
-
-
-class RunLog:
-    """Rank 0's voice: the console, metrics.jsonl and MLflow."""
-
-    def __init__(self, plan: Plan, state: dict[str, Any] | None) -> None:
-        recipe, self.plan = plan.recipe, plan
-        output = Path(recipe.run.output)
-        first = int(state["step"]) if state else 0
-        tags = {"yaware.kind": "pretraining", **{f"yaware.{k}": str(v) for k, v in self._description().items()}}
-        self.tracker = Tracker.open(
-            recipe.run.tracking_uri or default_uri(), recipe.run.experiment, recipe.run.name,
-            run_id=run_folder.read_run(output).get("run_id"), tags=tags, spool=output / "mlflow-spool.jsonl",
-        )  # fmt: skip
-        run_folder.begin_run(recipe, plan.manifest, self.tracker.run_id)
-        self.tracker.log_params(flatten(to_dict(recipe)))
-        self.tracker.log_artifact(output / "recipe.yaml", "recipe")
-        self.metrics = run_folder.MetricsFile(output / "metrics.jsonl", first)
-        self.weights_sha256 = ""
-        self._positives_said = False
-        self._pending: list[tuple[str, float, int]] = []
-        self._started = time.monotonic()
-        self._announce(state, first)
-        title = f"pretraining {recipe.run.name}"
-        self.progress = Progress(plan.total_steps, "steps", title, done=first)
-        self.progress.__enter__()
-
-    def _description(self) -> dict[str, Any]:
-        return run_folder.describe_run(self.plan.recipe, self.plan.manifest)
-
-    def _announce(self, state: dict[str, Any] | None, first: int) -> None:
-        recipe, plan = self.plan.recipe, self.plan
-        simulated = " simulated" if self._description()["simulated"] else ""
-        begun = f"resuming after step {first}" if state else "starting"
-        print(
-            f"pretrain: {begun}: {recipe.run.name} ({run_folder.method_of(recipe)}), {recipe.encoder.name}, "
-            f"{len(plan.rows)}{simulated} scans, batch {recipe.batch.global_} over {distributed.world_size()} ranks, "
-            f"{plan.total_steps} steps ({plan.total_steps / plan.steps_per_epoch:.1f} epochs), "
-            f"MLflow run {self.tracker.run_id}",
-            flush=True,
-        )
-
-    def step(self, step: int, figures: dict[str, float], seconds: float, loader: TwoViewLoader) -> None:
-        """Log one step; what is said of data is rank 0's."""
-        rate, stall = self.plan.recipe.batch.global_ / seconds, loader.wait_seconds / seconds
-        row = {**figures, "seconds": seconds, "wait_seconds": loader.wait_seconds, "data_stall": stall,
-               "bad_scans": float(loader.bad_scans), "scans_per_second": rate}  # fmt: skip
-        self.metrics.write({"step": step, "epoch": step / self.plan.steps_per_epoch, **row})
-        self._pending += [(name, value, step) for name, value in row.items() if math.isfinite(value)]
-        if (step + 1) % STEPS_PER_MLFLOW_CALL == 0:
-            self.flush()
-        bad = {"bad scans": loader.bad_scans} if loader.bad_scans else {}
-        self.progress.advance(loss=figures["loss"], stall=f"{100 * stall:.0f}%", **bad)
-
-    def epoch(self, step: int, positives: Positives) -> None:
-        """Log an epoch's effective positives, and say the first."""
-        self._pending += [(name, value, step) for name, value in positives.figures().items() if math.isfinite(value)]
-        if not self._positives_said:
-            self._positives_said = True
-            print(
-                f"pretrain: effective positives per anchor: {positives.mean:.1f} of {2 * self.plan.recipe.batch.global_ - 1}; "
-                f"{100 * positives.below_two:.0f}% of anchors have fewer than 2, {100 * positives.missing:.0f}% of scans a "
-                "missing proxy",
-                flush=True,
-            )
-
-    def checkpoint(self, step: int, folder: Path) -> None:
-        """Enter a finished checkpoint in MLflow as a logged model and note its id beside the encoder."""
-        self.flush()
-        encoder = folder / "encoder"
-        name = f"{self.plan.recipe.run.name}-step-{step:08d}"
-        model_id = self.tracker.log_checkpoint(name, step, encoder, self.weights_sha256)
-        write_json(encoder / "mlflow.json", {"model_id": model_id, "run_id": self.tracker.run_id})
-
-    def flush(self) -> None:
-        """Send what is pending to MLflow."""
-        self.tracker.log_metrics(self._pending)
-        self._pending = []
-
-    def close(self, status: str) -> None:
-        """End the MLflow run and say where everything lies."""
-        self.flush()
-        self.progress.__exit__(None, None, None)
-        self.metrics.close()
-        self.tracker.end(status)
-        if status == "FINISHED":
-            output = Path(self.plan.recipe.run.output)
-            took = clock(time.monotonic() - self._started)
-            print(f"pretrain: done in {took}; checkpoints in {output}/checkpoints, losses in {output}/metrics.jsonl")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -311,6 +267,10 @@ def main(arguments: Sequence[str]) -> int:
         if distributed.is_main() or isinstance(error, LoaderError):  # a rank's own data concern that rank alone
             print(f"yaware: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except NotFinite as error:
+        if distributed.is_main():
+            print(f"yaware: error: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

@@ -1,0 +1,28 @@
+"""What a recipe comes to on its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import Order
+from pretrain.config import Recipe
+
+
+@dataclass
+class Plan:
+    """What a recipe comes to on its data."""
+
+    recipe: Recipe
+    manifest: Manifest
+    rows: np.ndarray[Any, np.dtype[np.int64]]
+    order: Order
+    total_steps: int
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimiser steps an epoch; not whole where the batch does not divide the scans."""
+        return self.order.length / self.recipe.batch.global_

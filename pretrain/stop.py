@@ -1,0 +1,40 @@
+"""Stop requests: SIGTERM, SIGINT and SIGUSR1 (SLURM's preemption, Ctrl-C) end a run after the step it is in."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Notes a signal; the loop asks after each step, so that a checkpoint is written by all ranks at one step.
+
+    A second Ctrl-C acts at once, as it would have without this.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def listen(self) -> None:
+        """Take over the signals; main thread only."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def forget(self) -> None:
+        """Give the signals back to Python."""
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def name(self, asked: int) -> str:
+        """The signal's name; where other ranks were asked instead of this one, that of the one they got most likely."""
+        if self.received is not None:
+            return self.received.name
+        names = {int(number): number.name for number in SIGNALS}
+        return names.get(asked, "a signal to another rank")
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
