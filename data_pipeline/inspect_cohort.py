@@ -47,7 +47,7 @@ class Survey:
         middle, scale = self.verdict.middle, self.verdict.scale
         if middle is None or scale is None or not self.quality.outlier.use:
             return None
-        return middle + self.quality.outlier.robust_z * scale
+        return middle - max(-self.quality.outlier.robust_z * scale, self.quality.outlier.least_drop)
 
     def worst(self, count: int = WORST) -> pd.DataFrame:
         """The scans of lowest correlation, the lowest first."""
@@ -211,7 +211,11 @@ SETTINGS: dict[str, Callable[[Quality], str]] = {
     "grid": lambda quality: quality.grid,
     "cat12": lambda quality: f"{quality.cat12.column} > {quality.cat12.worst:g}" if quality.cat12.use else "off",
     "duplicate": lambda quality: quality.duplicate,
-    "outlier": lambda quality: f"robust z < {quality.outlier.robust_z:g}" if quality.outlier.use else "off",
+    "outlier": lambda quality: (
+        f"robust z < {quality.outlier.robust_z:g}, {quality.outlier.least_drop:g} below"
+        if quality.outlier.use
+        else "off"
+    ),
 }
 ALWAYS = ("participant", "unreadable", "shape", "affine", "empty", "tiv")
 

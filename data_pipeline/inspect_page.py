@@ -215,6 +215,7 @@ def _correlations(survey: Survey) -> bytes:
     name = "the same, about the threshold" if limit is not None else "the same, linear scale (outliers are not judged)"
     axes[1].set(title=name, ylabel="scans")
     if limit is not None:
-        text = f" threshold {limit:.3f}\n (robust z = {survey.quality.outlier.robust_z:g})"
+        rule = survey.quality.outlier
+        text = f" threshold {limit:.3f}\n (robust z {rule.robust_z:g}, {rule.least_drop:g} below)"
         axes[1].annotate(text, (limit, 0.97), xycoords=("data", "axes fraction"), va="top")
     return _png(figure)

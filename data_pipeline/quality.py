@@ -47,8 +47,11 @@ _strict = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=_strict)
 class Outlier:
-    """Refuses scans whose correlation with the cohort's median scan has a robust z below ``robust_z``.
+    """Refuses scans whose correlation with the cohort's median scan has a robust z below ``robust_z`` and lies ``least_drop``
+    or more below the cohort's median correlation.
 
+    z alone would refuse the very old and the ill: a cohort of well aligned scans varies little, and a thinned cortex stands
+    out among them (five simulated patients and children of 1,455 scans had z below -5, at 0.979 against 0.989).
     z = (r - median r) / (1.4826 x median absolute deviation of r); only low correlations are refused. A cohort of fewer
     than ``least_scans`` is not judged. It finds noise, shifts, turned or cut heads; left and right that have changed places
     alter the correlation too little to be found for sure.
@@ -56,6 +59,7 @@ class Outlier:
 
     use: bool = True
     robust_z: float = Field(default=-5.0, lt=0.0)
+    least_drop: float = Field(default=0.05, ge=0.0, le=2.0)
     least_scans: int = Field(default=20, ge=3)
 
 

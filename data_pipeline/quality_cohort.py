@@ -77,7 +77,8 @@ def judge(
         return Verdict(correlation, none, [removed[row] for row in sorted(removed)], None, None)
     middle, scale = robust_scale(correlation[judged])
     z = (correlation - middle) / scale
-    for row in np.flatnonzero(judged & (z < limit.robust_z)) if limit.use else ():
+    low = (z < limit.robust_z) & (middle - correlation >= limit.least_drop)
+    for row in np.flatnonzero(judged & low) if limit.use else ():
         key = str(table["key"].iloc[row])
         reason = (
             f"correlation {correlation[row]:.3f} with the cohort's median scan is {-z[row]:.3g} robust standard deviations "

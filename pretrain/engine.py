@@ -89,6 +89,11 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     for key in recipe.deepspeed:
         if key in OWNED:
             raise UserError(f"deepspeed.{key} contradicts the recipe's own keys; set {OWNED[key]} instead")
+    if recipe.encoder.options.get("compile") and (recipe.deepspeed.get("zero_optimization") or {}).get("stage") == 3:
+        # A compiled encoder never calls the hooks by which stage 3 brings the weights together.
+        raise UserError(
+            "encoder.options.compile=true does not go with deepspeed.zero_optimization.stage=3; use stage 0, 1 or 2"
+        )
     passes = check_micro_batch(recipe.batch, world_size)
     config: dict[str, Any] = {
         **recipe.deepspeed,

@@ -70,6 +70,11 @@ def check_encoder(
             raise UserError(f"encoder.options.{option} is no option of {name}{hint}; allowed: {', '.join(defaults)}")
         _check_value(name, option, value)
     norm = options.get("norm", defaults["norm"])
+    if options.get("compile") and options.get("checkpointing") and norm in ("batch", "sync-batch"):
+        raise UserError(
+            f"encoder.options.compile and .checkpointing do not go together with norm={norm!r} (torch.compile cannot hold "
+            "the running statistics still in the second pass); choose norm group or instance, or one of the two"
+        )
     if norm == "sync-batch" and training and not torch.cuda.is_available():
         raise UserError(NO_SYNC_ON_CPU)
     if grid is not None:

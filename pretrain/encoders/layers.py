@@ -51,18 +51,26 @@ def renorm(network: nn.Module, norm: str) -> None:
                 setattr(module, name, NORMS[norm](child.num_features))
 
 
-def run_block(block: nn.Module, features: torch.Tensor, recompute: bool) -> torch.Tensor:
+def run_block(block: nn.Module, features: torch.Tensor, recompute: bool, statistics: bool = False) -> torch.Tensor:
     """``block(features)``; with ``recompute`` its inner activations are not kept but made again in the backward pass.
 
-    Running statistics of batch normalisation move in the first pass alone; by itself torch would move them twice.
+    ``statistics``: the block has running ones (batch normalisation). They move in the first pass alone; by itself torch
+    would move them twice. torch.compile cannot trace this, so it is done only where it is needed.
     """
-    if recompute and torch.is_grad_enabled():
-        result: torch.Tensor = checkpoint(
-            block, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _held_statistics(block))
-        )
-        return result
-    plain: torch.Tensor = block(features)
-    return plain
+    result: torch.Tensor
+    if not (recompute and torch.is_grad_enabled()):
+        result = block(features)
+    elif statistics:
+        held = lambda: (nullcontext(), _held_statistics(block))  # noqa: E731
+        result = checkpoint(block, features, use_reentrant=False, context_fn=held)
+    else:
+        result = checkpoint(block, features, use_reentrant=False)
+    return result
+
+
+def has_statistics(block: nn.Module) -> bool:
+    """Whether a batch normalisation is among the block's layers."""
+    return any(isinstance(module, _BatchNorm) for module in block.modules())
 
 
 @contextmanager
@@ -86,12 +94,12 @@ class Trunk(nn.Sequential):
         self, blocks: dict[str, nn.Module], recompute: Collection[str] = (), channels_last: bool = False
     ) -> None:
         super().__init__(OrderedDict(blocks))
-        self.recompute = frozenset(recompute)
+        self.recompute = {name: has_statistics(blocks[name]) for name in recompute}
         self.channels_last = channels_last
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         for name, block in self.named_children():
-            features = run_block(block, features, name in self.recompute)
+            features = run_block(block, features, name in self.recompute, self.recompute.get(name, False))
             if self.channels_last:  # free where the block kept the layout; on CPU pooling and instance norm lose it
                 features = features.contiguous(memory_format=torch.channels_last_3d)
         return features

@@ -107,8 +107,8 @@ def unet(
     blocks: dict[str, nn.Module] = {"conv_0": TwoConv(3, 1, widths[0], *common, dropout)}
     for level in range(1, 5):
         blocks[f"down_{level}"] = Down(3, widths[level - 1], widths[level], *common, dropout)
+    renorm(nn.ModuleDict(blocks), norm)
     trunk = Trunk(blocks, tuple(blocks) if checkpointing else (), channels_last)
-    renorm(trunk, norm)
     return PooledEncoder(
         trunk, widths[-1], name="unet", norm=norm, pooling=pooling, smallest=smallest_side("unet", norm),
         channels_last=channels_last, compile=compile,
@@ -182,7 +182,7 @@ class _ViT(nn.Module):
             mlp_dim=4 * width, num_layers=12, num_heads=heads, dropout_rate=dropout, qkv_bias=True,
         )  # fmt: skip
         self.patches = network.patch_embedding.patch_embeddings
-        self.position: torch.Tensor = network.patch_embedding.position_embeddings
+        self.position: nn.Parameter = network.patch_embedding.position_embeddings
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = network.blocks
@@ -216,10 +216,9 @@ class _ViT(nn.Module):
         if patches_a_side == self.patches_a_side:
             return self.position
         learned_1Cdhw = self.position.transpose(1, 2).reshape(1, -1, *self.patches_a_side)
-        position_1TC: torch.Tensor = (
+        return (
             nn.functional.interpolate(learned_1Cdhw, size=patches_a_side, mode="trilinear").flatten(2).transpose(1, 2)
         )
-        return position_1TC
 
 
 class _Swin(nn.Module):

@@ -43,7 +43,7 @@ def test_the_command_prints_tables_and_writes_a_page_that_needs_nothing_else(fau
     printed = capsys.readouterr().out
     assert "31 of 30 participants" in printed
     assert "22; 9 left out" in printed
-    assert re.search(r"outlier\s+│ robust z < -5\s+│\s+3 │", printed)
+    assert re.search(r"outlier\s+│ robust z < -5, 0.05 below\s+│\s+3 │", printed)
     page = (tmp_path / "out" / "inspect.html").read_text()
     assert not re.search(r"(src|href)=.(?!data:image/png;base64,)", page)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
@@ -77,7 +77,7 @@ def test_a_small_cohort_says_that_outliers_are_not_judged(tmp_path):
     (cohort / "participants.tsv").write_text("\n".join(table.splitlines()[:-1]) + "\n")
     survey = survey_cohort(cohort, parts=tmp_path / "parts")
     by_title = {table.title.split(":")[0]: table.rows for table in tables(survey)}
-    assert ["outlier", "robust z < -5; not judged, fewer than 20 scans", "0"] in by_title["Rules"]
+    assert ["outlier", "robust z < -5, 0.05 below; not judged, fewer than 20 scans", "0"] in by_title["Rules"]
     assert ["participant", "always", "1"] in by_title["Rules"]
     assert ["sex", "missing 3, M 2"] in by_title["Cohort"]
     assert survey.threshold is None

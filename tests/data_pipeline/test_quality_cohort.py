@@ -59,11 +59,25 @@ def test_a_stricter_threshold_removes_a_superset(tmp_path_factory, seed, first, 
     loose, strict = sorted((first, second))
     gone = []
     for limit in (loose, strict):
-        verdict = judge(table, files, Quality(outlier=Outlier(robust_z=limit)), paths(table))
+        verdict = judge(table, files, Quality(outlier=Outlier(robust_z=limit, least_drop=0.0)), paths(table))
         gone.append({each.key for each in verdict.removals})
         assert gone[-1] == set(table["key"][verdict.z < limit])
         assert all(each.figure < limit == each.threshold for each in verdict.removals)
     assert gone[0] <= gone[1]
+
+
+def test_low_but_near_stays_and_far_goes(tmp_path):
+    """A thinned cortex: many robust deviations below a homogeneous cohort, yet nearly the same picture."""
+    generator = np.random.default_rng(0)
+    base = generator.random(500)
+    content = base + 0.01 * generator.random((40, 500))
+    content[7] += 0.12 * generator.random(500)  # changed a little
+    content[9] = generator.random(500)  # another picture
+    table = cohort_of([str(n) for n in range(40)])
+    verdict = judge(table, parts(tmp_path, content.astype(np.float32), []), Quality(), paths(table))
+    assert verdict.z[7] < -5
+    assert verdict.middle - verdict.correlation[7] < 0.05
+    assert [each.key for each in verdict.removals] == [table["key"][9]]
 
 
 @given(seed=st.integers(0, 50), cuts=st.lists(st.integers(1, SCANS - 1), max_size=6), block=st.integers(1, 40_000))
