@@ -121,7 +121,8 @@ def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]
     if learned := [p for name, p in named if name.startswith("temperature.")]:
         groups.append({"params": learned, "weight_decay": 0.0})  # decay would pull the temperature towards 1
     optimizer = build_optimizer(recipe.optimizer, groups)
-    optimizer.register_step_pre_hook(_refuse_not_finite)
+    if int(recipe.deepspeed.get("zero_optimization", {}).get("stage", 0)) == 0:
+        optimizer.register_step_pre_hook(_refuse_not_finite)  # the other stages look by themselves, see update
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_at)
     engine, _, _, _ = import_deepspeed().initialize(
         model=model,
@@ -176,6 +177,8 @@ def update(engine: Any) -> float:
         # Stage 0 keeps no norm of its own. The gradients are averaged over the ranks by now, the same on each.
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
+    if not engine.was_step_applied():  # ZeRO leaves out a step whose gradient overflowed on any rank
+        raise NotFinite("the gradient is not finite")
     return float(engine.get_global_grad_norm() if norm is None else norm)
 
 

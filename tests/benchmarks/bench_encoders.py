@@ -136,7 +136,7 @@ def engine_step(scans: int) -> tuple[torch.device, Callable[[dict[str, Tensor]],
     loss = compared_loss()
 
     def step(batch: dict[str, Tensor]) -> float:
-        figures = train_step(trained, lambda z, _, b: loss(z, b["proxies"]), batch, 0, torch.float32)
+        figures, _ = train_step(trained, lambda z, _, b: loss(z, b["proxies"]), batch, 0, torch.float32)
         return figures["loss"]
 
     return device, step

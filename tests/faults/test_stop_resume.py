@@ -1,0 +1,88 @@
+"""A run that is asked to stop saves and leaves with status 0; the same command goes on, on as many ranks or on others."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.runs import ROOT, environment, losses, pretrain_command, run
+
+STEPS = 8
+# Batch statistics would differ with the number of ranks.
+GROUP = ("--encoder.options={width: 0.25, norm: group}", "--checkpoint.every_steps=100", "--optimizer.lr=1e-4")
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert run(pretrain_command(shards, folder / "run", STEPS, *GROUP), folder).returncode == 0
+    return losses(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def stopped(shards, tmp_path_factory):
+    """A run that got SIGTERM after some steps: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    command = pretrain_command(shards, folder / "run", STEPS, *GROUP)
+    with (folder / "log").open("w") as log:
+        started = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=log, stderr=log)
+        try:
+            limit = time.monotonic() + 200
+            while len(losses(folder / "run")) < 2:
+                assert started.poll() is None, (folder / "log").read_text()[-3000:]
+                assert time.monotonic() < limit
+                time.sleep(0.01)
+            started.send_signal(signal.SIGTERM)
+            assert started.wait(timeout=100) == 0, (folder / "log").read_text()[-3000:]
+        finally:
+            started.kill()
+            started.wait()
+    return folder, (folder / "log").read_text()
+
+
+def test_it_saved_what_it_had_and_said_how_to_go_on(stopped):
+    folder, text = stopped
+    done = len(losses(folder / "run"))
+    assert 2 <= done < STEPS
+    assert (folder / "run/checkpoints/latest").read_text().strip() == f"step-{done:08d}"
+    assert f"pretrain: stopped by SIGUSR1 after step {done}, saved; the same command continues" in text
+    assert "Traceback" not in text
+
+
+def test_the_same_command_ends_as_if_nothing_had_happened(stopped, uninterrupted, shards, tmp_path):
+    shutil.copytree(stopped[0] / "run", tmp_path / "run")
+    done = run(pretrain_command(shards, tmp_path / "run", STEPS, *GROUP), tmp_path)
+    assert done.returncode == 0
+    assert "resuming after step" in done.stdout
+    assert losses(tmp_path / "run") == uninterrupted
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 3)])
+def test_it_goes_on_elsewhere_within_rounding(stopped, uninterrupted, shards, tmp_path, ranks, stage):
+    shutil.copytree(stopped[0] / "run", tmp_path / "run")
+    other = (f"--launch.ranks={ranks}", f"--deepspeed.zero_optimization.stage={stage}")
+    done = run(pretrain_command(shards, tmp_path / "run", STEPS, *GROUP, *other), tmp_path)
+    assert done.returncode == 0
+    assert f"of 2 ranks under ZeRO 1 is converted for {ranks} under ZeRO {stage}" in done.stdout
+    found = losses(tmp_path / "run")
+    assert [step for step, _ in found] == [step for step, _ in uninterrupted]
+    for (_, mine), (_, theirs) in zip(found, uninterrupted, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    assert not list((tmp_path / "run/checkpoints").glob(".unfinished-*"))
+
+
+def test_stage_0_and_never_are_refused_in_one_line(stopped, shards, tmp_path):
+    for option, text in (
+        ("--deepspeed.zero_optimization.stage=0", "was written under ZeRO stage 1, this run has 0"),
+        ("--resume=never", "holds a checkpoint of step"),
+    ):
+        done = run(pretrain_command(shards, stopped[0] / "run", STEPS, *GROUP, option), tmp_path)
+        assert done.returncode != 0
+        assert text in done.stderr
+        assert done.stderr.count("yaware: error:") == 1
+        assert "Traceback" not in done.stderr
