@@ -35,6 +35,15 @@ ACTIONS = {
 
 def main(seconds: float, actions: dict[str, str]) -> None:
     dist.init_process_group("gloo")
+    try:
+        watched(seconds, actions)
+    finally:
+        dist.destroy_process_group()  # as pretrain.train does; gloo's threads may abort an exiting process otherwise
+    print("done", flush=True)
+
+
+def watched(seconds: float, actions: dict[str, str]) -> None:
+    """Six steps and a checkpoint."""
     with watchdog.Watchdog(seconds):
         watchdog.connect()
         for step in range(6):
@@ -49,7 +58,6 @@ def main(seconds: float, actions: dict[str, str]) -> None:
         if actions.get("checkpoint") == "slow":
             time.sleep(1.5 * seconds)
         dist.barrier()
-    print("done", flush=True)
 
 
 if __name__ == "__main__":
