@@ -209,7 +209,7 @@ def convert_to_universal(folder: Path, out: Path) -> None:
 
 
 def load_universal(engine: Any, folder: Path, tag: str) -> None:
-    """Read what ``convert_to_universal`` wrote, on any number of ranks and under any ZeRO stage from 1 to 3."""
+    """Read what ``convert_to_universal`` wrote, on any number of ranks."""
     engine._config.load_universal_checkpoint = True
     try:
         load_engine(engine, folder, tag)

@@ -18,7 +18,8 @@ from pretrain.config import Recipe
 
 # Keys that change where and how fast a run goes, not what it computes: a resumed run may set them anew.
 FREE_TO_CHANGE = (
-    "run.tracking_uri", "data.shards", "data.workers", "data.threads", "data.prefetch", "data.device", "data.max_bad_share",
+    "run.output", "run.tracking_uri",
+    "data.shards", "data.workers", "data.threads", "data.prefetch", "data.device", "data.max_bad_share",
     "data.cache", "data.retries", "data.timeout", "deepspeed.zero_optimization.", "checkpoint.", "launch.",
     "train.watchdog_seconds", "run.resume", "monitor.",
 )  # fmt: skip
