@@ -62,7 +62,8 @@ def test_the_same_command_ends_as_if_nothing_had_happened(stopped, uninterrupted
     assert losses(tmp_path / "run") == uninterrupted
 
 
-def test_it_goes_on_elsewhere_within_rounding(stopped, uninterrupted, shards, tmp_path, ranks=1, stage=2):
+def test_it_goes_on_elsewhere_within_rounding(stopped, uninterrupted, shards, tmp_path):
+    ranks, stage = 1, 2
     shutil.copytree(stopped[0] / "run", tmp_path / "run")
     other = (f"--launch.ranks={ranks}", f"--deepspeed.zero_optimization.stage={stage}")
     done = run(pretrain_command(shards, tmp_path / "run", STEPS, *GROUP, *other), tmp_path)
