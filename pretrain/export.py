@@ -126,7 +126,7 @@ def _card(config: dict[str, Any], preprocessing: dict[str, Any]) -> str:
     return f"""# {config["run_name"]}: {config["encoder"]["name"]}, step {config["step"]}
 {simulated}
 - method: {config["method"]}
-- features: {config["feature_size"]} (global average of the last feature map)
+- features: {config["feature_size"]}, encoder options {config["encoder"]["options"] or "as by default"}
 - input: (B, 1, {", ".join(map(str, grid.get("shape", [])))}) float32 at {grid.get("spacing")} mm, RAS,
   z-scored per scan, modality {preprocessing.get("modality")}, scaling {preprocessing.get("scaling")},
   crop {preprocessing.get("crop", "world")}, intensity {preprocessing.get("intensity", "none")}

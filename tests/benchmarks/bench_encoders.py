@@ -60,8 +60,8 @@ def measure(name: str, sides: tuple[int, ...], device: str, repeats: int) -> dic
     }
     encoder(torch.randn(2, 1, *SMALL, device=device)).sum().backward()
     views = torch.randn(2, 1, *sides, device=device)
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else int(0.9 * free_bytes())
     if device == "cpu":  # rather an error here than the kernel ending some other process
-        free = int(0.9 * free_bytes())
         resource.setrlimit(resource.RLIMIT_DATA, (free, free))
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the first pass freed goes back before the memory is taken down
     before = peak_bytes(device, reset=True)
@@ -73,7 +73,7 @@ def measure(name: str, sides: tuple[int, ...], device: str, repeats: int) -> dic
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
-        return {**found, "over": free_bytes() if device == "cpu" else torch.cuda.mem_get_info()[1]}
+        return {**found, "over": free}
     wall, cpu = min(seconds)
     return {**found, "seconds": wall, "cpu": cpu, "bytes": peak_bytes(device) - before}
 

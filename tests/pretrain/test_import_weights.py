@@ -12,6 +12,7 @@ from infra import cli
 from infra.errors import UserError
 from pretrain import Encoder
 from pretrain.import_weights import ARCHITECTURES, import_weights, match_keys
+from tests.cohorts import write_cohort
 
 BLOCKS, GROWTH = (6, 12, 24, 16), 32
 
@@ -211,3 +212,23 @@ def test_unknown_layouts_and_folders_that_are_there_are_refused(tmp_path):
         import_weights(tmp_path / "x.pth", "densenet121", tmp_path / "out")
     with pytest.raises(UserError, match="is there already; choose a folder that does not exist"):
         import_weights(tmp_path / "x.pth", "densenet121-yaware", tmp_path)
+
+
+@pytest.mark.slow
+def test_an_imported_encoder_is_evaluated_by_the_real_command(tmp_path, capsys):
+    from data_pipeline.build import build_shards
+    from data_pipeline.volume import Grid
+    from infra import runs
+
+    cohort = write_cohort(tmp_path / "cohort", participants=40)
+    shards = tmp_path / "shards"
+    build_shards(cohort, shards, grid=Grid.vbm(5.5), splits={"pretrain": 0.1, "downstream": 0.9}, workers=2)
+    file, out, uri = write(tmp_path / "bhb.pth", published_state()), tmp_path / "bhb", f"sqlite:///{tmp_path}/mlflow.db"
+    layout = ["--arch", "densenet121-yaware", "--out", str(out), "--grid", str(shards)]
+    assert cli.run(["import-weights", str(file), *layout]) == 0
+    given = ["--shards", str(shards), "--tasks", "age", "--experiment", "test", "--tracking-uri", uri]
+    assert cli.run(["evaluate", str(out), *given]) == 0
+    assert "pretrained on other shards; see to it that no participant is in both" in capsys.readouterr().out
+    (row,) = runs.runs(uri, "test", "evaluation")
+    assert (row["tags"]["yaware.run_name"], row["tags"]["yaware.encoder"]) == ("bhb", "densenet121")
+    assert row["metrics"]["age.mae"] > 0
