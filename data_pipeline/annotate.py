@@ -8,14 +8,15 @@ from pathlib import Path
 import pandas as pd
 
 from data_pipeline import resume
+from data_pipeline.build import PLACES
+from data_pipeline.cohort_rules import MISSING
 from data_pipeline.manifest import Manifest, write_manifest
 from data_pipeline.volume import Grid
 from infra.errors import UserError, nearest
 
-MISSING = ("", "n/a", "N/A", "nan", "NaN")
 IDS = ("dataset", "participant_id", "session")
 # What the build itself wrote; a table may not change where a scan lies or on which side of a split.
-OWN = ("key", "shard", "offset", "size", "crc32c", "run", "split", "voxels_sha256", *IDS)
+OWN = (*PLACES, "run", "split", "voxels_sha256", *IDS)
 
 
 def annotate_shards(

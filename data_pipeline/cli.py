@@ -180,6 +180,7 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modality", help="name (default by shape: vbm, or quasiraw for 182x218x182)")
     parser.add_argument("--dataset", help="of scans whose key and table name none (default: the folder's name)")
     parser.add_argument("--spacing", type=float, help="voxel size in mm, where .npy members are of no known shape")
+    parser.add_argument("--orientation", default="", help="of .npy members, as in LAS (default: usual of their shape)")
     parser.add_argument("--key-pattern", help="regular expression with groups participant_id, session, run, dataset")
     parser.add_argument(
         "--splits", help="shares of the healthy participants, as in pretrain=.7,monitor=.1,downstream=.2"
@@ -195,6 +196,7 @@ def _index(options: argparse.Namespace) -> int:
     manifest = index_shards(
         options.shards, options.out, participants=options.participants, modality=options.modality,
         dataset=options.dataset, spacing=options.spacing, key_pattern=options.key_pattern, seed=options.seed,
+        orientation=options.orientation,
         workers=options.workers, splits=parse_splits(options.splits) if options.splits else None,
     )  # fmt: skip
     bad = int(manifest.settings["quarantined"])

@@ -263,15 +263,21 @@ def _data_set(entry: dict[str, Any], where: str, folder: Path, allowed: Sequence
         raise UserError(f"{where}: age needs both columns, as in `age: {{birth: birth_date, scan: scan_date}}`")
     if age and columns and "age" in columns:
         raise UserError(f"{where}: age is both a column (columns.age) and computed from dates (age); keep one of them")
-    orientation = entry.get("orientation", "").upper()
-    if orientation and (len(orientation) != 3 or {"LR", "PA", "IS"} != {_axis(letter) for letter in orientation}):
-        raise UserError(f"{where}: orientation={entry['orientation']!r} is not of the form RAS, LAS, LPI ...")
+    orientation = check_orientation(entry.get("orientation", ""), f"{where}: orientation")
     return DataSet(
         path, safe(entry.get("name") or path.name.partition(".")[0] or path.name), entry.get("layout", ""),
         (folder / entry["participants"]).resolve() if "participants" in entry else None, orientation, columns,
         _values(entry.get("values", {}), f"{where}: values"), _missing(entry.get("missing", []), f"{where}: missing"),
         age, where,
     )  # fmt: skip
+
+
+def check_orientation(given: str, where: str) -> str:
+    """An order of axes such as ``LAS`` in capitals, or empty; UserError naming ``where`` for anything else."""
+    orientation = given.upper()
+    if orientation and (len(orientation) != 3 or {"LR", "PA", "IS"} != {_axis(letter) for letter in orientation}):
+        raise UserError(f"{where}={given!r} is not of the form RAS, LAS, LPI ...")
+    return orientation
 
 
 def _axis(letter: str) -> str:

@@ -10,35 +10,30 @@ import nibabel
 import numpy as np
 import zstandard
 
-from data_pipeline.volume import Array
+from data_pipeline.volume import Array, to_float16, turned
 
 # What follows the first dot of a member's name, and the codec that the manifest gives it.
 ENDINGS = {"npy.zst": "zst", "npy": "npy", "npy.gz": "npy.gz", "nii.gz": "nii.gz", "nii": "nii"}
-HALF_LIMIT = 32768.0  # float16 ends at 65504
 
 
-def decode(payload: bytes, codec: str) -> Array:
-    """A member's voxels as (D, H, W) float16; ValueError for an array that is not one volume."""
-    array, _ = DECODERS[codec](payload)
-    return as_volume(array)
+def decode(payload: bytes, codec: str, orientation: str = "RAS") -> Array:
+    """A member's voxels as (D, H, W) float16; ValueError for an array that is not one volume.
+
+    ``orientation``: the order in which arrays without a header were stored; what has a header is turned by that.
+    """
+    array, affine = DECODERS[codec](payload)
+    volume = as_volume(array)
+    return volume if affine is not None else turned(volume, orientation)
 
 
 def as_volume(array: Array) -> Array:
-    """(..., D, H, W) of any real type with leading axes of length 1 -> (D, H, W) float16, C order.
-
-    Values beyond float16's range are scaled by a power of two, as ``volume.load_volume`` does: nothing is lost, and the
-    loader's z-score takes it out again.
-    """
+    """(..., D, H, W) of any real type with leading axes of length 1 -> (D, H, W) float16, C order, as ``to_float16``."""
     while array.ndim > 3 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != 3:
         raise ValueError(f"shape {array.shape} is not one 3D volume")
     if array.dtype != np.float16:
-        wide = np.asarray(array, dtype=np.float32)
-        peak = float(np.abs(wide).max(initial=0.0))
-        while np.isfinite(peak) and peak > HALF_LIMIT:
-            wide, peak = wide * np.float32(0.5), peak * 0.5
-        array = wide.astype(np.float16)
+        return to_float16(np.array(array, dtype=np.float32))
     return np.ascontiguousarray(array)
 
 

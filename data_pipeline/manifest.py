@@ -124,7 +124,8 @@ class Manifest:
             sizes, sums = [int(row["bytes"]) for row in self.shards], [str(row["sha256"]) for row in self.shards]
             store = ShardStore(self.shards_root, names, sizes, sums, self.access)
         codecs = [str(row.get("codec", self.settings["codec"])) for row in self.shards]
-        return VolumeReader(self.shards_root, names, shard, offset, size, crc, codecs, str(self.table), store)
+        turn = str(self.settings.get("orientation", "RAS"))
+        return VolumeReader(self.shards_root, names, shard, offset, size, crc, codecs, str(self.table), turn, store)
 
     @cached_property
     def _reader(self) -> VolumeReader:

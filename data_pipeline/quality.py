@@ -243,10 +243,10 @@ def _refuse_by_limits(known: Mapping[str, Any], quality: Quality, names: Iterabl
 
 
 def write_quarantine(path: Path, removals: Iterable[Removal]) -> None:
-    """Write quarantine.tsv, a row for each scan and rule, in the order of the keys."""
-    once = {(removal.key, removal.path, removal.rule): removal for removal in removals}
+    """Write quarantine.tsv, a row for each scan and reason, in the order of the keys."""
+    once = {(each.key, each.path, each.rule, each.reason): each for each in removals}
     with atomic_write(path, "w") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
         writer.writerow(Removal._fields)
-        for removal in sorted(once.values(), key=lambda each: (each.key, each.path, each.rule)):
+        for removal in sorted(once.values(), key=lambda each: (each.key, each.path, each.rule, each.reason)):
             writer.writerow(f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in removal)

@@ -67,6 +67,7 @@ class VolumeReader:
     crc32c: Array
     codecs: list[str]
     table: str
+    orientation: str = "RAS"  # of arrays without a header, as they are stored
     store: ShardStore | None = None  # how remote shards are read; None: local ones
     _open: OpenFiles = field(default_factory=OpenFiles, repr=False)
 
@@ -82,7 +83,7 @@ class VolumeReader:
                 raise OSError(f"{self._name(row)} {fault}; run `yaware shards verify {self.root}`")
         else:
             payload = self.store.read(number, offset, size, partial(self._fault, row), partial(self._name, row))
-        return decode(payload, self.codecs[number])
+        return decode(payload, self.codecs[number], self.orientation)
 
     def _fault(self, row: int, payload: bytes) -> str | None:
         """What is wrong with a scan's bytes, if anything."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import re
@@ -14,29 +13,22 @@ from typing import IO, Any
 
 import google_crc32c
 import numpy as np
-import pandas as pd
 
+from data_pipeline.build import scan_table
+from data_pipeline.cohort_rules import check_orientation
 from data_pipeline.decoders import DECODERS, ENDINGS
+from data_pipeline.grid import ARRAY_BOXES, array_grid, array_orientation
 from data_pipeline.manifest import MANIFEST, Manifest, write_manifest
+from data_pipeline.quality import Removal, write_quarantine
 from data_pipeline.reindex_table import OWN, People, check_pattern, parse_key, read_people
 from data_pipeline.remote import Access, is_remote, join, list_tars, open_file
 from data_pipeline.scan import safe
-from data_pipeline.split import DEFAULT_SPLITS, assign_splits
-from data_pipeline.volume import Array, BadScan, Grid
+from data_pipeline.split import DEFAULT_SPLITS
+from data_pipeline.volume import Array, BadScan, Grid, turned
 from infra import ray_cluster
 from infra.errors import UserError
-from infra.files import atomic_write
 from infra.progress import Progress
 
-MNI_1MM = ((1.0, 0.0, 0.0, -91.0), (0.0, 1.0, 0.0, -126.0), (0.0, 0.0, 1.0, -72.0), (0.0, 0.0, 0.0, 1.0))
-# What an array's shape alone tells: its modality and where its voxels lie.
-KNOWN_GRIDS = {
-    (121, 145, 121): ("vbm", Grid.vbm(1.5)),
-    (182, 218, 182): ("quasiraw", Grid((182, 218, 182), MNI_1MM)),
-}
-FIRST = (
-    "key", "shard", "offset", "size", "crc32c", "participant_id", "session", "run", "dataset", "site", "age", "sex",
-)  # fmt: skip
 Place = tuple[tuple[int, ...], tuple[tuple[float, ...], ...] | None]  # shape and, where the format has one, the affine
 
 
@@ -71,6 +63,7 @@ def index_shards(
     dataset: str | None = None,
     spacing: float | None = None,
     key_pattern: str | None = None,
+    orientation: str = "",
     splits: dict[str, float] | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -82,15 +75,17 @@ def index_shards(
         modality: a name; default by shape (``vbm`` 121x145x121 at 1.5 mm, ``quasiraw`` 182x218x182 at 1 mm).
         dataset: of scans whose key and table name none; default the folder's name.
         spacing: edge of a voxel in mm, for .npy members of another shape; the volume is then centred on the origin.
+        orientation: order of the axes of .npy members, as in ``LAS``; default what ``grid.ARRAY_BOXES`` has for the shape.
 
-    Members are ``.npy``, ``.npy.gz``, ``.npy.zst``, ``.nii`` or ``.nii.gz``. Arrays carry no orientation and are taken
-    to be RAS. The commonest grid is the data set's. A scan of another one, unreadable, without a row in the table, or
-    there twice goes to ``quarantine.tsv`` with its reason.
+    Members are ``.npy``, ``.npy.gz``, ``.npy.zst``, ``.nii`` or ``.nii.gz``; each read turns them to RAS. The commonest
+    grid is the data set's. A scan of another one, unreadable, without a row in the table, or there twice goes to
+    ``quarantine.tsv`` with its reason.
     """
     folder, access = Path(out).resolve(), Access()
     if not is_remote(shards):
         shards = str(Path(shards).resolve())  # Ray's workers have a working directory of their own
     check_pattern(key_pattern)
+    orientation = check_orientation(orientation, "--orientation")
     _check_free(folder)
     if spacing is not None and not 0.1 <= spacing <= 20:
         raise UserError(f"--spacing={spacing} is not in 0.1..20 mm")
@@ -99,17 +94,19 @@ def index_shards(
     dataset = safe(dataset or shards.rstrip("/").rpartition("/")[2] or "shards")
     found = _index_all(shards, names, access, workers)
     shape_and_affine, bad = _common_place(names, found)
-    shape_name, grid = _grid(shape_and_affine, spacing)
+    shape_name, grid, orientation = _grid(shape_and_affine, spacing, orientation)
     rows = _rows(names, found, shape_and_affine, people, dataset, key_pattern, bad)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_quarantine(folder / "quarantine.tsv", bad)
+    write_quarantine(
+        folder / "quarantine.tsv", (Removal(key, name, "index", None, None, why) for key, name, why in bad)
+    )
     if not rows:
         raise UserError(f"{shards}: no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")
     codecs = sorted({shard.codec for shard in found if shard.codec})
     settings: dict[str, Any] = {
         "dataset": dataset, "modality": modality or shape_name, "scaling": "none", "simulated": False, "indexed": True,
         "codec": codecs[0] if len(codecs) == 1 else "mixed", "seed": seed, "splits": splits or DEFAULT_SPLITS,
-        "scans_found": len(rows) + len(bad), "quarantined": len(bad),
+        "orientation": orientation, "scans_found": len(rows) + len(bad), "quarantined": len(bad),
         "root": shards if is_remote(shards) else os.path.relpath(shards, folder),
     }  # fmt: skip
     shard_rows = [
@@ -118,7 +115,7 @@ def index_shards(
     ]
     for row in rows:
         shard_rows[row["shard"]]["scans"] += 1
-    return write_manifest(folder, grid, settings, shard_rows, _table(rows, settings))
+    return write_manifest(folder, grid, settings, shard_rows, scan_table(rows, settings))
 
 
 def index_one(place: str, access: Access) -> IndexedShard:
@@ -261,27 +258,26 @@ def _common_place(names: list[str], found: list[IndexedShard]) -> tuple[Place, l
     return counts.most_common(1)[0][0], bad
 
 
-def _grid(place: Place, spacing: float | None) -> tuple[str, Grid]:
-    """The modality that the shape tells, and the grid."""
+def _grid(place: Place, spacing: float | None, declared: str = "") -> tuple[str, Grid, str]:
+    """The modality that the shape tells, the grid, and the orientation in which arrays are stored."""
     shape, affine = place
-    d, h, w = shape
-    name, known = KNOWN_GRIDS.get((d, h, w), ("vbm", None))
+    box = ARRAY_BOXES.get((shape[0], shape[1], shape[2]))
+    name = box.modality if box else "vbm"
     if affine is not None:
-        grid = Grid((d, h, w), affine)
+        grid = Grid((shape[0], shape[1], shape[2]), affine)
         if spacing is not None and not np.allclose(grid.spacing, spacing, atol=1e-3):
             raise UserError(f"--spacing={spacing}, but the members' affine says {grid.spacing} mm; leave --spacing out")
-        return name, grid
+        if declared:
+            raise UserError(f"--orientation={declared}, but the members' headers tell theirs; leave --orientation out")
+        return name, grid, "RAS"
+    stored = array_orientation(shape, declared)
+    known, turned_shape = array_grid(shape), turned(np.empty(shape, np.bool_), stored).shape
+    if known is not None and known.shape == turned_shape and spacing in (None, known.spacing[0]):
+        return name, known, stored
     if spacing is None:
-        if known is None:
-            raise UserError(
-                f"members are arrays of shape {d}x{h}x{w}, which tells no voxel size; give it with --spacing"
-            )
-        return name, known
-    if known is not None and np.allclose(known.spacing, spacing):
-        return name, known
-    centred = np.diag([spacing, spacing, spacing, 1.0])
-    centred[:3, 3] = [-(n - 1) / 2 * spacing for n in shape]
-    return name, Grid.of(shape, centred)
+        size = "x".join(map(str, shape))
+        raise UserError(f"members are arrays of shape {size}, which tells no voxel size; give it with --spacing")
+    return name, Grid.centred(turned_shape, spacing), stored
 
 
 def _rows(
@@ -326,18 +322,3 @@ def _show(place: Place) -> str:
         return size
     origin = ", ".join(f"{row[3]:g}" for row in affine[:3])
     return f"{size} of {Grid((0, 0, 0), affine).spacing} mm at ({origin})"
-
-
-def _table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> pd.DataFrame:
-    table = pd.DataFrame(rows)
-    table["age"] = pd.to_numeric(table["age"])
-    people = table.assign(participant=table["dataset"] + "/" + table["participant_id"])
-    table["split"] = assign_splits(people, settings["splits"], settings["seed"])
-    return table[[*FIRST, *(column for column in table.columns if column not in FIRST)]]
-
-
-def _write_quarantine(path: Path, bad: list[tuple[str, str, str]]) -> None:
-    with atomic_write(path, "w") as stream:
-        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-        writer.writerow(["key", "path", "reason"])
-        writer.writerows(sorted(bad))

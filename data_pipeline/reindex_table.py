@@ -10,6 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from data_pipeline.build import PLACES
+from data_pipeline.cohort_rules import MISSING, SEX, TEXT
 from data_pipeline.volume import BadScan
 from infra.errors import UserError
 
@@ -21,17 +23,7 @@ ENTITIES = {
     "dataset": ("dataset", "study", "ds", "source"),
 }
 PREFIXES = ("sub-", "ses-", "run-")
-OWN = (
-    "key",
-    "shard",
-    "offset",
-    "size",
-    "crc32c",
-    "codec",
-)  # the manifest's columns; a table's of these names are left out
-MISSING = {"", "n/a", "N/A", "nan", "NaN"}
-SEX = {"f": "F", "female": "F", "m": "M", "male": "M", "o": "O", "other": "O"}
-TEXT = ("site", "diagnosis", "split")  # names, also where they look like numbers
+OWN = (*PLACES, "codec")  # the manifest's columns; a table's of these names are left out
 
 
 def parse_key(key: str, pattern: str | None = None) -> dict[str, str]:
@@ -116,7 +108,7 @@ def read_people(content: bytes, path: str) -> People:
     twice = table.columns[table.columns.duplicated()]
     if len(twice):
         raise UserError(f"{path} has several columns for {twice[0]}; keep one of them")
-    texts = (*TEXT, *ENTITIES, "age", "sex")
+    texts = (*TEXT, *ENTITIES)
     numeric = {name for name in table.columns if name not in texts and _all_numbers(table[name])}
     rows: dict[str, list[dict[str, Any]]] = {}
     for line, record in enumerate(table.to_dict("records"), start=2):

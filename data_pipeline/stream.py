@@ -29,6 +29,7 @@ import numpy as np
 from data_pipeline.augment import Augmentation
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Indices, rank_slice
+from data_pipeline.remote import is_remote
 from data_pipeline.shard import CODECS, decode
 from data_pipeline.source import LoaderError, Sample, Views, check_voxels, read_or_reason
 from infra.errors import UserError
@@ -147,7 +148,7 @@ class StreamSource:
         content = bytes(payload)
         if len(content) != self.size[index] or google_crc32c.value(content) != self.crc32c[index]:
             return f"{where} fails its checksum"
-        return check_voxels(decode(content, self.codec), self.shape)
+        return check_voxels(decode(content, self.codec, self.reader.orientation), self.shape)
 
     def _stand_in(
         self, step: int, row: int, epoch: int, taken: set[int], bad: list[tuple[int, str]]
@@ -204,12 +205,14 @@ def open_stream(
     codec = str(manifest.settings["codec"])
     if codec not in CODECS:
         raise UserError(f"data.reader={kind} reads shards of codec {', '.join(CODECS)}; these are {codec}: use index")
+    if is_remote(manifest.shards_root):
+        raise UserError(f"data.reader={kind} reads local shards; these are at {manifest.shards_root}: use index")
     if len(rows) < world_size:
         raise UserError(f"data.reader={kind}: {len(rows)} scans cannot be cut between {world_size} ranks; use index")
     scans = manifest.scans.iloc[rows]
     shard, offset, size, crc = (scans[name].to_numpy(dtype=np.int64) for name in ("shard", "offset", "size", "crc32c"))
     d, h, w = (int(n) for n in manifest.grid["shape"])
     return StreamSource(
-        kind, str(manifest.root), [str(row["name"]) for row in manifest.shards], [str(key) for key in scans["key"]],
+        kind, manifest.shards_root, [str(row["name"]) for row in manifest.shards], [str(key) for key in scans["key"]],
         rows, shard, offset, size, crc, codec, manifest.reader(), (d, h, w), settings, seed, batch, rank, world_size, buffer,
     )  # fmt: skip

@@ -11,80 +11,15 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
+from data_pipeline.grid import ARRAY_BOXES, array_grid, array_orientation
+from data_pipeline.grid import VBM_ORIGIN as VBM_ORIGIN
+from data_pipeline.grid import VBM_SHAPE as VBM_SHAPE
+from data_pipeline.grid import Grid as Grid
 from infra.errors import UserError, nearest
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# CAT12's default bounding box at 1.5 mm, the grid of the paper's grey-matter maps.
-VBM_SHAPE = (121, 145, 121)
-VBM_ORIGIN = (-90.0, -126.0, -72.0)
 REFERENCE_TIV_ML = 1500.0  # to which `scaling: tiv` brings every head
-# What an array without a header can be: shape, spacing in mm, RAS position of the first voxel, order of its axes. OpenBHB's
-# grey-matter maps are stored as CAT12 writes them (RAS); its quasi-raw images were registered by FSL to MNI152_T1_1mm and
-# keep that template's order (LAS: the first axis runs from right to left). `orientation:` of a data set says otherwise.
-ARRAY_BOXES = [
-    (VBM_SHAPE, 1.5, VBM_ORIGIN, "RAS"),
-    ((182, 218, 182), 1.0, (-91.0, -126.0, -72.0), "LAS"),
-]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Where voxels lie: shape (D, H, W), spacing in mm, and the RAS affine of voxel (0, 0, 0)'s centre."""
-
-    shape: tuple[int, int, int]
-    affine: tuple[tuple[float, ...], ...]
-
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        """Edge lengths of a voxel in mm."""
-        return tuple(float(round(v, 6)) for v in np.linalg.norm(np.array(self.affine)[:3, :3], axis=0))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the manifest keeps it."""
-        return {"shape": list(self.shape), "spacing": list(self.spacing), "affine": [list(row) for row in self.affine]}
-
-    @classmethod
-    def from_dict(cls, grid: dict[str, Any]) -> Grid:
-        """From the manifest."""
-        d, h, w = (int(n) for n in grid["shape"])
-        return cls((d, h, w), tuple(tuple(float(v) for v in row) for row in grid["affine"]))
-
-    @classmethod
-    def of(cls, shape: tuple[int, ...], affine: Array) -> Grid:
-        """From an image's shape and affine, rounded to a micrometre so that equal grids compare equal."""
-        d, h, w = (int(n) for n in shape)
-        return cls((d, h, w), tuple(tuple(float(round(v, 3)) + 0.0 for v in row) for row in np.asarray(affine)))
-
-    def distance(self, other: Grid) -> float:
-        """The longest way in mm between corresponding corners of the two grids: 0 for equal ones."""
-        ends = [
-            np.array([[i, j, k, 1] for i in (0, d - 1) for j in (0, h - 1) for k in (0, w - 1)]) @ np.array(affine).T
-            for (d, h, w), affine in ((self.shape, self.affine), (other.shape, other.affine))
-        ]
-        return float(np.linalg.norm((ends[0] - ends[1])[:, :3], axis=1).max())
-
-    @classmethod
-    def vbm(cls, spacing: float) -> Grid:
-        """The VBM box (181.5 x 217.5 x 181.5 mm) cut into voxels of ``spacing`` mm."""
-        edges = [n * 1.5 for n in VBM_SHAPE]
-        shape = tuple(max(1, round(edge / spacing)) for edge in edges)
-        affine = np.diag([spacing, spacing, spacing, 1.0])
-        affine[:3, 3] = [o - 0.75 + spacing / 2 for o in VBM_ORIGIN]
-        return cls.of(shape, affine)
-
-    @classmethod
-    def centred(cls, shape: tuple[int, ...], spacing: float) -> Grid:
-        """``shape`` voxels of ``spacing`` mm whose middle is the world's origin."""
-        affine = np.diag([spacing, spacing, spacing, 1.0])
-        affine[:3, 3] = [-(n - 1) / 2 * spacing for n in shape]
-        return cls.of(shape, affine)
-
-    @property
-    def upright(self) -> bool:
-        """Whether its axes are the world's own: x, y and z, none of them oblique or turned round."""
-        linear = np.array(self.affine)[:3, :3]
-        return bool(np.array_equal(linear, np.diag(np.diag(linear))) and (np.diag(linear) > 0).all())
 
 
 @dataclass(frozen=True)
@@ -194,7 +129,7 @@ def scaled(voxels: Array, factor: float = 1.0) -> Array:
     peak = max(-float(voxels.min()), float(voxels.max())) * abs(factor)
     # float16 ends at 65504: raw intensities beyond are scaled by a power of two, which loses nothing and which the
     # z-score of the loader takes out again.
-    while peak > 32768.0:
+    while 32768.0 < peak < np.inf:
         factor *= 0.5
         peak *= 0.5
     if factor == 1.0:
@@ -303,20 +238,24 @@ def _open_array(path: Path, orientation: str) -> Any:
             voxels = voxels[0]
         if voxels.ndim != 3:
             raise BadScan(f"shape {shape} is not one 3D volume", "shape", len(shape), 3)
-        usual = next((box for box in ARRAY_BOXES if box[0] == voxels.shape), None)
-        turn = nibabel.orientations.axcodes2ornt(orientation or (usual[3] if usual else "RAS"))
-        voxels = nibabel.orientations.apply_orientation(np.asarray(voxels, dtype=np.float32), turn)
+        voxels = turned(np.asarray(voxels, dtype=np.float32), array_orientation(voxels.shape, orientation))
     except BadScan:
         raise
     except Exception as error:
         raise _unreadable(path, error) from None
-    box = next((box for box in ARRAY_BOXES if box[0] == voxels.shape), None)
-    if box is None:
-        shapes = " or ".join(f"{'x'.join(map(str, known[0]))} ({known[1]:g} mm)" for known in ARRAY_BOXES)
+    grid = array_grid(voxels.shape)
+    if grid is None:
+        shapes = " or ".join(f"{'x'.join(map(str, known))} ({box.spacing:g} mm)" for known, box in ARRAY_BOXES.items())
         raise BadScan(f"shape {shape} is no known grid; .npy files, which have no header, must be {shapes}")
-    affine = np.diag([box[1]] * 3 + [1.0])
-    affine[:3, 3] = box[2]
-    return nibabel.Nifti1Image(voxels, affine)
+    return nibabel.Nifti1Image(voxels, np.array(grid.affine))
+
+
+def turned(voxels: Array, orientation: str) -> Array:
+    """An array stored in ``orientation`` (as in ``LAS``) as RAS."""
+    if orientation == "RAS":
+        return voxels
+    turn = nibabel.orientations.axcodes2ornt(orientation)
+    return np.ascontiguousarray(nibabel.orientations.apply_orientation(voxels, turn))
 
 
 def _unreadable(path: Path, error: Exception) -> BadScan:

@@ -16,12 +16,15 @@ import torch
 import webdataset
 import zstandard
 
+from data_pipeline.augment import load_augmentation
+from data_pipeline.grid import ARRAY_BOXES, array_grid
 from data_pipeline.loader import TwoViewLoader, volumes
 from data_pipeline.manifest import Manifest
-from data_pipeline.reindex import KNOWN_GRIDS, _grid, index_one, index_shards
+from data_pipeline.reindex import _grid, index_one, index_shards
 from data_pipeline.reindex_table import check_pattern, parse_key, read_people
 from data_pipeline.remote import Access
-from data_pipeline.volume import BadScan, zscore
+from data_pipeline.stream import open_stream
+from data_pipeline.volume import BadScan, load_volume, zscore
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from tests.cohorts import GRID, blob
@@ -234,8 +237,8 @@ def test_an_affine_tells_the_grid_and_another_one_is_left_out(tmp_path):
 
 
 def test_known_shapes_tell_modality_and_grid():
-    for shape, (name, grid) in KNOWN_GRIDS.items():
-        assert _grid((shape, None), None) == (name, grid)
+    for shape, box in ARRAY_BOXES.items():
+        assert _grid((shape, None), None) == (box.modality, array_grid(shape), box.orientation)
     vbm, quasiraw = (_grid((shape, None), None)[1] for shape in ((121, 145, 121), (182, 218, 182)))
     assert (vbm.spacing, quasiraw.spacing) == ((1.5, 1.5, 1.5), (1.0, 1.0, 1.0))
     # The anterior commissure, world (0, 0, 0), lies inside both.
@@ -243,6 +246,41 @@ def test_known_shapes_tell_modality_and_grid():
         origin = np.linalg.inv(np.array(grid.affine))[:3, 3]
         assert np.all(origin > 0)
         assert np.all(origin < np.array(grid.shape))
+
+
+@pytest.mark.parametrize("order", ["RAS", "LAS", "PIR"])
+def test_arrays_of_any_order_of_axes_are_read_as_the_same_brain(tmp_path, order):
+    turn = nibabel.orientations.ornt_transform(*(nibabel.orientations.axcodes2ornt(o) for o in ("RAS", order)))
+    brain = np.arange(4 * 5 * 6, dtype=np.float16).reshape(4, 5, 6)
+    stored = io.BytesIO()
+    np.save(stored, nibabel.orientations.apply_orientation(brain, turn))
+    write_tar(tmp_path / "tars" / "0.tar", [("a_sub-1_ses-1.npy", stored.getvalue())])
+    (tmp_path / "tars" / "participants.tsv").write_text("participant_id\tage\n1\t30\n")
+    found = index_shards(str(tmp_path / "tars"), tmp_path / "index", spacing=6.0, orientation=order)
+    assert found.grid["shape"] == [4, 5, 6]
+    assert np.array_equal(found.read_volume(0), brain)
+
+
+def test_a_quasi_raw_array_is_the_same_from_an_index_and_from_a_cohort(tmp_path):
+    brain = np.zeros((182, 218, 182), dtype=np.float32)
+    brain[10:60, 50:90, 20:40] = 1.0
+    np.save(tmp_path / "scan.npy", brain)
+    write_tar(tmp_path / "tars" / "0.tar", [("a_sub-1_ses-1.npy", (tmp_path / "scan.npy").read_bytes())])
+    (tmp_path / "tars" / "participants.tsv").write_text("participant_id\tage\n1\t30\n")
+    found = index_shards(str(tmp_path / "tars"), tmp_path / "index")
+    grid = array_grid(brain.shape)
+    assert found.grid == grid.to_dict()
+    assert np.array_equal(found.read_volume(0), load_volume(tmp_path / "scan.npy", grid))
+
+
+def test_a_sequential_reader_finds_indexed_shards_where_they_lie(tmp_path):
+    foreign(tmp_path / "tars", "npy.zst")
+    found = index_shards(str(tmp_path / "tars"), tmp_path / "index", spacing=6.0, modality="t1w")
+    rows = np.arange(len(found.scans))
+    one = open_stream(found, rows, "stream", load_augmentation("none"), seed=0, batch=4, rank=0, world_size=1, buffer=4)
+    for sample in one.samples(0, range(4)):
+        assert not sample.bad
+        assert np.array_equal(sample.arrays[0][..., 0], found.read_volume(sample.row))
 
 
 @pytest.mark.parametrize(
