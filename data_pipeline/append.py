@@ -58,6 +58,7 @@ def append_shards(
     _check_wanted(read_content(folder), wanted, folder)
     with resume.locked(folder):
         old = Manifest.load(folder)
+        check_own(old)
         check_pseudonyms(old, key_file)
         scans, unknown = read_cohort(
             root, dataset, str(old.settings["modality"]), layout=layout, columns=columns, key_file=key_file
@@ -72,24 +73,28 @@ def append_shards(
         part = {
             "dataset": name_of(new, root), "simulated": is_simulated(root), "scans_found": len(scans) + len(unknown),
         }  # fmt: skip
-        settings = {**old.settings, **part}
-        grid = Grid.from_dict(old.grid)
-        first = _next_number(folder, str(part["dataset"]))
-        copies = old.scans.get("voxels_sha256", pd.Series(dtype=str))
-        added, rows, bad = _write_shards(
-            folder, new, grid, settings, workers, first, dict(zip(copies, old.scans["key"], strict=False))
-        )
-        bad = [*not_listed(unknown), *bad]
-        write_quarantine(folder / "quarantine.tsv", [*_read_quarantine(folder / "quarantine.tsv"), *bad])
-        if not rows:
-            resume.clear(folder)
-            return old
+        return _add(folder, old, new, unknown, part, workers)
+
+
+def _add(
+    folder: Path, old: Manifest, new: list[Scan], unknown: list[Scan], part: dict[str, Any], workers: int | None
+) -> Manifest:
+    """Write the new scans' shards and the manifest of the whole; ``part`` is what its history says of them."""
+    grid, first = Grid.from_dict(old.grid), _next_number(folder, part["dataset"])
+    copies = old.scans.get("voxels_sha256", pd.Series(dtype=str))
+    added, rows, bad = _write_shards(
+        folder, new, grid, {**old.settings, **part}, workers, first, dict(zip(copies, old.scans["key"], strict=False))
+    )
+    bad = [*not_listed(unknown), *bad]
+    write_quarantine(folder / "quarantine.tsv", [*_read_quarantine(folder / "quarantine.tsv"), *bad])
+    built = old
+    if rows:
         table = _joined(old, rows, len(old.shards))
-        part |= {"quarantined": len(bad), "scans": len(rows), "shards": [str(shard["name"]) for shard in added]}
+        part = {**part, "quarantined": len(bad), "scans": len(rows), "shards": [str(shard["name"]) for shard in added]}
         history = {**old.settings, "appended": [*old.settings.get("appended", []), part]}
         built = write_manifest(folder, grid, history, [*old.shards, *added], table, replaces=True)
-        resume.clear(folder)
-        return built
+    resume.clear(folder)
+    return built
 
 
 def _check_wanted(content: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -200,6 +205,14 @@ def _read_quarantine(path: Path) -> list[Removal]:
         Removal(r["key"], r["path"], r.get("rule") or "", number(r, "figure"), number(r, "threshold"), r["reason"])
         for r in rows
     ]
+
+
+def check_own(manifest: Manifest) -> None:
+    """UserError for shards made elsewhere: their build is not known, so nothing can be built like it."""
+    if manifest.settings.get("indexed"):
+        raise UserError(
+            f"{manifest.root} is an index of shards made elsewhere; build the cohort into a folder of its own"
+        )
 
 
 def check_pseudonyms(manifest: Manifest, key_file: str | Path | None) -> None:

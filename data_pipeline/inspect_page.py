@@ -13,21 +13,15 @@ import numpy as np
 from data_pipeline.inspect_cohort import Survey, Table, tables
 from data_pipeline.volume import BadScan, read_voxels
 from infra.files import atomic_write
+from infra.page import STYLE
 from infra.progress import Progress
 
 KEPT, REMOVED = "#0072B2", "#D55E00"  # this and the other colours: Okabe and Ito (2008)
 SEXES = {"F": ("female", "#CC79A7"), "M": ("male", "#56B4E9"), "O": ("other", "#009E73"), "": ("missing", "#999999")}
 MOST_SITES = 40
 OTHERS = 8  # thumbnails of scans that another rule than the outliers' leaves out
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 1080px; padding: 0 1.2rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; }
-p.note { color: #555; margin: .2rem 0 .8rem; } img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .28rem .8rem .28rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
-th { border-bottom: 2px solid #888; font-weight: 600; }
-.simulated { background: #fff3cd; border: 1px solid #e0c766; padding: .5rem .8rem; border-radius: 4px; }
-.scroll { overflow-x: auto; } .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 1rem; }
+OWN_STYLE = """
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 1rem; }
 figure { margin: 0; border: 1px solid #ddd; border-radius: 4px; overflow: hidden; } figure img { display: block; width: 100%; }
 figcaption { padding: .4rem .6rem; font-size: 13px; overflow-wrap: anywhere; } figure.out { border: 2px solid #D55E00; }
 @media print { body { margin: 0; max-width: none; font-size: 11px; }
@@ -53,7 +47,7 @@ def write_page(survey: Survey, out: Path) -> Path:
     title = html.escape(f"Cohort {survey.dataset}")
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{title}</title>"
     with atomic_write(out, "w") as stream:
-        stream.write(f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head>")
+        stream.write(f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}{OWN_STYLE}</style></head>")
         stream.write(f"<body>{''.join(parts)}</body></html>\n")
     return out
 

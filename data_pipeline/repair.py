@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import resume
-from data_pipeline.append import check_pseudonyms
+from data_pipeline.append import check_own, check_pseudonyms
 from data_pipeline.build import _Task, rules_of, run_tasks
 from data_pipeline.cohort import DATA_SETS, read_cohort
 from data_pipeline.manifest import Manifest
@@ -24,6 +24,7 @@ def repair_shards(
     A shard whose bytes come out otherwise than the manifest says (the cohort changed, or another release of a library
     wrote it) is left as it lies. ``reading``: layout, columns, key_file, as in ``read_cohort``.
     """
+    check_own(manifest)
     check_pseudonyms(manifest, reading.get("key_file"))
     root, folder = Path(cohort).resolve(), manifest.root.resolve()
     numbers = {str(row["name"]): n for n, row in enumerate(manifest.shards) if str(row["name"]) in problems}

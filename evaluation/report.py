@@ -9,17 +9,12 @@ from pathlib import Path
 from evaluation.compare import LABELS, Comparison, shown, verdict
 from evaluation.figures import FIGURES_OF_THE_REPORT, to_png
 from infra.files import atomic_write
+from infra.page import STYLE
 from infra.runs import ui_command
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 1080px; padding: 0 1.2rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; }
-p.note { color: #555; margin: .2rem 0 .8rem; } img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .28rem .8rem .28rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
-th { border-bottom: 2px solid #888; font-weight: 600; } td.n { text-align: right; }
-.simulated { background: #fff3cd; border: 1px solid #e0c766; padding: .5rem .8rem; border-radius: 4px; }
-.scroll { overflow-x: auto; } code { font-size: .9em; background: #f4f4f4; padding: .1em .3em; }
+OWN_STYLE = """
+td.n { text-align: right; }
+code { font-size: .9em; background: #f4f4f4; padding: .1em .3em; }
 @media print { body { margin: 0; max-width: none; font-size: 11px; } h2 { break-after: avoid; } img, tr { break-inside: avoid; } }
 """
 CAPTIONS = {
@@ -70,7 +65,7 @@ def _page(comparison: Comparison, pictures: list[str]) -> str:
         *pictures, "<h2>Paired differences</h2>", _differences(comparison), "<h2>Provenance</h2>", _provenance(comparison), store,
     ]  # fmt: skip
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{html.escape(comparison.experiment)}</title>"
-    return f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+    return f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}{OWN_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
 
 
 def _figures(comparison: Comparison) -> str:

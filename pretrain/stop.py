@@ -27,12 +27,10 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    def name(self, asked: int) -> str:
-        """The signal's name; where other ranks were asked instead of this one, that of the one they got most likely."""
-        if self.received is not None:
-            return self.received.name
-        names = {int(number): number.name for number in SIGNALS}
-        return names.get(asked, "a signal to another rank")
+    @property
+    def name(self) -> str:
+        """The signal's name; another rank's is not known here."""
+        return self.received.name if self.received else "a signal to another rank"
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received == signal.SIGINT and number == signal.SIGINT:

@@ -135,7 +135,7 @@ def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.d
             watchdog.phase(f"the loading of batch {step}")
             batch = next(batches)
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            votes = [float(stop.received or 0), float(clock.due())]
+            votes = [float(stop.received is not None), float(clock.due())]
             try:
                 figures, (asked, due) = train_step(trained, loss, batch, step, dtype, recipe.batch.micro, votes)
             except NotFinite as error:
@@ -153,7 +153,7 @@ def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.d
                 clock.restart()
             watchdog.steady()
             if asked and done < plan.total_steps:
-                return stop.name(int(asked))
+                return stop.name
         return ""
     finally:
         stop.forget()

@@ -82,6 +82,7 @@ def save(figure: plt.Figure, name: str) -> None:
 
 
 def plot_kernels() -> None:
+    """Every continuous kernel over the difference of two proxies."""
     figure, axes = plt.subplots(figsize=(7.2, 3.4))
     difference = torch.linspace(0.0, 25.0, 501, dtype=torch.float64)[:, None]
     zero = torch.zeros(1, 1, dtype=torch.float64)
@@ -97,6 +98,7 @@ def plot_kernels() -> None:
 
 
 def plot_normalisation(ages: np.ndarray) -> None:
+    """What an anchor weighs, by its age, with weights divided by rows and by columns."""
     batches = [batch_of(ages, BATCH, seed) for seed in range(20)]
     sums = torch.cat([column_row_sums(batch, 5.0) for batch in batches])
     flat = torch.cat(batches)[:, 0]
@@ -117,6 +119,7 @@ def plot_normalisation(ages: np.ndarray) -> None:
 
 
 def plot_positives(ages: np.ndarray) -> None:
+    """Effective positives over bandwidth and batch size."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.4))
     widths = np.geomspace(0.1, 30, 25)
     for scans, colour in ((16, GREY), (64, GREEN), (256, BLUE), (1024, ORANGE)):

@@ -27,7 +27,7 @@ from data_pipeline.stream import open_stream
 from data_pipeline.volume import BadScan, load_volume, zscore
 from infra import cli, ray_cluster
 from infra.errors import UserError
-from tests.cohorts import GRID, blob
+from tests.cohorts import GRID, blob, write_cohort
 from tests.servers import range_server
 
 TABLE = "participant_id\tsession\tage\tsex\tsite\tdiagnosis\n"
@@ -144,6 +144,17 @@ def test_the_commands_work_on_an_index(tmp_path, capsys):
     capsys.readouterr()
     assert cli.run(["shards", "verify", index]) == 1
     assert f"{first.parent.name}/{first.name}: damaged: content differs from its checksum" in capsys.readouterr().out
+
+
+def test_an_index_is_neither_appended_to_nor_repaired(tmp_path, capsys):
+    foreign(tmp_path / "tars")
+    index_shards(str(tmp_path / "tars"), tmp_path / "index", spacing=6.0)
+    write_cohort(tmp_path / "cohort", participants=3)
+    next((tmp_path / "tars").rglob("*.tar")).unlink()
+    for command in (["append", str(tmp_path / "cohort"), str(tmp_path / "index")],
+                    ["verify", str(tmp_path / "index"), "--repair", str(tmp_path / "cohort")]):  # fmt: skip
+        assert cli.run(["shards", *command]) == 2
+        assert "is an index of shards made elsewhere" in capsys.readouterr().err
 
 
 def test_index_and_tars_can_be_moved_together_and_the_index_made_again(tmp_path):
