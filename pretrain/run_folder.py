@@ -23,6 +23,7 @@ FREE_TO_CHANGE = (
     "data.cache", "data.retries", "data.timeout", "deepspeed.zero_optimization.", "checkpoint.", "launch.",
     "train.watchdog_seconds", "run.resume", "monitor.",
 )  # fmt: skip
+NAMED_BY_USERS = ("loss.proxies.", "encoder.options.", "augmentation.", "deepspeed.")
 
 
 def method_of(recipe: Recipe) -> str:
@@ -41,6 +42,9 @@ def check_same_recipe(recipe: Recipe) -> None:
         return
     old = flatten(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
     new = flatten(to_dict(recipe))
+    # A key that came with a later version was at its default; not so in sections that hold what the user names.
+    defaults = flatten(to_dict(Recipe()))
+    old = {**{key: defaults.get(key) for key in new if not key.startswith(NAMED_BY_USERS)}, **old}
     changed = sorted(
         key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE)
     )

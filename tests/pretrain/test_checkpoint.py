@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
+from infra.errors import UserError
 from infra.files import sha256_of
 from pretrain import checkpoint, engine
 from pretrain.config import load_recipe
+from pretrain.elastic import check_stages
 from pretrain.model import build_model
 from pretrain.step import lr_factor
 
@@ -111,3 +113,51 @@ def test_cleaning_keeps_the_newest(two):
 def test_an_empty_folder_has_no_checkpoint(trained, tmp_path):
     assert checkpoint.load_checkpoint(tmp_path / "none", trained) is None
     assert checkpoint.newest_step(tmp_path / "none") is None
+
+
+def test_a_new_run_begins_at_another_runs_checkpoint_until_it_has_its_own(trained, two, tmp_path_factory):
+    folder, kept = two
+    run = tmp_path_factory.mktemp("other")
+    folder.rename(run / "checkpoints")
+    for given, step in ((run, 2), (run / "checkpoints" / "step-00000001", 1)):
+        state = checkpoint.resume(folder, trained, str(given))
+        assert state["step"] == step
+        assert torch.equal(weights(trained), kept[step])
+    checkpoint.save_checkpoint(folder, 5, trained, {"loader": {}}, write_rest)
+    assert checkpoint.resume(folder, trained, str(run))["step"] == 5
+    with pytest.raises(UserError, match=r"holds a checkpoint of step 5; choose another run.output, or run.resume=auto"):
+        checkpoint.resume(folder, trained, "never")
+    assert checkpoint.resume(run / "nothing", trained, "never") is None
+    with pytest.raises(UserError, match=r"run.resume=.*nowhere is no checkpoint"):
+        checkpoint.resume(run / "nothing", trained, str(run / "nowhere"))
+
+
+def test_the_best_outlives_newer_ones(trained, two):
+    folder, _ = two
+    checkpoint.note_best(folder, 1, 7.5)
+    checkpoint.point_to_best(folder, 1)
+    for step in (3, 4):
+        checkpoint.save_checkpoint(folder, step, trained, {"loader": {}}, write_rest)
+    checkpoint.clean_checkpoints(folder, keep=1)
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000001", "step-00000004"]
+    assert checkpoint.read_best(folder) == {"step": 1, "score": 7.5}
+
+
+def test_a_checkpoint_is_due_by_the_clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    clock, never = checkpoint.Clock(2.0), checkpoint.Clock(None)
+    now[0] += 119.0
+    assert not clock.due()
+    now[0] += 1.0
+    assert clock.due()
+    clock.restart()
+    assert not clock.due()
+    assert not never.due()
+
+
+@pytest.mark.parametrize(("old", "new", "allowed"), [(0, 1, "0"), (1, 0, "1 or 2"), (2, 3, "1 or 2"), (3, 2, "3")])
+def test_stages_that_do_not_go_together_are_refused(tmp_path, old, new, allowed):
+    with pytest.raises(UserError, match=rf"under ZeRO stage {old}, this run has {new}.*stage={allowed}$"):
+        check_stages(tmp_path, old, new)
+    check_stages(tmp_path, old, old)
