@@ -66,7 +66,7 @@ def test_ages_that_are_all_missing_are_no_error(tmp_path, capsys):
     assert cli.run(["shards", "info", str(tmp_path / "shards")]) == 0
     printed = capsys.readouterr().out
     assert "2 missing" in printed
-    assert "1: missing 2" in printed
+    assert "0: missing 2" in printed
 
 
 def test_json_is_what_shards_info_returns(manifest, capsys):
