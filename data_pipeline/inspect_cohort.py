@@ -190,7 +190,7 @@ def _overview(survey: Survey) -> Table:
         ["scans", f"{len(scans)} of {_people(scans)} participants"],
         *([["data sets", _counts(scans["dataset"])]] if scans["dataset"].nunique() > 1 else []),
         ["kept by the rules", f"{kept}; {len(scans) - kept} left out"],
-        ["age", f"{age.mean():.1f} ± {age.std():.1f} years ({age.min():.0f} to {age.max():.0f}), "
+        ["age", f"{age.mean():.1f} ± {age.std(ddof=min(1, len(age) - 1)):.1f} years ({age.min():.0f} to {age.max():.0f}), "
                 f"{int(scans['age'].isna().sum())} missing" if len(age) else "missing everywhere"],
         ["sex", _counts(scans["sex"])],
         ["sites", str(scans["site"].replace("", None).nunique())],

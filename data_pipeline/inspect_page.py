@@ -148,6 +148,8 @@ def slices(volume: Any, spacing: tuple[float, ...]) -> bytes:
 
 def _ages(survey: Survey) -> bytes:
     """Known ages stacked by sex; beside them all scans by sex, whose age may be missing."""
+    from matplotlib.ticker import MaxNLocator
+
     plt = _pyplot()
     figure, (axis, beside) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", width_ratios=[4, 1])
     scans = survey.scans.dropna(subset=["age"])
@@ -168,6 +170,7 @@ def _ages(survey: Survey) -> bytes:
     shown = [bar for bar in shown if bar[0]]
     bars = beside.bar([name for _, name, _ in shown], [n for n, *_ in shown], color=[colour for *_, colour in shown])
     beside.bar_label(bars)
+    beside.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     beside.grid(axis="x", visible=False)
     beside.set_xlabel("sex")
     return _png(figure)
