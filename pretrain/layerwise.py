@@ -112,7 +112,8 @@ class Lamb(LayerWise):
         state["exp_avg"].lerp_(gradient, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         root = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(EPSILON)
-        return (state["exp_avg"] / (1 - beta1**count)).div_(root).add_(tensor, alpha=group["weight_decay"])
+        step: torch.Tensor = (state["exp_avg"] / (1 - beta1**count)).div_(root)
+        return step.add_(tensor, alpha=group["weight_decay"])
 
     def ratio(self, weights: torch.Tensor, steps: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         """|w| / |step|."""

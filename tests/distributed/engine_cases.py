@@ -21,11 +21,13 @@ from pretrain.gather import AllGather
 from pretrain.kernels import KERNELS
 from pretrain.losses import y_aware_infonce
 from pretrain.model import ContrastiveModel, Projector
+from pretrain.optimizers import build_optimizer, parameter_groups
 from pretrain.step import lr_factor, train_step
 from pretrain.temperature import Temperature
 from pretrain.train import DTYPES
 
 BATCH, SIDE, TOTAL = 12, 4, 40
+GIVEN = (f"--batch.global={BATCH}", "--optimizer.warmup_steps=2", "--optimizer.lr=5e-3")
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ def build(recipe: Recipe) -> ContrastiveModel:
 
 
 def batch_of(step: int, rank: int, world: int) -> dict[str, Tensor]:
-    """A rank's part of the global batch of a step."""
-    source = torch.Generator().manual_seed(50 + step)
+    """A rank's part of the global batch of a step; two batches take turns, so that the loss falls."""
+    source = torch.Generator().manual_seed(50 + step % 2)
     volumes = torch.randn(BATCH, 1, SIDE, SIDE, SIDE, generator=source)
     views = torch.stack([volumes + 0.3 * torch.randn(volumes.shape, generator=source) for _ in range(2)])
     ages = 20.0 + 40.0 * torch.rand(BATCH, 1, generator=source)
@@ -87,9 +89,33 @@ def steps_on_ranks(group: Any, rank: int, runs: Sequence[Run]) -> list[dict[str,
     return [_steps(rank, run) for run in runs]
 
 
+def plain_steps(options: Sequence[str], last: int) -> list[dict[str, float]]:
+    """The same steps in one process, float32, with torch alone: no engine, no ranks, no micro-batches."""
+    recipe = load_recipe("demo-cpu", [*GIVEN, *options])
+    model = build(recipe)
+    optimizer = build_optimizer(recipe.optimizer, parameter_groups(model, recipe.optimizer))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(recipe.optimizer, TOTAL, 10))
+    figures = []
+    for step in range(last):
+        batch = batch_of(step, 0, 1)
+        views, temperature = model(batch["views"])
+        value = y_aware_infonce(
+            views, batch["proxies"], kernel=KERNELS["gaussian"](bandwidth=5.0),
+            temperature=0.1 if temperature is None else temperature,
+        )  # fmt: skip
+        optimizer.zero_grad()
+        value.backward()
+        largest = recipe.deepspeed.get("gradient_clipping") or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+        figures.append({"step": step, "loss": value.item(), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]})
+        optimizer.step()
+        schedule.step()
+    return figures
+
+
 def _steps(rank: int, run: Run) -> dict[str, Any]:
     _allow_fp16()
-    recipe = load_recipe("demo-cpu", [f"--batch.global={BATCH}", "--optimizer.warmup_steps=2", *run.options])
+    recipe = load_recipe("demo-cpu", [*GIVEN, *run.options])
     world, figures = torch.distributed.get_world_size(), []
     trained = engine.build_engine(recipe, build(recipe), lr_factor(recipe.optimizer, TOTAL, 10))
     average = Average(trained, recipe.train.ema_decay) if recipe.train.ema_decay else None
@@ -119,7 +145,6 @@ def _steps(rank: int, run: Run) -> dict[str, Any]:
         "figures": figures,
         "encoder": engine.encoder_state(trained),
         "average": average.state() if average else None,
-        "state": int(trained.basic_optimizer.state_dict()["state"] != {}),
         "rates": [group["lr"] for group in trained.basic_optimizer.param_groups],
     }
     trained.destroy()
