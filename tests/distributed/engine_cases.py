@@ -39,7 +39,7 @@ class Run:
     load: Path | None = None
     save: Path | None = None
     save_at: int = 3
-    spoil: int | None = None  # the step in which a rank's gradient overflows
+    spoil: tuple[int, ...] = ()  # steps in which a rank's gradient overflows
 
 
 class TinyEncoder(nn.Module):
@@ -131,11 +131,14 @@ def _steps(rank: int, run: Run) -> dict[str, Any]:
                 views, batch["proxies"], kernel=kernel, gather=gather,
                 temperature=0.1 if temperature is None else temperature,
             )  # fmt: skip
-            return value if at != run.spoil else _Overflow.apply(value, rank == world - 1)
+            return value if at not in run.spoil else _Overflow.apply(value, rank == world - 1)
 
-        found, _ = train_step(
-            trained, loss, batch_of(step, rank, world), step, DTYPES[recipe.train.precision], recipe.batch.micro
-        )
+        try:
+            found, _ = train_step(
+                trained, loss, batch_of(step, rank, world), step, DTYPES[recipe.train.precision], recipe.batch.micro
+            )
+        except engine.NotFinite as error:
+            return {"figures": figures, "stopped": str(error)}
         figures.append({"step": step, **found})
         if average:
             average.update(step + 1)

@@ -80,6 +80,8 @@ class Pools:
 
     def close(self) -> None:
         for pool in self._pools.values():
+            pool.ask_to_end()
+        for pool in self._pools.values():
             pool.__exit__()
 
 
@@ -156,7 +158,7 @@ def test_a_step_that_overflows_is_left_out_and_counted_and_the_run_goes_on(
     options = (zero(stage), f"--train.precision={precision}")
     if precision == "fp16":
         options += ("--deepspeed.fp16={hysteresis: 1, initial_scale_power: 10}",)
-    [found] = pools.run(2, [Run(options, spoil=2, save=tmp_path, save_at=4)])
+    [found] = pools.run(2, [Run(options, spoil=(2,), save=tmp_path, save_at=4)])
     figures = found["figures"]
     assert [step["skipped_steps"] for step in figures] == [0, 0, 1, 1, 1, 1]
     assert figures[3]["loss_scale"] == figures[2]["loss_scale"] / 2
@@ -169,11 +171,19 @@ def test_a_step_that_overflows_is_left_out_and_counted_and_the_run_goes_on(
 
 
 def test_a_gradient_that_is_never_finite_stops_even_fp16(pools: Pools) -> None:
-    options = (zero(1), "--train.precision=fp16", "--deepspeed.fp16={initial_scale_power: 1, hysteresis: 1}")
-    with pytest.raises(
-        AssertionError, match=r"NotFinite: step \d: the gradient is not finite at the smallest loss scale"
-    ):
-        pools.run(2, [Run(options, spoil=-1)])
+    scaled = "--deepspeed.fp16={initial_scale_power: 1, hysteresis: 1}"
+    always = tuple(range(40))
+    zeroed, plain, exact = pools.run(
+        2,
+        [
+            Run((zero(1), "--train.precision=fp16", scaled), last=40, spoil=always),
+            Run((zero(0), "--train.precision=autocast-fp16"), last=40, spoil=always),
+            Run((zero(1), "--train.precision=bf16"), last=40, spoil=(2,)),
+        ],
+    )
+    assert zeroed["stopped"] == "step 1: the gradient is not finite at the smallest loss scale"
+    assert plain["stopped"] == "step 30: the gradient was not finite in 31 steps in a row, whatever the loss scale"
+    assert exact["stopped"] == "step 2: the gradient is not finite"
 
 
 EVERYWHERE = [(ranks, stage) for ranks in (1, 2, 3) for stage in range(4)]
