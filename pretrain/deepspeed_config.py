@@ -118,6 +118,10 @@ def _check_precision(recipe: Recipe) -> None:
     if precision == "fp16" and stage == 0:
         # DeepSpeed 0.19 divides the gradient by a scale with which the loss was never multiplied.
         raise UserError("train.precision=fp16 does not go with ZeRO stage 0; use deepspeed.zero_optimization.stage=1")
+    if stage == 0 and (recipe.deepspeed.get("data_types") or {}).get("grad_accum_dtype"):
+        raise UserError(
+            "deepspeed.data_types.grad_accum_dtype does not go with ZeRO stage 0; leave it out, or use stage 1"
+        )
     if precision == "autocast-fp16" and stage > 0:
         # Each rank's scaler would judge its own part of the gradient alone, and the ranks would part.
         raise UserError(

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from infra import distributed
 from infra.errors import UserError
-from pretrain.partitions import Piece, held, part_of, show_weights
+from pretrain.partitions import Piece, held, off_loaded, part_of, show_weights
 
 # Names in the joined file: state of a parameter, a scalar of it (Adam's step), and a buffer of the network.
 STATE, SCALAR, BUFFER = "state", "scalar", "buffer"
@@ -35,10 +35,10 @@ Stored = tuple[dict[str, Any], list[Piece]]
 
 def load_elsewhere(folder: Path, stage: int, engine: Any) -> None:
     """Load checkpoint ``folder``, written under ZeRO ``stage``, whatever this run's ranks and stage. Collective."""
-    if getattr(engine.optimizer, "swap_optimizer", False):
+    if "nvme" in off_loaded(engine):
         raise UserError(
             f"{folder} was written on other ranks or under another ZeRO stage, which does not go with off-load to nvme; "
-            "resume with deepspeed.zero_optimization.offload_optimizer.device=cpu"
+            "resume with device cpu in deepspeed.zero_optimization.offload_optimizer and offload_param"
         )
     joined = folder.parent / f".unfinished-whole-{folder.name}"
     rest: list[Any] = [None]

@@ -2,7 +2,7 @@
 
 Stage 0 holds every parameter whole. Stages 1 and 2 lay a group's parameters end to end and cut the row by rank, so that a
 cut may go through a parameter. Stage 3 cuts each parameter by rank and lays a rank's parts end to end. What is here goes
-by DeepSpeed's own attributes (0.19); tests/distributed/test_resume_elsewhere.py holds it to them.
+by DeepSpeed's own attributes (0.19); tests/distributed/test_engine_ranks.py holds it to them.
 """
 
 from __future__ import annotations
@@ -65,10 +65,18 @@ def show_weights(engine: Any) -> None:
 
 
 def layout(engine: Any) -> list[Any]:
-    """Stage, ranks, type of the weights, and the sizes of what each rank's optimiser holds: a checkpoint's form."""
-    dtype = next(engine.module.parameters()).dtype
+    """A checkpoint's form: stage, ranks, type of the weights, where they lie, sizes of what each rank's optimiser holds."""
+    dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
     sizes = [tensor.numel() for tensor, _ in held(engine)]
-    return [int(engine.zero_optimization_stage()), dist.get_world_size(), str(dtype).removeprefix("torch."), sizes]
+    return [int(engine.zero_optimization_stage()), dist.get_world_size(), dtype, off_loaded(engine), sizes]
+
+
+def off_loaded(engine: Any) -> list[str]:
+    """Where optimiser and parameters are off-loaded to: ``none``, ``cpu`` or ``nvme``."""
+    sections = engine.zero_offload_optimizer(), engine.zero_offload_param()
+    return [
+        "none" if section is None else str(getattr(section.device, "value", section.device)) for section in sections
+    ]
 
 
 def part_of(size: int, ranks: int, rank: int) -> tuple[int, int]:

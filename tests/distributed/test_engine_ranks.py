@@ -231,6 +231,9 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(
     assert not list(folder.glob(".unfinished*"))
 
 
+SUMMED = "--deepspeed.data_types={grad_accum_dtype: fp32}"  # under stage 1 another optimiser of DeepSpeed's
+
+
 @pytest.mark.parametrize(
     ("options", "was", "now"),
     [
@@ -239,6 +242,8 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(
         pytest.param(("--optimizer.name=lars", "--optimizer.lr=5.0"), (2, 2), (3, 3), marks=pytest.mark.slow),
         pytest.param(("--optimizer.name=adamw", "--train.precision=bf16"), (2, 0), (1, 3), marks=pytest.mark.slow),
         pytest.param(("--train.precision=bf16",), (2, 1), (3, 0), marks=pytest.mark.slow),
+        pytest.param(("--train.precision=bf16", SUMMED), (2, 1), (3, 3), marks=pytest.mark.slow),
+        pytest.param(("--train.precision=bf16", SUMMED), (3, 2), (2, 1), marks=pytest.mark.slow),
         pytest.param(("--train.precision=fp16",), (2, 3), (3, 1), marks=pytest.mark.slow),
         pytest.param(("--train.precision=autocast",), (3, 3), (2, 0), marks=pytest.mark.slow),
     ],

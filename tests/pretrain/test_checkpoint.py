@@ -159,7 +159,7 @@ def test_a_checkpoint_of_another_form_is_converted_and_one_of_another_network_re
     folder, kept = two
     state = checkpoint.step_folder(folder, 2) / "state.json"
     content = json.loads(state.read_text())
-    assert content["layout"][:3] == [1, 1, "float32"]
+    assert content["layout"][:4] == [1, 1, "float32", ["none", "none"]]
 
     def written_as(layout):
         state.write_text(json.dumps({**content, "layout": layout}))
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_another_form_is_converted_and_one_of_another_network_re
 
     advance(trained, 3)
     expected = advance(trained, 4), weights(trained)
-    written_as([1, 1, "bfloat16", [3]])
+    written_as([1, 1, "bfloat16", ["none", "none"], [3]])
     assert checkpoint.load_checkpoint(folder, trained)["step"] == 2
     assert "step-00000002 of 1 ranks under ZeRO 1 is converted" in capsys.readouterr().out
     assert torch.equal(weights(trained), kept[2])
