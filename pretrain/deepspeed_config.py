@@ -98,8 +98,9 @@ def _check_keys(recipe: Recipe) -> None:
             f"deepspeed.zero_optimization={zero!r} is not possible; it is a section of keys, its stage 0, 1, 2 or 3"
         )
     for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
-        device = (zero.get(name) or {}).get("device", "none")
-        if device != "none" and zero_stage(recipe) not in stages:
+        section = zero.get(name)
+        wanted = isinstance(section, Mapping) and section.get("device", "none") != "none"
+        if wanted and zero_stage(recipe) not in stages:
             raise UserError(
                 f"deepspeed.zero_optimization.{name} does not go with stage {zero_stage(recipe)}; use stage "
                 f"{' or '.join(map(str, stages))}"
