@@ -23,7 +23,8 @@ from infra import distributed
 from infra.errors import UserError
 from infra.files import atomic_write, flush_folder, sha256_of, write_json
 from pretrain.elastic import load_elsewhere
-from pretrain.engine import load_engine, save_engine
+from pretrain.engine import load_engine, load_scaler_state, save_engine, scaler_state
+from pretrain.partitions import layout
 
 PREFIX, BEST = "step-", "best"
 UNFINISHED = ".unfinished-"
@@ -51,7 +52,8 @@ def save_checkpoint(
     _write_random_state(temporary)
     if distributed.is_main():
         shape = {"world_size": distributed.world_size(), "zero_stage": int(engine.zero_optimization_stage())}
-        write_json(temporary / "state.json", {**state, **shape, "step": step})
+        form = {"layout": layout(engine), "loss_scaler": scaler_state(engine)}
+        write_json(temporary / "state.json", {**state, **shape, **form, "step": step})
         write_rest(temporary)
     dist.barrier()
     _write_checksums(temporary)
@@ -94,7 +96,8 @@ def resume(checkpoints: Path, engine: Any, how: str = "auto") -> dict[str, Any] 
 def load_checkpoint(checkpoints: Path, engine: Any, only: Path | None = None) -> dict[str, Any] | None:
     """Load the newest checkpoint that verifies on every rank (or ``only`` that); None where there is none. Collective.
 
-    Written on another number of ranks, or under another ZeRO stage, it is converted first (pretrain.elastic).
+    Written on another number of ranks, or under another ZeRO stage, it is converted first (pretrain.elastic). The state
+    comes back with ``folder``, where it was read.
     """
     for folder in [only] if only else _newest_first(checkpoints):
         problem = verify_checkpoint(folder, distributed.rank(), distributed.world_size())
@@ -104,9 +107,12 @@ def load_checkpoint(checkpoints: Path, engine: Any, only: Path | None = None) ->
                 print(f"checkpoint {folder.name} is damaged ({problem}); trying an older one", flush=True)
             continue
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        here = int(engine.zero_optimization_stage())
+        state["folder"] = str(folder)
+        form, here = layout(engine), int(engine.zero_optimization_stage())
         stage, world_size = int(state.get("zero_stage", here)), int(state["world_size"])
-        if (stage, world_size) == (here, distributed.world_size()):
+        load_scaler_state(engine, state.get("loss_scaler"))
+        same_ranks = world_size == distributed.world_size()
+        if same_ranks and state.get("layout", form) == form and stage == here:
             load_engine(engine, folder.parent, folder.name)
             _read_random_state(folder)
             return state
@@ -114,8 +120,10 @@ def load_checkpoint(checkpoints: Path, engine: Any, only: Path | None = None) ->
             print(f"checkpoint {folder.name} of {world_size} ranks under ZeRO {stage} is converted for "
                   f"{distributed.world_size()} under ZeRO {here}", flush=True)  # fmt: skip
         load_elsewhere(folder, stage, engine)
-        # The old ranks' generators do not fit: new ones, the same whenever this resume is repeated.
-        torch.manual_seed(1_000_003 * int(state["step"]) + distributed.rank())
+        if same_ranks:
+            _read_random_state(folder)
+        else:  # the old ranks' generators do not fit: new ones, the same whenever this resume is repeated
+            torch.manual_seed(1_000_003 * int(state["step"]) + distributed.rank())
         return state
     return None
 

@@ -119,12 +119,20 @@ class Loss:
 
 @dataclass(config=_strict)
 class Optimizer:
-    """Optimiser and learning-rate schedule. Adam (with L2 weight decay) is the paper's."""
+    """Optimiser and learning-rate schedule. Adam (with L2 weight decay) is the paper's.
 
-    name: Literal["adam", "adamw", "sgd"] = "adam"
+    Gradients are clipped by DeepSpeed: ``deepspeed.gradient_clipping`` is the largest L2 norm of the whole gradient.
+    """
+
+    # adamw decays weights apart from the gradient; sgd has momentum 0.9; lamb and lars scale each layer's step (large
+    # batches, pretrain.layerwise)
+    name: Literal["adam", "adamw", "sgd", "lamb", "lars"] = "adam"
     lr: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=5e-5, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)  # adam, adamw, lamb
+    # The projector trains at lr, the encoder's last block at layer_decay * lr, the one before at layer_decay^2 * lr, and
+    # so on down to the stem; null: all at lr.
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
     warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["constant", "cosine", "step"] = "constant"
     step_epochs: float = Field(default=10.0, gt=0)  # decay: step multiplies lr by step_factor every so many epochs
@@ -137,7 +145,11 @@ class Train:
 
     epochs: float | None = Field(default=30.0, gt=0)
     steps: int | None = Field(default=None, ge=0)
-    precision: Literal["fp32", "bf16", "autocast"] = "fp32"
+    # bf16, fp16: weights in 16 bits beside float32 masters; autocast, autocast-fp16: float32 weights, products in 16 bits.
+    # The fp16 ones scale the loss and leave out steps whose gradient overflows (keys of the scaler: deepspeed.fp16).
+    precision: Literal["fp32", "bf16", "fp16", "autocast", "autocast-fp16"] = "fp32"
+    # A moving average of the encoder's weights, which the monitor judges and evaluation uses, as 0.999; null = off.
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
     # A rank that does not move for so long ends the job on all ranks (infra.watchdog); 0 = off. More than any step takes.
     watchdog_seconds: float = Field(default=600.0, ge=0)
 

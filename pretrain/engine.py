@@ -7,26 +7,25 @@ import logging
 import os
 import sys
 import warnings
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from infra import distributed
 from infra.errors import UserError
 from infra.extensions import exclusive_build, extensions_folder
-from pretrain.config import Optimizer, Recipe, check_micro_batch
+from pretrain.config import Recipe
+from pretrain.deepspeed_config import deepspeed_config, zero_stage
+from pretrain.optimizers import LayerWise, build_optimizer, parameter_groups
+from pretrain.partitions import held
 
-# What the recipe itself decides; in the recipe's `deepspeed:` section these would contradict it.
-OWNED = {
-    "train_batch_size": "batch.global", "train_micro_batch_size_per_gpu": "batch.micro",
-    "gradient_accumulation_steps": "batch.micro", "optimizer": "optimizer", "scheduler": "optimizer",
-    "fp16": "train.precision", "bf16": "train.precision", "torch_autocast": "train.precision",
-}  # fmt: skip
+# More steps left out in a row than the scaler needs to come down from 2^24 to 1: not an overflow but a NaN.
+LEFT_OUT = 30
 
 
 class NotFinite(RuntimeError):
@@ -84,54 +83,47 @@ def stop_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: the recipe's ``deepspeed:`` section and what the recipe's other keys imply."""
-    for key in recipe.deepspeed:
-        if key in OWNED:
-            raise UserError(f"deepspeed.{key} contradicts the recipe's own keys; set {OWNED[key]} instead")
-    if recipe.encoder.options.get("compile") and (recipe.deepspeed.get("zero_optimization") or {}).get("stage") == 3:
-        # A compiled encoder never calls the hooks by which stage 3 brings the weights together.
-        raise UserError(
-            "encoder.options.compile=true does not go with deepspeed.zero_optimization.stage=3; use stage 0, 1 or 2"
-        )
-    passes = check_micro_batch(recipe.batch, world_size)
-    config: dict[str, Any] = {
-        **recipe.deepspeed,
-        "train_micro_batch_size_per_gpu": recipe.batch.global_ // world_size // passes,
-        "gradient_accumulation_steps": passes,
-        "train_batch_size": recipe.batch.global_,
-        "steps_per_print": 10**9,
-        # A client optimiser of torch's under ZeRO is what the recipe asks for.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    if recipe.train.precision == "bf16":
-        config["bf16"] = {"enabled": True}
-        # Batch statistics stay in one type with the activations; a float32 buffer beside bf16 input raises.
-        config["data_types"] = {"buffer_dtype": "bf16", **recipe.deepspeed.get("data_types", {})}
-    elif recipe.train.precision == "autocast":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    return config
-
-
 def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]) -> Any:
     """The DeepSpeed engine of ``model``. ``lr_at(step)`` is the factor on the learning rate at a step."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": [p for name, p in named if not name.startswith("temperature.")]}]
-    if learned := [p for name, p in named if name.startswith("temperature.")]:
-        groups.append({"params": learned, "weight_decay": 0.0})  # decay would pull the temperature towards 1
+    _check_fp16(recipe)
+    groups = parameter_groups(model, recipe.optimizer)
     optimizer = build_optimizer(recipe.optimizer, groups)
-    if int(recipe.deepspeed.get("zero_optimization", {}).get("stage", 0)) == 0:
+    if zero_stage(recipe) == 0:
         optimizer.register_step_pre_hook(_refuse_not_finite)  # the other stages look by themselves, see update
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_at)
-    engine, _, _, _ = import_deepspeed().initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        config=deepspeed_config(recipe, distributed.world_size()),
-        dist_init_required=False,
-    )
+    deepspeed = import_deepspeed()
+    try:
+        engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(recipe, distributed.world_size()),
+            dist_init_required=False,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"deepspeed: DeepSpeed refuses {key}={first['input']!r}: {first['msg']}") from None
+    engine.parameter_order = [name for group in groups for name in group["names"]]
+    engine.left_out_in_a_row = 0
+    if hasattr(engine.optimizer, "refresh_fp32_params") and zero_stage(recipe) == 0:
+        # DeepSpeed's 16-bit optimiser of stage 0 has made a step with gradients of 0 by now, weight decay and all.
+        engine.optimizer.refresh_fp32_params()
+        optimizer.state.clear()
+    if isinstance(optimizer, LayerWise) and zero_stage(recipe) > 0:
+        optimizer.learn_parts(held(engine), engine.parameter_order)
     return engine
+
+
+def _check_fp16(recipe: Recipe) -> None:
+    if recipe.train.precision in ("fp16", "autocast-fp16") and not _has_fp16():
+        raise UserError(
+            f"train.precision={recipe.train.precision} needs a GPU, or a CPU with AVX512-FP16; use fp32, bf16 or autocast"
+        )
+
+
+def _has_fp16() -> bool:
+    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def _refuse_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -140,17 +132,6 @@ def _refuse_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     bad = any(not bool(torch.isfinite(gradient).all()) for gradient in gradients)
     if distributed.reduce_scalars([float(bad)])[0]:
         raise NotFinite("the gradient is not finite")
-
-
-def build_optimizer(settings: Optimizer, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """torch's own optimisers: DeepSpeed's would be compiled a second time, and the paper's is plain Adam with L2."""
-    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "adam": lambda: torch.optim.Adam(parameters, betas=settings.betas, **common),
-        "adamw": lambda: torch.optim.AdamW(parameters, betas=settings.betas, **common),
-        "sgd": lambda: torch.optim.SGD(parameters, momentum=0.9, **common),
-    }
-    return kinds[settings.name]()
 
 
 def encoder_state(engine: Any) -> dict[str, torch.Tensor]:
@@ -170,21 +151,77 @@ def _to_float32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def update(engine: Any) -> float:
-    """Step the optimiser on the gradient that ``engine.backward`` left; the gradient's L2 norm before clipping."""
-    norm = None
+def update(engine: Any) -> dict[str, float]:
+    """Step the optimiser on the gradient that ``engine.backward`` left; what to log of it.
+
+    ``grad_norm``: the gradient's L2 norm before clipping. In fp16 also ``loss_scale`` and ``skipped_steps``, how many steps
+    the scaler has left out because their gradient overflowed; such a step has no norm and changes no weight, but the
+    schedule of the learning rate goes on. Raises NotFinite where the gradient is not finite for another reason.
+    """
+    scale, norm = _loss_scale(engine), None
     if engine.zero_optimization_stage() == 0:
         # Stage 0 keeps no norm of its own. The gradients are averaged over the ranks by now, the same on each.
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    engine.step()
-    if not engine.was_step_applied():  # ZeRO leaves out a step whose gradient overflowed on any rank
+        norm = norm / (scale or 1.0)
+    try:
+        engine.step()
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise NotFinite("the gradient is not finite at the smallest loss scale") from None
+    applied = bool(engine.was_step_applied())
+    if engine.torch_autocast_z0_gradscaler is not None:  # torch's scaler tells by its scale alone
+        applied = _loss_scale(engine) >= scale
+    if scale is None and not applied:  # ZeRO leaves out a step whose gradient overflowed on any rank
         raise NotFinite("the gradient is not finite")
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    figures = {}
+    if applied:
+        engine.left_out_in_a_row = 0
+        figures["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
+    else:
+        _left_out(engine)
+    if scale is not None:
+        figures |= {"loss_scale": scale, "skipped_steps": float(engine.skipped_steps)}
+    return figures
+
+
+def _loss_scale(engine: Any) -> Any:
+    """The factor on the loss; None in precisions that need none."""
+    if engine.torch_autocast_z0_gradscaler is not None:
+        return float(engine.torch_autocast_z0_gradscaler.get_scale())
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
+def _left_out(engine: Any) -> None:
+    """Count a step that the scaler left out; NotFinite where there were too many in a row."""
+    if engine.torch_autocast_z0_gradscaler is None:
+        engine.lr_scheduler.step()
+    else:
+        engine.skipped_steps += 1
+    engine.left_out_in_a_row += 1
+    if engine.left_out_in_a_row > LEFT_OUT:
+        raise NotFinite(
+            f"the gradient was not finite in {engine.left_out_in_a_row} steps in a row, whatever the loss scale"
+        )
+
+
+def scaler_state(engine: Any) -> dict[str, Any] | None:
+    """The state of autocast-fp16's loss scaler, which DeepSpeed does not save; None for the other precisions."""
+    scaler = engine.torch_autocast_z0_gradscaler
+    return None if scaler is None else dict(scaler.state_dict())
+
+
+def load_scaler_state(engine: Any, state: dict[str, Any] | None) -> None:
+    """Go on with what ``scaler_state`` gave."""
+    scaler = engine.torch_autocast_z0_gradscaler
+    if scaler is not None and state:
+        scaler.load_state_dict(state)
 
 
 def save_engine(engine: Any, folder: Path, tag: str) -> None:
     """Write DeepSpeed's files to ``folder/tag``; its own ``latest`` is not used, see pretrain.checkpoint."""
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    order = {"parameter_order": engine.parameter_order}
+    engine.save_checkpoint(str(folder), tag=tag, client_state=order, save_latest=False)
 
 
 def load_engine(engine: Any, folder: Path, tag: str) -> None:
@@ -192,26 +229,3 @@ def load_engine(engine: Any, folder: Path, tag: str) -> None:
     path, _ = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
         raise UserError(f"checkpoint {folder / tag} could not be loaded by DeepSpeed; is it of another world size?")
-
-
-def convert_to_universal(folder: Path, out: Path) -> None:
-    """Join the ranks' parts of a checkpoint (ZeRO 1 to 3) into one file per parameter, DeepSpeed's universal checkpoint."""
-    import_deepspeed()
-    from deepspeed.checkpoint.ds_to_universal import main
-
-    with redirect_stdout(io.StringIO()):
-        main(
-            Namespace(
-                input_folder=str(folder), output_folder=str(out), num_extract_workers=1, num_merge_workers=1,
-                keep_temp_folder=False, strict=True, inject_missing_state=True,
-            )
-        )  # fmt: skip
-
-
-def load_universal(engine: Any, folder: Path, tag: str) -> None:
-    """Read what ``convert_to_universal`` wrote, on any number of ranks."""
-    engine._config.load_universal_checkpoint = True
-    try:
-        load_engine(engine, folder, tag)
-    finally:
-        engine._config.load_universal_checkpoint = False

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from data_pipeline.loader import volumes
 from data_pipeline.manifest import Manifest
@@ -54,15 +55,19 @@ def watched_scans(settings: Monitor, manifest: Manifest, steps_per_epoch: float,
     return Watched(rows, labels, groups, max(1, round(settings.every_epochs * steps_per_epoch)))
 
 
-def encode(engine: Any, manifest: Manifest, rows: Array, device: torch.device, dtype: torch.dtype, batch: int) -> Array:
+def encode(
+    engine: Any, manifest: Manifest, rows: Array, device: torch.device, dtype: torch.dtype, batch: int,
+    encoder: nn.Module | None = None,
+) -> Array:  # fmt: skip
     """Features (n, F) of the encoder in evaluation mode, the ranks encoding a share each; the same on all. Collective.
 
-    Every rank makes as many passes: under ZeRO 3 each is a collective.
+    ``encoder``: another network than the engine's own, as its moving average. Every rank makes as many passes: under
+    ZeRO 3 each is a collective.
     """
     world, rank = distributed.world_size(), distributed.rank()
     share = -(-len(rows) // world)
     padded = np.resize(rows, share * world)[rank * share : (rank + 1) * share]
-    training, encoder = engine.module.training, engine.module.encoder
+    training, encoder = engine.module.training, encoder or engine.module.encoder
     engine.module.eval()
     parts = []
     with torch.no_grad():

@@ -70,6 +70,8 @@ class RunLog:
         if (step + 1) % STEPS_PER_MLFLOW_CALL == 0:
             self.flush()
         bad = {"bad scans": loader.bad_scans} if loader.bad_scans else {}
+        if figures.get("skipped_steps"):
+            bad["skipped"] = int(figures["skipped_steps"])
         self.progress.advance(loss=figures["loss"], stall=f"{100 * stall:.0f}%", **bad)
 
     def epoch(self, step: int, positives: Positives) -> None:

@@ -100,7 +100,7 @@ def train_step(
 
     ``micro`` scans are embedded at a time where it is given. ``votes`` are added up over the ranks in the collective that
     the loss needs anyway. Raises NotFinite on every rank before the weights change when any rank's loss or gradient is
-    not finite.
+    not finite; a gradient that overflowed in fp16 is the scaler's concern (pretrain.engine.update).
     """
     views_2B1DHW, temperatures = batch["views"].to(dtype), []
     watchdog.phase(f"the forward pass of step {step}")
@@ -123,11 +123,11 @@ def train_step(
     backward()
     lr = float(engine.get_lr()[0])
     try:
-        norm = update(engine)
+        updated = update(engine)
     except NotFinite as error:
         raise NotFinite(f"step {step}: {error}") from None
     learned = {} if temperatures[0] is None else {"temperature": float(temperatures[0].detach())}
-    return {"loss": mean, "lr": lr, "grad_norm": norm, **learned}, sums
+    return {"loss": mean, "lr": lr, **updated, **learned}, sums
 
 
 def lr_factor(settings: Optimizer, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:

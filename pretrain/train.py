@@ -27,7 +27,9 @@ from infra.files import write_json
 from infra.settings import to_dict
 from pretrain import checkpoint, engine, run_folder
 from pretrain.config import Recipe, check_world_size, load_recipe
+from pretrain.deepspeed_config import deepspeed_config
 from pretrain.diagnostics import Positives, positive_figures
+from pretrain.ema import Average
 from pretrain.encoders import check_encoder
 from pretrain.engine import NotFinite
 from pretrain.export import write_encoder
@@ -40,7 +42,9 @@ from pretrain.run_log import RunLog
 from pretrain.step import build_loss, build_watch, loss_options, lr_factor, recipe_kernel, train_step
 from pretrain.stop import StopRequest
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.float32}
+# Of the views; under autocast the network's own layers shorten them.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.float32,
+          "autocast-fp16": torch.float32}  # fmt: skip
 
 
 def make_plan(recipe: Recipe, world_size: int) -> Plan:
@@ -65,7 +69,7 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
     recipe_kernel(recipe, manifest, rows)
     loss_options(recipe.loss)
     check_encoder(recipe.encoder.name, recipe.encoder.options, grid=manifest.grid["shape"], training=True)
-    engine.deepspeed_config(recipe, world_size)
+    deepspeed_config(recipe, world_size)
     steps = recipe.train.steps
     if steps is None:
         if recipe.train.epochs is None:
@@ -88,11 +92,14 @@ def train(recipe: Recipe) -> None:
         watchdog.phase("the loading of the checkpoint", slow=True)
         folder = Path(recipe.run.output) / "checkpoints"
         state = checkpoint.resume(folder, trained, recipe.run.resume)
+        average = None if recipe.train.ema_decay is None else Average(trained, recipe.train.ema_decay)
+        if average and state:
+            average.load(Path(state["folder"]))
         if distributed.is_main():
             checkpoint.clean_checkpoints(folder, recipe.checkpoint.keep)
         log = RunLog(plan, state) if distributed.is_main() else None
         try:
-            stopped = loop(plan, trained, state, device, log)
+            stopped = loop(plan, trained, average, state, device, log)
         except BaseException:
             if log:
                 log.close("FAILED")
@@ -103,7 +110,10 @@ def train(recipe: Recipe) -> None:
         engine.stop_ranks()
 
 
-def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.device, log: RunLog | None) -> str:
+def loop(
+    plan: Plan, trained: Any, average: Average | None, state: dict[str, Any] | None, device: torch.device,
+    log: RunLog | None,
+) -> str:  # fmt: skip
     """Steps from the checkpoint's ``state`` (None: a new run) to the last, with checkpoints on the way and at the end.
 
     Ends early, after a checkpoint, where any rank was asked to stop; the signal's name then, else an empty text.
@@ -111,7 +121,7 @@ def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.d
     recipe, first = plan.recipe, int(state["step"]) if state else 0
     loss, dtype = build_loss(recipe, plan.manifest, plan.rows), DTYPES[recipe.train.precision]
     if state is None and plan.total_steps == 0:
-        save(plan, trained, 0, {}, log)
+        save(plan, trained, average, 0, {}, log)
     if first >= plan.total_steps:
         return ""
     augment_on = recipe.data.device if recipe.data.device != "auto" else ("gpu" if device.type == "cuda" else "cpu")
@@ -125,7 +135,7 @@ def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.d
     if state and state.get("loader"):
         loader.load_state_dict(state["loader"])
     trained.train()
-    watch, monitor = EpochPositives(plan), build_monitor(plan, trained, device, dtype)
+    watch, monitor = EpochPositives(plan), build_monitor(plan, trained, average, device, dtype)
     clock, stop = checkpoint.Clock(recipe.checkpoint.every_minutes), StopRequest()
     stop.listen()
     try:
@@ -140,6 +150,8 @@ def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.d
                 figures, (asked, due) = train_step(trained, loss, batch, step, dtype, recipe.batch.micro, votes)
             except NotFinite as error:
                 raise blame(plan, step, batch, error) from None
+            if average:
+                average.update(step + 1)
             watchdog.phase(f"the logging of step {step}")
             positives = watch.step(step, batch)
             if log:
@@ -149,7 +161,7 @@ def loop(plan: Plan, trained: Any, state: dict[str, Any] | None, device: torch.d
             done, last = step + 1, step + 1 == plan.total_steps or asked > 0
             best = monitor(done, log) if monitor else False
             if done % recipe.checkpoint.every_steps == 0 or due or last or best:
-                save(plan, trained, done, loader.state_dict(), log, best)
+                save(plan, trained, average, done, loader.state_dict(), log, best)
                 clock.restart()
             watchdog.steady()
             if asked and done < plan.total_steps:
@@ -194,9 +206,12 @@ class EpochPositives:
 
 
 def build_monitor(
-    plan: Plan, trained: Any, device: torch.device, dtype: torch.dtype
+    plan: Plan, trained: Any, average: Average | None, device: torch.device, dtype: torch.dtype
 ) -> Callable[[int, RunLog | None], bool] | None:
-    """(steps done, log) -> whether the encoder is the best so far; None where nothing is watched. Collective."""
+    """(steps done, log) -> whether the encoder is the best so far; None where nothing is watched. Collective.
+
+    Where there is a moving average it is the encoder that is judged, as it is the one that is exported.
+    """
     settings, manifest = plan.recipe.monitor, plan.manifest
     watched = watched_scans(settings, manifest, plan.steps_per_epoch, plan.recipe.run.seed)
     if watched is None:
@@ -207,7 +222,8 @@ def build_monitor(
         if done % watched.every_steps and done != plan.total_steps:
             return False
         watchdog.phase(f"the monitor's look after {done} steps", slow=True)
-        features = encode(trained, manifest, watched.rows, device, dtype, settings.batch)
+        judged = average.network(plan.recipe.encoder, device, dtype) if average else None
+        features = encode(trained, manifest, watched.rows, device, dtype, settings.batch, judged)
         better = 0.0
         if log:
             figures = probe_figures(features, watched, settings.proxy)
@@ -223,11 +239,12 @@ def build_monitor(
 
 
 def save(
-    plan: Plan, trained: Any, step: int, loader_state: dict[str, Any], log: RunLog | None, best: bool = False
-) -> None:
+    plan: Plan, trained: Any, average: Average | None, step: int, loader_state: dict[str, Any], log: RunLog | None,
+    best: bool = False,
+) -> None:  # fmt: skip
     """Write checkpoint ``step-XXXXXXXX``, with the encoder as safetensors in it, and tell MLflow. Collective."""
     watchdog.phase(f"the writing of the checkpoint after {step} steps", slow=True)
-    weights = engine.encoder_state(trained)
+    weights = average.state() if average else engine.encoder_state(trained)
     folder = Path(plan.recipe.run.output) / "checkpoints"
 
     def write_rest(temporary: Path) -> None:
@@ -236,6 +253,7 @@ def save(
             **run_folder.describe_run(plan.recipe, plan.manifest),
             "encoder": {"name": plan.recipe.encoder.name, "options": plan.recipe.encoder.options},
             "feature_size": int(trained.module.encoder.feature_size),
+            "ema_decay": plan.recipe.train.ema_decay,
             "step": step,
             "run_id": log.tracker.run_id,
         }

@@ -13,7 +13,8 @@ from tests.runs import ROOT, environment, losses, pretrain_command, run
 
 STEPS = 8
 # Batch statistics would differ with the number of ranks.
-GROUP = ("--encoder.options={width: 0.25, norm: group}", "--checkpoint.every_steps=100", "--optimizer.lr=1e-4")
+GROUP = ("--encoder.options={width: 0.25, norm: group}", "--checkpoint.every_steps=100", "--optimizer.lr=1e-4",
+         "--train.ema_decay=0.9")  # fmt: skip
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
@@ -21,7 +22,12 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 def uninterrupted(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     assert run(pretrain_command(shards, folder / "run", STEPS, *GROUP), folder).returncode == 0
-    return losses(folder / "run")
+    return losses(folder / "run"), folder / "run"
+
+
+def weights_of(run):
+    """The averaged encoder's file after the last step, as it is exported."""
+    return (run / f"checkpoints/step-{STEPS:08d}/encoder/model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -59,26 +65,27 @@ def test_the_same_command_ends_as_if_nothing_had_happened(stopped, uninterrupted
     done = run(pretrain_command(shards, tmp_path / "run", STEPS, *GROUP), tmp_path)
     assert done.returncode == 0
     assert "resuming after step" in done.stdout
-    assert losses(tmp_path / "run") == uninterrupted
+    assert losses(tmp_path / "run") == uninterrupted[0]
+    assert weights_of(tmp_path / "run") == weights_of(uninterrupted[1])
 
 
 def test_it_goes_on_elsewhere_within_rounding(stopped, uninterrupted, shards, tmp_path):
-    ranks, stage = 1, 2
+    ranks, stage = 1, 3
     shutil.copytree(stopped[0] / "run", tmp_path / "run")
     other = (f"--launch.ranks={ranks}", f"--deepspeed.zero_optimization.stage={stage}")
     done = run(pretrain_command(shards, tmp_path / "run", STEPS, *GROUP, *other), tmp_path)
     assert done.returncode == 0
     assert f"of 2 ranks under ZeRO 1 is converted for {ranks} under ZeRO {stage}" in done.stdout
     found = losses(tmp_path / "run")
-    assert [step for step, _ in found] == [step for step, _ in uninterrupted]
-    for (_, mine), (_, theirs) in zip(found, uninterrupted, strict=True):
+    assert [step for step, _ in found] == [step for step, _ in uninterrupted[0]]
+    for (_, mine), (_, theirs) in zip(found, uninterrupted[0], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
     assert not list((tmp_path / "run/checkpoints").glob(".unfinished-*"))
 
 
-def test_another_family_of_stages_and_never_are_refused_in_one_line(stopped, shards, tmp_path):
+def test_never_and_another_precision_are_refused_in_one_line(stopped, shards, tmp_path):
     for option, text in (
-        ("--deepspeed.zero_optimization.stage=3", "was written under ZeRO stage 1, this run has 3"),
+        ("--train.precision=bf16", "train.precision was 'fp32', now 'bf16'"),
         ("--resume=never", "holds a checkpoint of step"),
     ):
         done = run(pretrain_command(shards, stopped[0] / "run", STEPS, *GROUP, option), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -64,6 +65,47 @@ def test_a_shorter_type_trains_nearly_as_float32(device, plain, shards, tmp_path
     found = train(device, shards, tmp_path / "run", stage(1), f"--train.precision={precision}")
     assert found == pytest.approx(plain[0], rel=tolerance)
     assert found[0] != plain[0][0], "the precision changed nothing"
+
+
+FP16 = [("fp16", 1), ("fp16", 2), ("fp16", 3), ("autocast-fp16", 0)]
+
+
+@pytest.mark.parametrize(("precision", "number"), FP16)
+def test_fp16_with_its_loss_scaling_trains_nearly_as_float32(device, plain, shards, tmp_path, precision, number):
+    if device == "cpu":
+        pytest.skip("a CPU without AVX512-FP16 has no conv3d in fp16")
+    found = train(device, shards, tmp_path / "run", stage(number), f"--train.precision={precision}")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    skipped = int(rows[-1]["skipped_steps"])
+    assert rows[0]["loss_scale"] >= rows[-1]["loss_scale"] >= 1.0
+    # Steps that overflowed change nothing, so the loss of float32 lags behind by them at most.
+    assert found[0] == pytest.approx(plain[0][0], rel=0.01)
+    assert found[0] != plain[0][0]
+    if skipped == 0:
+        assert found == pytest.approx(plain[0], rel=0.02)
+    assert skipped < STEPS
+
+
+OFFLOAD = ["offload_optimizer: {device: cpu, pin_memory: true}",
+           "offload_optimizer: {device: cpu}, offload_param: {device: cpu}"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "offload"), [(1, OFFLOAD[0]), (2, OFFLOAD[0]), (3, OFFLOAD[0]), (3, OFFLOAD[1])])
+def test_a_run_off_loaded_to_the_host_trains_as_stage_0(device, plain, shards, tmp_path, number, offload):
+    section = f"--deepspeed={{zero_optimization: {{stage: {number}, {offload}}}}}"
+    assert train(device, shards, tmp_path / "run", section) == pytest.approx(plain[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_run_of_stage_2_goes_on_under_every_other_stage(device, shards, tmp_path, number):
+    whole = train(device, shards, tmp_path / "whole", stage(2), "--train.ema_decay=0.9", "--optimizer.name=lamb")
+    checkpoints = tmp_path / "resumed/checkpoints"
+    shutil.copytree(tmp_path / "whole/checkpoints/step-00000002", checkpoints / "step-00000002")
+    (checkpoints / "latest").write_text("step-00000002\n")
+    resumed = train(
+        device, shards, tmp_path / "resumed", stage(number), "--train.ema_decay=0.9", "--optimizer.name=lamb"
+    )
+    assert resumed == pytest.approx(whole[2:], rel=1e-4)
 
 
 @pytest.mark.parametrize("number", [0, 3])

@@ -11,7 +11,6 @@ from infra.errors import UserError
 from infra.files import sha256_of
 from pretrain import checkpoint, engine
 from pretrain.config import load_recipe
-from pretrain.elastic import check_stages
 from pretrain.model import build_model
 from pretrain.step import lr_factor
 
@@ -156,8 +155,29 @@ def test_a_checkpoint_is_due_by_the_clock(monkeypatch):
     assert not never.due()
 
 
-@pytest.mark.parametrize(("old", "new", "allowed"), [(0, 1, "0"), (1, 0, "1 or 2"), (2, 3, "1 or 2"), (3, 2, "3")])
-def test_stages_that_do_not_go_together_are_refused(tmp_path, old, new, allowed):
-    with pytest.raises(UserError, match=rf"under ZeRO stage {old}, this run has {new}.*stage={allowed}$"):
-        check_stages(tmp_path, old, new)
-    check_stages(tmp_path, old, old)
+def test_a_checkpoint_of_another_form_is_converted_and_one_of_another_network_refused(trained, two, capsys):
+    folder, kept = two
+    state = checkpoint.step_folder(folder, 2) / "state.json"
+    content = json.loads(state.read_text())
+    assert content["layout"][:4] == [1, 1, "float32", ["none", "none"]]
+
+    def written_as(layout):
+        state.write_text(json.dumps({**content, "layout": layout}))
+        sums = json.loads((state.parent / "checksums.json").read_text())
+        (state.parent / "checksums.json").write_text(json.dumps({**sums, "state.json": sha256_of(state)}))
+
+    advance(trained, 3)
+    expected = advance(trained, 4), weights(trained)
+    written_as([1, 1, "bfloat16", ["none", "none"], [3]])
+    assert checkpoint.load_checkpoint(folder, trained)["step"] == 2
+    assert "step-00000002 of 1 ranks under ZeRO 1 is converted" in capsys.readouterr().out
+    assert torch.equal(weights(trained), kept[2])
+    advance(trained, 3)
+    assert advance(trained, 4) == expected[0]
+    assert torch.equal(weights(trained), expected[1])
+    recipe = load_recipe("demo-cpu", [*SMALL, "--projector.hidden=300"])
+    other = engine.build_engine(recipe, build_model(recipe), lr_factor(recipe.optimizer, 20, 10))
+    with pytest.raises(
+        UserError, match=r"entries of projector.0.weight, this run's network has \d+; it is of another network"
+    ):
+        checkpoint.load_checkpoint(folder, other)

@@ -11,6 +11,7 @@ from data_pipeline.manifest import Manifest
 from infra.errors import UserError
 from pretrain import engine
 from pretrain.config import Monitor, load_recipe
+from pretrain.ema import Average
 from pretrain.engine import NotFinite
 from pretrain.model import build_model
 from pretrain.monitor import Watched, encode, probe_figures, watched_scans
@@ -39,6 +40,29 @@ def test_features_are_those_of_the_encoder_in_the_order_of_the_scans(trained, ma
     with torch.no_grad():
         expected = torch.cat([trained.module.encoder(part) for _, part in volumes(manifest, rows, 1)])
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_monitor_judges_the_average_where_there_is_one(trained, manifest):
+    average = Average(trained, 0.5)
+    before = average.state()
+    for step in (1, 2):
+        views = torch.randn(2, 4, 1, 12, 12, 12, generator=torch.Generator().manual_seed(step))
+        train_step(trained, lambda z, temperature, batch: z.square().mean(), {"views": views}, step, torch.float32)
+        average.update(step)
+    network = average.network(load_recipe("demo-cpu", SMALL).encoder, torch.device("cpu"), torch.float32)
+    assert not network.training
+    averaged, now = average.state(), engine.encoder_state(trained)
+    name = "trunk.conv1.weight"
+    assert not torch.equal(averaged[name], now[name])
+    assert not torch.equal(averaged[name], before[name])
+    assert all(torch.equal(value, averaged[name]) for name, value in network.state_dict().items())
+    rows = np.array([5, 0, 9])
+    found = encode(trained, manifest, rows, torch.device("cpu"), torch.float32, 2, network)
+    with torch.no_grad():
+        expected = torch.cat([network(part) for _, part in volumes(manifest, rows, 1)])
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
+    plain = encode(trained, manifest, rows, torch.device("cpu"), torch.float32, 2)
+    assert not np.allclose(found, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_the_probe_finds_a_signal_and_no_other():
@@ -70,7 +94,7 @@ def test_which_scans_are_watched(manifest):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_no_weight(trained, what):
     trained.train()
-    before = [p.detach().clone() for p in trained.module.parameters()]
+    before = engine.encoder_state(trained)
     views = torch.randn(2, 4, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
 
     def loss(embeddings, temperature, batch):
@@ -78,8 +102,8 @@ def test_a_step_that_is_not_finite_changes_no_weight(trained, what):
 
     with pytest.raises(NotFinite, match=f"step 3: the {what} is"):
         train_step(trained, loss, {"views": views}, 3, torch.float32)
-    for p, q in zip(trained.module.parameters(), before, strict=True):
-        assert torch.equal(p, q)
+    after = engine.encoder_state(trained)
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_votes_are_added_up(trained):

@@ -1,0 +1,190 @@
+"""Whole steps of the training engine on real ranks, of a network so small that a hundred engines take seconds.
+
+Linear layers alone: products of 16-bit numbers in them are right on any CPU (those of conv3d are not, see tests/gpu).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain import checkpoint, engine
+from pretrain.config import Recipe, load_recipe
+from pretrain.ema import Average
+from pretrain.gather import AllGather
+from pretrain.kernels import KERNELS
+from pretrain.losses import y_aware_infonce
+from pretrain.model import ContrastiveModel, Projector
+from pretrain.optimizers import build_optimizer, parameter_groups
+from pretrain.step import lr_factor, train_step
+from pretrain.temperature import Temperature
+from pretrain.train import DTYPES
+
+BATCH, SIDE, TOTAL = 12, 4, 40
+GIVEN = (f"--batch.global={BATCH}", "--optimizer.warmup_steps=2", "--optimizer.lr=5e-3")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Steps ``first`` to ``last`` of a recipe's run; from checkpoint ``load`` on, a checkpoint ``save`` after ``save_at``."""
+
+    options: tuple[str, ...] = ()
+    last: int = 6
+    load: Path | None = None
+    save: Path | None = None
+    save_at: int = 3
+    spoil: tuple[int, ...] = ()  # steps in which a rank's gradient overflows
+
+
+class TinyEncoder(nn.Module):
+    """Named as the real encoders are; a buffer counts the passes."""
+
+    feature_size = 10
+    passes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            OrderedDict(
+                stem=nn.Sequential(nn.Flatten(), nn.Linear(SIDE**3, 14), nn.LayerNorm(14)),
+                layer1=nn.Sequential(nn.Linear(14, 11), nn.GELU()),
+                layer2=nn.Sequential(nn.Linear(11, 10)),
+            )
+        )
+        self.register_buffer("passes", torch.zeros(1))
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        if self.training:
+            self.passes += 1
+        features: Tensor = self.trunk(volumes)
+        return features
+
+
+def build(recipe: Recipe) -> ContrastiveModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        encoder, projector = TinyEncoder(), Projector(10, 9, 7)
+    learned = recipe.loss.temperature_bounds
+    return ContrastiveModel(encoder, projector, None if learned is None else Temperature(0.1, *learned))
+
+
+def batch_of(step: int, rank: int, world: int) -> dict[str, Tensor]:
+    """A rank's part of the global batch of a step; two batches take turns, so that the loss falls."""
+    source = torch.Generator().manual_seed(50 + step % 2)
+    volumes = torch.randn(BATCH, 1, SIDE, SIDE, SIDE, generator=source)
+    views = torch.stack([volumes + 0.3 * torch.randn(volumes.shape, generator=source) for _ in range(2)])
+    ages = 20.0 + 40.0 * torch.rand(BATCH, 1, generator=source)
+    share = BATCH // world
+    return {"views": views[:, rank * share :][:, :share], "proxies": ages[rank * share :][:share]}
+
+
+def steps_on_ranks(group: Any, rank: int, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What each run comes to: figures by step, the network and its average afterwards."""
+    return [_steps(rank, run) for run in runs]
+
+
+def plain_steps(options: Sequence[str], last: int) -> list[dict[str, float]]:
+    """The same steps in one process, float32, with torch alone: no engine, no ranks, no micro-batches."""
+    recipe = load_recipe("demo-cpu", [*GIVEN, *options])
+    model = build(recipe)
+    optimizer = build_optimizer(recipe.optimizer, parameter_groups(model, recipe.optimizer))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(recipe.optimizer, TOTAL, 10))
+    figures = []
+    for step in range(last):
+        batch = batch_of(step, 0, 1)
+        views, temperature = model(batch["views"])
+        value = y_aware_infonce(
+            views, batch["proxies"], kernel=KERNELS["gaussian"](bandwidth=5.0),
+            temperature=0.1 if temperature is None else temperature,
+        )  # fmt: skip
+        optimizer.zero_grad()
+        value.backward()
+        largest = recipe.deepspeed.get("gradient_clipping") or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+        figures.append({"step": step, "loss": value.item(), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]})
+        optimizer.step()
+        schedule.step()
+    return figures
+
+
+def _steps(rank: int, run: Run) -> dict[str, Any]:
+    _allow_fp16()
+    recipe = load_recipe("demo-cpu", [*GIVEN, *run.options])
+    world, figures = torch.distributed.get_world_size(), []
+    trained = engine.build_engine(recipe, build(recipe), lr_factor(recipe.optimizer, TOTAL, 10))
+    average = Average(trained, recipe.train.ema_decay) if recipe.train.ema_decay else None
+    state = checkpoint.load_checkpoint(run.load, trained) if run.load else None
+    if average and state:
+        average.load(Path(state["folder"]))
+    kernel, gather = KERNELS["gaussian"](bandwidth=5.0), AllGather() if world > 1 else None
+    trained.train()
+    for step in range(state["step"] if state else 0, run.last):
+
+        def loss(views: Tensor, temperature: Tensor | None, batch: dict[str, Tensor], at: int = step) -> Tensor:
+            value = y_aware_infonce(
+                views, batch["proxies"], kernel=kernel, gather=gather,
+                temperature=0.1 if temperature is None else temperature,
+            )  # fmt: skip
+            return value if at not in run.spoil else _Overflow.apply(value, rank == world - 1)
+
+        try:
+            found, _ = train_step(
+                trained, loss, batch_of(step, rank, world), step, DTYPES[recipe.train.precision], recipe.batch.micro
+            )
+        except engine.NotFinite as error:
+            return {"figures": figures, "stopped": str(error)}
+        figures.append({"step": step, **found})
+        if average:
+            average.update(step + 1)
+        if run.save and step + 1 == run.save_at:
+            _save(run.save, step + 1, trained, average)
+    result = {
+        "figures": figures,
+        "encoder": engine.encoder_state(trained),
+        "average": average.state() if average else None,
+        "rates": [group["lr"] for group in trained.basic_optimizer.param_groups],
+    }
+    trained.destroy()
+    return result
+
+
+def _save(folder: Path, step: int, trained: Any, average: Average | None) -> None:
+    from safetensors.torch import save_file
+
+    weights = average.state() if average else engine.encoder_state(trained)
+
+    def write_rest(temporary: Path) -> None:
+        (temporary / "encoder").mkdir()
+        save_file(weights, temporary / "encoder" / "model.safetensors")
+
+    checkpoint.save_checkpoint(folder, step, trained, {}, write_rest)
+
+
+class _Overflow(torch.autograd.Function):
+    """The value as it is, a gradient beyond every number where ``here``."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, here: bool) -> Tensor:
+        ctx.here = here
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * (float("inf") if ctx.here else 1.0), None
+
+
+def _allow_fp16() -> None:
+    """Let the CPU compute in fp16, which it can where layers are linear; and forget the autocast of an earlier engine."""
+    engine.import_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime import torch_autocast
+
+    engine._has_fp16 = lambda: True  # type: ignore[assignment]
+    get_accelerator().is_fp16_supported = lambda: True
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE = False, None
