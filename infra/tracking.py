@@ -147,19 +147,8 @@ class Tracker:
         entries = self._spool.read()
         if all(entry.get("id") != self._opening["id"] for entry in entries):
             entries.append(self._opening)
-        run: StoredRun | None = None
-        sent = 0
-        try:
-            client = client_of(self._uri)
-            for entry in entries:
-                if entry["op"] == "open":
-                    run = StoredRun(client, self._uri, entry, run)
-                elif run is not None:
-                    run.apply(entry)
-                sent += 1
-        except Exception as error:  # as above
-            rest = entries[sent:]
-            self._spool.replace([run.opening, *rest] if run is not None else rest)
+        run, error = _send(self._uri, entries, self._spool)
+        if error is not None:
             self._fell_down(error)
             return
         assert run is not None  # the last opening is this tracker's own
@@ -178,6 +167,36 @@ class Tracker:
             reason = " ".join(str(error).split())[:200]
             warn(f"tracking store {self._uri} does not answer ({reason}); work goes on, its figures wait in {kept}")
         self._warned = True
+
+
+def send_spool(uri: str, path: Path) -> bool:
+    """Send what a process that has ended left in its spool file; False, with a warning, where the store is still down."""
+    spool = Spool(path)
+    _, error = _send(uri, spool.read(), spool)
+    if error is None:
+        spool.replace([])
+        return True
+    warn(f"tracking store {uri} does not answer ({' '.join(str(error).split())[:200]}); {path} waits on")
+    return False
+
+
+def _send(uri: str, entries: Sequence[Entry], spool: Spool) -> tuple[StoredRun | None, Exception | None]:
+    """Send entries in their order; the run that they end in. On an error ``spool`` holds what was not sent."""
+    run: StoredRun | None = None
+    sent = 0
+    try:
+        client = client_of(uri)
+        for entry in entries:
+            if entry["op"] == "open":
+                run = StoredRun(client, uri, entry, run)
+            elif run is not None:
+                run.apply(entry)
+            sent += 1
+    except Exception as error:  # whatever the store does, training goes on
+        rest = entries[sent:]
+        spool.replace([run.opening, *rest] if run is not None else rest)
+        return run, error
+    return run, None
 
 
 def _now() -> int:

@@ -9,10 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infra.distributed import free_port
 from infra.extensions import extensions_folder
+
+if TYPE_CHECKING:
+    from pretrain.config import Recipe
 
 
 def pretrain(arguments: list[str]) -> int:
@@ -44,9 +47,20 @@ def pretrain(arguments: list[str]) -> int:
     if (newest_step(checkpoints) or -1) >= plan.total_steps or (
         plan.total_steps == 0 and newest_step(checkpoints) == 0
     ):
+        _send_what_waits(recipe)
         print(f"pretrain: {recipe.run.name} is already complete: {plan.total_steps} steps, {checkpoints}")
         return 0
     return _launch(recipe.launch.ranks, ["--config", options.config, *overrides])
+
+
+def _send_what_waits(recipe: Recipe) -> None:
+    """Send to MLflow what a run could not send before it ended."""
+    from infra.tracking import default_uri, send_spool
+    from pretrain.run_log import SPOOL
+
+    spool = Path(recipe.run.output) / SPOOL
+    if spool.is_file() and send_spool(recipe.run.tracking_uri or default_uri(), spool):
+        print("pretrain: sent to MLflow what waited for it")
 
 
 def _launch(ranks: int, arguments: list[str]) -> int:

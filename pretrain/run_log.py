@@ -20,6 +20,7 @@ from pretrain import checkpoint, run_folder
 from pretrain.diagnostics import Positives
 from pretrain.plan import Plan
 
+SPOOL = "mlflow-spool.jsonl"
 STEPS_PER_MLFLOW_CALL = 20
 STEPS_SHOWN = 20  # the console's rate and stall are means over so many steps
 
@@ -35,7 +36,7 @@ class RunLog:
         tags |= git_tags(Path(__file__).parent)
         self.tracker = Tracker.open(
             recipe.run.tracking_uri or default_uri(), recipe.run.experiment, recipe.run.name,
-            run_id=run_folder.read_run(output).get("run_id"), tags=tags, spool=output / "mlflow-spool.jsonl",
+            run_id=run_folder.read_run(output).get("run_id"), tags=tags, spool=output / SPOOL,
         )  # fmt: skip
         run_folder.begin_run(recipe, plan.manifest, self.tracker.run_id)
         self.tracker.log_params(flatten(to_dict(recipe)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ class Skips:
             )
         self.count += 1
         engine.module.zero_grad()  # under ZeRO 0 the gradient is still there
-        engine.lr_scheduler.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch wonders at a schedule whose first step was left out
+            engine.lr_scheduler.step()
         return f"{error}; step skipped ({self.count} of at most {most}), its scans are in {path}"
 
     def _write_scans(self, step: int, batch: dict[str, torch.Tensor], error: NotFinite) -> Path:

@@ -37,8 +37,17 @@ class Fault:
     delay: float = 0.0
 
 
-def start(command: Sequence[str], folder: Path, world: int, fault: Fault | None = None) -> list[Any]:
-    """Start the ranks of ``pretrain.train`` with these arguments; each writes ``rank-N.log`` in ``folder``."""
+def start(
+    command: Sequence[str],
+    folder: Path,
+    world: int,
+    fault: Fault | None = None,
+    harm: Callable[[int], None] | None = None,
+) -> list[Any]:
+    """Start the ranks of ``pretrain.train`` with these arguments; each writes ``rank-N.log`` in ``folder``.
+
+    ``harm(rank)`` is called in each before the training begins, to put faults in its way.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     port, ranks = free_port(), []
@@ -48,7 +57,7 @@ def start(command: Sequence[str], folder: Path, world: int, fault: Fault | None 
             "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1,
         }  # fmt: skip
         mine = fault if fault and fault.rank == rank else None
-        ranks.append(context.Process(target=_rank, args=(list(command), str(folder), environment, mine)))
+        ranks.append(context.Process(target=_rank, args=(list(command), str(folder), environment, mine, harm)))
         ranks[-1].start()
     return ranks
 
@@ -65,7 +74,13 @@ def wait(ranks: Sequence[Any], seconds: float = 150.0) -> list[int | None]:
     return found
 
 
-def _rank(command: list[str], folder: str, environment: dict[str, Any], fault: Fault | None) -> None:
+def _rank(
+    command: list[str],
+    folder: str,
+    environment: dict[str, Any],
+    fault: Fault | None,
+    harm: Callable[[int], None] | None,
+) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     log = os.open(f"{folder}/rank-{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -73,6 +88,8 @@ def _rank(command: list[str], folder: str, environment: dict[str, Any], fault: F
     from pretrain import train
 
     _note_scans(train, Path(folder) / f"scans-{environment['RANK']}.jsonl")
+    if harm:
+        harm(int(environment["RANK"]))
     if fault:
         _arm(fault)
     status = train.main(command)
@@ -157,7 +174,9 @@ def _after_pointer(strike: Callable[[], None]) -> None:
 
 def _in_cleaning(strike: Callable[[], None]) -> None:
     """With an old checkpoint renamed for removal, and still there."""
-    _around(Path, "rename", strike, before=False, which=lambda path, target: Path(target).name.startswith(".unfinished-"))
+    _around(
+        Path, "rename", strike, before=False, which=lambda path, target: Path(target).name.startswith(".unfinished-")
+    )
 
 
 def _around(owner: Any, name: str, strike: Callable[[], None], before: bool, which: Callable[..., bool]) -> None:

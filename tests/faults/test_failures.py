@@ -1,0 +1,210 @@
+"""What can go wrong around a run, each with its one line: the disk, the output folder, the tracking store, the shards, a loss
+that is not finite. Nothing is overwritten; where a run can go on, it does."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from infra import cli, runs
+from pretrain.checkpoint import verify_checkpoint
+from tests.faults.rank_process import start, wait
+from tests.runs import losses
+
+WORLD, STEPS = 2, 8
+BAD_STEPS = (2, 5)
+
+
+def arguments(shards: Path, output: Path, store: str, **more: object) -> list[str]:
+    given = {
+        "data.shards": shards, "run.output": output, "train.steps": STEPS, "batch.global": 8, "checkpoint.every_steps": 3,
+        "encoder.options": "{width: 0.25, norm: group}", "train.watchdog_seconds": 30, "run.tracking_uri": store,
+    }  # fmt: skip
+    given |= {name.replace("__", "."): value for name, value in more.items()}
+    return ["--config", "demo-cpu", *(f"--{key}={value}" for key, value in given.items())]
+
+
+@pytest.fixture(scope="module")
+def store(shards):
+    # The one that the killed runs use too: making its tables takes longer than a run.
+    return f"sqlite:///{shards.parent}/kill-points.db"
+
+
+def said(folder: Path) -> str:
+    return "\n".join(path.read_text()[-4000:] for path in sorted(folder.glob("rank-*.log")))
+
+
+def error_lines(folder: Path) -> list[str]:
+    return [line for line in said(folder).splitlines() if line.startswith("yaware: error: ")]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def full_disk_on_rank_1(rank: int) -> None:
+    """From the second checkpoint on, the files of rank 1 end in the middle."""
+    import torch
+
+    save = torch.save
+
+    def full(state: object, target: object, *rest: object, **options: object) -> None:
+        save(state, target, *rest, **options)
+        if rank == 1 and "step-00000006" in str(target):
+            os.truncate(str(target), 1000)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    torch.save = full
+
+
+@pytest.mark.distributed
+def test_a_full_disk_in_a_checkpoint_stops_all_ranks_and_the_last_one_stays_good(shards, store, tmp_path):
+    command = arguments(shards, tmp_path / "run", store)
+    assert wait(start(command, tmp_path, WORLD, harm=full_disk_on_rank_1)) == [1, 1], said(tmp_path)
+    (line,) = error_lines(tmp_path)
+    assert "checkpoint step-00000006 cannot be written to" in line
+    assert "rank 1 on " in line
+    assert "No space left on device" in line
+    assert "step 3 is the last good one; make room or lower checkpoint.keep, then start the same command again" in line
+    assert "Traceback" not in said(tmp_path)
+    checkpoints = tmp_path / "run/checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000003"]
+    assert verify_checkpoint(checkpoints / "step-00000003") is None
+    interrupted = losses(tmp_path / "run")
+    assert wait(start(command, tmp_path, WORLD)) == [0, 0], said(tmp_path)
+    assert "resuming after step 3" in said(tmp_path)
+    assert losses(tmp_path / "run")[: len(interrupted)] == interrupted
+    assert verify_checkpoint(checkpoints / f"step-{STEPS:08d}") is None
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few megabytes of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no right to mount: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("megabytes", [3, 4, 5])
+def test_a_disk_that_really_fills(shards, store, tmp_path, small_disk, megabytes):
+    """Wherever the bytes end: in DeepSpeed's files, the encoder's, or the lists."""
+    resize = ["mount", "-o", "remount,size={}m", str(small_disk)]
+    subprocess.run([word.format(megabytes) for word in resize], check=True)
+    command = arguments(shards, small_disk / "run", store, checkpoint__keep=9, checkpoint__every_steps=1)
+    status = wait(start(command, tmp_path, WORLD))
+    assert 1 in status, said(tmp_path)
+    assert error_lines(tmp_path), said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
+    checkpoints = small_disk / "run/checkpoints"
+    assert not list(checkpoints.glob(".unfinished*"))
+    assert all(verify_checkpoint(folder) is None for folder in checkpoints.glob("step-*"))
+    subprocess.run([word.format(60) for word in resize], check=True)
+    assert wait(start(command, tmp_path, WORLD)) == [0, 0], said(tmp_path)
+    assert [step for step, _ in losses(small_disk / "run")] == list(range(STEPS))
+
+
+def test_a_read_only_folder_is_refused_before_anything_starts(shards, store, tmp_path, capsys, small_disk):
+    (small_disk / "kept").write_text("x")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert cli.run(["pretrain", *arguments(shards, small_disk / "runs/new", store)]) == 2
+    text = capsys.readouterr().err
+    assert f"run.output={small_disk}/runs/new cannot be written: {small_disk} is read-only or no folder" in text
+    assert text.count("\n") == 1
+    (tmp_path / "file").write_text("x")
+    assert cli.run(["pretrain", *arguments(shards, tmp_path / "file/run", store)]) == 2
+    assert "is read-only or no folder" in capsys.readouterr().err
+
+
+def test_shards_that_changed_since_the_run_began_are_refused(shards, store, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text(json.dumps({"manifest_digest": "0" * 64}))
+    before = content(tmp_path)
+    assert cli.run(["pretrain", *arguments(shards, tmp_path / "run", store)]) == 2
+    text = capsys.readouterr().err
+    assert "was begun on shards with digest 000000000000, data.shards now has" in text
+    assert text.count("\n") == 1
+    assert content(tmp_path) == before
+
+
+def test_missing_and_short_shards_are_named_before_anything_starts(shards, store, tmp_path, capsys):
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    first, second = sorted(folder.glob("*.tar"))[:2]
+    first.unlink()
+    os.truncate(second, 1000)
+    assert cli.run(["pretrain", *arguments(folder, tmp_path / "run", store)]) == 2
+    text = capsys.readouterr().err
+    assert f"{first.name} is missing, {second.name} has 1000 bytes, not " in text
+    assert f"yaware shards verify {folder} --repair COHORT" in text
+    assert text.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+def test_a_store_that_is_down_costs_the_run_nothing_and_gets_everything_later(shards, store, tmp_path, capsys):
+    down = arguments(shards, tmp_path / "run", "http://127.0.0.1:9", run__experiment="down")
+    assert wait(start(down, tmp_path, WORLD)) == [0, 0], said(tmp_path)
+    assert said(tmp_path).count("tracking store http://127.0.0.1:9 does not answer") == 1
+    spool = tmp_path / "run/mlflow-spool.jsonl"
+    assert spool.is_file()
+    later = arguments(shards, tmp_path / "run", store, run__experiment="down")
+    assert cli.run(["pretrain", *later]) == 0
+    printed = capsys.readouterr().out
+    assert "sent to MLflow what waited" in printed
+    assert "is already complete" in printed
+    assert not spool.exists()
+    (row,) = runs.runs(store, "down", "pretraining")
+    assert row["status"] == "FINISHED"
+    assert runs.metric_history(store, row["run_id"], "loss") == losses(tmp_path / "run")
+    assert [model["step"] for model in runs.checkpoints(store, row["run_id"])] == [3, 6, 8]
+    assert row["params"]["loss.name"] == "y-aware"
+    assert row["metrics"]["memory_gb"] > 0
+
+
+def bad_loss_on_rank_1(rank: int) -> None:
+    from pretrain import train
+
+    build = train.build_loss
+
+    def built(*given: object) -> object:
+        loss, calls = build(*given), iter(range(1000))
+
+        def spoilt(*arguments: object) -> object:
+            value = loss(*arguments)
+            return value * float("nan") if next(calls) in BAD_STEPS and rank == 1 else value
+
+        return spoilt
+
+    train.build_loss = built
+
+
+@pytest.mark.distributed
+def test_a_loss_that_is_not_finite_is_skipped_so_often_and_then_stops_the_run(shards, store, tmp_path):
+    command = arguments(shards, tmp_path / "run", store, train__max_skipped_steps=1)
+    assert wait(start(command, tmp_path, WORLD, harm=bad_loss_on_rank_1)) == [1, 1], said(tmp_path)
+    first, second = BAD_STEPS
+    assert f"pretrain: step {first}: the loss is nan; step skipped (1 of at most 1), its scans are in" in said(tmp_path)
+    (line,) = error_lines(tmp_path)
+    assert f"step {second}: the loss is nan after 1 skipped steps (train.max_skipped_steps=1)" in line
+    found = losses(tmp_path / "run")
+    assert [step for step, _ in found] == list(range(second))
+    assert [step for step, loss in found if loss is None] == [first]
+    state = json.loads((tmp_path / "run/checkpoints/step-00000003/state.json").read_text())
+    assert state["not_finite_steps"] == 1
+    for step in BAD_STEPS:
+        scans = json.loads((tmp_path / f"run/not-finite-step-{step:08d}.json").read_text())["scans"]
+        assert [len(keys) for keys in scans.values()] == [4, 4]
