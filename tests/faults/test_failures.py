@@ -3,16 +3,23 @@ that is not finite. Nothing is overwritten; where a run can go on, it does."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from infra import cli, runs
+from infra.distributed import free_port
+from pretrain import train
 from pretrain.checkpoint import verify_checkpoint
 from tests.faults.rank_process import start, wait
 from tests.runs import losses
@@ -74,7 +81,7 @@ def test_a_full_disk_in_a_checkpoint_stops_all_ranks_and_the_last_one_stays_good
     assert "step 3 is the last good one; make room or lower checkpoint.keep, then start the same command again" in line
     assert "Traceback" not in said(tmp_path)
     checkpoints = tmp_path / "run/checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000003"]
+    assert sorted(path.name for path in checkpoints.glob("*step-*")) == ["step-00000003"]
     assert verify_checkpoint(checkpoints / "step-00000003") is None
     interrupted = losses(tmp_path / "run")
     assert wait(start(command, tmp_path, WORLD)) == [0, 0], said(tmp_path)
@@ -173,6 +180,83 @@ def test_a_store_that_is_down_costs_the_run_nothing_and_gets_everything_later(sh
     assert [model["step"] for model in runs.checkpoints(store, row["run_id"])] == [3, 6, 8]
     assert row["params"]["loss.name"] == "y-aware"
     assert row["metrics"]["memory_gb"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_a_server_that_goes_down_in_mid_run_gets_everything_later(shards, tmp_path, capsys):
+    uri, server = mlflow_server(tmp_path)
+    try:
+        ranks = start(arguments(shards, tmp_path / "run", uri, run__experiment="mid-run"), tmp_path, WORLD)
+        limit = time.monotonic() + 200
+        while len(losses(tmp_path / "run")) < 2:
+            assert time.monotonic() < limit, said(tmp_path)
+            time.sleep(0.05)
+    finally:
+        stop(server)
+    assert wait(ranks) == [0, 0], said(tmp_path)
+    assert said(tmp_path).count("does not answer") == 1
+    assert (tmp_path / "run/mlflow-spool.jsonl").is_file()
+    uri, server = mlflow_server(tmp_path)
+    try:
+        assert cli.run(["pretrain", *arguments(shards, tmp_path / "run", uri, run__experiment="mid-run")]) == 0
+        assert "sent to MLflow what waited" in capsys.readouterr().out
+        (row,) = runs.runs(uri, "mid-run", "pretraining")
+        assert row["status"] == "FINISHED"
+        assert runs.metric_history(uri, row["run_id"], "loss") == losses(tmp_path / "run")
+        assert [model["step"] for model in runs.checkpoints(uri, row["run_id"])] == [3, 6, 8]
+    finally:
+        stop(server)
+
+
+def mlflow_server(folder: Path) -> tuple[str, subprocess.Popen[bytes]]:
+    """A real server on a port of its own."""
+    port = free_port()
+    given = {"host": "127.0.0.1", "port": port, "backend-store-uri": f"sqlite:///{folder}/server.db", "workers": 1,
+             "artifacts-destination": folder / "artifacts"}  # fmt: skip
+    command = [sys.executable, "-m", "mlflow", "server", *(f"--{key}={value}" for key, value in given.items())]
+    with (folder / "server.log").open("ab") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    limit = time.monotonic() + 200
+    while True:
+        assert server.poll() is None, (folder / "server.log").read_text()[-3000:]
+        assert time.monotonic() < limit, "the server did not start"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return f"http://127.0.0.1:{port}", server
+        except OSError:
+            time.sleep(0.5)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server with the processes that it started, at once."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+@pytest.mark.parametrize(("number", "text"), [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only")])
+def test_a_disk_that_fails_elsewhere_is_one_line_too(monkeypatch, capsys, number, text):
+    def fails(recipe):
+        raise OSError(number, os.strerror(number), "run/metrics.jsonl")
+
+    monkeypatch.setattr(train, "train", fails)
+    assert train.main(["--config", "demo-cpu"]) == 1
+    said = capsys.readouterr().err
+    assert "yaware: error: rank 0 cannot write" in said
+    assert text in said
+    assert "'run/metrics.jsonl'" in said
+    assert said.count("\n") == 1
+
+
+def test_an_error_that_is_no_failure_of_the_disk_is_not_hidden(monkeypatch):
+    def fails(recipe):
+        raise FileNotFoundError(errno.ENOENT, "gone", "x")
+
+    monkeypatch.setattr(train, "train", fails)
+    with pytest.raises(FileNotFoundError):
+        train.main(["--config", "demo-cpu"])
 
 
 def bad_loss_on_rank_1(rank: int) -> None:

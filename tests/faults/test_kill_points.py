@@ -31,7 +31,7 @@ ONCE = ("the building of the engine", "the loading of the checkpoint")
 POINTS = [
     (1, "the exchange of embeddings", 1),  # in a collective that the other waits in, before the first checkpoint
     (1, "in a shard", 0), (0, "before the rename", 0), (0, "before the pointer", 0), (0, "after the pointer", 1),
-    (0, "in the cleaning", 0), (1, "the gradient reduction", 1),
+    (0, "in the cleaning", 0),
 ]  # fmt: skip
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(3600)]
 
