@@ -39,14 +39,14 @@ def pretrain(arguments: list[str]) -> int:
     if options.print_config:
         print(to_yaml(recipe), end="")
         return 0
-    from pretrain.checkpoint import newest_step
+    from pretrain.checkpoint import newest_step, step_folder, verify_checkpoint
     from pretrain.train import make_plan
 
     plan = make_plan(recipe, recipe.launch.ranks)
     checkpoints = Path(recipe.run.output) / "checkpoints"
-    if (newest_step(checkpoints) or -1) >= plan.total_steps or (
-        plan.total_steps == 0 and newest_step(checkpoints) == 0
-    ):
+    newest = newest_step(checkpoints)
+    # A damaged last checkpoint is made again from the one before.
+    if newest is not None and newest >= plan.total_steps and not verify_checkpoint(step_folder(checkpoints, newest)):
         _send_what_waits(recipe)
         print(f"pretrain: {recipe.run.name} is already complete: {plan.total_steps} steps, {checkpoints}")
         return 0

@@ -76,7 +76,6 @@ class RunLog:
         self.metrics.write({"step": step, "epoch": step / self.plan.steps_per_epoch, **line})
         self._note(row, step)
         if (step + 1) % STEPS_PER_MLFLOW_CALL == 0:
-            self._note(system_figures(Path(self.plan.recipe.run.output)), step)
             self.flush()
         self._show(figures, seconds, loader)
 
@@ -120,7 +119,9 @@ class RunLog:
         write_json(encoder / "mlflow.json", {"model_id": model_id, "run_id": self.tracker.run_id})
 
     def flush(self) -> None:
-        """Send what is pending to MLflow."""
+        """Send what is pending to MLflow, with the system's figures of now."""
+        if self._pending:
+            self._note(system_figures(Path(self.plan.recipe.run.output)), step=self._pending[-1][2])
         self.tracker.log_metrics(self._pending)
         self._pending = []
 

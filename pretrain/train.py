@@ -248,8 +248,8 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in OF_THE_STORAGE:
             raise
-        print(f"yaware: error: rank {distributed.rank()} cannot write ({error}); make room or see to the file system, then "
-              "the same command continues from the last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
+        print(f"yaware: error: rank {distributed.rank()}: {error}; make room or see to the file system, then the same command "
+              "continues from the last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
         return 1
     return 0
 
