@@ -47,6 +47,7 @@ class RunLog:
         self._pending: list[tuple[str, float, int]] = []
         self._recent: deque[tuple[float, float]] = deque(maxlen=STEPS_SHOWN)
         self._started = time.monotonic()
+        system_figures(output)  # the use of the CPU is counted from here
         self._announce(state, first)
         title = f"pretraining {recipe.run.name}"
         self.progress = Progress(plan.total_steps, "steps", title, done=first)
