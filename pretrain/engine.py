@@ -198,6 +198,8 @@ def save_engine(engine: Any, folder: Path, tag: str) -> None:
             problems.append(error)
 
     writer.save = save
+    # DeepSpeed's own export scripts, which it would copy beside the checkpoints at each, between its barriers.
+    engine._copy_recovery_script = lambda folder: None
     try:
         engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
     finally:

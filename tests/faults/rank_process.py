@@ -21,7 +21,11 @@ from typing import Any
 
 from infra.distributed import free_port
 
-IMPORTED = ["pretrain.train", "deepspeed", "mlflow", "sklearn.linear_model", "tests.faults.rank_process"]
+IMPORTED = [
+    "pretrain.train", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx", "monai.networks.nets",
+    "mlflow.store.tracking.sqlalchemy_store", "nvidia.dali.fn", "sklearn.linear_model", "sklearn.metrics",
+    "tests.faults.rank_process",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def command_of(shards: Path, folder: Path) -> list[str]:
     given = {
         "data.shards": shards, "run.output": folder / "run", "train.steps": STEPS, "batch.global": 8,
         "encoder.options": "{width: 0.25, norm: group}", "checkpoint.every_steps": EVERY, "checkpoint.keep": 2,
-        "monitor.every_epochs": 0.5, "monitor.split": "downstream", "monitor.max_scans": 20, "monitor.view_scans": 8,
+        "monitor.every_epochs": 1, "monitor.split": "downstream", "monitor.max_scans": 20, "monitor.view_scans": 8,
         "train.watchdog_seconds": 30,
         # One store for all runs: making its tables takes longer than a run.
         "run.tracking_uri": f"sqlite:///{shards.parent}/kill-points.db",
