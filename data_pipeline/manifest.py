@@ -24,6 +24,7 @@ from data_pipeline.manifest_file import SCANS as SCANS
 from data_pipeline.manifest_file import digest_of as digest_of
 from data_pipeline.reader import VolumeReader as VolumeReader
 from data_pipeline.remote import Access, ShardStore, is_remote, join, read_whole, with_retries
+from data_pipeline.source import LoaderError
 from data_pipeline.volume import Array, Grid
 from infra.errors import UserError, nearest
 from infra.files import atomic_write, flush_folder, sha256_of, write_json
@@ -139,6 +140,26 @@ class Manifest:
     def simulated(self) -> bool:
         """Whether scans come from the simulator."""
         return is_simulated(self.settings)
+
+
+def check_shards(manifest: Manifest, rows: Array) -> None:
+    """LoaderError where local shards that hold these scans are missing or cut short; looks at names and sizes alone."""
+    if is_remote(manifest.shards_root):
+        return
+    wrong = []
+    used = sorted({int(shard) for shard in manifest.scans["shard"].to_numpy()[rows]})
+    for row in (manifest.shards[number] for number in used):
+        path = Path(manifest.shard_place(str(row["name"])))
+        if not path.is_file():
+            wrong.append(f"{row['name']} is missing")
+        elif path.stat().st_size != int(row["bytes"]):
+            wrong.append(f"{row['name']} has {path.stat().st_size} bytes, not {row['bytes']}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise LoaderError(
+            f"{len(wrong)} of {len(used)} shards in {manifest.shards_root} cannot be used ({', '.join(wrong[:3])}{more}); "
+            f"bring them back, or build them again: yaware shards verify {manifest.url} --repair COHORT"
+        )
 
 
 def fetch(url: str, access: Access) -> Path:

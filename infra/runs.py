@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError, nearest
-from infra.tracking import client_of, readable
+from infra.mlflow_store import client_of, readable
 
 
 def runs(uri: str, experiment: str, kind: str, filter: str = "") -> list[dict[str, Any]]:

@@ -9,10 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infra.distributed import free_port
 from infra.extensions import extensions_folder
+
+if TYPE_CHECKING:
+    from pretrain.config import Recipe
 
 
 def pretrain(arguments: list[str]) -> int:
@@ -36,17 +39,28 @@ def pretrain(arguments: list[str]) -> int:
     if options.print_config:
         print(to_yaml(recipe), end="")
         return 0
-    from pretrain.checkpoint import newest_step
+    from pretrain.checkpoint import newest_step, step_folder, verify_checkpoint
     from pretrain.train import make_plan
 
     plan = make_plan(recipe, recipe.launch.ranks)
     checkpoints = Path(recipe.run.output) / "checkpoints"
-    if (newest_step(checkpoints) or -1) >= plan.total_steps or (
-        plan.total_steps == 0 and newest_step(checkpoints) == 0
-    ):
+    newest = newest_step(checkpoints)
+    # A damaged last checkpoint is made again from the one before.
+    if newest is not None and newest >= plan.total_steps and not verify_checkpoint(step_folder(checkpoints, newest)):
+        _send_what_waits(recipe)
         print(f"pretrain: {recipe.run.name} is already complete: {plan.total_steps} steps, {checkpoints}")
         return 0
     return _launch(recipe.launch.ranks, ["--config", options.config, *overrides])
+
+
+def _send_what_waits(recipe: Recipe) -> None:
+    """Send to MLflow what a run could not send before it ended."""
+    from infra.tracking import default_uri, send_spool
+    from pretrain.run_log import SPOOL
+
+    spool = Path(recipe.run.output) / SPOOL
+    if spool.is_file() and send_spool(recipe.run.tracking_uri or default_uri(), spool):
+        print("pretrain: sent to MLflow what waited for it")
 
 
 def _launch(ranks: int, arguments: list[str]) -> int:

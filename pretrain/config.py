@@ -150,6 +150,8 @@ class Train:
     precision: Literal["fp32", "bf16", "fp16", "autocast", "autocast-fp16"] = "fp32"
     # A moving average of the encoder's weights, which the monitor judges and evaluation uses, as 0.999; null = off.
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    # Steps whose loss or gradient is not finite: so many are left out in a run, one more stops it (pretrain.skips).
+    max_skipped_steps: int = Field(default=0, ge=0)
     # A rank that does not move for so long ends the job on all ranks (infra.watchdog); 0 = off. More than any step takes.
     watchdog_seconds: float = Field(default=600.0, ge=0)
 
@@ -165,12 +167,17 @@ class Checkpoint:
 
 @dataclass(config=_strict)
 class Monitor:
-    """A ridge probe of a proxy on held-out participants while training; the best checkpoint by it is kept."""
+    """Probes on held-out participants while training; the best checkpoint by the first task is kept."""
 
     every_epochs: float = Field(default=1.0, ge=0)  # 0 = off
     split: str = "monitor"
-    proxy: str = "age"
+    # Columns of scans.parquet. Numbers are predicted by ridge regression; words, and numbers of two values, by logistic
+    # regression, and so is what is written as `site:classes`.
+    tasks: list[str] = Field(default_factory=lambda: ["age"], min_length=1)
     max_scans: int = Field(default=512, ge=20)
+    view_scans: int = Field(default=128, ge=0)  # of them, seen in two views for alignment and uniformity; 0 = none
+    # An alarm is given where the embeddings' standard deviation, of 1 for an even spread over the sphere, is below this.
+    collapse_below: float = Field(default=0.05, ge=0, lt=1)
     batch: int = Field(default=8, ge=1)  # scans encoded at a time on a rank
 
 

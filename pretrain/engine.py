@@ -219,9 +219,30 @@ def load_scaler_state(engine: Any, state: dict[str, Any] | None) -> None:
 
 
 def save_engine(engine: Any, folder: Path, tag: str) -> None:
-    """Write DeepSpeed's files to ``folder/tag``; its own ``latest`` is not used, see pretrain.checkpoint."""
-    order = {"parameter_order": engine.parameter_order}
-    engine.save_checkpoint(str(folder), tag=tag, client_state=order, save_latest=False)
+    """Write DeepSpeed's files to ``folder/tag``; its own ``latest`` is not used, see pretrain.checkpoint. Collective.
+
+    OSError where a file of this rank could not be written, once all ranks are through: DeepSpeed has its ranks wait for
+    each other within, so that one whose disk is full must not leave early.
+    """
+    writer, problems = engine.checkpoint_engine, list[Exception]()
+    write = writer.save
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+            problems.append(error)
+
+    writer.save = save
+    # DeepSpeed's own export scripts, which it would copy beside the checkpoints at each, between its barriers.
+    engine._copy_recovery_script = lambda folder: None
+    try:
+        order = {"parameter_order": engine.parameter_order}
+        engine.save_checkpoint(str(folder), tag=tag, client_state=order, save_latest=False)
+    finally:
+        writer.save = write
+    if problems:
+        raise OSError(str(problems[0])) from problems[0]
 
 
 def load_engine(engine: Any, folder: Path, tag: str) -> None:

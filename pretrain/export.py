@@ -75,8 +75,12 @@ def write_encoder(
 ) -> str:
     """Write an export folder (which must not be there yet) and return the SHA-256 of its weights."""
     folder.mkdir(parents=True)
-    save_file(state, folder / "model.safetensors")
+    try:
+        save_file(state, folder / "model.safetensors")
+    except SafetensorError as error:  # of a full disk
+        raise OSError(f"{folder / 'model.safetensors'}: {error}") from error
     write_json(folder / "config.json", config)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors makes private
     write_json(folder / "preprocessing.json", preprocessing)
     (folder / "README.md").write_text(_card(config, preprocessing), encoding="utf-8")
     checksums = {name: sha256_of(folder / name) for name in FILES}

@@ -1,12 +1,13 @@
-"""How good the encoder is while it trains: a probe of a proxy on held-out participants, and signs of collapse.
+"""How good the encoder is while it trains: probes on held-out participants, and signs of collapse.
 
-Every so many epochs the ranks encode the monitor split's scans, unaugmented, each its share; rank 0 fits a
-ridge probe by folds of participants. The best encoder by that probe is kept (`checkpoints/best`).
+Every so many epochs the ranks encode the monitor split's scans, unaugmented, each its share, and embed two augmented
+views of some of them, the same views each time. Rank 0 fits the probes (pretrain.online_probes). The best checkpoint by
+the first task is kept (``checkpoints/best``). Nothing here moves the training: no random state is drawn from.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,45 +15,112 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data_pipeline.loader import volumes
+from data_pipeline.augment import load_augmentation
+from data_pipeline.loader import TwoViewLoader, volumes
 from data_pipeline.manifest import Manifest
-from infra import distributed
-from infra.errors import UserError
-from pretrain.config import Monitor
+from infra import distributed, watchdog
+from pretrain import checkpoint
+from pretrain.ema import Average
+from pretrain.online_probes import Watched, probe_figures, score_of, view_figures, watched_scans
+from pretrain.plan import Plan
+from pretrain.proxies import proxy_columns
+from pretrain.run_log import RunLog
 
 Array = np.ndarray[Any, np.dtype[Any]]
-FOLDS = 5
-STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 
 
-@dataclass(frozen=True)
-class Watched:
-    """Which scans are watched, and what is asked of them."""
+class OnlineMonitor:
+    """``monitor(steps done, log)``: whether the encoder is the best so far. Collective: every rank calls it."""
 
-    rows: Array
-    labels: Array
-    groups: Array
-    every_steps: int
+    def __init__(
+        self,
+        plan: Plan,
+        engine: Any,
+        average: Average | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        augment_on: str,
+    ) -> None:
+        # Where there is a moving average it is the encoder that is judged, as it is the one that is exported.
+        self._plan, self._engine, self._average, self._augment_on = plan, engine, average, augment_on
+        self._device, self._dtype = device, dtype
+        self._watched = watched_scans(plan.recipe.monitor, plan.manifest, plan.steps_per_epoch, plan.recipe.run.seed)
+        if distributed.is_main() and self._watched is not None:
+            for text in self._watched.left_out:
+                print(f"pretrain: {text}", flush=True)
 
-
-def watched_scans(settings: Monitor, manifest: Manifest, steps_per_epoch: float, seed: int) -> Watched | None:
-    """The monitor's scans; None where it is off or the split is not there. UserError where they cannot be used."""
-    if settings.every_epochs == 0 or settings.split not in set(manifest.scans["split"]):
-        return None
-    rows = manifest.rows(split=settings.split)
-    labels = manifest.proxies([settings.proxy], rows)[:, 0]
-    rows, labels = rows[np.isfinite(labels)], labels[np.isfinite(labels)]
-    groups = manifest.subjects()[rows]
-    if len(np.unique(groups)) < 2 * FOLDS:
-        return None
-    if len(np.unique(labels)) < 3:
-        raise UserError(f"monitor.proxy={settings.proxy!r} is no number to be predicted; choose age or another one")
-    if len(rows) > settings.max_scans:
-        chosen = np.sort(
-            np.random.Generator(np.random.Philox(key=[seed, 0x0B5])).permutation(len(rows))[: settings.max_scans]
+    def __call__(self, done: int, log: RunLog | None) -> bool:
+        """Look where it is time, tell ``log`` (rank 0's) what was found."""
+        watched, settings = self._watched, self._plan.recipe.monitor
+        if watched is None or not watched.tasks:
+            return False
+        if done % watched.every_steps and done != self._plan.total_steps:
+            return False
+        watchdog.phase(f"the monitor's look after {done} steps", slow=True)
+        averaged = (
+            self._average.network(self._plan.recipe.encoder, self._device, self._dtype) if self._average else None
         )
-        rows, labels, groups = rows[chosen], labels[chosen], groups[chosen]
-    return Watched(rows, labels, groups, max(1, round(settings.every_epochs * steps_per_epoch)))
+        features = encode(
+            self._engine, self._plan.manifest, watched.rows, self._device, self._dtype, settings.batch, averaged
+        )
+        views = self._embed_views(watched)
+        better = False
+        if log:
+            figures = {**probe_figures(features, watched), **({} if views is None else view_figures(views))}
+            log.monitor(done - 1, figures, self._alarm(figures))
+            better = self._keep_best(done, watched, figures)
+        return distributed.reduce_scalars([float(better)])[0] > 0
+
+    def _alarm(self, figures: dict[str, float]) -> str:
+        limit, found = self._plan.recipe.monitor.collapse_below, figures.get("monitor/embedding_std")
+        if found is None or found >= limit:
+            return ""
+        return (
+            f"the embeddings of all scans are nearly the same (embedding_std {found:.3g}, monitor.collapse_below {limit:g}); "
+            "lower optimizer.lr, or look at loss.temperature and the augmentation"
+        )
+
+    def _keep_best(self, done: int, watched: Watched, figures: dict[str, float]) -> bool:
+        """Rank 0 only. A best by another task (the recipe's may be changed) counts no more."""
+        folder = Path(self._plan.recipe.run.output) / "checkpoints"
+        name, sign = score_of(watched.tasks[0])
+        known = checkpoint.read_best(folder)
+        if (
+            known
+            and known.get("figure") == name
+            and known["step"] < done
+            and sign * (figures[name] - known["score"]) <= 0
+        ):
+            return False
+        checkpoint.note_best(folder, done, name, figures[name])
+        return True
+
+    def _embed_views(self, watched: Watched) -> torch.Tensor | None:
+        """Embeddings (2, n, P) of two views of some watched scans, float32 on the CPU, the same on all ranks. Collective."""
+        recipe, world = self._plan.recipe, distributed.world_size()
+        scans = min(recipe.monitor.view_scans, len(watched.rows))
+        batch = min(recipe.monitor.batch, scans // world)
+        steps = scans // (batch * world) if batch else 0
+        if steps * batch * world < 2:
+            return None
+        rows = watched.rows[: steps * batch * world]
+        loader = TwoViewLoader(
+            self._plan.manifest, rows=rows, global_batch=batch * world, rank=distributed.rank(), world_size=world,
+            seed=recipe.run.seed, augmentation=load_augmentation(recipe.augmentation), device=self._augment_on,
+            proxies=proxy_columns(recipe.loss.proxies), threads=recipe.data.threads,
+        )  # fmt: skip
+        module, parts = self._engine.module, []
+        training = module.training
+        module.eval()
+        try:
+            with torch.no_grad():
+                for _ in range(steps):
+                    views = next(loader)["views"].to(self._device, self._dtype)
+                    parts.append(module(views)[0].float().transpose(0, 1))
+        finally:
+            module.train(training)
+            loader.close()
+        return gather_rows(torch.cat(parts)).cpu().transpose(0, 1)
 
 
 def encode(
@@ -74,34 +142,14 @@ def encode(
         for _, scans in volumes(manifest, padded, batch):
             parts.append(encoder(scans.to(device, dtype)).float())
     engine.module.train(training)
-    mine = torch.cat(parts).contiguous()
-    if world > 1:
-        every = [torch.empty_like(mine) for _ in range(world)]
-        dist.all_gather(every, mine)
-        mine = torch.cat(every)
-    features: Array = mine[: len(rows)].cpu().numpy()
+    features: Array = gather_rows(torch.cat(parts))[: len(rows)].cpu().numpy()
     return features
 
 
-def probe_figures(features: Array, watched: Watched, proxy: str) -> dict[str, float]:
-    """Mean absolute error and R² of a ridge probe, out of fold, and the features' spread.
-
-    Folds are by participant, the penalty is chosen inside each. The spread is the mean over features of their standard
-    deviation across scans, divided by their root mean square: near 0, all scans look alike to the encoder.
-    """
-    from sklearn.linear_model import RidgeCV
-    from sklearn.model_selection import GroupKFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    answers = np.empty(len(watched.labels))
-    for fit, ask in GroupKFold(FOLDS, shuffle=True, random_state=0).split(features, watched.labels, watched.groups):
-        model = make_pipeline(StandardScaler(), RidgeCV(STRENGTHS))
-        answers[ask] = model.fit(features[fit], watched.labels[fit]).predict(features[ask])
-    residual = watched.labels - answers
-    size = float(np.sqrt(np.square(features).mean())) or 1.0
-    return {
-        f"monitor/{proxy}_mae": float(np.abs(residual).mean()),
-        f"monitor/{proxy}_r2": float(1.0 - np.square(residual).mean() / watched.labels.var()),
-        "monitor/spread": float(features.std(axis=0).mean()) / size,
-    }
+def gather_rows(mine: torch.Tensor) -> torch.Tensor:
+    """Every rank's rows, by rank. Collective."""
+    if distributed.world_size() == 1:
+        return mine
+    every = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(distributed.world_size())]
+    dist.all_gather(every, mine.contiguous())
+    return torch.cat(every)

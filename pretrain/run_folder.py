@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,11 @@ FREE_TO_CHANGE = (
     "run.output", "run.tracking_uri",
     "data.shards", "data.workers", "data.threads", "data.prefetch", "data.device", "data.max_bad_share",
     "data.cache", "data.retries", "data.timeout", "deepspeed.zero_optimization.", "checkpoint.", "launch.",
-    "train.watchdog_seconds", "run.resume", "monitor.",
+    "train.watchdog_seconds", "train.max_skipped_steps", "run.resume", "monitor.",
+)  # fmt: skip
+# Keys without which another run's checkpoint does not fit into the model and optimiser (`run.resume: PATH`).
+OF_THE_NETWORK = (
+    "encoder.name", "encoder.options.", "projector.", "optimizer.name", "train.precision", "loss.temperature_bounds",
 )  # fmt: skip
 NAMED_BY_USERS = ("loss.proxies.", "encoder.options.", "augmentation.", "deepspeed.")
 
@@ -40,21 +45,48 @@ def check_same_recipe(recipe: Recipe) -> None:
     path = Path(recipe.run.output) / "recipe.yaml"
     if not path.is_file():
         return
-    old = flatten(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
-    new = flatten(to_dict(recipe))
+    changed = _changes(recipe, OmegaConf.to_container(OmegaConf.load(path)))
+    changed = {key: values for key, values in changed.items() if not key.startswith(FREE_TO_CHANGE)}
+    if changed:
+        raise UserError(
+            f"run.output={recipe.run.output} holds a run of another recipe ({_shown(changed)}); "
+            "choose another --run.output, or set the old values to continue it"
+        )
+
+
+def check_same_network(recipe: Recipe, other: dict[str, Any]) -> None:
+    """UserError where the checkpoint of a run of recipe ``other`` does not fit into this one's model and optimiser."""
+    changed = {key: v for key, v in _changes(recipe, other).items() if key.startswith(OF_THE_NETWORK)}
+    if changed:
+        raise UserError(
+            f"run.resume={recipe.run.resume} is a checkpoint of another network ({_shown(changed)}); set the old values, or "
+            "resume=never to begin anew"
+        )
+
+
+def check_writable(output: Path) -> None:
+    """UserError where nothing can be written to a run's folder; makes nothing."""
+    for folder in (output, output / "checkpoints"):
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(
+                f"run.output={output} cannot be written: {place} is read-only or no folder; choose another --run.output"
+            )
+
+
+def _changes(recipe: Recipe, content: Any) -> dict[str, tuple[Any, Any]]:
+    """Keys with another value in ``content`` (an older recipe, nested), each with that and the recipe's own."""
+    old, new = flatten(content), flatten(to_dict(recipe))
     # A key that came with a later version was at its default; not so in sections that hold what the user names.
     defaults = flatten(to_dict(Recipe()))
     old = {**{key: defaults.get(key) for key in new if not key.startswith(NAMED_BY_USERS)}, **old}
-    changed = sorted(
-        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE)
-    )
-    if changed:
-        shown = "; ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed[:3])
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(
-            f"run.output={recipe.run.output} holds a run of another recipe ({shown}{more}); "
-            "choose another --run.output, or set the old values to continue it"
-        )
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return {key: (old.get(key), new.get(key)) for key in keys}
+
+
+def _shown(changed: dict[str, tuple[Any, Any]]) -> str:
+    shown = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in list(changed.items())[:3])
+    return shown + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
 
 
 def check_same_manifest(output: Path, manifest: Manifest) -> None:

@@ -5,10 +5,11 @@ Reads top to bottom: recipe, data, engine, resume, loop. Starting the same comma
 
 from __future__ import annotations
 
+import errno
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ import torch
 from data_pipeline.augment import load_augmentation
 from data_pipeline.balance import build_order
 from data_pipeline.loader import TwoViewLoader
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import Manifest, check_shards
 from data_pipeline.remote import Access
 from data_pipeline.source import LoaderError
 from data_pipeline.volume import PREPARED
 from infra import distributed, watchdog
 from infra.errors import UserError
-from infra.files import write_json
 from infra.settings import to_dict
 from pretrain import checkpoint, engine, run_folder
+from pretrain.checkpoint import CheckpointFailed
 from pretrain.config import Recipe, check_world_size, load_recipe
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.diagnostics import Positives, positive_figures
@@ -35,16 +36,22 @@ from pretrain.engine import NotFinite
 from pretrain.export import write_encoder
 from pretrain.gather import AllGather
 from pretrain.model import build_model
-from pretrain.monitor import encode, probe_figures, watched_scans
+from pretrain.monitor import OnlineMonitor
+from pretrain.online_probes import watched_scans
 from pretrain.plan import Plan
 from pretrain.proxies import proxy_columns
 from pretrain.run_log import RunLog
+from pretrain.skips import Skips
 from pretrain.step import build_loss, build_watch, loss_options, lr_factor, recipe_kernel, train_step
 from pretrain.stop import StopRequest
 
 # Of the views; under autocast the network's own layers shorten them.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.float32,
           "autocast-fp16": torch.float32}  # fmt: skip
+# Errors of the machine's storage, said in one line; any other OSError is a bug and shows where it came from.
+OF_THE_STORAGE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN,
+}  # fmt: skip
 
 
 def make_plan(recipe: Recipe, world_size: int) -> Plan:
@@ -56,6 +63,9 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
     manifest = Manifest.load(data.shards, Access(data.cache, data.cache_gb, data.retries, data.timeout))
     run_folder.check_same_manifest(Path(recipe.run.output), manifest)
     rows = manifest.rows(split=recipe.data.split, query=recipe.data.query)
+    if distributed.local_rank() == 0:  # what one host sees, all its ranks see
+        check_shards(manifest, rows)
+        run_folder.check_writable(Path(recipe.run.output))
     balance = recipe.data.balance
     order = build_order(
         manifest, rows, seed=recipe.run.seed, batch=recipe.batch.global_, by=balance.by, bins=balance.bins,
@@ -75,7 +85,9 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
         if recipe.train.epochs is None:
             raise UserError("train.epochs and train.steps are both null; set one of them")
         steps = math.ceil(recipe.train.epochs * order.length / recipe.batch.global_)
-    return Plan(recipe, manifest, rows, order, steps)
+    plan = Plan(recipe, manifest, rows, order, steps)
+    watched_scans(recipe.monitor, manifest, plan.steps_per_epoch, recipe.run.seed)
+    return plan
 
 
 def train(recipe: Recipe) -> None:
@@ -91,7 +103,9 @@ def train(recipe: Recipe) -> None:
         )
         watchdog.phase("the loading of the checkpoint", slow=True)
         folder = Path(recipe.run.output) / "checkpoints"
-        state = checkpoint.resume(folder, trained, recipe.run.resume)
+        state = checkpoint.resume(
+            folder, trained, recipe.run.resume, lambda other: run_folder.check_same_network(recipe, other["recipe"])
+        )
         average = None if recipe.train.ema_decay is None else Average(trained, recipe.train.ema_decay)
         if average and state:
             average.load(Path(state["folder"]))
@@ -135,7 +149,8 @@ def loop(
     if state and state.get("loader"):
         loader.load_state_dict(state["loader"])
     trained.train()
-    watch, monitor = EpochPositives(plan), build_monitor(plan, trained, average, device, dtype)
+    watch, monitor = EpochPositives(plan), OnlineMonitor(plan, trained, average, device, dtype, augment_on)
+    skips = Skips(plan, int(state.get("not_finite_steps", 0)) if state else 0)
     clock, stop = checkpoint.Clock(recipe.checkpoint.every_minutes), StopRequest()
     stop.listen()
     try:
@@ -146,12 +161,16 @@ def loop(
             batch = next(batches)
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             votes = [float(stop.received is not None), float(clock.due())]
+            figures, asked, due = {"loss": math.nan}, 0.0, 0.0  # of a step left out; its votes count with the next
             try:
                 figures, (asked, due) = train_step(trained, loss, batch, step, dtype, recipe.batch.micro, votes)
             except NotFinite as error:
-                raise blame(plan, step, batch, error) from None
-            if average:
-                average.update(step + 1)
+                said = skips.leave_out(trained, step, batch, error)
+                if log:
+                    log.skipped(step, said, skips.count)
+            else:
+                if average:
+                    average.update(step + 1)
             watchdog.phase(f"the logging of step {step}")
             positives = watch.step(step, batch)
             if log:
@@ -159,9 +178,10 @@ def loop(
                     log.epoch(step, positives)
                 log.step(step, figures, time.perf_counter() - started, loader)
             done, last = step + 1, step + 1 == plan.total_steps or asked > 0
-            best = monitor(done, log) if monitor else False
+            best = monitor(done, log)
             if done % recipe.checkpoint.every_steps == 0 or due or last or best:
-                save(plan, trained, average, done, loader.state_dict(), log, best)
+                progress = {"loader": loader.state_dict(), "not_finite_steps": skips.count}
+                save(plan, trained, average, done, progress, log, best)
                 clock.restart()
             watchdog.steady()
             if asked and done < plan.total_steps:
@@ -170,19 +190,6 @@ def loop(
     finally:
         stop.forget()
         loader.close()
-
-
-def blame(plan: Plan, step: int, batch: dict[str, torch.Tensor], error: NotFinite) -> NotFinite:
-    """The error with the file that lists each rank's scans of the batch. Collective."""
-    mine = plan.manifest.scans["key"].iloc[batch["scan"].cpu().numpy()].tolist()
-    keys: list[Any] = [mine]
-    if distributed.world_size() > 1:
-        keys = [None] * distributed.world_size()
-        torch.distributed.all_gather_object(keys, mine)
-    path = Path(plan.recipe.run.output) / f"not-finite-step-{step:08d}.json"
-    if distributed.is_main():
-        write_json(path, {"step": step, "error": str(error), "scans": {f"rank {n}": k for n, k in enumerate(keys)}})
-    return NotFinite(f"{error}; no weight was changed, its scans are in {path}; lower optimizer.lr, or look at them")
 
 
 class EpochPositives:
@@ -205,41 +212,8 @@ class EpochPositives:
         return positive_figures(positives, proxies, self._gather)
 
 
-def build_monitor(
-    plan: Plan, trained: Any, average: Average | None, device: torch.device, dtype: torch.dtype
-) -> Callable[[int, RunLog | None], bool] | None:
-    """(steps done, log) -> whether the encoder is the best so far; None where nothing is watched. Collective.
-
-    Where there is a moving average it is the encoder that is judged, as it is the one that is exported.
-    """
-    settings, manifest = plan.recipe.monitor, plan.manifest
-    watched = watched_scans(settings, manifest, plan.steps_per_epoch, plan.recipe.run.seed)
-    if watched is None:
-        return None
-    folder = Path(plan.recipe.run.output) / "checkpoints"
-
-    def look(done: int, log: RunLog | None) -> bool:
-        if done % watched.every_steps and done != plan.total_steps:
-            return False
-        watchdog.phase(f"the monitor's look after {done} steps", slow=True)
-        judged = average.network(plan.recipe.encoder, device, dtype) if average else None
-        features = encode(trained, manifest, watched.rows, device, dtype, settings.batch, judged)
-        better = 0.0
-        if log:
-            figures = probe_figures(features, watched, settings.proxy)
-            log.monitor(done - 1, figures)
-            score = figures[f"monitor/{settings.proxy}_mae"]
-            known = checkpoint.read_best(folder)
-            better = float(known is None or score < known["score"] or known["step"] >= done)
-            if better:
-                checkpoint.note_best(folder, done, score)
-        return distributed.reduce_scalars([better])[0] > 0
-
-    return look
-
-
 def save(
-    plan: Plan, trained: Any, average: Average | None, step: int, loader_state: dict[str, Any], log: RunLog | None,
+    plan: Plan, trained: Any, average: Average | None, step: int, progress: dict[str, Any], log: RunLog | None,
     best: bool = False,
 ) -> None:  # fmt: skip
     """Write checkpoint ``step-XXXXXXXX``, with the encoder as safetensors in it, and tell MLflow. Collective."""
@@ -265,7 +239,7 @@ def save(
         }  # fmt: skip
         log.weights_sha256 = write_encoder(temporary / "encoder", weights, config, preprocessing)
 
-    state = {"loader": loader_state, "manifest_digest": plan.manifest.digest, "recipe": to_dict(plan.recipe)}
+    state = {**progress, "manifest_digest": plan.manifest.digest, "recipe": to_dict(plan.recipe)}
     written = checkpoint.save_checkpoint(folder, step, trained, state, write_rest)
     if log:
         log.checkpoint(step, written)
@@ -285,9 +259,15 @@ def main(arguments: Sequence[str]) -> int:
         if distributed.is_main() or isinstance(error, LoaderError):  # a rank's own data concern that rank alone
             print(f"yaware: error: {error}", file=sys.stderr, flush=True)
         return 2
-    except NotFinite as error:
+    except (NotFinite, CheckpointFailed) as error:
         if distributed.is_main():
             print(f"yaware: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except OSError as error:
+        if error.errno not in OF_THE_STORAGE:
+            raise
+        print(f"yaware: error: rank {distributed.rank()}: {error}; make room or see to the file system, then the same command "
+              "continues from the last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
         return 1
     return 0
 

@@ -1,4 +1,5 @@
-"""Both ranks die by SIGKILL; the same command goes on and ends with the losses of a run that was never interrupted."""
+"""Both ranks of the real command die by SIGKILL; the same command goes on and ends with the losses of a run that was never
+interrupted. (test_kill_points.py: one rank at any point, without the launcher.)"""
 
 from __future__ import annotations
 
@@ -20,22 +21,12 @@ def uninterrupted(shards, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("after", [2, 9], ids=["before the first checkpoint", "between two checkpoints"])
-def test_killed_run_ends_as_if_nothing_had_happened(uninterrupted, shards, tmp_path, after):
+def test_killed_run_ends_as_if_nothing_had_happened(uninterrupted, shards, tmp_path):
     command = pretrain_command(shards, tmp_path / "run", STEPS)
-    kill_ranks_when(command, tmp_path, lambda: len(losses(tmp_path / "run")) >= after)
+    kill_ranks_when(command, tmp_path, lambda: len(losses(tmp_path / "run")) >= 6)
     assert len(losses(tmp_path / "run")) < STEPS, "killed too late to show anything"
     done = run(command, tmp_path)
     assert done.returncode == 0
-    assert ("resuming after step" in done.stdout) == (after >= 5)
+    assert "resuming after step" in done.stdout
     assert losses(tmp_path / "run") == uninterrupted
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step-{STEPS:08d}"
-
-
-def test_killed_while_a_checkpoint_is_written(uninterrupted, shards, tmp_path):
-    command = pretrain_command(shards, tmp_path / "run", STEPS)
-    folder = tmp_path / "run" / "checkpoints"
-    kill_ranks_when(command, tmp_path, lambda: any(folder.glob(".unfinished-step-*/*")))
-    assert run(command, tmp_path).returncode == 0
-    assert losses(tmp_path / "run") == uninterrupted
-    assert not list(folder.glob(".unfinished-*"))

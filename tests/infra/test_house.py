@@ -13,7 +13,7 @@ HEAVY = {
     "nvidia": "data_pipeline/dali_graph.py",
     "deepspeed": "pretrain/engine.py",
     "ray": "infra/ray_cluster.py",
-    "mlflow": "infra/tracking.py",
+    "mlflow": "infra/mlflow_store.py",
     "monai": "pretrain/encoders/networks.py",
 }
 

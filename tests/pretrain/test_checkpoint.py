@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,9 +79,75 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, two, harm, ca
     else:
         (newest / "checksums.json").unlink()
     assert checkpoint.verify_checkpoint(newest)
+    assert checkpoint.load_checkpoint(folder, trained, own=False)["step"] == 1
+    assert newest.is_dir(), "another run's folder was touched"
     assert checkpoint.load_checkpoint(folder, trained)["step"] == 1
     assert torch.equal(weights(trained), kept[1])
     assert "step-00000002 is damaged" in capsys.readouterr().out
+    # Set aside, so that no later cleaning takes it for the newest and removes the good one.
+    assert checkpoint.newest_step(folder) == 1
+    checkpoint.clean_checkpoints(folder, keep=1)
+    assert sorted(path.name for path in folder.glob("*step*")) == ["damaged-step-00000002", "step-00000001"]
+
+
+def test_where_all_are_damaged_nothing_begins_anew(trained, two):
+    folder, _ = two
+    for step in (1, 2):
+        (checkpoint.step_folder(folder, step) / "encoder" / "note").write_text("y")
+    with pytest.raises(
+        UserError, match=r"holds no checkpoint that is whole \(encoder/note differs.*choose another run"
+    ):
+        checkpoint.load_checkpoint(folder, trained)
+    assert sorted(path.name for path in folder.glob("*step*")) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("place", ["DeepSpeed's", "random", "rest", "checksums", "pointer"])
+def test_a_checkpoint_that_cannot_be_written_leaves_no_trace(trained, two, monkeypatch, place):
+    folder, _ = two
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail_where(name, plain):
+        def write(path, *rest, **options):
+            if name in str(path):
+                raise full
+            return plain(path, *rest, **options)
+
+        return write
+
+    def rest_fails(folder):
+        raise full
+
+    if place == "DeepSpeed's":  # torch's writer of zip files makes this of it
+
+        def broken(*_, **__):
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+        monkeypatch.setattr(torch, "save", broken)
+    elif place == "random":
+        monkeypatch.setattr(Path, "write_bytes", fail_where("random-", Path.write_bytes))
+    elif place == "checksums":
+        monkeypatch.setattr(checkpoint, "write_json", fail_where("checksums", checkpoint.write_json))
+    elif place == "pointer":
+        monkeypatch.setattr(checkpoint, "flush_folder", fail_where("", checkpoint.flush_folder))
+    with pytest.raises(
+        checkpoint.CheckpointFailed, match=r"step-00000003 cannot be written.*step 2 is the last good one"
+    ):
+        checkpoint.save_checkpoint(folder, 3, trained, {}, rest_fails if place == "rest" else write_rest)
+    monkeypatch.undo()
+    assert not list(folder.glob(".unfinished*"))
+    assert checkpoint.newest_step(folder) == 2
+    assert checkpoint.load_checkpoint(folder, trained)["step"] == 2
+
+
+def test_another_runs_checkpoint_is_asked_whether_it_fits(trained, two, tmp_path_factory):
+    folder, _ = two
+
+    def refuse(state):
+        raise UserError(f"no, not {state['step']}")
+
+    with pytest.raises(UserError, match="no, not 2"):
+        checkpoint.resume(tmp_path_factory.mktemp("new"), trained, str(folder / "step-00000002"), refuse)
+    assert checkpoint.resume(folder, trained, "auto", refuse)["step"] == 2
 
 
 def test_every_file_is_in_the_list(two):
@@ -133,13 +201,13 @@ def test_a_new_run_begins_at_another_runs_checkpoint_until_it_has_its_own(traine
 
 def test_the_best_outlives_newer_ones(trained, two):
     folder, _ = two
-    checkpoint.note_best(folder, 1, 7.5)
+    checkpoint.note_best(folder, 1, "monitor/age_mae", 7.5)
     checkpoint.point_to_best(folder, 1)
     for step in (3, 4):
         checkpoint.save_checkpoint(folder, step, trained, {"loader": {}}, write_rest)
     checkpoint.clean_checkpoints(folder, keep=1)
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000001", "step-00000004"]
-    assert checkpoint.read_best(folder) == {"step": 1, "score": 7.5}
+    assert checkpoint.read_best(folder) == {"step": 1, "figure": "monitor/age_mae", "score": 7.5}
 
 
 def test_a_checkpoint_is_due_by_the_clock(monkeypatch):

@@ -8,7 +8,7 @@ import yaml
 from infra.errors import UserError
 from infra.settings import to_dict
 from pretrain.config import load_recipe
-from pretrain.run_folder import check_same_recipe
+from pretrain.run_folder import check_same_network, check_same_recipe
 
 
 @pytest.fixture
@@ -31,7 +31,8 @@ def check(folder, *overrides):
 def test_what_only_changes_where_and_how_fast_may_change(begun):
     check(begun())
     check(begun(), "--data.workers=3", "--launch.ranks=1", "--checkpoint.keep=9", "--run.resume=auto",
-          "--deepspeed.zero_optimization.stage=2", "--train.watchdog_seconds=7")  # fmt: skip
+          "--deepspeed.zero_optimization.stage=2", "--train.watchdog_seconds=7", "--train.max_skipped_steps=2",
+          "--monitor.tasks=[sex]")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,18 @@ def test_what_only_changes_where_and_how_fast_may_change(begun):
 def test_what_changes_the_result_is_refused(begun, override, text):
     with pytest.raises(UserError, match=text):
         check(begun(), override)
+
+
+def test_another_runs_checkpoint_must_fit_into_the_network_and_no_more():
+    other = to_dict(load_recipe("demo-cpu", []))
+    check_same_network(load_recipe("demo-cpu", ["--optimizer.lr=0.5", "--run.name=new", "--batch.global=8"]), other)
+    for override, text in (
+        ("--encoder.options.width=0.25", "encoder.options.width was 0.5, now 0.25"),
+        ("--optimizer.name=sgd", "optimizer.name was 'adam', now 'sgd'"),
+        ("--projector.out=64", "projector.out was 128, now 64"),
+    ):
+        with pytest.raises(UserError, match=f"run.resume=old is a checkpoint of another network .{text}"):
+            check_same_network(load_recipe("demo-cpu", ["--run.resume=old", override]), other)
 
 
 def test_a_run_of_before_a_key_existed_goes_on_with_its_default_alone(begun):

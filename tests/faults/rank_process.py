@@ -1,0 +1,204 @@
+"""Ranks of the real training, forked from a process that has imported what they need, so that a start costs little; and
+faults that strike a rank at a chosen point.
+
+A rank is a process of its own with its own process group, sockets and files; it runs ``pretrain.train.main`` and dies by a
+real SIGKILL. Only the imports are shared.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.distributed import free_port
+
+IMPORTED = [
+    "pretrain.train", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx", "monai.networks.nets",
+    "mlflow.store.tracking.sqlalchemy_store", "nvidia.dali.fn", "sklearn.linear_model", "sklearn.metrics",
+    "tests.faults.rank_process",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Kills ``rank`` ``delay`` seconds after the ``nth`` time (0 = the first) that it comes to ``point``.
+
+    ``point`` is the beginning of a watchdog phase ("the forward pass"), or a key of POINTS.
+    """
+
+    rank: int
+    point: str
+    nth: int = 0
+    delay: float = 0.0
+
+
+def start(
+    command: Sequence[str],
+    folder: Path,
+    world: int,
+    fault: Fault | None = None,
+    harm: Callable[[int], None] | None = None,
+) -> list[Any]:
+    """Start the ranks of ``pretrain.train`` with these arguments; each writes ``rank-N.log`` in ``folder``.
+
+    ``harm(rank)`` is called in each before the training begins, to put faults in its way.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    port, ranks = free_port(), []
+    for rank in range(world):
+        environment = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1,
+        }  # fmt: skip
+        mine = fault if fault and fault.rank == rank else None
+        ranks.append(context.Process(target=_rank, args=(list(command), str(folder), environment, mine, harm)))
+        ranks[-1].start()
+    return ranks
+
+
+def wait(ranks: Sequence[Any], seconds: float = 150.0) -> list[int | None]:
+    """Wait for all ranks to end; their exit status (negative: the signal). What is left then is killed."""
+    limit = time.monotonic() + seconds
+    for process in ranks:
+        process.join(max(0.0, limit - time.monotonic()))
+    found = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    return found
+
+
+def _rank(
+    command: list[str],
+    folder: str,
+    environment: dict[str, Any],
+    fault: Fault | None,
+    harm: Callable[[int], None] | None,
+) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    log = os.open(f"{folder}/rank-{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    from pretrain import train
+
+    _note_scans(train, Path(folder) / f"scans-{environment['RANK']}.jsonl")
+    if harm:
+        harm(int(environment["RANK"]))
+    if fault:
+        _arm(fault)
+    status = train.main(command)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _note_scans(train: Any, path: Path) -> None:
+    """Write down which scans each step sees."""
+    step_of_training = train.train_step
+
+    def noted(engine: Any, loss: Any, batch: dict[str, Any], step: int, *rest: Any) -> Any:
+        with path.open("a") as stream:
+            stream.write(json.dumps([step, batch["scan"].tolist()]) + "\n")
+        return step_of_training(engine, loss, batch, step, *rest)
+
+    train.train_step = noted
+
+
+def _arm(fault: Fault) -> None:
+    seen = 0
+
+    def strike() -> None:
+        nonlocal seen
+        seen += 1
+        if seen != fault.nth + 1:
+            return
+        if fault.delay > 0:
+            threading.Timer(fault.delay, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if fault.point in POINTS:
+        POINTS[fault.point](strike)
+    else:
+        _at_phase(fault.point, strike)
+
+
+def _at_phase(beginning: str, strike: Callable[[], None]) -> None:
+    from infra.watchdog import Watchdog
+
+    begin = Watchdog.begin
+
+    def watched(self: Watchdog, text: str, slow: bool = False) -> None:
+        begin(self, text, slow)
+        if text.startswith(beginning):
+            strike()
+
+    Watchdog.begin = watched  # type: ignore[method-assign]
+
+
+def _in_shard(strike: Callable[[], None]) -> None:
+    """With half of one of DeepSpeed's files written."""
+    import torch
+
+    save = torch.save
+
+    def cut(content: Any, target: Any, *rest: Any, **options: Any) -> None:
+        save(content, target, *rest, **options)
+        if isinstance(target, str) and ".unfinished-" in target:
+            os.truncate(target, Path(target).stat().st_size // 2)
+            strike()
+
+    torch.save = cut
+
+
+def _before_rename(strike: Callable[[], None]) -> None:
+    """With the checkpoint whole under its temporary name."""
+    _around(Path, "rename", strike, before=True, which=lambda path, target: Path(target).name.startswith("step-"))
+
+
+def _before_pointer(strike: Callable[[], None]) -> None:
+    """With the checkpoint under its own name, and ``latest`` naming the one before."""
+    _around(os, "replace", strike, before=True, which=lambda source, target: Path(target).name == "latest")
+
+
+def _after_pointer(strike: Callable[[], None]) -> None:
+    """With ``latest`` moved, before the other ranks know and MLflow is told."""
+    _around(os, "replace", strike, before=False, which=lambda source, target: Path(target).name == "latest")
+
+
+def _in_cleaning(strike: Callable[[], None]) -> None:
+    """With an old checkpoint renamed for removal, and still there."""
+    _around(
+        Path, "rename", strike, before=False, which=lambda path, target: Path(target).name.startswith(".unfinished-")
+    )
+
+
+def _around(owner: Any, name: str, strike: Callable[[], None], before: bool, which: Callable[..., bool]) -> None:
+    plain = getattr(owner, name)
+
+    def struck(*arguments: Any) -> Any:
+        hit = which(*arguments)
+        if hit and before:
+            strike()
+        found = plain(*arguments)
+        if hit and not before:
+            strike()
+        return found
+
+    setattr(owner, name, struck)
+
+
+POINTS = {
+    "in a shard": _in_shard, "before the rename": _before_rename, "before the pointer": _before_pointer,
+    "after the pointer": _after_pointer, "in the cleaning": _in_cleaning,
+}  # fmt: skip

@@ -1,0 +1,330 @@
+"""What can go wrong around a run, each with its one line: the disk, the output folder, the tracking store, the shards, a loss
+that is not finite. Nothing is overwritten; where a run can go on, it does."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.manifest import Manifest
+from infra import cli, runs
+from infra.distributed import free_port
+from infra.machine import git_tags
+from pretrain import train
+from pretrain.checkpoint import verify_checkpoint
+from tests.faults.rank_process import start, wait
+from tests.runs import losses
+
+WORLD, STEPS = 2, 8
+pytestmark = pytest.mark.timeout(1200)
+BAD_STEPS = (2, 5)
+
+
+def arguments(shards: Path, output: Path, store: str, **more: object) -> list[str]:
+    given = {
+        "data.shards": shards, "run.output": output, "train.steps": STEPS, "batch.global": 8, "checkpoint.every_steps": 3,
+        "encoder.options": "{width: 0.25, norm: group}", "train.watchdog_seconds": 30, "run.tracking_uri": store,
+    }  # fmt: skip
+    given |= {name.replace("__", "."): value for name, value in more.items()}
+    return ["--config", "demo-cpu", *(f"--{key}={value}" for key, value in given.items())]
+
+
+@pytest.fixture(scope="module")
+def store(shards):
+    # The one that the killed runs use too: making its tables takes longer than a run.
+    return f"sqlite:///{shards.parent}/kill-points.db"
+
+
+def said(folder: Path) -> str:
+    return "\n".join(path.read_text()[-4000:] for path in sorted(folder.glob("rank-*.log")))
+
+
+def error_lines(folder: Path) -> list[str]:
+    return [line for line in said(folder).splitlines() if line.startswith("yaware: error: ")]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def full_disk_on_rank_1(rank: int) -> None:
+    """From the second checkpoint on, the files of rank 1 end in the middle."""
+    import torch
+
+    save = torch.save
+
+    def full(state: object, target: object, *rest: object, **options: object) -> None:
+        save(state, target, *rest, **options)
+        if rank == 1 and "step-00000006" in str(target):
+            os.truncate(str(target), 1000)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    torch.save = full
+
+
+@pytest.mark.distributed
+def test_a_full_disk_in_a_checkpoint_stops_all_ranks_and_the_last_one_stays_good(shards, store, tmp_path):
+    command = arguments(shards, tmp_path / "run", store)
+    assert wait(start(command, tmp_path, WORLD, harm=full_disk_on_rank_1)) == [1, 1], said(tmp_path)
+    (line,) = error_lines(tmp_path)
+    assert "checkpoint step-00000006 cannot be written to" in line
+    assert "rank 1 on " in line
+    assert "No space left on device" in line
+    assert "step 3 is the last good one; make room or lower checkpoint.keep, then start the same command again" in line
+    assert "Traceback" not in said(tmp_path)
+    checkpoints = tmp_path / "run/checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("*step-*")) == ["step-00000003"]
+    assert verify_checkpoint(checkpoints / "step-00000003") is None
+    interrupted = losses(tmp_path / "run")
+    assert wait(start(command, tmp_path, WORLD)) == [0, 0], said(tmp_path)
+    assert "resuming after step 3" in said(tmp_path)
+    assert losses(tmp_path / "run")[: len(interrupted)] == interrupted
+    assert verify_checkpoint(checkpoints / f"step-{STEPS:08d}") is None
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A small file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no right to mount: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("megabytes", [5, 47, 60, 80])
+def test_a_disk_that_really_fills(shards, store, tmp_path, small_disk, megabytes):
+    """A checkpoint has 42 MB: model 8.6, each rank's part of the optimiser 12.9, encoder 8.3."""
+    resize = ["mount", "-o", "remount,size={}m", str(small_disk)]
+    subprocess.run([word.format(megabytes) for word in resize], check=True)
+    command = arguments(shards, small_disk / "run", store, checkpoint__keep=9)
+    assert wait(start(command, tmp_path, WORLD)) == [1, 1], said(tmp_path)
+    (line,) = error_lines(tmp_path)
+    assert f"cannot be written to {small_disk}" in line
+    assert ("there is none yet" if megabytes == 5 else "step 3 is the last good one") in line
+    assert "Traceback" not in said(tmp_path)
+    checkpoints = small_disk / "run/checkpoints"
+    assert not list(checkpoints.glob(".unfinished*"))
+    assert all(verify_checkpoint(folder) is None for folder in checkpoints.glob("step-*"))
+    subprocess.run([word.format(400) for word in resize], check=True)
+    assert wait(start(command, tmp_path, WORLD)) == [0, 0], said(tmp_path)
+    assert [step for step, _ in losses(small_disk / "run")] == list(range(STEPS))
+
+
+def test_a_read_only_folder_is_refused_before_anything_starts(shards, store, tmp_path, capsys, small_disk):
+    (small_disk / "kept").write_text("x")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert cli.run(["pretrain", *arguments(shards, small_disk / "runs/new", store)]) == 2
+    text = capsys.readouterr().err
+    assert f"run.output={small_disk}/runs/new cannot be written: {small_disk} is read-only or no folder" in text
+    assert text.count("\n") == 1
+    (tmp_path / "file").write_text("x")
+    assert cli.run(["pretrain", *arguments(shards, tmp_path / "file/run", store)]) == 2
+    assert "is read-only or no folder" in capsys.readouterr().err
+
+
+def test_shards_that_changed_since_the_run_began_are_refused(shards, store, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text(json.dumps({"manifest_digest": "0" * 64}))
+    before = content(tmp_path)
+    assert cli.run(["pretrain", *arguments(shards, tmp_path / "run", store)]) == 2
+    text = capsys.readouterr().err
+    assert "was begun on shards with digest 000000000000, data.shards now has" in text
+    assert text.count("\n") == 1
+    assert content(tmp_path) == before
+
+
+def test_missing_and_short_shards_are_named_before_anything_starts(shards, store, tmp_path, capsys):
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    first, second = sorted(folder.glob("*.tar"))[:2]
+    first.unlink()
+    os.truncate(second, 1000)
+    assert cli.run(["pretrain", *arguments(folder, tmp_path / "run", store)]) == 2
+    text = capsys.readouterr().err
+    assert f"{first.name} is missing, {second.name} has 1000 bytes, not " in text
+    assert f"yaware shards verify {folder} --repair COHORT" in text
+    assert text.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+def test_a_store_that_is_down_costs_the_run_nothing_and_gets_everything_later(shards, store, tmp_path, capsys):
+    watched = {"monitor__every_epochs": 1, "monitor__split": "downstream", "monitor__tasks": "[age, sex]",
+               "monitor__max_scans": 20, "monitor__view_scans": 8, "monitor__collapse_below": 0.99}  # fmt: skip
+    down = arguments(shards, tmp_path / "run", "http://127.0.0.1:9", run__experiment="down", **watched)
+    assert wait(start(down, tmp_path, WORLD)) == [0, 0], said(tmp_path)
+    assert said(tmp_path).count("tracking store http://127.0.0.1:9 does not answer") == 1
+    spool = tmp_path / "run/mlflow-spool.jsonl"
+    assert spool.is_file()
+    assert "pretrain: ALARM after 4 steps: the embeddings of all scans are nearly the same" in said(tmp_path)
+    line = [line for line in said(tmp_path).splitlines() if line.startswith("pretraining y-aware: 8/8 steps")][-1]
+    assert re.search(r"scans/s [\d.]+, loss [\d.]+, lr [\de.-]+, grad norm [\d.]+, stall \d+%, memory [\d.]+ GB$", line)
+    later = arguments(shards, tmp_path / "run", store, run__experiment="down", **watched)
+    assert cli.run(["pretrain", *later]) == 0
+    printed = capsys.readouterr().out
+    assert "sent to MLflow what waited" in printed
+    assert "is already complete" in printed
+    assert not spool.exists()
+    (row,) = runs.runs(store, "down", "pretraining")
+    assert row["status"] == "FINISHED"
+    assert runs.metric_history(store, row["run_id"], "loss") == losses(tmp_path / "run")
+    assert {3, 6, 8} <= {model["step"] for model in runs.checkpoints(store, row["run_id"])}
+    assert row["params"]["loss.name"] == "y-aware"
+    expected = {"memory_gb", "system/cpu_utilization_percentage", "monitor/uniformity", "monitor/sex_balanced_accuracy"}
+    assert expected <= row["metrics"].keys()
+    assert row["tags"]["yaware.collapse"].startswith("after 8 steps: the embeddings")
+    assert row["tags"]["yaware.manifest_digest"] == Manifest.load(shards).digest
+    commit = git_tags(Path(train.__file__).parent).get("mlflow.source.git.commit")
+    assert row["tags"].get("mlflow.source.git.commit") == commit
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_a_server_that_goes_down_in_mid_run_gets_everything_later(shards, tmp_path, capsys):
+    uri, server = mlflow_server(tmp_path)
+    try:
+        ranks = start(arguments(shards, tmp_path / "run", uri, run__experiment="mid-run"), tmp_path, WORLD)
+        limit = time.monotonic() + 200
+        while len(losses(tmp_path / "run")) < 2:
+            assert time.monotonic() < limit, said(tmp_path)
+            time.sleep(0.05)
+    finally:
+        stop(server)
+    assert wait(ranks) == [0, 0], said(tmp_path)
+    assert said(tmp_path).count("does not answer") == 1
+    assert (tmp_path / "run/mlflow-spool.jsonl").is_file()
+    uri, server = mlflow_server(tmp_path)
+    try:
+        assert cli.run(["pretrain", *arguments(shards, tmp_path / "run", uri, run__experiment="mid-run")]) == 0
+        assert "sent to MLflow what waited" in capsys.readouterr().out
+        (row,) = runs.runs(uri, "mid-run", "pretraining")
+        assert row["status"] == "FINISHED"
+        assert runs.metric_history(uri, row["run_id"], "loss") == losses(tmp_path / "run")
+        assert [model["step"] for model in runs.checkpoints(uri, row["run_id"])] == [3, 6, 8]
+    finally:
+        stop(server)
+
+
+def mlflow_server(folder: Path) -> tuple[str, subprocess.Popen[bytes]]:
+    """A real server on a port of its own."""
+    port = free_port()
+    given = {"host": "127.0.0.1", "port": port, "backend-store-uri": f"sqlite:///{folder}/server.db", "workers": 1,
+             "artifacts-destination": folder / "artifacts"}  # fmt: skip
+    command = [sys.executable, "-m", "mlflow", "server", *(f"--{key}={value}" for key, value in given.items())]
+    with (folder / "server.log").open("ab") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    limit = time.monotonic() + 200
+    while True:
+        assert server.poll() is None, (folder / "server.log").read_text()[-3000:]
+        assert time.monotonic() < limit, "the server did not start"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return f"http://127.0.0.1:{port}", server
+        except OSError:
+            time.sleep(0.5)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server with the processes that it started, at once."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+@pytest.mark.parametrize(("number", "text"), [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only")])
+def test_a_disk_that_fails_elsewhere_is_one_line_too(monkeypatch, capsys, number, text):
+    def fails(recipe):
+        raise OSError(number, os.strerror(number), "run/metrics.jsonl")
+
+    monkeypatch.setattr(train, "train", fails)
+    assert train.main(["--config", "demo-cpu"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("yaware: error: rank 0: [Errno ")
+    assert text in said
+    assert "'run/metrics.jsonl'" in said
+    assert said.endswith("then the same command continues from the last checkpoint\n")
+    assert said.count("\n") == 1
+
+
+def test_an_error_that_is_no_failure_of_the_disk_is_not_hidden(monkeypatch):
+    def fails(recipe):
+        raise FileNotFoundError(errno.ENOENT, "gone", "x")
+
+    monkeypatch.setattr(train, "train", fails)
+    with pytest.raises(FileNotFoundError):
+        train.main(["--config", "demo-cpu"])
+
+
+def bad_loss_on_rank_1(rank: int) -> None:
+    from pretrain import train
+
+    build = train.build_loss
+
+    def built(*given: object) -> object:
+        loss, calls = build(*given), iter(range(1000))
+
+        def spoilt(*arguments: object) -> object:
+            value = loss(*arguments)
+            return value * float("nan") if next(calls) in BAD_STEPS and rank == 1 else value
+
+        return spoilt
+
+    train.build_loss = built
+
+
+@pytest.mark.distributed
+def test_a_loss_that_is_not_finite_is_skipped_so_often_and_then_stops_the_run(shards, store, tmp_path):
+    often = {"checkpoint__every_steps": 100, "checkpoint__every_minutes": 0.0001, "checkpoint__keep": 9}
+    command = arguments(shards, tmp_path / "run", store, train__max_skipped_steps=1, **often)
+    assert wait(start(command, tmp_path, WORLD, harm=bad_loss_on_rank_1)) == [1, 1], said(tmp_path)
+    first, second = BAD_STEPS
+    assert f"pretrain: step {first}: the loss is nan; step skipped (1 of at most 1), its scans are in" in said(tmp_path)
+    (line,) = error_lines(tmp_path)
+    assert f"step {second}: the loss is nan after 1 skipped steps (train.max_skipped_steps=1)" in line
+    found = losses(tmp_path / "run")
+    assert [step for step, _ in found] == list(range(second))
+    assert [step for step, loss in found if loss is None] == [first]
+    # By the clock one is due after each step; the votes of a step that is left out are counted with the next.
+    checkpoints = sorted((tmp_path / "run/checkpoints").glob("step-*"))
+    assert [path.name for path in checkpoints] == [f"step-{step:08d}" for step in (1, 2, 4, 5)]
+    skipped = [json.loads((path / "state.json").read_text())["not_finite_steps"] for path in checkpoints]
+    assert skipped == [0, 0, 1, 1]
+    for step in BAD_STEPS:
+        scans = json.loads((tmp_path / f"run/not-finite-step-{step:08d}.json").read_text())["scans"]
+        assert [len(keys) for keys in scans.values()] == [4, 4]
+
+
+@pytest.mark.distributed
+def test_one_rank_alone_is_asked_to_stop_and_all_save_after_the_same_step(shards, store, tmp_path):
+    command = arguments(shards, tmp_path / "run", store, train__steps=400, checkpoint__every_steps=1000)
+    ranks = start(command, tmp_path, WORLD)
+    limit = time.monotonic() + 150
+    while len(losses(tmp_path / "run")) < 2:
+        assert time.monotonic() < limit, said(tmp_path)
+        time.sleep(0.01)
+    ranks[1].terminate()
+    assert wait(ranks) == [0, 0], said(tmp_path)
+    done = len(losses(tmp_path / "run"))
+    assert 2 <= done < 400
+    assert f"stopped by a signal to another rank after step {done}, saved; the same command continues" in said(tmp_path)
+    assert verify_checkpoint(tmp_path / f"run/checkpoints/step-{done:08d}") is None
