@@ -5,7 +5,6 @@ Reads top to bottom: recipe, data, engine, resume, loop. Starting the same comma
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from pretrain.export import write_encoder
 from pretrain.gather import AllGather
 from pretrain.model import build_model
 from pretrain.monitor import encode, probe_figures, watched_scans
-from pretrain.plan import Plan
+from pretrain.plan import Plan, total_steps
 from pretrain.proxies import proxy_columns
 from pretrain.run_log import RunLog
 from pretrain.step import build_loss, build_watch, loss_options, lr_factor, recipe_kernel, train_step
@@ -66,12 +65,7 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
     loss_options(recipe.loss)
     check_encoder(recipe.encoder.name, recipe.encoder.options, grid=manifest.grid["shape"], training=True)
     engine.deepspeed_config(recipe, world_size)
-    steps = recipe.train.steps
-    if steps is None:
-        if recipe.train.epochs is None:
-            raise UserError("train.epochs and train.steps are both null; set one of them")
-        steps = math.ceil(recipe.train.epochs * order.length / recipe.batch.global_)
-    return Plan(recipe, manifest, rows, order, steps)
+    return Plan(recipe, manifest, rows, order, total_steps(recipe, order.length))
 
 
 def train(recipe: Recipe) -> None:
