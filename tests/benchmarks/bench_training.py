@@ -160,7 +160,7 @@ def checkpoint_cost(repeats: int) -> dict[str, Any]:
     embeddings, _ = trained(torch.randn(2, 2, 1, *SMALL, device=device))  # the optimiser's state must be there
     trained.backward(embeddings.square().mean())
     engine.update(trained)
-    seconds, size = [], 0
+    seconds, core_seconds, size = [], [], 0
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for step in range(repeats + 1):  # the first makes folders and threads
 
@@ -169,19 +169,21 @@ def checkpoint_cost(repeats: int) -> dict[str, Any]:
                           "feature_size": 1024, "manifest_digest": "", "split": [], "version": "", "run_id": None}  # fmt: skip
                 write_encoder(temporary / "encoder", engine.encoder_state(trained), config, {})
 
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             written = checkpoint.save_checkpoint(Path(folder), step, trained, {"loader": {}}, rest)
             seconds.append(time.perf_counter() - started)
+            core_seconds.append(time.process_time() - cpu)
             size = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
     engine.stop_ranks()
-    return {"seconds": seconds[1:], "bytes": size}
+    return {"seconds": seconds[1:], "cpu": core_seconds[1:], "bytes": size}
 
 
 def over_checkpoints(repeats: int, step_seconds: dict[str, float]) -> None:
     found, settings = apart("checkpoint", repeats), load_recipe("paper-bhb10k", []).checkpoint
     middle = statistics.median(found["seconds"])
     shown = ", ".join(f"{each:.2f}" for each in found["seconds"])
-    print(f"\nCheckpoint of paper-bhb10k: {found['bytes'] / MIB:,.0f} MiB, median {middle:.2f} s ({shown})")
+    print(f"\nCheckpoint of paper-bhb10k: {found['bytes'] / MIB:,.0f} MiB, median {middle:.2f} s ({shown}),")
+    print(f"of which {statistics.median(found['cpu']):.2f} core-seconds; the rest is waiting for disk and cores")
     print(f"interval: {settings.every_steps} steps or {settings.every_minutes:g} minutes, whichever comes first")
     for what, seconds in step_seconds.items():
         interval = min(settings.every_steps * seconds, 60 * (settings.every_minutes or float("inf")))

@@ -1,4 +1,4 @@
-"""Every shipped recipe on one GPU at its own precision, layout and ZeRO stage: it starts, its figures are finite, it resumes."""
+"""Every shipped recipe on one GPU at its own precision, layout and ZeRO stage: it starts, with finite figures, and resumes."""
 
 from __future__ import annotations
 

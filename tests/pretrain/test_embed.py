@@ -66,7 +66,9 @@ def test_the_model_cards_own_lines_give_features_and_nothing_in_the_folder_is_pi
     nibabel.save(nibabel.Nifti1Image(blob(3, 50.0), np.array(GRID.affine)), tmp_path / "scan.nii.gz")
     lines = [line.strip() for line in (folder / "README.md").read_text().splitlines() if line.startswith("    ")]
     assert len(lines) == 3
-    code = "\n".join(lines).replace("path/to/this/folder", str(folder)).replace("scan.nii.gz", f"{tmp_path}/scan.nii.gz")
+    code = (
+        "\n".join(lines).replace("path/to/this/folder", str(folder)).replace("scan.nii.gz", f"{tmp_path}/scan.nii.gz")
+    )
     found: dict[str, np.ndarray] = {}
     exec(code, found)
     assert found["features"].shape == (1, 128)
