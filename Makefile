@@ -12,7 +12,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP)  ## make .venv with the pinned packages and compile DeepSpeed's collectives
 
@@ -24,7 +24,10 @@ demo: $(STAMP)  ## the main job on simulated NIfTI input: cohort, shards, pretra
 	@bash infra/demo.sh
 
 test: $(STAMP)  ## the tests (distributed and integration included; slow and gpu left out)
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-packages:  ## Debian packages without which some tests skip (as root)
+	@bash infra/test_packages.sh
 
 test-all: $(STAMP)  ## every test that this machine can run
 	@$(BIN)/python -m pytest -q -m ''
@@ -46,4 +49,4 @@ bench-gpu: $(STAMP)  ## the same on a CUDA device
 clean:  ## remove the demo's output, caches and the virtual environment
 	rm -rf $(VENV) .cache demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo test test-all test-gpu check bench bench-gpu clean
+.PHONY: help setup demo test test-packages test-all test-gpu check bench bench-gpu clean

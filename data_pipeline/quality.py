@@ -24,6 +24,7 @@ from data_pipeline.volume import (
     BadScan,
     Grid,
     Preparation,
+    as_float16,
     read_voxels,
     scale_factor,
     scaled,
@@ -177,7 +178,7 @@ def read_scan(scan: Scan, preparation: Preparation, quality: Quality) -> tuple[A
     # The same scan under two ids may have two head sizes: the digest is taken before scaling.
     digest = None if factor == 1.0 else digest_of(to_float16(raw.copy()))
     wide = scaled(raw, factor)
-    voxels = to_float16(wide)
+    voxels = as_float16(wide)
     figures = {"voxels_sha256": digest or digest_of(voxels), **_figures(wide, voxels)}
     _refuse_by_limits(figures, quality, FIGURES)
     return voxels, figures, coarse_volume(wide, grid)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from infra.errors import UserError
@@ -110,10 +112,17 @@ def expand_counts(text: str) -> list[int]:
 
 
 def free_port() -> int:
-    """A TCP port that was free on loopback a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port that was free on loopback a moment ago, at random from ``FIRST_PORT`` on.
+
+    One of the system's own choice may be taken, before it is used, by any connection that any process opens.
+    """
+    draw = random.SystemRandom()
+    for _ in range(1000):
+        port = draw.randrange(FIRST_PORT, FIRST_PORT + PORTS)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise UserError(f"no free TCP port from {FIRST_PORT} to {FIRST_PORT + PORTS} on loopback; end what listens there")
 
 
 def single_process_environment() -> dict[str, str]:

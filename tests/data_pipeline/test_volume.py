@@ -31,7 +31,7 @@ SPACINGS = np.array([[1.2, 0, 0, -8.3], [0, 1.1, 0, -9.7], [0, 0, 1.3, -7.9], [0
 NIBABEL = Path(str(resources.files("nibabel"))) / "tests" / "data"
 NILEARN = Path(str(resources.files("nilearn"))) / "datasets" / "data"
 MRICRON = Path("/usr/share/mricron/templates")
-templates = pytest.mark.skipif(not MRICRON.is_dir(), reason="Debian's mricron-data (apt-get install) is not here")
+templates = pytest.mark.skipif(not MRICRON.is_dir(), reason="Debian's mricron-data is not here (make test-packages)")
 
 
 def phantom() -> np.ndarray:

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Debian packages without which some tests skip: brain templates, a remote shell, network namespaces.
+# Where they cannot be installed (another system, no right, no network) it says so and the tests skip.
+set -u
+packages=(mricron-data pdsh openssh-server iproute2 numactl)
+give_up() { printf 'test-packages: %s; the tests that need %s will be skipped\n' "$1" "${packages[*]}"; exit 0; }
+command -v apt-get >/dev/null || give_up "no apt-get here"
+[ "$(id -u)" = 0 ] || give_up "not root (sudo make test-packages)"
+missing=()
+for package in "${packages[@]}"; do
+    dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
+done
+[ "${#missing[@]}" = 0 ] && exit 0
+export DEBIAN_FRONTEND=noninteractive
+# A service that a package brings must not start: the tests start what they need, in namespaces of their own.
+policy=/usr/sbin/policy-rc.d
+[ -e "$policy" ] || { printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" && trap 'rm -f "$policy"' EXIT; }
+apt-get update -qq >/dev/null 2>&1
+apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null 2>&1 || give_up "apt-get could not install ${missing[*]}"
+printf 'test-packages: installed %s\n' "${missing[*]}"
