@@ -17,6 +17,8 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "cohort": ("data_pipeline.cli", "simulate a cohort of brain scans as a BIDS folder, or inspect one"),
     "shards": ("data_pipeline.cli", "build, preview, describe and verify WebDataset shards"),
     "pretrain": ("pretrain.cli", "pretrain an encoder from a recipe, through the deepspeed launcher"),
+    "plan": ("pretrain.cli_launch", "what a run comes to before it is started: steps, memory, the line to type"),
+    "launch": ("pretrain.cli_launch", "start a recipe on the hosts of a hostfile, through the deepspeed launcher"),
     "export": ("pretrain.cli", "copy a checkpoint's encoder into a folder of its own (safetensors)"),
     "embed": ("pretrain.cli", "features of NIfTI files from an exported encoder"),
     "import-weights": ("pretrain.cli", "bring published weights (BHB-10K DenseNet121) into an export folder"),

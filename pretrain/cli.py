@@ -1,4 +1,4 @@
-"""``yaware pretrain``, ``export`` and ``embed``."""
+"""``yaware pretrain``, ``export``, ``embed`` and ``import-weights``."""
 
 from __future__ import annotations
 
@@ -64,7 +64,6 @@ def _send_what_waits(recipe: Recipe) -> None:
 
 
 def _launch(ranks: int, arguments: list[str]) -> int:
-    extensions_folder()
     launcher = [
         sys.executable,
         "-m",
@@ -74,11 +73,17 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         "--master_port",
         str(free_port()),
     ]
-    environment = {**os.environ, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", _accelerator())}
-    if ranks > 1 and environment["DS_ACCELERATOR"] == "cpu":
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    command = [*launcher, "--log_level", "error", "--module", "pretrain.train", *arguments]
-    process = subprocess.Popen(command, env=environment)
+    device = os.environ.get("DS_ACCELERATOR", accelerator())
+    defaults = {"DS_ACCELERATOR": device}
+    if ranks > 1 and device == "cpu":
+        defaults["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    return start([*launcher, "--log_level", "error", "--module", "pretrain.train", *arguments], defaults)
+
+
+def start(command: list[str], defaults: dict[str, str]) -> int:
+    """Run the deepspeed launcher to its end, handing signals on to the ranks; ``defaults``: variables where none are set."""
+    extensions_folder()
+    process = subprocess.Popen(command, env={**defaults, **os.environ})
 
     def pass_on(received: int, _: Any) -> None:
         # To the ranks themselves, which save and leave; the launcher would end them after half a minute. A Ctrl-C has
@@ -100,7 +105,8 @@ def _ranks_of(launcher: int) -> list[Any]:
     return [p for p in below if any(word.startswith("--local_rank") for word in p.cmdline())]
 
 
-def _accelerator() -> str:
+def accelerator() -> str:
+    """What DeepSpeed is to train on here."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

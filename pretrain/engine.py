@@ -85,6 +85,9 @@ def stop_ranks() -> None:
 
 def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]) -> Any:
     """The DeepSpeed engine of ``model``. ``lr_at(step)`` is the factor on the learning rate at a step."""
+    for p in model.parameters():
+        # DeepSpeed's first broadcast sees weights as bytes, which wants torch's usual layout; ZeRO lays them flat in any case.
+        p.data = p.data.contiguous()
     _check_fp16(recipe)
     groups = parameter_groups(model, recipe.optimizer)
     optimizer = build_optimizer(recipe.optimizer, groups)

@@ -127,6 +127,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _card(config: dict[str, Any], preprocessing: dict[str, Any]) -> str:
     grid = preprocessing.get("grid", {})
     simulated = "\nPretrained on **simulated** scans: of no use on real ones.\n" if config.get("simulated") else ""
+    # Millilitres of the scan's own; 1450 is about the mean of adults.
+    tiv, option = (", tiv=[1450.0]", " --tiv 1450") if preprocessing.get("scaling") == "tiv" else ("", "")
     return f"""# {config["run_name"]}: {config["encoder"]["name"]}, step {config["step"]}
 {simulated}
 - method: {config["method"]}
@@ -139,5 +141,7 @@ def _card(config: dict[str, Any], preprocessing: dict[str, Any]) -> str:
 
     from pretrain import Encoder
     encoder = Encoder.from_pretrained("path/to/this/folder")
-    features = encoder(volumes)        # (B, {config["feature_size"]})
+    features = encoder.embed(["scan.nii.gz"]{tiv})        # (1, {config["feature_size"]}) float32
+
+`yaware embed path/to/this/folder scan.nii.gz{option}` does the same; `encoder(volumes)` takes prepared volumes.
 """

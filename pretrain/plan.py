@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
+from infra.errors import UserError
 from pretrain.config import Recipe
 
 
@@ -26,3 +28,12 @@ class Plan:
     def steps_per_epoch(self) -> float:
         """Optimiser steps an epoch; not whole where the batch does not divide the scans."""
         return self.order.length / self.recipe.batch.global_
+
+
+def total_steps(recipe: Recipe, scans: int) -> int:
+    """Steps of the run: ``train.steps``, else those of ``train.epochs`` epochs of ``scans`` scans."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    if recipe.train.epochs is None:
+        raise UserError("train.epochs and train.steps are both null; set one of them")
+    return math.ceil(recipe.train.epochs * scans / recipe.batch.global_)

@@ -38,7 +38,7 @@ from pretrain.gather import AllGather
 from pretrain.model import build_model
 from pretrain.monitor import OnlineMonitor
 from pretrain.online_probes import watched_scans
-from pretrain.plan import Plan
+from pretrain.plan import Plan, total_steps
 from pretrain.proxies import proxy_columns
 from pretrain.run_log import RunLog
 from pretrain.skips import Skips
@@ -80,12 +80,7 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
     loss_options(recipe.loss)
     check_encoder(recipe.encoder.name, recipe.encoder.options, grid=manifest.grid["shape"], training=True)
     deepspeed_config(recipe, world_size)
-    steps = recipe.train.steps
-    if steps is None:
-        if recipe.train.epochs is None:
-            raise UserError("train.epochs and train.steps are both null; set one of them")
-        steps = math.ceil(recipe.train.epochs * order.length / recipe.batch.global_)
-    plan = Plan(recipe, manifest, rows, order, steps)
+    plan = Plan(recipe, manifest, rows, order, total_steps(recipe, order.length))
     watched_scans(recipe.monitor, manifest, plan.steps_per_epoch, recipe.run.seed)
     return plan
 

@@ -20,6 +20,7 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "resenc-l": networks.resenc_l,
     "vit-small": networks.vit_small,
     "vit-base": networks.vit_base,
+    "vit-large": networks.vit_large,
     "swin-unetr": networks.swin_unetr,
 }
 # Options that say how to train, not what the network computes: an encoder read for use is built without them.
@@ -30,6 +31,7 @@ _VIT: dict[str, Sequence[str]] = {"norm": ("layer",), "pooling": ("class", *_POO
 _CHOICES: dict[str, dict[str, Sequence[str]]] = {
     "vit-small": _VIT,
     "vit-base": _VIT,
+    "vit-large": _VIT,
     "swin-unetr": {"norm": ("layer",), "pooling": _POOLINGS},
 }
 _CONVOLUTIONAL: dict[str, Sequence[str]] = {"norm": tuple(NORMS), "pooling": _POOLINGS}

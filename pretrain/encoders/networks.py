@@ -154,6 +154,18 @@ def vit_base(
     )  # fmt: skip
 
 
+def vit_large(
+    *, norm: str = "layer", pooling: str = "class", grid: Sequence[int] = VBM, dropout: float = 0.0, drop_path: float = 0.0,
+    checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
+) -> nn.Module:  # fmt: skip
+    """ViT-L (24 blocks of 1024 channels, 16 heads) on patches of 16 x 16 x 16 voxels; 1024 features. Options as ViT-S."""
+    trunk = _ViT(1024, 16, grid, pooling == "class", dropout, drop_path, checkpointing, blocks=24)
+    return PooledEncoder(
+        trunk, 1024, name="vit-large", norm=norm, pooling=pooling, multiple=PATCH, channels_last=channels_last,
+        compile=compile,
+    )  # fmt: skip
+
+
 def swin_unetr(
     *, norm: str = "layer", pooling: str = "mean", dropout: float = 0.0, drop_path: float = 0.0, checkpointing: bool = False,
     channels_last: bool = False, compile: bool = False,
@@ -170,7 +182,7 @@ class _ViT(nn.Module):
 
     def __init__(
         self, width: int, heads: int, grid: Sequence[int], class_token: bool, dropout: float, drop_path: float,
-        checkpointing: bool,
+        checkpointing: bool, blocks: int = 12,
     ) -> None:  # fmt: skip
         from monai.networks.layers import DropPath
         from monai.networks.nets import ViT
@@ -179,7 +191,7 @@ class _ViT(nn.Module):
         self.patches_a_side = tuple(-(-side // PATCH) for side in grid)
         network = ViT(
             in_channels=1, img_size=[n * PATCH for n in self.patches_a_side], patch_size=PATCH, hidden_size=width,
-            mlp_dim=4 * width, num_layers=12, num_heads=heads, dropout_rate=dropout, qkv_bias=True,
+            mlp_dim=4 * width, num_layers=blocks, num_heads=heads, dropout_rate=dropout, qkv_bias=True,
         )  # fmt: skip
         self.patches = network.patch_embedding.patch_embeddings
         self.position: nn.Parameter = network.patch_embedding.position_embeddings

@@ -1,10 +1,9 @@
-"""Encoders and engine, measured: `python -m tests.benchmarks.bench_encoders [--device cuda] [--quick]`.
+"""Encoders, measured: `python -m tests.benchmarks.bench_encoders [--device cuda] [--quick]`.
 
-First table: forward and backward of two views of one scan at 121 x 145 x 121, each encoder in a process of its own, so
-that the peak of memory is its own; one that would take more than is free says so and is left out. Then a training step
-of DenseNet121 with two scans through recipe, DeepSpeed and `train_step`, against MONAI's own DenseNet121 in a bare torch
-loop with the same loss and Adam, in turns in one process. Core-seconds (the process's own CPU time) stay comparable
-while other programs use the machine. `--grid 61x73x61` for another grid, `--only NAME` for one encoder, `--only engine`.
+Forward and backward of two views of one scan at 121 x 145 x 121, each encoder in a process of its own, so
+that the peak of memory is its own; one that would take more than is free says so and is left out. Core-seconds (the
+process's own CPU time) stay comparable while other programs use the machine. `--grid 61x73x61` for another grid, `--only
+NAME` for one encoder. What training costs beyond the encoder is bench_training's.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import json
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -24,11 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from pretrain.encoders import ENCODERS, build_encoder
-from pretrain.kernels import KERNELS
-from pretrain.losses import y_aware_infonce
 from tests.benchmarks.bench_loss import MIB, peak_bytes
 
 VBM = (121, 145, 121)
@@ -99,99 +94,17 @@ def over_encoders(names: list[str], sides: tuple[int, ...], device: str, repeats
             print(f"{head}{found['bytes'] / MIB:>9,.0f}{found['seconds']:>9.2f}{found['cpu']:>9.2f}", flush=True)
 
 
-def compared_loss() -> Callable[[Tensor, Tensor], Tensor]:
-    kernel = KERNELS["gaussian"](bandwidth=5.0)
-    return lambda views_2BP, ages_B1: y_aware_infonce(views_2BP, ages_B1, kernel=kernel, temperature=0.1)
-
-
-def bare_step(device: torch.device) -> Callable[[dict[str, Tensor]], float]:
-    """MONAI's DenseNet121 with the same projector, torch's Adam and nothing else."""
-    from monai.networks.nets import DenseNet121
-
-    encoder = DenseNet121(spatial_dims=3, in_channels=1, out_channels=512)
-    network = nn.Sequential(encoder, nn.ReLU(), nn.Linear(512, 128)).to(device).train()
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, weight_decay=5e-5)
-    loss = compared_loss()
-
-    def step(batch: dict[str, Tensor]) -> float:
-        optimizer.zero_grad()
-        embeddings = network(batch["views"].flatten(0, 1)).view(2, -1, 128)
-        value = loss(embeddings, batch["proxies"])
-        value.backward()
-        optimizer.step()
-        return value.item()
-
-    return step
-
-
-def engine_step(scans: int) -> tuple[torch.device, Callable[[dict[str, Tensor]], float]]:
-    """Our DenseNet121 as a recipe trains it: model, DeepSpeed engine, train_step with its checks and figures."""
-    from pretrain import engine
-    from pretrain.config import Batch, Recipe
-    from pretrain.model import build_model
-    from pretrain.step import train_step
-
-    recipe = Recipe(batch=Batch(global_=scans))
-    device = engine.start_ranks()
-    trained = engine.build_engine(recipe, build_model(recipe).to(device), lambda step: 1.0)
-    trained.train()
-    loss = compared_loss()
-
-    def step(batch: dict[str, Tensor]) -> float:
-        figures, _ = train_step(trained, lambda z, _, b: loss(z, b["proxies"]), batch, 0, torch.float32)
-        return figures["loss"]
-
-    return device, step
-
-
-def engine_cost(sides: tuple[int, ...], scans: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each step, ours and bare in turns; who begins alternates too."""
-    device, ours = engine_step(scans)
-    steps = {"engine": ours, "bare": bare_step(device)}
-    source = torch.Generator().manual_seed(0)
-
-    def batch(shape: tuple[int, ...]) -> dict[str, Tensor]:
-        views = torch.randn(2, scans, 1, *shape, generator=source)
-        return {"views": views.to(device), "proxies": (6 + 82 * torch.rand(scans, 1, generator=source)).to(device)}
-
-    for step in steps.values():
-        step(batch(SMALL))
-    given, taken = batch(sides), {name: [] for name in steps}  # type: dict[str, Tensor], dict[str, list[tuple[float, float]]]
-    for number in range(rounds):
-        for name in list(steps)[:: 1 if number % 2 else -1]:
-            taken[name].append(timed(lambda name=name: steps[name](given), device.type))
-    from pretrain.engine import stop_ranks
-
-    stop_ranks()
-    return taken
-
-
-def against_bare(sides: tuple[int, ...], scans: int, rounds: int) -> None:
-    taken = apart("engine", sides, scans, rounds)
-    shape = "x".join(map(str, sides))
-    print(f"\nTraining step of DenseNet121, {scans} scans (two views each) of {shape}, {rounds} rounds in turns")
-    print(f"{'':<28}{'seconds':>16}{'core-seconds':>16}")
-    for name, words in (("engine", "recipe, DeepSpeed, train_step"), ("bare", "MONAI, torch, Adam")):
-        wall, cpu = zip(*taken[name], strict=True)
-        print(f"{words:<30}{statistics.median(wall):>14.2f}{statistics.median(cpu):>16.2f}")
-    for place, unit in ((0, "seconds"), (1, "core-seconds")):
-        pairs = [ours[place] / bare[place] for ours, bare in zip(taken["engine"], taken["bare"], strict=True)]
-        best = min(ours[place] for ours in taken["engine"]) / min(bare[place] for bare in taken["bare"])
-        shown = ", ".join(f"{pair:.3f}" for pair in pairs)
-        print(f"ratio of {unit}: median of pairs {statistics.median(pairs):.3f}, of the best {best:.3f} ({shown})")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="half the resolution and fewer rounds")
     parser.add_argument("--grid", help="sides in voxels, as 61x73x61")
-    parser.add_argument("--only", choices=(*ENCODERS, "engine"), action="append", help="one of them; may be repeated")
+    parser.add_argument("--only", choices=tuple(ENCODERS), action="append", help="one of them; may be repeated")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case:
         name, *rest = json.loads(chosen.case)
-        print(json.dumps(engine_cost(*rest) if name == "engine" else measure(name, *rest)))
+        print(json.dumps(measure(name, *rest)))
         return
     sides = tuple(int(side) for side in chosen.grid.split("x")) if chosen.grid else QUICK if chosen.quick else VBM
     cuda = chosen.device == "cuda"
@@ -199,10 +112,7 @@ def main() -> None:
     load = "" if cuda else f", load average {os.getloadavg()[0]:.1f} at the start"
     print(f"{hardware}, torch {torch.__version__}, {torch.get_num_threads()} threads{load}")
     names = [name for name in ENCODERS if not chosen.only or name in chosen.only]
-    if names:
-        over_encoders(names, sides, chosen.device, repeats=5 if cuda else 1 if chosen.quick else 2)
-    if not chosen.only or "engine" in chosen.only:
-        against_bare(sides, 2, rounds=10 if cuda else 3 if chosen.quick else 6)
+    over_encoders(names, sides, chosen.device, repeats=5 if cuda else 1 if chosen.quick else 2)
 
 
 if __name__ == "__main__":

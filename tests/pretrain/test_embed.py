@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.volume import Grid, load_volume, zscore
+from data_pipeline.volume import Grid, load_volume, scale_factor, zscore
 from evaluation.features import check_preprocessing
 from infra.errors import UserError
 from pretrain import Encoder
@@ -54,6 +54,29 @@ def test_embed_prepares_a_turned_file_as_the_encoders_scans_were(tmp_path, prepa
     np.testing.assert_allclose(features, expected, atol=1e-6)
     other = load_volume(tmp_path / "plain.nii.gz", grid, crop="world" if prepared.get("crop") == "brain" else "brain")
     assert not np.array_equal(other, volume)
+
+
+@pytest.mark.parametrize("scaling", ["none", "tiv"])
+def test_the_model_cards_own_lines_give_features_and_nothing_in_the_folder_is_pickled(tmp_path, scaling):
+    folder = tmp_path / "encoder"
+    network = export(folder, Grid.centred((14, 16, 12), 6.0), scaling=scaling)
+    assert {p.name for p in folder.iterdir()} == {
+        "model.safetensors", "config.json", "preprocessing.json", "README.md", "checksums.json",
+    }  # fmt: skip
+    nibabel.save(nibabel.Nifti1Image(blob(3, 50.0), np.array(GRID.affine)), tmp_path / "scan.nii.gz")
+    lines = [line.strip() for line in (folder / "README.md").read_text().splitlines() if line.startswith("    ")]
+    assert len(lines) == 3
+    code = (
+        "\n".join(lines).replace("path/to/this/folder", str(folder)).replace("scan.nii.gz", f"{tmp_path}/scan.nii.gz")
+    )
+    found: dict[str, np.ndarray] = {}
+    exec(code, found)
+    assert found["features"].shape == (1, 128)
+    factor = scale_factor(scaling, {"tiv": 1450.0})
+    volume = load_volume(tmp_path / "scan.nii.gz", Grid.centred((14, 16, 12), 6.0), factor=factor)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(zscore(volume))[None, None]).numpy()
+    np.testing.assert_allclose(found["features"], expected, atol=1e-5)
 
 
 def test_shards_prepared_otherwise_are_refused(tmp_path, manifest):
