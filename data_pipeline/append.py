@@ -12,6 +12,7 @@ import pandas as pd
 from data_pipeline import resume
 from data_pipeline.build import PLACES, _describe, _write_shards, not_listed, rules_of
 from data_pipeline.cohort import is_simulated, name_of, read_cohort
+from data_pipeline.cohort_pseudonyms import key_mark, read_key
 from data_pipeline.damage import same_value
 from data_pipeline.manifest import MANIFEST, Manifest, write_manifest
 from data_pipeline.manifest_file import read_content
@@ -216,7 +217,7 @@ def check_own(manifest: Manifest) -> None:
 
 
 def check_pseudonyms(manifest: Manifest, key_file: str | Path | None) -> None:
-    """UserError where shards of pseudonyms are to get names, or the other way round."""
+    """UserError where shards of pseudonyms are to get names, or the other way round, or pseudonyms of another key."""
     hidden = bool(manifest.settings.get("pseudonymised", False))
     if hidden != (key_file is not None):
         have, fix = (
@@ -225,3 +226,9 @@ def check_pseudonyms(manifest: Manifest, key_file: str | Path | None) -> None:
             else ("plain ids", "leave --pseudonymise out")
         )
         raise UserError(f"{manifest.root} holds {have}; {fix}")
+    mark = manifest.settings.get("pseudonym_key")  # older builds have none
+    if key_file is not None and mark is not None and mark != key_mark(read_key(Path(key_file))):
+        # A known person would be another one under it, and could fall into another split.
+        raise UserError(
+            f"{manifest.root} holds pseudonyms of another key than --pseudonymise={key_file}; give that key"
+        )

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from data_pipeline import resume
 from data_pipeline.cohort import is_simulated, name_of, read_cohort
+from data_pipeline.cohort_pseudonyms import key_mark, read_key
 from data_pipeline.manifest import MANIFEST, Manifest, write_manifest
 from data_pipeline.quality import COLUMNS as QUALITY_COLUMNS
 from data_pipeline.quality import Quality, Removal, check_quality, read_scan, write_quarantine
@@ -110,6 +111,8 @@ def build_shards(
         "quality": to_dict(quality), "simulated": is_simulated(root), "scans_found": len(scans) + len(unknown),
         "pseudonymised": key_file is not None,
     }  # fmt: skip
+    if key_file is not None:
+        settings["pseudonym_key"] = key_mark(read_key(Path(key_file)))
     folder.mkdir(parents=True, exist_ok=True)
     done = _already_built(folder, grid, settings)
     if done:
@@ -278,6 +281,7 @@ def _already_built(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manife
     first = {
         **PREPARED,
         "pseudonymised": False,
+        "pseudonym_key": settings.get("pseudonym_key"),
         "quality": to_dict(Quality()),
     }  # of builds from before these were settings
     before = {**first, **old.settings, "grid": Grid.from_dict(old.grid)}

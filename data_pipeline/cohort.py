@@ -150,7 +150,10 @@ def _refuse_equal_keys(scans: list[Scan], source: str | Path) -> None:
     for first, second in pairwise(scans):
         if first.key == second.key:
             number = sum(scan.key == first.key for scan in scans)
-            raise UserError(f"cohort {source}: {number} files have the key {first.key}; name their runs _run-1, _run-2")
+            raise UserError(
+                f"cohort {source}: {number} files have the key {first.key}, such as {first.path} and {second.path}; name "
+                "their runs _run-1, _run-2, or list the files to take in a .csv with a column path"
+            )
 
 
 def _one_kind_a_column(scans: list[Scan]) -> list[Scan]:

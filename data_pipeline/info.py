@@ -142,7 +142,7 @@ def _lines(info: dict[str, Any]) -> dict[str, str]:
         + f"{age['missing']} missing",
         "decades": ", ".join(f"{name}: {count}" for name, count in age["decades"].items()),
         "sex": _shown(counts["sex"]),
-        "sites": f"{len(counts['site'])}: {_shown(counts['site'])}",
+        "sites": f"{len(counts['site'].keys() - {'missing'})}: {_shown(counts['site'])}",
         "splits": ", ".join(
             f"{n} {s['scans']} ({s['participants']} participants)" for n, s in info["splits"].items()
         ),

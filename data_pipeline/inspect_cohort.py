@@ -29,17 +29,23 @@ WORST = 12
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found. ``scans``: a row per scan, those removed included, with ``path``, the participant's values, figures,
-    ``robust_z`` and ``rule`` (empty where the scan would stay)."""
+    """What was found. ``scans``: a row per scan, those removed included, with ``path`` (as the quarantine may name it), the
+    participant's values, figures, ``robust_z`` and ``rule`` (empty where the scan would stay). ``files``: each key's scan."""
 
     root: Path
     dataset: str
-    grid: Grid
+    preparation: Preparation
     quality: Quality
     scans: pd.DataFrame
+    files: dict[str, Scan]
     removals: list[Removal]
     verdict: Verdict
     simulated: bool
+
+    @property
+    def grid(self) -> Grid:
+        """The grid to which scans are brought."""
+        return self.preparation.grid
 
     @property
     def threshold(self) -> float | None:
@@ -104,14 +110,14 @@ def survey_cohort(
     preparation = Preparation(grid, scaling, crop, intensity)
     parts.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parts, prefix=".survey-") as folder, ray_cluster.session(workers):
-        measured, removals, files = _measure(scans, preparation, quality, Path(folder))
+        measured, removals, coarse = _measure(scans, preparation, quality, Path(folder))
         table = pd.DataFrame(measured, columns=["key", *(c for c in COLUMNS if c != "quality_correlation")])
         people = pd.DataFrame(
             {"key": s.key, "path": s.place, "dataset": s.dataset, "participant_id": s.participant_id,
              "session": s.session, "site": s.site, "age": s.age, "sex": s.sex} for s in (*scans, *unknown)
         )  # fmt: skip
         table = table.merge(people.drop_duplicates("key"), on="key", how="left", validate="one_to_one")
-        verdict = judge(table, files, quality, {scan.key: scan.place for scan in scans})
+        verdict = judge(table, coarse, quality, {scan.key: scan.place for scan in scans})
     removals += verdict.removals
     removals += not_listed(unknown)
     figures = table[["key", *(c for c in table.columns if c not in people.columns)]]
@@ -119,7 +125,9 @@ def survey_cohort(
     found = people.merge(figures, on="key", how="left")
     found["rule"] = found["key"].map({removal.key: removal.rule for removal in removals}).fillna("")
     ordered = sorted(removals, key=lambda each: (each.key, each.path))
-    return Survey(root, name_of(scans, root), grid, quality, found, ordered, verdict, is_simulated(root))
+    files = {scan.key: scan for scan in (*unknown, *scans)}
+    name = name_of(scans, root)
+    return Survey(root, name, preparation, quality, found, files, ordered, verdict, is_simulated(root))
 
 
 def _measure(
@@ -179,15 +187,25 @@ def _overview(survey: Survey) -> Table:
     age, kept = scans["age"].dropna(), int((scans["rule"] == "").sum())
     rows = [
         ["data set", survey.dataset + (" (simulated)" if survey.simulated else "")],
-        ["scans", f"{len(scans)} of {scans['participant_id'].nunique()} participants"],
+        ["scans", f"{len(scans)} of {_people(scans)} participants"],
+        *([["data sets", _counts(scans["dataset"])]] if scans["dataset"].nunique() > 1 else []),
         ["kept by the rules", f"{kept}; {len(scans) - kept} left out"],
-        ["age", f"{age.mean():.1f} ± {age.std():.1f} years ({age.min():.0f} to {age.max():.0f}), "
+        ["age", f"{age.mean():.1f} ± {age.std(ddof=min(1, len(age) - 1)):.1f} years ({age.min():.0f} to {age.max():.0f}), "
                 f"{int(scans['age'].isna().sum())} missing" if len(age) else "missing everywhere"],
-        ["sex", ", ".join(f"{n or 'missing'} {c}" for n, c in scans["sex"].value_counts().items())],
+        ["sex", _counts(scans["sex"])],
         ["sites", str(scans["site"].replace("", None).nunique())],
         ["grid", f"{' x '.join(map(str, grid.shape))} voxels of {' x '.join(f'{v:g}' for v in grid.spacing)} mm"],
     ]  # fmt: skip
     return Table("Cohort", ["", ""], rows)
+
+
+def _people(scans: pd.DataFrame) -> int:
+    """How many participants: two data sets may both have a sub-01."""
+    return len(scans[["dataset", "participant_id"]].drop_duplicates())
+
+
+def _counts(column: pd.Series[str]) -> str:
+    return ", ".join(f"{name or 'missing'} {count}" for name, count in column.value_counts().items())
 
 
 def _sites(survey: Survey) -> Table:
@@ -195,7 +213,7 @@ def _sites(survey: Survey) -> Table:
     for site, part in survey.scans.groupby("site", sort=False):
         women = (part["sex"] == "F").sum() / max(1, int((part["sex"] != "").sum()))
         rows.append((
-            len(part), [str(site) or "missing", str(len(part)), str(part["participant_id"].nunique()),
+            len(part), [str(site) or "missing", str(len(part)), str(_people(part)),
             f"{part['age'].mean():.1f}", f"{women:.0%}", str(int((part["rule"] != "").sum()))],
         ))  # fmt: skip
     rows.sort(key=lambda row: (-row[0], row[1]))
@@ -204,7 +222,7 @@ def _sites(survey: Survey) -> Table:
     return Table(title, head, [row for _, row in rows[:MOST_LINES]])
 
 
-# How each rule is set; the others have no setting and always act.
+# How each rule is set; those of `limits` follow; the others have no setting and always act.
 SETTINGS: dict[str, Callable[[Quality], str]] = {
     "nonfinite": lambda quality: quality.nonfinite,
     "constant": lambda quality: quality.constant,
@@ -217,13 +235,13 @@ SETTINGS: dict[str, Callable[[Quality], str]] = {
         else "off"
     ),
 }
-ALWAYS = ("participant", "unreadable", "shape", "affine", "empty", "tiv")
 
 
 def _rules(survey: Survey) -> Table:
     quality = survey.quality
     count = pd.Series([removal.rule for removal in survey.removals], dtype=object).value_counts()
-    rows = [[name, "always", str(count[name])] for name in ALWAYS if name in count]
+    always = sorted(name for name in count.index if name not in SETTINGS and not name.startswith("limits."))
+    rows = [[name, "always", str(count[name])] for name in always]
     for name, setting in SETTINGS.items():
         text = setting(quality)
         if name == "outlier" and quality.outlier.use and survey.verdict.middle is None:

@@ -39,7 +39,7 @@ def write_page(survey: Survey, out: Path) -> Path:
     )
     parts = [
         f"<h1>Cohort {html.escape(survey.dataset)}</h1><p class='note'>{html.escape(str(survey.root))}</p>", banner, overview,
-        rules, "<h2>Ages</h2>", _image(_ages(survey), "ages by sex"), "<h2>Scans by site</h2>",
+        rules, "<h2>Ages and sexes</h2>", _image(_ages(survey), "ages, and scans by sex"), "<h2>Scans by site</h2>",
         _image(_by_site(survey), "scans by site"), sites, "<h2>Correlation with the median scan</h2>",
         "<p class='note'>Each scan's coarse volume against the voxelwise median of all. Copies of a scan are not counted in "
         "the median.</p>", _image(_correlations(survey), "correlations"), _cards(survey), worst, removed,
@@ -88,8 +88,10 @@ def _cards(survey: Survey) -> str:
 
 
 def _card(survey: Survey, row: Any, remark: str) -> str:
+    # By the scan's own file, as the shown path may be a pseudonym, and where the build would lay the grid.
+    scan, crop = survey.files[str(row["key"])], survey.preparation.crop
     try:
-        voxels = read_voxels(Path(str(row["path"])), survey.grid, frozenset())
+        voxels = read_voxels(scan.path, survey.grid, frozenset(), crop=crop, orientation=scan.orientation)
         picture = _image(slices(voxels, survey.grid.spacing), str(row["key"]))
     except BadScan:
         picture = ""
@@ -145,8 +147,11 @@ def slices(volume: Any, spacing: tuple[float, ...]) -> bytes:
 
 
 def _ages(survey: Survey) -> bytes:
+    """Known ages stacked by sex; beside them all scans by sex, whose age may be missing."""
+    from matplotlib.ticker import MaxNLocator
+
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
+    figure, (axis, beside) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", width_ratios=[4, 1])
     scans = survey.scans.dropna(subset=["age"])
     groups = [(scans["age"][scans["sex"] == code].to_numpy(), *look) for code, look in SEXES.items()]
     groups = [group for group in groups if len(group[0])]
@@ -161,6 +166,13 @@ def _ages(survey: Survey) -> bytes:
         axis.legend()
     axis.set_xlabel("age (years)")
     axis.set_ylabel("scans")
+    shown = [(int((survey.scans["sex"] == code).sum()), *look) for code, look in SEXES.items()]
+    shown = [bar for bar in shown if bar[0]]
+    bars = beside.bar([name for _, name, _ in shown], [n for n, *_ in shown], color=[colour for *_, colour in shown])
+    beside.bar_label(bars)
+    beside.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    beside.grid(axis="x", visible=False)
+    beside.set_xlabel("sex")
     return _png(figure)
 
 

@@ -296,6 +296,35 @@ def test_operators_are_applied_as_often_as_asked():
     assert np.allclose(shares, 0.5, atol=0.06)  # five standard deviations
 
 
+def test_the_papers_presets_draw_what_the_paper_says():
+    views = [draw_view(PRESETS["paper-all"], SHAPE, 0, 0, scan, view) for scan in range(1000) for view in range(2)]
+    shape = np.array(SHAPE)
+    for name in ("blur", "noise"):  # standard deviations uniform in 0.1 to 1, voxels and units of the z-score
+        strengths = [getattr(view, name) for view in views if getattr(view, name) > 0.01]
+        assert 0.1 <= min(strengths) < 0.11
+        assert 0.99 < max(strengths) <= 1.0
+        assert np.mean(strengths) == pytest.approx(0.55, abs=0.04)
+    assert {view.cutout_side for view in views} == {0.0, 0.25}  # a quarter of each side
+    for view in views:
+        low, high = view.cutout_from, view.cutout_from + view.cutout_side
+        assert (low >= 0).all()
+        assert (high <= 1).all()
+        # A crop of three quarters of each side, or nothing; a flip of left and right; no rotation, no shift of its own.
+        sides = np.diag(view.matrix[:, :3])
+        assert np.array_equal(view.matrix[:, :3], np.diag(sides))
+        assert set(np.abs(sides)) in ({0.75}, {1.0})
+        assert (sides[1:] > 0).all()
+        ends = np.sort([view.matrix[:, 3], view.matrix[:, 3] + sides * shape], axis=0)
+        assert (ends[0] > -1e-4).all()
+        assert (ends[1] < shape + 1e-4).all()
+    for scan in range(100):  # what the published weights used: a cutout of every view, and nothing else
+        view = draw_view(PRESETS["paper-cutout"], SHAPE, 0, 0, scan, 0)
+        assert (view.cutout_side, view.noise, view.gamma) == (0.25, 0.0, 1.0)
+        assert view.blur < 0.01
+        assert np.array_equal(view.matrix, np.eye(3, 4))
+    assert PRESETS["paper-cutout"].operators == ("cutout",)
+
+
 def test_changing_one_probability_leaves_the_other_draws_alone():
     base = PRESETS["paper-all"]
     other = load_augmentation({"preset": "paper-all", "cutout": {"p": 0.0}})

@@ -226,8 +226,12 @@ def test_the_layout_is_told_by_what_the_folder_holds_and_two_are_refused(tmp_pat
 def test_two_files_of_one_key_are_refused(tmp_path):
     root = bids(tmp_path / "ds")
     image(root / "sub-02" / "anat" / "sub-02_acq-b_T1w.nii.gz")
-    with pytest.raises(UserError, match="2 files have the key ds_sub-02_ses-1; name their runs _run-1, _run-2"):
+    with pytest.raises(
+        UserError, match="2 files have the key ds_sub-02_ses-1, such as .* name their runs _run-1, _run-2"
+    ) as e:
         read_cohort(root, modality="t1w")
+    assert "anat/sub-02_T1w.nii.gz and " in str(e.value)
+    assert "anat/sub-02_acq-b_T1w.nii.gz; " in str(e.value)
 
 
 def test_read_bids_is_read_cohort_of_a_bids_folder(tmp_path):

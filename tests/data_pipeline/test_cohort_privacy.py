@@ -169,6 +169,35 @@ def test_pseudonyms_are_stable_over_runs_and_differ_by_key_and_data_set(tmp_path
     assert len(ids) == len(ids - renamed - other_key) == len(renamed - other_key) == 8
 
 
+def test_another_key_is_refused_and_the_same_keeps_people_themselves(tmp_path, capsys):
+    cohort, out = write_cohort(tmp_path / "a", participants=6), tmp_path / "out"
+    (tmp_path / "other").write_bytes(b"another key here")
+    build, append = ["shards", "build", str(cohort), str(out)], ["shards", "append", str(cohort), str(out)]
+    key, other = ["--pseudonymise", str(secret(tmp_path))], ["--pseudonymise", str(tmp_path / "other")]
+    assert cli.run([*build, *key]) == 0
+    before = Manifest.load(out)
+    assert cli.run([*build, *other]) == 2
+    assert "holds shards built otherwise (pseudonym_key was" in capsys.readouterr().err
+    for path in sorted(cohort.rglob("*.nii.gz")):
+        second = Path(str(path).replace("ses-1", "ses-2"))
+        second.parent.mkdir(parents=True)
+        nibabel.save(
+            nibabel.Nifti1Image(blob(len(str(path)) + int(path.name[4:7]), 40.0), np.array(GRID.affine)), second
+        )
+    repair = ["shards", "verify", str(out), "--repair", str(cohort)]
+    next(out.glob("*.tar")).rename(tmp_path / "kept.tar")
+    for command, text in ((append, "holds pseudonyms of another key than --pseudonymise="), (repair, "of another key")):
+        capsys.readouterr()
+        assert cli.run([*command, *other]) == 2
+        assert text in capsys.readouterr().err
+    (tmp_path / "kept.tar").rename(out / before.shards[0]["name"])
+    assert cli.run([*append, *key]) == 0
+    scans = Manifest.load(out).scans
+    assert len(scans) == 2 * len(before.scans) == 12
+    assert (scans.groupby("participant_id")["split"].agg(["size", "nunique"]) == [2, 1]).all(axis=None)
+    assert key[1] not in json.dumps(Manifest.load(out).settings)
+
+
 def test_a_column_of_numbers_that_copies_the_ids_is_left_out(tmp_path):
     cohort = write_cohort(tmp_path / "a", participants=4)
     rows = (cohort / "participants.tsv").read_text().splitlines()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from pathlib import Path
 
 import matplotlib.image
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,8 +17,9 @@ from data_pipeline.build import build_shards
 from data_pipeline.inspect_cohort import survey_cohort, tables
 from data_pipeline.inspect_page import slices, write_page
 from data_pipeline.quality import load_quality
+from data_pipeline.volume import Grid
 from infra import cli, ray_cluster
-from tests.cohorts import write_cohort
+from tests.cohorts import GRID, blob, write_cohort
 from tests.data_pipeline.faults import PLANTED, write_faulty_cohort
 
 
@@ -84,6 +87,51 @@ def test_a_small_cohort_says_that_outliers_are_not_judged(tmp_path):
     page = write_page(survey, tmp_path / "page.html").read_text()
     assert "<b>" not in page
     assert "&lt;b&gt;0&lt;/b&gt;" in page
+
+
+def far_away(tmp_path: Path) -> Path:
+    """Two data sets with the same ids, heads 400 mm off the origin, no ages; the last image is a coloured one."""
+    colour = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+    affine = np.array(GRID.affine)
+    affine[:3, 3] += 400
+    for number, name in enumerate(("one", "two")):
+        paths = sorted(write_cohort(tmp_path / name, participants=3).rglob("*.nii.gz"))
+        for n, path in enumerate(paths):
+            voxels = blob(10 * number + n, 40.0)
+            nibabel.save(nibabel.Nifti1Image(np.where(voxels > 0.5, voxels, 0), affine), path)
+        table = tmp_path / name / "participants.tsv"
+        table.write_text(re.sub(r"(sub-\d+)\t[\d.]+\t", r"\1\tn/a\t", table.read_text()))
+    nibabel.save(nibabel.Nifti1Image(np.zeros(GRID.shape, colour), affine), paths[-1])
+    (tmp_path / "all.yaml").write_text("datasets: [{path: one}, {path: two}]")
+    (tmp_path / "key").write_bytes(b"0123456789abcdef")
+    return tmp_path / "all.yaml"
+
+
+def pictures(page: str) -> list[np.ndarray]:
+    return [
+        matplotlib.image.imread(io.BytesIO(base64.b64decode(png)))[..., :3]
+        for png in re.findall(r"src=\"data:image/png;base64,([^\"]+)", page)
+    ]
+
+
+@pytest.mark.parametrize("key", [None, "key"])
+def test_people_of_several_data_sets_are_counted_and_drawn_where_the_build_finds_them(tmp_path, key):
+    grid = Grid.centred(GRID.shape, 6.0)
+    key_file = key and tmp_path / key
+    survey = survey_cohort(far_away(tmp_path), parts=tmp_path / "parts", grid=grid, crop="brain", key_file=key_file)
+    by_title = {table.title.split(":")[0]: table.rows for table in tables(survey)}
+    assert ["scans", "6 of 6 participants"] in by_title["Cohort"]  # both data sets have a sub-000
+    assert ["data sets", "one 3, two 3"] in by_title["Cohort"]
+    assert sum(int(row[2]) for row in by_title["Sites"]) == 6
+    assert ["type", "always", "1"] in by_title["Rules"]
+    assert sum(int(row[-1]) for row in by_title["Rules"]) == len(survey.removals) == 1
+    page = write_page(survey, tmp_path / "page.html").read_text()
+    assert ("sub-000" in page) == (key is None)
+    ages, _, _, *cards = pictures(page)
+    assert len(cards) == 6  # the most typical scan once more; none of the coloured image
+    assert all((card > 0.5).mean() > 0.05 for card in cards)  # the head is in the picture
+    for colour in ((0xCC, 0x79, 0xA7), (0x56, 0xB4, 0xE9)):  # women and men are shown although no age is known
+        assert (np.abs(ages - np.array(colour) / 255).max(axis=-1) < 0.01).sum() > 500
 
 
 def test_the_page_is_not_written_into_the_cohort(faulty, capsys):

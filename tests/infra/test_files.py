@@ -7,7 +7,7 @@ import io
 import pytest
 
 from infra.files import atomic_write, sha256_of, write_json
-from infra.progress import Progress, clock
+from infra.progress import SECONDS_BETWEEN_LINES, Progress, clock
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -29,6 +29,21 @@ def test_sha256_of_known_bytes(tmp_path):
 @pytest.mark.parametrize(("seconds", "text"), [(4.4, "4 s"), (185, "3 min 05 s"), (7625, "2 h 07 min")])
 def test_clock_reads_well(seconds, text):
     assert clock(seconds) == text
+
+
+def test_a_long_work_tells_its_rate_and_the_time_left(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("infra.progress.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    # Resumed at 20 of 100: the rate is that of the work done since.
+    with Progress(100, "scans", "building", done=20, stream=stream) as progress:
+        for _ in range(40):
+            now[0] += 5.0
+            progress.advance()
+    first, *_ = lines = stream.getvalue().splitlines()
+    done = 20 + int(SECONDS_BETWEEN_LINES / 5)
+    assert first == f"building: {done}/100 scans, 0.2 scans/s, {clock(5 * (100 - done))} left"
+    assert lines[-1] == "building: 60/100 scans, 0.2 scans/s, 3 min 20 s left"
 
 
 def test_a_log_gets_plain_lines_with_count_and_figures():

@@ -78,6 +78,9 @@ def test_mlflow_holds_one_run_per_pretraining_with_its_checkpoints(job):
     assert trained["params"]["loss.proxies.age.bandwidth"] == "5.0"
     history = runs.metric_history(store(job), trained["run_id"], "loss")
     assert history == [(step, pytest.approx(loss)) for step, loss in losses(job / "demo/runs/y-aware")]
+    stalls = runs.metric_history(store(job), trained["run_id"], "data_stall")
+    assert [step for step, _ in stalls] == list(range(6))
+    assert all(0 < share <= 1 for _, share in stalls)
     models = runs.checkpoints(store(job), trained["run_id"])
     assert [model["step"] for model in models] == [3, 6]
     assert Encoder.from_pretrained(models[1]["path"]).config["model_id"] == models[1]["model_id"]
