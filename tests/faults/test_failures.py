@@ -252,13 +252,13 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.parametrize(("number", "text"), [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only")])
-def test_a_disk_that_fails_elsewhere_is_one_line_too(monkeypatch, capsys, number, text):
+def test_a_disk_that_fails_elsewhere_is_one_line_too(monkeypatch, capfd, number, text):
     def fails(recipe):
         raise OSError(number, os.strerror(number), "run/metrics.jsonl")
 
     monkeypatch.setattr(train, "train", fails)
-    assert train.main(["--config", "demo-cpu"]) == 1
-    said = capsys.readouterr().err
+    assert train.main(["--config", "demo-cpu", "--train.watchdog_seconds=0"]) == 1
+    said = capfd.readouterr().err
     assert said.startswith("yaware: error: rank 0: [Errno ")
     assert text in said
     assert "'run/metrics.jsonl'" in said
@@ -272,7 +272,7 @@ def test_an_error_that_is_no_failure_of_the_disk_is_not_hidden(monkeypatch):
 
     monkeypatch.setattr(train, "train", fails)
     with pytest.raises(FileNotFoundError):
-        train.main(["--config", "demo-cpu"])
+        train.main(["--config", "demo-cpu", "--train.watchdog_seconds=0"])
 
 
 def bad_loss_on_rank_1(rank: int) -> None:
