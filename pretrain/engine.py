@@ -117,8 +117,9 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
 def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]) -> Any:
     """The DeepSpeed engine of ``model``. ``lr_at(step)`` is the factor on the learning rate at a step."""
     for p in model.parameters():
-        # DeepSpeed's first broadcast sees weights as bytes, which wants torch's usual layout; ZeRO lays them flat in any case.
-        p.data = p.data.contiguous()
+        # DeepSpeed's first broadcast sees weights as bytes, which wants torch's usual strides; ZeRO lays them flat in any case.
+        # `contiguous` alone leaves the strides of a channels-last kernel of one voxel as they are.
+        p.data = p.data.contiguous().flatten().view(p.shape)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [p for name, p in named if not name.startswith("temperature.")]}]
     if learned := [p for name, p in named if name.startswith("temperature.")]:
