@@ -116,10 +116,7 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]) -> Any:
     """The DeepSpeed engine of ``model``. ``lr_at(step)`` is the factor on the learning rate at a step."""
-    for p in model.parameters():
-        # DeepSpeed's first broadcast sees weights as bytes, which wants torch's usual strides; ZeRO lays them flat in any case.
-        # `contiguous` alone leaves the strides of a channels-last kernel of one voxel as they are.
-        p.data = p.data.contiguous().flatten().view(p.shape)
+    lay_plainly(model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [p for name, p in named if not name.startswith("temperature.")]}]
     if learned := [p for name, p in named if name.startswith("temperature.")]:
@@ -136,6 +133,16 @@ def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]
         dist_init_required=False,
     )
     return engine
+
+
+def lay_plainly(model: nn.Module) -> None:
+    """Give weights torch's usual strides, where they were channels-last.
+
+    DeepSpeed's first broadcast sees weights as bytes, which wants a last stride of 1; ZeRO lays them flat in any case.
+    """
+    for p in model.parameters():
+        # `contiguous` alone leaves the strides of a channels-last kernel of one voxel as they are.
+        p.data = p.data.contiguous().flatten().view(p.shape)
 
 
 def _refuse_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
