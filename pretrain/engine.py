@@ -85,9 +85,7 @@ def stop_ranks() -> None:
 
 def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]) -> Any:
     """The DeepSpeed engine of ``model``. ``lr_at(step)`` is the factor on the learning rate at a step."""
-    for p in model.parameters():
-        # DeepSpeed's first broadcast sees weights as bytes, which wants torch's usual layout; ZeRO lays them flat in any case.
-        p.data = p.data.contiguous()
+    lay_plainly(model)
     _check_fp16(recipe)
     groups = parameter_groups(model, recipe.optimizer)
     optimizer = build_optimizer(recipe.optimizer, groups)
@@ -116,6 +114,16 @@ def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]
     if isinstance(optimizer, LayerWise) and zero_stage(recipe) > 0:
         optimizer.learn_parts(held(engine), engine.parameter_order)
     return engine
+
+
+def lay_plainly(model: nn.Module) -> None:
+    """Give weights torch's usual strides, where they were channels-last.
+
+    DeepSpeed's first broadcast sees weights as bytes, which wants a last stride of 1; ZeRO lays them flat in any case.
+    """
+    for p in model.parameters():
+        # `contiguous` alone leaves the strides of a channels-last kernel of one voxel as they are.
+        p.data = p.data.contiguous().flatten().view(p.shape)
 
 
 def _check_fp16(recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ from pretrain.deepspeed_config import deepspeed_config
 from pretrain.encoders import ENCODERS, build_encoder, check_encoder
 from pretrain.encoders.layers import pad_to
 from pretrain.encoders.networks import SMALLEST
+from pretrain.engine import lay_plainly
 from pretrain.model import ContrastiveModel, Projector, build_model
 
 VBM = (121, 145, 121)
@@ -304,6 +305,18 @@ def test_channels_last_reaches_every_block_and_changes_no_feature(name):
     kernels = [p for p in last.parameters() if p.ndim == 5 and min(p.shape[1], p.shape[2]) > 1]
     assert kernels
     assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
+
+
+def test_channels_last_weights_are_laid_out_as_deepspeed_broadcasts_them():
+    torch.manual_seed(0)
+    encoder = build_encoder("densenet121", {"norm": "group", "channels_last": True})
+    before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
+    with pytest.raises(RuntimeError, match="stride"):
+        [p.data.view(torch.uint8) for p in encoder.parameters()]
+    lay_plainly(encoder)
+    for name, p in encoder.named_parameters():
+        assert p.data.view(torch.uint8).shape[:-1] == p.shape[:-1]
+        assert torch.equal(p, before[name])
 
 
 @pytest.mark.slow
