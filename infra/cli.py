@@ -23,7 +23,9 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "embed": ("pretrain.cli", "features of NIfTI files from an exported encoder"),
     "import-weights": ("pretrain.cli", "bring published weights (BHB-10K DenseNet121) into an export folder"),
     "evaluate": ("evaluation.cli", "probe checkpoints on downstream tasks, tuned by Ray, logged to MLflow"),
-    "compare": ("evaluation.cli", "compare evaluated checkpoints: table and HTML report"),
+    "compare": ("evaluation.compare_cli", "compare evaluated checkpoints: tables, LaTeX and HTML report"),
+    "saliency": ("evaluation.compare_cli", "map where in the brain an evaluated checkpoint's answer comes from"),
+    "promote": ("evaluation.compare_cli", "register a checkpoint in MLflow's model registry under an alias"),
     "doctor": ("infra.doctor", "check this machine: compiler, libraries, GPUs, ports"),
 }
 

@@ -105,7 +105,7 @@ class StoredRun:
 
         tags = {"yaware.checkpoint": entry["folder"], "yaware.checkpoint.sha256": entry["digest"]}
         name = re.sub(r"[/:.%\"']", "-", entry["name"])  # MLflow refuses these in a model's name
-        with _environment(MLFLOW_TRACKING_URI=self.uri):
+        with environment(MLFLOW_TRACKING_URI=self.uri):
             model = mlflow.create_external_model(
                 name, source_run_id=self.run_id, model_type="encoder", params={"step": str(entry["step"])}, tags=tags,
                 experiment_id=self.experiment_id,
@@ -201,7 +201,8 @@ def _find_run(client: Any, run_id: str) -> Any:
 
 
 @contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str) -> Iterator[None]:
+    """Variables set for a while: parts of MLflow look for the store there, whatever client they were called by."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

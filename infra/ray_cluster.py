@@ -1,4 +1,6 @@
-"""Ray behind one door: a local cluster (or that of ``RAY_ADDRESS``), plain tasks, and Tune. The only module that imports ray.
+"""Ray behind one door: a local cluster (or that of ``RAY_ADDRESS``) and plain tasks. The only module that imports ray.
+
+Searches by Ray Tune are in ``infra.tuning``.
 
 A local cluster is started with little memory and no dashboard, and stopped when its session ends; a cluster that somebody
 else started is attached to and never stopped.
@@ -8,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
-from infra.progress import Progress
 
 OBJECT_STORE_BYTES = 200 * 2**20
 # One thread a worker: the workers share the cores, and linear algebra of this size gains nothing from more.
@@ -124,94 +124,44 @@ def _next(ray: Any, waiting: dict[Any, int]) -> tuple[int, Any]:
         ) from None
 
 
-def tune_grid(
-    trainable: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
-    points: Sequence[dict[str, Any]],
-    *,
-    data: dict[str, Any],
-    storage: Path,
-    name: str,
-    concurrency: int | None = None,
-    title: str = "tuning",
-) -> list[dict[str, Any]]:
-    """Run ``trainable(point, data)`` for every point as a trial of Ray Tune; the results in the order of the points.
-
-    ``data`` is sent once and shared by all trials; results may hold arrays. An unfinished search of the same name in
-    ``storage`` is continued: finished trials are not run again. RuntimeError with the cause where a trial fails.
-    """
-    ray = import_ray()
+def import_tune() -> Any:
+    """Ray Tune, with Optuna's search and the schedulers."""
+    import_ray()
     from ray import tune
+    from ray.tune import schedulers, search  # noqa: F401 - attributes of tune
+    from ray.tune.search import optuna  # noqa: F401
 
-    folder = storage.resolve()
-    results = folder / f"{name}-results"
-    results.mkdir(parents=True, exist_ok=True)
-    callback = _progress_callback(tune)
-    callback.progress = Progress(len(points), "trials", title)
-    wrapped = tune.with_resources(
-        tune.with_parameters(_trial_class(tune), function=trainable, data=data, out=str(results)), {"cpu": 1}
+    logging.getLogger("optuna").setLevel(logging.WARNING)  # it would tell of every study
+    return tune
+
+
+def gpus() -> float:
+    """GPUs of the cluster that is connected."""
+    return float(import_ray().cluster_resources().get("GPU", 0))
+
+
+def train_torch(
+    function: Callable[[Any, int, int], None], argument: Any, *, ranks: int, storage: Path, name: str, gpus: float, cpus: float
+) -> None:  # fmt: skip
+    """Run ``function(argument, rank, world_size)`` in ``ranks`` workers of Ray Train, joined in a torch process group.
+
+    RuntimeError with the cause where a worker fails.
+    """
+    import_ray()
+    from ray import train
+    from ray.train.torch import TorchTrainer
+
+    def loop(config: dict[str, Any]) -> None:
+        context = train.get_context()
+        function(config["argument"], context.get_world_rank(), context.get_world_size())
+
+    share = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config={"argument": argument},
+        scaling_config=train.ScalingConfig(num_workers=ranks, use_gpu=gpus > 0, resources_per_worker=share),
+        run_config=train.RunConfig(name=name, storage_path=str(storage)),
     )
-    settings = tune.RunConfig(
-        name=name, storage_path=str(folder), verbose=0, callbacks=[callback], log_to_file=False,
-        failure_config=tune.FailureConfig(max_failures=0),
-    )  # fmt: skip
-    if tune.Tuner.can_restore(str(folder / name)):
-        tuner = tune.Tuner.restore(str(folder / name), wrapped, resume_errored=True)
-    else:
-        tuner = tune.Tuner(
-            wrapped,
-            param_space={"index": tune.grid_search(list(range(len(points)))), "points": list(points)},
-            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=concurrency),
-            run_config=settings,
-        )
-    assert ray.is_initialized()
-    with callback.progress:
-        grid = tuner.fit()
-    if grid.num_errors:
-        raise RuntimeError(f"{name}: {grid.num_errors} of {len(points)} trials failed; the first: {grid.errors[0]}")
-    return [pickle.loads((results / f"{index}.pkl").read_bytes()) for index in range(len(points))]
-
-
-def _trial_class(tune: Any) -> type[Any]:
-    class Trial(tune.Trainable):  # type: ignore[misc]
-        """One point; an actor takes point after point (reuse_actors), which spares a process start each."""
-
-        def setup(self, config: dict[str, Any], function: Any, data: dict[str, Any], out: str) -> None:
-            self.function, self.data, self.out, self.index = function, data, Path(out), config["index"]
-
-        def reset_config(self, new_config: dict[str, Any]) -> bool:
-            self.index = new_config["index"]
-            return True
-
-        def step(self) -> dict[str, Any]:
-            # Arrays do not belong in Tune's own result files; they go to one of their own, whole or not at all.
-            target = self.out / f"{self.index}.pkl"
-            if not target.exists():
-                result = self.function(self.config["points"][self.index], self.data)
-                temporary = target.with_suffix(".tmp")
-                temporary.write_bytes(pickle.dumps(result))
-                temporary.replace(target)
-            return {"done": True}
-
-        def save_checkpoint(self, checkpoint_dir: str) -> None:
-            return None
-
-        def load_checkpoint(self, checkpoint: Any) -> None:
-            return None
-
-    return Trial
-
-
-def _progress_callback(tune: Any) -> Any:
-    class Count(tune.Callback):  # type: ignore[misc]
-        """Tells the progress line of every finished trial."""
-
-        progress: Progress | None = None
-
-        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            if self.progress:
-                self.progress.advance()
-
-        def __getstate__(self) -> dict[str, Any]:
-            return {}  # Tune keeps a copy of its callbacks on disk, where a terminal has no place
-
-    return Count()
+    result = trainer.fit()
+    if getattr(result, "error", None):
+        raise RuntimeError(f"{name}: {result.error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,30 @@ def has_model(uri: str, model_id: str) -> bool:
     except UserError:
         return False
     return True
+
+
+def checkpoint(uri: str, model_id: str) -> dict[str, Any]:
+    """One checkpoint by its model id, as ``checkpoints`` gives it; UserError where it is not in the store."""
+    client = client_of(uri, create=False)
+    with readable(uri):
+        return _model_row(client.get_logged_model(model_id))
+
+
+def find_run(uri: str, given: str, experiment: str) -> dict[str, Any]:
+    """A run (as ``runs`` gives it) by its id, or the newest pretraining of that name in ``experiment``."""
+    client = client_of(uri, create=False)
+    if re.fullmatch(r"[0-9a-f]{32}", given):
+        with readable(uri):
+            return _run_row(client.get_run(given))
+    known = runs(uri, experiment, "pretraining")
+    for row in known:
+        if row["name"] == given:
+            return row
+    names = sorted({str(row["name"]) for row in known})
+    raise UserError(
+        f"{given!r} is no model id, run id or pretraining of experiment {experiment!r}{nearest(given, names)}; "
+        f"its pretrainings: {', '.join(names) or 'none'}"
+    )
 
 
 def ui_command(uri: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infra import ray_cluster
+from infra import ray_cluster, tuning
 from infra.errors import UserError
 
 
@@ -63,7 +63,7 @@ def test_trials_return_arrays_in_the_order_of_the_points_and_run_once(tmp_path):
     points = [{"c": c} for c in (3, 1, 2)]
     data = {"base": np.arange(4.0), "log": str(log)}
     for _ in range(2):  # the second call finds everything done
-        results = ray_cluster.tune_grid(trial, points, data=data, storage=tmp_path, name="search")
+        results = tuning.tune_grid(trial, points, data=data, storage=tmp_path, name="search")
         assert [r["c"] for r in results] == [3, 1, 2]
         assert np.array_equal(results[2]["scores"], np.arange(4.0) * 2)
     assert {p.name: p.read_text() for p in log.iterdir()} == {"1": "ran\n", "2": "ran\n", "3": "ran\n"}
@@ -71,7 +71,7 @@ def test_trials_return_arrays_in_the_order_of_the_points_and_run_once(tmp_path):
 
 def test_a_failing_trial_says_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)1 of 2 trials failed.*planted"):
-        ray_cluster.tune_grid(
+        tuning.tune_grid(
             trial,
             [{"c": 1}, {"c": 2, "fail": True}],
             data={"base": 1.0, "log": str(tmp_path)},

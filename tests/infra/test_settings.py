@@ -44,7 +44,10 @@ def test_deepspeed_section_takes_any_key():
         ("--loss.proxies.age.bandwith=3", r"'loss.proxies.age.bandwith' \(did you mean 'bandwidth'\?\)"),
         ("--batch.global=many", r"batch.global: .*valid integer.*found 'many'; set it in the recipe or with"),
         ("--optimizer.lr=-1", r"optimizer.lr: .*greater than 0, found -1"),
-        ("--train.precision=fp8", r"train.precision: .*'fp32', 'bf16' or 'autocast', found 'fp8'"),
+        (
+            "--train.precision=fp8",
+            r"train.precision: .*'fp32', 'bf16', 'fp16', 'autocast' or 'autocast-fp16', found 'fp8'",
+        ),
         ("--loss.proxies={age:", r"override '--loss.proxies=\{age:' is not valid YAML"),
         ("optimizer.lr=1", r"not of the form --section.key=value"),
     ],
