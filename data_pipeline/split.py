@@ -10,7 +10,9 @@ import pandas as pd
 from infra.errors import UserError
 
 DEFAULT_SPLITS = {"pretrain": 0.7, "monitor": 0.1, "downstream": 0.2}
-HEALTHY = {"control", "healthy", "hc", "cn", "none", "0", "0.0"}
+HEALTHY = {
+    "control", "healthy", "hc", "cn", "none", "0", "0.0", "ctrl", "nc", "normal", "healthy control", "no_known_disorder",
+}  # fmt: skip
 YEARS_PER_STRATUM = 10
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
+from pretrain import seen_scans
 from pretrain.encoders import TRAINING_ONLY, build_encoder
 
 FILES = ("model.safetensors", "config.json", "preprocessing.json")
@@ -53,7 +54,7 @@ class Encoder(nn.Module):
         """
         path = find_encoder(folder)
         checksums = _read_json(path / "checksums.json")
-        for name in FILES:
+        for name in [*FILES, *(other for other in checksums if other not in FILES)]:
             if not (path / name).is_file() or sha256_of(path / name) != checksums.get(name):
                 raise UserError(f"{path / name} is missing or differs from checksums.json; export the encoder again")
         config = _read_json(path / "config.json")
@@ -71,9 +72,13 @@ class Encoder(nn.Module):
 
 
 def write_encoder(
-    folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any], preprocessing: dict[str, Any]
-) -> str:
-    """Write an export folder (which must not be there yet) and return the SHA-256 of its weights."""
+    folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any], preprocessing: dict[str, Any],
+    seen: Sequence[seen_scans.Source] = (),
+) -> str:  # fmt: skip
+    """Write an export folder (which must not be there yet) and return the SHA-256 of its weights.
+
+    ``seen``: the scans that the weights were fitted to, by which an evaluation on them is refused.
+    """
     folder.mkdir(parents=True)
     try:
         save_file(state, folder / "model.safetensors")
@@ -83,7 +88,9 @@ def write_encoder(
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors makes private
     write_json(folder / "preprocessing.json", preprocessing)
     (folder / "README.md").write_text(_card(config, preprocessing), encoding="utf-8")
-    checksums = {name: sha256_of(folder / name) for name in FILES}
+    if seen:
+        write_json(folder / seen_scans.NAME, seen_scans.to_json(seen))
+    checksums = {name: sha256_of(folder / name) for name in [*FILES, *[seen_scans.NAME] * bool(seen)]}
     write_json(folder / "checksums.json", checksums)
     return checksums["model.safetensors"]
 
@@ -112,6 +119,24 @@ def find_encoder(path: str | Path) -> Path:
         if (candidate / "model.safetensors").is_file():
             return candidate
     raise UserError(f"no encoder in {given}; give a run folder, one of its checkpoints/step-*, or an exported encoder")
+
+
+def all_steps(run: str | Path) -> list[Path]:
+    """Every finished checkpoint of a run folder, by step; UserError where there is none."""
+    found = sorted(path for path in (Path(run) / "checkpoints").glob("step-*") if (path / "encoder").is_dir())
+    if not found:
+        raise UserError(f"{run} has no checkpoints/step-*; give a run folder, or leave --all-steps out")
+    return found
+
+
+def seen_before(*places: str | Path) -> list[seen_scans.Source]:
+    """What the encoder at the first of some places (runs, checkpoints) has seen; empty where there is none."""
+    for place in places:
+        try:
+            return seen_scans.read(find_encoder(place)) or []
+        except UserError:
+            continue
+    return []
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def method_of(recipe: Recipe) -> str:
         return "random"
     if recipe.loss.name == "y-aware" and all(proxy.bandwidth == 0 for proxy in recipe.loss.proxies.values()):
         return "SimCLR"
+    if recipe.loss.name == "regression":
+        return f"{'+'.join(recipe.loss.proxies)} regression"
     return recipe.loss.name
 
 

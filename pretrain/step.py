@@ -21,9 +21,11 @@ from pretrain.grad_cache import cached, whole
 from pretrain.kernels import Kernel
 from pretrain.losses import LOSSES
 from pretrain.proxies import build_kernel, proxy_columns
+from pretrain.supervised import SUPERVISED, target_scale
 from pretrain.temperature import Temperature
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
+ALL_LOSSES = {**LOSSES, **SUPERVISED}
 ContrastiveLoss = Callable[[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]], torch.Tensor]
 
 
@@ -37,12 +39,11 @@ def recipe_kernel(recipe: Recipe, scans: Manifest, rows: Rows) -> Kernel:
 
 def loss_options(section: Loss) -> dict[str, Any]:
     """What the recipe's loss takes of ``loss:``; UserError for another loss's name or an option it does not have."""
-    if section.name not in LOSSES:
-        raise UserError(
-            f"loss.name={section.name!r} is not known{nearest(section.name, LOSSES)}; allowed: {', '.join(LOSSES)}"
-        )
+    if section.name not in ALL_LOSSES:
+        hint = nearest(section.name, ALL_LOSSES)
+        raise UserError(f"loss.name={section.name!r} is not known{hint}; allowed: {', '.join(ALL_LOSSES)}")
     names, default = ("temperature", "normalization", "cross_view", "tile"), Loss()
-    known = inspect.signature(LOSSES[section.name]).parameters
+    known = inspect.signature(ALL_LOSSES[section.name]).parameters
     for name in names:
         if name not in known and getattr(section, name) != getattr(default, name):
             raise UserError(f"loss.{name} is no option of the loss {section.name}; leave it out")
@@ -61,7 +62,9 @@ def build_loss(recipe: Recipe, scans: Manifest, rows: Rows) -> ContrastiveLoss:
     kernel, options = recipe_kernel(recipe, scans, rows), loss_options(recipe.loss)
     gather = AllGather() if distributed.world_size() > 1 else None
     people_of = subjects_of(recipe, scans)
-    loss = LOSSES[recipe.loss.name]
+    loss = ALL_LOSSES[recipe.loss.name]
+    if recipe.loss.name in SUPERVISED:
+        options |= target_scale(torch.from_numpy(scans.proxies(proxy_columns(recipe.loss.proxies), rows)))
 
     def compare(views: torch.Tensor, temperature: torch.Tensor | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         learned = {} if temperature is None else {"temperature": temperature}

@@ -25,7 +25,7 @@ from data_pipeline.volume import PREPARED
 from infra import distributed, watchdog
 from infra.errors import UserError
 from infra.settings import to_dict
-from pretrain import checkpoint, engine, run_folder
+from pretrain import checkpoint, engine, run_folder, seen_scans
 from pretrain.checkpoint import CheckpointFailed
 from pretrain.config import Recipe, check_world_size, load_recipe
 from pretrain.deepspeed_config import deepspeed_config
@@ -33,7 +33,7 @@ from pretrain.diagnostics import Positives, positive_figures
 from pretrain.ema import Average
 from pretrain.encoders import check_encoder
 from pretrain.engine import NotFinite
-from pretrain.export import write_encoder
+from pretrain.export import seen_before, write_encoder
 from pretrain.gather import AllGather
 from pretrain.model import build_model
 from pretrain.monitor import OnlineMonitor
@@ -232,7 +232,9 @@ def save(
             "modality": settings.get("modality"), "scaling": settings.get("scaling"),
             **{name: settings.get(name, usual) for name, usual in PREPARED.items()},
         }  # fmt: skip
-        log.weights_sha256 = write_encoder(temporary / "encoder", weights, config, preprocessing)
+        log.weights_sha256 = write_encoder(
+            temporary / "encoder", weights, config, preprocessing, scans_seen(plan, step)
+        )
 
     state = {**progress, "manifest_digest": plan.manifest.digest, "recipe": to_dict(plan.recipe)}
     written = checkpoint.save_checkpoint(folder, step, trained, state, write_rest)
@@ -241,6 +243,18 @@ def save(
         if best:
             checkpoint.point_to_best(folder, step)
         checkpoint.clean_checkpoints(folder, plan.recipe.checkpoint.keep)
+
+
+def scans_seen(plan: Plan, step: int) -> list[seen_scans.Source]:
+    """What the weights after ``step`` steps were fitted to, the run's that it began from included, and chosen by."""
+    recipe, manifest = plan.recipe, plan.manifest
+    seen = seen_before(recipe.run.output, recipe.run.resume)
+    if step:
+        seen.append(seen_scans.source_of(manifest, plan.rows))
+        watched = watched_scans(recipe.monitor, manifest, plan.steps_per_epoch, recipe.run.seed)
+        if watched is not None:
+            seen.append(seen_scans.source_of(manifest, watched.rows, "watched"))
+    return seen
 
 
 def main(arguments: Sequence[str]) -> int:
