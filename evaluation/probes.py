@@ -1,88 +1,223 @@
-"""Linear probes on frozen features, and the folds they are judged on. Everything is fitted inside its fold."""
+"""Models on features: linear, nearest neighbours, a small network. Everything is fitted to the training scans alone."""
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from evaluation.statistics import auc, balanced_accuracy, mae
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Fold = tuple[Array, Array]  # rows to fit, rows to predict
+Point = dict[str, Any]
 
 # Strength of the L2 penalty on standardised features; a probe tries each.
 STRENGTHS = [float(s) for s in 10.0 ** np.arange(-1, 6)]
+NEIGHBOURS = [1, 3, 7, 15, 31, 63]
+# A column so many times as wide is penalised by 1e-8 of the strength: as good as not at all.
+UNPENALISED = 1e4
 
 
-def folds_of(labels: Array, groups: Array, kind: str, count: int, seed: int) -> list[Fold]:
-    """``count`` folds in which no participant is on both sides; classes (or tenths of a number's range) spread alike."""
-    strata = labels if kind != "regression" else np.searchsorted(np.quantile(labels, np.arange(0.2, 1.0, 0.2)), labels)
-    smallest = np.bincount(np.unique(strata, return_inverse=True)[1]).min()
-    if smallest >= count:
-        splitter: Any = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-    else:
-        splitter = GroupKFold(count, shuffle=True, random_state=seed)
-    return list(splitter.split(labels, strata, groups))
+class Answers(NamedTuple):
+    """What a model says of m scans.
 
-
-def fit_predict(train: Array, labels: Array, test: Array, kind: str, strength: float) -> Array:
-    """Fit a probe on ``train`` (n, F) and give its answers for ``test`` (m, F).
-
-    Binary: the decision value; multiclass: the class; regression: the number. Features are standardised by the training
-    rows, then rotated onto their principal axes: an L2 probe gives the same answers there, in min(n, F) dimensions.
+    ``answer`` (m,): binary, a score, 0 where both classes are as likely if they were equally common; multiclass, the
+    class; regression, the number. ``probability``: binary (m,), of the positive class at the training scans' proportion;
+    multiclass (m, K), of every class; regression (m,), NaN.
     """
-    mean, deviation = train.mean(0), train.std(0)
+
+    answer: Array
+    probability: Array
+
+
+@dataclass(frozen=True)
+class Table:
+    """Features (N, F) of a task's scans with what models are given beside them; ``scale`` each or all: see ``sides``."""
+
+    features: Array
+    labels: Array
+    groups: Array
+    kind: str
+    covariates: Array
+    confounds: Array
+    scale: str = "each"
+
+    @property
+    def classes(self) -> int:
+        """K: a multiclass task's, else 1."""
+        return int(self.labels.max()) + 1 if self.kind == "multiclass" else 1
+
+
+class Sides(NamedTuple):
+    """Training (n) and asked (m) scans, ready for a model."""
+
+    fit: Array
+    labels: Array
+    ask: Array
+    fit_covariates: Array
+    ask_covariates: Array
+    classes: int  # K of a multiclass task
+
+    def of_classes(self, known: Array, shares: Array) -> Answers:
+        """Answers from the shares (m, k) of the classes that training scans have."""
+        every = np.zeros((len(shares), self.classes))
+        every[:, known.astype(np.int64)] = shares
+        return Answers(every.argmax(1), every)
+
+
+def sides(table: Table, fit: Array, ask: Array) -> Sides:
+    """Confounds regressed out, then features scaled; both fitted to the rows ``fit`` alone.
+
+    ``scale`` each: every feature to variance 1 over the training scans. all: one factor for all features, which keeps
+    their proportions (for coordinates of voxels).
+    """
+    x, y = table.features[fit], table.features[ask]
+    if table.confounds.shape[1]:
+        known, asked = standardised(table.confounds[fit], table.confounds[ask])
+        known, asked = (np.column_stack([np.ones(len(part)), part]) for part in (known, asked))
+        weights = np.linalg.lstsq(known, x, rcond=None)[0]
+        x, y = x - known @ weights, y - asked @ weights
+    mean, deviation = x.mean(0), x.std(0)
+    if table.scale == "all":
+        deviation = np.full_like(deviation, np.sqrt(np.square(deviation).mean()))
     deviation[deviation < 1e-8] = 1.0
-    fit, ask = (train - mean) / deviation, (test - mean) / deviation
-    axes = np.linalg.svd(fit, full_matrices=False)[2]
-    fit, ask = fit @ axes.T, ask @ axes.T
+    covariates = standardised(table.covariates[fit], table.covariates[ask])
+    return Sides((x - mean) / deviation, table.labels[fit], (y - mean) / deviation, *covariates, table.classes)
+
+
+def standardised(fit: Array, ask: Array) -> tuple[Array, Array]:
+    """Columns to mean 0 and variance 1, a missing value to the mean; by the training scans."""
+    if not fit.shape[1]:
+        return fit, ask
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a column of which no training scan has a value
+        mean, deviation = np.nan_to_num(np.nanmean(fit, axis=0)), np.nan_to_num(np.nanstd(fit, axis=0))
+    deviation[deviation < 1e-8] = np.inf  # constant in training: nothing can be said of other values
+    return np.nan_to_num((fit - mean) / deviation), np.nan_to_num((ask - mean) / deviation)
+
+
+def linear(given: Sides, kind: str, point: Point, seed: int) -> Answers:
+    """Logistic or ridge regression with L2 penalty ``strength``; covariates are not penalised.
+
+    Features are rotated onto the training scans' principal axes first: an L2 penalty gives the same answers there, in
+    min(n, F) dimensions.
+    """
+    axes = _axes(given.fit)
+    fit, ask = (
+        np.column_stack([features @ axes, UNPENALISED * covariates])
+        for features, covariates in ((given.fit, given.fit_covariates), (given.ask, given.ask_covariates))
+    )
     if kind == "regression":
-        return np.asarray(Ridge(alpha=strength).fit(fit, labels).predict(ask))
-    if len(np.unique(labels)) < 2:
-        return np.full(len(test), labels[0])
-    probe = LogisticRegression(C=1.0 / strength, max_iter=300, class_weight="balanced").fit(fit, labels)
-    return np.asarray(probe.decision_function(ask) if kind == "binary" else probe.predict(ask))
+        return _numbers(Ridge(alpha=point["strength"]).fit(fit, given.labels).predict(ask))
+    model = LogisticRegression(
+        C=1.0 / point["strength"], max_iter=300, class_weight="balanced", solver="newton-cholesky"
+    )
+    if kind == "multiclass":
+        # All classes at once; newton-cholesky would fit each against the others.
+        model.set_params(solver="lbfgs")
+    with warnings.catch_warnings():
+        # Of convergence: a penalty with which a fit ends early is judged like the others.
+        warnings.simplefilter("ignore")
+        model.fit(fit, given.labels)
+    if kind == "multiclass":
+        return given.of_classes(model.classes_, model.predict_proba(ask))
+    # The classes were weighted to be equally common; their proportion moves the intercept by its log odds.
+    score = np.asarray(model.decision_function(ask))
+    return Answers(score, expit(score + log_odds(given.labels)))
+
+
+def _axes(features: Array) -> Array:
+    """(F, r) orthonormal axes that hold all of the training scans."""
+    if features.shape[0] >= features.shape[1]:
+        return np.eye(features.shape[1])
+    values, vectors = np.linalg.eigh(features @ features.T)
+    kept = values > max(values[-1], 1e-12) * 1e-12
+    return np.asarray(features.T @ (vectors[:, kept] / np.sqrt(values[kept])))
+
+
+def log_odds(labels: Array) -> float:
+    share = float(np.mean(labels))
+    return float(np.log(share / (1.0 - share)))
+
+
+def _numbers(answer: Array) -> Answers:
+    return Answers(np.asarray(answer, dtype=np.float64), np.full(len(answer), np.nan))
+
+
+def neighbours(given: Sides, kind: str, point: Point, seed: int) -> Answers:
+    """The ``k`` training scans nearest by cosine, each weighing exp(similarity / 0.1); classes count by their rarity."""
+    fit, ask = (features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+                for features in (given.fit, given.ask))  # fmt: skip
+    similarity = ask @ fit.T
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : point["k"]]
+    weights = np.exp((np.take_along_axis(similarity, nearest, axis=1) - 1.0) / 0.1)
+    labels = given.labels[nearest]
+    if kind == "regression":
+        return _numbers((weights * labels).sum(1) / weights.sum(1))
+    classes, counts = np.unique(given.labels, return_counts=True)
+    votes = np.stack([(weights * (labels == name)).sum(1) for name in classes], axis=1)
+    rarity = votes / counts
+    if kind == "multiclass":
+        return given.of_classes(classes, rarity / rarity.sum(1, keepdims=True))
+    # Half a vote for either class, at their proportion: one neighbour is no certainty.
+    prior = counts / counts.sum()
+    share = (votes + prior * weights.mean(1, keepdims=True)) / (votes.sum(1) + weights.mean(1))[:, None]
+    odds = np.log(share[:, 1]) - np.log(share[:, 0])
+    return Answers(odds - log_odds(given.labels), share[:, 1])
+
+
+def network(given: Sides, kind: str, point: Point, seed: int) -> Answers:
+    """A perceptron with one hidden layer (scikit-learn's), covariates beside the features."""
+    from sklearn.neural_network import MLPClassifier, MLPRegressor
+
+    axes = _axes(given.fit)
+    fit, ask = (
+        np.column_stack([features @ axes, covariates])
+        for features, covariates in ((given.fit, given.fit_covariates), (given.ask, given.ask_covariates))
+    )
+    options = {
+        "hidden_layer_sizes": (point["hidden"],), "alpha": point["alpha"], "learning_rate_init": point["lr"],
+        "max_iter": point["epochs"], "batch_size": min(32, len(fit)), "random_state": seed,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that so many epochs were not enough: they are a choice here
+        if kind == "regression":
+            mean, deviation = given.labels.mean(), given.labels.std() or 1.0
+            model = MLPRegressor(**options).fit(fit, (given.labels - mean) / deviation)
+            return _numbers(model.predict(ask) * deviation + mean)
+        shares = MLPClassifier(**options).fit(fit, given.labels).predict_proba(ask)
+    if kind == "multiclass":
+        return given.of_classes(np.unique(given.labels), shares)
+    bounded = np.clip(shares[:, 1], 1e-9, 1 - 1e-9)
+    return Answers(np.log(bounded / (1 - bounded)) - log_odds(given.labels), shares[:, 1])
+
+
+Model = Callable[[Sides, str, Point, int], Answers]
+MODELS: dict[str, Model] = {"linear": linear, "knn": neighbours, "mlp": network}
+# What each is tried with; the network's are drawn by Optuna (evaluation.search).
+GRIDS: dict[str, list[Point]] = {
+    "linear": [{"strength": strength} for strength in STRENGTHS],
+    "knn": [{"k": k} for k in NEIGHBOURS],
+}
+
+
+def fit_predict(model: str, point: Point, table: Table, fit: Array, ask: Array, seed: int = 0) -> Answers:
+    """Fit a model of ``MODELS`` to the rows ``fit`` of a table and ask it about the rows ``ask``."""
+    if table.kind != "regression" and len(np.unique(table.labels[fit])) < 2:
+        known = float(table.labels[fit][0])
+        if table.kind == "multiclass":
+            return Answers(np.full(len(ask), known), np.eye(table.classes)[np.full(len(ask), int(known))])
+        return Answers(np.full(len(ask), 2 * known - 1), np.full(len(ask), known))
+    return MODELS[model](sides(table, fit, ask), table.kind, point, seed)
 
 
 def score(labels: Array, predicted: Array, kind: str) -> float:
-    """The figure by which a penalty is chosen; higher is better."""
+    """The figure by which a point is chosen; higher is better."""
     if kind == "binary":
         return auc(labels, predicted)
     return balanced_accuracy(labels, predicted) if kind == "multiclass" else -mae(labels, predicted)
-
-
-def inner_score(features: Array, labels: Array, groups: Array, kind: str, strength: float, seed: int) -> float:
-    """Mean score over three inner folds of the training rows alone."""
-    scores = []
-    for fit, ask in folds_of(labels, groups, kind, 3, seed):
-        scores.append(score(labels[ask], fit_predict(features[fit], labels[fit], features[ask], kind, strength), kind))
-    return float(np.nanmean(scores))
-
-
-def curve_draws(
-    labels: Array, groups: Array, sizes: list[int], draws: int, seed: int
-) -> tuple[Array, dict[int, list[Array]]]:
-    """A fixed third of the participants to test on, and ``draws`` training sets of each size from the others.
-
-    They depend on the task and the seed alone, so that every checkpoint is judged on the same ones. A training set has
-    one scan a participant and the classes in the proportion of all; sizes that the data cannot give are left out.
-    """
-    test = folds_of(labels, groups, "binary", 3, seed)[0][1]
-    pool = np.setdiff1d(np.arange(len(labels)), test)
-    pool = pool[np.unique(groups[pool], return_index=True)[1]]
-    classes = [pool[labels[pool] == code] for code in (0, 1)]
-    chosen: dict[int, list[Array]] = {}
-    for size in sizes:
-        counts = [round(size * len(members) / len(pool)) for members in classes]
-        if size > len(pool) or min(counts) < 3:
-            continue
-        chosen[size] = []
-        for draw in range(draws):
-            # Keyed by size and number, so that asking for other sizes changes no draw.
-            generator = np.random.Generator(np.random.Philox(key=[seed, 0xC0DE], counter=[0, 0, size, draw]))
-            parts = [generator.permutation(members)[:n] for members, n in zip(classes, counts, strict=True)]
-            chosen[size].append(np.concatenate(parts))
-    return test, chosen

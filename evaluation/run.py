@@ -1,10 +1,12 @@
-"""Judges checkpoints on tasks: features, tuned probes, figures with intervals; an MLflow run for each checkpoint."""
+"""Judges checkpoints on tasks: guards, features, tuned models, figures with intervals; an MLflow run for each result."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,184 +15,276 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.manifest import Manifest
-from data_pipeline.split import is_healthy
-from evaluation.features import check_leakage, check_preprocessing, features_of
-from evaluation.probes import STRENGTHS
-from evaluation.statistics import FIGURES, with_interval
+from evaluation.embedding import embedding_table
+from evaluation.features import cache_name, check_preprocessing, features_of, tapped
+from evaluation.finetune import Job
+from evaluation.leakage import check_copies, check_leakage
+from evaluation.protocols import PROTOCOLS, Protocol, check_protocols, published_lines
+from evaluation.record import Result, Subject, log_result, open_run, trials_table
+from evaluation.statistics import FIGURES, OF_PROBABILITIES, with_interval
 from evaluation.tasks import Task, load_task
-from evaluation.tune import choose, prepare, search
-from infra import ray_cluster, runs
+from evaluation.tune import Found, prepare, search_grid, search_networks
+from evaluation.tune_networks import gpus_per_trial, search_fine_tuning
+from evaluation.voxels import voxel_coordinates
+from infra import ray_cluster
 from infra.errors import UserError
-from infra.files import sha256_of
-from infra.tracking import Tracker, default_uri
+from infra.files import sha256_of, write_json
+from infra.tracking import default_uri
 from pretrain.export import Encoder, find_encoder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """How checkpoints are judged; logged as the run's parameters."""
-
-    tasks: tuple[str, ...]
-    folds: int = 5
-    n_train: tuple[int, ...] = (100, 300, 500)
-    draws: int = 10
-    seed: int = 0
-
-
-@dataclass
-class Result:
-    """One checkpoint's answers: metrics by name, and tables of predictions, learning curves and chosen penalties."""
-
-    metrics: dict[str, float]
-    predictions: pd.DataFrame
-    curve: pd.DataFrame
-    penalties: pd.DataFrame
-
-
 def evaluate(
     checkpoints: Sequence[str | Path], shards: str | Path, protocol: Protocol, *, experiment: str = "yaware",
-    tracking_uri: str | None = None, workers: int | None = None, cache: Path | None = None,
+    tracking_uri: str | None = None, workers: int | None = None, cache: Path | None = None, storage: Path | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Evaluate each checkpoint (a run folder, a step folder or an export) and log it; their metrics, in order.
+    """Evaluate checkpoints (run folders, step folders or exports) by each protocol and log them; the metrics, in order.
 
-    Every checkpoint is judged on the same folds and draws. Nothing is fitted or chosen on the scans it is judged by.
+    Every subject is judged on the same folds and draws. Nothing is fitted or chosen on the scans it is judged by. Killed
+    and started again with the same arguments it goes on: what has finished lies in ``storage`` until all is done.
     """
-    manifest = Manifest.load(shards)
-    encoders = [(find_encoder(path), Encoder.from_pretrained(path)) for path in checkpoints]
+    check_protocols(protocol.protocols)
+    manifest, uri = Manifest.load(shards), tracking_uri or default_uri()
     tasks = [load_task(name, manifest, protocol.folds) for name in protocol.tasks]
     if not tasks:
         raise UserError("no task given; name some with --tasks, such as ad,scz,age,site")
+    check_copies(tasks, manifest)
     rows = np.unique(np.concatenate([task.rows for task in tasks]))
-    for (_, encoder), given in zip(encoders, checkpoints, strict=True):
-        check_preprocessing(encoder, manifest, str(given))
-        check_leakage(encoder, manifest, rows, str(given))
+    given = [_checkpoint(path, manifest, rows, protocol) for path in checkpoints]
+    _announce(tasks, manifest)
+    place = _Place(manifest, tasks, rows, protocol, cache or manifest.root / ".features", storage or default_storage())
+    place.store = [uri, experiment]
+    metrics = []
+    with ray_cluster.session(workers):
+        for name, subject in _subjects(given, protocol):
+            work = place.work_folder(name, subject)
+            result = _judged(place, name, subject, work, experiment, uri)
+            metrics.append(result)
+            first = [(task.name, next(iter(FIGURES[task.kind]))) for task in tasks]
+            shown = ", ".join(f"{task}.{figure} {result[f'{task}.{figure}']:.3f}" for task, figure in first)
+            print(f"evaluate: {subject.name} step {subject.step}, {protocol.label(name)}: {shown}")
+    place.clear()
+    return metrics
+
+
+def default_storage() -> Path:
+    """Where unfinished searches lie: a folder of the user's own, since Ray keeps pickles there."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "yaware" / "evaluations"
+
+
+class _Place:
+    """What all results of an evaluation share, and the folders of their unfinished work."""
+
+    def __init__(
+        self, manifest: Manifest, tasks: list[Task], rows: Array, protocol: Protocol, cache: Path, storage: Path
+    ) -> None:
+        self.manifest, self.tasks, self.rows, self.protocol = manifest, tasks, rows, protocol
+        self.cache, self._storage = cache, storage
+        self._places = {int(row): number for number, row in enumerate(rows)}
+        self._used: list[Path] = []
+        self.store: list[str] = []  # what was logged elsewhere is to be logged here too
+
+    def of_task(self, task: Task) -> list[int]:
+        """Places of a task's scans among all."""
+        return [self._places[int(row)] for row in task.rows]
+
+    def work_folder(self, name: str, subject: Subject) -> Path:
+        """The folder of one result, named after everything that it depends on."""
+        digest = hashlib.sha256()
+        about = {
+            "protocol": name, "settings": self.protocol.settings_of(name), "weights": subject.weights,
+            "subject": subject.name, "manifest": self.manifest.digest, "version": version("yaware"),
+            "store": self.store, "encoder": subject.encoder.config["encoder"] if subject.encoder is not None else None,
+        }  # fmt: skip
+        digest.update(json.dumps(about, sort_keys=True).encode())
+        for task in self.tasks:
+            digest.update(task.name.encode())
+            parts = (task.rows, task.labels, task.groups, task.strata, task.test, task.covariates, task.confounds)
+            for values in parts:
+                digest.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
+        folder = self._storage / digest.hexdigest()[:24]
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._used.append(folder)
+        return folder
+
+    def clear(self) -> None:
+        """All is in MLflow: nothing is left to go on with."""
+        for folder in self._used:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checkpoint(path: str | Path, manifest: Manifest, rows: Array, protocol: Protocol) -> Subject:
+    """A checkpoint, checked against the shards it is to be judged on."""
+    folder, encoder = find_encoder(path), Encoder.from_pretrained(path)
+    check_preprocessing(encoder, manifest, str(path))
+    about = check_leakage(encoder, path, manifest, rows, str(path))
+    if any(PROTOCOLS[name].model != "network" for name in protocol.protocols):
+        tapped(encoder, protocol.layer, protocol.pooling)
+    config, weights = encoder.config, sha256_of(folder / "model.safetensors")
+    return Subject(config["run_name"], config["method"], int(config["step"]), weights, encoder, folder.resolve(), about)
+
+
+def _subjects(given: Sequence[Subject], protocol: Protocol) -> Iterator[tuple[str, Subject]]:
+    """Every protocol with all that it judges."""
+    for name in protocol.protocols:
+        if PROTOCOLS[name].subject == "checkpoint":
+            yield from ((name, subject) for subject in given)
+        elif PROTOCOLS[name].subject == "shards":
+            yield name, Subject(name, name)
+        else:
+            seen = []
+            for subject in given:
+                assert subject.encoder is not None
+                if subject.encoder.config["encoder"] not in seen:
+                    seen.append(subject.encoder.config["encoder"])
+                    number = f" {len(seen)}" if len(seen) > 1 else ""
+                    yield name, Subject(f"{name} {seen[-1]['name']}{number}", name, encoder=subject.encoder)
+
+
+def _judged(
+    place: _Place, name: str, subject: Subject, work: Path, experiment: str, uri: str
+) -> dict[str, float]:  # fmt: skip
+    """One result, logged; read back where an earlier start of the command had come so far."""
+    done, run = work / "metrics.json", work / "run.json"
+    if done.is_file():
+        metrics: dict[str, float] = json.loads(done.read_text())
+        return metrics
+    known = json.loads(run.read_text())["run_id"] if run.is_file() else None
+    settings = place.protocol.settings_of(name)
+    params = {"tasks": ",".join(place.protocol.tasks), "protocol": name, **settings, "scans": len(place.rows)}
+    label = place.protocol.label(name)
+    tracker = open_run(subject, name, label, place.manifest, params, uri=uri, experiment=experiment, run_id=known)
+    write_json(run, {"run_id": tracker.run_id})
+    try:
+        result = judge(place, name, subject, work)
+        log_result(tracker, subject, name, place.manifest, result, uri)
+    except BaseException:
+        tracker.end("FAILED")
+        raise
+    write_json(done, result.metrics)
+    return result.metrics
+
+
+def judge(place: _Place, name: str, subject: Subject, work: Path) -> Result:
+    """Nested cross-validation and learning curves of every task for one subject by one protocol."""
+    title = f"{name} of {subject.name} step {subject.step}" if subject.name != name else name
+    kind, protocol = PROTOCOLS[name], place.protocol
+    features = _features(place, name, subject)
+    curve = kind.curve or (kind.model == "network" and protocol.finetune.curve)
+    prepared = {
+        task.name: prepare(
+            task, features[place.of_task(task)], folds=protocol.folds, sizes=list(protocol.n_train) if curve else [],
+            draws=protocol.draws, seed=protocol.seed, repeats=protocol.inner_repeats, by_site=protocol.leave_site_out,
+            scale="all" if kind.subject == "shards" else "each",
+        )
+        for task in place.tasks
+    }  # fmt: skip
+    if kind.model == "network":
+        found = search_fine_tuning(_jobs(place, subject), prepared, work, title)
+    elif kind.model == "mlp":
+        found = search_networks(prepared, protocol.mlp_trials, work, title)
+    else:
+        found = search_grid(prepared, kind.model, work, title)
+    if curve:
+        _say_left_out(place.tasks, found, protocol)
+    if kind.subject == "shards":
+        features = features[:, -2:]  # a map of the scans by the two widest of their coordinates
+    return _result(place, found, features)
+
+
+def _features(place: _Place, name: str, subject: Subject) -> Array:
+    """(rows, F): what the protocol's model is given; networks see the scans themselves."""
+    kind, protocol = PROTOCOLS[name], place.protocol
+    if kind.model == "network":
+        return np.empty((len(place.rows), 0), dtype=np.float32)
+    if kind.subject == "shards":
+        return voxel_coordinates(place.manifest, place.rows, place.cache / f"voxels-{place.manifest.digest[:16]}.npz")
+    assert subject.encoder is not None
+    cache = place.cache / cache_name(subject.weights, place.manifest.digest, protocol.layer, protocol.pooling)
+    title = f"features of {subject.name} step {subject.step}"
+    return features_of(
+        subject.encoder, place.manifest, place.rows, cache, title, protocol.layer, protocol.pooling
+    )  # fmt: skip
+
+
+def _jobs(place: _Place, subject: Subject) -> dict[str, Job]:
+    assert subject.encoder is not None
+    settings = place.protocol.finetune
+    device = "cuda" if gpus_per_trial(settings.gpus_per_trial) else "cpu"
+    folder = None if subject.folder is None else str(subject.folder)
+    shards = place.manifest.url if "://" in place.manifest.url else str(Path(place.manifest.url).resolve())
+    jobs = {}
+    for task in place.tasks:
+        if task.confounds is not None and task.confounds.shape[1]:
+            raise UserError(
+                f"task {task.name}: confounds are regressed out of features, and the protocols finetune and scratch have "
+                "none; leave confounds out, or choose another protocol"
+            )
+        covariates = np.empty((len(task.rows), 0)) if task.covariates is None else task.covariates
+        encoder = subject.encoder.config["encoder"]
+        jobs[task.name] = Job(
+            shards, folder, encoder, task.rows, task.labels, task.groups, task.kind, covariates, settings, device
+        )
+    return jobs
+
+
+def _result(place: _Place, found: dict[str, Found], features: Array) -> Result:
+    metrics: dict[str, float] = {}
+    predictions, curves = [], []
+    for task in place.tasks:
+        mine = found[task.name]
+        asked = mine.fold >= 0
+        labels, people = task.labels[asked], task.participants[asked]
+        for figures, of in ((FIGURES, mine.answers[asked]), (OF_PROBABILITIES, mine.probabilities[asked])):
+            for figure, statistic in figures[task.kind].items():
+                value, low, high = with_interval(statistic, labels, of, people, place.protocol.seed)
+                key = f"{task.name}.{figure}"
+                metrics |= {key: value, f"{key}.low": low, f"{key}.high": high}
+        predictions.append(predictions_table(place.manifest, task, mine))
+        curves.append(pd.DataFrame(mine.curve, columns=["n_train", "draw", "auc"]).assign(task=task.name))
+        for size, values in curves[-1].groupby("n_train")["auc"]:
+            metrics[f"{task.name}.auc.n{size}"] = float(values.mean())
+    trials = trials_table({name: mine.trials for name, mine in found.items()})
+    if features.shape[1]:
+        embedding = embedding_table(place.manifest, place.rows, features)
+    else:
+        embedding = pd.DataFrame({"x": [], "y": [], "age": [], "sex": [], "site": []})
+    return Result(metrics, pd.concat(predictions), pd.concat(curves), trials, embedding)
+
+
+def predictions_table(manifest: Manifest, task: Task, found: Found) -> pd.DataFrame:
+    """A row for every scan that was asked about: what comparison, subgroups and calibration need."""
+    asked = np.flatnonzero(found.fold >= 0)
+    scans = manifest.scans.loc[task.rows[asked]]
+    table = {
+        "key": scans["key"].to_numpy(), "participant": task.participants[asked],
+        "label": task.labels[asked].astype(float), "answer": found.answers[asked], "fold": found.fold[asked],
+    }  # fmt: skip
+    if task.kind == "multiclass":
+        table |= {f"p{code}": found.probabilities[asked, code] for code in range(len(task.classes))}
+    else:
+        table["probability"] = found.probabilities[asked]
+    beside = {column: scans[column].to_numpy() for column in ("age", "sex", "site") if column in scans}
+    return pd.DataFrame({"task": task.name, "kind": task.kind, "title": task.title, **table, **beside})
+
+
+def _announce(tasks: list[Task], manifest: Manifest) -> None:
     for task in tasks:
         counts = "" if task.kind == "regression" else f" ({_class_counts(task)})"
         print(
             f"evaluate: task {task.name}: {len(task.rows)} scans of {len(np.unique(task.groups))} participants{counts}"
         )
-    metrics = []
-    with ray_cluster.session(workers):
-        for folder, encoder in encoders:
-            name = f"{encoder.config['run_name']} step {encoder.config['step']}"
-            weights = sha256_of(folder / "model.safetensors")
-            stored = cache or manifest.root / ".features"
-            features = features_of(
-                encoder, manifest, rows, stored / f"{weights[:16]}-{manifest.digest[:16]}.npz", f"features of {name}"
-            )
-            place = {int(row): number for number, row in enumerate(rows)}
-            by_task = {task.name: features[[place[int(row)] for row in task.rows]] for task in tasks}
-            result = judge(tasks, by_task, protocol, manifest.scans["key"], f"probes of {name}")
-            _log(encoder, manifest, weights, rows, features, result, protocol, experiment, tracking_uri)
-            metrics.append(result.metrics)
-            shown = ", ".join(f"{key} {value:.3f}" for key, value in result.metrics.items() if key.count(".") == 1)
-            print(f"evaluate: {name}: {shown}")
-    return metrics
+        for line in [] if manifest.simulated else published_lines(task.name):
+            print(f"evaluate: {line}")
 
 
-def judge(tasks: Sequence[Task], features: dict[str, Array], protocol: Protocol, keys: pd.Series, title: str) -> Result:
-    """Nested cross-validation and learning curves of every task on one checkpoint's features; ``keys`` name the scans."""
-    prepared = {
-        task.name: prepare(
-            task, features[task.name], folds=protocol.folds, sizes=list(protocol.n_train), draws=protocol.draws,
-            seed=protocol.seed,
-        )
-        for task in tasks
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="yaware-tune-") as storage:
-        trials = search(prepared, Path(storage), "probes", title)
-    metrics: dict[str, float] = {}
-    predictions, curves, penalties = [], [], []
+def _say_left_out(tasks: list[Task], found: dict[str, Found], protocol: Protocol) -> None:
     for task in tasks:
-        mine = [row for row in trials if row["task"] == task.name]
-        answers, chosen, curve = choose(mine, prepared[task.name])
-        for figure, statistic in FIGURES[task.kind].items():
-            value, low, high = with_interval(statistic, task.labels, answers, task.groups, protocol.seed)
-            metrics |= {
-                f"{task.name}.{figure}": value,
-                f"{task.name}.{figure}.low": low,
-                f"{task.name}.{figure}.high": high,
-            }
-        table = {
-            "key": keys.loc[task.rows].to_numpy(),
-            "participant": task.groups,
-            "label": task.labels.astype(float),
-            "answer": answers,
-        }
-        predictions.append(pd.DataFrame({"task": task.name, "kind": task.kind, "title": task.title, **table}))
-        left_out = sorted(set(protocol.n_train) - {size for size, _, _ in curve}) if task.kind == "binary" else []
-        if left_out:
-            print(f"evaluate: task {task.name}: too few scans for a learning curve at {', '.join(map(str, left_out))}")
-        curves.append(pd.DataFrame(curve, columns=["n_train", "draw", "auc"]).assign(task=task.name))
-        penalties.append(pd.DataFrame({"task": task.name, "fold": range(len(chosen)), "penalty": chosen}))
-        for size, values in curves[-1].groupby("n_train")["auc"]:
-            metrics[f"{task.name}.auc.n{size}"] = float(values.mean())
-    return Result(metrics, pd.concat(predictions), pd.concat(curves), pd.concat(penalties))
-
-
-def embedding_table(manifest: Manifest, rows: Array, features: Array) -> pd.DataFrame:
-    """The first two principal components of the features, with what a reader wants to colour them by.
-
-    Components are those of the healthy scans, so that patients do not turn the map.
-    """
-    scans = manifest.scans.loc[rows]
-    healthy = np.ones(len(rows), dtype=bool)
-    if "diagnosis" in scans:
-        healthy = scans["diagnosis"].map(is_healthy).to_numpy(bool)
-    basis = features[healthy] if healthy.sum() > 2 else features
-    mean, deviation = basis.mean(0), basis.std(0) + 1e-8
-    axes = np.linalg.svd((basis - mean) / deviation, full_matrices=False)[2][:2]
-    points = ((features - mean) / deviation) @ axes.T
-    # The sign of a principal axis is arbitrary; older to the right makes maps of several checkpoints comparable.
-    age = scans["age"].to_numpy(float)
-    known = np.isfinite(age)
-    for axis in range(points.shape[1]):
-        if known.sum() > 2 and np.corrcoef(points[known, axis], age[known])[0, 1] < 0:
-            points[:, axis] *= -1
-    columns = [column for column in ("age", "sex", "site", "diagnosis", "split") if column in scans]
-    return pd.DataFrame({"x": points[:, 0], "y": points[:, 1], **{c: scans[c].to_numpy() for c in columns}})
-
-
-def _log(
-    encoder: Encoder, manifest: Manifest, weights: str, rows: Array, features: Array, result: Result, protocol: Protocol,
-    experiment: str, tracking_uri: str | None,
-) -> None:  # fmt: skip
-    config = encoder.config
-    tags = {
-        "yaware.kind": "evaluation", "yaware.run_name": config["run_name"], "yaware.method": config["method"],
-        "yaware.step": str(config["step"]), "yaware.weights_sha256": weights, "yaware.manifest_digest": manifest.digest,
-        "yaware.pretraining_run": str(config.get("run_id") or ""), "yaware.model_id": str(config.get("model_id") or ""),
-        "yaware.simulated": str(manifest.simulated), "yaware.version": version("yaware"),
-        "yaware.encoder": config["encoder"]["name"],
-    }  # fmt: skip
-    if config.get("run_id"):
-        tags["mlflow.parentRunId"] = str(config["run_id"])
-    name = f"evaluate {config['run_name']} step {config['step']}"
-    tracker = Tracker.open(tracking_uri or default_uri(), experiment, name, tags=tags)
-    if tracker.run_id is None:
-        raise UserError(
-            f"MLflow store {tracking_uri or default_uri()} does not answer; start it, or choose another --tracking-uri"
-        )
-    tracker.log_params({**protocol.__dict__, "penalties": STRENGTHS, "scans": len(rows)})
-    step = int(config["step"])
-    found = [(key, value, step) for key, value in result.metrics.items() if np.isfinite(value)]
-    # With its model id a figure stands both in this run and on the checkpoint's own page, beside those of others.
-    known = bool(config.get("model_id")) and runs.has_model(tracking_uri or default_uri(), str(config["model_id"]))
-    tracker.log_metrics(
-        found, model_id=str(config["model_id"]) if known else None, dataset=str(manifest.settings["dataset"]),
-        dataset_digest=manifest.digest[:32],
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        result.predictions.to_parquet(folder / "predictions.parquet", index=False)
-        embedding_table(manifest, rows, features).to_parquet(folder / "embedding.parquet", index=False)
-        result.curve.to_csv(folder / "curve.csv", index=False)
-        result.penalties.to_csv(folder / "penalties.csv", index=False)
-        for path in sorted(folder.iterdir()):
-            tracker.log_artifact(path, "evaluation")
-    tracker.end()
+        missing = sorted(set(protocol.n_train) - {size for size, _, _ in found[task.name].curve})
+        if task.kind == "binary" and missing:
+            print(f"evaluate: task {task.name}: too few scans for a learning curve at {', '.join(map(str, missing))}")
 
 
 def _class_counts(task: Task) -> str:

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.split import is_healthy
+from evaluation.columns import as_numbers, as_strata, spelling
 from infra.errors import UserError, nearest
 from infra.settings import load_settings
 
@@ -36,56 +37,72 @@ class TaskFile:
 
     title: str
     kind: Literal["binary", "multiclass", "regression"]
-    label: str
+    label: str  # a column of scans.parquet
     positive: list[str] = field(default_factory=list)
     negative: list[str] = field(default_factory=list)
     splits: list[str] = field(default_factory=lambda: ["downstream"])
+    query: str | None = None  # pandas query over the columns: the scans of the task
+    test: str | None = None  # pandas query: scans that are tested on only, in place of folds (held-out sites, say)
+    groups: str = "participant_id"  # no value of it on both sides of a fold; a family's number keeps families together
+    strata: list[str] = field(default_factory=list)  # columns that folds and draws spread alike, beside the label
+    sites: str = "site"  # the column that --leave-site-out goes by
+    covariates: list[str] = field(default_factory=list)  # given to the model beside the features, unpenalised
+    confounds: list[str] = field(default_factory=list)  # regressed out of the features, fitted inside each fold
     healthy: bool = False
     match: Match | None = None
 
 
 @dataclass(config=ConfigDict(arbitrary_types_allowed=True))
 class Task:
-    """A task on a manifest: scan rows, labels (0/1, class codes or numbers) and the participant of each scan."""
+    """A task on a manifest: scan rows, labels (0/1, class codes or numbers), and what folds and models go by."""
 
     name: str
     title: str
     kind: str
     rows: Any  # (N,) int64
     labels: Any  # (N,) float64 or int64
-    groups: Any  # (N,) participant codes
+    groups: Any  # (N,) codes of what must not be on both sides of a fold
     classes: list[str]
+    participants: Any = None  # (N,) dataset/participant_id
+    strata: Any = None  # (N,) codes; None: the label alone
+    sites: Any = None  # (N,) names; None: the manifest has no such column
+    test: Any = None  # (N,) bool: tested on only; None: folds
+    covariates: Any = None  # (N, C) float64, NaN where missing
+    confounds: Any = None  # (N, D) float64
 
 
 def load_task(name: str, manifest: Manifest, folds: int = 5) -> Task:
-    """A shipped task by name, or a YAML file by path, applied to a manifest's scans."""
+    """A shipped task by name, or a YAML file by path, applied to a manifest's scans.
+
+    UserError, naming the file and the field, for whatever does not fit the manifest.
+    """
     path = _find(name)
-    given = load_settings(TaskFile, path)
-    if given.kind == "binary" and not (given.positive and given.negative):
-        raise UserError(f"task {name}: a binary task needs values under positive and negative")
-    scans = manifest.scans
-    if given.label not in scans.columns:
-        known = [str(c) for c in scans.columns]
-        raise UserError(
-            f"task {name}: label {given.label!r} is no column of scans.parquet{nearest(given.label, known)}"
-        )
-    keep = scans["split"].isin(given.splits) & scans[given.label].notna() & (scans[given.label].astype(str) != "")
-    if given.healthy and "diagnosis" in scans.columns:
-        keep &= scans["diagnosis"].map(is_healthy)
-    chosen = scans[keep]
-    labels, classes, chosen = _labels(given, chosen)
+    given = _read(path)
+    keep = _select(given, manifest, path.name)
+    chosen = manifest.scans[keep]
+    labels, classes, chosen = _labels(given, chosen, path.name)
     if given.match:
         taken = _matched(chosen, labels, given.match)
         chosen, labels = chosen[taken], labels[taken]
-    people = chosen["dataset"].astype(str) + "/" + chosen["participant_id"].astype(str)
-    codes = pd.Categorical(people).codes.astype(np.int64)
-    task = Task(path.stem, given.title, given.kind, chosen.index.to_numpy(np.int64), labels, codes, classes)
-    _check_size(task, given, folds)
+    groups, people = _groups(given, chosen, path.name)
+    test = None
+    if given.test is not None and len(chosen):
+        test = _query(chosen, given.test, path.name, "test")
+    task = Task(
+        path.stem, given.title, given.kind, chosen.index.to_numpy(np.int64), labels, groups, classes, people,
+        as_strata(labels, given.kind, chosen, given.strata) if given.strata and len(chosen) else None,
+        chosen[given.sites].astype(str).to_numpy() if given.sites in chosen else None,
+        test, as_numbers(chosen, given.covariates), as_numbers(chosen, given.confounds),
+    )  # fmt: skip
+    _check_size(task, given, path.name, folds)
+    _check_test(task, path.name)
     return task
 
 
 def _find(name: str) -> Path:
     if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UserError(f"task file {name} is not there; give a shipped task's name or the path of a YAML file")
         return Path(name)
     shipped = sorted(path.stem for path in FILES.glob("*.yaml"))
     if name not in shipped:
@@ -93,24 +110,89 @@ def _find(name: str) -> Path:
     return FILES / f"{name}.yaml"
 
 
-def _labels(given: TaskFile, scans: pd.DataFrame) -> tuple[Array, list[str], pd.DataFrame]:
+def _read(path: Path) -> TaskFile:
+    try:
+        given = load_settings(TaskFile, path)
+    except UserError as error:
+        # A task has no overrides on the command line, which the recipes' message would offer.
+        raise UserError(str(error).partition("; set it in the recipe")[0]) from None
+    for key in ("positive", "negative") if given.kind == "binary" else ():
+        if not getattr(given, key):
+            raise UserError(f"{path.name}: {key} is empty; a binary task needs values under positive and negative")
+    both = {spelling(value) for value in given.positive} & {spelling(value) for value in given.negative}
+    if both:
+        raise UserError(f"{path.name}: negative: {min(both)!r} is under positive too; leave it under one of them")
+    if given.match and given.kind != "binary":
+        raise UserError(f"{path.name}: match goes with kind binary alone, found {given.kind}; leave it out")
+    return given
+
+
+def _select(given: TaskFile, manifest: Manifest, where: str) -> Any:
+    """Which scans have a label and are in the task's splits and query: (all scans,) bool."""
+    scans = manifest.scans
+    known = [str(column) for column in scans.columns]
+    named = {"label": [given.label], "groups": [given.groups], "strata": given.strata, "covariates": given.covariates}
+    named |= {"confounds": given.confounds, "match.column": [given.match.column] if given.match else []}
+    for key, columns in named.items():
+        for column in columns:
+            if column not in known:
+                raise UserError(f"{where}: {key}: {column!r} is no column of scans.parquet{nearest(column, known)}")
+    for key in ("covariates", "confounds"):
+        if given.label in getattr(given, key):
+            raise UserError(f"{where}: {key}: {given.label!r} is the label itself; leave it out")
+    label = scans[given.label]
+    keep = scans["split"].isin(given.splits) & label.notna() & (label.astype(str) != "")
+    if given.query is not None:
+        keep &= pd.Series(_query(scans, given.query, where, "query"), scans.index)
+    if given.healthy and "diagnosis" in scans.columns:
+        keep &= scans["diagnosis"].map(is_healthy)
+    return keep
+
+
+def _query(scans: pd.DataFrame, query: str, where: str, key: str) -> Array:
+    try:
+        found = scans.query(query).index
+    except Exception as error:  # pandas passes on whatever its parser or the columns raise
+        raise UserError(
+            f"{where}: {key}: {query!r} does not work on scans.parquet: {' '.join(str(error).split())}"
+        ) from None
+    return np.asarray(scans.index.isin(found))
+
+
+def _labels(given: TaskFile, scans: pd.DataFrame, where: str) -> tuple[Array, list[str], pd.DataFrame]:
     column = scans[given.label]
     if given.kind == "regression":
         numbers = pd.to_numeric(column, errors="coerce")
         if numbers.isna().any():
             raise UserError(
-                f"label {given.label!r} holds text such as {column[numbers.isna()].iloc[0]!r}; regression needs numbers"
+                f"{where}: label: {given.label!r} holds text such as {column[numbers.isna()].iloc[0]!r}; "
+                "regression needs numbers"
             )
         return numbers.to_numpy(np.float64), [], scans
-    text = column.astype(str)
     if given.kind == "binary":
-        positive, negative = ({v.lower() for v in values} for values in (given.positive, given.negative))
-        lower = text.str.lower()
-        scans = scans[lower.isin(positive | negative)]
-        labels = lower[lower.isin(positive | negative)].isin(positive).to_numpy(np.int64)
+        positive, negative = ({spelling(v) for v in values} for values in (given.positive, given.negative))
+        text = column.map(spelling)
+        scans = scans[text.isin(positive | negative)]
+        labels = text[text.isin(positive | negative)].isin(positive).to_numpy(np.int64)
         return labels, [given.negative[0], given.positive[0]], scans
-    categories = pd.Categorical(text)
+    categories = pd.Categorical(column.astype(str))
     return categories.codes.astype(np.int64), [str(c) for c in categories.categories], scans
+
+
+def _groups(given: TaskFile, scans: pd.DataFrame, where: str) -> tuple[Array, Array]:
+    """Codes of the groups, and ``dataset/participant_id``; a group of participants holds each of them whole."""
+    people = (scans["dataset"].astype(str) + "/" + scans["participant_id"].astype(str)).to_numpy()
+    if given.groups == "participant_id":
+        return pd.Categorical(people).codes.astype(np.int64), people
+    names = scans["dataset"].astype(str) + "/" + scans[given.groups].astype(str)
+    codes = pd.Categorical(names).codes.astype(np.int64)
+    split = pd.Series(codes).groupby(people).nunique()
+    if (split > 1).any():
+        raise UserError(
+            f"{where}: groups: participant {split.idxmax()} has several values of {given.groups!r}; "
+            "choose a column that keeps each participant's scans together"
+        )
+    return codes, people
 
 
 def _matched(scans: pd.DataFrame, labels: Array, match: Match) -> Array:
@@ -132,7 +214,7 @@ def _matched(scans: pd.DataFrame, labels: Array, match: Match) -> Array:
     return keep
 
 
-def _check_size(task: Task, given: TaskFile, folds: int) -> None:
+def _check_size(task: Task, given: TaskFile, where: str, folds: int) -> None:
     people = len(np.unique(task.groups))
     if task.kind == "regression":
         enough = people >= 2 * folds
@@ -143,6 +225,21 @@ def _check_size(task: Task, given: TaskFile, folds: int) -> None:
         found = ", ".join(f"{name} {count}" for name, count in zip(task.classes, each, strict=True))
     if not enough:
         raise UserError(
-            f"task {task.name}: too few participants for {folds} folds in splits {', '.join(given.splits)} "
+            f"task {task.name}: too few participants for {folds} folds in splits {', '.join(given.splits)} of {where} "
             f"({found or 'none'}); build shards with more of them there, or leave the task out"
         )
+
+
+def _check_test(task: Task, where: str) -> None:
+    """UserError where a fixed test set shares participants with the rest, or leaves either side without a class."""
+    if task.test is None:
+        return
+    both = np.intersect1d(task.participants[task.test], task.participants[~task.test])
+    if len(both):
+        raise UserError(
+            f"{where}: test: {len(both)} participants are on both sides ({', '.join(map(str, both[:5]))}); "
+            "let the query keep each participant's scans together"
+        )
+    for side, chosen in (("tested on", task.test), ("fitted to", ~task.test)):
+        if chosen.sum() < 2 or (task.kind != "regression" and len(np.unique(task.labels[chosen])) < 2):
+            raise UserError(f"{where}: test: of one class or none is {side}; let the query leave both on either side")
