@@ -1,4 +1,4 @@
-"""The report's pictures. One look: white, plain, a palette that colour-blind readers can tell apart."""
+"""The report's pictures of numbers. White, plain; told apart by marker and line as well as by colour."""
 
 from __future__ import annotations
 
@@ -7,169 +7,282 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from evaluation.compare import Comparison
+from evaluation.published import PUBLISHED
+from evaluation.statistics import FIGURES
+from evaluation.subgroups import calibration_curve
+from evaluation.tables import LABELS, Judged, probabilities
 
-# Okabe and Ito (2008)
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito (2008), from the darkest: neighbours differ in grey too.
+PALETTE = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+REFERENCE = "#8a8a8a"
+WIDE = 9.6  # inches: a page's width at 100 dots an inch
+UNITS = {"mae": "MAE, years"}
+MOST_LINES = 7
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot with the look of the report."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     plt.rcParams.update(
-        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "legend.frameon": False,
-         "axes.grid": True, "grid.alpha": 0.25, "figure.facecolor": "white", "savefig.facecolor": "white"}
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5, "legend.frameon": False,
+         "axes.grid": True, "grid.alpha": 0.25, "figure.facecolor": "white", "savefig.facecolor": "white",
+         "axes.titlelocation": "left", "svg.hashsalt": "yaware"}
     )  # fmt: skip
     return plt
 
 
-def _colours(comparison: Comparison) -> dict[str, str]:
-    names = [each.name for each in comparison.judged]
-    return {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(names)}
+def looks(judged: list[Judged]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of each checkpoint, by name."""
+    return {
+        each.name: {
+            "color": PALETTE[n % len(PALETTE)], "marker": MARKERS[n % len(MARKERS)], "linestyle": LINES[n % len(LINES)],
+        }
+        for n, each in enumerate(judged)
+    }  # fmt: skip
+
+
+def panels(count: int, columns: int, height: float) -> tuple[Any, list[Any]]:
+    """A figure of the page's width with ``count`` axes, ``columns`` a row."""
+    plt = pyplot()
+    columns = max(1, min(columns, count))
+    rows = -(-max(1, count) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDE, height * rows), squeeze=False, layout="constrained")
+    for axis in axes.ravel()[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.ravel()[:count])
+
+
+def forest(comparison: Comparison) -> Any:
+    """Each task's first figure with its 95 % interval, a line a checkpoint; the dashed line is chance."""
+    last, tasks = comparison.last, comparison.tasks
+    style, table = looks(last), comparison.table
+    figure, axes = panels(len(tasks), 2, 0.75 + 0.27 * len(last))
+    longest = max(len(each.name) for each in last)
+    for number, (axis, (task, (kind, title))) in enumerate(zip(axes, tasks.items(), strict=True)):
+        name = next(iter(FIGURES[kind]))
+        part = table[(table["task"] == task) & (table["figure"] == name)].set_index("checkpoint")
+        for place, each in enumerate(last):
+            if each.name not in part.index:
+                continue
+            row = part.loc[each.name]
+            value, error = row["value"], [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+            axis.errorbar(
+                value, place, xerr=error, capsize=3, lw=1.4, markersize=6, color=style[each.name]["color"],
+                marker=style[each.name]["marker"],
+            )  # fmt: skip
+            text = f"{value:.1f}" if name == "mae" else f"{value:.2f}"
+            axis.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+        chance = _chance(each_label=_labels_of(last, task), kind=kind)
+        if chance is not None:
+            axis.axvline(chance, color=REFERENCE, lw=1, ls="--", zorder=0)
+        axis.set_ylim(len(last) - 0.5, -0.5)
+        axis.set_yticks(range(len(last)), [each.name for each in last] if number % 2 == 0 or longest < 18 else [])
+        axis.set_title(title)
+        axis.set_xlabel(UNITS.get(name, LABELS[name]))
+        axis.grid(axis="y", visible=False)
+    return figure
+
+
+def learning_curves(comparison: Comparison) -> Any:
+    """AUC over the number of training scans; bars are Nadeau and Bengio's 95 % intervals over the draws."""
+    curves, last = comparison.curves, comparison.last
+    tasks = [task for task in comparison.tasks if task in set(curves["task"])]
+    figure, axes = panels(len(tasks), 2, 3.3)
+    style = looks(last)
+    for axis, task in zip(axes, tasks, strict=True):
+        sizes = sorted(set(curves.loc[curves["task"] == task, "n_train"]))
+        for number, each in enumerate(last[:MOST_LINES]):
+            part = curves[(curves["task"] == task) & (curves["checkpoint"] == each.name)]
+            # Beside each other, so that bars do not hide bars; the axis is logarithmic.
+            x = part["n_train"] * 1.025 ** (number - (min(len(last), MOST_LINES) - 1) / 2)
+            bars = np.abs(part[["low", "high"]].to_numpy().T - part["auc"].to_numpy())
+            axis.errorbar(
+                x, part["auc"], yerr=bars, capsize=2, lw=1.3, elinewidth=0.8, label=each.name, **style[each.name]
+            )
+        if not comparison.simulated:
+            sizes = _reference(axis, task, sizes)
+        axis.axhline(0.5, color=REFERENCE, lw=1, ls="--", zorder=0)
+        axis.set_xscale("log")
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.set_xticks([], minor=True)
+        axis.set_ylim(max(0.0, axis.get_ylim()[0]), min(1.02, axis.get_ylim()[1]))
+        axis.set_title(comparison.tasks[task][1])
+        axis.set_xlabel("training scans")
+        axis.set_ylabel("AUC")
+    _legend(figure, axes)
+    return figure
+
+
+def _reference(axis: Any, task: str, sizes: list[int]) -> list[int]:
+    """The published curves behind, in grey, each named at its end; the sizes to mark."""
+    published = PUBLISHED.get(task, {})
+    for method in ("y-Aware", "SimCLR", "age supervision"):
+        points = [(size, row[method]) for size, row in published.items()]
+        if points:
+            axis.plot(*zip(*points, strict=True), color=REFERENCE, lw=1, marker=".", zorder=0)
+            axis.annotate(f"published: {method}", points[-1], xytext=(4, 0), textcoords="offset points", fontsize=7.5,
+                          color="#5f5f5f", va="center")  # fmt: skip
+    # Of two marks that would run into each other only ours stays.
+    return sorted({*sizes, *(size for size in published if all(abs(np.log(size / own)) > 0.3 for own in sizes))})
+
+
+def steps(comparison: Comparison) -> Any:
+    """Each task's first figure over the pretraining steps of every run that was judged at several."""
+    series = series_of(comparison)
+    tasks = comparison.tasks
+    figure, axes = panels(len(tasks), 2, 3.0)
+    table = comparison.table.set_index(["checkpoint", "task", "figure"])
+    for axis, (task, (kind, title)) in zip(axes, tasks.items(), strict=True):
+        name = next(iter(FIGURES[kind]))
+        for number, (label, members) in enumerate(list(series.items())[:MOST_LINES]):
+            rows = [(each.step, *table.loc[(each.name, task, name), ["value", "low", "high"]])
+                    for each in members if (each.name, task, name) in table.index]  # fmt: skip
+            if not rows:
+                continue
+            at, value, low, high = np.array(rows, float).T
+            colour = PALETTE[number % len(PALETTE)]
+            axis.plot(at, value, label=label, lw=1.4, marker=MARKERS[number % 7], ls=LINES[number % 7], color=colour)
+            axis.fill_between(at, low, high, color=colour, alpha=0.12, lw=0)
+        chance = _chance(each_label=_labels_of(comparison.judged, task), kind=kind)
+        if chance is not None:
+            axis.axhline(chance, color=REFERENCE, lw=1, ls="--", zorder=0)
+        axis.set_title(title)
+        axis.set_xlabel("pretraining step")
+        axis.set_ylabel(UNITS.get(name, LABELS[name]))
+    _legend(figure, axes)
+    return figure
+
+
+def series_of(comparison: Comparison) -> dict[str, list[Judged]]:
+    """Run (and protocol, where there are several) -> its evaluations by step, of runs judged at two steps or more."""
+    found: dict[str, list[Judged]] = {}
+    several = len({each.protocol for each in comparison.judged}) > 1
+    for each in sorted(comparison.judged, key=lambda judged: judged.step):
+        found.setdefault(f"{each.series}, {each.protocol}" if several else each.series, []).append(each)
+    return {name: members for name, members in found.items() if len({each.step for each in members}) > 1}
+
+
+def calibration(comparison: Comparison) -> Any:
+    """Share of positives among scans given a probability, against that probability; the diagonal is perfect."""
+    last = [each for each in comparison.last if calibrated_tasks([each])][:MOST_LINES]
+    tasks = calibrated_tasks(last)
+    figure, axes = panels(len(tasks), 3, 3.4)
+    style = looks(last)
+    for axis, task in zip(axes, tasks, strict=True):
+        axis.plot([0, 1], [0, 1], color=REFERENCE, lw=1, ls="--", zorder=0)
+        for each in last:
+            if task not in calibrated_tasks([each]):
+                continue
+            part = each.of(task)
+            people = part["participant"].to_numpy()
+            shares = probabilities(part)
+            assert shares is not None
+            # Twenty people a bin at least, and no more than ten bins.
+            bins = int(np.clip(len(np.unique(people)) // 20, 2, 10))
+            curve = calibration_curve(part["label"].to_numpy(np.int64), shares, people, bins)
+            bars = np.abs(curve[["low", "high"]].to_numpy().T - curve["observed"].to_numpy())
+            axis.errorbar(
+                curve["predicted"],
+                curve["observed"],
+                yerr=bars,
+                lw=1.3,
+                elinewidth=0.6,
+                label=each.name,
+                **style[each.name],
+            )
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel="probability given")
+        axis.set_title(comparison.tasks[task][1])
+    if axes:
+        axes[0].set_ylabel("share of positives")
+    _legend(figure, axes)
+    return figure
+
+
+def calibrated_tasks(judged: list[Judged]) -> list[str]:
+    """Binary tasks of which probabilities were stored."""
+    found = [
+        task for each in judged for task in each.tasks
+        if each.kind(task) == "binary" and probabilities(each.of(task)) is not None
+    ]  # fmt: skip
+    return list(dict.fromkeys(found))
 
 
 def training_curves(comparison: Comparison) -> Any:
     """Loss, learning rate, gradient norm and speed over the steps of every pretraining run."""
-    plt, colours = _pyplot(), _colours(comparison)
     titles = {
-        "loss": "contrastive loss",
+        "loss": "loss",
         "lr": "learning rate",
         "grad_norm": "gradient norm",
         "scans_per_second": "scans per second",
     }
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.1), layout="constrained")
+    figure, axes = panels(4, 2, 2.4)
     for axis, (metric, title) in zip(axes, titles.items(), strict=True):
         for number, (name, curves) in enumerate(comparison.trainings.items()):
-            steps, values = np.array(curves[metric]).T if curves[metric] else (np.array([]), np.array([]))
-            colour = colours.get(name, PALETTE[number % len(PALETTE)])
-            smooth = metric in ("loss", "grad_norm", "scans_per_second") and len(values) > 20
-            axis.plot(steps, values, color=colour, alpha=0.3 if smooth else 1.0, lw=1, label=None if smooth else name)
+            at, values = np.array(curves[metric], float).T if curves[metric] else (np.array([]), np.array([]))
+            colour, line = PALETTE[number % len(PALETTE)], LINES[number % len(LINES)]
+            smooth = metric != "lr" and len(values) > 20
             if smooth:
-                axis.plot(steps, _running_mean(values, 9), color=colour, lw=1.8, label=name)
-        axis.set_title(title)
+                axis.plot(at, values, color=colour, alpha=0.25, lw=0.8)
+            axis.plot(at, running_mean(values, 9) if smooth else values, color=colour, ls=line, lw=1.5, label=name)
+        axis.set_title(title, pad=14)  # above the power of ten
         axis.set_xlabel("step")
         if metric == "grad_norm":
             axis.set_yscale("log")
         else:
             axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
-    if comparison.trainings:
-        axes[0].legend()
+    _legend(figure, axes)
     return figure
 
 
-def embedding_by_age(comparison: Comparison) -> Any:
-    """The first two principal components of each checkpoint's features, coloured by age; patients as crosses."""
-    plt = _pyplot()
-    count = len(comparison.judged)
-    figure, axes = plt.subplots(1, count, figsize=(4.1 * count + 0.8, 3.9), squeeze=False, layout="constrained")
-    ages = np.concatenate([each.embedding["age"].to_numpy(float) for each in comparison.judged])
-    limits = {"vmin": np.nanmin(ages), "vmax": np.nanmax(ages), "cmap": "viridis"}
-    dots: Any = None
-    for axis, each in zip(axes[0], comparison.judged, strict=True):
-        table = each.embedding
-        known = table["age"].notna().to_numpy()
-        dots = axis.scatter(
-            table["x"][known], table["y"][known], c=table["age"][known], s=14, alpha=0.85, linewidths=0, **limits
-        )
-        correlation = (
-            abs(float(np.corrcoef(table["x"][known], table["age"][known])[0, 1])) if known.sum() > 2 else float("nan")
-        )
-        axis.set_title(f"{each.name}: |r(first axis, age)| = {correlation:.2f}")
-        axis.set_xlabel("first principal component")
-        axis.set_xticks([])
-        axis.set_yticks([])
-    axes[0][0].set_ylabel("second principal component")
-    if dots is not None:
-        figure.colorbar(dots, ax=axes[0], label="age (years)", fraction=0.03, pad=0.01)
-    return figure
-
-
-def auc_intervals(comparison: Comparison) -> Any:
-    """AUC of every binary task and checkpoint with its 95 % interval, and the line of chance."""
-    plt, colours = _pyplot(), _colours(comparison)
-    table = comparison.table[comparison.table["figure"] == "auc"]
-    tasks = list(dict.fromkeys(table["task"]))
-    titles = dict(zip(table["task"], table["title"], strict=True))
-    names = [each.name for each in comparison.judged]
-    figure, axis = plt.subplots(
-        figsize=(max(5.0, 1.4 + 1.1 * len(tasks) * max(1, len(names)) * 0.75), 3.9), layout="constrained"
-    )
-    width = 0.8 / max(1, len(names))
-    for number, name in enumerate(names):
-        part = table[table["checkpoint"] == name].set_index("task")
-        for place, task in enumerate(tasks):
-            if task not in part.index:
-                continue
-            row = part.loc[task]
-            x = place + (number - (len(names) - 1) / 2) * width
-            axis.bar(x, row["value"], width * 0.9, color=colours[name], alpha=0.85, label=name if place == 0 else None)
-            axis.errorbar(
-                x,
-                row["value"],
-                [[row["value"] - row["low"]], [row["high"] - row["value"]]],
-                color="black",
-                capsize=3,
-                lw=1.2,
-            )
-            axis.text(x, min(row["high"] + 0.012, 1.03), f"{row['value']:.2f}", ha="center", va="bottom", fontsize=9)
-    axis.axhline(0.5, color="black", lw=1, ls="--")
-    axis.text(1.0, 0.5, " chance", transform=axis.get_yaxis_transform(), va="center", fontsize=9)
-    axis.set_xticks(range(len(tasks)), [titles[task] for task in tasks])
-    axis.set_ylim(0, 1.08)
-    axis.set_ylabel("AUC (95 % interval over participants)")
-    axis.grid(axis="x", visible=False)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=min(4, max(1, len(names))))
-    return figure
-
-
-def learning_curves(comparison: Comparison) -> Any:
-    """AUC on the fixed test participants over the number of training scans; bands are 95 % intervals of the mean draw."""
-    plt, colours = _pyplot(), _colours(comparison)
-    tasks = list(dict.fromkeys(task for each in comparison.judged for task in each.curve["task"]))
-    titles = dict(zip(comparison.table["task"], comparison.table["title"], strict=True))
-    wide = 4.4 * max(1, len(tasks)) + 0.4
-    figure, axes = plt.subplots(
-        1, max(1, len(tasks)), figsize=(wide, 3.7), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, task in zip(axes[0], tasks, strict=False):
-        for number, each in enumerate(comparison.judged):
-            groups = each.curve[each.curve["task"] == task].groupby("n_train")["auc"]
-            sizes = np.array(sorted(groups.groups))
-            means = groups.mean().to_numpy()
-            error = 1.96 * (groups.std(ddof=1) / np.sqrt(groups.count())).fillna(0).to_numpy()
-            axis.plot(sizes, means, marker=MARKERS[number % len(MARKERS)], color=colours[each.name], label=each.name)
-            axis.fill_between(sizes, means - error, means + error, color=colours[each.name], alpha=0.15, lw=0)
-            axis.set_xticks(sizes)
-        axis.axhline(0.5, color="black", lw=1, ls="--")
-        axis.set_title(titles.get(task, task))
-        axis.set_xlabel("training scans")
-    axes[0][0].set_ylabel("AUC on held-out participants")
-    axes[0][-1].legend(loc="best")
-    return figure
-
-
-FIGURES_OF_THE_REPORT: dict[str, Callable[[Comparison], Any]] = {
-    "auc": auc_intervals,
-    "learning_curve": learning_curves,
-    "embedding_age": embedding_by_age,
-    "training_curves": training_curves,
-}
-
-
-def to_png(figure: Any) -> bytes:
-    """A figure's PNG bytes, and the end of the figure."""
+def to_png(figure: Any, dots: int = 150) -> bytes:
+    """A figure's PNG bytes; the figure stays."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
-    _pyplot().close(figure)
+    figure.savefig(stream, format="png", dpi=dots)
     return stream.getvalue()
 
 
-def _running_mean(values: Any, width: int) -> Any:
+def to_svg(figure: Any) -> bytes:
+    """A figure's SVG bytes, which print sharp at any size."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()
+
+
+def running_mean(values: Any, width: int) -> Any:
     """Mean over a centred window that shrinks at the ends."""
     sums, counts = (np.convolve(v, np.ones(width), mode="same") for v in (values, np.ones(len(values))))
     return sums / counts
+
+
+def _labels_of(judged: list[Judged], task: str) -> pd.Series:
+    return next(each.of(task)["label"] for each in judged if task in each.tasks)
+
+
+def _chance(each_label: pd.Series, kind: str) -> float | None:
+    """What answers that know nothing come to: AUC 0.5, 1 of K classes, the MAE of answering the median."""
+    if kind == "binary":
+        return 0.5
+    if kind == "multiclass":
+        return 1 / each_label.nunique()
+    return float(np.abs(each_label - each_label.median()).mean())
+
+
+def _legend(figure: Any, axes: list[Any]) -> None:
+    """One legend above all panels, of every line that any of them has."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if found:
+        width = max(len(label) for label in found)
+        columns = max(1, min(len(found), 100 // (width + 6)))
+        figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=columns)
+
+
+Picture = Callable[[Comparison], Any]

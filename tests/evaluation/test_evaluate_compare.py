@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,15 @@ import pytest
 import torch
 
 from data_pipeline.build import build_shards
+from data_pipeline.loader import volumes
 from data_pipeline.manifest import Manifest
+from evaluation import embedding
+from evaluation.embedding import embedding_table
+from evaluation.saliency import boxes_of, occlusion
 from evaluation.tasks import load_task
 from infra import cli, runs
 from infra.errors import UserError
+from infra.mlflow_store import client_of
 from infra.tracking import Tracker
 from pretrain.encoders import build_encoder
 from pretrain.export import write_encoder
@@ -59,6 +65,8 @@ def evaluated(shards, tmp_path_factory):
     models = [checkpoint(root / name, shards, uri, name, seed) for seed, name in enumerate(("first", "second"))]
     given = [str(root / "first"), str(root / "second"), "--shards", str(shards), "--experiment", "test"]
     assert cli.run(["evaluate", *given, *TASKS, "--tracking-uri", uri]) == 0
+    asked = [str(root / "first"), "--shards", str(shards), "--experiment", "test", "--tracking-uri", uri]
+    assert cli.run(["saliency", *asked, "--task", "ad", "--scans", "4", "--cubes", "3"]) == 0
     for name in ("first", "second"):
         shutil.rmtree(root / name)  # from here on only MLflow knows them
     return root, uri, models
@@ -86,6 +94,16 @@ def test_evaluations_are_linked_to_checkpoint_and_pretraining(evaluated):
         } in model["metrics"]
 
 
+def test_mlflow_itself_sorts_checkpoints_by_a_figure(evaluated):
+    """The query behind the viewer's table of models: by a metric on a data set."""
+    _, uri, models = evaluated
+    client = client_of(uri)
+    order = {"field_name": "metrics.ad.auc", "ascending": False, "dataset_name": "tiny"}
+    found = client.search_logged_models([client.get_experiment_by_name("test").experiment_id], order_by=[order])
+    logged = {row["tags"]["yaware.model_id"]: row["metrics"]["ad.auc"] for row in runs.runs(uri, "test", "evaluation")}
+    assert [model.model_id for model in found] == sorted(models, key=lambda model: -logged[model])
+
+
 def test_compare_reads_only_the_store_and_writes_the_report(evaluated, capsys):
     root, uri, _ = evaluated
     out = root / "out" / "report.html"
@@ -95,15 +113,90 @@ def test_compare_reads_only_the_store_and_writes_the_report(evaluated, capsys):
     assert "mlflow ui --backend-store-uri" in printed
     assert re.search(r"ad AUC: (first - second|second - first) = [+-]0\.\d+ \[", printed)
     page = out.read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 2  # of scans
+    assert page.count("data:image/svg+xml;base64,") == 4
     assert not re.search(r"(src|href)=['\"]?https?:", page)
     assert "Simulated data" not in page
-    for name in ("auc", "learning_curve", "embedding_age", "training_curves"):
+    for name in ("auc", "learning_curve", "calibration", "embedding_age", "saliency", "training_curves"):
         assert (root / "out" / f"report_{name}.png").read_bytes().startswith(b"\x89PNG")
     table = pd.read_csv(root / "out" / "report_figures.csv")
     logged = {row["tags"]["yaware.run_name"]: row["metrics"] for row in runs.runs(uri, "test", "evaluation")}
     for row in table.itertuples():
         assert row.value == pytest.approx(logged[row.checkpoint][f"{row.task}.{row.figure}"])
+
+
+class Region(torch.nn.Module):
+    """Features of which one sees the middle of the volume alone, and the others nothing of it."""
+
+    def forward(self, volumes_B1DHW):
+        seen = volumes_B1DHW[:, 0, 6:12, 6:12, 6:12].mean((1, 2, 3))
+        return torch.stack([seen, torch.ones_like(seen), torch.zeros_like(seen)], dim=1)
+
+
+def test_occlusion_finds_the_only_voxels_that_matter(shards):
+    manifest = Manifest.load(shards)
+    task = load_task("ad", manifest)
+    encoder = Region()
+    features = torch.cat([encoder(batch) for _, batch in volumes(manifest, task.rows, 16)]).numpy()
+    fit, ask = np.arange(len(task.rows))[6:], np.arange(6)
+    found = occlusion(encoder, manifest, task, features, fit, ask, {"strength": 1.0}, 3)
+    change, side = found["map"], int(found["side"])
+    middle = (slice(6, 12),) * 3
+    assert side == 6  # so that the region is one cube
+    assert change[middle].min() > 0
+    elsewhere = change.copy()
+    elsewhere[middle] = 0
+    assert not elsewhere.any()
+    assert found["background"].shape == change.shape == tuple(manifest.grid["shape"])
+
+
+def test_cubes_tile_the_brain_and_leave_out_air():
+    volume = np.zeros((20, 24, 20))
+    volume[5:15, 6:18, 5:15] = 1.0
+    boxes, side = boxes_of(volume, 6)
+    covered = np.zeros(volume.shape, int)
+    for box in boxes:
+        covered[box] += 1
+    assert side == 4
+    assert covered.max() == 1
+    assert covered[volume > 0].all()
+    assert not covered[:4].any()
+
+
+def test_saliency_needs_an_evaluation(shards, tmp_path, capsys):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    checkpoint(tmp_path / "ok", shards, uri, "ok", 0)
+    base = [str(tmp_path / "ok"), "--shards", str(shards), "--tracking-uri", uri, "--experiment", "test"]
+    for more, text in (
+        (["--task", "ad"], r"has no evaluation of task ad on these shards in experiment 'test'; run yaware evaluate"),
+        (["--task", "site"], "task site has several classes and so no one score"),
+        (["--task", "ad", "--cubes", "1"], "--cubes=1: at least 2 are needed"),
+    ):
+        assert cli.run(["saliency", *base, *more]) == 2
+        assert re.search(text, capsys.readouterr().err)
+
+
+def test_umap_coordinates_stand_beside_the_components(shards, monkeypatch):
+    """umap-learn is optional: a stand-in for the library shows what it is given and where its answer goes."""
+    manifest = Manifest.load(shards)
+    rows = np.arange(30)
+    features = np.random.default_rng(0).normal(size=(30, 80))
+    assert "umap_x" not in embedding_table(manifest, rows[:10], features[:10])
+
+    class UMAP:
+        def __init__(self, random_state):
+            assert random_state == 0
+
+        def fit_transform(self, points):
+            assert points.shape[0] == 30
+            assert points.shape[1] <= 50
+            return points[:, 1::-1]
+
+    monkeypatch.setattr(embedding, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "umap", type(sys)("umap"))
+    monkeypatch.setattr(sys.modules["umap"], "UMAP", UMAP, raising=False)
+    table = embedding_table(manifest, rows, features)
+    assert np.allclose(abs(table["umap_x"]), abs(table["y"]))
 
 
 def test_compare_without_evaluations_says_what_to_do(evaluated, capsys):
@@ -158,6 +251,6 @@ def test_a_task_file_of_ones_own(shards, tmp_path):
     assert (task.name, task.kind, set(task.labels)) == ("old", "binary", {0, 1})
     path.write_text("title: x\nkind: binary\nlabel: diagnosi\npositive: [a]\nnegative: [b]\n")
     with pytest.raises(
-        UserError, match=r"label 'diagnosi' is no column of scans.parquet \(did you mean 'diagnosis'\?\)"
+        UserError, match=r"label: 'diagnosi' is no column of scans.parquet \(did you mean 'diagnosis'\?\)"
     ):
         load_task(str(path), Manifest.load(shards))

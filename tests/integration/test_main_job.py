@@ -16,6 +16,8 @@ import torch
 from data_pipeline.manifest import Manifest
 from infra import cli, runs
 from pretrain import Encoder
+from pretrain.export import find_encoder
+from pretrain.seen_scans import read, source_of
 from tests.runs import ROOT, environment, losses, pretrain_command, run
 
 pytestmark = pytest.mark.distributed
@@ -69,6 +71,27 @@ def test_the_hand_typed_launcher_trains_and_writes_what_it_should(job):
     assert encoder.config["simulated"] is True
 
 
+def test_a_checkpoint_keeps_what_it_has_seen(job):
+    manifest = Manifest.load(job / "demo/shards")
+    (trained,) = read(find_encoder(job / "demo/runs/y-aware"))
+    assert trained == source_of(manifest, manifest.rows(split="pretrain"))
+    assert len(trained.voxels) == len(manifest.rows(split="pretrain"))
+    assert read(find_encoder(job / "demo/runs/random")) is None
+
+
+@pytest.mark.slow
+def test_regression_of_age_is_pretrained_by_the_same_command(job):
+    shards, output = job / "demo/shards", job / "demo/runs/age"
+    more = ["--run.name=age", "--run.experiment=job", "--loss.name=regression", "--monitor.every_epochs=1"]
+    done = run(pretrain_command(shards, output, 12, *more), job)
+    assert done.returncode == 0
+    found = [loss for _, loss in losses(output)]
+    assert np.mean(found[-4:]) < found[0]
+    encoder = Encoder.from_pretrained(output)
+    assert encoder.config["method"] == "age regression"
+    assert [source.role for source in read(find_encoder(output))] == ["trained", "watched"]
+
+
 def test_mlflow_holds_one_run_per_pretraining_with_its_checkpoints(job):
     rows = {row["name"]: row for row in runs.runs(store(job), "job", "pretraining")}
     assert set(rows) == {"y-aware", "random"}
@@ -100,7 +123,8 @@ def test_evaluated_and_compared_by_command(job, capsys, monkeypatch):
     assert "simulated data" in printed
     page = (job / "report.html").read_text()
     assert "Simulated data." in page
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 1  # the map of the features
+    assert page.count("data:image/svg+xml;base64,") >= 3
 
 
 def test_a_finished_run_is_not_trained_again(job):

@@ -1,0 +1,213 @@
+"""The comparison from a store in which only evaluations are left: tables, differences, report, LaTeX."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from evaluation import sections, tables
+from evaluation.compare import compare
+from evaluation.figures import series_of
+from evaluation.latex import escape, to_latex
+from evaluation.paired import delong_difference, holm
+from evaluation.published import PUBLISHED
+from evaluation.report import write_report
+from evaluation.statistics import auc, brier, with_interval
+from infra import cli
+from infra.tracking import Tracker
+from tests.evaluation.stored import evaluation, people
+
+T_OF_9 = 2.2621571628540993  # Student's t at 0.975 with 9 degrees of freedom, as of 10 draws
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kept")
+    uri = f"sqlite:///{root}/mlflow.db"
+    tracker = Tracker.open(uri, "kept", "y-aware", tags={"yaware.kind": "pretraining"})
+    tracker.log_params({"loss.name": "y-aware", "loss.note": "5 & <6>"})
+    tracker.log_metrics(
+        [(m, 1.0 + 1 / (s + 1), s) for s in range(30) for m in ("loss", "lr", "grad_norm", "scans_per_second")]
+    )
+    tracker.end()
+    scans, mine = people(), {"yaware.pretraining_run": str(tracker.run_id)}
+    kept = {"scz.auc": 0.7, "scz.auc.low": 0.6, "scz.auc.high": 0.8}
+    evaluation(uri, root / "a", "y-aware", 100, 0.3, scans=scans, tags=mine, tasks=("scz", "age", "site"))
+    evaluation(
+        uri, root / "b", "y-aware", 200, 0.9, scans=scans, tags=mine, tasks=("scz", "age", "site"), saliency=True
+    )
+    evaluation(uri, root / "c", "SimCLR", 200, 0.5, scans=scans, tasks=("scz", "age", "site"), metrics=kept)
+    evaluation(uri, root / "d", "random", 0, 0.05, scans=scans[:-9], tasks=("scz",), sizes=())
+    outside = {"leave_site_out": "True"}
+    evaluation(uri, root / "e", "y-aware", 200, 0.9, scans=scans, tags={**mine, "yaware.protocol": "linear, sites left out"},
+               tasks=("age",), params=outside, metrics={"age.mae": 5.5, "age.mae.low": 5.0, "age.mae.high": 6.0})  # fmt: skip
+    return uri
+
+
+@pytest.fixture(scope="module")
+def comparison(store):
+    return compare("kept", tracking_uri=store)
+
+
+@pytest.fixture(scope="module")
+def written(comparison, tmp_path_factory):
+    return write_report(comparison, tmp_path_factory.mktemp("out") / "report.html")
+
+
+def test_figures_are_those_logged_or_made_from_stored_answers(comparison):
+    table = comparison.table.set_index(["checkpoint", "task", "figure"])
+    logged = table.loc[("SimCLR", "scz", "auc")]
+    assert (logged["value"], logged["low"], logged["high"]) == (0.7, 0.6, 0.8)
+    each = next(e for e in comparison.judged if e.name == "y-aware, step 200")
+    part = each.of("scz")
+    labels, people_ = part["label"].to_numpy(int), part["participant"].to_numpy()
+    found = table.loc[("y-aware, step 200", "scz", "auc")]
+    assert tuple(found[["value", "low", "high"]]) == with_interval(auc, labels, part["answer"].to_numpy(), people_)
+    assert table.loc[("y-aware, step 200", "scz", "brier"), "value"] == brier(labels, part["probability"].to_numpy())
+    assert found["p_chance"] < 0.01
+    assert table.loc[("random", "scz", "auc"), "p_chance"] > 0.05
+    assert np.isnan(table.loc[("random", "scz", "ap"), "p_chance"])
+
+
+def test_pairs_are_the_last_steps_judged_on_the_same_scans(comparison):
+    table = comparison.differences
+    assert {(r.task, r.first, r.second) for r in table.itertuples()} == {
+        (task, "y-aware, step 200", "SimCLR") for task in ("scz", "age", "site")
+    } | {
+        ("age", first, "y-aware, step 200, linear, sites left out") for first in ("y-aware, step 200", "SimCLR")
+    }  # fmt: skip
+    assert sorted(comparison.unpaired) == [
+        "scz: SimCLR and random were judged on different scans or labels",
+        "scz: y-aware, step 200 and random were judged on different scans or labels",
+    ]
+    row = table[table["task"] == "scz"].iloc[0]
+    one, other = (
+        next(e for e in comparison.judged if e.name == name).of("scz") for name in (row["first"], row["second"])
+    )
+    found = delong_difference(one["label"].to_numpy(), one["answer"].to_numpy(), other["answer"].to_numpy(),
+                              one["participant"].to_numpy())  # fmt: skip
+    assert tuple(row[["difference", "low", "high", "p"]]) == (found.value, found.low, found.high, found.p)
+    assert table["p_holm"].to_numpy() == pytest.approx(holm(table["p"].to_numpy()))
+    assert set(table.loc[table["task"] != "scz", "test"]) == {"bootstrap"}
+
+
+def test_against_one_checkpoint(store, comparison, capsys):
+    found, left_out = tables.differences_table(comparison.last, "SimCLR")
+    assert set(found["second"]) == {"SimCLR"}
+    assert len(left_out) == 1
+    assert cli.run(["compare", "--experiment", "kept", "--tracking-uri", store, "--against", "SimCRL"]) == 2
+    assert "--against=SimCRL is none of the checkpoints: " in capsys.readouterr().err
+    assert cli.run(["compare", "--experiment", "kept", "--tracking-uri", store, "--filter", "tags.x = 'y'"]) == 2
+    assert "no finished evaluation that fits --filter \"tags.x = 'y'\"" in capsys.readouterr().err
+
+
+def test_runs_are_followed_over_their_steps(comparison):
+    assert [[each.step for each in members] for members in series_of(comparison).values()] == [[100, 200]]
+
+
+def test_learning_curves_have_corrected_intervals(comparison):
+    mine = comparison.curves[comparison.curves["checkpoint"] == "y-aware, step 200"]
+    assert mine["n_train"].tolist() == [20, 40, 80]
+    # 130 participants in five folds: 26 a test set, so the interval is the wider the smaller the training set.
+    each = next(e for e in comparison.judged if e.name == "y-aware, step 200")
+    values = each.curve.loc[each.curve["n_train"] == 20, "auc"]
+    half = T_OF_9 * np.sqrt((1 / 10 + 26 / 20) * values.var(ddof=1))
+    assert (mine["high"] - mine["low"]).iloc[0] / 2 == pytest.approx(half)
+
+
+def test_differences_at_each_training_size_are_paired_by_draw(comparison):
+    table = comparison.curve_differences
+    assert set(zip(table["first"], table["second"], strict=True)) == {("y-aware, step 200", "SimCLR")}
+    one, other = (
+        next(e for e in comparison.judged if e.name == name).curve for name in ("y-aware, step 200", "SimCLR")
+    )
+    gaps = (one["auc"] - other["auc"])[one["n_train"] == 80]
+    row = table[table["n_train"] == 80].iloc[0]
+    assert row["difference"] == pytest.approx(gaps.mean())
+    assert (row["high"] - row["low"]) / 2 == pytest.approx(T_OF_9 * np.sqrt((1 / 10 + 26 / 80) * gaps.var(ddof=1)))
+    assert table["p_holm"].to_numpy() == pytest.approx(holm(table["p"].to_numpy()))
+
+
+def test_site_and_age(comparison):
+    sites = tables.site_table(comparison.judged).set_index("checkpoint")
+    row = sites.loc["y-aware, step 200"]
+    assert row["openbhb"] == pytest.approx(row["bacc"] ** 0.3 * 5.5)
+    assert np.isnan(sites.loc["SimCLR", "openbhb"])
+    ages = tables.brain_age_table(comparison.last).set_index("checkpoint")
+    assert (ages["r_raw"] < -0.4).all()
+    assert (ages["r_corrected"].abs() < 0.1).all()
+
+
+def test_the_report_is_whole_and_offline(comparison, written):
+    page = written[0].read_text()
+    assert all(path.stat().st_size for path in written)
+    assert not re.search(r"(src|href)=['\"]?(https?:|//|/)", page)
+    assert "<script" not in page
+    for title in ("Figures by task", "Learning curves", "Paired differences", "Over pretraining", "Calibration", "Subgroups",
+                  "Scanner and age", "What the features hold", "Where in the brain", "Pretraining", "Provenance"):  # fmt: skip
+        assert re.search(rf"<h2 id='?\"?\w+'?\"?>{title}</h2>", page)
+    assert "The same by UMAP" not in page
+    assert page.count("<img ") == sum(path.suffix == ".png" for path in written)
+    assert "Simulated data" in page
+    assert "5 &amp; &lt;6&gt;" in page  # what a store holds is text, not HTML
+    island = re.search(r"site island</td>.*?</tr>", page)
+    assert island
+    assert "fewer than 20 participants" in island.group()
+
+
+def test_published_values_are_marked_and_kept_out_of_pictures_of_simulated_data(comparison, written):
+    page = written[0].read_text()
+    assert f"{PUBLISHED['scz'][500]['y-Aware']:.3f}" in page
+    assert "Not measured here." in page
+    assert "class='reference'" in page
+    assert sections.published_tasks(comparison) == ["scz"]
+
+
+def test_tables_beside_the_report(comparison, written):
+    figures = pd.read_csv(next(path for path in written if path.name == "report_figures.csv"))
+    assert figures["value"].to_numpy() == pytest.approx(comparison.table["value"].to_numpy())
+    text = next(path for path in written if path.suffix == ".tex").read_text()
+    assert text == to_latex(comparison)
+    for name in ("toprule", "midrule", "bottomrule"):
+        assert text.count(f"\\{name}\n") == 2
+    columns = {
+        line.count("&") for line in text.split("\\midrule")[1].split("\\bottomrule")[0].splitlines() if "&" in line
+    }
+    assert columns == {3}
+    assert "Simulated data." in text
+    assert escape("a_b & 5% of $x^2$ \\ {z}") == (
+        r"a\_b \& 5\% of \$x\textasciicircum{}2\$ \textbackslash{} \{z\}"
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, a Debian package")
+@pytest.mark.parametrize("width", [1200, 480])
+def test_a_browser_shows_the_report_without_sideways_scrolling(written, tmp_path, width):
+    """The page says itself, in its title, how wide its content is; the network is off."""
+    page = written[0].read_text()
+    says = "document.documentElement.scrollWidth + ' ' + [...document.images].every(i => i.naturalWidth > 0)"
+    probe = f"<script>document.title = {says}</script>"
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{probe}</body>"))
+    options = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--proxy-server=127.0.0.1:9",
+        f"--window-size={width},1000",
+    ]  # fmt: skip
+    address = (tmp_path / "page.html").as_uri()
+    shown = subprocess.run(
+        [*options, "--dump-dom", address], capture_output=True, text=True, timeout=200, check=True
+    ).stdout
+    title = re.search(r"<title>(\d+) (\w+)</title>", shown)
+    assert title
+    assert int(title.group(1)) <= max(width, 500)  # chromium has no window narrower than 500
+    assert title.group(2) == "true"
+    for option, name in (("--screenshot", "page.png"), ("--print-to-pdf", "page.pdf")):
+        subprocess.run([*options, f"{option}={tmp_path / name}", address], capture_output=True, timeout=200, check=True)
+        assert (tmp_path / name).stat().st_size > 20_000
