@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import os
@@ -26,6 +27,10 @@ from pretrain.partitions import held
 
 # More steps left out in a row than the scaler needs to come down from 2^24 to 1: not an overflow but a NaN.
 LEFT_OUT = 30
+
+
+# Of malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 class NotFinite(RuntimeError):
@@ -71,10 +76,23 @@ def start_ranks() -> torch.device:
             os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world_size()
         )
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        _keep_freed_memory()
     warm()
     with redirect_stdout(io.StringIO()):  # every rank would report that the collectives were built
         import_deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed activations for the next step, instead of giving it back page by page.
+
+    A step of DenseNet121 with two scans at 121 x 145 x 121 otherwise has the kernel clear ten gigabytes anew, 7.2 s in
+    place of 4.2 s on two cores (tests/benchmarks/bench_training.py). A rank's memory stays at its peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc alone has it
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def stop_ranks() -> None:

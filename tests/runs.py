@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--encoder.options={width: 0.25, norm: batch}", "--batch.global=8", "--checkpoint.every_steps=4"]
+SMALL = ["--encoder.options={width: 0.25, norm: batch}", "--batch.global=8", "--checkpoint.every_steps=4",
+         "--data.workers=0"]  # fmt: skip
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -17,8 +17,8 @@ from pretrain.optimizers import build_optimizer, depth_of, parameter_groups
 from pretrain.temperature import Temperature
 from tests.reference import optimizers as naive
 
-DEPTHS = {"densenet121": 4, "resnet18": 4, "resnet50": 4, "unet": 4, "resenc-l": 6, "vit-small": 12, "vit-base": 12, "vit-large": 24,
-          "swin-unetr": 4}  # fmt: skip
+DEPTHS = {"densenet121": 4, "resnet18": 4, "resnet50": 4, "unet": 4, "resenc-l": 6, "vit-small": 12, "vit-base": 12,
+          "vit-large": 24, "swin-unetr": 4}  # fmt: skip
 
 
 def network(name: str, **options: object) -> ContrastiveModel:
