@@ -294,7 +294,7 @@ def bad_loss_on_rank_1(rank: int) -> None:
 
 @pytest.mark.distributed
 def test_a_loss_that_is_not_finite_is_skipped_so_often_and_then_stops_the_run(shards, store, tmp_path):
-    often = {"checkpoint__every_steps": 100, "checkpoint__every_minutes": 0.0001, "checkpoint__keep": 9}
+    often = {"checkpoint__every_steps": 100, "checkpoint__every_minutes": 1e-7, "checkpoint__keep": 9}
     command = arguments(shards, tmp_path / "run", store, train__max_skipped_steps=1, **often)
     assert wait(start(command, tmp_path, WORLD, harm=bad_loss_on_rank_1)) == [1, 1], said(tmp_path)
     first, second = BAD_STEPS
