@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from data_pipeline.augment import BOX, MIRRORED, TURNED, Augmentation
@@ -26,9 +25,6 @@ _ARRAYS: dict[str, list[tuple[str, int]]] = {
 }
 # Places in the flags that lead a view's arrays (augment.view_arrays).
 _MOVE, _BLUR, _GAMMA, _BIAS, _NOISE = range(5)
-
-
-SMALL_BYTES = 1024
 
 
 class Frame(NamedTuple):
@@ -60,7 +56,7 @@ class AugmentPipeline:
             prefetch_queue_depth=prefetch, seed=0, enable_conditionals=True,
         )  # fmt: skip
         self._pipeline = definition(_graph)(
-            lambda iteration: [_fed(column) for column in zip(*source(iteration), strict=True)], settings, shape, gpu
+            lambda iteration: list(zip(*source(iteration), strict=True)), settings, shape, gpu
         )
         self._pipeline.build()
         self._gpu = gpu
@@ -76,15 +72,6 @@ class AugmentPipeline:
     def close(self) -> None:
         """Free the graph."""
         self._pipeline = None
-
-
-def _fed(column: Sequence[Any]) -> Any:
-    """One input's arrays of a batch as DALI takes them: small ones of one shape as one array, which it takes over at once
-    (array by array the parameters of 16 scans cost as much as reading them); volumes as they are, without a copy."""
-    first = column[0]
-    if first.nbytes <= SMALL_BYTES and all(array.shape == first.shape for array in column):
-        return np.stack(column)
-    return list(column)
 
 
 def _graph(source: Any, settings: Augmentation, shape: Sequence[int], gpu: bool) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from scipy import ndimage
 from data_pipeline.volume import (
     BadScan,
     Grid,
+    as_float16,
     centre_of_mass,
     check_preparation,
     load_volume,
@@ -384,3 +386,16 @@ def test_a_t1_brain_on_the_brain_crop_is_the_same_wherever_and_however_it_was_st
     assert not any(np.take(volume, end, axis=axis).any() for axis in range(3) for end in (0, -1))
     low = volume[:, :, 8:16].astype(np.float32)
     assert low[:, :36].mean() > 3 * low[:, 36:].mean()
+
+
+def test_torch_and_numpy_round_to_the_same_float16(monkeypatch):
+    import torch  # noqa: F401  (so that it is there to be used)
+
+    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
+    values = bits.view(np.float32)
+    values = np.concatenate(
+        [values[np.abs(values) < 60000.0], np.float32([0.0, -0.0, 6e-8, 2.98e-8, 2.99e-8, 1.0004883])]
+    )
+    with_torch = as_float16(values.copy())
+    monkeypatch.delitem(sys.modules, "torch")
+    assert np.array_equal(with_torch.view(np.uint16), as_float16(values.copy()).view(np.uint16))
