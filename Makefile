@@ -24,7 +24,7 @@ demo: $(STAMP)  ## the main job on simulated NIfTI input: cohort, shards, pretra
 	@bash infra/demo.sh
 
 test: $(STAMP)  ## the tests (distributed and integration included; slow and gpu left out)
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0
 
 test-packages:  ## Debian packages without which some tests skip (as root)
 	@bash infra/test_packages.sh

@@ -8,8 +8,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,25 @@ def start_ranks() -> torch.device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         _keep_freed_memory()
     warm()
-    with redirect_stdout(io.StringIO()):  # every rank would report that the collectives were built
+    # Every rank would report that the collectives were built.
+    with redirect_stdout(io.StringIO()), _no_shared_buffers():
         import_deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
+
+
+@contextmanager
+def _no_shared_buffers() -> Iterator[None]:
+    """Without LOCAL_SIZE, by which DeepSpeed gives every rank on a host 69 MB of /dev/shm.
+
+    They are for its inference alone, and it never removes them: each run, killed or not, would take that much of the
+    machine's memory until it is started anew.
+    """
+    size = os.environ.pop("LOCAL_SIZE", None)
+    try:
+        yield
+    finally:
+        if size is not None:
+            os.environ["LOCAL_SIZE"] = size
 
 
 def _keep_freed_memory() -> None:
