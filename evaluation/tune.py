@@ -49,6 +49,7 @@ class Found:
     fold: Array  # (N,) which fold asked, -1: none
     chosen: list[Point]
     curve: list[tuple[int, int, float]] = field(default_factory=list)  # size, draw, AUC
+    draw_answers: list[Array] = field(default_factory=list)  # of each row of the curve: of the scans that its draw asks
     trials: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -84,7 +85,7 @@ def trial(point: Point, data: dict[str, Any]) -> dict[str, Any]:
     """Answers of one task's model at one point of its grid; whether they are used is decided later (``choose``).
 
     ``inner`` (folds,) scores on training rows, ``answers`` and ``probabilities`` (N,) for the asked rows of each outer
-    fold, and per learning-curve draw the inner score and the AUC on its test rows.
+    fold, and per learning-curve draw the inner score, the AUC on its test rows and the answers there.
     """
     started = time.monotonic()
     given, model, at = data["tasks"][point["task"]], point["model"], point["at"]
@@ -96,8 +97,8 @@ def trial(point: Point, data: dict[str, Any]) -> dict[str, Any]:
     curve = []
     for draw in given.draws:
         mine = inner_score(model, at, given, draw.fit)
-        found = auc(table.labels[draw.ask], fit_predict(model, at, table, draw.fit, draw.ask, given.seed).answer)
-        curve.append((draw.size, draw.number, mine, found))
+        found = fit_predict(model, at, table, draw.fit, draw.ask, given.seed).answer
+        curve.append((draw.size, draw.number, mine, auc(table.labels[draw.ask], found), found.astype(np.float32)))
     return {
         **point, "inner": np.array(inner), "answers": answers, "probabilities": probabilities, "curve": curve,
         "seconds": time.monotonic() - started,
@@ -123,6 +124,7 @@ def choose(results: list[dict[str, Any]], given: Prepared) -> Found:
     for rows in zip(*(result["curve"] for result in results), strict=True):
         winner = int(np.nan_to_num([row[2] for row in rows], nan=-np.inf).argmax())
         found.curve.append((rows[0][0], rows[0][1], rows[winner][3]))
+        found.draw_answers.append(rows[winner][4])
     for result in results:
         for number, value in enumerate(result["inner"]):
             found.trials.append(

@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.cohort import is_simulated, read_bids
 from data_pipeline.simulate import Simulation, _world, make_volume, simulate_cohort
 from data_pipeline.simulate_atlas import REGIONS, SmoothField
-from data_pipeline.simulate_people import draw_people
+from data_pipeline.simulate_people import draw_people, log_change, site_of
 from data_pipeline.volume import Grid
 from infra import cli
 from infra.errors import UserError
@@ -103,12 +103,66 @@ def test_continued_completed_and_refused(tmp_path, capsys):
         ({"spacing": 0.1}, "--spacing=0.1 is not in 1..12 mm"),
         ({"modality": "pet"}, "--modality='pet' is not known"),
         ({"acceleration": 3.0}, "acceleration in 0"),
+        ({"heterogeneity": 1.5}, "--heterogeneity=1.5 --site-effects=1.0: heterogeneity must be in 0"),
+        ({"site_effects": -1.0}, "site-effects 0 or more"),
+        (
+            {"shares": (("PD", 0.1),)},
+            "--shares=PD=0.1: shares of AD, MCI, SCZ, BD must be 0 or more and sum to 1 at most",
+        ),
+        ({"shares": (("AD", 0.7), ("SCZ", 0.4))}, "sum to 1 at most"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, change, text):
     with pytest.raises(UserError, match=text):
         simulate_cohort(tmp_path / "x", replace(SETTINGS, **change))
     assert not (tmp_path / "x").exists()
+
+
+def test_a_cohort_made_before_a_setting_was_there_was_made_as_by_its_default(tmp_path, capsys):
+    command = ["cohort", "simulate", str(tmp_path / "c"), "--participants", "2", "--workers", "1"]
+    assert cli.run(command) == 0
+    path = tmp_path / "c" / "simulation.json"
+    record = json.loads(path.read_text())
+    del record["heterogeneity"], record["site_effects"]
+    path.write_text(json.dumps(record))
+    assert cli.run(command) == 0
+    assert cli.run([*command, "--heterogeneity", "1"]) == 2
+    assert "holds another simulation (heterogeneity was 0.0, now 1.0)" in capsys.readouterr().err
+
+
+def test_shares_are_given_by_name(tmp_path, capsys):
+    command = ["cohort", "simulate", str(tmp_path / "c"), "--participants", "8", "--workers", "1", "--spacing", "10"]
+    assert cli.run([*command, "--shares", "SCZ=0.5"]) == 0
+    table = pd.read_csv(tmp_path / "c" / "participants.tsv", sep="\t")
+    assert table["diagnosis"].value_counts().to_dict() == {"SCZ": 4, "control": 4}
+    with pytest.raises(SystemExit):
+        cli.run(["cohort", "simulate", str(tmp_path / "d"), "--shares", "half"])
+    assert "'half' is not of the form AD=0.1,SCZ=0.2" in capsys.readouterr().err
+
+
+def test_foci_of_a_heterogeneous_disease_are_each_patients_own_and_the_mean_stays(people):
+    patients = [as_patient(p, "SCZ") for p in people]
+    plain, own = (
+        np.array([log_change(p, 34.0, 1.0, 1.0, h)[0] - log_change(as_healthy(p), 34.0, 1.0, 1.0)[0] for p in patients])
+        for h in (0.0, 1.0)
+    )
+    at = REGIONS.index("insula_left")
+    assert np.ptp(plain[:, REGIONS.index("anterior_cingulate")]) < 0.02  # ageing alone differs from one to the next
+    assert own[:, at].std() > 3 * plain[:, at].std()
+    assert own[:, at].mean() == pytest.approx(plain[:, at].mean(), rel=0.2)
+    for p in people[:5]:  # healthy people have none
+        for a, b in zip(log_change(as_healthy(p), 50.0, 1.0, 1.0, 0.0), log_change(as_healthy(p), 50.0, 1.0, 1.0, 1.0),
+                        strict=True):  # fmt: skip
+            np.testing.assert_array_equal(a, b)
+
+
+def test_site_effects_scale_what_scanners_do(people):
+    plain, strong, none = (site_of(3, 0, strength) for strength in (1.0, 3.0, 0.0))
+    assert strong["age"] == plain["age"]
+    assert np.log(strong["gain"]) == pytest.approx(3 * np.log(plain["gain"]))
+    assert strong["bias"] == pytest.approx(3 * plain["bias"])
+    assert (none["gain"], none["bias"], none["noise"]) == (1.0, 0.0, 0.0)
+    assert not np.array_equal(scan(people[0]), scan(people[0], replace(SETTINGS, site_effects=3.0)))
 
 
 def test_diagnoses_come_in_the_shares_asked_for(people):
