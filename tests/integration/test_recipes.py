@@ -26,7 +26,7 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 # Ranks that a recipe is written for, as its head says, and ranks that the test gives it.
 RANKS = {
     "demo-cpu": (2, 2), "paper-bhb10k": (1, 1), "paper-bhb10k-8gpu": (8, 2), "large-batch-64gpu": (64, 2),
-    "vit-large-multinode": (32, 2), "openbhb": (1, 1),
+    "vit-large-multinode": (32, 2), "openbhb": (1, 1), "simulated-6mm": (1, 1),
 }  # fmt: skip
 SMALL = {"large-batch-64gpu": ["--batch.micro=1"], "paper-bhb10k": ["--batch.micro=2"], "openbhb": ["--batch.micro=2"]}
 # ViT-L itself is two ranks' 9 GiB here; its blocks are ViT-S's, and it is built and run in test_encoders.
