@@ -41,7 +41,7 @@ class Plan:
     """How large the experiment is; the defaults are those of docs/experiments.md."""
 
     healthy: int = 3600  # participants of the cohort that encoders are pretrained on
-    clinic: int = 4000  # participants of each cohort that they are judged on
+    clinic: int = 5000  # participants of each cohort that they are judged on
     spacing: float = 6.0  # mm
     steps: int = 200  # of pretraining, with 64 scans each
     seeds: int = 3  # pretrainings of each method
