@@ -20,6 +20,7 @@ import contextlib
 import faulthandler
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -153,6 +154,9 @@ class Watchdog:
             self._own.word = "left" if clean else f"failed: {type(error).__name__}: {_first_line(error)}"
             self._leaving = True
         if not clean and self._wires and _may_mean_a_lost_rank(error):
+            if threading.get_ident() == self._main:
+                # The launcher asks all ranks to end as soon as it sees that one has died; first it is said which.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             deadline = time.monotonic() + 2 * self._grace
             while self._verdict is None and time.monotonic() < deadline:
                 time.sleep(TICK_SECONDS / 4)

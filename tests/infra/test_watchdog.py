@@ -79,6 +79,20 @@ def test_a_killed_rank_ends_the_others_with_its_name(tmp_path, culprit):
         assert "has died (its connection closed) in the loading of batch 3" in verdict(tmp_path, rank)
 
 
+def test_a_launcher_that_ends_the_others_at_once_does_not_keep_them_from_saying_who_died(tmp_path):
+    ranks = start(3, {"1": "hang"}, tmp_path, seconds=60)
+    wait_for_text(tmp_path / "rank1.log", "at step 3")
+    time.sleep(1)
+    ranks[1].kill()
+    while any(ranks[rank].poll() is None for rank in (0, 2)):
+        for rank in (0, 2):
+            ranks[rank].terminate()
+        time.sleep(0.02)
+    assert statuses(ranks) == [EXIT_STATUS, -9, EXIT_STATUS]
+    for rank in (0, 2):
+        assert "rank 1 (" in verdict(tmp_path, rank)
+
+
 def test_an_exception_of_one_rank_ends_the_others_and_keeps_its_traceback(tmp_path):
     ranks = start(3, {"1": "raise"}, tmp_path, seconds=60)
     assert statuses(ranks) == [EXIT_STATUS, 1, EXIT_STATUS]

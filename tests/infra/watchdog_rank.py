@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -42,9 +45,19 @@ def main(seconds: float, actions: dict[str, str]) -> None:
     print("done", flush=True)
 
 
+@contextmanager
+def terminations_noted() -> Iterator[None]:
+    """SIGTERM does nothing while ranks train, and what it did before afterwards; as pretrain.stop has it."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def watched(seconds: float, actions: dict[str, str]) -> None:
     """Six steps and a checkpoint."""
-    with watchdog.Watchdog(seconds):
+    with watchdog.Watchdog(seconds), terminations_noted():
         watchdog.connect()
         for step in range(6):
             watchdog.phase(f"the loading of batch {step}")
