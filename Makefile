@@ -27,7 +27,7 @@ experiment: $(STAMP)  ## the experiment of docs/experiments.md on simulated peop
 	@$(BIN)/python -m evaluation.experiment
 
 test: $(STAMP)  ## the tests (distributed and integration included; slow and gpu left out)
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-packages:  ## Debian packages without which some tests skip (as root)
 	@bash infra/test_packages.sh

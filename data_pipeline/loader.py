@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,6 +41,9 @@ class TwoViewLoader:
     and more than ``max_bad_share`` of those that this rank has seen.
 
     ``wait_seconds`` is how long the last ``next`` took: the time that training stood still for data.
+
+    Where DALI augments on the CPU and reader processes read, a thread takes the next batch over from DALI while the
+    training is at this one; it holds one batch more.
 
     Memory: reader processes hold ``prefetch + 1`` steps in shared memory (``shared_bytes``: a scan's float16 voxels, and
     as much for the noise of each view, that is 12.7 MB a scan at 121 x 145 x 121); DALI holds ``prefetch`` batches of
@@ -100,6 +104,10 @@ class TwoViewLoader:
         self._workers = workers if reader == "index" else min(workers, 1)
         self._readers: Readers | None = None
         self._pipeline: Any = None
+        # On a GPU DALI works ahead by itself, on a stream of its own; without reader processes a thread would read.
+        self._threaded = device == "cpu" and self._workers > 0
+        self._thread: ThreadPoolExecutor | None = None
+        self._coming: Future[torch.Tensor] | None = None
         self._delivered: dict[int, Rows] = {}
         self.step = start_step
         self.wait_seconds = 0.0
@@ -126,7 +134,11 @@ class TwoViewLoader:
         started = time.perf_counter()
         if self._pipeline is None:
             self._open()
-        views = self._pipeline.run()
+        if self._thread is None:
+            views = self._pipeline.run()
+        else:
+            views = (self._coming or self._thread.submit(self._pipeline.run)).result()
+            self._coming = self._thread.submit(self._pipeline.run)
         rows = self._delivered.pop(self.step)
         self.step += 1
         self.wait_seconds = time.perf_counter() - started
@@ -149,6 +161,8 @@ class TwoViewLoader:
         self._pipeline = AugmentPipeline(
             lambda iteration: self._read(first + iteration), source.settings, shape=source.shape, **self._options
         )
+        if self._threaded:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def _read(self, step: int) -> list[list[Any]]:
         """What the graph takes for a step; DALI asks for it some steps before it gives the batch."""
@@ -179,6 +193,9 @@ class TwoViewLoader:
 
     def close(self) -> None:
         """Stop reader processes and free DALI's buffers; the next batch starts them again."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)  # nobody may be at the graph when it goes
+        self._thread = self._coming = None
         if self._pipeline is not None:
             self._pipeline.close()
         if self._readers is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from itertools import chain
 from pathlib import Path
@@ -113,6 +114,25 @@ def test_memory_of_the_reader_processes_is_bounded_and_does_not_grow(manifest):
         spans = [line.split()[0].split("-") for line in lines if "memfd:yaware" in line]
         assert sum(int(end, 16) - int(start, 16) for start, end in spans) <= bound / 2 + 4096
     loader.close()
+
+
+def test_the_next_batch_is_taken_over_while_this_one_is_used(manifest):
+    loader = TwoViewLoader(manifest, rows=manifest.rows(), global_batch=6, workers=1)
+    first, coming = next(loader), loader._coming
+    kept = first["views"].clone()
+    ready = coming.result(timeout=60)  # without another call of next
+    assert torch.equal(first["views"], kept), "the batch in use was written to"
+    assert next(loader)["views"] is ready
+    state = loader.state_dict()
+    assert state["step"] == 2, "a batch that was not asked for does not count"
+    loader.load_state_dict({**state, "step": 0})
+    assert torch.equal(next(loader)["views"], kept), "a batch taken over before is not given after"
+    loader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+    here = TwoViewLoader(manifest, rows=manifest.rows(), global_batch=6)
+    next(here)
+    assert here._thread is None
+    here.close()
 
 
 def test_reader_processes_end_with_the_loader(manifest):
