@@ -5,6 +5,7 @@ Nothing is fitted to, or chosen by, a scan of the test sites. Penalties come fro
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ def judge_clinic(out: Path, plan: Plan, clinic: str, uri: str) -> None:
     found += place.search(place.brain_age(), "each", "brain-age")
     save(target, found)
     log(uri, clinic, found)
+    shutil.rmtree(out / "searches" / clinic, ignore_errors=True)  # what the answers came from is large
 
 
 class _Clinic:
@@ -232,6 +234,7 @@ def train_networks(out: Path, plan: Plan, uri: str) -> None:
         )  # fmt: skip
     save(target, found)
     log(uri, NETWORKS, found)
+    shutil.rmtree(out / "searches" / NETWORKS, ignore_errors=True)
 
 
 def save(path: Path, found: list[Answered]) -> None:

@@ -98,7 +98,10 @@ class Figures:
         return float(self.values[key].mean()), *_limits(self.sample(key, draws))
 
     def difference(self, first: Key, second: Key) -> tuple[float, float, float, float]:
-        """First less second, low, high, two-sided p; over the draws that both have, and their first common seeds."""
+        """First less second, low, high, two-sided p; over the draws that both have, each over all of its seeds.
+
+        Seeds are paired where both have as many. The least p that there can be is 2 / (resamples + 1).
+        """
         draws = min(self.values[key].shape[1] for key in (first, second))
         value = float(self.values[first][:, :draws].mean() - self.values[second][:, :draws].mean())
         gaps = self.sample(first, draws) - self.sample(second, draws)
@@ -256,7 +259,10 @@ def picture_main(table: pd.DataFrame) -> Any:
         for axis, size in zip(row, sizes, strict=True):
             part = table[(table["task"] == TITLES[task]) & (table["n_train"] == size)].set_index("method")
             for place, method in enumerate(methods):
-                if method in part.index:
+                if method not in part.index:
+                    axis.text(0.98, place, "not measured", transform=axis.get_yaxis_transform(), ha="right", va="center",
+                              color=REFERENCE, fontsize=9)  # fmt: skip
+                else:
                     _bar(axis, part.loc[method], "auc", place, PALETTE[1] if method == NAMES["y-aware"] else PALETTE[2])
             axis.set_yticks(range(len(methods)), methods)
             axis.set_ylim(len(methods) - 0.5, -0.5)
@@ -306,6 +312,7 @@ def picture_variants(table: pd.DataFrame) -> Any:
             axis.set_title(f"{TITLES[task]}, {size} labelled scans")
     for axis in axes[-1]:
         axis.set_xlabel("AUC of y-aware less age regression")
+        axis.locator_params(axis="x", nbins=5)
     return figure
 
 
