@@ -75,6 +75,7 @@ def compare(
     last = last_steps(judged)
     first = against or (None if len(last) <= ALL_PAIRS else last[0].name)
     differences, unpaired = tables.differences_table(last, first)
+    curve_differences, other_draws = curves.curve_differences(last, first)
     pretrained = {each.run["tags"].get("yaware.pretraining_run") for each in judged}
     runs = [run for run in reversed(store.runs(uri, experiment, "pretraining")) if run["run_id"] in pretrained]
     trainings = {
@@ -82,8 +83,8 @@ def compare(
     }
     return Comparison(
         experiment, uri, judged, last, {name: found for name, found in trainings.items() if found["loss"]},
-        _in_order(table, judged), differences, curves.curves_table(last), curves.curve_differences(last, first), unpaired,
-        [_provenance(each) for each in judged], {run["name"]: run["params"] for run in runs},
+        _in_order(table, judged), differences, curves.curves_table(last), curve_differences,
+        unpaired + other_draws, [_provenance(each) for each in judged], {run["name"]: run["params"] for run in runs},
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from evaluation import sections, tables
 from evaluation.compare import compare
+from evaluation.curves import curve_differences
 from evaluation.figures import series_of
 from evaluation.latex import escape, to_latex
 from evaluation.paired import delong_difference, holm
@@ -132,6 +133,41 @@ def test_differences_at_each_training_size_are_paired_by_draw(comparison):
     assert row["difference"] == pytest.approx(gaps.mean())
     assert (row["high"] - row["low"]) / 2 == pytest.approx(T_OF_9 * np.sqrt((1 / 10 + 26 / 80) * gaps.var(ddof=1)))
     assert table["p_holm"].to_numpy() == pytest.approx(holm(table["p"].to_numpy()))
+
+
+def with_curve(name, *, fold=0, label=0.0, **params):
+    """An evaluation of 40 scans in five folds with three draws; its folds turned by ``fold``."""
+    number = np.arange(40)
+    part = pd.DataFrame(
+        {"task": "scz", "kind": "binary", "key": number.astype(str), "participant": number.astype(str),
+         "label": np.where(number == 0, label, number % 2), "fold": (number + fold) % 5}
+    )  # fmt: skip
+    curve = pd.DataFrame({"task": "scz", "n_train": 20, "draw": [0, 1, 2], "auc": [0.6, 0.7, 0.65]})
+    return tables.Judged(
+        name, {"tags": {}, "params": {"seed": "0", "folds": "5", **params}}, part, curve, pd.DataFrame()
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (with_curve("b", seed="1"), "--seed was 0 and 1, so the draws differ"),
+        (with_curve("b", folds="10"), "--folds was 5 and 10, so the draws differ"),
+        (with_curve("b", leave_site_out="True"), "--leave-site-out was False and True, so the draws differ"),
+        (with_curve("b", fold=1), "their scans are in other folds or have other labels, so the draws differ"),
+        (with_curve("b", label=1.0), "their scans are in other folds or have other labels, so the draws differ"),
+    ],
+)  # fmt: skip
+def test_draws_of_other_seeds_and_folds_are_not_paired(other, reason):
+    table, left_out = curve_differences([with_curve("a"), other])
+    assert len(table) == 0
+    assert left_out == [f"scz: learning curves of a and b: {reason}"]
+
+
+def test_draws_in_common_are_paired_however_many_were_asked_for():
+    more = with_curve("b", draws="20", leave_site_out="False")
+    table, left_out = curve_differences([with_curve("a", draws="3"), more])
+    assert (len(table), left_out) == (1, [])
 
 
 def test_site_and_age(comparison):
