@@ -17,7 +17,6 @@ from infra.errors import UserError
 from infra.tracking import default_uri
 
 CURVES = ("loss", "lr", "grad_norm", "scans_per_second")
-ALL_PAIRS = 6  # up to so many checkpoints each is compared with each; beyond, each with the first
 
 
 @dataclass
@@ -59,8 +58,8 @@ def compare(
     """Read the newest evaluation of every checkpoint and protocol of an experiment, and compare them in pairs.
 
     ``filter`` is one of MLflow's over the evaluation runs, such as ``tags.`yaware.method` = 'SimCLR'``. ``against`` names
-    the checkpoint that the others are compared with; by default each is with each, while there are few. UserError where
-    the store has no such experiment or checkpoint.
+    the checkpoint that others of its protocol are compared with; by default each is with each, while there are few.
+    UserError where the store has no such experiment or checkpoint.
     """
     uri = tracking_uri or default_uri()
     with tempfile.TemporaryDirectory() as temporary:
@@ -73,9 +72,8 @@ def compare(
     table = tables.figures_table(judged)
     judged = _ordered(judged, table)
     last = last_steps(judged)
-    first = against or (None if len(last) <= ALL_PAIRS else last[0].name)
-    differences, unpaired = tables.differences_table(last, first)
-    curve_differences, other_draws = curves.curve_differences(last, first)
+    differences, unpaired = tables.differences_table(last, against)
+    curve_differences, other_draws = curves.curve_differences(last, against)
     pretrained = {each.run["tags"].get("yaware.pretraining_run") for each in judged}
     runs = [run for run in reversed(store.runs(uri, experiment, "pretraining")) if run["run_id"] in pretrained]
     trainings = {

@@ -66,7 +66,8 @@ PARTS: dict[str, Part] = {
     ),
     "differences": Part(
         "Paired differences",
-        "First minus second, on the same scans. AUC: DeLong's test and interval, a participant's scans taken together; other "
+        "First minus second, on the same scans, by the same protocol; voxels and networks from scratch also with other protocols "
+        "on the same kind of folds. AUC: DeLong's test and interval, a participant's scans taken together; other "
         "figures: paired bootstrap over participants. p (Holm) is corrected over all rows and decides the reading at 5 %.",
         sections.differences,
     ),

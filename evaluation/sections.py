@@ -161,7 +161,7 @@ def differences(comparison: Comparison) -> str:
     if comparison.unpaired:
         missing = "".join(f"<li>{html.escape(text)}</li>" for text in comparison.unpaired)
         parts.append(f"<p class='note'>Not compared:</p><ul>{missing}</ul>")
-    return "".join(parts) or "<p>One checkpoint: nothing to compare it with.</p>"
+    return "".join(parts) or "<p>No two checkpoints judged by one protocol: nothing to compare.</p>"
 
 
 def has_subgroups(comparison: Comparison) -> bool:
@@ -232,7 +232,7 @@ def site_and_age(comparison: Comparison) -> str:
         head = ["checkpoint", "MAE (years) ↓", "slope", "r(gap, age)", "SD of corrected gap", "r(corrected gap, age)"]
         parts.append(
             "<h3>Brain-age gap</h3><p class='note'>Predicted minus real age. The line of predicted over real age (slope 1 would "
-            "be unbiased) is fitted on the other folds and taken off. The MAE is the raw one: a corrected MAE would use the real "
+            "be unbiased) is fitted on people outside the fold and taken off. The MAE is the raw one: a corrected MAE would use the real "
             f"age.</p>{_table(head, rows)}"
         )
     return "".join(parts)

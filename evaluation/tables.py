@@ -28,6 +28,8 @@ FIGURE_COLUMNS = ["checkpoint", "task", "title", "figure", "value", "low", "high
 DIFFERENCE_COLUMNS = [
     "task", "figure", "first", "second", "difference", "low", "high", "p", "p_holm", "test", "boot_low", "boot_high",
 ]  # fmt: skip
+ALL_PAIRS = 6  # up to so many evaluations of a protocol each is compared with each; beyond, each with the first
+BASELINES = ("voxels", "scratch")  # protocols that others are compared with
 LABELS = {
     "auc": "AUC", "bacc": "balanced accuracy", "ap": "average precision", "brier": "Brier score", "mae": "MAE",
     "r2": "R²", "pearson": "Pearson r",
@@ -54,6 +56,16 @@ class Judged:
     def protocol(self) -> str:
         """How it was judged, as ``linear`` or ``paper, sites left out``."""
         return str(self.run["tags"].get("yaware.protocol", ""))
+
+    @property
+    def baseline(self) -> bool:
+        """Whether no checkpoint was judged: voxels, or a network from random weights."""
+        return str(self.run["tags"].get("yaware.protocol_kind", self.protocol.split(",")[0])) in BASELINES
+
+    @property
+    def sites_left_out(self) -> bool:
+        """Whether its folds left out whole sites."""
+        return str(self.run["params"].get("leave_site_out")) == "True"
 
     @property
     def step(self) -> int:
@@ -115,17 +127,38 @@ def figures_table(judged: list[Judged]) -> pd.DataFrame:
 
 
 def pairs(judged: list[Judged], against: str | None = None) -> Iterator[tuple[Judged, Judged]]:
-    """Each with each that comes after it, or each other one with the one named ``against``."""
+    """Each with each that comes after it and that it can be compared with, or each such one with the one named ``against``.
+
+    Compared are evaluations of one protocol, and voxels and networks from scratch with all that were judged on folds of
+    their kind. Of a protocol with more than ALL_PAIRS evaluations, all but the first are compared with the first alone.
+    """
+    members: dict[str, list[str]] = {}
+    for each in judged:
+        members.setdefault(each.protocol, []).append(each.name)
+    first_of = {protocol: names[0] for protocol, names in members.items() if len(names) > ALL_PAIRS}
     for number, first in enumerate(judged):
         for second in judged[number + 1 :]:
-            if against is None or second.name == against:
+            if not _comparable(first, second):
+                continue
+            if against is None:
+                chosen = [first] if first.protocol == second.protocol else [first, second]
+                if all(first_of.get(each.protocol, each.name) == each.name for each in chosen):
+                    yield first, second
+            elif second.name == against:
                 yield first, second
             elif first.name == against:
                 yield second, first
 
 
+def _comparable(first: Judged, second: Judged) -> bool:
+    """Whether a difference would be the checkpoints', and not that of two protocols or of two kinds of folds."""
+    if first.protocol == second.protocol:
+        return True
+    return (first.baseline or second.baseline) and first.sites_left_out == second.sites_left_out
+
+
 def differences_table(judged: list[Judged], against: str | None = None) -> tuple[pd.DataFrame, list[str]]:
-    """DIFFERENCE_COLUMNS for every pair judged on the same scans, by each task's first figure; and why others are not there.
+    """DIFFERENCE_COLUMNS for every of ``pairs`` judged on the same scans, by each task's first figure; and why others are not.
 
     AUC: DeLong's test and interval over participants; other figures: paired bootstrap. boot_low and boot_high are always
     the paired bootstrap's. p_holm is corrected over all rows of the table. ``against``: only pairs with this one.
