@@ -59,13 +59,13 @@ def _other_draws(first: Judged, second: Judged, task: str) -> str:
     were asked for: of 10 and 20 draws the first 10 are the same.
     """
     for name, default in (("seed", ""), ("folds", ""), ("leave_site_out", "False")):
-        one, other = (each.run["params"].get(name, default) for each in (first, second))
+        one, other = (each.run_of(task)["params"].get(name, default) for each in (first, second))
         if one != other:
             return (
                 f"--{name.replace('_', '-')} was {one or 'not logged'} and {other or 'not logged'}, so the draws differ"
             )
     one, other = first.of(task), second.of(task)
-    columns = ["key", "label", *["fold"] * ("fold" in one and "fold" in other)]
+    columns = ["key", "label", *["fold"] * all("fold" in part and part["fold"].notna().all() for part in (one, other))]
     if not all(np.array_equal(one[column].to_numpy(), other[column].to_numpy()) for column in columns):
         return "their scans are in other folds or have other labels, so the draws differ"
     return ""
@@ -80,6 +80,6 @@ def _parts(curve: pd.DataFrame) -> list[tuple[tuple[str, int], pd.DataFrame]]:
 
 def _test_people(part: pd.DataFrame) -> int:
     """Participants that one draw is tested on: a fold's; a third of all where folds were not stored."""
-    if "fold" in part:
+    if "fold" in part and part["fold"].notna().all():
         return max(1, round(float(part.groupby("fold")["participant"].nunique().mean())))
     return max(1, int(part["participant"].nunique()) // 3)

@@ -243,6 +243,11 @@ def provenance(comparison: Comparison) -> str:
     head = list(comparison.provenance[0])
     where = _table(head, [[row[key] for key in head] for row in comparison.provenance], words=range(len(head)))
     note = "<p class='note'>Weights and manifest: the first 10 digits of their SHA-256; runs: of their MLflow ids.</p>"
+    if comparison.superseded:
+        lines = "".join(f"<li>{html.escape(text)}</li>" for text in comparison.superseded)
+        where += (
+            f"<p class='note'>Superseded: tasks evaluated again, of which the newer answers count.</p><ul>{lines}</ul>"
+        )
     return note + where + _recipes(comparison.recipes)
 
 

@@ -38,24 +38,43 @@ LABELS = {
 
 @dataclass
 class Judged:
-    """One evaluated checkpoint, as the store knows it."""
+    """One checkpoint judged by one protocol, as the store knows it: by one evaluation, or by several on other tasks."""
 
     name: str
-    run: dict[str, Any]
+    run: dict[str, Any]  # the newest evaluation
     predictions: pd.DataFrame
     curve: pd.DataFrame
     embedding: pd.DataFrame
     saliency: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> map, background, ...
+    series: str = ""  # the pretraining, by a name that its checkpoints share and no other pretraining has
+    earlier: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # task -> its evaluation, where that is not ``run``
+
+    def run_of(self, task: str) -> dict[str, Any]:
+        """The evaluation that a task's answers are from."""
+        return self.earlier.get(task, self.run)
 
     @property
-    def series(self) -> str:
-        """The pretraining's name, which its checkpoints share."""
-        return str(self.run["tags"]["yaware.run_name"])
+    def runs(self) -> list[dict[str, Any]]:
+        """All evaluations that count, newest first."""
+        return list({run["run_id"]: run for run in (self.run, *self.earlier.values())}.values())
+
+    @property
+    def weights(self) -> str:
+        """SHA-256 of the weights; empty for voxels and networks from scratch."""
+        return str(self.run["tags"].get("yaware.weights_sha256", ""))
 
     @property
     def protocol(self) -> str:
         """How it was judged, as ``linear`` or ``paper, sites left out``."""
         return str(self.run["tags"].get("yaware.protocol", ""))
+
+    @property
+    def model(self) -> str:
+        """What was fitted to which features: the protocol whatever its folds; ``paper`` is ``linear`` with curves."""
+        parts = [part for part in self.protocol.split(", ") if part != "sites left out"]
+        return ", ".join(["linear" if part == "paper" else part for part in parts])
 
     @property
     def baseline(self) -> bool:
@@ -111,7 +130,7 @@ def figures_table(judged: list[Judged]) -> pd.DataFrame:
     rows = []
     for each in judged:
         for task in each.tasks:
-            part, metrics = each.of(task), each.run["metrics"]
+            part, metrics = each.of(task), each.run_of(task)["metrics"]
             labels, people = _labels(part), part["participant"].to_numpy()
             for number, (figure, statistic, answers) in enumerate(figures_of(part)):
                 key = f"{task}.{figure}"
@@ -229,7 +248,8 @@ def brain_age_table(judged: list[Judged]) -> pd.DataFrame:
 def site_table(judged: list[Judged]) -> pd.DataFrame:
     """checkpoint, sites, bacc, leakage, external_mae, openbhb: what the features hold of the scanner.
 
-    external_mae is the age MAE on sites that were left out of training; NaN, and no score, where none was evaluated.
+    external_mae is the age MAE of the same model on sites that were left out of training; NaN, and no score, where none
+    was evaluated.
     """
     rows = []
     for each in judged:
@@ -239,11 +259,12 @@ def site_table(judged: list[Judged]) -> pd.DataFrame:
         labels, answers = _labels(part), part["answer"].to_numpy()
         bacc = FIGURES["multiclass"]["bacc"](labels, answers)
         outside = [
-            other.run["metrics"]["age.mae"]
+            other.run_of("age")["metrics"]["age.mae"]
             for other in judged
-            if (other.series, other.step) == (each.series, each.step)
-            and other.run["params"].get("leave_site_out") == "True"
-            and "age.mae" in other.run["metrics"]
+            if (other.series, other.step, other.weights, other.model)
+            == (each.series, each.step, each.weights, each.model)
+            and other.sites_left_out
+            and "age.mae" in other.run_of("age")["metrics"]
         ]
         mae = float(outside[0]) if outside else float("nan")
         score = openbhb_score(bacc, mae) if outside else float("nan")
