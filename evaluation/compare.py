@@ -65,6 +65,11 @@ class Comparison:
                 found.setdefault(task, (str(part["kind"]), str(part["title"])))
         return found
 
+    def label(self, task: str, figure: str) -> str:
+        """A figure's name, with its unit where that is known: an MAE of ages is in years."""
+        years = figure == "mae" and all(tables.predicts_age(j.of(task)) for j in self.judged if task in j.tasks)
+        return f"{tables.LABELS[figure]} (years)" if years else tables.LABELS[figure]
+
 
 def compare(
     experiment: str, *, tracking_uri: str | None = None, filter: str = "", against: str | None = None

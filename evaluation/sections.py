@@ -58,7 +58,7 @@ def figures(comparison: Comparison) -> str:
             cells = [shown(n, found[n].value, found[n].low, found[n].high) if n in found else "-" for n in names]
             first = found.get(next(iter(FIGURES[kind])))
             rows.append([str(name), *cells, p_text(float(first.p_chance)) if first else "-"])
-        labels = [f"{LABELS[name]}{_years(task, name)} {_better(task, name)}" for name in names]
+        labels = [f"{comparison.label(task, name)} {_better(task, name)}" for name in names]
         table = _table(["checkpoint", *labels, "p, chance"], rows)
         parts.append(
             f"<h3>{html.escape(title)}</h3><p class='note'>{html.escape(_counts(comparison, task))}</p>{table}"
@@ -75,10 +75,6 @@ def _counts(comparison: Comparison, task: str) -> str:
     if part["kind"].iloc[0] == "multiclass":
         return f"{text}, {part['label'].nunique()} classes"
     return text
-
-
-def _years(task: str, figure: str) -> str:
-    return " (years)" if figure == "mae" and "age" in task else ""
 
 
 def _better(task: str, figure: str) -> str:
@@ -156,7 +152,7 @@ def differences(comparison: Comparison) -> str:
             for r in rows_of(part)
         ]  # fmt: skip
         test = "DeLong's test" if by_delong else "paired bootstrap"
-        title = html.escape(f"{comparison.tasks[str(task)][1]}: {LABELS[figure]}{_years(str(task), figure)}, {test}")
+        title = html.escape(f"{comparison.tasks[str(task)][1]}: {comparison.label(str(task), figure)}, {test}")
         parts.append(f"<h3>{title}</h3>{_table(head, rows, words=(0, len(head) - 1))}")
     if comparison.unpaired:
         missing = "".join(f"<li>{html.escape(text)}</li>" for text in comparison.unpaired)

@@ -217,6 +217,13 @@ def subgroups_table(judged: list[Judged], minimum: int) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
+def predicts_age(part: pd.DataFrame) -> bool:
+    """Whether a task's label is the age at the scan, in years; of other numbers nobody said the unit."""
+    if part["kind"].iloc[0] != "regression" or "age" not in part:
+        return False
+    return np.allclose(part["label"].to_numpy(float), part["age"].to_numpy(float))
+
+
 def brain_age_table(judged: list[Judged]) -> pd.DataFrame:
     """checkpoint, task, mae, r_raw, slope, gap_sd, r_corrected of tasks that predict age, with folds known.
 
@@ -226,15 +233,9 @@ def brain_age_table(judged: list[Judged]) -> pd.DataFrame:
     for each in judged:
         for task in each.tasks:
             part = each.of(task)
-            if (
-                part["kind"].iloc[0] != "regression"
-                or "age" not in part
-                or part.get("fold", pd.Series([0])).nunique() < 2
-            ):
+            if not predicts_age(part) or part.get("fold", pd.Series([0])).nunique() < 2:
                 continue
             ages, predicted = part["label"].to_numpy(float), part["answer"].to_numpy(float)
-            if not np.allclose(ages, part["age"].to_numpy(float), equal_nan=False):
-                continue  # a number other than age
             folds, people = part["fold"].to_numpy(), part["participant"].to_numpy()
             gaps, line = corrected_gaps(ages, predicted, folds, people), BiasLine.fit(ages, predicted)
             raw = predicted - ages

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import pytest
 from evaluation import sections, tables
 from evaluation.compare import compare
 from evaluation.curves import curve_differences
-from evaluation.figures import series_of
+from evaluation.figures import forest, pyplot, series_of
 from evaluation.latex import escape, to_latex
 from evaluation.paired import delong_difference, holm
 from evaluation.published import PUBLISHED
@@ -330,6 +331,24 @@ def test_brain_age_of_people_scanned_at_two_sites_that_were_left_out_apart():
     judged = tables.Judged("x", {"tags": {}, "params": {}}, part, pd.DataFrame(), pd.DataFrame())
     (row,) = tables.brain_age_table([judged]).itertuples()
     assert abs(row.r_corrected) < 0.1
+
+
+def test_years_are_said_of_ages_alone(comparison):
+    """A number of which nobody said the unit has none, be it called language."""
+    assert comparison.label("age", "mae") == "MAE (years)"
+    assert comparison.label("age", "r2") == "R²"
+    renamed = []
+    for each in comparison.judged:
+        part = each.predictions.replace({"task": {"age": "language"}})
+        renamed.append(replace(each, predictions=part.assign(label=part["label"] / 10)))
+    other = replace(comparison, judged=renamed, last=renamed, table=comparison.table.replace({"age": "language"}))
+    assert other.label("language", "mae") == "MAE"
+    assert "MAE ↓" in sections.figures(other)
+    assert "years" not in sections.figures(other)
+    for comparison_, text in ((comparison, "MAE (years)"), (other, "MAE")):
+        drawn = forest(comparison_)
+        assert {axis.get_xlabel() for axis in drawn.axes if "MAE" in axis.get_xlabel()} == {text}
+        pyplot().close(drawn)
 
 
 def test_the_report_is_whole_and_offline(comparison, written):
