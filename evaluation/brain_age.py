@@ -61,21 +61,18 @@ class BiasLine:
 
 
 def corrected_gaps(ages: Array, predicted: Array, folds: Array, groups: Array, healthy: Array | None = None) -> Array:
-    """Corrected gaps (N,) of cross-validated predictions; each fold's line comes from the other folds' healthy people.
+    """Corrected gaps (N,) of cross-validated predictions; each fold's line comes from healthy people who are not in it.
 
     ages, predicted (N,) years, out-of-fold; folds (N,) the fold in which each scan was predicted; groups (N,)
-    participants; healthy (N,) whom to fit the line on (default all). ValueError where a participant is in two folds.
+    participants, who may be in several folds where sites are left out; healthy (N,) whom to fit the line on (default
+    all). ValueError where those outside a fold do not have two different ages.
     """
     folds, groups = np.asarray(folds), np.asarray(groups)
-    pairs = np.unique(np.stack([np.unique(part, return_inverse=True)[1] for part in (groups, folds)]), axis=1)
-    people, places = np.unique(pairs[0], return_counts=True)
-    if (places > 1).any():
-        name = np.unique(groups)[people[places > 1][0]]
-        raise ValueError(f"participant {name} is in {places.max()} folds; a fold must hold all scans of a participant")
     fit = np.ones(len(folds), bool) if healthy is None else np.asarray(healthy, bool)
     gaps = np.empty(len(folds))
     for fold in np.unique(folds):
         mine = folds == fold
-        line = BiasLine.fit(ages[fit & ~mine], predicted[fit & ~mine])
+        outside = fit & ~np.isin(groups, groups[mine])
+        line = BiasLine.fit(ages[outside], predicted[outside])
         gaps[mine] = line.gap(ages[mine], predicted[mine])
     return gaps

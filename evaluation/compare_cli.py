@@ -18,7 +18,7 @@ def compare(arguments: list[str]) -> int:
     parser.add_argument(
         "--filter", default="", help="MLflow filter over evaluation runs, as in \"tags.`yaware.step` = '100'\""
     )
-    parser.add_argument("--against", help="the checkpoint that each other is compared with (default: each with each)")
+    parser.add_argument("--against", help="compare with this one alone (default: each with each of its protocol)")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="HTML report to write")
     parser.add_argument("--tracking-uri", help=STORE)
     options = parser.parse_args(arguments)

@@ -13,7 +13,7 @@ from evaluation.compare import Comparison
 from evaluation.published import PUBLISHED
 from evaluation.statistics import FIGURES
 from evaluation.subgroups import calibration_curve
-from evaluation.tables import LABELS, Judged, probabilities
+from evaluation.tables import Judged, probabilities
 
 # Okabe and Ito (2008), from the darkest: neighbours differ in grey too.
 PALETTE = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
@@ -21,7 +21,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 REFERENCE = "#8a8a8a"
 WIDE = 9.6  # inches: a page's width at 100 dots an inch
-UNITS = {"mae": "MAE, years"}
 MOST_LINES = 7
 
 
@@ -87,7 +86,7 @@ def forest(comparison: Comparison) -> Any:
         axis.set_ylim(len(last) - 0.5, -0.5)
         axis.set_yticks(range(len(last)), [each.name for each in last] if number % 2 == 0 or longest < 18 else [])
         axis.set_title(title)
-        axis.set_xlabel(UNITS.get(name, LABELS[name]))
+        axis.set_xlabel(comparison.label(task, name))
         axis.grid(axis="y", visible=False)
     return figure
 
@@ -157,7 +156,7 @@ def steps(comparison: Comparison) -> Any:
             axis.axhline(chance, color=REFERENCE, lw=1, ls="--", zorder=0)
         axis.set_title(title)
         axis.set_xlabel("pretraining step")
-        axis.set_ylabel(UNITS.get(name, LABELS[name]))
+        axis.set_ylabel(comparison.label(task, name))
     _legend(figure, axes)
     return figure
 

@@ -55,8 +55,8 @@ PARTS: dict[str, Part] = {
     ),
     "learning_curve": Part(
         "Learning curves",
-        "The same probe fitted to fewer scans; every checkpoint has the same draws, each tested on the participants of its "
-        "fold. Bars: 95 % intervals of the mean over draws, corrected for their overlap (Nadeau and Bengio). Differences are "
+        "The same probe fitted to fewer scans; with the same seed and folds every checkpoint has the same draws, each tested on "
+        "the participants of its fold. Bars: 95 % intervals of the mean over draws, corrected for their overlap (Nadeau and Bengio). Differences are "
         "paired by draw; a star: p at most 5 % after Holm's correction over all of them.",
         sections.curves, figures.learning_curves, wanted=lambda c: len(c.curves) > 0,
     ),
@@ -66,7 +66,8 @@ PARTS: dict[str, Part] = {
     ),
     "differences": Part(
         "Paired differences",
-        "First minus second, on the same scans. AUC: DeLong's test and interval, a participant's scans taken together; other "
+        "First minus second, on the same scans, by the same protocol; voxels and networks from scratch also with other protocols "
+        "on the same kind of folds. AUC: DeLong's test and interval, a participant's scans taken together; other "
         "figures: paired bootstrap over participants. p (Holm) is corrected over all rows and decides the reading at 5 %.",
         sections.differences,
     ),

@@ -58,7 +58,7 @@ def figures(comparison: Comparison) -> str:
             cells = [shown(n, found[n].value, found[n].low, found[n].high) if n in found else "-" for n in names]
             first = found.get(next(iter(FIGURES[kind])))
             rows.append([str(name), *cells, p_text(float(first.p_chance)) if first else "-"])
-        labels = [f"{LABELS[name]}{_years(task, name)} {_better(task, name)}" for name in names]
+        labels = [f"{comparison.label(task, name)} {_better(task, name)}" for name in names]
         table = _table(["checkpoint", *labels, "p, chance"], rows)
         parts.append(
             f"<h3>{html.escape(title)}</h3><p class='note'>{html.escape(_counts(comparison, task))}</p>{table}"
@@ -75,10 +75,6 @@ def _counts(comparison: Comparison, task: str) -> str:
     if part["kind"].iloc[0] == "multiclass":
         return f"{text}, {part['label'].nunique()} classes"
     return text
-
-
-def _years(task: str, figure: str) -> str:
-    return " (years)" if figure == "mae" and "age" in task else ""
 
 
 def _better(task: str, figure: str) -> str:
@@ -156,12 +152,12 @@ def differences(comparison: Comparison) -> str:
             for r in rows_of(part)
         ]  # fmt: skip
         test = "DeLong's test" if by_delong else "paired bootstrap"
-        title = html.escape(f"{comparison.tasks[str(task)][1]}: {LABELS[figure]}{_years(str(task), figure)}, {test}")
+        title = html.escape(f"{comparison.tasks[str(task)][1]}: {comparison.label(str(task), figure)}, {test}")
         parts.append(f"<h3>{title}</h3>{_table(head, rows, words=(0, len(head) - 1))}")
     if comparison.unpaired:
         missing = "".join(f"<li>{html.escape(text)}</li>" for text in comparison.unpaired)
         parts.append(f"<p class='note'>Not compared:</p><ul>{missing}</ul>")
-    return "".join(parts) or "<p>One checkpoint: nothing to compare it with.</p>"
+    return "".join(parts) or "<p>No two checkpoints judged by one protocol: nothing to compare.</p>"
 
 
 def has_subgroups(comparison: Comparison) -> bool:
@@ -232,7 +228,7 @@ def site_and_age(comparison: Comparison) -> str:
         head = ["checkpoint", "MAE (years) ↓", "slope", "r(gap, age)", "SD of corrected gap", "r(corrected gap, age)"]
         parts.append(
             "<h3>Brain-age gap</h3><p class='note'>Predicted minus real age. The line of predicted over real age (slope 1 would "
-            "be unbiased) is fitted on the other folds and taken off. The MAE is the raw one: a corrected MAE would use the real "
+            "be unbiased) is fitted on people outside the fold and taken off. The MAE is the raw one: a corrected MAE would use the real "
             f"age.</p>{_table(head, rows)}"
         )
     return "".join(parts)
@@ -243,6 +239,11 @@ def provenance(comparison: Comparison) -> str:
     head = list(comparison.provenance[0])
     where = _table(head, [[row[key] for key in head] for row in comparison.provenance], words=range(len(head)))
     note = "<p class='note'>Weights and manifest: the first 10 digits of their SHA-256; runs: of their MLflow ids.</p>"
+    if comparison.superseded:
+        lines = "".join(f"<li>{html.escape(text)}</li>" for text in comparison.superseded)
+        where += (
+            f"<p class='note'>Superseded: tasks evaluated again, of which the newer answers count.</p><ul>{lines}</ul>"
+        )
     return note + where + _recipes(comparison.recipes)
 
 

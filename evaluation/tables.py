@@ -28,6 +28,8 @@ FIGURE_COLUMNS = ["checkpoint", "task", "title", "figure", "value", "low", "high
 DIFFERENCE_COLUMNS = [
     "task", "figure", "first", "second", "difference", "low", "high", "p", "p_holm", "test", "boot_low", "boot_high",
 ]  # fmt: skip
+ALL_PAIRS = 6  # up to so many evaluations of a protocol each is compared with each; beyond, each with the first
+BASELINES = ("voxels", "scratch")  # protocols that others are compared with
 LABELS = {
     "auc": "AUC", "bacc": "balanced accuracy", "ap": "average precision", "brier": "Brier score", "mae": "MAE",
     "r2": "R²", "pearson": "Pearson r",
@@ -36,24 +38,53 @@ LABELS = {
 
 @dataclass
 class Judged:
-    """One evaluated checkpoint, as the store knows it."""
+    """One checkpoint judged by one protocol, as the store knows it: by one evaluation, or by several on other tasks."""
 
     name: str
-    run: dict[str, Any]
+    run: dict[str, Any]  # the newest evaluation
     predictions: pd.DataFrame
     curve: pd.DataFrame
     embedding: pd.DataFrame
     saliency: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> map, background, ...
+    series: str = ""  # the pretraining, by a name that its checkpoints share and no other pretraining has
+    earlier: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # task -> its evaluation, where that is not ``run``
+
+    def run_of(self, task: str) -> dict[str, Any]:
+        """The evaluation that a task's answers are from."""
+        return self.earlier.get(task, self.run)
 
     @property
-    def series(self) -> str:
-        """The pretraining's name, which its checkpoints share."""
-        return str(self.run["tags"]["yaware.run_name"])
+    def runs(self) -> list[dict[str, Any]]:
+        """All evaluations that count, newest first."""
+        return list({run["run_id"]: run for run in (self.run, *self.earlier.values())}.values())
+
+    @property
+    def weights(self) -> str:
+        """SHA-256 of the weights; empty for voxels and networks from scratch."""
+        return str(self.run["tags"].get("yaware.weights_sha256", ""))
 
     @property
     def protocol(self) -> str:
         """How it was judged, as ``linear`` or ``paper, sites left out``."""
         return str(self.run["tags"].get("yaware.protocol", ""))
+
+    @property
+    def model(self) -> str:
+        """What was fitted to which features: the protocol whatever its folds; ``paper`` is ``linear`` with curves."""
+        parts = [part for part in self.protocol.split(", ") if part != "sites left out"]
+        return ", ".join(["linear" if part == "paper" else part for part in parts])
+
+    @property
+    def baseline(self) -> bool:
+        """Whether no checkpoint was judged: voxels, or a network from random weights."""
+        return str(self.run["tags"].get("yaware.protocol_kind", self.protocol.split(",")[0])) in BASELINES
+
+    @property
+    def sites_left_out(self) -> bool:
+        """Whether its folds left out whole sites."""
+        return str(self.run["params"].get("leave_site_out")) == "True"
 
     @property
     def step(self) -> int:
@@ -99,7 +130,7 @@ def figures_table(judged: list[Judged]) -> pd.DataFrame:
     rows = []
     for each in judged:
         for task in each.tasks:
-            part, metrics = each.of(task), each.run["metrics"]
+            part, metrics = each.of(task), each.run_of(task)["metrics"]
             labels, people = _labels(part), part["participant"].to_numpy()
             for number, (figure, statistic, answers) in enumerate(figures_of(part)):
                 key = f"{task}.{figure}"
@@ -115,17 +146,38 @@ def figures_table(judged: list[Judged]) -> pd.DataFrame:
 
 
 def pairs(judged: list[Judged], against: str | None = None) -> Iterator[tuple[Judged, Judged]]:
-    """Each with each that comes after it, or each other one with the one named ``against``."""
+    """Each with each that comes after it and that it can be compared with, or each such one with the one named ``against``.
+
+    Compared are evaluations of one protocol, and voxels and networks from scratch with all that were judged on folds of
+    their kind. Of a protocol with more than ALL_PAIRS evaluations, all but the first are compared with the first alone.
+    """
+    members: dict[str, list[str]] = {}
+    for each in judged:
+        members.setdefault(each.protocol, []).append(each.name)
+    first_of = {protocol: names[0] for protocol, names in members.items() if len(names) > ALL_PAIRS}
     for number, first in enumerate(judged):
         for second in judged[number + 1 :]:
-            if against is None or second.name == against:
+            if not _comparable(first, second):
+                continue
+            if against is None:
+                chosen = [first] if first.protocol == second.protocol else [first, second]
+                if all(first_of.get(each.protocol, each.name) == each.name for each in chosen):
+                    yield first, second
+            elif second.name == against:
                 yield first, second
             elif first.name == against:
                 yield second, first
 
 
+def _comparable(first: Judged, second: Judged) -> bool:
+    """Whether a difference would be the checkpoints', and not that of two protocols or of two kinds of folds."""
+    if first.protocol == second.protocol:
+        return True
+    return (first.baseline or second.baseline) and first.sites_left_out == second.sites_left_out
+
+
 def differences_table(judged: list[Judged], against: str | None = None) -> tuple[pd.DataFrame, list[str]]:
-    """DIFFERENCE_COLUMNS for every pair judged on the same scans, by each task's first figure; and why others are not there.
+    """DIFFERENCE_COLUMNS for every of ``pairs`` judged on the same scans, by each task's first figure; and why others are not.
 
     AUC: DeLong's test and interval over participants; other figures: paired bootstrap. boot_low and boot_high are always
     the paired bootstrap's. p_holm is corrected over all rows of the table. ``against``: only pairs with this one.
@@ -165,6 +217,13 @@ def subgroups_table(judged: list[Judged], minimum: int) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
+def predicts_age(part: pd.DataFrame) -> bool:
+    """Whether a task's label is the age at the scan, in years; of other numbers nobody said the unit."""
+    if part["kind"].iloc[0] != "regression" or "age" not in part:
+        return False
+    return np.allclose(part["label"].to_numpy(float), part["age"].to_numpy(float))
+
+
 def brain_age_table(judged: list[Judged]) -> pd.DataFrame:
     """checkpoint, task, mae, r_raw, slope, gap_sd, r_corrected of tasks that predict age, with folds known.
 
@@ -174,15 +233,9 @@ def brain_age_table(judged: list[Judged]) -> pd.DataFrame:
     for each in judged:
         for task in each.tasks:
             part = each.of(task)
-            if (
-                part["kind"].iloc[0] != "regression"
-                or "age" not in part
-                or part.get("fold", pd.Series([0])).nunique() < 2
-            ):
+            if not predicts_age(part) or part.get("fold", pd.Series([0])).nunique() < 2:
                 continue
             ages, predicted = part["label"].to_numpy(float), part["answer"].to_numpy(float)
-            if not np.allclose(ages, part["age"].to_numpy(float), equal_nan=False):
-                continue  # a number other than age
             folds, people = part["fold"].to_numpy(), part["participant"].to_numpy()
             gaps, line = corrected_gaps(ages, predicted, folds, people), BiasLine.fit(ages, predicted)
             raw = predicted - ages
@@ -196,7 +249,8 @@ def brain_age_table(judged: list[Judged]) -> pd.DataFrame:
 def site_table(judged: list[Judged]) -> pd.DataFrame:
     """checkpoint, sites, bacc, leakage, external_mae, openbhb: what the features hold of the scanner.
 
-    external_mae is the age MAE on sites that were left out of training; NaN, and no score, where none was evaluated.
+    external_mae is the age MAE of the same model on sites that were left out of training; NaN, and no score, where none
+    was evaluated.
     """
     rows = []
     for each in judged:
@@ -206,11 +260,12 @@ def site_table(judged: list[Judged]) -> pd.DataFrame:
         labels, answers = _labels(part), part["answer"].to_numpy()
         bacc = FIGURES["multiclass"]["bacc"](labels, answers)
         outside = [
-            other.run["metrics"]["age.mae"]
+            other.run_of("age")["metrics"]["age.mae"]
             for other in judged
-            if (other.series, other.step) == (each.series, each.step)
-            and other.run["params"].get("leave_site_out") == "True"
-            and "age.mae" in other.run["metrics"]
+            if (other.series, other.step, other.weights, other.model)
+            == (each.series, each.step, each.weights, each.model)
+            and other.sites_left_out
+            and "age.mae" in other.run_of("age")["metrics"]
         ]
         mae = float(outside[0]) if outside else float("nan")
         score = openbhb_score(bacc, mae) if outside else float("nan")

@@ -32,3 +32,5 @@ def print_comparison(comparison: Comparison) -> None:
         )
     for text in comparison.unpaired:
         console.print(f"not compared: {text}", highlight=False)
+    for text in comparison.superseded:
+        console.print(f"superseded: {text}", highlight=False)

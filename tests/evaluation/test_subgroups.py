@@ -102,5 +102,19 @@ def test_no_scan_helps_to_fit_its_own_correction():
         mine = folds == fold
         found = corrected_gaps(ages, predicted, folds, groups, healthy)[mine]
         assert found == pytest.approx(line.gap(ages[mine], predicted[mine]))
-    with pytest.raises(ValueError, match="participant 0 is in 2 folds"):
-        corrected_gaps(ages, predicted, np.arange(100) % 2, groups)
+
+
+def test_who_was_scanned_at_two_sites_helps_to_fit_neither_correction():
+    """With sites left out a participant's scans may lie in two folds."""
+    ages, predicted = brain_ages(2, 100)
+    groups, folds = np.arange(100), np.arange(100) % 4
+    groups[[1, 2]] = 0  # in folds 0, 1 and 2
+    gaps = corrected_gaps(ages, predicted, folds, groups)
+    for fold in range(4):
+        outside = folds != fold
+        outside[[0, 1, 2]] &= fold == 3
+        line = BiasLine.fit(ages[outside], predicted[outside])
+        mine = folds == fold
+        assert gaps[mine] == pytest.approx(line.gap(ages[mine], predicted[mine]))
+    with pytest.raises(ValueError, match="1 ages spanning no range"):
+        corrected_gaps(ages[:3], predicted[:3], np.arange(3), np.array([0, 0, 1]))
