@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +90,11 @@ def start(command: list[str], defaults: dict[str, str]) -> int:
         # To the ranks themselves, which save and leave; the launcher would end them after half a minute. A Ctrl-C has
         # reached them already.
         if received != signal.SIGINT:
-            for rank in _ranks_of(process.pid):
+            ranks = _ranks_of(process.pid)
+            for rank in ranks:
                 rank.send_signal(signal.SIGUSR1)
+            if not ranks:
+                _end(process)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, pass_on)
@@ -99,10 +103,44 @@ def start(command: list[str], defaults: dict[str, str]) -> int:
 
 def _ranks_of(launcher: int) -> list[Any]:
     """The training processes below a launcher's process."""
+    return [p for p in _below(launcher) if any(word.startswith("--local_rank") for word in _words(p))]
+
+
+def _end(launcher: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to a launcher that has no ranks below it.
+
+    Over pdsh its own handler ends the ranks on all hosts, with pdsh's help, so nothing else is touched. Elsewhere the
+    ranks have not been started yet, and the launcher would leave what it has started.
+    """
     import psutil
 
-    below = psutil.Process(launcher).children(recursive=True)
-    return [p for p in below if any(word.startswith("--local_rank") for word in p.cmdline())]
+    below = _below(launcher.pid)
+    over_pdsh = any(Path(word).name == "pdsh" for p in below for word in _words(p)[:2])
+    for process in [] if over_pdsh else below:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    with suppress(ProcessLookupError):
+        launcher.send_signal(signal.SIGTERM)
+
+
+def _below(launcher: int) -> list[Any]:
+    """Processes that a launcher's has started; none where it has ended."""
+    import psutil
+
+    try:
+        return list(psutil.Process(launcher).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _words(process: Any) -> list[str]:
+    """A process's command line; empty where it has ended meanwhile."""
+    import psutil
+
+    try:
+        return list(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
 
 
 def accelerator() -> str:

@@ -21,7 +21,7 @@ from data_pipeline.manifest import Manifest
 from infra import distributed, watchdog
 from pretrain import checkpoint
 from pretrain.ema import Average
-from pretrain.online_probes import Watched, probe_figures, score_of, view_figures, watched_scans
+from pretrain.online_probes import Watched, missing_split, probe_figures, score_of, view_figures, watched_scans
 from pretrain.plan import Plan
 from pretrain.proxies import proxy_columns
 from pretrain.run_log import RunLog
@@ -45,8 +45,10 @@ class OnlineMonitor:
         self._plan, self._engine, self._average, self._augment_on = plan, engine, average, augment_on
         self._device, self._dtype = device, dtype
         self._watched = watched_scans(plan.recipe.monitor, plan.manifest, plan.steps_per_epoch, plan.recipe.run.seed)
-        if distributed.is_main() and self._watched is not None:
-            for text in self._watched.left_out:
+        if distributed.is_main():
+            missing = missing_split(plan.recipe.monitor, plan.manifest)
+            notes = [f"no monitor: {missing}"] if missing else []
+            for text in notes + (self._watched.left_out if self._watched else []):
                 print(f"pretrain: {text}", flush=True)
 
     def __call__(self, done: int, log: RunLog | None) -> bool:

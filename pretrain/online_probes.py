@@ -44,6 +44,43 @@ class Watched:
     left_out: list[str] = field(default_factory=list)  # tasks that cannot be asked, each with the reason
 
 
+def check_held_out(settings: Monitor, manifest: Manifest, trained: Array) -> None:
+    """UserError where the monitor's split is asked for and not there, or holds people of the scans ``trained`` on (rows).
+
+    A recipe that says nothing of the monitor asks for no split: on shards without ``monitor`` it goes on without
+    (``missing_split`` has the line to print).
+    """
+    if settings.every_epochs == 0:
+        return
+    if missing := missing_split(settings, manifest):
+        usual = Monitor()
+        if (settings.every_epochs, settings.split) != (usual.every_epochs, usual.split):
+            raise UserError(missing)
+        return
+    subjects, rows = manifest.subjects(), manifest.rows(split=settings.split)
+    people, shared = np.unique(subjects[rows]), np.intersect1d(subjects[rows], subjects[trained])
+    if len(shared):
+        raise UserError(
+            f"monitor.split={settings.split}: {len(shared)} of its {len(people)} participants are also trained on; name a "
+            f"split of other people (there: {_splits_of(manifest)}), or set monitor.every_epochs=0 to train without the monitor"
+        )
+
+
+def missing_split(settings: Monitor, manifest: Manifest) -> str:
+    """One line where the shards lack the monitor's split; empty where they have it, or the monitor is off."""
+    known = sorted(set(manifest.scans["split"]))
+    if settings.every_epochs == 0 or settings.split in known:
+        return ""
+    return (
+        f"monitor.split={settings.split} is not in {manifest.url}{nearest(settings.split, known)}; there: "
+        f"{_splits_of(manifest)}; name one that is not trained on, or set monitor.every_epochs=0 to train without the monitor"
+    )
+
+
+def _splits_of(manifest: Manifest) -> str:
+    return ", ".join(sorted(set(manifest.scans["split"])))
+
+
 def watched_scans(settings: Monitor, manifest: Manifest, steps_per_epoch: float, seed: int) -> Watched | None:
     """The monitor's scans and tasks; None where it is off or the split is not there. UserError for a column that is not."""
     if settings.every_epochs == 0 or settings.split not in set(manifest.scans["split"]):

@@ -97,13 +97,14 @@ def subjects_of(recipe: Recipe, scans: Manifest) -> Callable[[dict[str, torch.Te
 
 def train_step(
     engine: Any, loss: ContrastiveLoss, batch: dict[str, torch.Tensor], step: int, dtype: torch.dtype,
-    micro: int | None = None, votes: Sequence[float] = (),
+    micro: int | None = None, votes: Callable[[], Sequence[float]] = tuple,
 ) -> tuple[dict[str, float], list[float]]:  # fmt: skip
     """Forward, backward and update on one batch of the loader; the figures to log, and the sums of the votes. Collective.
 
-    ``micro`` scans are embedded at a time where it is given. ``votes`` are added up over the ranks in the collective that
-    the loss needs anyway. Raises NotFinite on every rank before the weights change when any rank's loss or gradient is
-    not finite; a gradient that overflowed in fp16 is the scaler's concern (pretrain.engine.update).
+    ``micro`` scans are embedded at a time where it is given. What ``votes`` gives, asked for after the forward pass, is
+    added up over the ranks in the collective that the loss needs anyway. Raises NotFinite on every rank before the weights
+    change when any rank's loss or gradient is not finite; a gradient that overflowed in fp16 is the scaler's concern
+    (pretrain.engine.update).
     """
     views_2B1DHW, temperatures = batch["views"].to(dtype), []
     watchdog.phase(f"the forward pass of step {step}")
@@ -118,7 +119,8 @@ def train_step(
     else:
         value, backward = cached(engine, views_2B1DHW, compare, micro)
     # One small collective gives the whole batch's loss and tells every rank of any rank's NaN.
-    total, *sums = distributed.reduce_scalars([float(value.detach()), *votes])
+    # float() waits for the device: votes are read last, so that a signal during the forward pass counts in this step.
+    total, *sums = distributed.reduce_scalars([float(value.detach()), *votes()])
     mean = total / distributed.world_size()
     if not math.isfinite(mean):
         raise NotFinite(f"step {step}: the loss is {mean}")

@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, SIGINT and SIGUSR1 (SLURM's preemption, Ctrl-C) end a run after the step it is in."""
+"""Stop requests: SIGTERM, SIGINT and SIGUSR1 (SLURM's preemption, Ctrl-C) end a run after its step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Notes a signal; the loop asks after each step, so that a checkpoint is written by all ranks at one step.
+    """Notes a signal; each step asks once, after its forward pass, so that all ranks write a checkpoint at one step.
 
+    A signal up to there ends the run after that step. One that comes later (backward pass, logging, monitor, checkpoint)
+    is asked about in the next step, which is the last then.
     A second Ctrl-C acts at once, as it would have without this.
     """
 

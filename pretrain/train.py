@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from pretrain.export import seen_before, write_encoder
 from pretrain.gather import AllGather
 from pretrain.model import build_model
 from pretrain.monitor import OnlineMonitor
-from pretrain.online_probes import watched_scans
+from pretrain.online_probes import check_held_out, watched_scans
 from pretrain.plan import Plan, total_steps
 from pretrain.proxies import proxy_columns
 from pretrain.run_log import RunLog
@@ -76,6 +77,7 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
             f"data.split={recipe.data.split} has {order.length} scans an epoch, fewer than "
             f"batch.global={recipe.batch.global_}; lower batch.global or choose other splits"
         )
+    check_held_out(recipe.monitor, manifest, rows)
     recipe_kernel(recipe, manifest, rows)
     loss_options(recipe.loss)
     check_encoder(recipe.encoder.name, recipe.encoder.options, grid=manifest.grid["shape"], training=True)
@@ -147,6 +149,7 @@ def loop(
     watch, monitor = EpochPositives(plan), OnlineMonitor(plan, trained, average, device, dtype, augment_on)
     skips = Skips(plan, int(state.get("not_finite_steps", 0)) if state else 0)
     clock, stop = checkpoint.Clock(recipe.checkpoint.every_minutes), StopRequest()
+    votes = partial(_votes, stop, clock)
     stop.listen()
     try:
         batches = iter(loader)
@@ -155,7 +158,6 @@ def loop(
             watchdog.phase(f"the loading of batch {step}")
             batch = next(batches)
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            votes = [float(stop.received is not None), float(clock.due())]
             figures, asked, due = {"loss": math.nan}, 0.0, 0.0  # of a step left out; its votes count with the next
             try:
                 figures, (asked, due) = train_step(trained, loss, batch, step, dtype, recipe.batch.micro, votes)
@@ -185,6 +187,11 @@ def loop(
     finally:
         stop.forget()
         loader.close()
+
+
+def _votes(stop: StopRequest, clock: checkpoint.Clock) -> list[float]:
+    """Whether this rank was asked to stop, and whether it is time for a checkpoint."""
+    return [float(stop.received is not None), float(clock.due())]
 
 
 class EpochPositives:

@@ -161,9 +161,8 @@ def sshd(pair, tmp_path):
         server.wait()
 
 
-@pytest.mark.slow
-def test_pdsh_starts_both_hosts_from_one(pair, shards, tmp_path, one_host, sshd, store):
-    work = tmp_path / "work"
+def over_pdsh(pair: Pair, output: Path, work: Path, shards: Path, sshd: Path, store: Path, *more: str):
+    """The command that starts both hosts from ``work``, and its environment."""
     work.mkdir()
     hostfile = write_hostfile(work / "hostfile", pair)
     variables = environment(store)
@@ -173,12 +172,64 @@ def test_pdsh_starts_both_hosts_from_one(pair, shards, tmp_path, one_host, sshd,
     # pdsh hands the line to a shell on the other side, which would expand the braces of a key given as an override.
     recipe = (ROOT / "pretrain/recipes/demo-cpu.yaml").read_text().replace("width: 0.5", "width: 0.25")
     (work / "mine.yaml").write_text(recipe)
-    arguments = [part for part in training(shards, tmp_path / "run") if not part.startswith("--encoder.options")]
+    arguments = [part for part in training(shards, output) if not part.startswith("--encoder.options")]
     arguments[arguments.index("demo-cpu")] = str(work / "mine.yaml")
     command = [*launcher(), "--hostfile", str(hostfile), "--no_ssh_check", "--master_addr", pair.a.address,
-               "--master_port", str(free_port()), *arguments]  # fmt: skip
-    variables |= {"PDSH_SSH_ARGS_APPEND": f"-F {sshd}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(pair.a.command(command), cwd=work, env=variables, capture_output=True, text=True, timeout=240)
+               "--master_port", str(free_port()), *arguments, *more]  # fmt: skip
+    return command, variables | {"PDSH_SSH_ARGS_APPEND": f"-F {sshd}", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+def test_pdsh_starts_both_hosts_from_one(pair, shards, tmp_path, one_host, sshd, store):
+    command, variables = over_pdsh(pair, tmp_path / "run", tmp_path / "work", shards, sshd, store)
+    done = subprocess.run(
+        pair.a.command(command), cwd=tmp_path / "work", env=variables, capture_output=True, text=True, timeout=240
+    )
     print(done.stdout[-3000:], done.stderr[-3000:])
     assert done.returncode == 0
     assert losses(tmp_path / "run") == one_host
+
+
+def ranks_of(output: Path) -> list[psutil.Process]:
+    """The ranks of a run on both hosts."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if f"--run.output={output}" in words and any(word.startswith("--local_rank") for word in words):
+            found.append(process)
+    return found
+
+
+@pytest.mark.slow
+def test_sigterm_ends_both_hosts_of_a_launch_over_pdsh(pair, shards, tmp_path, sshd, store):
+    """`yaware launch` without its checks, which read no ssh configuration of the test's."""
+    output = tmp_path / "run"
+    command, variables = over_pdsh(pair, output, tmp_path / "work", shards, sshd, store, "--train.steps=100000")
+    # deepspeed's launcher ends all launchers of its own python on the hosts: one by a path of its own ends no other test's.
+    (tmp_path / "venv").symlink_to(sys.prefix)
+    command[0] = str(tmp_path / "venv/bin/python")
+    code = "import sys; from pretrain.cli import start; sys.exit(start(sys.argv[1:], {}))"
+    with (tmp_path / "log").open("w") as log:
+        started = subprocess.Popen(
+            pair.a.command([sys.executable, "-c", code, *command]), cwd=tmp_path / "work", env=variables, stdout=log,
+            stderr=log,
+        )  # fmt: skip
+    try:
+        limit = time.monotonic() + 150
+        while len(losses(output)) < 3:
+            assert started.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        assert len(ranks_of(output)) == 2
+        started.terminate()
+        assert started.wait(timeout=60) == 1
+        limit = time.monotonic() + 60
+        while ranks_of(output):
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+    finally:
+        for process in ranks_of(output):
+            process.kill()
+        started.kill()
+        started.wait()
+        print((tmp_path / "log").read_text()[-5000:])

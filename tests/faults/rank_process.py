@@ -130,10 +130,11 @@ def _arm(fault: Fault) -> None:
     if fault.point in POINTS:
         POINTS[fault.point](strike)
     else:
-        _at_phase(fault.point, strike)
+        at_phase(fault.point, strike)
 
 
-def _at_phase(beginning: str, strike: Callable[[], None]) -> None:
+def at_phase(beginning: str, strike: Callable[[], None]) -> None:
+    """Call ``strike`` where this rank comes to a watchdog phase of this ``beginning``."""
     from infra.watchdog import Watchdog
 
     begin = Watchdog.begin

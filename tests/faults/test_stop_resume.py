@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from tests.faults.rank_process import at_phase, start, wait
 from tests.runs import ROOT, environment, losses, pretrain_command, run
 
 STEPS = 8
@@ -93,3 +95,18 @@ def test_never_and_another_precision_are_refused_in_one_line(stopped, shards, tm
         assert text in done.stderr
         assert done.stderr.count("yaware: error:") == 1
         assert "Traceback" not in done.stderr
+
+
+def ask_in_step_2(rank):
+    """Rank 1 gets SIGUSR1 when its forward pass of the third step is done."""
+    if rank == 1:
+        at_phase("the exchange of embeddings of step 2", lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+
+def test_a_signal_during_a_step_is_acted_on_in_that_step(shards, tmp_path):
+    given = pretrain_command(shards, tmp_path / "run", STEPS, *GROUP)
+    command = [*given[given.index("--config") :], f"--run.tracking_uri=sqlite:///{tmp_path}/mlflow.db"]
+    assert wait(start(command, tmp_path, 2, harm=ask_in_step_2)) == [0, 0], (tmp_path / "rank-0.log").read_text()
+    said = (tmp_path / "rank-0.log").read_text()
+    assert "pretrain: stopped by a signal to another rank after step 3, saved; the same command continues" in said
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step-00000003"

@@ -67,6 +67,11 @@ def test_a_shorter_type_trains_nearly_as_float32(device, plain, shards, tmp_path
     assert found[0] != plain[0][0], "the precision changed nothing"
 
 
+def test_a_compiled_encoder_trains_through_deepspeed_as_the_plain_one(device, plain, shards, tmp_path):
+    found = train(device, shards, tmp_path / "run", stage(1), "--encoder.options.compile=true")
+    assert found == pytest.approx(plain[0], rel=1e-3)
+
+
 FP16 = [("fp16", 1), ("fp16", 2), ("fp16", 3), ("autocast-fp16", 0)]
 
 

@@ -159,7 +159,8 @@ def test_a_batch_script_starts_what_it_says(name, tmp_path):
         "bin/srun": 'echo "srun $1 $2" >> calls; while [[ $1 == --* ]]; do shift; done; exec "$@"',
         "bin/scontrol": '[ "$1" = show ] && printf "gpu07\\ngpu08\\n" || echo "scontrol $*" >> calls',
         ".venv/bin/python": 'echo "python $*" >> calls; exit 75',
-        ".venv/bin/deepspeed": 'echo "deepspeed $*" >> calls; cat "$2" >> calls; exit 75',
+        # USR1, which would end this shell, is ignored.
+        ".venv/bin/yaware": 'echo "yaware $*" >> calls; cat "$3" >> calls; kill -USR1 $$; exit 75',
     }
     for path, body in scripts.items():
         (tmp_path / path).write_text(f"#!/bin/bash\n{body}\n")
@@ -175,10 +176,12 @@ def test_a_batch_script_starts_what_it_says(name, tmp_path):
     if name == "pretrain.sbatch":
         assert calls[1:] == ["python -u -m pretrain.train --config demo-cpu --run.name=a b", "scontrol requeue 123456"]
     else:
-        assert calls[2:] == ["gpu07 slots=8", "gpu08 slots=8"]
-        assert calls[1].split("--no_ssh ")[1] == (
-            "--node_rank 1 --master_addr gpu07 --master_port 23456 --module pretrain.train --config demo-cpu --run.name=a b"
+        assert calls[2:] == ["gpu07 slots=8", "gpu08 slots=8", "scontrol requeue 123456"]
+        assert re.sub(r"\S+/\.hostfile-123456", "HOSTS", calls[1]) == (
+            "yaware launch --hostfile HOSTS --node_rank 1 --master_addr gpu07 --master_port 23456 "
+            "--config demo-cpu --run.name=a b"
         )
+    assert "#SBATCH --signal=USR1@120\n#SBATCH --requeue\n" in (LAUNCH / name).read_text()
     assert not list(tmp_path.glob(".hostfile-*"))
     usage = subprocess.run(["bash", str(LAUNCH / name)], env=variables, cwd=tmp_path, capture_output=True, text=True)
     assert usage.returncode != 0

@@ -13,11 +13,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_pipeline.build import build_shards
+from data_pipeline.split import parse_splits
 from data_pipeline.volume import Grid
 from infra.errors import UserError
 from pretrain.config import RECIPES, Recipe, check_micro_batch, load_recipe
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.encoders import check_encoder
+from pretrain.plan import total_steps
 from pretrain.step import loss_options
 from tests.cohorts import write_cohort
 from tests.runs import losses, run
@@ -28,7 +30,7 @@ RANKS = {
     "demo-cpu": (2, 2), "paper-bhb10k": (1, 1), "paper-bhb10k-8gpu": (8, 2), "large-batch-64gpu": (64, 2),
     "vit-large-multinode": (32, 2), "openbhb": (1, 1), "simulated-6mm": (1, 1),
 }  # fmt: skip
-MEASURED = ("demo-cpu", "simulated-6mm")  # their heads tell what was seen
+MEASURED = ("demo-cpu", "simulated-6mm")  # whose heads tell what was measured, and whose runs are named by the method
 SMALL = {"large-batch-64gpu": ["--batch.micro=1"], "paper-bhb10k": ["--batch.micro=2"], "openbhb": ["--batch.micro=2"]}
 # ViT-L itself is two ranks' 9 GiB here; its blocks are ViT-S's, and it is built and run in test_encoders.
 SMALL["vit-large-multinode"] = ["--encoder.name=vit-small", "--encoder.options.grid=[30,32,30]"]
@@ -82,7 +84,7 @@ def test_a_recipe_is_complete_and_possible_on_the_ranks_that_it_names(name):
     given = OmegaConf.load(RECIPES / f"{name}.yaml")
     assert set(given) == {field.name for field in fields(Recipe)}
     recipe, (ranks, _) = load_recipe(name, []), RANKS[name]
-    assert recipe.run.name == name or name in MEASURED
+    assert recipe.run.name == ("y-aware" if name in MEASURED else name)
     check_micro_batch(recipe.batch, ranks)
     check_encoder(recipe.encoder.name, recipe.encoder.options, grid=(121, 145, 121))
     loss_options(recipe.loss)
@@ -98,6 +100,24 @@ def test_a_recipes_head_says_command_hardware_time_and_what_to_expect(name):
     assert f"--config {name}\n" in re.sub(r" +# .*| +$", "", text, flags=re.MULTILINE) + "\n"
     for word in ("Hardware:", "Time:", "Expect:"):
         assert word in text
-    if name not in MEASURED:  # others must not seem so
+    if name not in MEASURED:  # the others must not seem so
         assert "not measured by us" in text or "nothing measured by us" in text
         assert "Time: not measured" in text
+
+
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if load_recipe(name, []).train.steps is None])
+def test_a_recipes_head_counts_the_scans_that_its_shards_have_and_the_steps_that_these_are(name):
+    text, recipe = (RECIPES / f"{name}.yaml").read_text(), load_recipe(name, [])
+    ((epochs, scans, steps),) = re.findall(r"(\d+) epochs of ([\d,]+) scans are ([\d,]+) steps", text)
+    assert int(epochs) == recipe.train.epochs
+    assert number(steps) == total_steps(recipe, number(scans))
+    trained, every = map(number, re.search(r"(\d[\d,]*) of (?:\S+ )?(\d[\d,]*)", text).groups())
+    assert trained == number(scans)
+    heads = "".join(path.read_text() for path in RECIPES.glob("*.yaml"))
+    shares = parse_splits(re.search(rf"shards build \S+ {recipe.data.shards} .*--splits (\S+)", heads)[1])
+    assert trained == pytest.approx(every * sum(shares[split] for split in recipe.data.split), rel=0.01)
+    assert recipe.monitor.split in shares

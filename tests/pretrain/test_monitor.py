@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -16,10 +19,12 @@ from pretrain.ema import Average
 from pretrain.engine import NotFinite
 from pretrain.model import build_model
 from pretrain.monitor import OnlineMonitor, encode
-from pretrain.online_probes import Task, Watched, probe_figures, view_figures, watched_scans
+from pretrain.online_probes import Task, Watched, check_held_out, probe_figures, view_figures, watched_scans
 from pretrain.plan import Plan
 from pretrain.skips import Skips
 from pretrain.step import lr_factor, train_step
+from pretrain.stop import StopRequest
+from pretrain.train import make_plan
 
 SMALL = ["--encoder.options={width: 0.25, norm: group}", "--batch.global=4"]
 
@@ -107,6 +112,44 @@ def test_which_scans_are_watched(manifest):
     (task,) = found.tasks
     assert np.array_equal(task.labels, manifest.scans["age"].to_numpy(float)[found.rows])
     assert found.groups.tolist() == manifest.subjects()[found.rows].tolist()
+
+
+def test_people_who_are_trained_on_are_not_watched(shards, manifest, tmp_path):
+    pretrain, people = manifest.rows(split="pretrain"), manifest.subjects()
+    for split in ("pretrain", "monitor", "downstream"):
+        rows = manifest.rows(split=split)
+        count = len(set(people[rows]))
+        with pytest.raises(UserError) as found:
+            check_held_out(Monitor(split=split), manifest, np.concatenate([pretrain, rows[:1]]))
+        shared = count if split == "pretrain" else 1
+        assert f"monitor.split={split}: {shared} of its {count} participants are also trained on" in str(found.value)
+        assert "(there: downstream, monitor, pretrain)" in str(found.value)
+    check_held_out(Monitor(), manifest, pretrain)
+    check_held_out(Monitor(every_epochs=0, split="pretrain"), manifest, pretrain)
+    check_held_out(Monitor(split="downstream"), manifest, manifest.rows(query="split != 'downstream'"))
+    given = [f"--data.shards={shards}", f"--run.output={tmp_path}/run", "--batch.global=4", "--monitor.every_epochs=1"]
+    make_plan(load_recipe("demo-cpu", given), 1)
+    with pytest.raises(UserError, match="participants are also trained on"):
+        make_plan(load_recipe("demo-cpu", [*given, "--data.split=[pretrain, monitor]"]), 1)
+
+
+def test_a_split_to_watch_that_is_not_there_is_named_and_one_that_nobody_asked_for_costs_a_line(
+    trained, shards, tmp_path, capsys
+):
+    rows = Manifest.load(shards).rows(split="pretrain")
+    with pytest.raises(UserError, match=r"monitor.split=monitr is not in .* \(did you mean 'monitor'\?\); there: "):
+        check_held_out(Monitor(split="monitr"), Manifest.load(shards), rows)
+    manifest = Manifest.load(shards)
+    manifest.scans["split"] = manifest.scans["split"].replace("monitor", "downstream")
+    with pytest.raises(UserError, match=r"there: downstream, pretrain; name one .* monitor.every_epochs=0"):
+        check_held_out(Monitor(every_epochs=5), manifest, rows)
+    check_held_out(Monitor(every_epochs=0, split="nowhere"), manifest, rows)
+    check_held_out(Monitor(), manifest, rows)
+    recipe = load_recipe("demo-cpu", [*SMALL, f"--run.output={tmp_path}", "--monitor.every_epochs=1"])
+    plan = Plan(recipe, manifest, rows, EveryScan(40, 0, 4), 30)
+    monitor = OnlineMonitor(plan, trained, None, torch.device("cpu"), torch.float32, "cpu")
+    assert not monitor(30, None)
+    assert "pretrain: no monitor: monitor.split=monitor is not in " in capsys.readouterr().out
 
 
 def test_any_column_is_a_task(manifest):
@@ -255,7 +298,27 @@ def test_votes_are_added_up(trained):
     views = torch.randn(2, 4, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
     trained.optimizer.zero_grad()
     figures, sums = train_step(
-        trained, lambda z, temperature, batch: z.square().mean(), {"views": views}, 0, torch.float32, None, [15.0, 0.0]
-    )
+        trained, lambda z, temperature, batch: z.square().mean(), {"views": views}, 0, torch.float32,
+        votes=lambda: [15.0, 0.0],
+    )  # fmt: skip
     assert sums == [15.0, 0.0]
     assert figures["loss"] > 0
+
+
+def test_a_signal_during_the_forward_pass_is_acted_on_in_the_same_step(trained):
+    views = torch.randn(2, 4, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
+    stop = StopRequest()
+
+    def loss(embeddings, temperature, batch):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return embeddings.square().mean()
+
+    stop.listen()
+    try:
+        _, sums = train_step(
+            trained, loss, {"views": views}, 0, torch.float32, votes=lambda: [float(stop.received is not None)]
+        )
+    finally:
+        stop.forget()
+    assert sums == [1.0]
+    assert stop.name == "SIGUSR1"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -14,6 +19,7 @@ from infra.errors import UserError
 from pretrain.config import load_recipe
 from pretrain.estimate import memory_of_a_rank, plain_model, scan_flops
 from pretrain.launch import launch_command, read_hostfile
+from tests.runs import ROOT
 
 P = 1000
 
@@ -142,6 +148,63 @@ def test_launch_lines_for_all_hosts_and_for_one(tmp_path):
         launch_command(tmp_path, hosts, ["demo-cpu", "--encoder.options={width: 1}"], node_rank=None, **common)
     with pytest.raises(UserError, match="--node_rank=2 is no host of .*; it names 2: 0 to 1"):
         launch_command(tmp_path, hosts, ["demo-cpu"], node_rank=2, **common)
+
+
+LAUNCHERS = {
+    # Over pdsh: deepspeed's handler ends the ranks on the other hosts and pdsh here, then leaves with 1.
+    "pdsh": """
+import pathlib, signal, subprocess, sys, time
+below = subprocess.Popen(["./pdsh"])
+def end(*_):
+    pathlib.Path("asked").write_text("pdsh still there" if below.poll() is None else "pdsh gone")
+    below.kill()
+    below.wait()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path("ready").touch()
+while True:
+    time.sleep(0.01)
+""",
+    # On one host, with no rank started yet: no handler, and a process below that would be left alone.
+    "one host": """
+import pathlib, subprocess, time
+below = subprocess.Popen(["sleep", "60"])
+pathlib.Path("asked").write_text(str(below.pid))
+pathlib.Path("ready").touch()
+while True:
+    time.sleep(0.01)
+""",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_a_launcher_without_ranks_below_it_is_ended_by_the_signal(kind, number, tmp_path):
+    """With stand-ins for deepspeed's launcher and for pdsh."""
+    (tmp_path / "launcher.py").write_text(LAUNCHERS[kind])
+    (tmp_path / "pdsh").write_text("#!/bin/bash\nexec -a pdsh sleep 60\n")
+    (tmp_path / "pdsh").chmod(0o755)
+    code = "import sys; from pretrain.cli import start; sys.exit(start([sys.executable, 'launcher.py'], {}))"
+    started = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    try:
+        limit = time.monotonic() + 60
+        while not (tmp_path / "ready").exists():
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        time.sleep(0.2)  # for the handler, which is set beside
+        started.send_signal(number)
+        status = started.wait(timeout=30)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+    assert status != 0
+    asked = (tmp_path / "asked").read_text()
+    if kind == "pdsh":
+        assert (status, asked) == (1, "pdsh still there")
+    else:
+        assert not psutil.pid_exists(int(asked)) or psutil.Process(int(asked)).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.distributed
