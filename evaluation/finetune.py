@@ -21,6 +21,7 @@ from evaluation.folds import inner_folds
 from evaluation.probes import Answers, log_odds, score, standardised
 from pretrain.encoders import build_encoder
 from pretrain.export import Encoder
+from pretrain.optimizers import depth_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Point = dict[str, Any]
@@ -108,15 +109,17 @@ def build(job: Job, seed: int) -> Network:
 
 
 def parameter_groups(network: Network, lr: float, layer_decay: float) -> list[dict[str, Any]]:
-    """The last block learns at ``lr``, each before it at ``layer_decay`` times the next one's, the head ten times faster."""
-    trunk = getattr(network.encoder, "trunk", network.encoder)
-    parts = [list(block.parameters()) for block in trunk.children()]
-    parts = [part for part in parts if part]
-    inside = {id(parameter) for part in parts for parameter in part}
-    loose = [parameter for parameter in network.encoder.parameters() if id(parameter) not in inside]
-    if loose:  # positions and class tokens of transformers learn as the first block does
-        parts = [[*loose, *parts[0]], *parts[1:]] if parts else [loose]
-    groups = [{"params": part, "lr": lr * layer_decay ** (len(parts) - 1 - n)} for n, part in enumerate(parts)]
+    """The last block learns at ``lr``, each before it at ``layer_decay`` times the next one's, the head ten times faster.
+
+    The blocks are those of pretraining's layer decay (``depth_of``): stem first, what is behind the last block as that.
+    """
+    depths = {name: depth_of(name) for name, _ in network.encoder.named_parameters()}
+    deepest = max((depth for depth in depths.values() if depth is not None), default=0)
+    blocks: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in network.encoder.named_parameters():
+        depth = depths[name]
+        blocks.setdefault(deepest if depth is None else depth, []).append(parameter)
+    groups = [{"params": blocks[depth], "lr": lr * layer_decay ** (deepest - depth)} for depth in sorted(blocks)]
     return [*groups, {"params": list(network.head.parameters()), "lr": HEAD_LR * lr}]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +14,14 @@ import pandas as pd
 from data_pipeline.manifest import Manifest
 from infra import runs
 from infra.errors import UserError
+from infra.files import write_json
 from infra.tracking import Tracker
 from pretrain.export import Encoder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # Protocols whose figures stand on a checkpoint's own page under the task's plain name; others with theirs before it.
 PLAIN = ("paper", "linear")
+TABLES = ("predictions.parquet", "embedding.parquet", "curve.csv", "trials.csv")
 
 
 @dataclass
@@ -43,12 +44,12 @@ class Subject:
 
 @dataclass
 class Result:
-    """One subject's answers under one protocol: metrics by name, and tables."""
+    """One subject's answers under one protocol: metrics by name, tables, trials."""
 
     metrics: dict[str, float]
     predictions: pd.DataFrame
     curve: pd.DataFrame
-    trials: pd.DataFrame
+    trials: dict[str, list[dict[str, Any]]]  # by task, rows of ``evaluation.tune``
     embedding: pd.DataFrame
 
 
@@ -77,35 +78,85 @@ def open_run(
     return tracker
 
 
-def log_result(tracker: Tracker, subject: Subject, protocol: str, manifest: Manifest, result: Result, uri: str) -> None:
-    """Figures to the run and to the checkpoint's page, tables as files; ends the run."""
-    found = [(key, value, subject.step) for key, value in result.metrics.items() if np.isfinite(value)]
+def write_result(result: Result, folder: Path) -> None:
+    """A result's tables, metrics and trials as files, from which ``log_result`` logs it; whole once ``is_whole`` says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result.predictions.to_parquet(folder / "predictions.parquet", index=False)
+    result.embedding.to_parquet(folder / "embedding.parquet", index=False)
+    result.curve.to_csv(folder / "curve.csv", index=False)
+    trials_table(result.trials).to_csv(folder / "trials.csv", index=False)
+    write_json(folder / "trials.json", result.trials)
+    write_json(folder / "metrics.json", result.metrics)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether ``write_result`` came to its end."""
+    return (folder / "metrics.json").is_file()
+
+
+def log_result(tracker: Tracker, subject: Subject, protocol: str, manifest: Manifest, folder: Path, uri: str) -> None:
+    """Figures to the run and to the checkpoint's page, tables as files, networks' trials as child runs; ends the run.
+
+    ``folder`` is one of ``write_result``'s, which must stay until ``tracker.stored``. UserError where the store stops
+    answering at once; later on, the tracker knows.
+    """
+    metrics = json.loads((folder / "metrics.json").read_text())
     model_id = subject.config.get("model_id")
-    known = bool(model_id) and runs.has_model(uri, str(model_id))
+    try:
+        known = bool(model_id) and runs.has_model(uri, str(model_id))
+    except UserError as error:
+        raise UserError(f"{error}; the result is kept in {folder}: run the same command again later") from None
     data = {"dataset": str(manifest.settings["dataset"]), "dataset_digest": manifest.digest[:32]}
-    if known and protocol in PLAIN:
-        # With its model id a figure stands both in this run and on the checkpoint's own page, beside those of others.
-        tracker.log_metrics(found, model_id=str(model_id), **data)
-    else:
-        tracker.log_metrics(found, **data)
-        if known:
-            named = [(f"{protocol}/{key}", value, step) for key, value, step in found]
-            tracker.log_metrics(named, model_id=str(model_id), **data)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        result.predictions.to_parquet(folder / "predictions.parquet", index=False)
-        result.embedding.to_parquet(folder / "embedding.parquet", index=False)
-        result.curve.to_csv(folder / "curve.csv", index=False)
-        result.trials.to_csv(folder / "trials.csv", index=False)
-        for path in sorted(folder.iterdir()):
-            tracker.log_artifact(path, "evaluation")
+    # With its model id a figure stands both in this run and on the checkpoint's own page, beside those of others.
+    shared = {**data, "model_id": str(model_id)} if known and protocol in PLAIN else data
+    tracker.log_metrics(_new(tracker, metrics, subject.step), **shared)
+    if known and protocol not in PLAIN:
+        named = {f"{protocol}/{key}": value for key, value in metrics.items()}
+        tracker.log_metrics(_new(tracker, named, subject.step), **data, model_id=str(model_id))
+    for name in TABLES:
+        tracker.log_artifact(folder / name, "evaluation")
+    tracker.log_trials(trial_runs(json.loads((folder / "trials.json").read_text())))
     tracker.end()
+
+
+def _new(tracker: Tracker, metrics: dict[str, float], step: int) -> list[tuple[str, float, int]]:
+    """Finite figures, less those that an earlier start of the command logged: models' pages would show them twice."""
+    return [
+        (key, value, step) for key, value in metrics.items() if np.isfinite(value) and tracker.last_step(key) < step
+    ]
+
+
+def trial_runs(trials: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What ``Tracker.log_trials`` takes, of the trials that have scores of their own (networks', not grids').
+
+    Metrics: ``inner_score``, by which trials were compared, and ``score`` after every epoch.
+    """
+    made = []
+    for task, rows in trials.items():
+        for row in (row for row in rows if row.get("scores")):
+            point = ", ".join(
+                f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+                for key, value in sorted(row["point"].items())
+            )
+            metrics = [("inner_score", row["inner_score"], 0)]
+            metrics += [("score", value, epoch) for epoch, value in enumerate(row["scores"], 1)]
+            made.append({
+                "name": f"{task}, {row['part']}: {point}"[:250],
+                "key": json.dumps([task, row["part"], row["point"]], sort_keys=True), "params": row["point"],
+                "tags": {"yaware.task": task, "yaware.part": row["part"], "yaware.stopped": row["stopped"]},
+                "metrics": [each for each in metrics if np.isfinite(each[1])],
+            })  # fmt: skip
+    return made
 
 
 def trials_table(trials: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
     """task, part (fold or draw), point (JSON), inner_score, and for networks steps and stopped: a row a trial."""
     rows = [
-        {"task": task, **row, "point": json.dumps(row["point"], sort_keys=True)}
+        {
+            "task": task,
+            **{key: value for key, value in row.items() if key != "scores"},
+            "point": json.dumps(row["point"], sort_keys=True),
+        }
         for task, given in trials.items()
         for row in given
     ]

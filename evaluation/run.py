@@ -20,7 +20,7 @@ from evaluation.features import cache_name, check_preprocessing, features_of, ta
 from evaluation.finetune import Job
 from evaluation.leakage import check_copies, check_leakage
 from evaluation.protocols import PROTOCOLS, Protocol, check_protocols, published_lines
-from evaluation.record import Result, Subject, log_result, open_run, trials_table
+from evaluation.record import Result, Subject, is_whole, log_result, open_run, write_result
 from evaluation.statistics import FIGURES, OF_PROBABILITIES, with_interval
 from evaluation.tasks import Task, load_task
 from evaluation.tune import Found, prepare, search_grid, search_networks
@@ -146,10 +146,14 @@ def _subjects(given: Sequence[Subject], protocol: Protocol) -> Iterator[tuple[st
 def _judged(
     place: _Place, name: str, subject: Subject, work: Path, experiment: str, uri: str
 ) -> dict[str, float]:  # fmt: skip
-    """One result, logged; read back where an earlier start of the command had come so far."""
-    done, run = work / "metrics.json", work / "run.json"
+    """One result, logged; read back where an earlier start of the command had come so far.
+
+    UserError where the store has not all of it: it stays in ``work``, from where the next start logs it.
+    """
+    done, run, kept = work / "metrics.json", work / "run.json", work / "result"
+    metrics: dict[str, float]
     if done.is_file():
-        metrics: dict[str, float] = json.loads(done.read_text())
+        metrics = json.loads(done.read_text())
         return metrics
     known = json.loads(run.read_text())["run_id"] if run.is_file() else None
     settings = place.protocol.settings_of(name)
@@ -158,13 +162,22 @@ def _judged(
     tracker = open_run(subject, name, label, place.manifest, params, uri=uri, experiment=experiment, run_id=known)
     write_json(run, {"run_id": tracker.run_id})
     try:
-        result = judge(place, name, subject, work)
-        log_result(tracker, subject, name, place.manifest, result, uri)
+        if not is_whole(kept):
+            write_result(judge(place, name, subject, work), kept)
+        log_result(tracker, subject, name, place.manifest, kept, uri)
     except BaseException:
         tracker.end("FAILED")
         raise
-    write_json(done, result.metrics)
-    return result.metrics
+    if not tracker.stored:
+        if tracker.answers:
+            tracker.end("FAILED")  # without its tables it must not be taken for a finished one
+        raise UserError(
+            f"MLflow store {uri} has not taken all of {subject.name} step {subject.step}, {label}; the result is kept in "
+            f"{kept}: run the same command again when the store answers"
+        )
+    metrics = json.loads((kept / "metrics.json").read_text())
+    write_json(done, metrics)
+    return metrics
 
 
 def judge(place: _Place, name: str, subject: Subject, work: Path) -> Result:
@@ -246,7 +259,7 @@ def _result(place: _Place, found: dict[str, Found], features: Array) -> Result:
         curves.append(pd.DataFrame(mine.curve, columns=["n_train", "draw", "auc"]).assign(task=task.name))
         for size, values in curves[-1].groupby("n_train")["auc"]:
             metrics[f"{task.name}.auc.n{size}"] = float(values.mean())
-    trials = trials_table({name: mine.trials for name, mine in found.items()})
+    trials = {name: mine.trials for name, mine in found.items()}
     if features.shape[1]:
         embedding = embedding_table(place.manifest, place.rows, features)
     else:

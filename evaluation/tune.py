@@ -175,10 +175,10 @@ def _highest(record: dict[str, Any]) -> float:
 
 
 def trial_row(part: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A trial's row of the table that goes to MLflow."""
+    """What goes to MLflow of a trial: a row of the table, and ``scores`` by epoch for its own run."""
     return {
         "part": part, "point": record["point"], "inner_score": _highest(record), "steps": len(record["scores"]),
-        "stopped": not record["done"],
+        "stopped": not record["done"], "scores": record["scores"],
     }  # fmt: skip
 
 

@@ -50,6 +50,7 @@ class StoredRun:
         # The public .metrics has values without steps, and a whole history per metric is slow to read.
         self.last: dict[str, int] = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         self.floor = dict(self.last)
+        self.refused = False  # whether a file was left out for good
 
     def continued_by(self, opening: Entry) -> bool:
         """Whether ``opening`` is the same work begun again by a process that knew no run id."""
@@ -64,6 +65,7 @@ class StoredRun:
             hopeless = getattr(error, "error_code", None) in HOPELESS
             if not hopeless and not isinstance(error, (FileNotFoundError, PermissionError)):
                 raise
+            self.refused = self.refused or entry["op"] in ("artifact", "artifacts", "trials")
             warn(f"MLflow run {self.run_id} refused {entry['op']}: {' '.join(str(error).split())[:300]}")
 
     def _params(self, entry: Entry) -> None:
@@ -95,6 +97,38 @@ class StoredRun:
 
     def _text(self, entry: Entry) -> None:
         self.client.log_text(self.run_id, entry["text"], entry["path"])
+
+    def _trials(self, entry: Entry) -> None:
+        """Child runs, each written once: one that a kill or an outage left unfinished is written anew."""
+        from mlflow.entities import Metric
+
+        done = set()
+        for run in self._children("trial"):
+            if run.info.status == "FINISHED":
+                done.add(run.data.tags.get("yaware.trial"))
+            else:
+                self.client.delete_run(run.info.run_id)
+        for trial in entry["trials"]:
+            if trial["key"] in done:
+                continue
+            tags = {"mlflow.parentRunId": self.run_id, "yaware.kind": "trial", "yaware.trial": trial["key"]}
+            made = self.client.create_run(
+                self.experiment_id, run_name=trial["name"], tags={**trial["tags"], **tags}, start_time=entry["time"]
+            )
+            self._batch(made.info.run_id, params=trial["params"])
+            rows = [Metric(name, value, entry["time"], step) for name, value, step in trial["metrics"]]
+            for i in range(0, len(rows), METRICS_PER_CALL):
+                self.client.log_batch(made.info.run_id, metrics=rows[i : i + METRICS_PER_CALL])
+            self.client.set_terminated(made.info.run_id, "FINISHED", entry["time"])
+
+    def _children(self, kind: str) -> Iterator[Any]:
+        token, given = None, f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.`yaware.kind` = '{kind}'"
+        while True:
+            page = self.client.search_runs([self.experiment_id], given, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
 
     def _tags(self, entry: Entry) -> None:
         self._batch(self.run_id, tags=entry["tags"])

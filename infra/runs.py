@@ -11,6 +11,9 @@ from typing import Any
 from infra.errors import UserError, nearest
 from infra.mlflow_store import client_of, readable
 
+# What a store that answers says of a logged model that it does not have.
+UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND")
+
 
 def runs(uri: str, experiment: str, kind: str, filter: str = "") -> list[dict[str, Any]]:
     """Runs with tag yaware.kind=``kind``, newest first; ``filter`` is one of MLflow's, joined by "and".
@@ -61,13 +64,15 @@ def checkpoints(uri: str, run_id: str) -> list[dict[str, Any]]:
 
 
 def has_model(uri: str, model_id: str) -> bool:
-    """Whether the store knows a logged model."""
+    """Whether the store knows a logged model; UserError where the store does not answer."""
     client = client_of(uri, create=False)
     try:
         with readable(uri):
             client.get_logged_model(model_id)
-    except UserError:
-        return False
+    except UserError as error:
+        if getattr(error.__cause__, "error_code", None) in UNKNOWN:
+            return False
+        raise
     return True
 
 

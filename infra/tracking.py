@@ -37,6 +37,7 @@ class Tracker:
         self._run: StoredRun | None = None
         self._last: dict[str, int] = {}
         self._retry_at, self._failures, self._warned = 0.0, 0, False
+        self._refused = False
 
     @classmethod
     def open(
@@ -104,6 +105,33 @@ class Tracker:
         """Store ``content`` as a JSON file of the run's artifacts."""
         self.log_text(json.dumps(content, indent=1, sort_keys=True) + "\n", artifact_path)
 
+    def log_trials(self, trials: Sequence[Mapping[str, Any]]) -> None:
+        """Store a search's trials as child runs with tag yaware.kind=trial, each once however often it is logged.
+
+        A trial has a ``name``, a ``key`` of its own among all of this run, ``params``, ``tags``, and ``metrics``, which are
+        (name, value, step) triples.
+        """
+        made = [
+            {
+                "name": each["name"], "key": each["key"], "tags": {k: str(v) for k, v in each["tags"].items()},
+                "params": {k: str(v) for k, v in each["params"].items()},
+                "metrics": [(str(name), float(value), int(step)) for name, value, step in each["metrics"]],
+            }
+            for each in trials
+        ]  # fmt: skip
+        if made:
+            self._do("trials", trials=made)
+
+    @property
+    def answers(self) -> bool:
+        """Whether the store took the last entry, and all before it."""
+        return self._run is not None
+
+    @property
+    def stored(self) -> bool:
+        """Whether the store has all that was logged so far: nothing waits, and no file or trial was refused."""
+        return self._run is not None and not (self._refused or self._run.refused)
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
         self._do("tags", tags={key: str(value) for key, value in tags.items()})
@@ -148,6 +176,7 @@ class Tracker:
         if all(entry.get("id") != self._opening["id"] for entry in entries):
             entries.append(self._opening)
         run, error = _send(self._uri, entries, self._spool)
+        self._refused = self._refused or (run is not None and run.refused)
         if error is not None:
             self._fell_down(error)
             return
@@ -161,6 +190,7 @@ class Tracker:
 
     def _fell_down(self, error: Exception) -> None:
         pause = min(SECONDS_BETWEEN_TRIES * 2**self._failures, MOST_SECONDS_BETWEEN_TRIES)
+        self._refused = self._refused or (self._run is not None and self._run.refused)
         self._run, self._retry_at, self._failures = None, time.monotonic() + pause, self._failures + 1
         if not self._warned:
             kept = self._spool.path or "memory"

@@ -108,17 +108,23 @@ def export_encoder(source: str | Path, out: Path) -> Path:
 
 
 def find_encoder(path: str | Path) -> Path:
-    """The export folder meant by ``path``: itself, a step folder's, or that of a run folder's latest checkpoint."""
+    """The export folder meant by ``path``: itself, a step folder's, or that of a run folder's latest checkpoint.
+
+    A run's ``checkpoints/best`` and ``checkpoints/latest``, files that name a step, mean the encoder of that step.
+    """
     given = Path(path)
     candidates = [given, given / "encoder"]
-    for checkpoints in (given / "checkpoints", given):
-        pointer = checkpoints / "latest"
+    named = [given] if given.name in ("best", "latest") else []
+    for pointer in (*named, given / "checkpoints" / "latest", given / "latest"):
         if pointer.is_file():
-            candidates.append(checkpoints / pointer.read_text().strip() / "encoder")
+            candidates.append(pointer.parent / pointer.read_text().strip() / "encoder")
     for candidate in candidates:
         if (candidate / "model.safetensors").is_file():
             return candidate
-    raise UserError(f"no encoder in {given}; give a run folder, one of its checkpoints/step-*, or an exported encoder")
+    raise UserError(
+        f"no encoder in {given}; give a run folder, one of its checkpoints/step-*, its checkpoints/best, or an exported "
+        "encoder"
+    )
 
 
 def all_steps(run: str | Path) -> list[Path]:

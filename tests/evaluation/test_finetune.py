@@ -10,9 +10,22 @@ import pytest
 import torch
 
 from data_pipeline.manifest import Manifest
-from evaluation.finetune import FineTuning, Job, Scans, build, epochs, final_fit, parameter_groups, predict, trial
+from evaluation.finetune import (
+    FineTuning,
+    Job,
+    Network,
+    Scans,
+    build,
+    epochs,
+    final_fit,
+    parameter_groups,
+    predict,
+    trial,
+)
 from evaluation.probes import score
 from infra import ray_cluster, tuning
+from pretrain.encoders import ENCODERS, build_encoder
+from tests.pretrain.test_optimizers import DEPTHS
 
 ENCODER = {"name": "resnet18", "options": {"width": 0.125, "norm": "group"}}
 POINT = {"lr": 3e-3, "layer_decay": 0.5, "weight_decay": 1e-4}
@@ -42,8 +55,8 @@ def test_a_network_learns_its_training_scans(job, kind):
     labels = {"binary": job.labels, "multiclass": np.digitize(ages, [40, 60]), "regression": ages}[kind]
     job = replace(job, kind=kind, labels=labels, covariates=np.random.default_rng(0).normal(size=(len(ages), 1)))
     found = []
-    for count in (1, 25):
-        network, scans, fit = after(job, count)
+    for count in (1, 21):
+        network, scans, fit = after(job, count, {**POINT, "lr": 1.5e-3})
         answers = predict(job, network, scans, fit, fit)
         found.append(score(labels, answers.answer, kind))
     assert found[1] > found[0]
@@ -62,11 +75,15 @@ def test_the_encoder_stays_as_it_was_while_it_is_frozen(job):
     assert not torch.equal(before["encoder.trunk.conv1.weight"], free.encoder.trunk.conv1.weight)
 
 
-def test_earlier_blocks_learn_more_slowly(job):
-    network = build(job, 0)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_earlier_blocks_learn_more_slowly(name):
+    with torch.device("cpu" if name == "swin-unetr" else "meta"):
+        encoder = build_encoder(name, {})
+        network = Network(encoder, int(encoder.feature_size), 0, 1)
     groups = parameter_groups(network, 1.0, 0.5)
     rates = [group["lr"] for group in groups]
     assert rates[-2:] == [1.0, 10.0]  # the last block and the head
+    assert len(rates) == DEPTHS[name] + 2  # the stem, every block, the head
     assert all(one == pytest.approx(0.5 * other) for one, other in pairwise(rates[:-1]))
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in network.parameters())

@@ -16,10 +16,13 @@ import torch
 from data_pipeline.build import build_shards
 from data_pipeline.manifest import Manifest
 from evaluation.features import blocks, tapped
-from evaluation.probes import Table, fit_predict
+from evaluation.probes import GRIDS, Table, fit_predict
+from evaluation.record import trial_runs
+from evaluation.tune import trial_row
 from evaluation.voxels import voxel_coordinates
 from infra import cli, ray_cluster, runs
 from infra.errors import UserError
+from infra.mlflow_store import StoredRun
 from pretrain.encoders import build_encoder
 from pretrain.export import Encoder, write_encoder
 from pretrain.seen_scans import source_of
@@ -90,6 +93,7 @@ def test_protocols_on_frozen_features_over_all_steps(world, tmp_path):
     tasks = ["--tasks", "ad,site", "--protocols", "paper,voxels", "--all-steps"]
     uri, found = evaluate(world, "frozen", *tasks)
     assert set(found) == {("paper", "2"), ("paper", "4"), ("voxels", "0")}
+    assert not runs.runs(uri, "frozen", "trial")  # grids are in the table alone
     keys = []
     for (protocol, _), row in found.items():
         predictions, curve, trials = tables(uri, row, tmp_path)
@@ -113,6 +117,56 @@ def test_a_layer_inside_and_whole_sites_left_out(world):
     assert label == "knn, layer2 mean+std, sites left out"
 
 
+def test_a_trial_of_a_network_is_named_after_task_part_and_point():
+    point = {"lr": 0.00123456, "hidden": 16}
+    row = trial_row("fold 1", {"point": point, "scores": [0.5, 0.75, float("-inf")], "done": False})
+    grid = {"part": "fold 0", "point": {"strength": 1.0}, "inner_score": 0.5, "seconds": 1.0}
+    (trial,) = trial_runs({"ad": [row], "age": [grid]})
+    assert trial["name"] == "ad, fold 1: hidden=16, lr=0.001235"
+    assert trial["params"] == point
+    assert trial["metrics"] == [("inner_score", 0.75, 0), ("score", 0.5, 1), ("score", 0.75, 2)]
+    assert trial["tags"] == {"yaware.task": "ad", "yaware.part": "fold 1", "yaware.stopped": True}
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_store_that_drops_out_loses_no_result(world, monkeypatch, capsys, times):
+    root, shards = world
+    name = f"outage-{times}"
+    uri, storage = f"sqlite:///{root}/{name}.db", root / name
+    given = ["evaluate", str(root / "runs" / "first" / "checkpoints" / "latest"), "--shards", str(shards), *SMALL]
+    given += ["--tasks", "ad", "--protocols", "linear", "--experiment", name, "--workers", "2"]
+    given += ["--storage", str(storage), "--tracking-uri", uri]
+    calls, log_artifact = [], StoredRun._artifact
+
+    def falling(self, entry):
+        calls.append(entry)
+        if len(calls) <= times:
+            raise ConnectionError("the store is gone")
+        log_artifact(self, entry)
+
+    monkeypatch.setattr(StoredRun, "_artifact", falling)
+    status = cli.run(given)
+    printed = capsys.readouterr()
+    (row,) = runs.runs(uri, name, "evaluation")
+    if times > 1:  # down to the end
+        assert status == 2
+        assert "run the same command again" in printed.err.splitlines()[-1]
+        assert "logged to MLflow" not in printed.out
+        assert row["status"] != "FINISHED"
+        monkeypatch.setattr(StoredRun, "_artifact", log_artifact)
+        monkeypatch.setattr("evaluation.run.judge", None)  # nothing is computed anew
+        status = cli.run(given)
+    assert status == 0
+    assert not list(storage.iterdir())
+    (again,) = runs.runs(uri, name, "evaluation")
+    assert (again["run_id"], again["status"]) == (row["run_id"], "FINISHED")
+    predictions, curve, trials = tables(uri, again, root / name)
+    assert predictions["answer"].notna().all()
+    assert len(trials) == 2 * len(GRIDS["linear"])
+    assert curve.empty  # the linear protocol leaves learning curves out
+    assert "ad.auc" in again["metrics"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
@@ -128,6 +182,14 @@ def test_protocols_that_search_with_optuna(world, tmp_path, protocol, subject):
     assert predictions["answer"].notna().all()
     assert predictions.loc[predictions["task"] == "ad", "probability"].between(0, 1).all()
     assert len(trials[trials["part"].str.startswith("fold")]) == 2 * 2 * 2  # tasks, folds, points
+    assert "scores" not in trials
+    children = runs.runs(uri, protocol, "trial")
+    assert len({child["name"] for child in children}) == len(children) == len(trials)
+    for child in children:
+        assert child["tags"]["mlflow.parentRunId"] == row["run_id"]
+        assert {"lr"} <= set(child["params"])
+        scores = [value for _, value in runs.metric_history(uri, child["run_id"], "score")]
+        assert max(scores) == child["metrics"]["inner_score"]
     assert list(drawn["n_train"]) == ([8] if curve else [])
     assert np.isfinite(row["metrics"]["age.mae"])
 

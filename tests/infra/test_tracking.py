@@ -136,6 +136,59 @@ def test_a_store_that_comes_back_gets_what_waited(uri: str, tmp_path: Path, monk
     assert queries.metric_history(uri, str(run.run_id), "loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
 
 
+def a_trial(number: int) -> dict[str, object]:
+    scores = [("score", 0.1 * epoch, epoch) for epoch in (1, 2)]
+    about = {"name": f"ad, fold {number}", "key": str(number), "tags": {"yaware.task": "ad"}, "params": {"lr": number}}
+    return {**about, "metrics": [("inner_score", 0.2, 0), *scores]}
+
+
+def test_trials_are_child_runs_written_once(uri: str, monkeypatch: pytest.MonkeyPatch):
+    run = begin(uri, "trials")
+    trials = [a_trial(0), a_trial(1)]
+    assert run._run is not None
+    batches = run._run.client.log_batch
+
+    def killed(run_id: str, **given: object) -> None:
+        if given.get("params") and given["params"][0].value == "1":  # type: ignore[index]
+            raise ConnectionError("gone")
+        batches(run_id, **given)
+
+    monkeypatch.setattr(run._run.client, "log_batch", killed)
+    run.log_trials(trials)  # the second is begun, and never ends
+    assert not run.stored
+    assert sorted(row["status"] for row in queries.runs(uri, "trials", "trial")) == ["FINISHED", "RUNNING"]
+    again = begin(uri, "trials", run_id=run.run_id)
+    for _ in range(2):
+        again.log_trials(trials)
+    again.end()
+    assert again.stored
+    found = sorted(queries.runs(uri, "trials", "trial"), key=lambda row: row["name"])
+    assert [row["name"] for row in found] == ["ad, fold 0", "ad, fold 1"]
+    for number, row in enumerate(found):
+        assert (row["status"], row["params"]) == ("FINISHED", {"lr": str(number)})
+        assert (row["tags"]["mlflow.parentRunId"], row["tags"]["yaware.task"]) == (run.run_id, "ad")
+        assert row["metrics"]["inner_score"] == 0.2
+        assert queries.metric_history(uri, row["run_id"], "score") == [(1, 0.1), (2, 0.2)]
+    assert [row["run_id"] for row in queries.runs(uri, "trials", "pretraining")] == [run.run_id]
+
+
+def test_a_tracker_knows_what_its_store_has(uri: str, tmp_path: Path):
+    run = begin(uri, "known")
+    assert run.stored
+    run._uri, run._run, run._retry_at = DOWN, None, 0.0
+    run.log_metrics([("loss", 0.0, 0)])
+    assert not run.stored
+    run._uri = uri
+    run.end()
+    assert run.stored
+    run.log_artifact(tmp_path / "absent.txt")
+    assert run.answers
+    assert not run.stored
+    with pytest.raises(UserError, match="127.0.0.1"):
+        queries.has_model(DOWN, "m-0")
+    assert not queries.has_model(uri, "m-0")
+
+
 def test_what_a_store_refuses_is_dropped_with_a_warning(uri: str, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     run = begin(uri, "refused", spool=tmp_path / "spool.jsonl")
     run.log_artifact(tmp_path / "absent.txt")

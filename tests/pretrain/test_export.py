@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -43,8 +44,14 @@ def test_loaded_encoder_gives_the_same_features(written):
 
 def test_found_from_run_checkpoints_step_and_itself(written):
     _, folder, root = written
-    for given in (folder, folder.parent, root / "run", root / "run" / "checkpoints"):
+    checkpoints = root / "run" / "checkpoints"
+    for given in (folder, folder.parent, root / "run", checkpoints, checkpoints / "latest"):
         assert find_encoder(given) == folder
+    best = shutil.copytree(folder.parent, checkpoints / "step-00000003") / "encoder"
+    (checkpoints / "best").write_text("step-00000003\n")
+    assert find_encoder(checkpoints / "best") == best
+    assert find_encoder(root / "run") == folder
+    assert export_encoder(checkpoints / "best", root / "out") == root / "out"
     with pytest.raises(UserError, match="no encoder in .*; give a run folder"):
         find_encoder(root)
 
