@@ -24,7 +24,7 @@ _strict = ConfigDict(extra="forbid")
 
 @dataclass(config=_strict)
 class Match:
-    """Controls matched to patients: each patient takes its ``ratio`` nearest in ``column``, none farther than ``within``."""
+    """Controls matched to patients: each takes its ``ratio`` nearest free ones in ``column``, none beyond ``within``."""
 
     column: str = "age"
     within: float = Field(default=5.0, gt=0)
@@ -196,7 +196,11 @@ def _groups(given: TaskFile, scans: pd.DataFrame, where: str) -> tuple[Array, Ar
 
 
 def _matched(scans: pd.DataFrame, labels: Array, match: Match) -> Array:
-    """Which scans stay: all patients with a match, and the controls they took. Deterministic, nearest pairs first."""
+    """Which scans stay: all patients with a match, and the controls they took.
+
+    Patients choose in the order of the rows, every one its first control before any its second. Scans are matched: a
+    patient with two sessions brings controls for each.
+    """
     values = scans[match.column].to_numpy(np.float64)
     patients, controls = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
     keep = np.zeros(len(scans), dtype=bool)
