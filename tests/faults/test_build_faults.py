@@ -148,9 +148,13 @@ def test_a_killed_driver_with_a_cluster_of_its_own_leaves_nothing_at_work(big_co
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (tmp_path / "log").open("w") as log:
         started = start_and_wait(big_cohort, out, env, 2, log)
-        family = {process: name_of(process) for process in psutil.Process(started.pid).children(recursive=True)}
-        # A worker is ray::build_one at its shard, ray::IDLE between two.
-        working = [p for p, name in family.items() if name.startswith(("ray::", "raylet", "gcs_server"))]
+        working: list[psutil.Process] = []
+        limit = time.monotonic() + 10
+        while len(working) < 3 and time.monotonic() < limit:  # a worker gets its name a moment after its process
+            family = {process: name_of(process) for process in psutil.Process(started.pid).children(recursive=True)}
+            # A worker is ray::build_one at its shard, ray::IDLE between two.
+            names = ("ray::build_one", "ray::IDLE", "raylet", "gcs_server")
+            working = [process for process, name in family.items() if name.startswith(names)]
         assert len(working) >= 3, family
         started.kill()
         started.wait()
