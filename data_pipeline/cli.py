@@ -24,7 +24,7 @@ def cohort(arguments: list[str]) -> int:
     _add_reading(inspect)
     inspect.add_argument("--out", type=Path, help="folder for the page (default: inspect-<data set> in this folder)")
     if arguments[:1] == ["simulate"]:  # the simulator is slow to import; `yaware cohort --help` does without
-        from data_pipeline.simulate import add_simulate_arguments, run_simulate
+        from data_pipeline.simulate_cli import add_simulate_arguments, run_simulate
 
         add_simulate_arguments(simulate)
         return run_simulate(parser.parse_args(arguments))

@@ -5,7 +5,6 @@ Every volume is a pure function of (settings, seed, participant, session): any w
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import multiprocessing
@@ -53,7 +52,7 @@ def simulate_cohort(out: str | Path, settings: Simulation, workers: int | None =
     folder = Path(out)
     _check(settings)
     record = {**asdict(settings), "shares": dict(settings.shares)}
-    _claim(folder, record)
+    claim(folder, record)
     people = draw_people(settings.participants, dict(settings.shares), settings.seed)
     load_template(Grid.vbm(settings.spacing))  # made once here, read from the cache by the workers
     tasks = [(str(folder), settings, person) for person in people]
@@ -281,7 +280,7 @@ def _write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
         )
 
 
-def _claim(folder: Path, record: dict[str, Any]) -> None:
+def claim(folder: Path, record: dict[str, Any]) -> None:
     """Refuse a folder that holds something else; mark it as this simulation's."""
     path = folder / "simulation.json"
     if path.is_file():
@@ -332,48 +331,3 @@ def _one_thread() -> Any:
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(1)
-
-
-def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``yaware cohort simulate``."""
-    default = Simulation()
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--participants", type=int, default=default.participants)
-    parser.add_argument(
-        "--spacing", type=float, default=default.spacing, help="voxel edge in mm (default 6; the paper's: 1.5)"
-    )
-    parser.add_argument("--modality", default=default.modality, help="vbm (default), t1w or both")
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--effect", type=float, default=default.effect, help="scale of every disease (default 1)")
-    parser.add_argument("--acceleration", type=float, default=default.acceleration,
-                        help="0: disease is a pattern, 2: accelerated ageing, 1 (default): both")  # fmt: skip
-    parser.add_argument("--heterogeneity", type=float, default=default.heterogeneity,
-                        help="0 (default): a disease is the same in every patient, 1: foci of each one's own")  # fmt: skip
-    parser.add_argument("--site-effects", type=float, default=default.site_effects,
-                        help="scale of what scanners do to their scans (default 1)")  # fmt: skip
-    parser.add_argument("--shares", type=_shares, default=default.shares,
-                        help="of patients, the rest healthy (default AD=0.085,MCI=0.05,SCZ=0.1,BD=0.06; none: '')")  # fmt: skip
-    parser.add_argument("--workers", type=int, help="processes (default: every core)")
-
-
-def _shares(text: str) -> tuple[tuple[str, float], ...]:
-    try:
-        pairs = [part.split("=") for part in text.split(",") if part.strip()]
-        return tuple((name.strip(), float(share)) for name, share in pairs)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form AD=0.1,SCZ=0.2") from None
-
-
-def run_simulate(options: argparse.Namespace) -> int:
-    """``yaware cohort simulate``."""
-    settings = Simulation(
-        options.participants, options.spacing, options.modality, options.seed, options.effect, options.acceleration,
-        options.heterogeneity, options.site_effects, options.shares,
-    )  # fmt: skip
-    if (options.out / "participants.tsv").is_file():
-        _claim(options.out, {**asdict(settings), "shares": dict(settings.shares)})
-        print(f"cohort: already simulated: {settings.participants} participants in {options.out}")
-        return 0
-    simulate_cohort(options.out, settings, options.workers)
-    print(f"cohort: simulated {settings.participants} participants in {options.out} (simulated data, no real person)")
-    return 0

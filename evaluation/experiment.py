@@ -144,6 +144,7 @@ def run(out: Path, plan: Plan, jobs: int) -> None:
     began = time.monotonic()
 
     def say(text: str) -> None:
+        """A line that tells a stage from the commands' own lines."""
         print(f"\n== [{(time.monotonic() - began) / 60:.1f} min] {text}", flush=True)
 
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(out / 'mlflow.db').resolve()}")
@@ -195,6 +196,7 @@ def pretrain_all(out: Path, plan: Plan, jobs: int) -> None:
     began, running = time.monotonic(), set[subprocess.Popen[bytes]]()
 
     def one(number: int) -> None:
+        """A pretraining on whichever cores are free."""
         each, lane = waiting[number], lanes.get()
         try:
             _pretrain(out, plan, each, lane, running)

@@ -153,10 +153,11 @@ class Watchdog:
         with self._lock:
             self._own.word = "left" if clean else f"failed: {type(error).__name__}: {_first_line(error)}"
             self._leaving = True
+        before = None
         if not clean and self._wires and _may_mean_a_lost_rank(error):
             if threading.get_ident() == self._main:
                 # The launcher asks all ranks to end as soon as it sees that one has died; first it is said which.
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
             deadline = time.monotonic() + 2 * self._grace
             while self._verdict is None and time.monotonic() < deadline:
                 time.sleep(TICK_SECONDS / 4)
@@ -170,6 +171,8 @@ class Watchdog:
             wire.close()
         if self._listener:
             self._listener.close()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)  # no rank was lost: what is left to do may be ended as ever
 
     def _limit(self, slow: bool) -> float:
         return self.seconds if self.warm and not slow else max(self.seconds, SLOW_SECONDS)

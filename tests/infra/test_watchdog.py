@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +98,7 @@ def test_an_exception_of_one_rank_ends_the_others_and_keeps_its_traceback(tmp_pa
     ranks = start(3, {"1": "raise"}, tmp_path, seconds=60)
     assert statuses(ranks) == [EXIT_STATUS, 1, EXIT_STATUS]
     assert "Traceback" in (tmp_path / "rank1.log").read_text()
+    assert f"SIGTERM: {signal.SIG_DFL}" in (tmp_path / "rank1.log").read_text(), "it can no longer be ended"
     for rank in (0, 2):
         assert "has failed in the loading of batch 3: RuntimeError: out of memory" in verdict(tmp_path, rank)
 

@@ -41,6 +41,7 @@ def main(seconds: float, actions: dict[str, str]) -> None:
     try:
         watched(seconds, actions)
     finally:
+        print("SIGTERM:", signal.getsignal(signal.SIGTERM), flush=True)
         dist.destroy_process_group()  # as pretrain.train does; gloo's threads may abort an exiting process otherwise
     print("done", flush=True)
 
