@@ -34,9 +34,8 @@ def folds_of(labels: Array, groups: Array, kind: str, count: int, seed: int, str
     strata = plain if strata is None else _merged(strata, plain, count)
     smallest = np.bincount(np.unique(strata, return_inverse=True)[1]).min()
     if smallest >= count and len(np.unique(groups)) == len(groups):
-        splitter: Any = StratifiedKFold(
-            count, shuffle=True, random_state=seed
-        )  # the same promise, thirty times as fast
+        # One scan a group: the same promise, thirty times as fast.
+        splitter: Any = StratifiedKFold(count, shuffle=True, random_state=seed)
     elif smallest >= count:
         splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     else:
