@@ -24,7 +24,7 @@ demo: $(STAMP)  ## the main job on simulated NIfTI input: cohort, shards, pretra
 	@bash infra/demo.sh
 
 experiment: $(STAMP)  ## the experiment of docs/experiments.md on simulated people (2 cores: under an hour)
-	@$(BIN)/python -m evaluation.experiment
+	@$(BIN)/python -m evaluation.experiments.run
 
 test: $(STAMP)  ## the tests (distributed and integration included; slow and gpu left out)
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0

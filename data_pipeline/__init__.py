@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.build import build_shards as build_shards
-    from data_pipeline.loader import TwoViewLoader as TwoViewLoader
-    from data_pipeline.manifest import Manifest as Manifest
+    from data_pipeline.loading.loader import TwoViewLoader as TwoViewLoader
+    from data_pipeline.shards.build import build_shards as build_shards
+    from data_pipeline.storage.manifest import Manifest as Manifest
 
 __all__ = ["Manifest", "TwoViewLoader", "build_shards"]
-_HOMES = {"Manifest": "manifest", "TwoViewLoader": "loader", "build_shards": "build"}
+_HOMES = {"Manifest": "storage.manifest", "TwoViewLoader": "loading.loader", "build_shards": "shards.build"}
 
 
 def __getattr__(name: str) -> Any:

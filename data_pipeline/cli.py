@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from infra.errors import UserError
 
 if TYPE_CHECKING:
-    from data_pipeline.volume import Grid
+    from data_pipeline.volume.load import Grid
 
 
 def cohort(arguments: list[str]) -> int:
@@ -24,7 +24,7 @@ def cohort(arguments: list[str]) -> int:
     _add_reading(inspect)
     inspect.add_argument("--out", type=Path, help="folder for the page (default: inspect-<data set> in this folder)")
     if arguments[:1] == ["simulate"]:  # the simulator is slow to import; `yaware cohort --help` does without
-        from data_pipeline.simulate_cli import add_simulate_arguments, run_simulate
+        from data_pipeline.simulation.cli import add_simulate_arguments, run_simulate
 
         add_simulate_arguments(simulate)
         return run_simulate(parser.parse_args(arguments))
@@ -139,7 +139,7 @@ def _layout(options: argparse.Namespace) -> dict[str, Any]:
 
 def _reading(options: argparse.Namespace) -> dict[str, Any]:
     """The options of ``_add_reading`` as ``build_shards`` and ``inspect_cohort`` take them."""
-    from data_pipeline.quality import load_quality
+    from data_pipeline.quality.rules import load_quality
 
     return {
         "dataset": options.dataset, "modality": options.modality, "grid": _grid(options), "crop": options.crop,
@@ -149,7 +149,7 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _grid(options: argparse.Namespace) -> Grid | None:
-    from data_pipeline.volume import Grid
+    from data_pipeline.volume.load import Grid
 
     if options.spacing is not None and not 0.5 <= options.spacing <= 20:
         raise UserError(f"--spacing={options.spacing} is not in 0.5..20 mm")
@@ -164,7 +164,7 @@ def _grid(options: argparse.Namespace) -> Grid | None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from data_pipeline.inspect_cohort import inspect_cohort
+    from data_pipeline.quality.survey import inspect_cohort
 
     page = inspect_cohort(options.cohort, options.out, **_reading(options))
     print(f"cohort: wrote {page} and, beside it, quarantine.tsv")
@@ -190,8 +190,8 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from data_pipeline.reindex import index_shards
-    from data_pipeline.split import parse_splits
+    from data_pipeline.cohort.split import parse_splits
+    from data_pipeline.shards.index import index_shards
 
     manifest = index_shards(
         options.shards, options.out, participants=options.participants, modality=options.modality,
@@ -208,9 +208,9 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from data_pipeline.build import build_shards
-    from data_pipeline.manifest import MANIFEST
-    from data_pipeline.split import parse_splits
+    from data_pipeline.cohort.split import parse_splits
+    from data_pipeline.shards.build import build_shards
+    from data_pipeline.storage.manifest import MANIFEST
 
     before = (options.out / MANIFEST).is_file()
     manifest = build_shards(
@@ -229,9 +229,9 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _append(options: argparse.Namespace) -> int:
-    from data_pipeline.append import append_shards
-    from data_pipeline.manifest import Manifest
-    from data_pipeline.volume import Grid
+    from data_pipeline.shards.append import append_shards
+    from data_pipeline.storage.manifest import Manifest
+    from data_pipeline.volume.load import Grid
 
     before = Manifest.load(options.shards)
     after = append_shards(
@@ -254,7 +254,7 @@ def _append(options: argparse.Namespace) -> int:
 
 
 def _annotate(options: argparse.Namespace) -> int:
-    from data_pipeline.annotate import annotate_shards
+    from data_pipeline.shards.annotate import annotate_shards
 
     manifest, known = annotate_shards(options.shards, options.table, options.columns, replace=options.replace)
     total = len(manifest.scans)
@@ -265,8 +265,8 @@ def _annotate(options: argparse.Namespace) -> int:
 
 
 def _preview(options: argparse.Namespace) -> int:
-    from data_pipeline.manifest import Manifest
-    from data_pipeline.preview import write_preview
+    from data_pipeline.loading.preview import write_preview
+    from data_pipeline.storage.manifest import Manifest
 
     remote = "://" in options.shards
     out = options.out or Path("." if remote else options.shards) / "preview.png"
@@ -276,20 +276,20 @@ def _preview(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from data_pipeline.info import run_info
+    from data_pipeline.shards.info import run_info
 
     folder = options.shards
     if "://" in folder:
-        from data_pipeline.manifest import fetch
-        from data_pipeline.remote import Access
+        from data_pipeline.storage.manifest import fetch
+        from data_pipeline.storage.remote import Access
 
         folder = str(fetch(folder, Access()))
     return run_info(folder, as_json=options.json)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from data_pipeline.manifest import Manifest
-    from data_pipeline.verify import find_problems, load_problem
+    from data_pipeline.shards.verify import find_problems, load_problem
+    from data_pipeline.storage.manifest import Manifest
 
     broken = load_problem(options.shards)
     if broken:
@@ -299,7 +299,7 @@ def _verify(options: argparse.Namespace) -> int:
     problems = find_problems(manifest, options.workers)
     found = len(problems)
     if problems and options.repair:
-        from data_pipeline.repair import repair_shards
+        from data_pipeline.shards.repair import repair_shards
 
         problems = repair_shards(manifest, options.repair, problems, options.workers, **_layout(options))
     for name, problem in problems.items():

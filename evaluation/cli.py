@@ -53,11 +53,11 @@ def evaluate(arguments: list[str]) -> int:
         if getattr(options, name) < least:
             words, found = name.replace("_", " "), getattr(options, name)
             raise UserError(f"--{words.replace(' ', '-')}={found}: at least {least} {words} are needed")
-    from evaluation.protocols import Protocol
-    from evaluation.run import evaluate as run
-    from infra.runs import ui_command
-    from infra.tracking import default_uri
-    from pretrain.export import all_steps
+    from evaluation.protocols.evaluate import evaluate as run
+    from evaluation.protocols.protocols import Protocol
+    from infra.tracking.runs import ui_command
+    from infra.tracking.tracking import default_uri
+    from pretrain.weights.encoder import all_steps
 
     protocol = Protocol(
         options.tasks, options.folds, options.n_train, options.draws, options.seed, options.protocols,
@@ -75,7 +75,7 @@ def evaluate(arguments: list[str]) -> int:
 
 def _fine_tuning(overrides: list[str], seed: int) -> Any:
     """``--finetune.KEY=VALUE`` as settings; UserError for any other argument."""
-    from evaluation.finetune import FineTuning
+    from evaluation.protocols.finetune import FineTuning
     from infra.settings import load_settings
 
     prefix = "--finetune."

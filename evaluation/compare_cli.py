@@ -22,10 +22,10 @@ def compare(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="HTML report to write")
     parser.add_argument("--tracking-uri", help=STORE)
     options = parser.parse_args(arguments)
-    from evaluation.compare import compare as read
-    from evaluation.report import write_report
-    from evaluation.terminal import print_comparison
-    from infra.runs import ui_command
+    from evaluation.comparison.comparison import compare as read
+    from evaluation.comparison.report import write_report
+    from evaluation.comparison.terminal import print_comparison
+    from infra.tracking.runs import ui_command
 
     comparison = read(
         options.experiment, tracking_uri=options.tracking_uri, filter=options.filter, against=options.against
@@ -53,7 +53,7 @@ def saliency(arguments: list[str]) -> int:
     for name in ("scans", "cubes"):
         if getattr(options, name) < 2:
             raise UserError(f"--{name}={getattr(options, name)}: at least 2 are needed")
-    from evaluation.saliency import add_saliency
+    from evaluation.protocols.saliency import add_saliency
 
     maps = add_saliency(
         options.checkpoint, options.shards, options.task, experiment=options.experiment,
@@ -78,9 +78,9 @@ def promote(arguments: list[str]) -> int:
     parser.add_argument("--experiment", default="yaware", help="MLflow experiment in which a run's name is looked up")
     parser.add_argument("--tracking-uri", help=STORE)
     options = parser.parse_args(arguments)
-    from infra.registry import find_checkpoint
-    from infra.registry import promote as register
-    from infra.tracking import default_uri
+    from infra.tracking.registry import find_checkpoint
+    from infra.tracking.registry import promote as register
+    from infra.tracking.tracking import default_uri
 
     uri = options.tracking_uri or default_uri()
     found = find_checkpoint(uri, options.checkpoint, experiment=options.experiment, step=options.step)

@@ -21,5 +21,5 @@ say "2/3 packages, pinned by infra/constraints.txt (about 2.6 GB, two to four mi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[dev]'
 
 say "3/3 compiling DeepSpeed's CPU collectives (about a minute, once)"
-"$venv/bin/python" -c "from pretrain.engine import warm; warm()"
+"$venv/bin/python" -c "from pretrain.engine.engine import warm; warm()"
 say "ready: $venv/bin/yaware --help"

@@ -116,7 +116,7 @@ def describe(culprits: list[Standing], everyone: Iterable[Standing], now: float)
     """One line: who holds the job up, in what, and in what the others wait.
 
     >>> describe([b], [a, b], now)
-    'watchdog: rank 1 (host-b) has not moved for 30 s in the loading of batch 41 (data_pipeline/loader.py:133); ...
+    'watchdog: rank 1 (host-b) has not moved for 30 s in the loading of batch 41 (data_pipeline/loading/loader.py:133); ...
     """
     named = culprits[:SHOWN]
     what = "; ".join(f"{standing} {_trouble(standing, now)}" for standing in named)

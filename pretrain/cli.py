@@ -40,7 +40,7 @@ def pretrain(arguments: list[str]) -> int:
     if options.print_config:
         print(to_yaml(recipe), end="")
         return 0
-    from pretrain.checkpoint import newest_step, step_folder, verify_checkpoint
+    from pretrain.run.checkpoint import newest_step, step_folder, verify_checkpoint
     from pretrain.train import make_plan
 
     plan = make_plan(recipe, recipe.launch.ranks)
@@ -56,8 +56,8 @@ def pretrain(arguments: list[str]) -> int:
 
 def _send_what_waits(recipe: Recipe) -> None:
     """Send to MLflow what a run could not send before it ended."""
-    from infra.tracking import default_uri, send_spool
-    from pretrain.run_log import SPOOL
+    from infra.tracking.tracking import default_uri, send_spool
+    from pretrain.run.log import SPOOL
 
     spool = Path(recipe.run.output) / SPOOL
     if spool.is_file() and send_spool(recipe.run.tracking_uri or default_uri(), spool):
@@ -156,7 +156,7 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("checkpoint", help="a run folder (its latest checkpoint) or one of its checkpoints/step-*")
     parser.add_argument("out", type=Path, help="the folder to make")
     options = parser.parse_args(arguments)
-    from pretrain.export import export_encoder
+    from pretrain.weights.encoder import export_encoder
 
     print(f"export: wrote {export_encoder(options.checkpoint, options.out)}")
     return 0
@@ -172,7 +172,7 @@ def embed(arguments: list[str]) -> int:
     parser.add_argument("--tiv", type=float, nargs="+", help="total intracranial volumes in ml, for scaling: tiv")
     parser.add_argument("--out", type=Path, help="table to write (.tsv); default: standard output")
     options = parser.parse_args(arguments)
-    from pretrain.embed import embed_files, write_table
+    from pretrain.weights.embed import embed_files, write_table
 
     rows = embed_files(options.encoder, options.scans, options.tiv)
     write_table(rows, options.out)
@@ -192,8 +192,8 @@ def import_weights(arguments: list[str]) -> int:
     )
     parser.add_argument("--allow-missing", action="store_true", help="leave weights that the file lacks as initialised")
     options = parser.parse_args(arguments)
-    from pretrain.import_weights import import_weights as bring
-    from pretrain.import_weights import scans_of
+    from pretrain.weights.import_weights import import_weights as bring
+    from pretrain.weights.import_weights import scans_of
 
     scans = scans_of(options.grid)
     out, match = bring(options.file, options.arch, options.out, allow_missing=options.allow_missing, **scans)

@@ -32,7 +32,7 @@ class Run:
 
 @dataclass(config=_strict)
 class Balance:
-    """Show groups of scans, or subjects, equally often (data_pipeline.balance says what that does to the positives)."""
+    """Show groups of scans, or subjects, equally often (data_pipeline.loading.balance says what that does to the positives)."""
 
     by: str | None = None  # a column of scans.parquet: site, age, …
     bins: float | None = Field(default=None, gt=0)  # width of a group in the column's unit, as 5 (years) for age
@@ -67,7 +67,7 @@ class Batch:
     """Scans (two views each) a step over all ranks."""
 
     global_: int = Field(default=64, ge=2)
-    # Scans a rank embeds at a time, for batches beyond its memory (pretrain.grad_cache); null = all of its share.
+    # Scans a rank embeds at a time, for batches beyond its memory (pretrain.engine.grad_cache); null = all of its share.
     micro: int | None = Field(default=None, ge=1)
 
 
@@ -99,7 +99,7 @@ class Proxy:
     same: float | None = None  # kernel different: weight where it is equal
 
     def options(self) -> dict[str, Any]:
-        """What was given, as pretrain.proxies.build_kernel takes it."""
+        """What was given, as pretrain.losses.proxies.build_kernel takes it."""
         return {name: value for name, value in vars(self).items() if value is not None and not name.startswith("_")}
 
 
@@ -125,7 +125,7 @@ class Optimizer:
     """
 
     # adamw decays weights apart from the gradient; sgd has momentum 0.9; lamb and lars scale each layer's step (large
-    # batches, pretrain.layerwise)
+    # batches, pretrain.engine.layerwise)
     name: Literal["adam", "adamw", "sgd", "lamb", "lars"] = "adam"
     lr: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=5e-5, ge=0)
@@ -150,7 +150,7 @@ class Train:
     precision: Literal["fp32", "bf16", "fp16", "autocast", "autocast-fp16"] = "fp32"
     # A moving average of the encoder's weights, which the monitor judges and evaluation uses, as 0.999; null = off.
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    # Steps whose loss or gradient is not finite: so many are left out in a run, one more stops it (pretrain.skips).
+    # Steps whose loss or gradient is not finite: so many are left out in a run, one more stops it (pretrain.run.skips).
     max_skipped_steps: int = Field(default=0, ge=0)
     # A rank that does not move for so long ends the job on all ranks (infra.watchdog); 0 = off. More than any step takes.
     watchdog_seconds: float = Field(default=600.0, ge=0)
@@ -203,7 +203,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     monitor: Monitor = field(default_factory=Monitor)
-    # DeepSpeed's own configuration, passed through whole; what the recipe owns may not be set in it (pretrain.engine).
+    # DeepSpeed's own configuration, passed through whole; what the recipe owns may not be set in it (pretrain.engine.engine).
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
     launch: Launch = field(default_factory=Launch)
 

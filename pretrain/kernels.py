@@ -2,8 +2,8 @@
 
 A kernel maps ``(proxies_a (A, P), proxies_b (B, P))`` to weights (A, B) in [0, 1]: 1 for equal proxies, falling with
 their distance, symmetric, and 0 for any pair in which a proxy is missing (NaN). It judges *different* scans; the two
-views of one scan are always positives of each other with weight 1, which the losses see to (`pretrain.losses`). A scan
-with a missing proxy therefore keeps its own other view as its one positive.
+views of one scan are always positives of each other with weight 1, which the losses see to
+(`pretrain.losses.contrastive`). A scan with a missing proxy therefore keeps its own other view as its one positive.
 
 A, B = scans, P = proxies.
 """

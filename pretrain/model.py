@@ -7,7 +7,7 @@ from torch import nn
 
 from pretrain.config import Recipe
 from pretrain.encoders import build_encoder
-from pretrain.temperature import Temperature
+from pretrain.losses.temperature import Temperature
 
 
 class Projector(nn.Sequential):

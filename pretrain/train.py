@@ -16,35 +16,38 @@ from typing import Any
 
 import torch
 
-from data_pipeline.augment import load_augmentation
-from data_pipeline.balance import build_order
-from data_pipeline.loader import TwoViewLoader
-from data_pipeline.manifest import Manifest, check_shards
-from data_pipeline.remote import Access
-from data_pipeline.source import LoaderError
-from data_pipeline.volume import PREPARED
+from data_pipeline.loading.augment import load_augmentation
+from data_pipeline.loading.balance import build_order
+from data_pipeline.loading.loader import TwoViewLoader
+from data_pipeline.loading.source import LoaderError
+from data_pipeline.storage.manifest import Manifest, check_shards
+from data_pipeline.storage.remote import Access
+from data_pipeline.volume.load import PREPARED
 from infra import distributed, watchdog
 from infra.errors import UserError
 from infra.settings import to_dict
-from pretrain import checkpoint, engine, run_folder, seen_scans
-from pretrain.checkpoint import CheckpointFailed
 from pretrain.config import Recipe, check_world_size, load_recipe
-from pretrain.deepspeed_config import deepspeed_config
-from pretrain.diagnostics import Positives, positive_figures
-from pretrain.ema import Average
 from pretrain.encoders import check_encoder
-from pretrain.engine import NotFinite
-from pretrain.export import seen_before, write_encoder
-from pretrain.gather import AllGather
+from pretrain.engine import engine
+from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.engine.ema import Average
+from pretrain.engine.engine import NotFinite
+from pretrain.losses.diagnostics import Positives, positive_figures
+from pretrain.losses.gather import AllGather
+from pretrain.losses.proxies import proxy_columns
 from pretrain.model import build_model
-from pretrain.monitor import OnlineMonitor
-from pretrain.online_probes import check_held_out, watched_scans
-from pretrain.plan import Plan, total_steps
-from pretrain.proxies import proxy_columns
-from pretrain.run_log import RunLog
-from pretrain.skips import Skips
-from pretrain.step import build_loss, build_watch, loss_options, lr_factor, recipe_kernel, train_step
-from pretrain.stop import StopRequest
+from pretrain.run import checkpoint
+from pretrain.run import folder as run_folder
+from pretrain.run.checkpoint import CheckpointFailed
+from pretrain.run.log import RunLog
+from pretrain.run.monitor import OnlineMonitor
+from pretrain.run.online_probes import check_held_out, watched_scans
+from pretrain.run.plan import Plan, total_steps
+from pretrain.run.skips import Skips
+from pretrain.run.step import build_loss, build_watch, loss_options, lr_factor, recipe_kernel, train_step
+from pretrain.run.stop import StopRequest
+from pretrain.weights import seen_scans
+from pretrain.weights.encoder import seen_before, write_encoder
 
 # Of the views; under autocast the network's own layers shorten them.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.float32,

@@ -9,7 +9,7 @@ from tests.cohorts import write_cohort
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    from data_pipeline.build import build_shards
+    from data_pipeline.shards.build import build_shards
 
     cohort = write_cohort(tmp_path_factory.mktemp("cohort") / "tiny", participants=36, sessions=2)
     out = tmp_path_factory.mktemp("shards") / "tiny"

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.diagnostics import effective_positives
 from pretrain.kernels import KERNELS
-from pretrain.losses import y_aware_infonce
+from pretrain.losses.contrastive import y_aware_infonce
+from pretrain.losses.diagnostics import effective_positives
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

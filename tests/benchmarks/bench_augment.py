@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from data_pipeline.augment import PRESETS, Augmentation
-from data_pipeline.dali_graph import AugmentPipeline
-from data_pipeline.source import Views
+from data_pipeline.loading.augment import PRESETS, Augmentation
+from data_pipeline.loading.dali_graph import AugmentPipeline
+from data_pipeline.loading.source import Views
 
 SHAPE = (121, 145, 121)
 PRESET = PRESETS["default"]

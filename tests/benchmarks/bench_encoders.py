@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from pretrain import engine
 from pretrain.encoders import ENCODERS, build_encoder
+from pretrain.engine import engine
 from tests.benchmarks.bench_loss import MIB, peak_bytes
 
 VBM = (121, 145, 121)

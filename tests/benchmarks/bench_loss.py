@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.gather import AllGather
 from pretrain.kernels import KERNELS
-from pretrain.losses import y_aware_infonce
+from pretrain.losses.contrastive import y_aware_infonce
+from pretrain.losses.gather import AllGather
 from tests.distributed.ranks import Ranks
 
 DEPTH = 128

@@ -31,12 +31,12 @@ import pandas as pd
 import psutil
 import zstandard
 
-from data_pipeline.build import build_shards
-from data_pipeline.manifest import Manifest, write_manifest
-from data_pipeline.shard import ZSTD_LEVEL
-from data_pipeline.simulate import Simulation, simulate_cohort
-from data_pipeline.verify import verify_shards
-from data_pipeline.volume import Grid
+from data_pipeline.shards.build import build_shards
+from data_pipeline.shards.tar import ZSTD_LEVEL
+from data_pipeline.shards.verify import verify_shards
+from data_pipeline.simulation.cohort import Simulation, simulate_cohort
+from data_pipeline.storage.manifest import Manifest, write_manifest
+from data_pipeline.volume.load import Grid
 from infra import ray_cluster
 
 GRID = Grid.vbm(1.5)

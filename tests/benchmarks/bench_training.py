@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from infra.settings import to_dict
 from pretrain.config import Batch, Recipe, load_recipe
 from pretrain.kernels import KERNELS
-from pretrain.losses import y_aware_infonce
-from pretrain.run_folder import read_metrics
+from pretrain.losses.contrastive import y_aware_infonce
+from pretrain.run.folder import read_metrics
 from tests.benchmarks.bench_encoders import QUICK, SMALL, VBM, timed
 from tests.benchmarks.bench_loss import MIB
 
@@ -84,9 +84,9 @@ def bare_step(device: torch.device) -> Callable[[dict[str, Tensor]], float]:
 
 def engine_step(scans: int) -> tuple[torch.device, Callable[[dict[str, Tensor]], float]]:
     """Our DenseNet121 as a recipe trains it: model, DeepSpeed engine, train_step with its checks and figures."""
-    from pretrain import engine
+    from pretrain.engine import engine
     from pretrain.model import build_model
-    from pretrain.step import train_step
+    from pretrain.run.step import train_step
 
     recipe = Recipe(batch=Batch(global_=scans))
     device = engine.start_ranks()
@@ -118,7 +118,7 @@ def engine_cost(sides: tuple[int, ...], scans: int, rounds: int) -> dict[str, An
     for number in range(rounds):
         for name in list(steps)[:: 1 if number % 2 else -1]:
             taken[name].append(timed(lambda name=name: steps[name](given), device.type))
-    from pretrain.engine import stop_ranks
+    from pretrain.engine.engine import stop_ranks
 
     stop_ranks()
     return taken
@@ -150,9 +150,10 @@ def against_bare(sides: tuple[int, ...], scans: int, rounds: int) -> None:
 
 def checkpoint_cost(repeats: int) -> dict[str, Any]:
     """Seconds and bytes of checkpoints of the recipe's real model and optimiser, as training writes them."""
-    from pretrain import checkpoint, engine
-    from pretrain.export import write_encoder
+    from pretrain.engine import engine
     from pretrain.model import build_model
+    from pretrain.run import checkpoint
+    from pretrain.weights.encoder import write_encoder
 
     recipe = load_recipe("paper-bhb10k", ["--batch.global=2", "--batch.micro=null"])
     device = engine.start_ranks()
@@ -218,8 +219,8 @@ def simulated_shards(folder: Path, scans: int, spacing: float) -> Path:
 def train_case(recipe: str, tf32: bool, overrides: list[str]) -> dict[str, Any]:
     """A run of the real loop in this process; its peak of GPU memory and its network's operations a scan."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    from data_pipeline.manifest import Manifest
-    from pretrain.estimate import plain_model, scan_flops
+    from data_pipeline.storage.manifest import Manifest
+    from pretrain.launch.estimate import plain_model, scan_flops
     from pretrain.train import train
 
     settings = load_recipe(recipe, overrides)
@@ -241,7 +242,7 @@ def bare_case(sides: tuple[int, ...], scans: int, rounds: int, device: str) -> f
 def over_recipes(device: str, quick: bool, folder: Path) -> None:
     cuda = device == "cuda"
     shards = simulated_shards(folder, 24 if quick else 192, 5.0 if quick else 1.5)
-    from data_pipeline.manifest import Manifest
+    from data_pipeline.storage.manifest import Manifest
 
     sides = tuple(Manifest.load(shards).grid["shape"])
     peaks = next((p for name, p in PEAKS.items() if cuda and name in torch.cuda.get_device_name()), None)

@@ -14,6 +14,6 @@ def cohort(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def manifest(cohort, tmp_path_factory):
-    from data_pipeline.build import build_shards
+    from data_pipeline.shards.build import build_shards
 
     return build_shards(cohort, tmp_path_factory.mktemp("shards") / "tiny", scans_per_shard=10, workers=2)

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.gather import AllGather
-from pretrain.grad_cache import cached, whole
-from pretrain.losses import LOSSES, global_loss
-from pretrain.temperature import Temperature
+from pretrain.engine.grad_cache import cached, whole
+from pretrain.losses.contrastive import LOSSES, global_loss
+from pretrain.losses.gather import AllGather
+from pretrain.losses.temperature import Temperature
 from tests.reference.wrong import WRONG_GATHERS
 
 GATHERS = {"right": AllGather, **WRONG_GATHERS}

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.engine import import_deepspeed, warm
-from pretrain.gather import AllGather
-from pretrain.losses import global_loss
+from pretrain.engine.engine import import_deepspeed, warm
+from pretrain.losses.contrastive import global_loss
+from pretrain.losses.gather import AllGather
 from tests.distributed.cases import Job, Network, backward, encoder, plain_name
 from tests.distributed.ranks import TIMEOUT_S, answer_cases
 

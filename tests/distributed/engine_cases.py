@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain import checkpoint, engine
 from pretrain.config import Recipe, load_recipe
-from pretrain.ema import Average
-from pretrain.gather import AllGather
+from pretrain.engine import engine
+from pretrain.engine.ema import Average
+from pretrain.engine.optimizers import build_optimizer, parameter_groups
 from pretrain.kernels import KERNELS
-from pretrain.losses import y_aware_infonce
+from pretrain.losses.contrastive import y_aware_infonce
+from pretrain.losses.gather import AllGather
+from pretrain.losses.temperature import Temperature
 from pretrain.model import ContrastiveModel, Projector
-from pretrain.optimizers import build_optimizer, parameter_groups
-from pretrain.step import lr_factor, train_step
-from pretrain.temperature import Temperature
+from pretrain.run import checkpoint
+from pretrain.run.step import lr_factor, train_step
 from pretrain.train import DTYPES
 
 BATCH, SIDE, TOTAL = 12, 4, 40

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from pretrain.kernels import KERNELS
-from pretrain.losses import LOSSES
+from pretrain.losses.contrastive import LOSSES
 from tests.distributed.cases import Job, one_process
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_loss_ranks import errors

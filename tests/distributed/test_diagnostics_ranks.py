@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.diagnostics import Positives, effective_positives, positive_figures
-from pretrain.gather import AllGather
 from pretrain.kernels import KERNELS
+from pretrain.losses.diagnostics import Positives, effective_positives, positive_figures
+from pretrain.losses.gather import AllGather
 from tests.distributed.cases import Job, batch
 from tests.distributed.ranks import Ranks
 

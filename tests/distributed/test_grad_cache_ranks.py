@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pretrain.kernels import KERNELS
-from pretrain.losses import LOSSES
+from pretrain.losses.contrastive import LOSSES
 from tests.distributed.cases import Job, Network, PlainEngine, backward, encoder, gradients, relative_error
 from tests.distributed.deepspeed_cases import serve, zero_steps
 from tests.distributed.ranks import Ranks

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.kernels import KERNELS
-from pretrain.losses import LOSSES
+from pretrain.losses.contrastive import LOSSES
 from tests.distributed.cases import Job, jobs_on_ranks, one_process, relative_error
 from tests.distributed.ranks import Ranks
 from tests.reference import naive

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pretrain.kernels import KERNELS
-from pretrain.losses import LOSSES
+from pretrain.losses.contrastive import LOSSES
 from tests.distributed.cases import Job, one_process, relative_error
 from tests.distributed.deepspeed_cases import serve, zero_steps
 from tests.distributed.ranks import Ranks

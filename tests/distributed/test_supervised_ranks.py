@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.gather import AllGather
-from pretrain.supervised import regression, target_scale
-from tests.pretrain.test_supervised import batch
+from pretrain.losses.gather import AllGather
+from pretrain.losses.supervised import regression, target_scale
+from tests.pretrain.losses.test_supervised import batch
 
 pytestmark = pytest.mark.distributed
 

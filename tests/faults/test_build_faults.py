@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from data_pipeline.manifest import Manifest
-from data_pipeline.verify import verify_shards
+from data_pipeline.shards.verify import verify_shards
+from data_pipeline.storage.manifest import Manifest
 from tests.cohorts import write_cohort
 from tests.ray_head import head_node
 from tests.runs import ROOT

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.manifest import Manifest
-from infra import cli, runs
+from data_pipeline.storage.manifest import Manifest
+from infra import cli
 from infra.distributed import free_port
 from infra.machine import git_tags
+from infra.tracking import runs
 from pretrain import train
-from pretrain.checkpoint import verify_checkpoint
+from pretrain.run.checkpoint import verify_checkpoint
 from tests.faults.rank_process import start, wait
 from tests.runs import losses
 

@@ -18,9 +18,9 @@ import psutil
 import pytest
 import torch
 
-from data_pipeline.loader import TwoViewLoader
-from data_pipeline.manifest import Manifest
-from data_pipeline.source import LoaderError
+from data_pipeline.loading.loader import TwoViewLoader
+from data_pipeline.loading.source import LoaderError
+from data_pipeline.storage.manifest import Manifest
 from tests.runs import ROOT, kill_ranks_when, losses, pretrain_command, run
 
 STEPS = 40

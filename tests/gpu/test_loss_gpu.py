@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pretrain.kernels import KERNELS
-from pretrain.losses import LOSSES
+from pretrain.losses.contrastive import LOSSES
 
 pytestmark = pytest.mark.gpu
 

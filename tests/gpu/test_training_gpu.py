@@ -13,7 +13,7 @@ import torch
 from infra.distributed import free_port
 from pretrain.config import load_recipe
 from pretrain.kernels import KERNELS
-from pretrain.losses import LOSSES
+from pretrain.losses.contrastive import LOSSES
 from pretrain.model import build_model
 from tests.runs import environment, losses, run
 

@@ -10,10 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ["infra", "data_pipeline", "pretrain", "evaluation"]  # a package may import those before it
 HEAVY = {
-    "nvidia": "data_pipeline/dali_graph.py",
-    "deepspeed": "pretrain/engine.py",
+    "nvidia": "data_pipeline/loading/dali_graph.py",
+    "deepspeed": "pretrain/engine/engine.py",
     "ray": "infra/ray_cluster.py",
-    "mlflow": "infra/mlflow_store.py",
+    "mlflow": "infra/tracking/mlflow_store.py",
     "monai": "pretrain/encoders/networks.py",
 }
 

@@ -48,7 +48,7 @@ def main(seconds: float, actions: dict[str, str]) -> None:
 
 @contextmanager
 def terminations_noted() -> Iterator[None]:
-    """SIGTERM does nothing while ranks train, and what it did before afterwards; as pretrain.stop has it."""
+    """SIGTERM does nothing while ranks train, and what it did before afterwards; as pretrain.run.stop has it."""
     signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         yield

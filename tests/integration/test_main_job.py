@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.manifest import Manifest
-from infra import cli, runs
+from data_pipeline.storage.manifest import Manifest
+from infra import cli
+from infra.tracking import runs
 from pretrain import Encoder
-from pretrain.export import find_encoder
-from pretrain.seen_scans import read, source_of
+from pretrain.weights.encoder import find_encoder
+from pretrain.weights.seen_scans import read, source_of
 from tests.runs import ROOT, environment, losses, pretrain_command, run
 
 pytestmark = pytest.mark.distributed

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from data_pipeline.build import build_shards
-from data_pipeline.split import parse_splits
-from data_pipeline.volume import Grid
+from data_pipeline.cohort.split import parse_splits
+from data_pipeline.shards.build import build_shards
+from data_pipeline.volume.load import Grid
 from infra.errors import UserError
 from pretrain.config import RECIPES, Recipe, check_micro_batch, load_recipe
-from pretrain.deepspeed_config import deepspeed_config
 from pretrain.encoders import check_encoder
-from pretrain.plan import total_steps
-from pretrain.step import loss_options
+from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.run.plan import total_steps
+from pretrain.run.step import loss_options
 from tests.cohorts import write_cohort
 from tests.runs import losses, run
 

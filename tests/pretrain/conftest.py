@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pretrain import engine
+from pretrain.engine import engine
 
 
 @pytest.fixture(scope="session")

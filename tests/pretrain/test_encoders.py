@@ -11,11 +11,11 @@ from torch import nn
 
 from infra.errors import UserError
 from pretrain.config import load_recipe
-from pretrain.deepspeed_config import deepspeed_config
 from pretrain.encoders import ENCODERS, build_encoder, check_encoder
 from pretrain.encoders.layers import pad_to
 from pretrain.encoders.networks import SMALLEST
-from pretrain.engine import lay_plainly
+from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.engine.engine import lay_plainly
 from pretrain.model import ContrastiveModel, Projector, build_model
 
 VBM = (121, 145, 121)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pretrain.gather import AllGather, Columns
+from pretrain.losses.gather import AllGather, Columns
 
 
 class DetachedGather(AllGather):

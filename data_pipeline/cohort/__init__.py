@@ -1,0 +1,1 @@
+"""Cohorts: layouts, tables, declared columns, splits."""

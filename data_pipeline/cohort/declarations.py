@@ -1,0 +1,310 @@
+"""What a user declares of a data set (a small YAML) and how its tables' texts become values by it, never by a guess."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.cohort.scan import safe
+from data_pipeline.cohort.tables import SESSION_COLUMNS, Row
+from infra.errors import UserError, nearest
+
+MISSING = {"", "n/a", "N/A", "nan", "NaN"}
+SEX = {"f": "F", "female": "F", "m": "M", "male": "M", "o": "O", "other": "O"}
+TEXT = ("site", "diagnosis", "split", "age", "sex")  # names, also where they look like numbers; age and sex are checked
+IDENTITY = {"participant_id", "run", "path", *SESSION_COLUMNS}
+# Columns of the manifest itself; a data set's own may not take their place.
+RESERVED = {"key", "shard", "offset", "size", "crc32c", "dataset"}
+ALL = "all"  # in `missing`: every column
+AGE_KEYS = ("birth", "scan", "format")
+DAYS_A_YEAR = 365.25
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One data set of a cohort, as its YAML declares it (``docs/cohorts.md``); ``declared_in`` names that file in messages.
+
+    ``columns``: our name -> theirs, None where all columns are taken. ``values``: our name -> a constant, or their text
+    -> ours. ``missing``: our name (or ``all``) -> texts that mean missing. ``age``: columns of the dates of birth and scan.
+    """
+
+    path: Path
+    name: str = ""
+    layout: str = ""
+    participants: Path | None = None
+    orientation: str = ""
+    columns: dict[str, str] | None = None
+    values: dict[str, str | dict[str, str]] = field(default_factory=dict)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+    age: dict[str, str] = field(default_factory=dict)
+    declared_in: str = ""
+
+    def column(self, name: str) -> str:
+        """Their name of one of our columns."""
+        return (self.columns or {}).get(name, name)
+
+
+def read_data_sets(path: Path) -> list[DataSet]:
+    """The data sets that a YAML file lists, paths taken from its own folder on."""
+    content = _load(path)
+    _refuse_unknown(content, ["datasets"], str(path))
+    listed = content.get("datasets")
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"{path}: datasets must be a list of data sets, each with a path and a name")
+    found = []
+    for number, entry in enumerate(listed):
+        where = f"{path}: datasets[{number}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise UserError(f"{where}: path is missing; give the data set's folder (or its table, for layout csv)")
+        found.append(_data_set(entry, where, path.parent, KEYS))
+    names = [source.name for source in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"{path}: {names.count(name)} data sets have the name {name!r}; give each its own with name:"
+            )
+    return found
+
+
+def declare(source: DataSet, path: Path) -> DataSet:
+    """``source`` with the columns and rules of a YAML file of one data set (``--columns``)."""
+    rules = [key for key in KEYS if key not in ("path", "name", "layout")]
+    declared = _data_set({**_load(path), "path": str(source.path)}, str(path), path.parent, ["path", *rules])
+    return replace(declared, path=source.path, name=source.name, layout=source.layout)
+
+
+KEYS = [part.name for part in fields(DataSet) if part.name != "declared_in"]
+
+
+def typed(rows: Sequence[Row], source: DataSet) -> list[dict[str, Any]]:
+    """The values of every row by our names: age in years, sex F, M or O, numbers as float, text as str, missing None."""
+    present = dict.fromkeys(column for row in rows for column in row.columns())
+    columns = _columns(source, present)
+    values = [dict[str, Any]() for _ in rows]
+    for name, theirs in columns.items():
+        rule = source.values.get(name)
+        if isinstance(rule, str):
+            continue
+        cells = [row.cell(theirs) for row in rows]
+        texts = [_recode(name, text.strip(), where, rule, source) for text, where in cells]
+        number = name not in TEXT and _all_numbers(texts)
+        for its, text, (_, where) in zip(values, texts, cells, strict=True):
+            its[name] = None if text is None else _value(where, name, text, number)
+    for name, rule in source.values.items():
+        if isinstance(rule, str):
+            number = name not in TEXT and _all_numbers([rule])
+            constant = None if rule in MISSING else _value(source.declared_in, name, rule, number)
+            for its in values:
+                its[name] = constant
+    if source.age:
+        for its, row in zip(values, rows, strict=True):
+            its["age"] = _age_from_dates(row, source)
+    return values
+
+
+def _columns(source: DataSet, present: Iterable[str]) -> dict[str, str]:
+    """Our name -> theirs of the columns that are taken; UserError where a declared one is in no table."""
+    present = list(present)
+    ids = IDENTITY | {source.column(name) for name in IDENTITY}
+    dates = {source.age[key] for key in ("birth", "scan") if key in source.age}  # which would name a person
+    if source.columns is None:
+        taken = {name: name for name in present if name not in ids | dates | RESERVED}
+    else:
+        taken = {ours: theirs for ours, theirs in source.columns.items() if ours not in IDENTITY}
+    for ours, theirs in [*taken.items(), *((f"age.{key}", source.age[key]) for key in ("birth", "scan") if source.age)]:
+        if present and theirs not in present:
+            raise UserError(
+                f"{source.declared_in}: {ours}: no table of {source.name} has a column {theirs!r}{nearest(theirs, present)}; "
+                f"found: {', '.join(present)}"
+            )
+    for part, names in (("values", [n for n, rule in source.values.items() if not isinstance(rule, str)]),
+                        ("missing", [n for n in source.missing if n != ALL])):  # fmt: skip
+        for name in names:
+            if present and name not in taken and not (name == "age" and source.age):
+                raise UserError(
+                    f"{source.declared_in}: {part}.{name} is no column of {source.name}{nearest(name, taken)}; "
+                    f"there: {', '.join(taken)}"
+                )
+    return taken
+
+
+def _recode(name: str, text: str, where: str, rule: str | dict[str, str] | None, source: DataSet) -> str | None:
+    """A cell's text by the declared rules; None for a missing one."""
+    if text in MISSING or any(_same(text, m) for m in (*source.missing.get(name, ()), *source.missing.get(ALL, ()))):
+        return None
+    if not isinstance(rule, dict):
+        return text
+    for theirs, ours in rule.items():
+        if _same(text, theirs):
+            return None if ours in MISSING else ours
+    raise UserError(
+        f"{where}: {name}={text!r} has no rule in values.{name} of {source.declared_in}; "
+        f"there: {', '.join(rule)}; add it (n/a as its value if it means missing)"
+    )
+
+
+def _same(text: str, declared: str) -> bool:
+    """Whether a cell holds a declared text; 999, 999.0 and 0999 are the same number."""
+    if text == declared:
+        return True
+    try:
+        return float(text) == float(declared)
+    except ValueError:
+        return False
+
+
+def _all_numbers(texts: Sequence[str | None]) -> bool:
+    """Whether a column is numbers and missing values only; one word makes all of it text."""
+    try:
+        return all(math.isfinite(float(text)) for text in texts if text is not None) and any(
+            t is not None for t in texts
+        )
+    except ValueError:
+        return False
+
+
+def _value(where: str, column: str, text: str, number: bool) -> Any:
+    if column == "age":
+        return _years(where, "age", text)
+    if column == "sex":
+        if text.lower() in SEX:
+            return SEX[text.lower()]
+        if text.replace(".", "").lstrip("-").isdigit():
+            raise UserError(
+                f"{where}: sex={text!r} is a code that nobody declared; "
+                "say what it means, as in `values: {sex: {0: M, 1: F}}`, in a YAML file given with --columns"
+            )
+        raise UserError(f"{where}: sex={text!r} is not F, M, O, female, male or other; write n/a if unknown")
+    return float(text) if number else text
+
+
+def _years(where: str, name: str, text: str) -> float:
+    try:
+        age = float(text)
+    except ValueError:
+        age = float("nan")
+    if not 0 <= age <= 130:
+        raise UserError(
+            f"{where}: {name}={text!r} is not a number of years in 0..130; write n/a if unknown, "
+            f"or declare it in a YAML file given with --columns, as in `missing: {{age: [{text}]}}`"
+        )
+    return age
+
+
+def _age_from_dates(row: Row, source: DataSet) -> float | None:
+    """Years from the date of birth to that of the scan, to a hundredth (as dates are good to a day)."""
+    days = []
+    for key in ("birth", "scan"):
+        text, where = row.cell(source.age[key])
+        wanted = source.age.get("format", "%Y-%m-%d")
+        if _recode("age", text.strip(), where, None, source) is None:
+            return None
+        try:
+            days.append(datetime.strptime(text.strip(), wanted))
+        except ValueError:
+            raise UserError(
+                f"{where}: {source.age[key]}={text!r} is not a date of the form {wanted}; "
+                f"declare theirs in {source.declared_in}, as in `age: {{format: '%d/%m/%Y'}}`"
+            ) from None
+    _, where = row.cell(source.age["scan"])
+    return _years(where, "age from dates", f"{(days[1] - days[0]).days / DAYS_A_YEAR:.2f}")
+
+
+class _OnceLoader(yaml.BaseLoader):
+    """YAML whose every scalar is text (a code 0 is the text 0, no word means true) and whose keys may stand only once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", node.start_mark)
+        found: dict[Any, Any] = super().construct_mapping(node, deep=True)
+        return found
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
+    except FileNotFoundError:
+        raise UserError(f"{path} not found; give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold keys and values, found {type(content).__name__}")
+    return content
+
+
+def _refuse_unknown(content: dict[str, Any], allowed: Sequence[str], where: str) -> None:
+    for key in content:
+        if key not in allowed:
+            shown = ", ".join(name for name in allowed)
+            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), allowed)}; allowed here: {shown}")
+
+
+def _data_set(entry: dict[str, Any], where: str, folder: Path, allowed: Sequence[str]) -> DataSet:
+    _refuse_unknown(entry, allowed, where)
+    for key in ("path", "name", "layout", "participants", "orientation"):
+        if key in entry and not (isinstance(entry[key], str) and entry[key]):
+            raise UserError(f"{where}: {key} must be one word or path, found {entry[key]!r}")
+    path = (folder / entry["path"]).resolve()
+    columns = None if "columns" not in entry else _texts(entry["columns"], f"{where}: columns")
+    for ours in columns or ():
+        if ours in RESERVED:
+            raise UserError(f"{where}: columns.{ours}: this name is the manifest's own; choose another")
+    age = _texts(entry.get("age", {}), f"{where}: age")
+    _refuse_unknown(age, AGE_KEYS, f"{where}: age")
+    if age and not {"birth", "scan"} <= age.keys():
+        raise UserError(f"{where}: age needs both columns, as in `age: {{birth: birth_date, scan: scan_date}}`")
+    if age and columns and "age" in columns:
+        raise UserError(f"{where}: age is both a column (columns.age) and computed from dates (age); keep one of them")
+    orientation = check_orientation(entry.get("orientation", ""), f"{where}: orientation")
+    return DataSet(
+        path, safe(entry.get("name") or path.name.partition(".")[0] or path.name), entry.get("layout", ""),
+        (folder / entry["participants"]).resolve() if "participants" in entry else None, orientation, columns,
+        _values(entry.get("values", {}), f"{where}: values"), _missing(entry.get("missing", []), f"{where}: missing"),
+        age, where,
+    )  # fmt: skip
+
+
+def check_orientation(given: str, where: str) -> str:
+    """An order of axes such as ``LAS`` in capitals, or empty; UserError naming ``where`` for anything else."""
+    orientation = given.upper()
+    if orientation and (len(orientation) != 3 or {"LR", "PA", "IS"} != {_axis(letter) for letter in orientation}):
+        raise UserError(f"{where}={given!r} is not of the form RAS, LAS, LPI ...")
+    return orientation
+
+
+def _axis(letter: str) -> str:
+    return next((pair for pair in ("LR", "PA", "IS") if letter in pair), letter)
+
+
+def _texts(content: Any, where: str) -> dict[str, str]:
+    if not isinstance(content, dict) or not all(isinstance(text, str) and text for text in content.values()):
+        raise UserError(f"{where} must map names to names, found {content!r}")
+    return content
+
+
+def _values(content: Any, where: str) -> dict[str, str | dict[str, str]]:
+    if not isinstance(content, dict):
+        raise UserError(f"{where} must map columns to rules, as in `values: {{sex: {{0: M, 1: F}}, site: london}}`")
+    for name, rule in content.items():
+        rules = rule.values() if isinstance(rule, dict) else [rule]
+        if name in RESERVED | IDENTITY or not all(isinstance(text, str) for text in rules):
+            raise UserError(f"{where}.{name} must be a constant or map their values to ours, of a column that is no id")
+    return content
+
+
+def _missing(content: Any, where: str) -> dict[str, list[str]]:
+    found = content if isinstance(content, dict) else {ALL: content}
+    for name, texts in found.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{where}.{name} must be a list of values, as in `missing: {{age: [999, -9]}}` or `missing: [-9]`"
+            )
+    return found

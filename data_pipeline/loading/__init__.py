@@ -1,0 +1,1 @@
+"""Loading: order of scans, augmentation, batches of two views."""

@@ -1,0 +1,1 @@
+"""Quality: rules for one scan, outliers of a cohort, the quality page."""

@@ -1,0 +1,227 @@
+"""The page of ``yaware cohort inspect``: one HTML file with its pictures inside, which opens from disk without a network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.quality.survey import Survey, Table, tables
+from data_pipeline.volume.load import BadScan, read_voxels
+from infra.files import atomic_write
+from infra.page import STYLE
+from infra.progress import Progress
+
+KEPT, REMOVED = "#0072B2", "#D55E00"  # this and the other colours: Okabe and Ito (2008)
+SEXES = {"F": ("female", "#CC79A7"), "M": ("male", "#56B4E9"), "O": ("other", "#009E73"), "": ("missing", "#999999")}
+MOST_SITES = 40
+OTHERS = 8  # thumbnails of scans that another rule than the outliers' leaves out
+OWN_STYLE = """
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 1rem; }
+figure { margin: 0; border: 1px solid #ddd; border-radius: 4px; overflow: hidden; } figure img { display: block; width: 100%; }
+figcaption { padding: .4rem .6rem; font-size: 13px; overflow-wrap: anywhere; } figure.out { border: 2px solid #D55E00; }
+@media print { body { margin: 0; max-width: none; font-size: 11px; }
+  h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
+"""
+
+
+def write_page(survey: Survey, out: Path) -> Path:
+    """Write the page: tables, histograms, and three slices of the scans that look least like the others."""
+    overview, sites, rules, worst, removed = (_table(table) for table in tables(survey))
+    banner = (
+        "<p class='simulated'><strong>Simulated data.</strong> These scans come from a simulator, not from people.</p>"
+        if survey.simulated
+        else ""
+    )
+    parts = [
+        f"<h1>Cohort {html.escape(survey.dataset)}</h1><p class='note'>{html.escape(str(survey.root))}</p>", banner, overview,
+        rules, "<h2>Ages and sexes</h2>", _image(_ages(survey), "ages, and scans by sex"), "<h2>Scans by site</h2>",
+        _image(_by_site(survey), "scans by site"), sites, "<h2>Correlation with the median scan</h2>",
+        "<p class='note'>Each scan's coarse volume against the voxelwise median of all. Copies of a scan are not counted in "
+        "the median.</p>", _image(_correlations(survey), "correlations"), _cards(survey), worst, removed,
+    ]  # fmt: skip
+    title = html.escape(f"Cohort {survey.dataset}")
+    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{title}</title>"
+    with atomic_write(out, "w") as stream:
+        stream.write(f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}{OWN_STYLE}</style></head>")
+        stream.write(f"<body>{''.join(parts)}</body></html>\n")
+    return out
+
+
+def _table(table: Table) -> str:
+    if not table.rows:
+        return ""
+    top = "".join(f"<th>{html.escape(text)}</th>" for text in table.head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    head = f"<thead><tr>{top}</tr></thead>" if any(table.head) else ""
+    title = f"<h2>{html.escape(table.title)}</h2>"
+    return f"{title}<div class='scroll'><table>{head}<tbody>{body}</tbody></table></div>"
+
+
+def _image(png: bytes, alt: str) -> str:
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _cards(survey: Survey) -> str:
+    """The most typical scan, then the worst by correlation, then some that other rules leave out."""
+    ranked = survey.worst(len(survey.scans))
+    worst = survey.worst()
+    other = survey.scans[(survey.scans["rule"] != "") & ~survey.scans["key"].isin(worst["key"])]
+    chosen = [
+        *((row, "most typical: the highest correlation") for row in ranked[-1:].to_dict("records")),
+        *((row, "") for row in worst.to_dict("records")),
+        *((row, "") for row in other[:OTHERS].to_dict("records")),
+    ]
+    reasons = {removal.key: f"{removal.rule}: {removal.reason}" for removal in survey.removals}
+    cards = []
+    with Progress(len(chosen), "scans", "drawing") as progress:
+        for row, remark in chosen:
+            cards.append(_card(survey, row, remark or reasons.get(str(row["key"]), "stays")))
+            progress.advance()
+    note = "Sagittal, coronal and axial slice through the middle, left is left; each scan has its own grey scale. "
+    note += "Framed: left out."
+    return f"<h2>The least typical scans</h2><p class='note'>{note}</p><div class='cards'>{''.join(cards)}</div>"
+
+
+def _card(survey: Survey, row: Any, remark: str) -> str:
+    # By the scan's own file, as the shown path may be a pseudonym, and where the build would lay the grid.
+    scan, crop = survey.files[str(row["key"])], survey.preparation.crop
+    try:
+        voxels = read_voxels(scan.path, survey.grid, frozenset(), crop=crop, orientation=scan.orientation)
+        picture = _image(slices(voxels, survey.grid.spacing), str(row["key"]))
+    except BadScan:
+        picture = ""
+    age = "" if row["age"] != row["age"] else f", {row['age']:.0f} years"
+    lines = [f"<strong>{html.escape(str(row['key']))}</strong>{age}", html.escape(remark)]
+    if row["quality_mean"] == row["quality_mean"]:
+        z = "" if row["robust_z"] != row["robust_z"] else f" (robust z {row['robust_z']:.1f})"
+        lines.insert(1, f"r = {row['quality_correlation']:.3f}{z}, mean {row['quality_mean']:.3g}, "
+                        f"SD {row['quality_std']:.3g}, zeros {row['quality_zeros']:.0%}")  # fmt: skip
+    kind = " class='out'" if row["rule"] else ""
+    return f"<figure{kind}>{picture}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update(
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+         "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25,
+         "figure.facecolor": "white", "savefig.facecolor": "white"}
+    )  # fmt: skip
+    return plt
+
+
+def _png(figure: Any, dpi: int = 110) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=dpi)
+    _pyplot().close(figure)
+    return stream.getvalue()
+
+
+def slices(volume: Any, spacing: tuple[float, ...]) -> bytes:
+    """PNG of the middle sagittal (a little off the midline), coronal and axial slice of (D, H, W), up or front at the top."""
+    plt = _pyplot()
+    low, high = (float(np.percentile(volume, q)) for q in (1, 99.7))
+    pictures = []
+    for plane in range(3):
+        middle = volume.shape[plane] // 2 + (plane == 0) * (volume.shape[0] // 12)
+        across, up = [axis for axis in range(3) if axis != plane]
+        pictures.append((np.take(volume, middle, axis=plane).T[::-1], spacing[up] / spacing[across]))
+    widths = [picture.shape[1] / (picture.shape[0] * ratio) for picture, ratio in pictures]
+    figure, axes = plt.subplots(
+        1, 3, figsize=(1.55 * sum(widths), 1.55), facecolor="black",
+        gridspec_kw={"width_ratios": widths, "wspace": 0.02, "left": 0, "right": 1, "top": 1, "bottom": 0},
+    )  # fmt: skip
+    for axis, (picture, ratio) in zip(axes, pictures, strict=True):
+        axis.imshow(picture, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="bilinear", aspect=ratio)
+        axis.axis("off")
+    return _png(figure, dpi=130)
+
+
+def _ages(survey: Survey) -> bytes:
+    """Known ages stacked by sex; beside them all scans by sex, whose age may be missing."""
+    from matplotlib.ticker import MaxNLocator
+
+    plt = _pyplot()
+    figure, (axis, beside) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", width_ratios=[4, 1])
+    scans = survey.scans.dropna(subset=["age"])
+    groups = [(scans["age"][scans["sex"] == code].to_numpy(), *look) for code, look in SEXES.items()]
+    groups = [group for group in groups if len(group[0])]
+    if groups:
+        low, high = np.floor(scans["age"].min() / 5) * 5, np.floor(scans["age"].max() / 5) * 5 + 5
+        step = 5 if high - low > 30 else 1
+        axis.hist(
+            [ages for ages, *_ in groups], bins=np.arange(low, high + step, step), stacked=True, edgecolor="white",
+            linewidth=0.6, color=[colour for *_, colour in groups],
+            label=[f"{name} ({len(ages)})" for ages, name, _ in groups],
+        )  # fmt: skip
+        axis.legend()
+    axis.set_xlabel("age (years)")
+    axis.set_ylabel("scans")
+    shown = [(int((survey.scans["sex"] == code).sum()), *look) for code, look in SEXES.items()]
+    shown = [bar for bar in shown if bar[0]]
+    bars = beside.bar([name for _, name, _ in shown], [n for n, *_ in shown], color=[colour for *_, colour in shown])
+    beside.bar_label(bars)
+    beside.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    beside.grid(axis="x", visible=False)
+    beside.set_xlabel("sex")
+    return _png(figure)
+
+
+def _by_site(survey: Survey) -> bytes:
+    plt = _pyplot()
+    scans = survey.scans.assign(site=survey.scans["site"].replace("", "missing"))
+    counts = scans.assign(stays=scans["rule"] == "").groupby("site")["stays"].agg(["sum", "size"])
+    counts = counts.sort_values("size", ascending=False)
+    shown = counts[:MOST_SITES][::-1]
+    figure, axis = plt.subplots(figsize=(9, 1.0 + 0.24 * len(shown)), layout="constrained")
+    axis.barh(shown.index, shown["sum"], color=KEPT, label="stay")
+    axis.barh(shown.index, shown["size"] - shown["sum"], left=shown["sum"], color=REMOVED, label="left out")
+    axis.grid(axis="y", visible=False)
+    axis.margins(y=0.02)
+    axis.set_xlim(0, 1.15 * max(1, shown["size"].max()))
+    axis.legend(loc="lower right")
+    axis.set_xlabel(
+        "scans" if len(counts) <= MOST_SITES else f"scans (the {MOST_SITES} largest of {len(counts)} sites)"
+    )
+    return _png(figure)
+
+
+def _correlations(survey: Survey) -> bytes:
+    """All correlations on a log scale, where one outlier shows beside thousands; and those about the threshold alone."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained")
+    measured = survey.scans.dropna(subset=["quality_correlation"])
+    r, out = measured["quality_correlation"].to_numpy(), (measured["rule"] == "outlier").to_numpy()
+    limit, scale = survey.threshold, survey.verdict.scale
+    near = r if limit is None or scale is None else r[r >= limit - 3 * scale]
+    for axis, values in zip(axes, (r, near), strict=True):
+        ends = [*values, *([] if limit is None else [limit])]
+        if ends:
+            bins = np.linspace(min(ends), max(ends) + 1e-6, 50)
+            axis.hist([r[~out], r[out]], bins=bins, stacked=True, color=[KEPT, REMOVED], label=["others", "outliers"])
+        if limit is not None:
+            axis.axvline(limit, color="black", lw=1.2, ls="--")
+        axis.set_xlabel("correlation with the median scan")
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+    axes[0].set(title="all scans", ylabel="scans (log scale)", yscale="log")
+    axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes[0].set_ylim(bottom=0.7)
+    axes[0].legend(loc="upper left")
+    name = "the same, about the threshold" if limit is not None else "the same, linear scale (outliers are not judged)"
+    axes[1].set(title=name, ylabel="scans")
+    if limit is not None:
+        rule = survey.quality.outlier
+        text = f" threshold {limit:.3f}\n (robust z {rule.robust_z:g}, {rule.least_drop:g} below)"
+        axes[1].annotate(text, (limit, 0.97), xycoords=("data", "axes fraction"), va="top")
+    return _png(figure)

@@ -1,0 +1,1 @@
+"""Shards: build, extend, check, repair and index them."""

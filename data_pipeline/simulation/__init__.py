@@ -1,0 +1,1 @@
+"""Simulated cohorts of grey-matter maps."""

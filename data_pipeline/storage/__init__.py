@@ -1,0 +1,1 @@
+"""Reading shards: the manifest and single scans, local or remote."""

@@ -1,0 +1,1 @@
+"""Volumes: reading, checking, grids and decoders."""

@@ -1,0 +1,1 @@
+"""Comparison of evaluated checkpoints: tables, pictures, report."""

@@ -1,0 +1,1 @@
+"""The simulated experiment of docs/experiments.md."""

@@ -1,0 +1,1 @@
+"""Protocols: how an encoder is judged on a task."""

@@ -1,0 +1,1 @@
+"""Tasks: labels, folds and protection against leakage."""

@@ -1,0 +1,1 @@
+"""Before and at the start of a run: forecast and launchers."""

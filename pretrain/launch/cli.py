@@ -1,0 +1,93 @@
+"""``yaware plan`` and ``yaware launch``: before a run, and on several hosts."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from infra.errors import UserError
+from pretrain.cli import accelerator, start
+
+
+def plan(arguments: list[str]) -> int:
+    """Say what a run comes to before it is started: ranks, steps, memory, checkpoints, and the line to start it."""
+    parser = argparse.ArgumentParser(
+        prog="yaware plan",
+        description=plan.__doc__,
+        epilog="Any key of the recipe is overridden by --section.key=value.",
+    )
+    parser.add_argument("--config", required=True, help="a shipped recipe (demo-cpu, ...) or a YAML file")
+    parser.add_argument("--nodes", type=int, default=1, help="hosts (default: 1)")
+    parser.add_argument("--gpus", type=int, help="ranks on each, one a GPU (default: the recipe's launch.ranks)")
+    parser.add_argument("--scans", type=int, help="plan for so many scans, without looking at data.shards")
+    parser.add_argument("--grid", default="121x145x121", help="with --scans: their sides (default: 121x145x121)")
+    parser.add_argument(
+        "--tflops", type=float, help="10^12 operations a second that a rank sustains: estimates the time"
+    )
+    options, overrides = parser.parse_known_args(arguments)
+    from pretrain.config import load_recipe
+    from pretrain.encoders import check_encoder
+    from pretrain.launch.forecast import Machine, forecast
+    from pretrain.run.plan import total_steps
+
+    recipe = load_recipe(options.config, overrides)
+    for name in ("nodes", "gpus", "scans", "tflops"):
+        if (given := getattr(options, name)) is not None and given <= 0:
+            raise UserError(f"--{name}={given} must be more than 0")
+    machine = Machine(options.nodes, options.gpus or recipe.launch.ranks)
+    if options.scans:
+        if not re.fullmatch(r"\d+x\d+x\d+", options.grid):
+            raise UserError(f"--grid={options.grid} is not of the form 121x145x121")
+        grid, scans = [int(side) for side in options.grid.split("x")], options.scans
+        check_encoder(recipe.encoder.name, recipe.encoder.options, grid=grid)
+        steps = total_steps(recipe, scans)
+    else:
+        from pretrain.train import make_plan
+
+        made = make_plan(recipe, machine.ranks)
+        grid, scans, steps = made.manifest.grid["shape"], made.order.length, made.total_steps
+    command = [options.config, *overrides]
+    print(
+        "\n".join(
+            forecast(recipe, machine, scans=scans, steps=steps, grid=grid, command=command, tflops=options.tflops)
+        )
+    )
+    return 0
+
+
+def launch(arguments: list[str]) -> int:
+    """Check a recipe against a hostfile and its shards, then start it on all hosts through the deepspeed launcher."""
+    parser = argparse.ArgumentParser(
+        prog="yaware launch",
+        description=launch.__doc__,
+        epilog="Any key of the recipe is overridden by --section.key=value.",
+    )
+    parser.add_argument("--config", required=True, help="a shipped recipe (demo-cpu, ...) or a YAML file")
+    parser.add_argument(
+        "--hostfile", type=Path, required=True, help="lines `name slots=8`; the first host is the master"
+    )
+    parser.add_argument(
+        "--node_rank", type=int, help="start this host alone, as its N-th line; without it all, over pdsh"
+    )
+    parser.add_argument("--master_addr", help="address of the first host (default: its name)")
+    parser.add_argument("--master_port", type=int, default=29500)
+    parser.add_argument("--dry-run", action="store_true", help="check, print the line and stop")
+    options, overrides = parser.parse_known_args(arguments)
+    from pretrain.config import load_recipe
+    from pretrain.launch.hosts import launch_command, read_hostfile
+    from pretrain.train import make_plan
+
+    hosts = read_hostfile(options.hostfile)
+    command = launch_command(
+        options.hostfile, hosts, [options.config, *overrides], node_rank=options.node_rank,
+        master_addr=options.master_addr, master_port=options.master_port,
+    )  # fmt: skip
+    make_plan(load_recipe(options.config, overrides), sum(hosts.values()))
+    print(f"launch: {shlex.join(['deepspeed', *command[3:]])}", flush=True)
+    return 0 if options.dry_run else start(command, {"DS_ACCELERATOR": accelerator()})
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "launch": launch}

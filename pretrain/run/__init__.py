@@ -1,0 +1,1 @@
+"""One pretraining run: plan, steps, checkpoints, monitor, log."""

@@ -1,0 +1,153 @@
+"""Rank 0's voice: the console, metrics.jsonl and MLflow."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.loading.loader import TwoViewLoader
+from infra import distributed
+from infra.files import write_json
+from infra.machine import git_tags, memory_gb, system_figures
+from infra.progress import Progress, clock
+from infra.settings import flatten, to_dict
+from infra.tracking.tracking import Tracker, default_uri
+from pretrain.losses.diagnostics import Positives
+from pretrain.run import checkpoint
+from pretrain.run import folder as run_folder
+from pretrain.run.plan import Plan
+
+SPOOL = "mlflow-spool.jsonl"
+STEPS_PER_MLFLOW_CALL = 20
+STEPS_SHOWN = 20  # the console's rate and stall are means over so many steps
+
+
+class RunLog:
+    """Rank 0's voice: the console, metrics.jsonl and MLflow."""
+
+    def __init__(self, plan: Plan, state: dict[str, Any] | None) -> None:
+        recipe, self.plan = plan.recipe, plan
+        output = Path(recipe.run.output)
+        first = int(state["step"]) if state else 0
+        tags = {"yaware.kind": "pretraining", **{f"yaware.{k}": str(v) for k, v in self._description().items()}}
+        tags |= git_tags(Path(__file__).parent)
+        self.tracker = Tracker.open(
+            recipe.run.tracking_uri or default_uri(), recipe.run.experiment, recipe.run.name,
+            run_id=run_folder.read_run(output).get("run_id"), tags=tags, spool=output / SPOOL,
+        )  # fmt: skip
+        run_folder.begin_run(recipe, plan.manifest, self.tracker.run_id)
+        self.tracker.log_params(flatten(to_dict(recipe)))
+        self.tracker.log_artifact(output / "recipe.yaml", "recipe")
+        self.metrics = run_folder.MetricsFile(output / "metrics.jsonl", first)
+        self.weights_sha256 = ""
+        self._positives_said = False
+        self._pending: list[tuple[str, float, int]] = []
+        self._recent: deque[tuple[float, float]] = deque(maxlen=STEPS_SHOWN)
+        self._started = time.monotonic()
+        system_figures(output)  # the use of the CPU is counted from here
+        self._announce(state, first)
+        title = f"pretraining {recipe.run.name}"
+        self.progress = Progress(plan.total_steps, "steps", title, done=first)
+        self.progress.__enter__()
+
+    def _description(self) -> dict[str, Any]:
+        return run_folder.describe_run(self.plan.recipe, self.plan.manifest)
+
+    def _announce(self, state: dict[str, Any] | None, first: int) -> None:
+        recipe, plan = self.plan.recipe, self.plan
+        simulated = " simulated" if self._description()["simulated"] else ""
+        begun = f"resuming after step {first}" if state else "starting"
+        print(
+            f"pretrain: {begun}: {recipe.run.name} ({run_folder.method_of(recipe)}), {recipe.encoder.name}, "
+            f"{len(plan.rows)}{simulated} scans, batch {recipe.batch.global_} over {distributed.world_size()} ranks, "
+            f"{plan.total_steps} steps ({plan.total_steps / plan.steps_per_epoch:.1f} epochs), "
+            f"MLflow run {self.tracker.run_id}",
+            flush=True,
+        )
+
+    def step(self, step: int, figures: dict[str, float], seconds: float, loader: TwoViewLoader) -> None:
+        """Log one step; what is said of data is rank 0's."""
+        rate, stall = self.plan.recipe.batch.global_ / seconds, loader.wait_seconds / seconds
+        row = {**figures, "seconds": seconds, "wait_seconds": loader.wait_seconds, "data_stall": stall,
+               "bad_scans": float(loader.bad_scans), "scans_per_second": rate, "memory_gb": memory_gb()}  # fmt: skip
+        line = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self.metrics.write({"step": step, "epoch": step / self.plan.steps_per_epoch, **line})
+        self._note(row, step)
+        if (step + 1) % STEPS_PER_MLFLOW_CALL == 0:
+            self.flush()
+        self._show(figures, seconds, loader)
+
+    def _note(self, figures: Mapping[str, float], step: int) -> None:
+        self._pending += [(name, value, step) for name, value in figures.items() if math.isfinite(value)]
+
+    def _show(self, figures: dict[str, float], seconds: float, loader: TwoViewLoader) -> None:
+        self._recent.append((seconds, loader.wait_seconds))
+        took, waited = (sum(column) for column in zip(*self._recent, strict=True))
+        rate = self.plan.recipe.batch.global_ * len(self._recent) / took
+        shown: dict[str, Any] = {"scans/s": f"{rate:.3g}", "loss": figures["loss"]}
+        shown |= {name.replace("_", " "): figures[name] for name in ("lr", "grad_norm") if name in figures}
+        shown |= {"stall": f"{100 * waited / took:.0f}%", "memory": f"{memory_gb():.1f} GB"}
+        if loader.bad_scans:
+            shown["bad scans"] = loader.bad_scans
+        if figures.get("skipped_steps"):
+            shown["skipped"] = int(figures["skipped_steps"])
+        self.progress.advance(**shown)
+
+    def skipped(self, step: int, said: str, count: int) -> None:
+        """Say and count a step that was left out."""
+        print(f"pretrain: {said}", flush=True)
+        self._pending.append(("not_finite_steps", float(count), step))
+
+    def epoch(self, step: int, positives: Positives) -> None:
+        """Log an epoch's effective positives, and say the first."""
+        self._note(positives.figures(), step)
+        if not self._positives_said:
+            self._positives_said = True
+            print(
+                f"pretrain: effective positives per anchor: {positives.mean:.1f} of {2 * self.plan.recipe.batch.global_ - 1}; "
+                f"{100 * positives.below_two:.0f}% of anchors have fewer than 2, {100 * positives.missing:.0f}% of scans a "
+                "missing proxy",
+                flush=True,
+            )
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Enter a finished checkpoint in MLflow as a logged model and note its id beside the encoder."""
+        self.flush()
+        encoder = folder / "encoder"
+        name = f"{self.plan.recipe.run.name}-step-{step:08d}"
+        model_id = self.tracker.log_checkpoint(name, step, encoder, self.weights_sha256)
+        write_json(encoder / "mlflow.json", {"model_id": model_id, "run_id": self.tracker.run_id})
+
+    def flush(self) -> None:
+        """Send what is pending to MLflow, with the system's figures of now."""
+        if self._pending:
+            self._note(system_figures(Path(self.plan.recipe.run.output)), step=self._pending[-1][2])
+        self.tracker.log_metrics(self._pending)
+        self._pending = []
+
+    def monitor(self, step: int, figures: dict[str, float], alarm: str = "") -> None:
+        """Log what the probes on held-out participants found, and say it; ``alarm`` is said too, and tags the run."""
+        self._note(figures, step)
+        shown = ", ".join(f"{name.removeprefix('monitor/')} {value:.3g}" for name, value in figures.items())
+        print(f"pretrain: monitor after {step + 1} steps: {shown}", flush=True)
+        if alarm:
+            print(f"pretrain: ALARM after {step + 1} steps: {alarm}", flush=True)
+            self.tracker.set_tags({"yaware.collapse": f"after {step + 1} steps: {alarm}"})
+
+    def close(self, status: str, stopped: str = "") -> None:
+        """End the MLflow run and say where everything lies; ``stopped``: the signal that ended it early."""
+        self.flush()
+        self.progress.__exit__(None, None, None)
+        self.metrics.close()
+        self.tracker.end(status)
+        output = Path(self.plan.recipe.run.output)
+        if stopped:
+            step = checkpoint.newest_step(output / "checkpoints")
+            print(f"pretrain: stopped by {stopped} after step {step}, saved; the same command continues", flush=True)
+        if status == "FINISHED":
+            took = clock(time.monotonic() - self._started)
+            print(f"pretrain: done in {took}; checkpoints in {output}/checkpoints, losses in {output}/metrics.jsonl")

@@ -1,0 +1,1 @@
+"""Pretrained weights: reading, embedding, writing, importing."""

@@ -1,0 +1,50 @@
+"""Features of single scans from an exported encoder, preprocessing included."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.volume.load import PREPARED, Array, BadScan, Grid, load_volume, scale_factor, zscore
+from infra.errors import UserError
+from infra.files import atomic_write
+from pretrain.weights.encoder import Encoder
+
+
+def embed_files(
+    encoder: Encoder | str | Path, scans: Sequence[Path], tiv: Sequence[float] | None = None
+) -> list[tuple[Path, Array]]:
+    """(path, features (F,) float32) of NIfTI files; ``tiv`` in ml, one a scan, where the encoder's data were scaled by it."""
+    network = encoder if isinstance(encoder, Encoder) else Encoder.from_pretrained(encoder)
+    grid, scaling = Grid.from_dict(network.preprocessing["grid"]), network.preprocessing.get("scaling") or "none"
+    if scaling == "tiv" and (tiv is None or len(tiv) != len(scans)):
+        raise UserError(f"this encoder's scans were scaled by tiv; give {len(scans)} values in ml with --tiv")
+    prepared = {name: network.preprocessing.get(name) or usual for name, usual in PREPARED.items()}
+    rows = []
+    for number, path in enumerate(scans):
+        try:
+            factor = scale_factor(scaling, {"tiv": tiv[number] if tiv else None})
+            volume = load_volume(path, grid, factor=factor, **prepared)
+        except BadScan as error:
+            raise UserError(f"{path}: {error}") from None
+        device = next(network.parameters()).device
+        with torch.no_grad():
+            features = network(torch.from_numpy(zscore(volume))[None, None].to(device))[0]
+        rows.append((path, features.cpu().numpy()))
+    return rows
+
+
+def write_table(rows: Sequence[tuple[Path, Array]], out: Path | None) -> None:
+    """A .tsv: the scan's path, then its features."""
+    head = "\t".join(["scan", *(f"f{n}" for n in range(len(rows[0][1])))])
+    lines = [head, *("\t".join([str(path), *(f"{v:.6g}" for v in np.asarray(values))]) for path, values in rows)]
+    text = "\n".join(lines) + "\n"
+    if out is None:
+        sys.stdout.write(text)
+        return
+    with atomic_write(out, "w") as stream:
+        stream.write(text)

@@ -1,0 +1,176 @@
+"""Balanced orders hold what they promise, for any sizes; and their effect on the positives is the documented one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.loading.balance import EqualGroups, OneSession, build_order
+from data_pipeline.loading.order import EveryScan, batch_of, epoch_order
+from infra.errors import UserError
+from pretrain.kernels import KERNELS
+from pretrain.losses.diagnostics import effective_positives
+
+GROUPS = st.lists(st.integers(1, 12), min_size=1, max_size=7)  # sizes
+SEEDS = st.integers(0, 2**32)
+
+
+def grouped(sizes):
+    ends = np.cumsum(sizes)
+    return tuple(np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True))
+
+
+def group_of(sizes):
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+@given(GROUPS, SEEDS, st.integers(1, 9), st.integers(0, 5))
+@settings(max_examples=80, deadline=None)
+def test_every_group_has_the_same_number_of_places_in_an_epoch_and_in_a_batch_within_one(sizes, seed, batch, epoch):
+    order, group = EqualGroups(grouped(sizes), seed, batch), group_of(sizes)
+    numbers = order.epoch(epoch)
+    assert len(numbers) == order.length >= sum(sizes)
+    assert set(Counter(group[numbers].tolist()).values()) == {order.rounds}
+    for first in range(0, order.length - batch + 1, batch):
+        counts = np.bincount(group[numbers[first : first + batch]], minlength=len(sizes))
+        assert counts.max() - counts.min() <= 1
+
+
+@given(GROUPS, SEEDS, st.integers(1, 6))
+@settings(max_examples=60, deadline=None)
+def test_over_epochs_every_scan_of_a_group_comes_equally_often_within_one_and_never_twice_alike(sizes, seed, batch):
+    order = EqualGroups(grouped(sizes), seed, batch)
+    shown = [pair for e in range(4) for pair in zip(order.epoch(e).tolist(), order.showings(e).tolist(), strict=True)]
+    assert len(set(shown)) == len(shown), "a scan came twice under one key of augmentation"
+    counts = np.bincount([number for number, _ in shown], minlength=sum(sizes))
+    for members in grouped(sizes):
+        assert counts[members].max() - counts[members].min() <= 1
+        if 4 * order.rounds >= len(members):
+            assert counts[members].min() >= 1
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.data(), SEEDS, st.integers(0, 40))
+@settings(max_examples=100, deadline=None)
+def test_no_batch_holds_a_scan_twice_where_every_group_is_large_enough(batch, groups, data, seed, step):
+    enough = -(-batch // groups) + 1
+    sizes = data.draw(st.lists(st.integers(enough, enough + 8), min_size=groups, max_size=groups))
+    numbers, _ = batch_of(EqualGroups(grouped(sizes), seed, batch), step, batch)
+    assert len(set(numbers.tolist())) == batch
+
+
+@given(GROUPS, SEEDS, st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_holds_each_subject_once_and_every_session_comes_over_the_epochs(sizes, seed, batch):
+    order, subject = OneSession(grouped(sizes), seed, batch), group_of(sizes)
+    epochs = [order.epoch(number) for number in range(max(sizes))]
+    for numbers in epochs:
+        assert sorted(subject[numbers].tolist()) == list(range(len(sizes)))
+    seen = np.bincount(np.concatenate(epochs), minlength=sum(sizes))
+    assert seen.min() >= 1
+    for sessions in grouped(sizes):
+        assert seen[sessions].max() - seen[sessions].min() <= 1
+
+
+@given(st.integers(1, 6), st.integers(0, 10), SEEDS, st.integers(0, 40))
+@settings(max_examples=60, deadline=None)
+def test_no_batch_holds_two_sessions_of_one_subject(batch, more, seed, step):
+    sizes = [3] * (2 * batch + more)
+    numbers, _ = batch_of(OneSession(grouped(sizes), seed, batch), step, batch)
+    assert len(set(group_of(sizes)[numbers].tolist())) == batch
+
+
+@given(GROUPS, SEEDS, st.integers(1, 5), st.integers(0, 30), st.sampled_from([EqualGroups, OneSession]))
+@settings(max_examples=60, deadline=None)
+def test_any_step_is_the_same_without_the_steps_before_it(sizes, seed, batch, step, kind):
+    one = kind(grouped(sizes), seed, batch)
+    through = [batch_of(one, s, batch) for s in range(step + 1)][-1]
+    epoch_order.cache_clear()
+    at_once = batch_of(kind(grouped(sizes), seed, batch), step, batch)
+    assert all(np.array_equal(a, b) for a, b in zip(through, at_once, strict=True))
+
+
+def table(**columns):
+    scans = pd.DataFrame({"age": [20.0, 21.0, 34.0, 35.5, 61.0, 22.0], "site": list("aabbca"), **columns})
+    people = pd.Categorical(["p", "p", "q", "r", "s", "t"]).codes.astype(np.int64)
+    return SimpleNamespace(scans=scans, subjects=lambda: people)
+
+
+def test_a_recipe_s_wishes_become_orders_over_the_chosen_rows():
+    rows = np.array([0, 1, 2, 4])
+    ages = build_order(table(), rows, seed=0, batch=2, by="age", bins=5.0)
+    assert [part.tolist() for part in ages.groups] == [[0, 1], [2], [3]]
+    sites = build_order(table(), rows, seed=0, batch=2, by="site")
+    assert [part.tolist() for part in sites.groups] == [[0, 1], [2], [3]]
+    people = build_order(table(), rows, seed=0, batch=2, one_session_per_subject=True)
+    assert [part.tolist() for part in people.sessions] == [[0, 1], [2], [3]]
+    assert isinstance(build_order(table(), rows, seed=0, batch=2), EveryScan)
+
+
+@pytest.mark.parametrize(
+    ("wish", "text"),
+    [
+        ({"by": "sight"}, r"data.balance.by='sight' is no column of the manifest \(did you mean 'site'\?\)"),
+        ({"bins": 5.0}, "data.balance.bins=5 needs data.balance.by"),
+        ({"by": "site", "bins": 5.0}, "data.balance.bins=5: site is no column of numbers"),
+        ({"by": "site", "one_session_per_subject": True}, "cannot be set together"),
+        ({"by": "tiv"}, "data.balance.by=tiv: 1 of 6 scans have no tiv; leave them out by data.query"),
+    ],
+)
+def test_wrong_wishes_are_named(wish, text):
+    manifest = table(tiv=[1, 2, 3, 4, 5, np.nan])
+    with pytest.raises(UserError, match=text):
+        build_order(manifest, np.arange(6), seed=0, batch=2, **wish)
+
+
+def cohort_of_many_young(scans=2000):
+    """Ages as in BHB-like cohorts: most between 18 and 30, few old; the young from few large sites."""
+    generator = np.random.default_rng(0)
+    young = generator.normal(24, 3, int(0.8 * scans))
+    ages = np.concatenate([young, generator.uniform(30, 85, scans - len(young))])
+    site = np.where(ages < 30, generator.integers(0, 4, scans), generator.integers(4, 24, scans))
+    return pd.DataFrame({"age": ages, "site": [f"site{number:02d}" for number in site]})
+
+
+def positives(scans, order, batch=64, steps=20):
+    kernel, found, ages_seen = KERNELS["gaussian"](bandwidth=5.0), [], []
+    for step in range(steps):
+        ages = scans["age"].to_numpy()[batch_of(order, step, batch)[0]]
+        found.append(effective_positives(torch.tensor(ages[:, None], dtype=torch.float64), kernel))
+        ages_seen.append(ages)
+    return torch.cat(found).numpy(), np.concatenate(ages_seen)
+
+
+def test_flat_ages_widen_the_batch_give_common_ages_fewer_positives_and_rare_ages_more():
+    scans = cohort_of_many_young()
+    manifest, rows = SimpleNamespace(scans=scans), np.arange(len(scans))
+    plain, ages = positives(scans, build_order(manifest, rows, seed=0, batch=64))
+    flat, flat_ages = positives(scans, build_order(manifest, rows, seed=0, batch=64, by="age", bins=5.0))
+    assert flat_ages.std() > 1.3 * ages.std()
+    assert flat.mean() < 0.5 * plain.mean()
+    assert flat[flat_ages > 50].mean() > 1.5 * plain[ages > 50].mean()
+    bins = np.bincount((flat_ages // 5).astype(int))
+    bins = bins[bins > 0]
+    assert bins.max() - bins.min() <= 20  # one a batch
+
+
+def test_balanced_sites_make_pairs_of_one_site_rare():
+    scans = cohort_of_many_young()
+    manifest, rows = SimpleNamespace(scans=scans), np.arange(len(scans))
+
+    def same_site(order):
+        shares = []
+        for step in range(10):
+            site = scans["site"].to_numpy()[batch_of(order, step, 64)[0]]
+            shares.append(((site[:, None] == site).sum() - 64) / (64 * 63))
+        return np.mean(shares)
+
+    plain = same_site(build_order(manifest, rows, seed=0, batch=64))
+    balanced = same_site(build_order(manifest, rows, seed=0, batch=64, by="site"))
+    assert balanced <= 1 / 24 < 0.1 < plain

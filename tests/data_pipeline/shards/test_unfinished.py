@@ -1,0 +1,203 @@
+"""What an interrupted build leaves: which of it the next one keeps, and which of it the next one must not trust."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from data_pipeline.cohort.scan import Scan
+from data_pipeline.quality.rules import Quality
+from data_pipeline.shards import build
+from data_pipeline.shards import unfinished as resume
+from data_pipeline.shards.build import build_shards
+from data_pipeline.shards.verify import verify_shards
+from data_pipeline.storage.manifest import Manifest
+from data_pipeline.volume.load import Grid, Preparation
+from infra import cli, ray_cluster
+from infra.errors import UserError
+from tests.cohorts import GRID, blob, write_cohort
+
+PER_SHARD = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    with ray_cluster.session(2):
+        yield
+
+
+@pytest.fixture
+def people(tmp_path):
+    return write_cohort(tmp_path / "people", participants=24)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(monkeypatch, cohort: Path, out: Path, after: int = 3, **options) -> dict[str, int]:
+    """A build that ends after so many shards; the inodes of those that were finished."""
+    real, seen = build.Progress.advance, []
+
+    def advance(self, n=1, **figures):
+        real(self, n, **figures)
+        seen.append(n)
+        if len(seen) == after:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build.Progress, "advance", advance)
+        with pytest.raises(Interrupted):
+            build_shards(cohort, out, **{"scans_per_shard": PER_SHARD, **options})
+    assert not (out / "manifest.json").exists()
+    names = [path.name.removeprefix(".unfinished-").removesuffix(".json") for path in out.glob(".unfinished-*.json")]
+    # A worker may have been stopped between a record and its shard.
+    found = {name: (out / name).stat().st_ino for name in names if (out / name).exists()}
+    assert len(found) >= after
+    return found
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def kept(out: Path, before: dict[str, int]) -> list[str]:
+    return sorted(name for name, inode in before.items() if (out / name).stat().st_ino == inode)
+
+
+def scan_in(out: Path, people: Path, name: str) -> Path:
+    """The NIfTI file of a scan in a shard that is not in any manifest yet."""
+    key = resume.record_of(out, name).read_text().partition('"key": "')[2].partition('"')[0]
+    return next((people / key.split("_")[1]).rglob("*.nii.gz"))
+
+
+def test_finished_shards_are_kept_and_the_result_is_the_same_to_the_byte(people, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    before = interrupt(monkeypatch, people, out)
+    build_shards(people, out, scans_per_shard=PER_SHARD)
+    assert kept(out, before) == sorted(before)
+    build_shards(people, tmp_path / "whole", scans_per_shard=PER_SHARD)
+    assert files(out) == files(tmp_path / "whole")
+    assert not list(out.glob(".*"))
+
+
+def test_a_file_that_changed_in_between_is_read_again(people, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    before = interrupt(monkeypatch, people, out)
+    name = sorted(before)[1]
+    path = scan_in(out, people, name)
+    stamps = path.stat()
+    image = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(blob(99, 50.0), image.affine), path)
+    os.utime(path, ns=(stamps.st_atime_ns, stamps.st_mtime_ns))  # as a copy that keeps times leaves it
+    build_shards(people, out, scans_per_shard=PER_SHARD)
+    assert kept(out, before) == [n for n in sorted(before) if n != name]
+    build_shards(people, tmp_path / "whole", scans_per_shard=PER_SHARD)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_row_that_changed_in_between_is_written_again(people, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    before = interrupt(monkeypatch, people, out)
+    name = sorted(before)[0]
+    participant = scan_in(out, people, name).parents[2].name
+    lines = (people / "participants.tsv").read_text().splitlines()
+    edited = [
+        line.replace("\tF\t", "\tO\t").replace("\tM\t", "\tO\t") if participant in line else line for line in lines
+    ]
+    (people / "participants.tsv").write_text("\n".join(edited) + "\n")
+    built = build_shards(people, out, scans_per_shard=PER_SHARD)
+    assert kept(out, before) == sorted(before)[1:]
+    assert (built.scans.loc[built.scans["participant_id"] == participant[4:], "sex"] == "O").all()
+    assert files(out) == files(build_shards(people, tmp_path / "whole", scans_per_shard=PER_SHARD).root)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": 1},
+        {"scans_per_shard": 10},
+        {"codec": "npy"},
+        {"scaling": "tiv"},
+        {"dataset": "other"},
+        {"grid": "coarse"},
+    ],
+    ids=str,
+)
+def test_other_settings_start_over_and_leave_nothing_of_the_first(people, tmp_path, monkeypatch, options):
+    if "grid" in options:
+        options = {"grid": Grid.of((7, 8, 6), np.array(GRID.affine) * np.array([[2.0, 2, 2, 1]] * 4))}
+    out = tmp_path / "out"
+    before = interrupt(monkeypatch, people, out)
+    wanted = {"scans_per_shard": PER_SHARD, **options}
+    build_shards(people, out, **wanted)
+    assert not [name for name in before if (out / name).exists() and (out / name).stat().st_ino == before[name]]
+    assert files(out) == files(build_shards(people, tmp_path / "whole", **wanted).root)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "gone", "record"])
+def test_a_damaged_leftover_is_not_trusted(people, tmp_path, monkeypatch, harm):
+    out = tmp_path / "out"
+    before = interrupt(monkeypatch, people, out)
+    name = sorted(before)[0]
+    path = out / name
+    content = bytearray(path.read_bytes())
+    if harm == "flip":
+        content[700] ^= 1
+        path.write_bytes(bytes(content))
+    elif harm == "cut":
+        path.write_bytes(bytes(content[:-1]))
+    elif harm == "gone":
+        path.unlink()
+    else:
+        resume.record_of(out, name).write_text("{")
+    build_shards(people, out, scans_per_shard=PER_SHARD)
+    assert files(out) == files(build_shards(people, tmp_path / "whole", scans_per_shard=PER_SHARD).root)
+
+
+def test_a_shard_of_bad_scans_only_is_remembered_too(people, tmp_path, monkeypatch):
+    for path in people.rglob("*.nii.gz"):
+        path.write_bytes(b"x")
+    with pytest.raises(UserError, match="no scan could be used"):
+        build_shards(people, tmp_path / "out", scans_per_shard=PER_SHARD)
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_killed_between_manifest_and_clean_up_is_already_built(people, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "clear", lambda folder, keep=(): None)
+        build_shards(people, out)
+    assert list(out.glob(".unfinished-*.json"))
+    assert cli.run(["shards", "build", str(people), str(out)]) == 0
+    assert "already built" in capsys.readouterr().out
+    assert not list(out.glob(".unfinished-*"))
+    assert verify_shards(Manifest.load(out)) == []
+
+
+def test_two_builds_in_one_folder_are_refused(people, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with resume.locked(out):
+        assert cli.run(["shards", "build", str(people), str(out)]) == 2
+    assert "is being written by another command" in capsys.readouterr().err
+    assert cli.run(["shards", "build", str(people), str(out)]) == 0
+
+
+def test_a_worker_that_outlives_its_driver_cannot_put_its_shard_in_place(people, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    scans = [Scan(path, "d", path.name[4:7]) for path in sorted(people.rglob("*.nii.gz"))[:2]]
+    with resume.building(out, ["d-000000.tar"]) as old:
+        task = build._Task(scans, str(out), str(old), "d-000000.tar", Preparation(GRID), "zst", Quality())
+        (out / "d-000000.tar").write_bytes(b"of the new driver")
+        shutil.rmtree(old)  # what the new driver does first
+        with pytest.raises(FileNotFoundError):
+            build.build_one(task)
+    assert (out / "d-000000.tar").read_bytes() == b"of the new driver"
+    assert not list(out.glob(".unfinished-*"))

@@ -1,0 +1,99 @@
+"""Evaluations as `yaware evaluate` leaves them in a store, made up of simulated answers: quick, and rich."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from infra.tracking.tracking import Tracker
+
+TITLES = {"scz": "schizophrenia", "ad": "Alzheimer's disease", "age": "age", "site": "site"}
+PEOPLE = 130  # every third has a second scan
+
+
+def people(seed: int = 0) -> pd.DataFrame:
+    """A row per scan: key, participant, age, sex, site, diagnosis and what the simulated brain shows of it."""
+    generator = np.random.default_rng(seed)
+    table = pd.DataFrame(
+        {
+            "participant": [f"tiny/{n:03d}" for n in range(PEOPLE)],
+            "age": generator.uniform(20, 75, PEOPLE).round(1),
+            "sex": generator.choice(["F", "M"], PEOPLE),
+            "site": generator.choice(["north", "south", "island"], PEOPLE, p=[0.5, 0.4, 0.1]),
+            "diagnosis": generator.choice(["control", "SCZ"], PEOPLE),
+            "trait": generator.normal(size=PEOPLE),
+        }
+    )
+    table = pd.concat([table, table[::3]], ignore_index=True)
+    table.insert(0, "key", [f"tiny_sub-{n:03d}" for n in range(len(table))])
+    return table
+
+
+def predictions(scans: pd.DataFrame, skill: float, seed: int, tasks: tuple[str, ...]) -> pd.DataFrame:
+    """What a probe of some skill would have answered, with probabilities and folds."""
+    generator, parts = np.random.default_rng(seed), []
+    count = len(scans)
+    codes = pd.Categorical(scans["participant"]).codes
+    for task in tasks:
+        noise = 0.7 * scans["trait"].to_numpy() + 0.7 * generator.normal(size=count)
+        part = scans[["key", "participant", "age", "sex", "site"]].assign(task=task, title=TITLES[task], fold=codes % 5)
+        if task == "age":
+            label = scans["age"].to_numpy()
+            part = part.assign(kind="regression", label=label, answer=0.3 * 47 + 0.7 * label + 9 * noise / (1 + skill))
+        elif task == "site":
+            label = pd.Categorical(scans["site"]).codes.astype(float)
+            answer = np.where(generator.random(count) < 0.4, label, generator.integers(0, 3, count))
+            part = part.assign(kind="multiclass", label=label, answer=answer)
+        else:
+            label = (scans["diagnosis"] == "SCZ").to_numpy(float)
+            answer = skill * (2 * label - 1) + noise
+            probability = 1 / (1 + np.exp(-2 * skill * answer))
+            part = part.assign(kind="binary", label=label, answer=answer, probability=probability)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def evaluation(
+    uri: str, folder, name: str, step: int, skill: float, *, scans: pd.DataFrame, tasks=tuple(TITLES), experiment="kept",
+    simulated=True, tags=None, params=None, metrics=None, saliency=False, sizes=(20, 40, 80),
+) -> str:  # fmt: skip
+    """Log one evaluation; its run id. Without ``metrics`` nothing but tables is left: compare makes the figures of them."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng([step, len(name)])
+    table = predictions(scans, skill, step + len(name), tasks)
+    table.to_parquet(folder / "predictions.parquet", index=False)
+    curve = [
+        {
+            "task": task,
+            "n_train": size,
+            "draw": draw,
+            "auc": 0.5 + 0.3 * skill * (size / 100) ** 0.3 + 0.03 * generator.normal(),
+        }
+        for task in tasks
+        if task in ("scz", "ad")
+        for size in sizes
+        for draw in range(10)
+    ]
+    pd.DataFrame(curve, columns=["task", "n_train", "draw", "auc"]).to_csv(folder / "curve.csv", index=False)
+    shown = scans[["age", "sex", "site", "diagnosis"]].assign(
+        x=(scans["age"] - 47) / 10 * skill + generator.normal(size=len(scans)),
+        y=scans["trait"] + (scans["site"] == "south"),
+    )
+    shown.to_parquet(folder / "embedding.parquet", index=False)
+    if saliency:
+        grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (20, 24, 20)), indexing="ij"))
+        brain = ((grid**2).sum(0) < 0.8).astype(np.float16)
+        hot = np.exp(-((grid - np.array([0.3, 0, 0])[:, None, None, None]) ** 2).sum(0) * 8).astype(np.float16)
+        np.savez(folder / "saliency_scz.npz", background=brain, map=hot * brain)
+    about = {
+        "yaware.kind": "evaluation", "yaware.run_name": name, "yaware.method": name, "yaware.step": str(step),
+        "yaware.weights_sha256": "5" * 64, "yaware.manifest_digest": "a" * 64, "yaware.simulated": str(simulated),
+        "yaware.version": "0.1.0", "yaware.encoder": "resnet18", "yaware.pretraining_run": "", **(tags or {}),
+    }  # fmt: skip
+    tracker = Tracker.open(uri, experiment, f"evaluate {name} step {step}", tags=about)
+    tracker.log_params({"folds": 5, "draws": 10, "seed": 0, **(params or {})})
+    tracker.log_metrics([(key, value, step) for key, value in (metrics or {}).items()])
+    for path in sorted(folder.iterdir()):
+        tracker.log_artifact(path, "evaluation")
+    tracker.end()
+    return str(tracker.run_id)

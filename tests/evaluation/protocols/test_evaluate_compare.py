@@ -1,0 +1,257 @@
+"""From checkpoints to the report through the real commands; the report is made from MLflow's store alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from data_pipeline.loading.loader import volumes
+from data_pipeline.shards.build import build_shards
+from data_pipeline.storage.manifest import Manifest
+from evaluation.protocols import embedding
+from evaluation.protocols.embedding import embedding_table
+from evaluation.protocols.saliency import boxes_of, occlusion
+from evaluation.tasks.tasks import load_task
+from infra import cli
+from infra.errors import UserError
+from infra.tracking import runs
+from infra.tracking.mlflow_store import client_of
+from infra.tracking.tracking import Tracker
+from pretrain.encoders import build_encoder
+from pretrain.weights.encoder import write_encoder
+from tests.cohorts import write_cohort
+
+OPTIONS = {"width": 0.25, "norm": "group"}
+TASKS = ["--tasks", "ad,age,site,sex", "--n-train", "8,16,99", "--draws", "3"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    cohort = write_cohort(tmp_path_factory.mktemp("cohort") / "tiny", participants=90)
+    out = tmp_path_factory.mktemp("shards") / "tiny"
+    build_shards(cohort, out, splits={"pretrain": 0.3, "monitor": 0.1, "downstream": 0.6}, workers=2)
+    return out
+
+
+def checkpoint(folder, shards, uri, name, seed, split="pretrain"):
+    manifest = Manifest.load(shards)
+    tracker = Tracker.open(uri, "test", name, tags={"yaware.kind": "pretraining"})
+    tracker.log_metrics(
+        [(m, 1.0 + 1 / (s + 1), s) for s in range(30) for m in ("loss", "lr", "grad_norm", "scans_per_second")]
+    )
+    torch.manual_seed(seed)
+    config = {
+        "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 128, "step": 30, "run_id": tracker.run_id,
+        "run_name": name, "method": "y-aware", "manifest_digest": manifest.digest, "split": [split], "version": "0.1.0",
+        "simulated": False, "experiment": "test",
+    }  # fmt: skip
+    preprocessing = {"grid": manifest.grid, "normalisation": "zscore", "modality": "vbm", "scaling": "none"}
+    weights = write_encoder(folder / "encoder", build_encoder("resnet18", OPTIONS).state_dict(), config, preprocessing)
+    model_id = tracker.log_checkpoint(name, 30, folder, weights)
+    (folder / "encoder" / "mlflow.json").write_text(f'{{"model_id": "{model_id}"}}')
+    tracker.end()
+    return model_id
+
+
+@pytest.fixture(scope="module")
+def evaluated(shards, tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluated")
+    uri = f"sqlite:///{root}/mlflow.db"
+    models = [checkpoint(root / name, shards, uri, name, seed) for seed, name in enumerate(("first", "second"))]
+    given = [str(root / "first"), str(root / "second"), "--shards", str(shards), "--experiment", "test"]
+    assert cli.run(["evaluate", *given, *TASKS, "--tracking-uri", uri]) == 0
+    asked = [str(root / "first"), "--shards", str(shards), "--experiment", "test", "--tracking-uri", uri]
+    assert cli.run(["saliency", *asked, "--task", "ad", "--scans", "4", "--cubes", "3"]) == 0
+    for name in ("first", "second"):
+        shutil.rmtree(root / name)  # from here on only MLflow knows them
+    return root, uri, models
+
+
+def test_evaluations_are_linked_to_checkpoint_and_pretraining(evaluated):
+    _, uri, models = evaluated
+    rows = runs.runs(uri, "test", "evaluation")
+    trained = {row["name"]: row["run_id"] for row in runs.runs(uri, "test", "pretraining")}
+    assert {row["tags"]["yaware.model_id"] for row in rows} == set(models)
+    for row in rows:
+        assert row["status"] == "FINISHED"
+        assert row["tags"]["mlflow.parentRunId"] == trained[row["tags"]["yaware.run_name"]]
+        metrics = row["metrics"]
+        assert metrics["ad.auc.low"] <= metrics["ad.auc"] <= metrics["ad.auc.high"]
+        assert {"age.mae", "site.bacc", "sex.auc", "ad.auc.n8", "ad.auc.n16"} <= set(metrics)
+        assert "ad.auc.n99" not in metrics
+        (model,) = runs.checkpoints(uri, row["tags"]["mlflow.parentRunId"])
+        assert {
+            "name": "ad.auc",
+            "value": metrics["ad.auc"],
+            "step": 30,
+            "dataset": "tiny",
+            "run_id": row["run_id"],
+        } in model["metrics"]
+
+
+def test_mlflow_itself_sorts_checkpoints_by_a_figure(evaluated):
+    """The query behind the viewer's table of models: by a metric on a data set."""
+    _, uri, models = evaluated
+    client = client_of(uri)
+    order = {"field_name": "metrics.ad.auc", "ascending": False, "dataset_name": "tiny"}
+    found = client.search_logged_models([client.get_experiment_by_name("test").experiment_id], order_by=[order])
+    logged = {row["tags"]["yaware.model_id"]: row["metrics"]["ad.auc"] for row in runs.runs(uri, "test", "evaluation")}
+    assert [model.model_id for model in found] == sorted(models, key=lambda model: -logged[model])
+
+
+def test_compare_reads_only_the_store_and_writes_the_report(evaluated, capsys):
+    root, uri, _ = evaluated
+    out = root / "out" / "report.html"
+    assert cli.run(["compare", "--experiment", "test", "--tracking-uri", uri, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "ad AUC" in printed
+    assert "mlflow ui --backend-store-uri" in printed
+    assert re.search(r"ad AUC: (first - second|second - first) = [+-]0\.\d+ \[", printed)
+    page = out.read_text()
+    assert page.count("data:image/png;base64,") == 2  # of scans
+    assert page.count("data:image/svg+xml;base64,") == 4
+    assert not re.search(r"(src|href)=['\"]?https?:", page)
+    assert "Simulated data" not in page
+    for name in ("auc", "learning_curve", "calibration", "embedding_age", "saliency", "training_curves"):
+        assert (root / "out" / f"report_{name}.png").read_bytes().startswith(b"\x89PNG")
+    table = pd.read_csv(root / "out" / "report_figures.csv")
+    logged = {row["tags"]["yaware.run_name"]: row["metrics"] for row in runs.runs(uri, "test", "evaluation")}
+    for row in table.itertuples():
+        assert row.value == pytest.approx(logged[row.checkpoint][f"{row.task}.{row.figure}"])
+
+
+class Region(torch.nn.Module):
+    """Features of which one sees the middle of the volume alone, and the others nothing of it."""
+
+    def forward(self, volumes_B1DHW):
+        seen = volumes_B1DHW[:, 0, 6:12, 6:12, 6:12].mean((1, 2, 3))
+        return torch.stack([seen, torch.ones_like(seen), torch.zeros_like(seen)], dim=1)
+
+
+def test_occlusion_finds_the_only_voxels_that_matter(shards):
+    manifest = Manifest.load(shards)
+    task = load_task("ad", manifest)
+    encoder = Region()
+    features = torch.cat([encoder(batch) for _, batch in volumes(manifest, task.rows, 16)]).numpy()
+    fit, ask = np.arange(len(task.rows))[6:], np.arange(6)
+    found = occlusion(encoder, manifest, task, features, fit, ask, {"strength": 1.0}, 3)
+    change, side = found["map"], int(found["side"])
+    middle = (slice(6, 12),) * 3
+    assert side == 6  # so that the region is one cube
+    assert change[middle].min() > 0
+    elsewhere = change.copy()
+    elsewhere[middle] = 0
+    assert not elsewhere.any()
+    assert found["background"].shape == change.shape == tuple(manifest.grid["shape"])
+
+
+def test_cubes_tile_the_brain_and_leave_out_air():
+    volume = np.zeros((20, 24, 20))
+    volume[5:15, 6:18, 5:15] = 1.0
+    boxes, side = boxes_of(volume, 6)
+    covered = np.zeros(volume.shape, int)
+    for box in boxes:
+        covered[box] += 1
+    assert side == 4
+    assert covered.max() == 1
+    assert covered[volume > 0].all()
+    assert not covered[:4].any()
+
+
+def test_saliency_needs_an_evaluation(shards, tmp_path, capsys):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    checkpoint(tmp_path / "ok", shards, uri, "ok", 0)
+    base = [str(tmp_path / "ok"), "--shards", str(shards), "--tracking-uri", uri, "--experiment", "test"]
+    for more, text in (
+        (["--task", "ad"], r"has no evaluation of task ad on these shards in experiment 'test'; run yaware evaluate"),
+        (["--task", "site"], "task site has several classes and so no one score"),
+        (["--task", "ad", "--cubes", "1"], "--cubes=1: at least 2 are needed"),
+    ):
+        assert cli.run(["saliency", *base, *more]) == 2
+        assert re.search(text, capsys.readouterr().err)
+
+
+def test_umap_coordinates_stand_beside_the_components(shards, monkeypatch):
+    """umap-learn is optional: a stand-in for the library shows what it is given and where its answer goes."""
+    manifest = Manifest.load(shards)
+    rows = np.arange(30)
+    features = np.random.default_rng(0).normal(size=(30, 80))
+    assert "umap_x" not in embedding_table(manifest, rows[:10], features[:10])
+
+    class UMAP:
+        def __init__(self, random_state):
+            assert random_state == 0
+
+        def fit_transform(self, points):
+            assert points.shape[0] == 30
+            assert points.shape[1] <= 50
+            return points[:, 1::-1]
+
+    monkeypatch.setattr(embedding, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "umap", type(sys)("umap"))
+    monkeypatch.setattr(sys.modules["umap"], "UMAP", UMAP, raising=False)
+    table = embedding_table(manifest, rows, features)
+    assert np.allclose(abs(table["umap_x"]), abs(table["y"]))
+
+
+def test_compare_without_evaluations_says_what_to_do(evaluated, capsys):
+    uri = evaluated[1]
+    assert cli.run(["compare", "--experiment", "tset", "--tracking-uri", uri]) == 2
+    assert "experiment 'tset' is not in" in capsys.readouterr().err
+    Tracker.open(uri, "empty", "x", tags={"yaware.kind": "pretraining"}).end()
+    assert cli.run(["compare", "--experiment", "empty", "--tracking-uri", uri]) == 2
+    assert "has no finished evaluation; run `yaware evaluate` first" in capsys.readouterr().err
+
+
+def test_participants_seen_in_pretraining_are_refused(shards, tmp_path, capsys):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    checkpoint(tmp_path / "leaky", shards, uri, "leaky", 0, split="downstream")
+    given = [str(tmp_path / "leaky"), "--shards", str(shards), "--tasks", "ad", "--tracking-uri", uri]
+    assert cli.run(["evaluate", *given]) == 2
+    printed = capsys.readouterr().err
+    assert re.search(r"leaky: pretrained on participants of the test scans \(tiny/\d+, .* and \d+ more\)", printed)
+
+
+def test_wrong_requests_are_one_line(shards, tmp_path, capsys):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    checkpoint(tmp_path / "ok", shards, uri, "ok", 0)
+    base = ["--shards", str(shards), "--tracking-uri", uri]
+    for arguments, text in (
+        ([str(tmp_path / "ok"), *base, "--tasks", "add"], r"task 'add' is not known \(did you mean 'ad'\?\)"),
+        ([str(tmp_path / "ok"), *base, "--tasks", "scz"], r"task scz: too few participants for 5 folds .*SCZ 0"),
+        ([str(tmp_path / "none"), *base, "--tasks", "ad"], "no encoder in"),
+        ([str(tmp_path / "ok"), *base, "--tasks", "ad", "--folds", "1"], "at least 2 folds"),
+        ([str(tmp_path / "ok"), *base[:2], "--tracking-uri", "ftp://x", "--tasks", "ad"], "is not a store of MLflow"),
+    ):
+        assert cli.run(["evaluate", *arguments]) == 2
+        printed = capsys.readouterr().err
+        assert re.search(text, printed), printed
+
+
+def test_controls_are_matched_to_patients_in_age(shards):
+    manifest = Manifest.load(shards)
+    task = load_task("ad", manifest)
+    ages = manifest.scans["age"].to_numpy()[task.rows]
+    assert abs(ages[task.labels == 1].mean() - ages[task.labels == 0].mean()) < 3
+    assert len(np.unique(task.rows)) == len(task.rows)
+    assert set(manifest.scans["split"].to_numpy()[task.rows]) == {"downstream"}
+
+
+def test_a_task_file_of_ones_own(shards, tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text(
+        "title: site one\nkind: binary\nlabel: site\npositive: [site1]\nnegative: [site0, site2]\nhealthy: true\n"
+    )
+    task = load_task(str(path), Manifest.load(shards))
+    assert (task.name, task.kind, set(task.labels)) == ("old", "binary", {0, 1})
+    path.write_text("title: x\nkind: binary\nlabel: diagnosi\npositive: [a]\nnegative: [b]\n")
+    with pytest.raises(
+        UserError, match=r"label: 'diagnosi' is no column of scans.parquet \(did you mean 'diagnosis'\?\)"
+    ):
+        load_task(str(path), Manifest.load(shards))

@@ -1,0 +1,163 @@
+"""Intervals against scipy and by hand, and how often they hold the truth on simulated data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from evaluation.statistics import intervals
+from evaluation.statistics.intervals import (
+    bca_limits,
+    bootstrap_weights,
+    corrected_interval,
+    jackknife_weights,
+    participant_codes,
+    with_interval,
+)
+from evaluation.statistics.metrics import FIGURES, OF_PROBABILITIES, auc, mae, pearson
+
+
+def test_bca_limits_equal_scipy_on_the_same_samples():
+    data = np.random.default_rng(0).exponential(size=40)  # skewed, so that bias and acceleration matter
+    found = stats.bootstrap((data,), np.mean, method="BCa", n_resamples=999, rng=np.random.default_rng(1))
+    left_out = np.array([np.delete(data, i).mean() for i in range(40)])
+    limits = bca_limits(data.mean(), found.bootstrap_distribution, left_out)
+    assert limits == pytest.approx(tuple(found.confidence_interval), abs=1e-12)
+    assert limits != pytest.approx(tuple(np.quantile(found.bootstrap_distribution, [0.025, 0.975])), abs=1e-3)
+
+
+def test_participants_are_drawn_whole(monkeypatch):
+    codes = participant_codes(np.array(["c", "c", "c", "a", "a", "g"]))
+    weights = np.concatenate(list(bootstrap_weights(codes, 300)))
+    assert weights.shape == (300, 6)
+    assert (weights[:, 0] == weights[:, 1]).all()
+    assert (weights[:, 3] == weights[:, 4]).all()
+    people = weights[:, [0, 3, 5]]
+    assert (people.sum(1) == 3).all()
+    assert people.mean(0) == pytest.approx([1, 1, 1], abs=0.15)
+    assert len(np.unique(people, axis=0)) == 10  # all the ways to draw 3 of 3
+    monkeypatch.setattr(intervals, "CELLS", 60)
+    assert np.array_equal(weights, np.concatenate(list(bootstrap_weights(codes, 300))))
+    left = np.concatenate(list(jackknife_weights(codes)))
+    assert left.tolist() == [[1, 1, 1, 0, 0, 1], [0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
+
+
+def test_an_interval_of_several_scans_a_person_is_wider_than_if_they_were_people():
+    generator = np.random.default_rng(1)
+    person = np.repeat(np.arange(30), 4)
+    labels = (person % 2).astype(int)
+    answers = np.repeat(generator.normal(size=30), 4) + 0.8 * labels
+    grouped = with_interval(auc, labels, answers, person)
+    single = with_interval(auc, labels, answers, np.arange(120))
+    assert grouped[0] == single[0]
+    assert grouped[2] - grouped[1] > 1.4 * (single[2] - single[1])
+
+
+def test_degenerate_intervals():
+    labels = np.repeat([0, 1], 10)
+    assert with_interval(auc, labels, labels.astype(float), np.arange(20)) == (1.0, 1.0, 1.0)
+    assert all(np.isnan(with_interval(auc, np.ones(20), labels, np.arange(20))))
+    assert with_interval(mae, labels, labels, np.arange(20)) == (0.0, 0.0, 0.0)
+
+
+def test_corrected_interval_by_hand():
+    # 3 splits of 80 / 20: mean 0.8, s² = 0.01; Nadeau and Bengio's variance is (1/3 + 20/80) 0.01.
+    mean, low, high, p = corrected_interval(np.array([0.7, 0.8, 0.9]), 80, 20)
+    error = np.sqrt((1 / 3 + 0.25) * 0.01)
+    assert mean == pytest.approx(0.8)
+    assert (high - low) / 2 == pytest.approx(4.302652729911275 * error)  # t of 2 degrees of freedom at 0.975
+    assert (low + high) / 2 == pytest.approx(0.8)
+    assert p == pytest.approx(2 * stats.t.sf(0.8 / error, 2))
+    assert np.isnan(corrected_interval(np.array([0.7]), 80, 20)[1])
+    assert corrected_interval(np.zeros(4), 80, 20)[1:] == (0.0, 0.0, 1.0)
+    with pytest.raises(ValueError, match="n_train=0"):
+        corrected_interval(np.ones(3), 0, 20)
+
+
+def unit(generator, kind, people, scans):
+    """Labels, answers and participants; a person's scans share most of what the answer says of them."""
+    groups = np.repeat(np.arange(people), scans)
+    shared = generator.normal(size=people)[groups] * (scans > 1) * 0.8
+    noise = shared + generator.normal(size=len(groups)) * (0.6 if scans > 1 else 1.0)  # variance 1 either way
+    if kind == "regression":
+        labels = generator.normal(size=people)[groups] * 2
+        return labels, labels + noise, groups
+    labels = (generator.random(people) < 0.4).astype(int)[groups]
+    decision = noise + labels
+    # The posterior of two unit normals one apart with 40 % positives: calibrated by construction.
+    return labels, 1 / (1 + np.exp(-(decision - 0.5 + np.log(0.4 / 0.6)))), groups
+
+
+def told(name, answers):
+    """A probability as the score that balanced accuracy asks for; other figures take it as it is."""
+    return answers - 0.5 if name == "bacc" else answers
+
+
+def coverage(kind, names, people, scans, runs, resamples, seed):
+    """Share of simulated studies whose interval holds the figure of one endless study."""
+    big = unit(np.random.default_rng(99), kind, 400_000, 1)  # the figures do not depend on scans a person
+    figures = {**FIGURES[kind], **OF_PROBABILITIES[kind]}
+    truth = {name: figures[name](big[0], told(name, big[1])) for name in names}
+    generator, hits = np.random.default_rng(seed), dict.fromkeys(names, 0)
+    for number in range(runs):
+        labels, answers, groups = unit(generator, kind, people, scans)
+        for name in names:
+            _, low, high = with_interval(figures[name], labels, told(name, answers), groups, number, resamples)
+            hits[name] += low <= truth[name] <= high
+    return {name: count / runs for name, count in hits.items()}
+
+
+# Standard error of a share of 0.95 over 600 studies: 0.009.
+@pytest.mark.parametrize(
+    ("kind", "names", "scans"),
+    [("binary", ("auc",), 1), ("binary", ("auc",), 3), ("regression", ("mae",), 1), ("regression", ("mae",), 3)],
+)
+def test_intervals_hold_the_truth_nineteen_times_in_twenty(kind, names, scans):
+    for share in coverage(kind, names, 100, scans, 600, 600, seed=5).values():
+        assert 0.92 <= share <= 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("scans", [1, 3])
+@pytest.mark.parametrize("people", [60, 150])
+@pytest.mark.parametrize("kind", ["binary", "regression"])
+def test_intervals_of_every_figure_hold_the_truth(kind, people, scans):
+    found = coverage(kind, (*FIGURES[kind], *OF_PROBABILITIES[kind]), people, scans, 1000, 800, seed=6)
+    print(kind, people, scans, found)
+    assert all(0.92 <= share <= 0.98 for share in found.values()), found
+
+
+def test_scans_taken_for_people_would_miss_the_truth():
+    generator, hits = np.random.default_rng(3), 0
+    for number in range(200):
+        labels, answers, _ = unit(generator, "binary", 100, 3)
+        _, low, high = with_interval(auc, labels, answers, np.arange(300), number, 400)
+        hits += low <= stats.norm.cdf(1 / np.sqrt(2)) <= high
+    assert hits / 200 < 0.88
+
+
+def test_corrected_interval_holds_the_truth_where_the_uncorrected_does_not():
+    """Mean of a training set predicts a test set, over 15 overlapping splits of one sample of 60; truth by theory."""
+    generator, corrected, plain = np.random.default_rng(8), 0, 0
+    n_train, n_test, splits, runs = 48, 12, 15, 600
+    truth = 1 + 1 / n_train  # expected squared error of the mean of 48 unit normals
+    for _ in range(runs):
+        sample = generator.normal(size=60)
+        orders = generator.permuted(np.tile(sample, (splits, 1)), axis=1)
+        errors = ((orders[:, n_train:] - orders[:, :n_train].mean(1, keepdims=True)) ** 2).mean(1)
+        _, low, high, _ = corrected_interval(errors, n_train, n_test)
+        corrected += low <= truth <= high
+        half = stats.t.ppf(0.975, splits - 1) * errors.std(ddof=1) / np.sqrt(splits)
+        plain += abs(errors.mean() - truth) <= half
+    assert 0.92 <= corrected / runs <= 0.98
+    assert plain / runs < 0.85
+
+
+def test_pearson_interval_is_pulled_towards_zero_near_one():
+    generator = np.random.default_rng(2)
+    labels = generator.normal(size=80)
+    value, low, high = with_interval(pearson, labels, labels + generator.normal(size=80) * 0.2, np.arange(80))
+    assert value - low > high - value  # a percentile interval is that too; a symmetric one is not
+    assert high < 1

@@ -1,0 +1,188 @@
+"""Planted leaks are found and named: a person's second session, a person's voxels under another name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.shards.build import build_shards
+from data_pipeline.storage.manifest import Manifest
+from evaluation.tasks.leakage import check_copies, check_leakage
+from evaluation.tasks.tasks import load_task
+from infra import ray_cluster
+from infra.errors import UserError
+from pretrain.config import load_recipe
+from pretrain.encoders import build_encoder
+from pretrain.run.plan import Plan
+from pretrain.train import scans_seen
+from pretrain.weights.encoder import Encoder, export_encoder, write_encoder
+from pretrain.weights.seen_scans import participants_of, read, source_of, to_json
+from tests.cohorts import write_cohort
+
+OPTIONS = {"width": 0.25, "norm": "group"}
+
+
+def renamed(folder, out, old, new):
+    """A cohort in which one participant goes by another id."""
+    shutil.copytree(folder, out)
+    for path in sorted(out.rglob(f"*{old}*"), key=lambda path: -len(str(path))):
+        path.rename(path.with_name(path.name.replace(old, new)))
+    table = out / "participants.tsv"
+    table.write_text(table.read_text().replace(old, new))
+    return out
+
+
+def only(folder, out, people, session=None):
+    """A cohort of some participants, and of one session of each."""
+    shutil.copytree(folder, out)
+    table = (out / "participants.tsv").read_text().splitlines()
+    (out / "participants.tsv").write_text(
+        "\n".join([table[0], *(r for r in table[1:] if r.split("\t")[0] in people)]) + "\n"
+    )
+    for path in out.glob("sub-*"):
+        if path.name not in people:
+            shutil.rmtree(path)
+            continue
+        for each in path.glob("ses-*"):
+            if session and each.name != session:
+                shutil.rmtree(each)
+    return out
+
+
+def encoder_of(folder, manifest, rows, seen=True):
+    """An encoder that was trained on some scans, exported."""
+    torch.manual_seed(0)
+    config = {
+        "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 128, "step": 3, "run_id": None, "run_name": "x",
+        "method": "y-aware", "manifest_digest": manifest.digest, "split": ["pretrain"], "version": "0", "simulated": True,
+    }  # fmt: skip
+    sources = [source_of(manifest, rows)] if seen else []
+    preprocessing = {"grid": manifest.grid, "modality": "vbm", "scaling": "none"}
+    write_encoder(folder, build_encoder("resnet18", OPTIONS).state_dict(), config, preprocessing, sources)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    with ray_cluster.session(2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A cohort of two sessions each, its shards, and an encoder trained on the first session of the first ten."""
+    root = tmp_path_factory.mktemp("leaks")
+    cohort = write_cohort(root / "tiny", participants=30, sessions=2)
+    first = [f"sub-{n:03d}" for n in range(10)]
+    trained = build(only(cohort, root / "first" / "tiny", first, "ses-1"), root / "trained")
+    manifest = Manifest.load(trained)
+    folder = encoder_of(root / "encoder", manifest, np.arange(len(manifest.scans)))
+    shutil.rmtree(trained)  # the guard has only what lies beside the weights
+    return root, cohort, folder
+
+
+def build(cohort, out):
+    build_shards(cohort, out, dataset="tiny", splits={"downstream": 1.0}, workers=2)
+    return out
+
+
+def check(folder, manifest, rows=None):
+    rows = np.arange(len(manifest.scans)) if rows is None else rows
+    return check_leakage(Encoder.from_pretrained(folder), folder, manifest, rows, "x")
+
+
+def test_the_same_person_under_a_second_session_is_refused(world):
+    root, cohort, folder = world
+    second = build(
+        only(cohort, root / "second" / "tiny", [f"sub-{n:03d}" for n in range(7, 30)], "ses-2"), root / "later"
+    )
+    manifest = Manifest.load(second)
+    with pytest.raises(
+        UserError,
+        match=r"^x: pretrained on participants of the test scans \(tiny/007, tiny/008, tiny/009\); evaluate on other scans$",
+    ):
+        check(folder, manifest)
+    seen = ["tiny/007", "tiny/008", "tiny/009"]
+    others = np.flatnonzero(~np.isin(participants_of(manifest, np.arange(len(manifest.scans))), seen))
+    assert check(folder, manifest, others) == {"leakage.checked": "participants, voxels", "leakage.watched": "0"}
+
+
+def test_the_same_voxels_under_another_id_are_refused(world):
+    root, cohort, folder = world
+    fresh = only(cohort, root / "fresh" / "tiny", [f"sub-{n:03d}" for n in [4, *range(10, 20)]])
+    manifest = Manifest.load(build(renamed(fresh, root / "renamed" / "tiny", "sub-004", "sub-777"), root / "copies"))
+    refusal = r"under another name, on voxels of tiny/777, who are tested on \(scan tiny_sub-777_ses-1"
+    with pytest.raises(UserError, match=refusal):
+        check(folder, manifest)
+    # Tested on the second session alone, which the encoder never saw: the same person all the same.
+    with pytest.raises(UserError, match=refusal):
+        check(folder, manifest, np.flatnonzero(~manifest.scans["key"].str.startswith("tiny_sub-777_ses-1")))
+    others = np.flatnonzero(~manifest.scans["key"].str.startswith("tiny_sub-777"))
+    assert check(folder, manifest, others)["leakage.checked"] == "participants, voxels"
+
+
+def test_an_export_keeps_the_guard_and_cannot_lose_it(world, tmp_path):
+    _, _, folder = world
+    out = export_encoder(folder, tmp_path / "export")
+    seen = json.loads((out / "seen_scans.json").read_text())
+    assert len(seen["sources"][0]["participants"]) == 10
+    assert "tiny" not in json.dumps(seen)  # digests, no names
+    (out / "seen_scans.json").unlink()
+    with pytest.raises(UserError, match="seen_scans.json is missing or differs from checksums.json"):
+        Encoder.from_pretrained(out)
+    export_encoder(folder, tmp_path / "other")
+    seen["sources"][0]["participants"].pop()
+    (tmp_path / "other" / "seen_scans.json").write_text(json.dumps(seen))
+    with pytest.raises(UserError, match="seen_scans.json is missing or differs from checksums.json"):
+        Encoder.from_pretrained(tmp_path / "other")
+
+
+def test_an_encoder_without_the_file_is_judged_by_its_manifest(shards, tmp_path, capsys):
+    manifest = Manifest.load(shards)
+    folder = encoder_of(tmp_path / "old", manifest, None, seen=False)
+    with pytest.raises(UserError, match="pretrained on participants of the test scans"):
+        check(folder, manifest, manifest.rows(split="pretrain"))
+    assert check(folder, manifest, manifest.rows(split="downstream"))["leakage.checked"] == "participants, voxels"
+    elsewhere = encoder_of(
+        tmp_path / "elsewhere", type("M", (), {"digest": "0", "grid": manifest.grid}), None, seen=False
+    )
+    assert check(elsewhere, manifest) == {"leakage.checked": "nothing"}
+    assert "does not tell whom it was trained on" in capsys.readouterr().out
+
+
+def test_one_persons_voxels_under_two_names_in_a_task_are_refused(shards):
+    manifest = Manifest.load(shards)
+    task = load_task("age", manifest, folds=2)
+    check_copies([task], manifest)
+    one, other = task.rows[0], task.rows[np.flatnonzero(task.groups != task.groups[0])[0]]
+    manifest.scans.loc[other, "voxels_sha256"] = manifest.scans.loc[one, "voxels_sha256"]
+    names = sorted(participants_of(manifest, np.array([one, other])))
+    several = rf"task age: the same voxels stand under several participants \({names[0]}, {names[1]}\)"
+    with pytest.raises(UserError, match=several):
+        check_copies([task], manifest)
+
+
+def test_a_run_that_began_from_another_ones_weights_has_seen_what_that_one_saw(world, shards, tmp_path):
+    _, _, folder = world
+    manifest = Manifest.load(shards)
+    recipe = load_recipe(
+        "demo-cpu", [f"--run.output={tmp_path}/new", f"--run.resume={folder}", "--monitor.every_epochs=1"]
+    )
+    plan = Plan(recipe, manifest, manifest.rows(split="pretrain"), SimpleNamespace(length=40), 5)
+    seen = scans_seen(plan, 3)
+    assert [source.role for source in seen[:2]] == ["trained", "trained"]
+    assert seen[0] == read(folder)[0]
+    assert seen[1] == source_of(manifest, plan.rows)
+    # Its own checkpoint hands both on, whatever becomes of the old run.
+    encoder = tmp_path / "new" / "checkpoints" / "step-00000003" / "encoder"
+    old = Encoder.from_pretrained(folder)
+    write_encoder(encoder, old.network.state_dict(), old.config, old.preprocessing, seen)
+    (tmp_path / "new" / "checkpoints" / "latest").write_text("step-00000003\n")
+    recipe.run.resume = "auto"
+    assert [source for source in scans_seen(plan, 4) if source.role == "trained"][:2] == seen[:2]
+    assert len(to_json(scans_seen(plan, 4))["sources"]) == len(seen)

@@ -1,0 +1,86 @@
+"""Promotion in a real store: by model, run and name; refused where nothing can be found or weights are not those logged."""
+
+from __future__ import annotations
+
+import pytest
+
+from infra import cli
+from infra.errors import UserError
+from infra.files import sha256_of
+from infra.tracking import registry
+from infra.tracking.tracking import Tracker
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    root = tmp_path_factory.mktemp("registry")
+    uri = f"sqlite:///{root}/mlflow.db"
+    tracker = Tracker.open(uri, "test", "y-aware", tags={"yaware.kind": "pretraining"})
+    models = {}
+    for step in (10, 20):
+        folder = root / f"step-{step}" / "encoder"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"weights %d" % step)
+        models[step] = tracker.log_checkpoint(f"y-aware-{step}", step, folder, sha256_of(folder / "model.safetensors"))
+    tracker.end()
+    Tracker.open(uri, "test", "short", tags={"yaware.kind": "pretraining"}).end()
+    judge = Tracker.open(uri, "test", "judge", tags={"yaware.kind": "evaluation", "yaware.model_id": models[10]})
+    judge.end()
+    return root, uri, models, str(tracker.run_id), str(judge.run_id)
+
+
+def test_a_checkpoint_is_promoted_by_any_of_its_names(store, capsys):
+    _, uri, models, run_id, judge = store
+    base = ["--name", "brain-encoder", "--experiment", "test", "--tracking-uri", uri]
+    for given, more, step in (
+        ("y-aware", [], 20), (run_id, ["--step", "10"], 10), (models[20], [], 20), (judge, [], 10),
+    ):  # fmt: skip
+        assert cli.run(["promote", given, *base, "--alias", "champion", *more]) == 0
+        assert registry.promoted(uri, "brain-encoder", "champion")["step"] == step
+        printed = capsys.readouterr().out
+        assert f"step {step} is brain-encoder version {1 if step == 20 else 2}, alias champion" in printed
+    assert cli.run(["promote", models[20], *base, "--alias", "older"]) == 0
+    assert registry.promoted(uri, "brain-encoder", "older")["model_id"] == models[20]
+    assert registry.promoted(uri, "brain-encoder", "champion")["model_id"] == models[10]
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "text"),
+    [
+        (
+            "y-awar",
+            [],
+            r"'y-awar' is no model id, run id or pretraining of experiment 'test' \(did you mean 'y-aware'\?\)",
+        ),
+        ("0" * 32, [], "tracking store .* not found"),
+        ("short", [], "run short has no checkpoint in"),
+        ("y-aware", ["--step", "15"], "run y-aware has no checkpoint of step 15; it has 10, 20"),
+        ("y-aware", ["--alias", "v3"], "--alias=v3: letters, digits"),
+        ("y-aware", ["--name", "a b"], "--name=a b: letters, digits"),
+        ("y-aware", ["--experiment", "tset"], r"experiment 'tset' is not in .* \(did you mean 'test'\?\)"),
+    ],
+)
+def test_what_cannot_be_promoted_is_one_line(store, capsys, given, more, text):
+    import re
+
+    base = ["--name", "refused", "--alias", "champion", "--experiment", "test", "--tracking-uri", store[1]]
+    assert cli.run(["promote", given, *base, *more]) == 2
+    printed = capsys.readouterr().err
+    assert re.search(text, printed), printed
+    assert printed.count("\n") == 1
+    with pytest.raises(UserError):
+        registry.promoted(store[1], "refused", "champion")
+
+
+def test_weights_that_are_gone_or_changed_are_not_promoted(store, capsys):
+    root, uri, models, _, _ = store
+    weights = root / "step-10" / "encoder" / "model.safetensors"
+    base = ["promote", models[10], "--name", "refused", "--alias", "champion", "--tracking-uri", uri]
+    kept = weights.read_bytes()
+    weights.write_bytes(b"other")
+    assert cli.run(base) == 2
+    assert "is not the file that was logged" in capsys.readouterr().err
+    weights.unlink()
+    assert cli.run(base) == 2
+    assert "has no weights here" in capsys.readouterr().err
+    weights.write_bytes(kept)

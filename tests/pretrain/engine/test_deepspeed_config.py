@@ -1,0 +1,94 @@
+"""What a recipe may say to DeepSpeed, and what comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from infra.errors import UserError
+from pretrain.config import load_recipe
+from pretrain.engine import engine
+from pretrain.engine.deepspeed_config import FIXED, OWNED, PASSED, SCALER, deepspeed_config
+from pretrain.model import build_model
+
+
+def config(*overrides):
+    return deepspeed_config(load_recipe("demo-cpu", list(overrides)), world_size=2)
+
+
+def test_the_section_is_passed_through_whole():
+    zero = "zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}"
+    section = f"{{{zero}, gradient_clipping: 0.5, wall_clock_breakdown: true}}"
+    found = config(f"--deepspeed={section}", "--train.precision=bf16", "--batch.micro=4")
+    assert found["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert (found["gradient_clipping"], found["wall_clock_breakdown"]) == (0.5, True)
+    assert (found["train_batch_size"], found["gradient_accumulation_steps"]) == (32, 4)
+    assert found["bf16"] == {"enabled": True}
+    assert found["data_types"] == {"buffer_dtype": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        ("fp32", {}),
+        ("bf16", {"bf16": {"enabled": True}}),
+        ("fp16", {"fp16": {"enabled": True}}),
+        ("autocast", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+    ],
+)
+def test_precisions(precision, expected):
+    found = config(f"--train.precision={precision}")
+    assert {key: found[key] for key in ("bf16", "fp16", "torch_autocast") if key in found} == expected
+    half = config("--train.precision=autocast-fp16", "--deepspeed={}")
+    assert half["torch_autocast"] == {"enabled": True, "dtype": "float16"}
+
+
+def test_the_scalers_keys_go_along_with_fp16():
+    found = config("--train.precision=fp16", "--deepspeed.fp16={initial_scale_power: 12}")
+    assert found["fp16"] == {"initial_scale_power": 12, "enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["--deepspeed.gradient_cliping=1.0"], "gradient_cliping is no key of DeepSpeed's configuration.*gradient_clipping"),
+        (["--deepspeed.zero_optimisation={stage: 1}"], "no key of DeepSpeed's configuration.*zero_optimization"),
+        (["--deepspeed.train_batch_size=8"], "contradicts the recipe's own keys; set batch.global instead"),
+        (["--deepspeed.gradient_allreduce_op=sum"], "is the training engine's to set; leave it out"),
+        (["--deepspeed.gradient_clipping=-1"], "gradient_clipping=-1 must be a number from 0"),
+        (["--deepspeed.zero_optimization.stage=4"], "its stage 0, 1, 2 or 3"),
+        (["--deepspeed.zero_optimization.offload_param={device: cpu}"], "offload_param does not go with stage 1; use stage 3"),
+        (["--deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"], "with stage 0; use stage 1 or 2 or 3"),
+        (["--deepspeed.fp16={loss_scale: 8}"], "is for train.precision=fp16, found fp32"),
+        (["--train.precision=fp16", "--deepspeed.fp16={enabled: false}"], "deepspeed.fp16.enabled is not for a recipe"),
+        (["--train.precision=fp16", "--deepspeed={}"], "fp16 does not go with ZeRO stage 0"),
+        (["--train.precision=autocast-fp16"], "autocast-fp16 does not go with ZeRO stage 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_line(overrides, text):
+    with pytest.raises(UserError, match=text) as caught:
+        config(*overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_key_is_one_of_the_installed_deepspeeds():
+    import deepspeed
+
+    folder = Path(deepspeed.__file__).parent
+    text = "".join(path.read_text() for path in (*folder.rglob("*constants.py"), *folder.rglob("*config*.py")))
+    for key in (*OWNED, *FIXED, *PASSED, *SCALER):
+        assert f'"{key}"' in text or f"'{key}'" in text or f"    {key}: " in text, key
+
+
+def test_a_key_below_that_deepspeed_refuses_is_one_line_too(one_rank):
+    recipe = load_recipe("demo-cpu", ["--deepspeed.zero_optimization.overlap_com=true", "--batch.global=4"])
+    with pytest.raises(UserError, match=r"deepspeed: DeepSpeed refuses overlap_com=True"):
+        engine.build_engine(recipe, build_model(recipe), lambda step: 1.0)
+
+
+def test_fp16_on_a_cpu_without_it_is_refused(one_rank, monkeypatch):
+    monkeypatch.setattr(engine, "_has_fp16", lambda: False)
+    recipe = load_recipe("demo-cpu", ["--train.precision=fp16", "--batch.global=4"])
+    with pytest.raises(UserError, match=r"train.precision=fp16 needs a GPU, or a CPU with AVX512-FP16; use fp32, bf16"):
+        engine.build_engine(recipe, build_model(recipe), lambda step: 1.0)

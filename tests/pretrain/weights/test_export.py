@@ -1,0 +1,91 @@
+"""An exported encoder gives the features it was trained to give, and nothing half written is ever loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from infra.errors import UserError
+from pretrain import Encoder
+from pretrain.encoders import build_encoder
+from pretrain.weights.encoder import export_encoder, find_encoder, write_encoder
+
+OPTIONS = {"width": 0.25, "norm": "group"}
+CONFIG = {
+    "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 128, "step": 5, "run_id": None,
+    "run_name": "y-aware", "method": "y-aware", "manifest_digest": "0" * 64, "split": ["pretrain"],
+    "version": "0.1.0", "simulated": True, "experiment": "test",
+}  # fmt: skip
+PREPROCESSING = {"grid": {"shape": [16, 16, 16], "spacing": 6.0}, "normalisation": "zscore", "modality": "vbm"}
+
+
+@pytest.fixture
+def written(tmp_path):
+    torch.manual_seed(0)
+    network = build_encoder("resnet18", OPTIONS).eval()
+    folder = tmp_path / "run" / "checkpoints" / "step-00000005" / "encoder"
+    write_encoder(folder, network.state_dict(), CONFIG, PREPROCESSING)
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000005\n")
+    return network, folder, tmp_path
+
+
+def test_loaded_encoder_gives_the_same_features(written):
+    network, folder, _ = written
+    encoder = Encoder.from_pretrained(folder)
+    volumes = torch.randn(2, 1, 16, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(encoder(volumes), network(volumes))
+    assert (encoder.feature_size, encoder.training) == (128, False)
+    assert encoder.preprocessing["grid"]["spacing"] == 6.0
+
+
+def test_found_from_run_checkpoints_step_and_itself(written):
+    _, folder, root = written
+    checkpoints = root / "run" / "checkpoints"
+    for given in (folder, folder.parent, root / "run", checkpoints, checkpoints / "latest"):
+        assert find_encoder(given) == folder
+    best = shutil.copytree(folder.parent, checkpoints / "step-00000003") / "encoder"
+    (checkpoints / "best").write_text("step-00000003\n")
+    assert find_encoder(checkpoints / "best") == best
+    assert find_encoder(root / "run") == folder
+    assert export_encoder(checkpoints / "best", root / "out") == root / "out"
+    with pytest.raises(UserError, match="no encoder in .*; give a run folder"):
+        find_encoder(root)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessing.json"])
+def test_a_changed_or_missing_file_is_refused(written, name):
+    _, folder, _ = written
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(bytes(content))
+    with pytest.raises(UserError, match=f"{name} is missing or differs from checksums.json"):
+        Encoder.from_pretrained(folder)
+
+
+def test_weights_of_another_encoder_are_refused_in_one_line(written):
+    root = written[2]
+    other = build_encoder("resnet18", {"width": 0.5}).state_dict()
+    write_encoder(root / "other", other, CONFIG, PREPROCESSING)
+    with pytest.raises(UserError, match="weights do not fit resnet18") as caught:
+        Encoder.from_pretrained(root / "other")
+    assert "\n" not in str(caught.value)
+
+
+def test_export_copies_whole_and_refuses_to_overwrite(written):
+    _, _, root = written
+    out = export_encoder(root / "run", root / "deep" / "exported")
+    assert Encoder.from_pretrained(out).config["step"] == 5
+    assert "**simulated** scans" in (out / "README.md").read_text()
+    assert [p.name for p in out.parent.iterdir()] == ["exported"]
+    with pytest.raises(UserError, match="is there already"):
+        export_encoder(root / "run", out)
+
+
+def test_model_id_is_read_from_the_file_beside(written):
+    _, folder, _ = written
+    (folder / "mlflow.json").write_text(json.dumps({"model_id": "m-1"}))
+    assert Encoder.from_pretrained(folder).config["model_id"] == "m-1"
