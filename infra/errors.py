@@ -1,4 +1,4 @@
-"""The error for what a user gave and is wrong."""
+"""Errors that end a command with one line on stderr and no traceback."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ class UserError(ValueError):
     """One clear line: the file or field, the value found, what is allowed, the fix.
 
     The command prints the text after ``yaware: error:`` and exits with status 2, without a traceback.
+    """
+
+
+class LoaderError(UserError):
+    """The shards or the processes that read them fail, so the run stops.
+
+    It may concern one rank alone, so every rank that raises it prints it.
     """
 
 

@@ -6,12 +6,11 @@ seen, on a digest of the voxels and on a coarse volume of each, see ``data_pipel
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
@@ -31,7 +30,6 @@ from data_pipeline.volume.load import (
     to_float16,
 )
 from infra.errors import UserError, nearest
-from infra.files import atomic_write
 from infra.settings import load_settings
 
 FIGURES = (
@@ -113,22 +111,6 @@ class Quality:
     def checks(self) -> frozenset[str]:
         """The rules that ``volume.read_voxels`` applies."""
         return frozenset(name for name in (*DEFAULT_CHECKS, "grid") if getattr(self, name) == "refuse")
-
-
-class Removal(NamedTuple):
-    """A row of quarantine.tsv: a scan left out, the rule, the figure that broke it, the threshold, and the reason."""
-
-    key: str
-    path: str
-    rule: str
-    figure: float | None
-    threshold: float | None
-    reason: str
-
-    @classmethod
-    def of(cls, scan: Scan, error: BadScan) -> Removal:
-        """From what a rule that looks at one scan raised."""
-        return cls(scan.key, scan.place, error.rule, error.figure, error.threshold, str(error))
 
 
 @dataclass(frozen=True, config=_strict)
@@ -241,13 +223,3 @@ def _refuse_by_limits(known: Mapping[str, Any], quality: Quality, names: Iterabl
             raise BadScan(f"{name}={value:g} is below {limits.min:g}", f"limits.{name}", float(value), limits.min)
         if limits.max is not None and value > limits.max:
             raise BadScan(f"{name}={value:g} is above {limits.max:g}", f"limits.{name}", float(value), limits.max)
-
-
-def write_quarantine(path: Path, removals: Iterable[Removal]) -> None:
-    """Write quarantine.tsv, a row for each scan and reason, in the order of the keys."""
-    once = {(each.key, each.path, each.rule, each.reason): each for each in removals}
-    with atomic_write(path, "w") as stream:
-        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-        writer.writerow(Removal._fields)
-        for removal in sorted(once.values(), key=lambda each: (each.key, each.path, each.rule, each.reason)):
-            writer.writerow(f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in removal)

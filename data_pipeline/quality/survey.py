@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from data_pipeline.cohort.grid import common_grid
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
 from data_pipeline.cohort.scan import Scan
-from data_pipeline.quality.outliers import Verdict, judge, save_coarse
-from data_pipeline.quality.rules import COLUMNS, Quality, Removal, check_quality, read_scan, write_quarantine
-from data_pipeline.shards.build import common_grid, not_listed
-from data_pipeline.shards.unfinished import coarse_of
+from data_pipeline.quality.outliers import Verdict, coarse_file, judge, save_coarse
+from data_pipeline.quality.quarantine import Removal, unlisted_participants, write_quarantine
+from data_pipeline.quality.rules import COLUMNS, Quality, check_quality, read_scan
 from data_pipeline.volume.load import BadScan, Grid, Preparation, check_preparation, check_scaling
 from infra import ray_cluster
 from infra.errors import UserError
@@ -119,7 +119,7 @@ def survey_cohort(
         table = table.merge(people.drop_duplicates("key"), on="key", how="left", validate="one_to_one")
         verdict = judge(table, coarse, quality, {scan.key: scan.place for scan in scans})
     removals += verdict.removals
-    removals += not_listed(unknown)
+    removals += unlisted_participants(unknown)
     figures = table[["key", *(c for c in table.columns if c not in people.columns)]]
     figures = figures.assign(quality_correlation=verdict.correlation, robust_z=verdict.z)
     found = people.merge(figures, on="key", how="left")
@@ -135,7 +135,7 @@ def _measure(
 ) -> tuple[list[dict[str, Any]], list[Removal], list[Path]]:
     step = min(256, max(4, len(scans) // 64))
     parts = [scans[first : first + step] for first in range(0, len(scans), step)]
-    files = [coarse_of(folder, f"{number:06d}") for number in range(len(parts))]
+    files = [coarse_file(folder, f"{number:06d}") for number in range(len(parts))]
     tasks = [(part, preparation, quality, file) for part, file in zip(parts, files, strict=True)]
     results: list[Any] = [None] * len(tasks)
     refused = 0
@@ -268,7 +268,7 @@ def _worst(survey: Survey) -> Table:
 
 def _removed(survey: Survey) -> Table:
     rows = [
-        [each.key, each.rule, _number(each.figure, ".4g"), _number(each.threshold, ".4g"), each.reason]
+        [each.key, each.rule, _number(each.value, ".4g"), _number(each.threshold, ".4g"), each.reason]
         for each in survey.removals[:MOST_LINES]
     ]
     more = len(survey.removals) - len(rows)

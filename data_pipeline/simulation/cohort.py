@@ -24,6 +24,7 @@ from data_pipeline.volume.load import Grid
 from infra.errors import UserError
 from infra.files import atomic_write, write_json
 from infra.progress import Progress
+from infra.random_streams import SIMULATED_TIV, SIMULATED_VOLUME, generator
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 SHARES = {"AD": 0.085, "MCI": 0.05, "SCZ": 0.1, "BD": 0.06}
@@ -96,17 +97,15 @@ def write_person(task: tuple[str, Simulation, Person]) -> list[dict[str, Any]]:
 def make_volume(settings: Simulation, person: Person, session: int, age: float, modality: str) -> tuple[Array, Grid]:
     """One scan (D, H, W) float32 and its grid: modulated grey matter (1 = a voxel full of it) or a T1-like image."""
     world = _world(settings.spacing)
-    generator = np.random.Generator(
-        np.random.Philox(key=[settings.seed, 0x5CA4], counter=[0, 0, person.number, session])
-    )
-    lasting = np.random.Generator(np.random.Philox(key=[settings.seed, 0x5CA4], counter=[0, 0, person.number, 0]))
+    draws = generator(settings.seed, SIMULATED_VOLUME, (0, 0, person.number, session))
+    lasting = generator(settings.seed, SIMULATED_VOLUME, (0, 0, person.number, 0))
     extra, general, ventricle = _log_change(settings, person, age)
     site = site_of(person.site, settings.seed, settings.site_effects)
     change = np.float32(general) + extra.astype(np.float32) @ world.template.regions
     change += np.float32(0.09) * world.at_brain(world.gyri, world.gyri.draw(lasting))
     control = world.deformation(lasting)
     make = _grey_matter if modality == "vbm" else _t1
-    return make(world, change, control, ventricle, person, site, generator), world.template.grid
+    return make(world, change, control, ventricle, person, site, draws), world.template.grid
 
 
 def _grey_matter(
@@ -237,7 +236,7 @@ def _truth(settings: Simulation, person: Person, session: int, age: float) -> di
     extra, general, ventricle = _log_change(settings, person, age)
     size = float(np.exp(person.log_tiv))
     hippocampus = [extra[REGIONS.index(f"hippocampus_{side}")] for side in ("left", "right")]
-    noise = np.random.Generator(np.random.Philox(key=[settings.seed, 0x71B], counter=[0, 0, person.number, session]))
+    noise = generator(settings.seed, SIMULATED_TIV, (0, 0, person.number, session))
     return {
         "participant_id": f"sub-{person.number:05d}", "session_id": f"ses-{session}", "age": round(age, 1),
         "tiv": round(MEAN_TIV * size * (1.0 + 0.02 * float(noise.standard_normal())), 1), "true_tiv": MEAN_TIV * size,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.simulation.atlas import REGIONS
+from infra.random_streams import SIMULATED_FOCI, SIMULATED_ORDER, SIMULATED_PERSON, SIMULATED_SITE, generator
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DIAGNOSES = ("control", "AD", "MCI", "SCZ", "BD")
@@ -65,42 +66,42 @@ def draw_people(participants: int, shares: dict[str, float], seed: int) -> list[
     counts = {name: round(participants * share) for name, share in shares.items()}
     diagnoses = [name for name, count in counts.items() for _ in range(count)]
     diagnoses += ["control"] * (participants - len(diagnoses))
-    order = _generator(seed, 1, 0).permutation(participants)
+    order = generator(seed, SIMULATED_ORDER).permutation(participants)
     return [_draw_person(n, diagnoses[order[n]], shares, seed) for n in range(participants)]
 
 
 def _draw_person(number: int, diagnosis: str, shares: dict[str, float], seed: int) -> Person:
-    generator = _generator(seed, 2, number)
-    site = int(generator.integers(SITES))
+    draws = generator(seed, SIMULATED_PERSON, (0, 0, number, 0))
+    site = int(draws.integers(SITES))
     kind = diagnosis
-    if diagnosis == "control" and generator.random() < 0.35:
+    if diagnosis == "control" and draws.random() < 0.35:
         # A third of the controls were recruited beside patients, and are as old as these.
         kinds = [name for name in AGES if shares.get(name, 0) > 0]
         weights = np.array([shares[name] for name in kinds])
-        kind = str(generator.choice(kinds, p=weights / weights.sum())) if kinds else diagnosis
+        kind = str(draws.choice(kinds, p=weights / weights.sum())) if kinds else diagnosis
     mean, spread = AGES[kind] if kind in AGES else site_of(site, seed)["age"]
-    age = float(np.clip(mean + spread * generator.standard_normal(), *LIMITS))
-    female = generator.random() < (site_of(site, seed)["female"] if diagnosis != "SCZ" else 0.35)
-    sessions = 0 if generator.random() > 0.15 else int(generator.integers(1, 3))
-    later = tuple(np.round(np.cumsum(generator.uniform(0.8, 3.0, 2))[:sessions], 1).tolist())
-    severity = float(np.clip(1.0 + 0.35 * generator.standard_normal(), 0.2, 2.2)) if diagnosis != "control" else 0.0
-    deviations = 0.035 * generator.standard_normal(len(REGIONS))
-    for name, value in zip(("hippocampus_left", "hippocampus_right"), generator.standard_normal(2), strict=True):
+    age = float(np.clip(mean + spread * draws.standard_normal(), *LIMITS))
+    female = draws.random() < (site_of(site, seed)["female"] if diagnosis != "SCZ" else 0.35)
+    sessions = 0 if draws.random() > 0.15 else int(draws.integers(1, 3))
+    later = tuple(np.round(np.cumsum(draws.uniform(0.8, 3.0, 2))[:sessions], 1).tolist())
+    severity = float(np.clip(1.0 + 0.35 * draws.standard_normal(), 0.2, 2.2)) if diagnosis != "control" else 0.0
+    deviations = 0.035 * draws.standard_normal(len(REGIONS))
+    for name, value in zip(("hippocampus_left", "hippocampus_right"), draws.standard_normal(2), strict=True):
         deviations[REGIONS.index(name)] = 0.04 * value
-    both = 0.08 * generator.standard_normal()
+    both = 0.08 * draws.standard_normal()
     deviations[REGIONS.index("hippocampus_left")] += both
     deviations[REGIONS.index("hippocampus_right")] += both
     return Person(
         number, site, "F" if female else "M", diagnosis, round(age, 1), later, severity,
-        4.0 * float(generator.standard_normal()), (-0.06 if female else 0.06) + 0.085 * float(generator.standard_normal()),
-        0.32 * float(generator.standard_normal()), deviations,
-        _generator(seed, 4, number).standard_exponential(len(REGIONS) + 1),
+        4.0 * float(draws.standard_normal()), (-0.06 if female else 0.06) + 0.085 * float(draws.standard_normal()),
+        0.32 * float(draws.standard_normal()), deviations,
+        generator(seed, SIMULATED_FOCI, (0, 0, number, 0)).standard_exponential(len(REGIONS) + 1),
     )  # fmt: skip
 
 
 def site_of(site: int, seed: int, strength: float = 1.0) -> dict[str, Any]:
     """What a site's people and scanner are like; ``strength`` scales how much a scanner does to its scans."""
-    g = _generator(seed, 3, site)
+    g = generator(seed, SIMULATED_SITE, (0, 0, site, 0))
     return {
         "age": (float(g.choice([14.0, 22.0, 26.0, 30.0, 38.0, 52.0, 66.0])), float(g.uniform(5.0, 14.0))),
         "female": float(g.uniform(0.35, 0.65)),
@@ -146,7 +147,3 @@ def _loss(age: float, early: float, late: float, middle: float, width: float = 8
     """Log units lost since 20: ``early`` a year at first, ``late`` a year past ``middle``, with a soft turn."""
     turn = np.logaddexp(0.0, (age - middle) / width) - np.logaddexp(0.0, (20.0 - middle) / width)
     return float(early * (age - 20.0) + (late - early) * width * turn)
-
-
-def _generator(seed: int, purpose: int, number: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, 0x51A0 + purpose], counter=[0, 0, number, 0]))

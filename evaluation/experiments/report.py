@@ -7,7 +7,6 @@ same people, draws and seeds.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +19,7 @@ from evaluation.experiments.judge import DISEASES, Answered, load
 from evaluation.statistics.intervals import bootstrap_weights, participant_codes
 from evaluation.statistics.metrics import auc, mae
 from evaluation.statistics.paired import holm
+from infra import random_streams
 from infra.files import atomic_write
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ class Figures:
 
     def _counts(self, number: int, purpose: str) -> Array:
         """(resamples, number) times that each is drawn; the same for the same number, which pairs subjects."""
-        digest = int.from_bytes(hashlib.sha256(f"{purpose}{number}".encode()).digest()[:4], "big")
-        generator = np.random.Generator(np.random.Philox(key=[self._seed, digest]))
+        generator = random_streams.generator(self._seed, random_streams.named_stream(f"{purpose}{number}"))
         return generator.multinomial(number, np.full(number, 1 / number), size=self._resamples)
 
     def one(self, key: Key) -> tuple[float, float, float]:
