@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from data_pipeline.shards.build import build_shards
-from data_pipeline.simulation.cohort import Simulation, simulate_cohort
+from data_pipeline.simulation.cohort import simulate_cohort
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import atomic_write, write_json
@@ -173,10 +173,11 @@ def make_shards(out: Path, plan: Plan, jobs: int) -> None:
     for number, cohorts in enumerate((HEALTHY, CLINICS)):
         for name, differs in cohorts.items():
             people = plan.clinic if number else plan.healthy
-            shares = (("AD", 0.15), ("SCZ", 0.15)) if number else ()
-            settings = Simulation(people, plan.spacing, "vbm", plan.seed + number, shares=shares, **differs)
-            if not (out / "cohorts" / name / "participants.tsv").is_file():
-                simulate_cohort(out / "cohorts" / name, settings, jobs)
+            shares = {"AD": 0.15, "SCZ": 0.15} if number else {}
+            simulate_cohort(
+                out / "cohorts" / name, participants=people, spacing=plan.spacing, seed=plan.seed + number, shares=shares,
+                workers=jobs, **differs,
+            )  # fmt: skip
     for name, (cohort, scaling) in SHARDS.items():
         splits = {"downstream": 1.0} if cohort in CLINICS else {"pretrain": 0.9, "monitor": 0.1}
         target = out / "shards" / name
