@@ -15,7 +15,7 @@ from infra.files import write_json
 from infra.machine import git_tags, memory_gb, system_figures
 from infra.progress import Progress, clock
 from infra.settings import flatten, to_dict
-from infra.tracking.tracking import Tracker, default_uri
+from infra.tracking.tracker import Tracker, default_uri
 from pretrain.losses.diagnostics import Positives
 from pretrain.run import checkpoint
 from pretrain.run import folder as run_folder
