@@ -67,7 +67,7 @@ def test_the_options_of_a_loss_reach_its_value(shards):
     ("overrides", "text"),
     [
         (["--loss.options.scale=2.0"], "loss.options.scale is not an option of the loss y-aware; it has none of its own"),
-        ([*UNIFORMITY, "--loss.options.rigde=1"], r"loss.options.rigde is not .* \(did you mean 'ridge'\?\); allowed: scale, ridge"),
+        ([*UNIFORMITY, "--loss.options.rigde=1"], r"options.rigde is not .* \(did you mean 'ridge'\?\); allowed: scale, ridge"),
         ([*UNIFORMITY, "--loss.options.scale=0"], "loss.options.scale=0 is not possible: .* greater than 0"),
         ([*UNIFORMITY, "--loss.options.ridge=-0.1"], "loss.options.ridge=-0.1 is not possible: .* greater than or equal to 0"),
         ([*UNIFORMITY, "--loss.options.scale=wide"], "loss.options.scale='wide' is not possible: .* valid number"),
