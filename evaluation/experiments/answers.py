@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from evaluation.experiments.plan import DISEASES, EXPERIMENT
 from evaluation.statistics.metrics import auc, mae
 from infra.files import atomic_write
-from infra.tracking.tracking import Tracker
+from infra.tracking.tracker import Tracker
 
 Method = tuple[str, str, int]  # method, variant, pretraining seed
 

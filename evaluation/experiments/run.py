@@ -42,7 +42,7 @@ from evaluation.experiments.report import write_report
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import atomic_write, write_json
-from infra.tracking.tracking import default_uri
+from infra.tracking.tracker import default_uri
 
 
 def run(out: Path, plan: ExperimentPlan, jobs: int) -> None:
