@@ -30,7 +30,8 @@ from infra import tuning
 from infra.files import atomic_write, sha256_of
 from infra.progress import Progress
 from infra.tracking.tracking import Tracker
-from pretrain.weights.encoder import Encoder, find_encoder
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.folder import find_encoder
 
 if TYPE_CHECKING:
     from evaluation.experiments.run import Plan
