@@ -56,7 +56,7 @@ def evaluate(arguments: list[str]) -> int:
     from evaluation.protocols.evaluate import evaluate as run
     from evaluation.protocols.protocols import Protocol
     from infra.tracking.runs import ui_command
-    from infra.tracking.tracking import default_uri
+    from infra.tracking.tracker import default_uri
     from pretrain.weights.folder import list_checkpoints
 
     protocol = Protocol(

@@ -80,7 +80,7 @@ def promote(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from infra.tracking.registry import find_checkpoint
     from infra.tracking.registry import promote as register
-    from infra.tracking.tracking import default_uri
+    from infra.tracking.tracker import default_uri
 
     uri = options.tracking_uri or default_uri()
     found = find_checkpoint(uri, options.checkpoint, experiment=options.experiment, step=options.step)

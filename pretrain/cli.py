@@ -56,7 +56,7 @@ def pretrain(arguments: list[str]) -> int:
 
 def _send_what_waits(recipe: Recipe) -> None:
     """Send to MLflow what a run could not send before it ended."""
-    from infra.tracking.tracking import default_uri, send_spool
+    from infra.tracking.tracker import default_uri, send_spool
     from pretrain.run.log import SPOOL
 
     spool = Path(recipe.run.output) / SPOOL

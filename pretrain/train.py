@@ -31,7 +31,7 @@ from pretrain.engine import engine
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.engine.ema import Average
 from pretrain.engine.engine import NotFinite
-from pretrain.losses.diagnostics import Positives, positive_figures
+from pretrain.losses.diagnostics import Positives, positive_statistics
 from pretrain.losses.gather import AllGather
 from pretrain.losses.proxies import proxy_columns
 from pretrain.model import build_model
@@ -213,7 +213,7 @@ class EpochPositives:
             return None
         positives, proxies = zip(*self._seen, strict=True)
         self._seen = []
-        return positive_figures(positives, proxies, self._gather)
+        return positive_statistics(positives, proxies, self._gather)
 
 
 def save(

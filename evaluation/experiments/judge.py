@@ -29,7 +29,7 @@ from evaluation.tasks.tasks import Task, load_task
 from infra import tuning
 from infra.files import atomic_write, sha256_of
 from infra.progress import Progress
-from infra.tracking.tracking import Tracker
+from infra.tracking.tracker import Tracker
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
 

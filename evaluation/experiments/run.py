@@ -29,7 +29,7 @@ from data_pipeline.simulation.cohort import Simulation, simulate_cohort
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import atomic_write, write_json
-from infra.tracking.tracking import default_uri
+from infra.tracking.tracker import default_uri
 
 EXPERIMENT = "yaware-experiment"
 SITES = tuple(f"site{number:02d}" for number in range(12))

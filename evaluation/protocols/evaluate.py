@@ -29,7 +29,7 @@ from evaluation.tasks.tasks import Task, load_task
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
-from infra.tracking.tracking import default_uri
+from infra.tracking.tracker import default_uri
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
 from pretrain.weights.layers import intermediate_features

@@ -65,7 +65,7 @@ class StoredRun:
             hopeless = getattr(error, "error_code", None) in HOPELESS
             if not hopeless and not isinstance(error, (FileNotFoundError, PermissionError)):
                 raise
-            self.refused = self.refused or entry["op"] in ("artifact", "artifacts", "trials")
+            self.refused = self.refused or entry["op"] in ("artifact", "trials")
             warn(f"MLflow run {self.run_id} refused {entry['op']}: {' '.join(str(error).split())[:300]}")
 
     def _params(self, entry: Entry) -> None:
@@ -91,12 +91,6 @@ class StoredRun:
 
     def _artifact(self, entry: Entry) -> None:
         self.client.log_artifact(self.run_id, entry["path"], entry["folder"])
-
-    def _artifacts(self, entry: Entry) -> None:
-        self.client.log_artifacts(self.run_id, entry["path"], entry["folder"])
-
-    def _text(self, entry: Entry) -> None:
-        self.client.log_text(self.run_id, entry["text"], entry["path"])
 
     def _trials(self, entry: Entry) -> None:
         """Child runs, each written once: one that a kill or an outage left unfinished is written anew."""

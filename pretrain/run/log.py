@@ -15,7 +15,7 @@ from infra.files import write_json
 from infra.machine import git_tags, memory_gb, system_figures
 from infra.progress import Progress, clock
 from infra.settings import flatten, to_dict
-from infra.tracking.tracking import Tracker, default_uri
+from infra.tracking.tracker import Tracker, default_uri
 from pretrain.losses.diagnostics import Positives
 from pretrain.run import checkpoint
 from pretrain.run import folder as run_folder
@@ -104,7 +104,7 @@ class RunLog:
 
     def epoch(self, step: int, positives: Positives) -> None:
         """Log an epoch's effective positives, and say the first."""
-        self._note(positives.figures(), step)
+        self._note(positives.metrics(), step)
         if not self._positives_said:
             self._positives_said = True
             print(

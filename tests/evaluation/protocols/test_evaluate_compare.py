@@ -22,7 +22,7 @@ from infra import cli
 from infra.errors import UserError
 from infra.tracking import runs
 from infra.tracking.mlflow_store import client_of
-from infra.tracking.tracking import Tracker
+from infra.tracking.tracker import Tracker
 from pretrain.encoders import build_encoder
 from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort

@@ -8,7 +8,7 @@ from infra import cli
 from infra.errors import UserError
 from infra.files import sha256_of
 from infra.tracking import registry
-from infra.tracking.tracking import Tracker
+from infra.tracking.tracker import Tracker
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ import pytest
 
 from infra.errors import UserError
 from infra.tracking import runs as queries
-from infra.tracking import tracking
-from infra.tracking.tracking import Tracker
+from infra.tracking import tracker
+from infra.tracking.tracker import Tracker
 
 DOWN = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tracking.default_uri(tmp_path_factory.mktemp("tracking") / "mlruns")
+    return tracker.default_uri(tmp_path_factory.mktemp("tracking") / "mlruns")
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,6 @@ def test_a_run_is_found_again_with_all_it_logged(uri: str, tmp_path: Path):
     run.log_params({"loss.name": "yaware", "batch": 8, **{f"p{i}": i for i in range(150)}})
     run.log_metrics([("loss", 1 / (step + 1), step) for step in range(2500)])
     run.log_artifact(tmp_path / "recipe.yaml", "recipe")
-    run.log_text("hello", "notes/a.txt")
     run.set_tags({"place": "here"})
     run.end()
     (row,) = queries.runs(uri, "whole", "pretraining")
@@ -96,7 +95,7 @@ def test_a_run_unknown_to_the_store_becomes_a_new_one(uri: str, capsys: pytest.C
 def test_a_store_that_is_down_costs_seconds_and_loses_nothing(
     uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    tracking.client_of(uri)  # the cold import is not what is timed
+    tracker.client_of(uri)  # the cold import is not what is timed
     spool, started = tmp_path / "out" / "spool.jsonl", time.monotonic()
     for first in (0, 3):  # the second process resumes from step 3 without a run id, the store still down
         run = begin(DOWN, "down", spool=spool)
@@ -123,7 +122,7 @@ def test_a_store_that_is_down_costs_seconds_and_loses_nothing(
 
 
 def test_a_store_that_comes_back_gets_what_waited(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.setattr(tracker, "SECONDS_BETWEEN_TRIES", 0.0)
     spool = tmp_path / "spool.jsonl"
     run = begin(uri, "outage", spool=spool)
     run.log_metrics([("loss", 0.0, 0)])
@@ -204,7 +203,7 @@ def test_queries_name_what_is_wrong(uri: str, tmp_path: Path):
     with pytest.raises(UserError, match="did you mean 'pretraining-a'.*it has .*Default"):
         queries.runs(uri, "pretrainng-a", "pretraining")
     with pytest.raises(UserError, match="does not exist"):
-        queries.runs(tracking.default_uri(tmp_path / "none"), "x", "pretraining")
+        queries.runs(tracker.default_uri(tmp_path / "none"), "x", "pretraining")
     with pytest.raises(UserError, match="127.0.0.1"):
         queries.runs(DOWN, "x", "pretraining")
     with pytest.raises(UserError, match="is not a store of MLflow"):
@@ -215,18 +214,18 @@ def test_queries_name_what_is_wrong(uri: str, tmp_path: Path):
 
 
 def test_default_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert tracking.default_uri() == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    assert tracker.default_uri() == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
     assert queries.ui_command("sqlite:///a b.db") == "mlflow ui --backend-store-uri 'sqlite:///a b.db'"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
-    assert tracking.default_uri() == "http://server:5000"
+    assert tracker.default_uri() == "http://server:5000"
 
 
 def test_two_processes_may_create_the_store_at_once(tmp_path: Path):
     code = (
-        "from infra.tracking.tracking import *; t = Tracker.open(default_uri(), 'both', 'r', tags={'yaware.kind': 'k'}); "
+        "from infra.tracking.tracker import *; t = Tracker.open(default_uri(), 'both', 'r', tags={'yaware.kind': 'k'}); "
         "assert t.run_id; t.end()"
     )
     started = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate()[1] for process in started] == ["", ""]  # quiet, too
     assert [process.returncode for process in started] == [0, 0]
-    assert len(queries.runs(tracking.default_uri(), "both", "k")) == 2
+    assert len(queries.runs(tracker.default_uri(), "both", "k")) == 2

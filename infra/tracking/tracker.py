@@ -6,7 +6,6 @@ seconds, then everything goes to a spool file (JSON lines) and is sent when the 
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import uuid
@@ -92,18 +91,6 @@ class Tracker:
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Store one file, in ``folder`` of the run's artifacts."""
         self._do("artifact", path=str(Path(path).resolve()), folder=folder)
-
-    def log_artifacts_dir(self, path: Path, folder: str | None = None) -> None:
-        """Store the content of a directory."""
-        self._do("artifacts", path=str(Path(path).resolve()), folder=folder)
-
-    def log_text(self, text: str, artifact_path: str) -> None:
-        """Store ``text`` as a file of the run's artifacts."""
-        self._do("text", text=text, path=artifact_path)
-
-    def log_dict(self, content: Any, artifact_path: str) -> None:
-        """Store ``content`` as a JSON file of the run's artifacts."""
-        self.log_text(json.dumps(content, indent=1, sort_keys=True) + "\n", artifact_path)
 
     def log_trials(self, trials: Sequence[Mapping[str, Any]]) -> None:
         """Store a search's trials as child runs with tag yaware.kind=trial, each once however often it is logged.
