@@ -27,7 +27,8 @@ from evaluation.tasks.leakage import check_copies, check_leakage
 from evaluation.tasks.tasks import Task, load_task
 from infra.files import atomic_write, sha256_of
 from infra.progress import Progress
-from pretrain.weights.encoder import Encoder, find_encoder
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.folder import find_encoder
 
 ALPHAS = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # penalties of the brain-age ridge
 LEAST_GREY_MATTER = 0.01  # mean over healthy scans; the brain-age ridge leaves out voxels below it

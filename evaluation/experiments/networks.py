@@ -19,7 +19,8 @@ from evaluation.protocols.tune_networks import fit_one
 from evaluation.tasks.folds import outer_folds
 from evaluation.tasks.tasks import Task
 from infra import tuning
-from pretrain.weights.encoder import Encoder, find_encoder
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.folder import find_encoder
 
 NETWORKS = "networks"  # name of the file and folder that hold their answers
 PRETRAINED = "y-aware-main-0"  # run whose weights are fine-tuned; networks from scratch have its architecture
