@@ -104,7 +104,7 @@ class RunLog:
 
     def epoch(self, step: int, positives: Positives) -> None:
         """Log an epoch's effective positives, and say the first."""
-        self._note(positives.figures(), step)
+        self._note(positives.metrics(), step)
         if not self._positives_said:
             self._positives_said = True
             print(

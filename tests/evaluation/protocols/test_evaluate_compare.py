@@ -24,7 +24,7 @@ from infra.tracking import runs
 from infra.tracking.mlflow_store import client_of
 from infra.tracking.tracker import Tracker
 from pretrain.encoders import build_encoder
-from pretrain.weights.encoder import write_encoder
+from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
 
 OPTIONS = {"width": 0.25, "norm": "group"}
