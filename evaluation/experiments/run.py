@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from data_pipeline.shards.build import build_shards
-from data_pipeline.simulation.cohort import Simulation, simulate_cohort
+from data_pipeline.simulation.cohort import simulate_cohort
 from evaluation.experiments.evaluate import evaluate_clinic
 from evaluation.experiments.networks import train_networks
 from evaluation.experiments.plan import (
@@ -80,13 +80,13 @@ def make_shards(out: Path, plan: ExperimentPlan, jobs: int) -> None:
 
     Clinics have another seed than the healthy cohorts, and so other people and other sites.
     """
-    for offset, (cohorts, people, shares) in enumerate(
-        ((HEALTHY, plan.healthy, ()), (CLINICS, plan.clinic, (("AD", 0.15), ("SCZ", 0.15))))
-    ):
+    patients = {"AD": 0.15, "SCZ": 0.15}
+    for offset, (cohorts, people, shares) in enumerate(((HEALTHY, plan.healthy, {}), (CLINICS, plan.clinic, patients))):
         for name, differences in cohorts.items():
-            settings = Simulation(people, plan.spacing, "vbm", plan.seed + offset, shares=shares, **differences)
-            if not (out / "cohorts" / name / "participants.tsv").is_file():
-                simulate_cohort(out / "cohorts" / name, settings, jobs)
+            simulate_cohort(
+                out / "cohorts" / name, participants=people, spacing=plan.spacing, seed=plan.seed + offset, shares=shares,
+                workers=jobs, **differences,
+            )  # fmt: skip
     for name, (cohort, scaling) in SHARDS.items():
         splits = {"downstream": 1.0} if cohort in CLINICS else {"pretrain": 0.9, "monitor": 0.1}
         target = out / "shards" / name
