@@ -1,4 +1,4 @@
-"""The voxel grid that a cohort's scans share."""
+"""The grid that the scans of a cohort share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.volume.load import BadScan, Grid, open_image
 
+SCANS_TO_OPEN = 5
 
-def common_grid(scans: Sequence[Scan], sample: int = 5) -> Grid:
-    """Return the grid that the first ``sample`` scans share, without the unreadable ones; else the 1.5 mm VBM grid."""
+
+def common_grid(scans: Sequence[Scan]) -> Grid:
+    """Return the grid that the first readable scans share, or the VBM grid at 1.5 mm if they share no upright grid."""
     grids = set()
-    for scan in scans[:sample]:
+    for scan in scans[:SCANS_TO_OPEN]:
         try:
             image = open_image(scan.path, scan.orientation)
         except BadScan:

@@ -1,4 +1,4 @@
-"""The rules that compare scans: duplicate and outlier.
+"""The rules that compare scans: duplicate and outlier, and the removal of what they find from written shards.
 
 Each part of a cohort (a shard, in a build) leaves its coarse volumes in a file (V, scans) float16: voxels first, so that a
 block of voxels of all scans is read as few long runs. A million scans take about 12 GB of such files and are judged with
@@ -14,22 +14,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from data_pipeline.quality.quarantine import Removal
-from data_pipeline.quality.rules import Quality
+from data_pipeline.quality.rules import Quality, Removal
 from data_pipeline.volume.load import Array
 from infra.files import atomic_write
 from infra.progress import Progress
 
-COARSE = ".coarse-"  # begins the names of files of coarse volumes
 MEMORY_BYTES = 256 * 2**20
 LEAST_SPREAD = 1e-4  # of correlations: smaller differences are rounding, as among copies of one phantom
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-def coarse_file(folder: Path, name: str) -> Path:
-    """Return the file in ``folder`` that holds the coarse volumes of the scans of the shard (or part) ``name``."""
-    return folder / f"{COARSE}{name}.npy"
+COARSE_PREFIX = ".coarse-"  # of the name of a file of coarse volumes
+
+
+def coarse_path(folder: Path, name: str) -> Path:
+    """The file in ``folder`` with the coarse volumes of the shard ``name``; it is deleted when the build is done."""
+    return folder / f"{COARSE_PREFIX}{name}.npy"
 
 
 def save_coarse(path: Path, volumes: Sequence[Array]) -> None:

@@ -12,8 +12,14 @@ from data_pipeline.cohort.pseudonyms import key_mark, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.cohort.split import assign_splits, is_healthy
-from data_pipeline.quality.quarantine import read_quarantine, unlisted_participants, write_quarantine
-from data_pipeline.quality.rules import Quality, check_quality, read_scan
+from data_pipeline.quality.rules import (
+    Quality,
+    check_quality,
+    read_quarantine,
+    read_scan,
+    unlisted_removals,
+    write_quarantine,
+)
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.damage import same_value
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS, describe
@@ -98,7 +104,7 @@ def _add(
         first_number=_next_number(folder, history["dataset"]),
         stored=dict(zip(digests, old.scans["key"], strict=False)),
     )  # fmt: skip
-    refused = [*unlisted_participants(unlisted), *refused]
+    refused = [*unlisted_removals(unlisted), *refused]
     write_quarantine(quarantine, [*read_quarantine(quarantine), *refused])
     manifest = old
     if rows:

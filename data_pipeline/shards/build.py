@@ -10,8 +10,7 @@ from data_pipeline.cohort.pseudonyms import key_mark, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.cohort.split import DEFAULT_SPLITS
-from data_pipeline.quality.quarantine import unlisted_participants, write_quarantine
-from data_pipeline.quality.rules import Quality, check_quality
+from data_pipeline.quality.rules import Quality, check_quality, unlisted_removals, write_quarantine
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.scan_table import scan_table
 from data_pipeline.shards.tar import CODECS
@@ -111,7 +110,7 @@ def _build(
         if leftover.name not in names:
             leftover.unlink()
     shards, rows, refused = write_shards(folder, scans, grid, settings, workers=workers)
-    refused = [*unlisted_participants(unlisted), *refused]
+    refused = [*unlisted_removals(unlisted), *refused]
     write_quarantine(folder / "quarantine.tsv", refused)
     if not rows:
         raise UserError(f"no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")

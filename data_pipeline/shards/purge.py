@@ -1,4 +1,4 @@
-"""Removes scans that the rules for whole cohorts refuse from shards that are already written."""
+"""Apply the rules that compare scans to written shards, and rewrite the shards that lose scans."""
 
 from __future__ import annotations
 
@@ -9,93 +9,95 @@ from typing import Any
 
 import pandas as pd
 
-from data_pipeline.quality.outliers import coarse_file, judge
-from data_pipeline.quality.quarantine import Removal
-from data_pipeline.quality.rules import Quality
+from data_pipeline.quality.outliers import coarse_path, judge
+from data_pipeline.quality.rules import Quality, Removal
 from data_pipeline.shards.tar import CODECS, copy_without, payloads
 from data_pipeline.shards.unfinished import UNFINISHED
 from infra import ray_cluster
 from infra.files import sha256_of
 from infra.progress import Progress
 
+ShardRow = dict[str, Any]  # a shard's row of the manifest: name, bytes, sha256, scans
+ScanRow = dict[str, Any]  # a scan's row of the scan table, with the number of its shard
 
-def remove_refused_scans(
+
+def purge_shards(
     folder: Path,
-    shards: list[dict[str, Any]],
-    scans: list[dict[str, Any]],
-    *,
+    shards: list[ShardRow],
+    rows: list[ScanRow],
     quality: Quality,
+    *,
     codec: str,
     paths: Mapping[str, str],
-    stored: Mapping[str, str] | None = None,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Removal]]:
-    """Compare the scans of written shards with each other and remove duplicates and outliers from the shards.
+    known: Mapping[str, str] | None = None,
+) -> tuple[list[ShardRow], list[ScanRow], list[Removal]]:
+    """Compare the scans of written shards with each other and remove those that the rules refuse.
+
+    A shard that holds a removed scan is rewritten without it, in a Ray task, under a temporary name that is then renamed.
+    Repeating the call changes nothing, so a killed build can repeat it.
 
     Args:
-        folder: the folder of the shards and of their coarse volumes.
-        shards: the shards' rows.
-        scans: the scans' rows.
+        folder: the folder of the shards.
+        shards: the manifest's row of each shard.
+        rows: the row of each scan, in the order of the shards.
         quality: the rules.
-        codec: the shards' codec.
-        paths: each key's file, as quarantine.tsv may name it.
-        stored: digest -> key of scans that the data set already has.
+        codec: the shards' codec, a key of ``CODECS``.
+        paths: each scan key's file, as the quarantine may name it.
+        known: see ``judge``.
 
     Returns:
-        The rows of the remaining shards and scans, and the removals.
-
-    A shard that loses a scan is copied without it under a temporary name, which is then renamed. Repeating this changes
-    nothing, so a killed build may do it again.
+        The remaining shards, the remaining scans with their new shard numbers and offsets, and the removals.
     """
-    if not scans:
-        return shards, scans, []
+    if not rows:
+        return shards, rows, []
     names = ("key", "dataset", "participant_id", "voxels_sha256")
-    table = pd.DataFrame({name: [row[name] for row in scans] for name in names})
-    files = [coarse_file(folder, str(shard["name"])) for shard in shards]
-    verdict = judge(table, files, quality, paths, stored)
-    scans = [{**row, "quality_correlation": float(r)} for row, r in zip(scans, verdict.correlation, strict=True)]
-    refused = {removal.key for removal in verdict.removals}
-    shards, scans = _rewrite_shards(folder, shards, scans, refused, codec)
-    return shards, scans, verdict.removals
+    table = pd.DataFrame({name: [row[name] for row in rows] for name in names})
+    coarse = [coarse_path(folder, str(shard["name"])) for shard in shards]
+    verdict = judge(table, coarse, quality, paths, known)
+    rows = [{**row, "quality_correlation": float(r)} for row, r in zip(rows, verdict.correlation, strict=True)]
+    removed_keys = {removal.key for removal in verdict.removals}
+    shards, rows = _rewrite_shards(folder, shards, rows, removed_keys, codec)
+    return shards, rows, verdict.removals
 
 
 def _rewrite_shards(
-    folder: Path, shards: list[dict[str, Any]], scans: list[dict[str, Any]], refused: Collection[str], codec: str
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rewrite each shard that holds a refused scan; return the new rows, with shards numbered again."""
-    refused_in: dict[int, set[str]] = {}
-    for row in scans:
-        if row["key"] in refused:
-            refused_in.setdefault(int(row["shard"]), set()).add(row["key"])
-    numbers = sorted(refused_in)
-    tasks = [(str(folder), str(shards[n]["name"]), refused_in[n], codec) for n in numbers]
-    rewritten: dict[int, tuple[dict[str, Any], dict[str, int]]] = {}
+    folder: Path, shards: list[ShardRow], rows: list[ScanRow], removed_keys: Collection[str], codec: str
+) -> tuple[list[ShardRow], list[ScanRow]]:
+    keys_by_shard: dict[int, set[str]] = {}
+    for row in rows:
+        if row["key"] in removed_keys:
+            keys_by_shard.setdefault(int(row["shard"]), set()).add(row["key"])
+    numbers = sorted(keys_by_shard)
+    tasks = [(str(folder), str(shards[number]["name"]), keys_by_shard[number], codec) for number in numbers]
+    rewritten: dict[int, tuple[ShardRow, dict[str, int]]] = {}
     if tasks:
         with ray_cluster.session(), Progress(len(tasks), "shards", "removing scans from shards") as progress:
-            for index, result in ray_cluster.map_unordered(rewrite_one, tasks, in_flight=64):
+            for index, result in ray_cluster.map_unordered(rewrite_shard, tasks, in_flight=64):
                 rewritten[numbers[index]] = result
                 progress.advance()
-    new_shards: list[dict[str, Any]] = []
+    new_shards: list[ShardRow] = []
     new_numbers: dict[int, int] = {}
     for number, shard in enumerate(shards):
         new_shard = rewritten[number][0] if number in rewritten else shard
         if new_shard:
             new_numbers[number] = len(new_shards)
             new_shards.append(new_shard)
-    new_scans = []
-    for row in scans:
+    new_rows = []
+    for row in rows:
         number = int(row["shard"])
-        if row["key"] in refused:
+        if row["key"] in removed_keys:
             continue
-        moved = {"offset": rewritten[number][1][row["key"]]} if number in rewritten else {}
-        new_scans.append({**row, **moved, "shard": new_numbers[number]})
-    return new_shards, new_scans
+        offset = {"offset": rewritten[number][1][row["key"]]} if number in rewritten else {}
+        new_rows.append({**row, **offset, "shard": new_numbers[number]})
+    return new_shards, new_rows
 
 
-def rewrite_one(folder: str, name: str, keys: Collection[str], codec: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Rewrite the shard ``name`` without the samples ``keys``; runs in a Ray worker.
+def rewrite_shard(folder: str, name: str, keys: Collection[str], codec: str) -> tuple[ShardRow, dict[str, int]]:
+    """Rewrite a shard without some samples; runs in a Ray worker.
 
     Returns:
-        The shard's new row, {} if no sample is left and the shard was removed; and each key's new offset.
+        The shard's new row of the manifest ({} if no sample is left; the shard is then deleted), and each remaining key's
+        offset in bytes.
     """
     final = Path(folder) / name
     temporary = final.with_name(f"{UNFINISHED}less-{name}")

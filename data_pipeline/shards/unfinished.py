@@ -33,8 +33,8 @@ import scipy
 import zstandard
 
 from data_pipeline.cohort.scan import Scan
-from data_pipeline.quality.outliers import COARSE, coarse_file
-from data_pipeline.quality.quarantine import Removal
+from data_pipeline.quality.outliers import COARSE_PREFIX, coarse_path
+from data_pipeline.quality.rules import Removal
 from data_pipeline.storage.manifest_file import MANIFEST, read_content
 from infra.errors import UserError
 from infra.files import sha256_of
@@ -64,13 +64,13 @@ class WrittenShard:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content as JSON can hold it."""
-        removals = [removal.to_json() for removal in self.removals]
+        removals = [removal.to_dict() for removal in self.removals]
         return {"shard": self.shard, "rows": self.scans, "quarantined": removals}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> WrittenShard:
         """Read what ``to_json`` returned."""
-        return cls(content["shard"], content["rows"], [Removal.from_json(fields) for fields in content["quarantined"]])
+        return cls(content["shard"], content["rows"], [Removal.from_dict(fields) for fields in content["quarantined"]])
 
 
 def fingerprint(scans: Sequence[Scan], settings: dict[str, Any]) -> str:
@@ -116,7 +116,7 @@ def read_finished(folder: Path, name: str, expected: str) -> WrittenShard | None
     shard, path = record["shard"], folder / name
     if shard and not (path.is_file() and path.stat().st_size == shard["bytes"] and sha256_of(path) == shard["sha256"]):
         return None
-    if shard and not coarse_file(folder, name).is_file():
+    if shard and not coarse_path(folder, name).is_file():
         return None
     return WrittenShard.from_json(record)
 
@@ -185,8 +185,8 @@ def remove_records(folder: Path, listed: Sequence[str]) -> None:
 
 def remove_leftovers(folder: Path, keep: Sequence[str] = ()) -> None:
     """Remove unfinished tars, finished tars that no manifest lists, and their records; keep the shards named ``keep``."""
-    coarse = {coarse_file(folder, name).name for name in keep}
-    for path in (*folder.glob(f"{COARSE}*"), *folder.glob(f".{COARSE}*.tmp")):
+    coarse = {coarse_path(folder, name).name for name in keep}
+    for path in (*folder.glob(f"{COARSE_PREFIX}*"), *folder.glob(f".{COARSE_PREFIX}*.tmp")):
         if path.name not in coarse:
             path.unlink(missing_ok=True)
     listed = set()

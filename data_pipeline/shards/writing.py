@@ -13,11 +13,10 @@ import webdataset  # noqa: F401
 from pydantic import TypeAdapter
 
 from data_pipeline.cohort.scan import Scan
-from data_pipeline.quality.outliers import coarse_file, save_coarse
-from data_pipeline.quality.quarantine import Removal
-from data_pipeline.quality.rules import Quality, read_scan
+from data_pipeline.quality.outliers import coarse_path, save_coarse
+from data_pipeline.quality.rules import Quality, Removal, read_scan
 from data_pipeline.shards import unfinished
-from data_pipeline.shards.purge import remove_refused_scans
+from data_pipeline.shards.purge import purge_shards
 from data_pipeline.shards.scan_table import describe
 from data_pipeline.shards.tar import encode, write_shard
 from data_pipeline.shards.unfinished import WrittenShard
@@ -100,9 +99,7 @@ def write_shards(
                 rows += [{**row, "shard": len(shards)} for row in written.scans]
                 shards.append(written.shard)
         paths = {scan.key: scan.place for scan in scans}
-        shards, rows, compared = remove_refused_scans(
-            folder, shards, rows, quality=quality, codec=codec, paths=paths, stored=stored
-        )
+        shards, rows, compared = purge_shards(folder, shards, rows, quality, codec=codec, paths=paths, known=stored)
     return shards, rows, [*refused, *compared]
 
 
@@ -170,6 +167,6 @@ def build_one(task: ShardTask) -> WrittenShard:
     if rows:
         size, sha256 = temporary.stat().st_size, sha256_of(temporary)
         shard = {"name": task.name, "bytes": size, "sha256": sha256, "scans": len(rows)}
-        save_coarse(coarse_file(Path(task.out), task.name), coarse)
+        save_coarse(coarse_path(Path(task.out), task.name), coarse)
     scans = [{**row, **describe(scan), **measures} for row, (scan, measures) in zip(rows, used, strict=True)]
     return unfinished.finish(Path(task.out), temporary, task.name, mark, WrittenShard(shard, scans, refused))

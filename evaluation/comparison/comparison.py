@@ -15,7 +15,7 @@ from evaluation.comparison import curves, tables
 from evaluation.comparison.tables import BASELINES, Judged
 from infra.errors import UserError
 from infra.tracking import runs as store
-from infra.tracking.tracking import default_uri
+from infra.tracking.tracker import default_uri
 
 Run = dict[str, Any]  # as infra.tracking.runs gives it
 DIGITS = 8  # of an id or checksum that tells equal names apart

@@ -15,7 +15,7 @@ from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError
 from infra.files import write_json
 from infra.tracking import runs
-from infra.tracking.tracking import Tracker
+from infra.tracking.tracker import Tracker
 from pretrain.weights.encoder import Encoder
 
 Array = np.ndarray[Any, np.dtype[Any]]

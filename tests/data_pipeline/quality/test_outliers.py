@@ -62,7 +62,7 @@ def test_a_stricter_threshold_removes_a_superset(tmp_path_factory, seed, first, 
         verdict = judge(table, files, Quality(outlier=Outlier(robust_z=limit, least_drop=0.0)), paths(table))
         gone.append({each.key for each in verdict.removals})
         assert gone[-1] == set(table["key"][verdict.z < limit])
-        assert all(each.value < limit == each.threshold for each in verdict.removals)
+        assert all(each.figure < limit == each.threshold for each in verdict.removals)
     assert gone[0] <= gone[1]
 
 
@@ -114,7 +114,7 @@ def test_of_each_group_of_copies_the_first_key_stays_whatever_the_order_of_rows(
     for each in verdict.removals:
         assert f"same voxels as {first[digest[each.key]]}," in each.reason
         assert "another participant" in each.reason
-        assert each.value == (digest == digest[each.key]).sum()
+        assert each.figure == (digest == digest[each.key]).sum()
 
 
 def test_a_copy_in_another_data_set_is_a_copy(tmp_path):
