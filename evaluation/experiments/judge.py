@@ -18,9 +18,9 @@ from sklearn.linear_model import Ridge
 
 from data_pipeline.storage.manifest import Manifest
 from evaluation.protocols.features import cache_name, check_preprocessing, features_of
-from evaluation.protocols.finetune import FineTuning, Job
-from evaluation.protocols.nested_cv import Prepared, prepare, search_grid
-from evaluation.protocols.tune_networks import fit_one
+from evaluation.protocols.finetune import FineTuning, TrainingJob
+from evaluation.protocols.nested_cv import PreparedTask, prepare, search_grid
+from evaluation.protocols.tune_networks import final_fit_trial
 from evaluation.protocols.voxels import gram_matrix, voxel_coordinates
 from evaluation.statistics.metrics import auc, mae
 from evaluation.tasks.folds import outer_folds
@@ -127,7 +127,7 @@ class _Clinic:
 
     def search(self, subjects: Iterator[tuple[Subject, str, Array]], scale: str, title: str) -> list[Answered]:
         """Every subject's probe, its penalty by Ray Tune on inner folds of each draw's training scans."""
-        prepared: dict[str, Prepared] = {}
+        prepared: dict[str, PreparedTask] = {}
         about: dict[str, tuple[Subject, str]] = {}
         for subject, task, features in subjects:
             key, sizes = "|".join((task, *map(str, subject))), list(self.plan.sizes) if task in DISEASES else []
@@ -145,7 +145,7 @@ class _Clinic:
         answers, found = search_grid(prepared, "linear", storage, f"{self.name}: {title}"), []
         for key, (subject, name) in about.items():
             mine, ask, of = answers[key], prepared[key].folds[0][1], self.tasks[name]
-            given = np.stack([mine.answers[ask], *mine.draw_answers]).astype(np.float32)
+            given = np.stack([mine.predicted[ask], *mine.draw_predicted]).astype(np.float32)
             sizes_of, draws_of = (np.array([0, *(row[at] for row in mine.curve)], dtype=np.int64) for at in (0, 1))
             whom = of.participants[ask]
             found.append(Answered(self.name, *subject, name, sizes_of, draws_of, given, of.labels[ask], whom))
@@ -208,17 +208,24 @@ def train_networks(out: Path, plan: Plan, uri: str) -> None:
         encoder = Encoder.from_pretrained(path)
         folder = None if start is None else str(find_encoder(path).resolve())
         assert task.covariates is not None
-        jobs[method] = Job(
+        jobs[method] = TrainingJob(
             str(manifest.root.resolve()), folder, encoder.config["encoder"], task.rows, task.labels, task.groups, task.kind,
             task.covariates, settings, "cuda" if torch.cuda.is_available() else "cpu",
         )  # fmt: skip
         here = at if folder else {**at, "layer_decay": 1.0}
         points += [
-            {"task": method, "draw": draw, "at": here, "epochs": plan.network_epochs, "fit": draw.fit, "ask": draw.ask}
+            {
+                "task": method,
+                "draw": draw,
+                "params": here,
+                "epochs": plan.network_epochs,
+                "train": draw.train,
+                "test": draw.test,
+            }
             for draw in draws
         ]
     results = tuning.tune_grid(
-        fit_one, points, data={"jobs": jobs}, storage=out / "searches" / NETWORKS, name="fits", title="networks",
+        final_fit_trial, points, data={"jobs": jobs}, storage=out / "searches" / NETWORKS, name="fits", title="networks",
         resources={"cpu": 1, **({"gpu": 1.0} if torch.cuda.is_available() else {})},
     )  # fmt: skip
     ask = folds[0][1]
@@ -228,7 +235,7 @@ def train_networks(out: Path, plan: Plan, uri: str) -> None:
         found.append(
             Answered(
                 NETWORK_CLINIC, method, "main", 0, NETWORK_TASK, np.array([row["draw"].size for row in mine]),
-                np.array([row["draw"].number for row in mine]), np.stack([row["answers"] for row in mine]).astype(np.float32),
+                np.array([row["draw"].number for row in mine]), np.stack([row["predicted"] for row in mine]).astype(np.float32),
                 task.labels[ask], task.participants[ask],
             )
         )  # fmt: skip

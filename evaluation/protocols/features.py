@@ -49,7 +49,9 @@ def blocks(network: nn.Module) -> list[str]:
     return names
 
 
-def tapped(encoder: Encoder, layer: str | None, pooling: Sequence[str]) -> Callable[[torch.Tensor], torch.Tensor]:
+def intermediate_features(
+    encoder: Encoder, layer: str | None, pooling: Sequence[str]
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """volumes (N, 1, D, H, W) -> features (N, F): the encoder's own, or a block's output pooled over its voxels.
 
     Several poolings stand side by side. Tokens (N, T, C), as of transformers, are pooled over T. UserError for a block
@@ -86,7 +88,7 @@ def features_of(
     pooling: Sequence[str] = ("mean",),
 ) -> Array:  # fmt: skip
     """(len(rows), F) float32 features of scans, read from ``cache`` (an .npz) where it holds all of them."""
-    compute = tapped(encoder, layer, pooling)
+    compute = intermediate_features(encoder, layer, pooling)
     known = _read(cache)
     missing = np.array([row for row in rows if int(row) not in known], dtype=np.int64)
     if len(missing):
