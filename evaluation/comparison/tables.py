@@ -204,7 +204,7 @@ def subgroups_table(judged: list[Judged], minimum: int) -> pd.DataFrame:
                 statistic, labels, answers, part["participant"].to_numpy(), by, classes=kind != "regression",
                 minimum=minimum,
             )  # fmt: skip
-            found.append(table.assign(checkpoint=each.name, task=task, figure=figure))
+            found.append(table.assign(checkpoint=each.name, task=task, metric=figure))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
