@@ -16,7 +16,7 @@ from evaluation.comparison.tables import Judged
 from evaluation.protocols.variant import ProtocolVariant
 from infra.errors import UserError
 from infra.tracking import runs as store
-from infra.tracking.tracking import default_uri
+from infra.tracking.tracker import default_uri
 
 Run = dict[str, Any]  # as infra.tracking.runs gives it
 DIGITS = 8  # of an id or checksum that tells equal names apart

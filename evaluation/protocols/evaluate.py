@@ -16,7 +16,7 @@ import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
 from evaluation.protocols.embedding import embedding_table
-from evaluation.protocols.features import cache_name, check_preprocessing, features_of, intermediate_features
+from evaluation.protocols.features import cache_name, check_preprocessing, features_of
 from evaluation.protocols.finetune import TrainingJob
 from evaluation.protocols.nested_cv import NestedCVResult, prepare, search_grid, search_networks
 from evaluation.protocols.protocols import PROTOCOLS, Protocol, check_protocols, published_lines
@@ -29,8 +29,10 @@ from evaluation.tasks.tasks import Task, load_task
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
-from infra.tracking.tracking import default_uri
-from pretrain.weights.encoder import Encoder, find_encoder
+from infra.tracking.tracker import default_uri
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.folder import find_encoder
+from pretrain.weights.layers import intermediate_features
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -121,7 +123,7 @@ def _checkpoint(path: str | Path, manifest: Manifest, rows: Array, protocol: Pro
     check_preprocessing(encoder, manifest, str(path))
     about = check_leakage(encoder, path, manifest, rows, str(path))
     if any(PROTOCOLS[name].model != "network" for name in protocol.protocols):
-        intermediate_features(encoder, protocol.layer, protocol.pooling)
+        intermediate_features(encoder.network, protocol.layer, protocol.pooling)
     config, weights = encoder.config, sha256_of(folder / "model.safetensors")
     return Subject(config["run_name"], config["method"], int(config["step"]), weights, encoder, folder.resolve(), about)
 

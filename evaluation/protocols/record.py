@@ -16,7 +16,7 @@ from evaluation.protocols.variant import ProtocolVariant
 from infra.errors import UserError
 from infra.files import write_json
 from infra.tracking import runs
-from infra.tracking.tracking import Tracker
+from infra.tracking.tracker import Tracker
 from pretrain.weights.encoder import Encoder
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -24,8 +24,9 @@ from infra.errors import UserError
 from infra.files import sha256_of
 from infra.progress import Progress
 from infra.tracking import runs
-from infra.tracking.tracking import Tracker, default_uri
-from pretrain.weights.encoder import Encoder, find_encoder
+from infra.tracking.tracker import Tracker, default_uri
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.folder import find_encoder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BATCH = 16

@@ -22,7 +22,7 @@ from evaluation.statistics.metrics import auc, brier, with_interval
 from evaluation.statistics.paired import delong_difference, holm
 from evaluation.tasks.published import PUBLISHED
 from infra import cli
-from infra.tracking.tracking import Tracker
+from infra.tracking.tracker import Tracker
 from tests.evaluation.comparison.stored import evaluation, people, predictions
 
 T_OF_9 = 2.2621571628540993  # Student's t at 0.975 with 9 degrees of freedom, as of 10 draws

@@ -15,7 +15,6 @@ import torch
 
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from evaluation.protocols.features import blocks, intermediate_features
 from evaluation.protocols.nested_cv import trial_row
 from evaluation.protocols.probes import GRIDS, FeatureTable, fit_predict
 from evaluation.protocols.record import trial_runs
@@ -26,8 +25,10 @@ from infra.errors import UserError
 from infra.tracking import runs
 from infra.tracking.mlflow_store import StoredRun
 from pretrain.encoders import build_encoder
-from pretrain.weights.encoder import Encoder, write_encoder
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.layers import block_names, intermediate_features
 from pretrain.weights.seen_scans import source_of
+from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
 from tests.runs import ROOT, environment
 
@@ -271,18 +272,20 @@ def test_voxels_in_the_dual_answer_as_voxels_do(world, tmp_path):
 def test_features_of_any_block(world):
     encoder = Encoder.from_pretrained(world[0] / "runs" / "first")
     volumes = torch.randn(3, 1, 14, 16, 12)
-    assert {"conv1", "layer1", "layer4", "layer2.0"} <= set(blocks(encoder.network))
+    assert {"conv1", "layer1", "layer4", "layer2.0"} <= set(block_names(encoder.network))
     with torch.no_grad():
         own = encoder(volumes)
-        torch.testing.assert_close(intermediate_features(encoder, "layer4", ["mean"])(volumes), own)  # where it ends
-        both = intermediate_features(encoder, "layer2", ["mean", "max", "std"])(volumes)
+        torch.testing.assert_close(
+            intermediate_features(encoder.network, "layer4", ["mean"])(volumes), own
+        )  # where it ends
+        both = intermediate_features(encoder.network, "layer2", ["mean", "max", "std"])(volumes)
         inner = encoder.network.trunk[:6](volumes).flatten(2)
     expected = torch.cat([inner.mean(2), inner.amax(2), inner.std(2, correction=0)], dim=1)
     torch.testing.assert_close(both, expected)
     with pytest.raises(UserError, match=r"--layer=layer9 is no block of this encoder \(did you mean 'layer\d'"):
-        intermediate_features(encoder, "layer9", ["mean"])
+        intermediate_features(encoder.network, "layer9", ["mean"])
     with pytest.raises(UserError, match="--pooling=median is not known"):
-        intermediate_features(encoder, "layer1", ["median"])
+        intermediate_features(encoder.network, "layer1", ["median"])
 
 
 @pytest.mark.parametrize(
