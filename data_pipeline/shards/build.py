@@ -28,14 +28,9 @@ from data_pipeline.shards.purge import purge_shards
 from data_pipeline.shards.tar import CODECS, encode, write_shard
 from data_pipeline.shards.unfinished import Result
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
-from data_pipeline.volume.load import (
-    PREPARED,
-    BadScan,
-    Grid,
-    Preparation,
-    check_preparation,
-    check_scaling,
-)
+from data_pipeline.volume.errors import BadScan
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.preparation import DEFAULT_PREPARATION, Preparation, check_preparation, check_scaling
 from infra import ray_cluster
 from infra.errors import UserError, nearest
 from infra.files import sha256_of
@@ -170,7 +165,7 @@ def _write_shards(
             if its_rows:
                 rows += [{**row, "shard": len(shards)} for row in its_rows]
                 shards.append(shard)
-        places = {scan.key: scan.place for scan in scans}
+        places = {scan.key: scan.reported_path for scan in scans}
         shards, rows, removed = purge_shards(folder, shards, rows, quality, codec=codec, paths=places, known=known)
     return shards, rows, [*bad, *removed]
 
@@ -262,7 +257,7 @@ def _already_built(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manife
         return None
     old = Manifest.load(folder)
     first = {
-        **PREPARED,
+        **DEFAULT_PREPARATION,
         "pseudonymised": False,
         "pseudonym_key": settings.get("pseudonym_key"),
         "quality": to_dict(Quality()),

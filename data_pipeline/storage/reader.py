@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from data_pipeline.volume.decoders import decode
-from data_pipeline.volume.load import Array
 
 if TYPE_CHECKING:
     from data_pipeline.storage.remote import ShardStore
@@ -61,17 +62,17 @@ class VolumeReader:
 
     root: str
     names: list[str]
-    shard: Array
-    offset: Array
-    size: Array
-    crc32c: Array
+    shard: NDArray[Any]
+    offset: NDArray[Any]
+    size: NDArray[Any]
+    crc32c: NDArray[Any]
     codecs: list[str]
     table: str
     orientation: str = "RAS"  # of arrays without a header, as they are stored
     store: ShardStore | None = None  # how remote shards are read; None: local ones
     _open: OpenFiles = field(default_factory=OpenFiles, repr=False)
 
-    def read(self, row: int) -> Array:
+    def read(self, row: int) -> NDArray[np.float16]:
         """(D, H, W) float16. OSError naming shard and key where the bytes are not those that the manifest lists."""
         number, offset, size = int(self.shard[row]), int(self.offset[row]), int(self.size[row])
         if self.store is None:
