@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from data_pipeline.loading.source import LoaderError
 from data_pipeline.storage.manifest_file import FORMAT, check_content, is_simulated, read_checked
 from data_pipeline.storage.manifest_file import MANIFEST as MANIFEST
 from data_pipeline.storage.manifest_file import SCANS as SCANS
@@ -27,7 +26,7 @@ from data_pipeline.storage.manifest_file import digest_of as digest_of
 from data_pipeline.storage.reader import VolumeReader as VolumeReader
 from data_pipeline.storage.remote import Access, ShardStore, is_remote, join, read_whole, with_retries
 from data_pipeline.volume.grid import Grid
-from infra.errors import UserError, nearest
+from infra.errors import LoaderError, UserError, nearest
 from infra.files import atomic_write, flush_folder, sha256_of, write_json
 
 

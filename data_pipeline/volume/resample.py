@@ -52,8 +52,7 @@ def to_grid(
 
 def centre_of_mass(voxels: NDArray[np.float32]) -> NDArray[np.float64]:
     """(3,) centre of mass of the foreground in indices; all foreground voxels have equal weight."""
-    centre: NDArray[np.float64] = np.array(ndimage.center_of_mass(foreground(voxels)), dtype=np.float64)
-    return centre
+    return np.asarray(ndimage.center_of_mass(foreground(voxels)))
 
 
 def reorient(voxels: NDArray[Any], orientation: str) -> NDArray[Any]:
@@ -66,9 +65,10 @@ def reorient(voxels: NDArray[Any], orientation: str) -> NDArray[Any]:
 
 def _rounded(affine: NDArray[np.float64]) -> NDArray[np.float64]:
     """An affine without the last bits of float32, which depend on the order in which a file stores its axes."""
-    rounded = np.round(np.asarray(affine, dtype=np.float64), 6)
+    rounded = np.asarray(np.round(np.asarray(affine, dtype=np.float64), 6), dtype=np.float64)
     rounded[:3, 3] = np.round(rounded[:3, 3], 3)
-    return rounded + 0.0
+    rounded += 0.0  # -0.0 becomes 0.0
+    return rounded
 
 
 def _cut(voxels: NDArray[np.float32], start: NDArray[np.int_], shape: tuple[int, ...]) -> NDArray[np.float32]:
