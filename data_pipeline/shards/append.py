@@ -27,7 +27,9 @@ from data_pipeline.shards.tar import encode
 from data_pipeline.shards.writing import quality_rules, write_shards
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
 from data_pipeline.storage.manifest_file import read_content
-from data_pipeline.volume.load import BadScan, Grid, Preparation
+from data_pipeline.volume.errors import BadScan
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.preparation import Preparation
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.progress import Progress

@@ -16,7 +16,8 @@ from data_pipeline.shards.scan_table import scan_table
 from data_pipeline.shards.tar import CODECS
 from data_pipeline.shards.writing import shard_name, write_shards
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
-from data_pipeline.volume.load import PREPARED, Grid, check_preparation, check_scaling
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.preparation import DEFAULT_PREPARATION, check_preparation, check_scaling
 from infra.errors import UserError, nearest
 from infra.settings import to_dict
 
@@ -126,7 +127,7 @@ def _existing_build(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manif
     old = Manifest.load(folder)
     # The values of builds made before these settings existed.
     defaults = {
-        **PREPARED,
+        **DEFAULT_PREPARATION,
         "pseudonymised": False,
         "pseudonym_key": settings.get("pseudonym_key"),
         "quality": to_dict(Quality()),

@@ -12,7 +12,7 @@ import pandas as pd
 
 from data_pipeline.cohort.declarations import MISSING, SEX, TEXT
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS
-from data_pipeline.volume.load import BadScan
+from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
 
 # The words that keys and tables use for the four entities.

@@ -20,7 +20,8 @@ from data_pipeline.cohort.pseudonyms import pseudonym
 from data_pipeline.cohort.read import read_cohort
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import Grid, load_volume
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.load import load_volume
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort

@@ -16,7 +16,7 @@ from data_pipeline.loading.augmentations.noise import BANK_MARGIN, Noise, noise_
 from data_pipeline.loading.augmentations.operator import ViewContext
 from data_pipeline.loading.augmentations.warp import Affine, Crop, Flip, resampling, warp_matrix
 from data_pipeline.loading.dali_graph import AugmentPipeline
-from data_pipeline.volume.load import zscore
+from data_pipeline.volume.intensity import zscore
 from tests.cohorts import blob
 
 SHAPE = (14, 16, 12)

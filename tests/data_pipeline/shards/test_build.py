@@ -18,7 +18,7 @@ import zstandard
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.verify import verify_shards
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort
