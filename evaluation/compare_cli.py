@@ -16,10 +16,16 @@ def compare(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="yaware compare", description=compare.__doc__)
     parser.add_argument("--experiment", default="yaware", help="MLflow experiment (default: yaware)")
     parser.add_argument(
-        "--filter", default="", help="MLflow filter over the evaluation runs, for example \"tags.`yaware.step` = '100'\""
+        "--filter",
+        default="",
+        help="MLflow filter over the evaluation runs, for example \"tags.`yaware.step` = '100'\"",
     )
-    parser.add_argument("--against", help="compare all checkpoints with this one only (default: with each of their protocol)")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="HTML report to write (default: report.html)")
+    parser.add_argument(
+        "--against", help="compare all checkpoints with this one only (default: with each of their protocol)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="HTML report to write (default: report.html)"
+    )
     parser.add_argument("--tracking-uri", help=STORE)
     options = parser.parse_args(arguments)
     from evaluation.comparison.comparison import compare as compare_checkpoints
@@ -68,7 +74,10 @@ def saliency(arguments: list[str]) -> int:
 def promote(arguments: list[str]) -> int:
     """Register a checkpoint in MLflow's model registry under an alias."""
     parser = argparse.ArgumentParser(prog="yaware promote", description=promote.__doc__)
-    parser.add_argument("checkpoint", help="id of a logged model, id of a run, or name of a run")
+    parser.add_argument(
+        "checkpoint",
+        help="a model id, a run id (its last checkpoint), the name of a pretraining, or NAME@ALIAS in the registry",
+    )
     parser.add_argument("--name", required=True, help="registered model, for example brain-encoder")
     parser.add_argument("--alias", required=True, help="alias of this version, for example champion")
     parser.add_argument("--step", type=int, help="step of the run's checkpoint (default: its last)")

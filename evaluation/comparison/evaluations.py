@@ -231,7 +231,9 @@ def _read(
             saliency = {**_read_saliency(path), **saliency}
             embedding = embedding if len(embedding) else pd.read_parquet(path / "embedding.parquet")
         if tasks & done:
-            superseded.append(_superseded_line(name, run, {task: source[task] for task in source if task in tasks & done}))
+            superseded.append(
+                _superseded_line(name, run, {task: source[task] for task in source if task in tasks & done})
+            )
     evaluation = CheckpointEvaluation(
         name=name, run=runs[0], predictions=_concatenate(predictions), curve=_concatenate(curves), embedding=embedding,
         saliency=saliency, pretraining=pretraining,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,8 @@ def to_latex(comparison: Comparison) -> str:
     ]
     if len(comparison.site_leakage):
         caption = (
-            "How well the features tell the scanner site. Leakage is 0 at chance and 1 if every site is recognised. The OpenBHB "
-            "score is the balanced accuracy to the power of 0.3, times the age MAE on sites left out of training."
+            "How well the features tell the scanner site. Leakage is 0 at chance and 1 if every site is recognised. The "
+            "OpenBHB score is the balanced accuracy to the power of 0.3, times the age MAE on sites left out of training."
         )
         tables.append((_site_leakage(comparison), caption))
     if len(comparison.brain_age):
@@ -53,8 +54,8 @@ def to_latex(comparison: Comparison) -> str:
 
 
 def escape(text: str) -> str:
-    """Escape every character that LaTeX treats specially."""
-    return "".join(ESCAPES.get(character, character) for character in text)
+    """Escape every character that LaTeX treats specially; the hyphen of a negative number becomes a minus sign."""
+    return "".join(ESCAPES.get(character, character) for character in re.sub(r"(?<![\w-])-(?=\d)", "−", text))
 
 
 def _metrics(comparison: Comparison) -> Content:
@@ -66,15 +67,23 @@ def _metrics(comparison: Comparison) -> Content:
 def _differences(comparison: Comparison) -> Content:
     head = ["task", "metric", "pair", "difference", "p", "p (Holm)"]
     rows = [
-        [r.task, LABELS[r.metric], f"{r.first} - {r.second}", signed(r.difference, r.low, r.high), p_text(r.p),
-         p_text(r.p_holm)]
+        [comparison.tasks[r.task].title, LABELS[r.metric], f"{r.first} − {r.second}", signed(r.difference, r.low, r.high),
+         p_text(r.p), p_text(r.p_holm)]
         for r in rows_of(comparison.differences)
     ]  # fmt: skip
     return head, rows
 
 
 def _site_leakage(comparison: Comparison) -> Content:
-    head = ["checkpoint", "sites", "balanced accuracy", "chance", "leakage", "MAE on unseen sites (years)", "OpenBHB score"]
+    head = [
+        "checkpoint",
+        "sites",
+        "balanced accuracy",
+        "chance",
+        "leakage",
+        "MAE on unseen sites (years)",
+        "OpenBHB score",
+    ]
     rows = [
         [r.checkpoint, str(r.sites), number(r.bacc, 3), number(r.chance, 3), number(r.leakage, 3), number(r.external_mae),
          number(r.openbhb)]

@@ -36,7 +36,7 @@ def embedding(comparison: Comparison, columns: tuple[str, str] = ("x", "y")) -> 
         _by_group(row[2], table, "site", columns)
         correlation = age_correlation(table, columns[0])
         suffix = f", |r| = {correlation:.2f}" if np.isfinite(correlation) else ""
-        row[0].set_title(f"{evaluation.name}: by age{suffix}")
+        row[0].set_title(f"{evaluation.name}\nby age{suffix}")  # the name has a line of its own, over all columns
         row[0].set_ylabel("second axis")
         for axis in row:
             axis.set(xticks=[], yticks=[])
@@ -77,7 +77,7 @@ def saliency(comparison: Comparison) -> Any:
             axis.grid(visible=False)
             for spine in axis.spines.values():
                 spine.set_visible(False)
-        row[0].set_title(f"{evaluation.name}: {task}", fontsize=9)
+        row[0].set_title(f"{evaluation.name}: {comparison.tasks[task].title}", fontsize=9)
         figure.colorbar(image, ax=list(row), fraction=0.02, pad=0.01, label="change of score")
     return figure
 

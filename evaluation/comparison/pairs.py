@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from evaluation.comparison.evaluations import CheckpointEvaluation
 
-ALL_PAIRS = 6  # evaluations of one protocol that are all compared with each other; more are compared with the first only
+ALL_PAIRS = (
+    6  # evaluations of one protocol that are all compared with each other; more are compared with the first only
+)
 
 
 def pairs(

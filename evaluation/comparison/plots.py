@@ -33,7 +33,7 @@ def style() -> AbstractContextManager[None]:
     """Return a context in which figures are drawn and saved in the report's style; other figures keep theirs."""
     import matplotlib
 
-    return matplotlib.rc_context(RC_PARAMS)  # type: ignore[arg-type]
+    return matplotlib.rc_context(RC_PARAMS)
 
 
 def new_figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, Any]:
@@ -106,6 +106,8 @@ def learning_curves(comparison: Comparison) -> Any:
         sizes = sorted(set(table.loc[table["task"] == task, "n_train"]))
         for number, evaluation in enumerate(last[:MOST_LINES]):
             points = table[(table["task"] == task) & (table["checkpoint"] == evaluation.name)]
+            if points.empty:
+                continue
             # Shift the points sideways so that bars do not hide each other; the axis is logarithmic.
             x = points["n_train"] * 1.025 ** (number - (min(len(last), MOST_LINES) - 1) / 2)
             bars = np.abs(points[["low", "high"]].to_numpy().T - points["auc"].to_numpy())
@@ -147,7 +149,11 @@ def steps(comparison: Comparison) -> Any:
     for axis, (task, about) in zip(axes, tasks.items(), strict=True):
         rows = _primary_rows(comparison, task)
         for number, (label, members) in enumerate(list(comparison.over_steps.items())[:MOST_LINES]):
-            points = [(each.step, *rows.loc[each.name, ["value", "low", "high"]]) for each in members if each.name in rows.index]
+            points = [
+                (each.step, *rows.loc[each.name, ["value", "low", "high"]])
+                for each in members
+                if each.name in rows.index
+            ]
             if not points:
                 continue
             x, value, low, high = np.array(points, float).T
@@ -240,7 +246,7 @@ def _primary_rows(comparison: Comparison, task: str) -> pd.DataFrame:
 def _chance_of(rows: pd.DataFrame, evaluations: list[CheckpointEvaluation]) -> float:
     """Chance level of the first of these evaluations that has the task; NaN, which draws nothing, if none has."""
     names = [evaluation.name for evaluation in evaluations if evaluation.name in rows.index]
-    return float(rows.loc[names[0], "chance"]) if names else float("nan")
+    return float(rows["chance"][names[0]]) if names else float("nan")
 
 
 def _legend(figure: Any, axes: list[Any]) -> None:

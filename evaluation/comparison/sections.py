@@ -29,13 +29,12 @@ def banner(comparison: Comparison) -> str:
 
 def summary(comparison: Comparison) -> str:
     """Say in one line what is compared, and how to browse the MLflow store."""
-    count = len(comparison.last)
-    several_steps = len(comparison.evaluations) > count
-    steps = f", {len(comparison.evaluations)} evaluations over pretraining" if several_steps else ""
+    count, all_steps = len(comparison.last), len(comparison.evaluations)
+    steps = f" ({all_steps} with earlier pretraining steps)" if all_steps > count else ""
     titles = ", ".join(task.title for task in comparison.tasks.values())
     return (
-        f"<p>{count} checkpoint{'s' * (count != 1)}{steps}. Tasks: {html.escape(titles)}. All values are read from the MLflow "
-        f"store; browse it with <code>{html.escape(ui_command(comparison.uri))}</code></p>"
+        f"<p>{count} evaluation{'s' * (count != 1)} of checkpoints{steps}. Tasks: {html.escape(titles)}. All values are read from the "
+        f"MLflow store; browse it with <code>{html.escape(ui_command(comparison.uri))}</code></p>"
     )
 
 
@@ -114,10 +113,11 @@ def published_tasks(comparison: Comparison) -> list[str]:
 def published(comparison: Comparison) -> str:
     """Return the paper's values, marked as such."""
     tasks = published_tasks(comparison)
-    here = "the values above, which are from simulated scans," if comparison.simulated else "the values above"
+    simulated = " The scans above are simulated." if comparison.simulated else ""
     note = (
-        f"<p class='note'>Not measured here. AUC of linear probes, read off the figure of {SOURCE}, after pretraining on 10,000 "
-        f"other scans and tested on other scans. Compare {here} with them by the shape of the curves only.</p>"
+        f"<p class='note'>These values were not measured here. They are AUCs of linear probes after pretraining on 10,000 scans, read "
+        f"off the figure of {SOURCE}. The scans differ from those above, so compare the shape of the curves, not the "
+        f"values.{simulated}</p>"
     )
     methods = list(next(iter(PUBLISHED[tasks[0]].values())))
     rows = [
@@ -163,7 +163,9 @@ def subgroups(comparison: Comparison) -> str:
         parts.append(f"<h3>{html.escape(title)}</h3>{_table(['group', 'participants', 'scans', *names], rows)}")
     more = len(comparison.last) - len(shown)
     note = (
-        f"<p class='note'>The first {len(shown)} checkpoints; the CSV table beside this report has {more} more.</p>" if more else ""
+        f"<p class='note'>The first {len(shown)} checkpoints; the CSV table beside this report has {more} more.</p>"
+        if more
+        else ""
     )
     return note + "".join(parts)
 
@@ -177,7 +179,15 @@ def site_and_age(comparison: Comparison) -> str:
              number(r.external_mae), number(r.openbhb)]
             for r in rows_of(comparison.site_leakage)
         ]  # fmt: skip
-        head = ["checkpoint", "sites", "balanced accuracy", "chance", "leakage ↓", "MAE on unseen sites ↓", "OpenBHB score ↓"]
+        head = [
+            "checkpoint",
+            "sites",
+            "balanced accuracy",
+            "chance",
+            "leakage ↓",
+            "MAE on unseen sites ↓",
+            "OpenBHB score ↓",
+        ]
         parts.append(
             "<h3>Site</h3><p class='note'>Leakage is 0 if the site is told no better than by chance, and 1 if every site is "
             "recognised. OpenBHB score: balanced accuracy to the power of 0.3, times the age MAE in years on sites left out of "
@@ -185,7 +195,14 @@ def site_and_age(comparison: Comparison) -> str:
         )
     if len(comparison.brain_age):
         rows = [
-            [r.checkpoint, f"{r.mae:.2f}", f"{r.slope:.2f}", f"{r.r_raw:+.2f}", f"{r.gap_sd:.2f}", f"{r.r_corrected:+.2f}"]
+            [
+                r.checkpoint,
+                f"{r.mae:.2f}",
+                f"{r.slope:.2f}",
+                f"{r.r_raw:+.2f}",
+                f"{r.gap_sd:.2f}",
+                f"{r.r_corrected:+.2f}",
+            ]
             for r in rows_of(comparison.brain_age)
         ]
         head = [

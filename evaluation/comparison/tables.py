@@ -116,7 +116,9 @@ def subgroups_table(evaluations: list[CheckpointEvaluation], minimum: int = MINI
         for task in evaluation.tasks:
             predictions = evaluation.of(task)
             metric, statistic, answers = next(metrics_of(predictions))
-            by = {name: predictions[name].to_numpy() for name in ("sex", "site") if name in predictions and name != task}
+            by = {
+                name: predictions[name].to_numpy() for name in ("sex", "site") if name in predictions and name != task
+            }
             if "age" in predictions:
                 by["age"] = age_bands(predictions["age"].to_numpy(float))
             table = subgroup_table(
