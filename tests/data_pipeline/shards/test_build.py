@@ -222,7 +222,7 @@ def test_a_damaged_sample_names_shard_and_key(cohort, tmp_path):
         ),
         (lambda c: swap(c, "\tF\t", "\tQ\t"), r"line 2: sex='Q' is not F, M"),
         (lambda c: swap(c, "participant_id\t", "subject\t"), r"has no column participant_id; found: subject"),
-        (lambda c: swap(c, "sub-001\t", "sub-000\t"), r"line 3: participant_id '000' is there twice"),
+        (lambda c: swap(c, "sub-001\t", "sub-000\t"), r"line 3: participant_id '000' appears twice"),
     ],
     ids=["missing", "age", "sex", "column", "twice"],
 )
