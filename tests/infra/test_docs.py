@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -45,3 +45,25 @@ def test_the_reference_lists_every_public_name():
     yaware = pytest.importorskip("yaware")
     assert set(yaware.__all__) <= listed.keys()
     assert all(listed[name] is getattr(yaware, name) for name in yaware.__all__)
+
+
+def test_a_notebook_becomes_a_page_with_its_outputs():
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    outputs = [
+        {"output_type": "stream", "text": ["\x1b[1mone\x1b[0m\n", "two\n"]},
+        {"output_type": "display_data", "data": {"image/png": "aGk=", "text/plain": ["<Figure>"]}},
+        {"output_type": "execute_result", "data": {"text/html": ["<table></table>"], "text/plain": ["x"]}},
+        {"output_type": "execute_result", "data": {"text/plain": ["3"]}},
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "Text."]},
+        {"cell_type": "code", "source": ["x = 1\n", "x + 2"], "outputs": outputs},
+    ]
+    page, images = hooks.notebook_page({"cells": cells}, "first")
+    assert images == {"first-1.png": b"hi"}
+    assert page.split("\n\n") == [
+        "# Title\nText.", "```python\nx = 1\nx + 2\n```", "```text\none\ntwo\n```", "![output](first-1.png)",
+        "<table></table>", "```text\n3\n```\n",
+    ]  # fmt: skip
