@@ -22,17 +22,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 BATCH = 16
 
 
-def check_preprocessing(encoder: Encoder, manifest: Manifest, name: str) -> None:
-    """UserError where the shards are not on the encoder's grid, or of another modality, scaling, crop or intensity."""
-    wanted, found = {**PREPARED, **encoder.preprocessing}, {**PREPARED, "grid": manifest.grid, **manifest.settings}
-    for key in ("grid", "modality", "scaling", *PREPARED):
-        if wanted.get(key) is not None and wanted[key] != found.get(key):
-            raise UserError(
-                f"{name}: the encoder was trained on {key} {wanted[key]!r}, {manifest.root} has {found.get(key)!r}; "
-                "build shards with the encoder's own"
-            )
-
-
 def features_of(
     encoder: Encoder, manifest: Manifest, rows: Array, cache: Path, title: str, layer: str | None = None,
     pooling: Sequence[str] = ("mean",),

@@ -32,6 +32,7 @@ def preprocessing_of(manifest: Manifest) -> dict[str, Any]:
         "grid": manifest.grid, "normalisation": "zscore",
         "modality": settings.get("modality"), "scaling": settings.get("scaling"),
         **{name: settings.get(name, default) for name, default in PREPARED.items()},
+        "nonfinite": settings.get("quality", {}).get("nonfinite", "refuse"),
     }  # fmt: skip
 
 
