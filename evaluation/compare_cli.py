@@ -70,7 +70,8 @@ def promote(arguments: list[str]) -> int:
     """Register a checkpoint in MLflow's model registry, under an alias that others can ask for."""
     parser = argparse.ArgumentParser(prog="yaware promote", description=promote.__doc__)
     parser.add_argument(
-        "checkpoint", help="id of a logged model, or id of a run (its last checkpoint), or a run's name"
+        "checkpoint",
+        help="a model id, a run id (its last checkpoint), the name of a pretraining, or NAME@ALIAS in the registry",
     )
     parser.add_argument("--name", required=True, help="registered model, as in brain-encoder")
     parser.add_argument("--alias", required=True, help="what this version is called, as in champion")

@@ -227,7 +227,7 @@ def test_wrong_requests_are_one_line(shards, tmp_path, capsys):
         ([str(tmp_path / "ok"), *base, "--tasks", "scz"], r"task scz: too few participants for 5 folds .*SCZ 0"),
         ([str(tmp_path / "none"), *base, "--tasks", "ad"], "no encoder in"),
         ([str(tmp_path / "ok"), *base, "--tasks", "ad", "--folds", "1"], "at least 2 folds"),
-        ([str(tmp_path / "ok"), *base[:2], "--tracking-uri", "ftp://x", "--tasks", "ad"], "is not a store of MLflow"),
+        ([str(tmp_path / "ok"), *base[:2], "--tracking-uri", "ftp://x", "--tasks", "ad"], "is not an MLflow store"),
     ):
         assert cli.run(["evaluate", *arguments]) == 2
         printed = capsys.readouterr().err
