@@ -11,8 +11,6 @@ import torch
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import PREPARED
-from infra.errors import UserError
 from infra.files import atomic_write
 from infra.progress import Progress
 from pretrain.weights.encoder import Encoder

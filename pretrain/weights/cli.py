@@ -53,7 +53,9 @@ def embed(arguments: list[str]) -> int:
         print(to_tsv(table), end="")
     if unreadable:
         lines = "".join(f"  {name}: {reason}\n" for name, reason in unreadable.items())
-        print(f"embed: {len(unreadable)} of {len(source.names)} scans cannot be read:\n{lines}", end="", file=sys.stderr)
+        print(
+            f"embed: {len(unreadable)} of {len(source.names)} scans cannot be read:\n{lines}", end="", file=sys.stderr
+        )
     return 1 if unreadable else 0
 
 

@@ -86,7 +86,9 @@ def embed_table(
 def feature_table(names: Sequence[str], features: NDArray[np.float32], index: str) -> pd.DataFrame:
     """Return features (n, F) as a table: columns ``f0``, ``f1``, ...; ``names`` as the index, which is named ``index``."""
     columns = [f"f{number}" for number in range(features.shape[1])]
-    return pd.DataFrame(features, index=pd.Index(names, name=index, dtype=object), columns=columns)
+    table = pd.DataFrame(features, index=list(names), columns=columns)
+    table.index.name = index
+    return table
 
 
 def default_workers(workers: int | None) -> int:
@@ -108,7 +110,13 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def _batches(
-    compute: Features, source: ScanSource, positions: Sequence[int], device: torch.device, *, batch_size: int, workers: int
+    compute: Features,
+    source: ScanSource,
+    positions: Sequence[int],
+    device: torch.device,
+    *,
+    batch_size: int,
+    workers: int,
 ) -> Iterator[FeatureBatch]:
     volumes: list[NDArray[np.float32]] = []
     taken, unreadable = list[int](), dict[int, str]()

@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         """Return the features of scans, each brought to the encoder's grid as its training scans were.
 
         Threads read and decode in the background while the network works on batches. A scan's features do not depend on
-        ``batch_size`` or ``workers`` (to 1e-6), and those of a training file equal those from its shard.
+        ``batch_size`` or ``workers`` (up to rounding, 1e-6 of the largest feature); a training file's equal its shard's.
 
         Args:
             scans: paths of NIfTI files; a manifest (all its scans); a DataFrame with a column ``path`` (and ``tiv``); or,

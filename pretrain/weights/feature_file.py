@@ -26,6 +26,8 @@ from pretrain.weights.scan_source import ScanSource
 FORMATS = (".tsv", ".parquet")
 IMAGES = (".nii", ".nii.gz")
 TABLES = {".tsv": "\t", ".csv": ","}
+# Scan -> its stamp (see ScanSource.stamp) and its features (F,).
+Entries = dict[str, tuple[list[Any], NDArray[np.float32]]]
 
 
 class PartialFile:
@@ -35,7 +37,7 @@ class PartialFile:
         self.path = out.with_name(f".{out.name}.partial")
         self.header = header
 
-    def read(self) -> dict[str, tuple[list[Any], NDArray[np.float32]]]:
+    def read(self) -> Entries:
         """Return stamp and features by name; empty if the file belongs to another encoder or other options."""
         lines = list(_json_lines(self.path))
         if not lines or lines[0] != self.header:
@@ -45,13 +47,13 @@ class PartialFile:
             for entry in lines[1:]
         }
 
-    def start(self, entries: dict[str, tuple[list[Any], NDArray[np.float32]]]) -> None:
+    def start(self, entries: Entries) -> None:
         """Write the file anew with these entries: a last line that a kill cut short is gone."""
         with atomic_write(self.path, "w") as stream:
             stream.write(json.dumps(self.header) + "\n")
             stream.writelines(_entry(name, stamp, features) for name, (stamp, features) in entries.items())
 
-    def append(self, entries: dict[str, tuple[list[Any], NDArray[np.float32]]]) -> None:
+    def append(self, entries: Entries) -> None:
         """Add the features of a batch."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.writelines(_entry(name, stamp, features) for name, (stamp, features) in entries.items())
@@ -80,15 +82,11 @@ def embed_to_file(
     }  # fmt: skip
     partial = PartialFile(out, header)
     stamps = [source.stamp(position) for position in range(len(source.names))]
-    names = set(source.names)
-    known = {
-        name: entry for name, entry in partial.read().items() if name in names
-    }
+    known = partial.read()
     known = {n: known[n] for n, stamp in zip(source.names, stamps, strict=True) if n in known and known[n][0] == stamp}
-    taken = len(known)
     partial.start(known)
+    continued, unreadable = len(known), dict[str, str]()
     missing = [position for position, name in enumerate(source.names) if name not in known]
-    unreadable: dict[str, str] = {}
     for batch in embed_source(network.network, source, missing, **options) if missing else ():
         entries = {
             source.names[position]: (stamps[position], features)
@@ -103,7 +101,7 @@ def embed_to_file(
     if readable:
         write_table(table, out)
     partial.path.unlink()
-    return table, unreadable, taken
+    return table, unreadable, continued
 
 
 def check_format(out: Path) -> None:

@@ -79,7 +79,7 @@ class FileSource:
     def stamp(self, position: int) -> list[Any]:
         """Return the file's size, its time of change and its TIV; empty if there is no file."""
         try:
-            status = os.stat(self.names[position])
+            status = Path(self.names[position]).stat()
         except OSError:
             return []
         return [status.st_size, status.st_mtime_ns, self._tiv[position] if self._tiv is not None else None]
@@ -139,7 +139,9 @@ def scan_source(
         raise UserError(f"scans={str(scans)!r} is one path; give a list of paths: [{str(scans)!r}]")
     for scan in scans:
         if not isinstance(scan, str | os.PathLike):
-            raise UserError(f"scans has {scan!r}, which is not a path; row numbers and keys of shards need manifest=...")
+            raise UserError(
+                f"scans has {scan!r}, which is not a path; row numbers and keys of shards need manifest=..."
+            )
     return FileSource([os.fspath(scan) for scan in scans], preprocessing, tiv)
 
 
@@ -166,9 +168,9 @@ def _table_source(scans: pd.DataFrame, preprocessing: Mapping[str, Any], tiv: Se
 def _rows_of(scans: Any, manifest: Manifest) -> NDArray[np.int64]:
     """Row numbers in a manifest: those given, or those of a table's keys."""
     if not isinstance(scans, pd.DataFrame):
-        rows = np.asarray(scans)
-        if rows.ndim != 1 or rows.dtype.kind not in "iu" or (len(rows) and not 0 <= rows.min() <= rows.max() < len(manifest.scans)):
-            raise UserError(f"scans must be row numbers 0..{len(manifest.scans) - 1} of {manifest.url}, or rows of its scans")
+        rows, count = np.asarray(scans), len(manifest.scans)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu" or ((rows < 0) | (rows >= count)).any():
+            raise UserError(f"scans must be rows of the scans of {manifest.url}, or row numbers from 0 to {count - 1}")
         return rows.astype(np.int64)
     if "key" not in scans:
         raise UserError(f"the table of scans has no column 'key'; its columns: {', '.join(map(str, scans))}")
