@@ -36,8 +36,8 @@ class Scan:
         return safe(f"{self.dataset}_sub-{self.participant_id}_ses-{self.session}{run}")
 
     @property
-    def place(self) -> str:
-        """The file as reports may name it: its path, or, where ids are pseudonyms, a name made of the key."""
+    def reported_path(self) -> str:
+        """The file as reports may name it: its path, or a name made of the key if ids are pseudonyms."""
         return self.shown_as or str(self.path)
 
 

@@ -20,7 +20,7 @@ from data_pipeline.storage.manifest import Manifest
 from evaluation.experiments.answers import Method, MethodAnswers, log_answers, save_answers
 from evaluation.experiments.plan import DISEASES, MAIN_CLINIC, PRETRAINED_ON, TASKS, ExperimentPlan, encoders_for
 from evaluation.protocols.features import cache_name, features_of
-from evaluation.protocols.nested_cv import Prepared, prepare, search_grid
+from evaluation.protocols.nested_cv import PreparedTask, prepare, search_grid
 from evaluation.protocols.voxels import gram_matrix, voxel_coordinates
 from evaluation.statistics.metrics import mae
 from evaluation.tasks.leakage import check_copies, check_leakage
@@ -97,7 +97,7 @@ class _ClinicData:
 
     def probe(self, features_of_tasks: Iterator[FeaturesOfTask], scale: str, title: str) -> list[MethodAnswers]:
         """Fit a linear probe on every training set; Ray Tune searches its penalty on inner folds of that set."""
-        prepared: dict[str, Prepared] = {}
+        prepared: dict[str, PreparedTask] = {}
         sources: dict[str, tuple[Method, str]] = {}
         for method, name, features in features_of_tasks:
             key, sizes = "|".join((name, *map(str, method))), list(self.plan.sizes) if name in DISEASES else []
@@ -113,7 +113,7 @@ class _ClinicData:
                 clinic=self.name, method=kind, variant=variant, seed=seed, task=name,
                 sizes=np.array([0, *(row[0] for row in result.curve)], dtype=np.int64),
                 draws=np.array([0, *(row[1] for row in result.curve)], dtype=np.int64),
-                answers=np.stack([result.answers[test], *result.draw_answers]).astype(np.float32),
+                answers=np.stack([result.predicted[test], *result.draw_predicted]).astype(np.float32),
                 labels=task.labels[test], people=task.participants[test],
             ))  # fmt: skip
         return answers

@@ -13,9 +13,9 @@ from data_pipeline.storage.manifest import Manifest
 from evaluation.experiments.answers import MethodAnswers, log_answers, save_answers
 from evaluation.experiments.evaluate import load_plan_task
 from evaluation.experiments.plan import MAIN_CLINIC, NETWORK_TASK, ExperimentPlan
-from evaluation.protocols.finetune import FineTuning, Job
+from evaluation.protocols.finetune import FineTuning, TrainingJob
 from evaluation.protocols.nested_cv import prepare
-from evaluation.protocols.tune_networks import fit_one
+from evaluation.protocols.tune_networks import final_fit_trial
 from evaluation.tasks.folds import outer_folds
 from evaluation.tasks.tasks import Task
 from infra import tuning
@@ -49,7 +49,7 @@ def train_networks(out: Path, plan: ExperimentPlan, uri: str) -> None:
     }
     points = [_point(method, job, draw, plan.network_epochs) for method, job in jobs.items() for draw in draws]
     results = tuning.tune_grid(
-        fit_one, points, data={"jobs": jobs}, storage=out / "searches" / NETWORKS, name="fits", title="networks",
+        final_fit_trial, points, data={"jobs": jobs}, storage=out / "searches" / NETWORKS, name="fits", title="networks",
         resources={"cpu": 1, **({"gpu": 1.0} if torch.cuda.is_available() else {})},
     )  # fmt: skip
     answers = []
@@ -58,7 +58,7 @@ def train_networks(out: Path, plan: ExperimentPlan, uri: str) -> None:
         answers.append(MethodAnswers(
             clinic=MAIN_CLINIC, method=method, variant="main", seed=0, task=NETWORK_TASK,
             sizes=np.array([row["draw"].size for row in rows]), draws=np.array([row["draw"].number for row in rows]),
-            answers=np.stack([row["answers"] for row in rows]).astype(np.float32), labels=task.labels[test],
+            answers=np.stack([row["predicted"] for row in rows]).astype(np.float32), labels=task.labels[test],
             people=task.participants[test],
         ))  # fmt: skip
     save_answers(target, answers)
@@ -66,10 +66,10 @@ def train_networks(out: Path, plan: ExperimentPlan, uri: str) -> None:
     shutil.rmtree(out / "searches" / NETWORKS, ignore_errors=True)
 
 
-def _job(manifest: Manifest, task: Task, settings: FineTuning, pretrained: Path, *, from_weights: bool) -> Job:
-    """Describe the training of one network for ``fit_one``."""
+def _job(manifest: Manifest, task: Task, settings: FineTuning, pretrained: Path, *, from_weights: bool) -> TrainingJob:
+    """Describe the training of one network for ``final_fit_trial``."""
     assert task.covariates is not None
-    return Job(
+    return TrainingJob(
         shards=str(manifest.root.resolve()),
         folder=str(find_encoder(pretrained).resolve()) if from_weights else None,
         encoder=Encoder.from_pretrained(pretrained).config["encoder"],
@@ -78,10 +78,10 @@ def _job(manifest: Manifest, task: Task, settings: FineTuning, pretrained: Path,
     )  # fmt: skip
 
 
-def _point(method: str, job: Job, draw: Any, epochs: int) -> dict[str, Any]:
+def _point(method: str, job: TrainingJob, draw: Any, epochs: int) -> dict[str, Any]:
     """Describe one fit: networks from scratch learn at one rate in all blocks."""
     settings = job.settings
     params = {
         "lr": settings.lr, "layer_decay": settings.layer_decay if job.folder else 1.0, "weight_decay": settings.weight_decay,
     }  # fmt: skip
-    return {"task": method, "draw": draw, "at": params, "epochs": epochs, "fit": draw.fit, "ask": draw.ask}
+    return {"task": method, "draw": draw, "params": params, "epochs": epochs, "train": draw.train, "test": draw.test}

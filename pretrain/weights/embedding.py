@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from data_pipeline.volume.load import BadScan
+from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
 from infra.progress import Progress
 from pretrain.weights.layers import intermediate_features

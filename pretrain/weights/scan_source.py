@@ -15,16 +15,10 @@ from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.reader import VolumeReader
-from data_pipeline.volume.load import (
-    DEFAULT_CHECKS,
-    PREPARED,
-    BadScan,
-    Preparation,
-    read_voxels,
-    scale_factor,
-    to_float16,
-    zscore,
-)
+from data_pipeline.volume.errors import BadScan
+from data_pipeline.volume.intensity import to_float16, zscore
+from data_pipeline.volume.load import DEFAULT_CHECKS, read_voxels
+from data_pipeline.volume.preparation import DEFAULT_PREPARATION, Preparation, scale_factor
 from infra.errors import UserError
 
 # What Encoder.embed takes: paths, a manifest, a table of paths or of a manifest's scans, or row numbers of a manifest.
@@ -147,8 +141,11 @@ def scan_source(
 
 def check_preprocessing(preprocessing: Mapping[str, Any], manifest: Manifest, name: str) -> None:
     """Raise UserError if shards differ from an encoder's preprocessing in grid, modality, scaling, crop or intensity."""
-    expected, found = {**PREPARED, **preprocessing}, {**PREPARED, "grid": manifest.grid, **manifest.settings}
-    for key in ("grid", "modality", "scaling", *PREPARED):
+    expected, found = (
+        {**DEFAULT_PREPARATION, **preprocessing},
+        {**DEFAULT_PREPARATION, "grid": manifest.grid, **manifest.settings},
+    )
+    for key in ("grid", "modality", "scaling", *DEFAULT_PREPARATION):
         if expected.get(key) is not None and expected[key] != found.get(key):
             raise UserError(
                 f"{name}: the encoder was trained on {key} {expected[key]!r}, {manifest.root} has {found.get(key)!r}; "

@@ -20,7 +20,8 @@ from data_pipeline.cohort.pseudonyms import pseudonym
 from data_pipeline.cohort.read import read_cohort
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import Grid, load_volume
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.load import load_volume
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort
@@ -177,7 +178,7 @@ def test_another_key_is_refused_and_the_same_keeps_people_themselves(tmp_path, c
     assert cli.run([*build, *key]) == 0
     before = Manifest.load(out)
     assert cli.run([*build, *other]) == 2
-    assert "holds shards built otherwise (pseudonym_key was" in capsys.readouterr().err
+    assert "holds shards built with other settings (pseudonym_key was" in capsys.readouterr().err
     for path in sorted(cohort.rglob("*.nii.gz")):
         second = Path(str(path).replace("ses-1", "ses-2"))
         second.parent.mkdir(parents=True)

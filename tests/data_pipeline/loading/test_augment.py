@@ -27,7 +27,7 @@ from data_pipeline.loading.augment import (
     view_arrays,
 )
 from data_pipeline.loading.dali_graph import AugmentPipeline
-from data_pipeline.volume.load import zscore
+from data_pipeline.volume.intensity import zscore
 from infra.errors import UserError
 from tests.cohorts import blob
 

@@ -6,7 +6,7 @@ import nibabel
 import numpy as np
 import torch
 
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from pretrain.encoders import build_encoder
 from pretrain.weights.write import write_encoder
 from tests.cohorts import GRID, blob

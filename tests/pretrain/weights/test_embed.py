@@ -14,7 +14,10 @@ import torch
 
 from data_pipeline.cohort.read import read_cohort
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import Grid, load_volume, scale_factor, zscore
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.intensity import zscore
+from data_pipeline.volume.load import load_volume
+from data_pipeline.volume.preparation import scale_factor
 from infra.errors import UserError
 from pretrain import Encoder, embed
 from pretrain.weights.layers import intermediate_features
