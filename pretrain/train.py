@@ -93,7 +93,12 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
 def train(recipe: Recipe) -> None:
     """Pretrain from the recipe's last checkpoint to its last step. Collective: every rank calls it."""
     plan = make_plan(recipe, distributed.world_size())
-    device = engine.start_ranks()
+    with watchdog.note_exit(Path(recipe.run.output)):
+        _train(plan)
+
+
+def _train(plan: Plan) -> None:
+    recipe, device = plan.recipe, engine.start_ranks()
     try:
         watchdog.connect()
         watchdog.phase("the building of the engine")
