@@ -164,7 +164,7 @@ def _grid(options: argparse.Namespace) -> Grid | None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from data_pipeline.quality.survey import inspect_cohort
+    from data_pipeline.quality.inspect import inspect_cohort
 
     page = inspect_cohort(options.cohort, options.out, **_reading(options))
     print(f"cohort: wrote {page} and, beside it, quarantine.tsv")

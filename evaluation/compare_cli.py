@@ -70,7 +70,8 @@ def promote(arguments: list[str]) -> int:
     """Register a checkpoint in MLflow's model registry, under an alias that others can ask for."""
     parser = argparse.ArgumentParser(prog="yaware promote", description=promote.__doc__)
     parser.add_argument(
-        "checkpoint", help="id of a logged model, or id of a run (its last checkpoint), or a run's name"
+        "checkpoint",
+        help="a model id, a run id (its last checkpoint), the name of a pretraining, or NAME@ALIAS in the registry",
     )
     parser.add_argument("--name", required=True, help="registered model, as in brain-encoder")
     parser.add_argument("--alias", required=True, help="what this version is called, as in champion")
@@ -80,7 +81,7 @@ def promote(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from infra.tracking.registry import find_checkpoint
     from infra.tracking.registry import promote as register
-    from infra.tracking.tracking import default_uri
+    from infra.tracking.tracker import default_uri
 
     uri = options.tracking_uri or default_uri()
     found = find_checkpoint(uri, options.checkpoint, experiment=options.experiment, step=options.step)

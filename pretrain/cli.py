@@ -1,4 +1,4 @@
-"""``yaware pretrain``, ``export``, ``embed`` and ``import-weights``."""
+"""``yaware pretrain``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def pretrain(arguments: list[str]) -> int:
 
 def _send_what_waits(recipe: Recipe) -> None:
     """Send to MLflow what a run could not send before it ended."""
-    from infra.tracking.tracking import default_uri, send_spool
+    from infra.tracking.tracker import default_uri, send_spool
     from pretrain.run.log import SPOOL
 
     spool = Path(recipe.run.output) / SPOOL
@@ -62,57 +62,4 @@ def _send_what_waits(recipe: Recipe) -> None:
         print("pretrain: sent to MLflow what waited for it")
 
 
-def export(arguments: list[str]) -> int:
-    """Copy a checkpoint's encoder to a folder that needs nothing else."""
-    parser = argparse.ArgumentParser(prog="yaware export", description=export.__doc__)
-    parser.add_argument("checkpoint", help="a run folder (its latest checkpoint) or one of its checkpoints/step-*")
-    parser.add_argument("out", type=Path, help="the folder to make")
-    options = parser.parse_args(arguments)
-    from pretrain.weights.encoder import export_encoder
-
-    print(f"export: wrote {export_encoder(options.checkpoint, options.out)}")
-    return 0
-
-
-def embed(arguments: list[str]) -> int:
-    """Features of NIfTI files, brought to the encoder's grid as its training scans were."""
-    parser = argparse.ArgumentParser(prog="yaware embed", description=embed.__doc__)
-    parser.add_argument("encoder", help="an exported encoder, a checkpoint or a run folder")
-    parser.add_argument(
-        "scans", nargs="+", type=Path, help="NIfTI files of the modality that the encoder was trained on"
-    )
-    parser.add_argument("--tiv", type=float, nargs="+", help="total intracranial volumes in ml, for scaling: tiv")
-    parser.add_argument("--out", type=Path, help="table to write (.tsv); default: standard output")
-    options = parser.parse_args(arguments)
-    from pretrain.weights.embed import embed_files, write_table
-
-    rows = embed_files(options.encoder, options.scans, options.tiv)
-    write_table(rows, options.out)
-    if options.out:
-        print(f"embed: wrote {options.out}: {len(rows)} scans, {len(rows[0][1])} features")
-    return 0
-
-
-def import_weights(arguments: list[str]) -> int:
-    """Bring published weights into an export folder, for `yaware evaluate` and `Encoder.from_pretrained`."""
-    parser = argparse.ArgumentParser(prog="yaware import-weights", description=import_weights.__doc__)
-    parser.add_argument("file", type=Path, help="the published checkpoint, as downloaded")
-    parser.add_argument("--arch", required=True, help="its layout: densenet121-yaware (Dufumier et al. 2021, BHB-10K)")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
-    parser.add_argument(
-        "--grid", help="of its scans: mm of a voxel in the VBM box (default 1.5, CAT12's), or shards to take it from"
-    )
-    parser.add_argument("--allow-missing", action="store_true", help="leave weights that the file lacks as initialised")
-    options = parser.parse_args(arguments)
-    from pretrain.weights.import_weights import import_weights as bring
-    from pretrain.weights.import_weights import scans_of
-
-    scans = scans_of(options.grid)
-    out, match = bring(options.file, options.arch, options.out, allow_missing=options.allow_missing, **scans)
-    print(f"{match.report()}\nimport-weights: wrote {out}")
-    return 0
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "pretrain": pretrain, "export": export, "embed": embed, "import-weights": import_weights,
-}  # fmt: skip
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"pretrain": pretrain}

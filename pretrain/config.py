@@ -115,6 +115,8 @@ class Loss:
     cross_view: bool = False  # negatives from the other view only
     mask_subjects: bool = False  # other sessions of the anchor's participant are neither positives nor negatives
     tile: int | Literal["auto"] | None = None  # columns at a time; null = the whole matrix
+    # The loss's own options, such as {scale: 2.0, ridge: 0.1} of decoupled-uniformity.
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(config=_strict)

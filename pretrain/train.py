@@ -22,7 +22,6 @@ from data_pipeline.loading.loader import TwoViewLoader
 from data_pipeline.loading.source import LoaderError
 from data_pipeline.storage.manifest import Manifest, check_shards
 from data_pipeline.storage.remote import Access
-from data_pipeline.volume.load import PREPARED
 from infra import distributed, watchdog
 from infra.errors import UserError
 from infra.settings import to_dict
@@ -32,7 +31,7 @@ from pretrain.engine import engine
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.engine.ema import Average
 from pretrain.engine.engine import NotFinite
-from pretrain.losses.diagnostics import Positives, positive_figures
+from pretrain.losses.diagnostics import Positives, positive_statistics
 from pretrain.losses.gather import AllGather
 from pretrain.losses.proxies import proxy_columns
 from pretrain.model import build_model
@@ -47,7 +46,7 @@ from pretrain.run.skips import Skips
 from pretrain.run.step import build_loss, build_watch, loss_options, lr_factor, recipe_kernel, train_step
 from pretrain.run.stop import StopRequest
 from pretrain.weights import seen_scans
-from pretrain.weights.encoder import seen_before, write_encoder
+from pretrain.weights.write import preprocessing_of, write_encoder
 
 # Of the views; under autocast the network's own layers shorten them.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.float32,
@@ -219,7 +218,7 @@ class EpochPositives:
             return None
         positives, proxies = zip(*self._seen, strict=True)
         self._seen = []
-        return positive_figures(positives, proxies, self._gather)
+        return positive_statistics(positives, proxies, self._gather)
 
 
 def save(
@@ -241,14 +240,8 @@ def save(
             "step": step,
             "run_id": log.tracker.run_id,
         }
-        settings = plan.manifest.settings
-        preprocessing = {
-            "grid": plan.manifest.grid, "normalisation": "zscore",
-            "modality": settings.get("modality"), "scaling": settings.get("scaling"),
-            **{name: settings.get(name, usual) for name, usual in PREPARED.items()},
-        }  # fmt: skip
         log.weights_sha256 = write_encoder(
-            temporary / "encoder", weights, config, preprocessing, scans_seen(plan, step)
+            temporary / "encoder", weights, config, preprocessing_of(plan.manifest), scans_seen(plan, step)
         )
 
     state = {**progress, "manifest_digest": plan.manifest.digest, "recipe": to_dict(plan.recipe)}
@@ -263,7 +256,7 @@ def save(
 def scans_seen(plan: Plan, step: int) -> list[seen_scans.Source]:
     """What the weights after ``step`` steps were fitted to, the run's that it began from included, and chosen by."""
     recipe, manifest = plan.recipe, plan.manifest
-    seen = seen_before(recipe.run.output, recipe.run.resume)
+    seen = seen_scans.seen_before(recipe.run.output, recipe.run.resume)
     if step:
         seen.append(seen_scans.source_of(manifest, plan.rows))
         watched = watched_scans(recipe.monitor, manifest, plan.steps_per_epoch, recipe.run.seed)

@@ -80,11 +80,6 @@ def read_cohort(
     return known, unknown
 
 
-def read_bids(root: str | Path, dataset: str | None = None, modality: str = "vbm") -> Scans:
-    """``read_cohort`` of a BIDS-like folder."""
-    return read_cohort(root, dataset, modality, layout="bids")
-
-
 def is_simulated(root: str | Path) -> bool:
     """Whether the description of the data set, or of one of those that a YAML file lists, says that it is simulated."""
     source = Path(root)

@@ -7,8 +7,7 @@ about ``MEMORY_BYTES`` at a time: the exact median block by block, then each par
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +15,22 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.quality.rules import Quality, Removal
-from data_pipeline.shards.tar import CODECS, copy_without, payloads
-from data_pipeline.shards.unfinished import UNFINISHED, coarse_of
 from data_pipeline.volume.load import Array
-from infra import ray_cluster
-from infra.files import atomic_write, sha256_of
+from infra.files import atomic_write
 from infra.progress import Progress
 
 MEMORY_BYTES = 256 * 2**20
 LEAST_SPREAD = 1e-4  # of correlations: smaller differences are rounding, as among copies of one phantom
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+COARSE_PREFIX = ".coarse-"  # of the name of a file of coarse volumes
+
+
+def coarse_path(folder: Path, name: str) -> Path:
+    """The file in ``folder`` with the coarse volumes of the shard ``name``; it is deleted when the build is done."""
+    return folder / f"{COARSE_PREFIX}{name}.npy"
 
 
 def save_coarse(path: Path, volumes: Sequence[Array]) -> None:
@@ -153,78 +157,3 @@ def _median_volume(coarse: Sequence[Path], kept: Mask) -> Array:
             filled += part.shape[1]
         median[begin : begin + step] = np.median(block, axis=1, overwrite_input=True)
     return median
-
-
-def judge_shards(
-    folder: Path,
-    shards: list[dict[str, Any]],
-    rows: list[dict[str, Any]],
-    quality: Quality,
-    codec: str,
-    paths: Mapping[str, str],
-    known: Mapping[str, str] | None = None,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Removal]]:
-    """Judge written shards (their rows, and the rows of their scans) and take out what the rules refuse.
-
-    Shards that hold a removed scan are written again less its bytes, in Ray tasks, each under a temporary name and
-    renamed; doing it once more changes nothing, so a killed build may repeat it. Gives shards, scans and removals.
-    """
-    if not rows:
-        return shards, rows, []
-    names = ("key", "dataset", "participant_id", "voxels_sha256")
-    table = pd.DataFrame({name: [row[name] for row in rows] for name in names})
-    files = [coarse_of(folder, str(shard["name"])) for shard in shards]
-    verdict = judge(table, files, quality, paths, known)
-    rows = [{**row, "quality_correlation": float(r)} for row, r in zip(rows, verdict.correlation, strict=True)]
-    gone = {removal.key for removal in verdict.removals}
-    shards, rows = _without(folder, shards, rows, gone, codec)
-    return shards, rows, verdict.removals
-
-
-def _without(
-    folder: Path, shards: list[dict[str, Any]], rows: list[dict[str, Any]], gone: Collection[str], codec: str
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    held: dict[int, set[str]] = {}
-    for row in rows:
-        if row["key"] in gone:
-            held.setdefault(int(row["shard"]), set()).add(row["key"])
-    numbers = sorted(held)
-    tasks = [(str(folder), str(shards[n]["name"]), held[n], codec) for n in numbers]
-    written: dict[int, tuple[dict[str, Any], dict[str, int]]] = {}
-    if tasks:
-        with ray_cluster.session(), Progress(len(tasks), "shards", "taking scans out of shards") as progress:
-            for index, result in ray_cluster.map_unordered(rewrite_one, tasks, in_flight=64):
-                written[numbers[index]] = result
-                progress.advance()
-    new_shards: list[dict[str, Any]] = []
-    renumbered: dict[int, int] = {}
-    for number, shard in enumerate(shards):
-        fresh = written[number][0] if number in written else shard
-        if fresh:
-            renumbered[number] = len(new_shards)
-            new_shards.append(fresh)
-    new_rows = []
-    for row in rows:
-        number = int(row["shard"])
-        if row["key"] in gone:
-            continue
-        place = {"offset": written[number][1][row["key"]]} if number in written else {}
-        new_rows.append({**row, **place, "shard": renumbered[number]})
-    return new_shards, new_rows
-
-
-def rewrite_one(folder: str, name: str, keys: Collection[str], codec: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Write a shard again less some samples: its new row ({} where none is left) and each payload's offset."""
-    final = Path(folder) / name
-    temporary = final.with_name(f"{UNFINISHED}less-{name}")
-    copy_without(final, temporary, keys)
-    offsets = {key: offset for key, offset, _ in payloads(temporary, CODECS[codec])}
-    if not offsets:
-        temporary.unlink()
-        final.unlink()
-        return {}, {}
-    row = {"name": name, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary), "scans": len(offsets)}
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(final)
-    return row, offsets

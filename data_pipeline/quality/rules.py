@@ -7,11 +7,12 @@ seen, on a digest of the voxels and on a coarse volume of each, see ``data_pipel
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
@@ -115,8 +116,9 @@ class Quality:
         return frozenset(name for name in (*DEFAULT_CHECKS, "grid") if getattr(self, name) == "refuse")
 
 
-class Removal(NamedTuple):
-    """A row of quarantine.tsv: a scan left out, the rule, the figure that broke it, the threshold, and the reason."""
+@dataclasses.dataclass(frozen=True)
+class Removal:
+    """A row of quarantine.tsv: a removed scan, the rule, the measured value and the threshold it violates, and the reason."""
 
     key: str
     path: str
@@ -127,8 +129,25 @@ class Removal(NamedTuple):
 
     @classmethod
     def of(cls, scan: Scan, error: BadScan) -> Removal:
-        """From what a rule that looks at one scan raised."""
+        """The removal of a scan that raised ``error``."""
         return cls(scan.key, scan.place, error.rule, error.figure, error.threshold, str(error))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Removal:
+        """The inverse of ``to_dict``; also takes the texts of a row of quarantine.tsv."""
+        figure, threshold = (_number(fields.get(name)) for name in ("figure", "threshold"))
+        return cls(fields["key"], fields["path"], fields.get("rule") or "", figure, threshold, fields["reason"])
+
+
+def _number(cell: float | str | None) -> float | None:
+    """A cell of quarantine.tsv as a number; None if it is empty."""
+    if isinstance(cell, str):
+        return float(cell) if cell else None
+    return cell
 
 
 @dataclass(frozen=True, config=_strict)
@@ -243,11 +262,26 @@ def _refuse_by_limits(known: Mapping[str, Any], quality: Quality, names: Iterabl
             raise BadScan(f"{name}={value:g} is above {limits.max:g}", f"limits.{name}", float(value), limits.max)
 
 
+def unlisted_removals(scans: Iterable[Scan]) -> list[Removal]:
+    """The removals of scans whose participant no table lists."""
+    return [Removal.of(scan, BadScan("participant is not in participants.tsv", "participant")) for scan in scans]
+
+
 def write_quarantine(path: Path, removals: Iterable[Removal]) -> None:
     """Write quarantine.tsv, a row for each scan and reason, in the order of the keys."""
-    once = {(each.key, each.path, each.rule, each.reason): each for each in removals}
+    unique = {(removal.key, removal.path, removal.rule, removal.reason): removal for removal in removals}
+    columns = [column.name for column in dataclasses.fields(Removal)]
     with atomic_write(path, "w") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-        writer.writerow(Removal._fields)
-        for removal in sorted(once.values(), key=lambda each: (each.key, each.path, each.rule, each.reason)):
-            writer.writerow(f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in removal)
+        writer.writerow(columns)
+        for _, removal in sorted(unique.items()):
+            values = (getattr(removal, column) for column in columns)
+            writer.writerow(f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in values)
+
+
+def read_quarantine(path: Path) -> list[Removal]:
+    """The rows of a quarantine.tsv; none if the file does not exist."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        return [Removal.from_dict(row) for row in csv.DictReader(stream, delimiter="\t")]

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
+from data_pipeline.cohort.grid import common_grid
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
 from data_pipeline.cohort.scan import Scan
-from data_pipeline.quality.outliers import Verdict, judge, save_coarse
-from data_pipeline.quality.rules import COLUMNS, Quality, Removal, check_quality, read_scan, write_quarantine
-from data_pipeline.shards.build import common_grid, not_listed
-from data_pipeline.shards.unfinished import coarse_of
+from data_pipeline.quality.outliers import Verdict, coarse_path, judge, save_coarse
+from data_pipeline.quality.rules import COLUMNS, Quality, Removal, check_quality, read_scan, unlisted_removals
 from data_pipeline.volume.load import BadScan, Grid, Preparation, check_preparation, check_scaling
 from infra import ray_cluster
-from infra.errors import UserError
 from infra.progress import Progress
 
 MOST_LINES = 30  # rows of a table that are shown; quarantine.tsv holds all
@@ -58,27 +54,6 @@ class Survey:
     def worst(self, count: int = WORST) -> pd.DataFrame:
         """The scans of lowest correlation, the lowest first."""
         return self.scans.dropna(subset=["quality_correlation"]).sort_values(["quality_correlation", "key"])[:count]
-
-
-def inspect_cohort(cohort: str | Path, out: Path | None = None, **reading: Any) -> Path:
-    """Survey a cohort, print its tables, and write ``inspect.html`` and ``quarantine.tsv`` to ``out``; the page's path.
-
-    Args:
-        out: default ``inspect-<data set>`` in the current folder; the cohort's own folder is refused.
-        reading: as for ``survey_cohort``.
-    """
-    from data_pipeline.quality.page import write_page
-
-    root = Path(cohort).resolve()
-    folder = (out or Path(f"inspect-{reading.get('dataset') or root.name}")).resolve()
-    if folder.is_relative_to(root):
-        raise UserError(
-            f"--out={folder} lies in the cohort, into which nothing is written; choose a folder outside {root}"
-        )
-    survey = survey_cohort(root, parts=folder, **reading)
-    print_tables(survey)
-    write_quarantine(folder / "quarantine.tsv", survey.removals)
-    return write_page(survey, folder / "inspect.html")
 
 
 def survey_cohort(
@@ -119,7 +94,7 @@ def survey_cohort(
         table = table.merge(people.drop_duplicates("key"), on="key", how="left", validate="one_to_one")
         verdict = judge(table, coarse, quality, {scan.key: scan.place for scan in scans})
     removals += verdict.removals
-    removals += not_listed(unknown)
+    removals += unlisted_removals(unknown)
     figures = table[["key", *(c for c in table.columns if c not in people.columns)]]
     figures = figures.assign(quality_correlation=verdict.correlation, robust_z=verdict.z)
     found = people.merge(figures, on="key", how="left")
@@ -127,7 +102,10 @@ def survey_cohort(
     ordered = sorted(removals, key=lambda each: (each.key, each.path))
     files = {scan.key: scan for scan in (*unknown, *scans)}
     name = name_of(scans, root)
-    return Survey(root, name, preparation, quality, found, files, ordered, verdict, is_simulated(root))
+    return Survey(
+        root=root, dataset=name, preparation=preparation, quality=quality, scans=found, files=files, removals=ordered,
+        verdict=verdict, simulated=is_simulated(root),
+    )  # fmt: skip
 
 
 def _measure(
@@ -135,7 +113,7 @@ def _measure(
 ) -> tuple[list[dict[str, Any]], list[Removal], list[Path]]:
     step = min(256, max(4, len(scans) // 64))
     parts = [scans[first : first + step] for first in range(0, len(scans), step)]
-    files = [coarse_of(folder, f"{number:06d}") for number in range(len(parts))]
+    files = [coarse_path(folder, f"{number:06d}") for number in range(len(parts))]
     tasks = [(part, preparation, quality, file) for part, file in zip(parts, files, strict=True)]
     results: list[Any] = [None] * len(tasks)
     refused = 0
@@ -278,26 +256,3 @@ def _removed(survey: Survey) -> Table:
 
 def _number(value: Any, form: str) -> str:
     return "" if value is None or value != value else format(float(value), form)
-
-
-def print_tables(survey: Survey) -> None:
-    """Print the tables on the terminal, as wide as it is, or 140 columns where the output is a file."""
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140, highlight=False)
-    for table in tables(survey):
-        if not table.rows:
-            continue
-        drawn = RichTable(title=table.title, title_justify="left", title_style="bold", show_header=any(table.head))
-        for name in table.head:
-            drawn.add_column(name, justify="right" if _all_numbers(table, name) else "left", overflow="fold")
-        for row in table.rows:
-            drawn.add_row(*(Text(cell) for cell in row))
-        console.print(drawn)
-
-
-def _all_numbers(table: Table, name: str) -> bool:
-    cells = [row[table.head.index(name)] for row in table.rows]
-    return all(np.char.isnumeric(cell.strip("-%").replace(".", "")) for cell in cells if cell)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,16 @@ from data_pipeline.cohort.pseudonyms import key_mark, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.cohort.split import assign_splits, is_healthy
-from data_pipeline.quality.rules import Quality, Removal, check_quality, read_scan, write_quarantine
+from data_pipeline.quality.rules import (
+    Quality,
+    check_quality,
+    read_quarantine,
+    read_scan,
+    unlisted_removals,
+    write_quarantine,
+)
 from data_pipeline.shards import unfinished as resume
-from data_pipeline.shards.build import PLACES, _describe, _write_shards, not_listed, rules_of
+from data_pipeline.shards.build import PLACES, _describe, _write_shards, rules_of
 from data_pipeline.shards.damage import same_value
 from data_pipeline.shards.tar import encode
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
@@ -86,8 +92,8 @@ def _add(
     added, rows, bad = _write_shards(
         folder, new, grid, {**old.settings, **part}, workers, first, dict(zip(copies, old.scans["key"], strict=False))
     )
-    bad = [*not_listed(unknown), *bad]
-    write_quarantine(folder / "quarantine.tsv", [*_read_quarantine(folder / "quarantine.tsv"), *bad])
+    bad = [*unlisted_removals(unknown), *bad]
+    write_quarantine(folder / "quarantine.tsv", [*read_quarantine(folder / "quarantine.tsv"), *bad])
     built = old
     if rows:
         table = _joined(old, rows, len(old.shards))
@@ -191,21 +197,6 @@ def _joined(old: Manifest, rows: list[dict[str, Any]], shards_before: int) -> pd
         [before, new[[*before.columns.intersection(new.columns), *new.columns.difference(before.columns, sort=False)]]],
         ignore_index=True,
     )
-
-
-def _read_quarantine(path: Path) -> list[Removal]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t"))
-
-    def number(row: dict[str, str], name: str) -> float | None:
-        return float(row[name]) if row.get(name) else None
-
-    return [
-        Removal(r["key"], r["path"], r.get("rule") or "", number(r, "figure"), number(r, "threshold"), r["reason"])
-        for r in rows
-    ]
 
 
 def check_own(manifest: Manifest) -> None:

@@ -15,14 +15,16 @@ import pandas as pd
 import webdataset  # noqa: F401
 from pydantic import TypeAdapter
 
+from data_pipeline.cohort.grid import common_grid
 from data_pipeline.cohort.pseudonyms import key_mark, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.cohort.split import DEFAULT_SPLITS, assign_splits
-from data_pipeline.quality.outliers import judge_shards, save_coarse
+from data_pipeline.quality.outliers import coarse_path, save_coarse
 from data_pipeline.quality.rules import COLUMNS as QUALITY_COLUMNS
-from data_pipeline.quality.rules import Quality, Removal, check_quality, read_scan, write_quarantine
+from data_pipeline.quality.rules import Quality, Removal, check_quality, read_scan, unlisted_removals, write_quarantine
 from data_pipeline.shards import unfinished as resume
+from data_pipeline.shards.purge import purge_shards
 from data_pipeline.shards.tar import CODECS, encode, write_shard
 from data_pipeline.shards.unfinished import Result
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
@@ -33,7 +35,6 @@ from data_pipeline.volume.load import (
     Preparation,
     check_preparation,
     check_scaling,
-    open_image,
 )
 from infra import ray_cluster
 from infra.errors import UserError, nearest
@@ -132,7 +133,7 @@ def _build(
         if leftover.name not in names:
             leftover.unlink()
     shards, rows, bad = _write_shards(folder, scans, grid, settings, workers)
-    bad = [*not_listed(unknown), *bad]
+    bad = [*unlisted_removals(unknown), *bad]
     write_quarantine(folder / "quarantine.tsv", bad)
     if not rows:
         raise UserError(f"no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")
@@ -141,31 +142,13 @@ def _build(
     return built
 
 
-def not_listed(unknown: list[Scan]) -> list[Removal]:
-    """What quarantine.tsv says of scans whose participant the table does not list."""
-    return [Removal.of(scan, BadScan("participant is not in participants.tsv", "participant")) for scan in unknown]
-
-
-def common_grid(scans: list[Scan], look_at: int = 5) -> Grid:
-    """The grid that the first readable scans share, else the VBM grid at 1.5 mm."""
-    grids = set()
-    for scan in scans[:look_at]:
-        try:
-            image = open_image(scan.path, scan.orientation)
-        except BadScan:
-            continue
-        grids.add(Grid.of(image.shape, image.affine))
-    shared = grids.pop() if len(grids) == 1 else None
-    return shared if shared is not None and shared.upright else Grid.vbm(1.5)
-
-
 def _write_shards(
     folder: Path, scans: list[Scan], grid: Grid, settings: dict[str, Any], workers: int | None, first_number: int = 0,
     known: Mapping[str, str] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Removal]]:  # fmt: skip
     """Shuffle the scans over shards, write these in Ray tasks, take out what the rules that compare scans refuse.
 
-    Gives rows of shards, of scans, and what was quarantined. ``known``: see ``quality_cohort.judge``.
+    Gives rows of shards, of scans, and what was quarantined. ``known``: see ``data_pipeline.quality.outliers.judge``.
     """
     # One shuffle, once: a reader that takes shard after shard sees mixed sites too.
     order = np.random.Generator(np.random.Philox(key=[settings["seed"], 0x5AAD])).permutation(len(scans))
@@ -183,12 +166,12 @@ def _write_shards(
         rows: list[dict[str, Any]] = []
         bad: list[Removal] = []
         for shard, its_rows, its_bad in results:
-            bad += [Removal(*removal) for removal in its_bad]
+            bad += its_bad
             if its_rows:
                 rows += [{**row, "shard": len(shards)} for row in its_rows]
                 shards.append(shard)
         places = {scan.key: scan.place for scan in scans}
-        shards, rows, removed = judge_shards(folder, shards, rows, quality, codec, places, known)
+        shards, rows, removed = purge_shards(folder, shards, rows, quality, codec=codec, paths=places, known=known)
     return shards, rows, [*bad, *removed]
 
 
@@ -249,7 +232,7 @@ def build_one(task: _Task) -> Result:
     if rows:
         size, sha256 = temporary.stat().st_size, sha256_of(temporary)
         shard = {"name": task.name, "bytes": size, "sha256": sha256, "scans": len(rows)}
-        save_coarse(resume.coarse_of(Path(task.out), task.name), coarse)
+        save_coarse(coarse_path(Path(task.out), task.name), coarse)
     described = [{**row, **_describe(scan), **figures} for row, (scan, figures) in zip(rows, used, strict=True)]
     return resume.finish(Path(task.out), temporary, task.name, mark, (shard, described, bad))
 

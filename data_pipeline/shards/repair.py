@@ -46,7 +46,7 @@ def repair_shards(
                 del left[task.name]
             else:
                 why = (
-                    f"scan {bad[0][0]} cannot be used any more ({bad[0][-1]})"
+                    f"scan {bad[0].key} cannot be used any more ({bad[0].reason})"
                     if bad
                     else "its bytes come out otherwise"
                 )

@@ -32,13 +32,14 @@ import scipy
 import zstandard
 
 from data_pipeline.cohort.scan import Scan
+from data_pipeline.quality.outliers import COARSE_PREFIX, coarse_path
+from data_pipeline.quality.rules import Removal
 from data_pipeline.storage.manifest_file import MANIFEST, read_content
 from infra.errors import UserError
 from infra.files import sha256_of
 
 UNFINISHED = ".unfinished-"
-COARSE = ".coarse-"  # begins the name of a shard's file of coarse volumes (data_pipeline.quality.outliers)
-Result = tuple[dict[str, Any], list[dict[str, Any]], list[Any]]
+Result = tuple[dict[str, Any], list[dict[str, Any]], list[Removal]]
 
 # Another release of these may resample, round or compress otherwise; one data set is written by one of each.
 WRITTEN_BY = {
@@ -70,11 +71,6 @@ def record_of(folder: Path, name: str) -> Path:
     return folder / f"{UNFINISHED}{name}.json"
 
 
-def coarse_of(folder: Path, name: str) -> Path:
-    """Where the coarse volumes of a shard's scans lie until the build is done."""
-    return folder / f"{COARSE}{name}.npy"
-
-
 def finished(folder: Path, name: str, mark: str) -> Result | None:
     """What an earlier run wrote under ``name``, if it is what this run would write; its bytes are read to be sure."""
     try:
@@ -86,7 +82,7 @@ def finished(folder: Path, name: str, mark: str) -> Result | None:
     shard, path = record["shard"], folder / name
     if shard and not (path.is_file() and path.stat().st_size == shard["bytes"] and sha256_of(path) == shard["sha256"]):
         return None
-    if shard and not coarse_of(folder, name).is_file():
+    if shard and not coarse_path(folder, name).is_file():
         return None
     return _result(record)
 
@@ -94,7 +90,7 @@ def finished(folder: Path, name: str, mark: str) -> Result | None:
 def finish(folder: Path, temporary: Path, name: str, mark: str, result: Result) -> Result:
     """Put a shard written at ``temporary`` in its place, its record first; what the caller shall return."""
     shard, rows, bad = result
-    text = json.dumps({"fingerprint": mark, "shard": shard, "rows": rows, "quarantined": bad})
+    text = json.dumps({"fingerprint": mark, "shard": shard, "rows": rows, "quarantined": [r.to_dict() for r in bad]})
     record = temporary.with_name(f"{temporary.name}.json")
     for path, content in ((temporary, None), (record, text)):
         with path.open("r+b" if content is None else "wb") as stream:
@@ -112,7 +108,7 @@ def finish(folder: Path, temporary: Path, name: str, mark: str, result: Result) 
 
 
 def _result(record: dict[str, Any]) -> Result:
-    return record["shard"], record["rows"], [tuple(removal) for removal in record["quarantined"]]
+    return record["shard"], record["rows"], [Removal.from_dict(fields) for fields in record["quarantined"]]
 
 
 @contextmanager
@@ -151,8 +147,8 @@ def tidy(folder: Path, listed: Sequence[str]) -> None:
 
 def clear(folder: Path, keep: Sequence[str] = ()) -> None:
     """Remove unfinished tars, and finished ones that no manifest lists, with their records; not those called ``keep``."""
-    coarse = {coarse_of(folder, name).name for name in keep}
-    for path in (*folder.glob(f"{COARSE}*"), *folder.glob(f".{COARSE}*.tmp")):
+    coarse = {coarse_path(folder, name).name for name in keep}
+    for path in (*folder.glob(f"{COARSE_PREFIX}*"), *folder.glob(f".{COARSE_PREFIX}*.tmp")):
         if path.name not in coarse:
             path.unlink(missing_ok=True)
     listed = set()

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from evaluation.comparison import curves, tables
-from evaluation.comparison.tables import BASELINES, Judged
+from evaluation.comparison.tables import Judged
+from evaluation.protocols.variant import ProtocolVariant
 from infra.errors import UserError
 from infra.tracking import runs as store
-from infra.tracking.tracking import default_uri
+from infra.tracking.tracker import default_uri
 
 Run = dict[str, Any]  # as infra.tracking.runs gives it
 DIGITS = 8  # of an id or checksum that tells equal names apart
@@ -29,7 +30,7 @@ class Key(NamedTuple):
     pretraining: str  # id of the MLflow run, or empty
     step: str
     weights: str  # SHA-256, or empty
-    protocol: str
+    variant: ProtocolVariant
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Comparison:
     judged: list[Judged]
     last: list[Judged]
     trainings: dict[str, dict[str, list[tuple[int, float]]]]  # run name -> metric -> (step, value)
-    table: pd.DataFrame  # tables.FIGURE_COLUMNS
+    table: pd.DataFrame  # tables.METRIC_COLUMNS
     differences: pd.DataFrame  # tables.DIFFERENCE_COLUMNS
     curves: pd.DataFrame  # curves.CURVE_COLUMNS
     curve_differences: pd.DataFrame  # curves.DIFFERENCE_COLUMNS
@@ -89,7 +90,7 @@ def compare(
     names = [each.name for each in last_steps(judged)]
     if against is not None and against not in names:
         raise UserError(f"--against={against} is none of the checkpoints: {', '.join(names)}")
-    table = tables.figures_table(judged)
+    table = tables.metrics_table(judged)
     judged = _ordered(judged, table)
     last = last_steps(judged)
     differences, unpaired = tables.differences_table(last, against)
@@ -125,7 +126,7 @@ def _finished(uri: str, experiment: str, filter: str) -> dict[Key, list[Run]]:
             tags = run["tags"]
             key = Key(
                 tags["yaware.run_name"], tags.get("yaware.pretraining_run", ""), tags["yaware.step"],
-                tags.get("yaware.weights_sha256", ""), tags.get("yaware.protocol", ""),
+                tags.get("yaware.weights_sha256", ""), ProtocolVariant.from_tags(tags),
             )  # fmt: skip
             found.setdefault(key, []).append(run)
     if not found:
@@ -139,7 +140,7 @@ def _finished(uri: str, experiment: str, filter: str) -> dict[Key, list[Run]]:
 def _names(keys: Collection[Key]) -> dict[Key, tuple[str, str]]:
     """The pretraining's name and the evaluation's of each, with as much behind it as tells it from all others."""
     pretrainings = {key.name: {k.pretraining for k in keys if k.name == key.name} for key in keys}
-    several = len({key.protocol for key in keys}) > 1
+    several = len({key.variant for key in keys}) > 1
     named = {}
     for key in keys:
         mine = [k for k in keys if (k.name, k.pretraining) == (key.name, key.pretraining)]
@@ -149,9 +150,9 @@ def _names(keys: Collection[Key]) -> dict[Key, tuple[str, str]]:
         parts = [series, *[f"step {key.step}"] * (len({k.step for k in mine}) > 1)]
         if len({k.weights for k in mine if k.step == key.step}) > 1:
             parts.append(f"weights {key.weights[:DIGITS]}")
-        kind, *more = key.protocol.split(", ")
-        # Voxels and networks from scratch are named after their protocol already.
-        behind = more if kind in BASELINES else [key.protocol] * bool(key.protocol)
+        # Baselines are already named after their protocol.
+        label = key.variant.label
+        behind = key.variant.options if key.variant.is_baseline else [label] * bool(label)
         named[key] = series, ", ".join([*parts, *behind * several])
     return named
 
@@ -211,7 +212,7 @@ def _saliency(path: Path) -> dict[str, dict[str, Any]]:
 def _ordered(judged: list[Judged], table: pd.DataFrame) -> list[Judged]:
     """Runs by the mean AUC over binary tasks of their last step, best first; of a run the last step first."""
     auc = table[
-        (table["figure"] == "auc") & table["task"].isin([t for j in judged for t in j.tasks if j.kind(t) == "binary"])
+        (table["metric"] == "auc") & table["task"].isin([t for j in judged for t in j.tasks if j.kind(t) == "binary"])
     ]
     mean = auc.groupby("checkpoint")["value"].mean()
     rank = {(each.series, each.protocol): float(mean.get(each.name, 0.0)) for each in last_steps(judged)}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evaluation.comparison.tables import LABELS, p_text, rows_of, shown
-from evaluation.statistics.metrics import FIGURES
+from evaluation.statistics.metrics import METRICS
 
 if TYPE_CHECKING:
     from evaluation.comparison.comparison import Comparison
@@ -40,19 +40,19 @@ def escape(text: str) -> str:
 
 
 def _figures(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    keys = [(task, next(iter(FIGURES[kind]))) for task, (kind, _) in comparison.tasks.items()]
+    keys = [(task, next(iter(METRICS[kind]))) for task, (kind, _) in comparison.tasks.items()]
     head = ["checkpoint", *(f"{comparison.tasks[task][1]}, {LABELS[figure]}" for task, figure in keys)]
     rows = []
     for name, part in comparison.table.groupby("checkpoint", sort=False):
-        found = {(r.task, r.figure): shown(str(r.figure), r.value, r.low, r.high) for r in rows_of(part)}
+        found = {(r.task, r.metric): shown(str(r.metric), r.value, r.low, r.high) for r in rows_of(part)}
         rows.append([str(name), *(found.get(key, "-") for key in keys)])
     return head, rows
 
 
 def _differences(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    head = ["task", "figure", "pair", "difference", "p", "p (Holm)"]
+    head = ["task", "metric", "pair", "difference", "p", "p (Holm)"]
     rows = [
-        [str(r.task), LABELS[str(r.figure)], f"{r.first} - {r.second}", f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]",
+        [str(r.task), LABELS[str(r.metric)], f"{r.first} - {r.second}", f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]",
          p_text(r.p), p_text(r.p_holm)]
         for r in rows_of(comparison.differences)
     ]  # fmt: skip

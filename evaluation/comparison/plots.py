@@ -11,7 +11,7 @@ import pandas as pd
 
 from evaluation.comparison.comparison import Comparison
 from evaluation.comparison.tables import Judged, probabilities
-from evaluation.statistics.metrics import FIGURES
+from evaluation.statistics.metrics import METRICS
 from evaluation.statistics.subgroups import calibration_curve
 from evaluation.tasks.published import PUBLISHED
 
@@ -67,8 +67,8 @@ def forest(comparison: Comparison) -> Any:
     figure, axes = panels(len(tasks), 2, 0.75 + 0.27 * len(last))
     longest = max(len(each.name) for each in last)
     for number, (axis, (task, (kind, title))) in enumerate(zip(axes, tasks.items(), strict=True)):
-        name = next(iter(FIGURES[kind]))
-        part = table[(table["task"] == task) & (table["figure"] == name)].set_index("checkpoint")
+        name = next(iter(METRICS[kind]))
+        part = table[(table["task"] == task) & (table["metric"] == name)].set_index("checkpoint")
         for place, each in enumerate(last):
             if each.name not in part.index:
                 continue
@@ -139,9 +139,9 @@ def steps(comparison: Comparison) -> Any:
     series = series_of(comparison)
     tasks = comparison.tasks
     figure, axes = panels(len(tasks), 2, 3.0)
-    table = comparison.table.set_index(["checkpoint", "task", "figure"])
+    table = comparison.table.set_index(["checkpoint", "task", "metric"])
     for axis, (task, (kind, title)) in zip(axes, tasks.items(), strict=True):
-        name = next(iter(FIGURES[kind]))
+        name = next(iter(METRICS[kind]))
         for number, (label, members) in enumerate(list(series.items())[:MOST_LINES]):
             rows = [(each.step, *table.loc[(each.name, task, name), ["value", "low", "high"]])
                     for each in members if (each.name, task, name) in table.index]  # fmt: skip

@@ -134,7 +134,7 @@ def write_report(comparison: Comparison, out: Path) -> list[Path]:
         text = part.text(comparison) if part.text else ""
         parts.append((name, part.title, note + image + text))
     beside = [
-        (out.with_name(f"{stem}_figures.csv"), comparison.table.to_csv(index=False)),
+        (out.with_name(f"{stem}_metrics.csv"), comparison.table.to_csv(index=False)),
         (out.with_name(f"{stem}_differences.csv"), comparison.differences.to_csv(index=False)),
         (out.with_name(f"{stem}_curves.csv"), comparison.curves.to_csv(index=False)),
         (out.with_name(f"{stem}_curve_differences.csv"), comparison.curve_differences.to_csv(index=False)),

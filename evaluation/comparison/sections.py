@@ -17,7 +17,7 @@ from evaluation.comparison.tables import (
     subgroups_table,
     verdict,
 )
-from evaluation.statistics.metrics import FIGURES
+from evaluation.statistics.metrics import METRICS
 from evaluation.tasks.published import PUBLISHED, SOURCE
 from infra.tracking.runs import ui_command
 
@@ -51,12 +51,12 @@ def figures(comparison: Comparison) -> str:
     parts = []
     for task, (kind, title) in comparison.tasks.items():
         part = comparison.table[comparison.table["task"] == task]
-        names = list(dict.fromkeys(part["figure"]))
+        names = list(dict.fromkeys(part["metric"]))
         rows = []
         for name, mine in part.groupby("checkpoint", sort=False):
-            found = {str(r.figure): r for r in rows_of(mine)}
+            found = {str(r.metric): r for r in rows_of(mine)}
             cells = [shown(n, found[n].value, found[n].low, found[n].high) if n in found else "-" for n in names]
-            first = found.get(next(iter(FIGURES[kind])))
+            first = found.get(next(iter(METRICS[kind])))
             rows.append([str(name), *cells, p_text(float(first.p_chance)) if first else "-"])
         labels = [f"{comparison.label(task, name)} {_better(task, name)}" for name in names]
         table = _table(["checkpoint", *labels, "p, chance"], rows)
@@ -144,7 +144,7 @@ def differences(comparison: Comparison) -> str:
     """A table for each task: every pair of checkpoints."""
     parts, table = [], comparison.differences
     for task, part in table.groupby("task", sort=False):
-        figure, by_delong = str(part["figure"].iloc[0]), part["test"].iloc[0] == "DeLong"
+        figure, by_delong = str(part["metric"].iloc[0]), part["test"].iloc[0] == "DeLong"
         head = ["pair", "difference [95 %]", *["bootstrap [95 %]"] * by_delong, "p", "p (Holm)", "reading"]
         rows = [
             [f"{r.first} − {r.second}", _signed(r.difference, r.low, r.high),
@@ -171,7 +171,7 @@ def subgroups(comparison: Comparison) -> str:
     table, parts = subgroups_table(judged, MINIMUM), []
     for task, part in table.groupby("task", sort=False):
         names = list(dict.fromkeys(part["checkpoint"]))
-        figure = str(part["figure"].iloc[0])
+        figure = str(part["metric"].iloc[0])
         rows = []
         for (by, group, people, scans), mine in part.groupby(["by", "group", "participants", "scans"], sort=False):
             found = {r.checkpoint: str(r.note) or shown(figure, r.value, r.low, r.high) for r in rows_of(mine)}

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from evaluation.protocols.variant import ProtocolVariant
 from evaluation.statistics.brain_age import BiasLine, corrected_gaps
-from evaluation.statistics.intervals import Array, with_interval
+from evaluation.statistics.intervals import with_interval
 from evaluation.statistics.metrics import (
-    FIGURES,
     HIGHER_IS_BETTER,
-    OF_PROBABILITIES,
+    METRICS,
+    PROBABILITY_METRICS,
     Statistic,
     openbhb_score,
     pearson,
@@ -24,12 +26,11 @@ from evaluation.statistics.metrics import (
 from evaluation.statistics.paired import Difference, delong_difference, holm, paired_bootstrap, permutation_p
 from evaluation.statistics.subgroups import age_bands, subgroup_table
 
-FIGURE_COLUMNS = ["checkpoint", "task", "title", "figure", "value", "low", "high", "p_chance"]
+METRIC_COLUMNS = ["checkpoint", "task", "title", "metric", "value", "low", "high", "p_chance"]
 DIFFERENCE_COLUMNS = [
-    "task", "figure", "first", "second", "difference", "low", "high", "p", "p_holm", "test", "boot_low", "boot_high",
+    "task", "metric", "first", "second", "difference", "low", "high", "p", "p_holm", "test", "boot_low", "boot_high",
 ]  # fmt: skip
 ALL_PAIRS = 6  # up to so many evaluations of a protocol each is compared with each; beyond, each with the first
-BASELINES = ("voxels", "scratch")  # protocols that others are compared with
 LABELS = {
     "auc": "AUC", "bacc": "balanced accuracy", "ap": "average precision", "brier": "Brier score", "mae": "MAE",
     "r2": "R²", "pearson": "Pearson r",
@@ -66,25 +67,14 @@ class Judged:
         return str(self.run["tags"].get("yaware.weights_sha256", ""))
 
     @property
+    def variant(self) -> ProtocolVariant:
+        """The protocol with its options, from the run's tags."""
+        return ProtocolVariant.from_tags(self.run["tags"])
+
+    @property
     def protocol(self) -> str:
-        """How it was judged, as ``linear`` or ``paper, sites left out``."""
-        return str(self.run["tags"].get("yaware.protocol", ""))
-
-    @property
-    def model(self) -> str:
-        """What was fitted to which features: the protocol whatever its folds; ``paper`` is ``linear`` with curves."""
-        parts = [part for part in self.protocol.split(", ") if part != "sites left out"]
-        return ", ".join(["linear" if part == "paper" else part for part in parts])
-
-    @property
-    def baseline(self) -> bool:
-        """Whether no checkpoint was judged: voxels, or a network from random weights."""
-        return str(self.run["tags"].get("yaware.protocol_kind", self.protocol.split(",")[0])) in BASELINES
-
-    @property
-    def sites_left_out(self) -> bool:
-        """Whether its folds left out whole sites."""
-        return str(self.run["params"].get("leave_site_out")) == "True"
+        """The protocol's label, for example ``linear`` or ``paper, sites left out``."""
+        return self.variant.label
 
     @property
     def step(self) -> int:
@@ -105,18 +95,18 @@ class Judged:
         return str(self.of(task)["kind"].iloc[0])
 
 
-def figures_of(part: pd.DataFrame) -> Iterator[tuple[str, Statistic, Array]]:
+def metrics_of(part: pd.DataFrame) -> Iterator[tuple[str, Statistic, NDArray[Any]]]:
     """Name, figure and the answers that it takes, for one task's predictions: answers, or probabilities where stored."""
     kind = str(part["kind"].iloc[0])
-    for name, statistic in FIGURES[kind].items():
+    for name, statistic in METRICS[kind].items():
         yield name, statistic, part["answer"].to_numpy()
     shares = probabilities(part)
-    for name, statistic in OF_PROBABILITIES[kind].items():
+    for name, statistic in PROBABILITY_METRICS[kind].items():
         if shares is not None:
             yield name, statistic, shares
 
 
-def probabilities(part: pd.DataFrame) -> Array | None:
+def probabilities(part: pd.DataFrame) -> NDArray[Any] | None:
     """(N,) of the positive class, (N, K) of every class of a multiclass task, or None where they were not stored."""
     if part["kind"].iloc[0] == "multiclass":
         columns = [name for name in part if re.fullmatch(r"p\d+", str(name)) and part[name].notna().all()]
@@ -125,14 +115,14 @@ def probabilities(part: pd.DataFrame) -> Array | None:
     return part["probability"].to_numpy() if known else None
 
 
-def figures_table(judged: list[Judged]) -> pd.DataFrame:
-    """FIGURE_COLUMNS: as logged, and from the stored predictions what was not; the first figure's p of being by chance."""
+def metrics_table(judged: list[Judged]) -> pd.DataFrame:
+    """METRIC_COLUMNS: as logged, and from the stored predictions what was not; the first figure's p of being by chance."""
     rows = []
     for each in judged:
         for task in each.tasks:
             part, metrics = each.of(task), each.run_of(task)["metrics"]
             labels, people = _labels(part), part["participant"].to_numpy()
-            for number, (figure, statistic, answers) in enumerate(figures_of(part)):
+            for number, (figure, statistic, answers) in enumerate(metrics_of(part)):
                 key = f"{task}.{figure}"
                 if f"{key}.low" in metrics:
                     found = metrics[key], metrics[f"{key}.low"], metrics[f"{key}.high"]
@@ -142,7 +132,7 @@ def figures_table(judged: list[Judged]) -> pd.DataFrame:
                 if number == 0:
                     p = permutation_p(statistic, labels, answers, people, higher_is_better=HIGHER_IS_BETTER[figure])
                 rows.append((each.name, task, part["title"].iloc[0], figure, *found, p))
-    return pd.DataFrame(rows, columns=FIGURE_COLUMNS)
+    return pd.DataFrame(rows, columns=METRIC_COLUMNS)
 
 
 def pairs(judged: list[Judged], against: str | None = None) -> Iterator[tuple[Judged, Judged]]:
@@ -173,7 +163,8 @@ def _comparable(first: Judged, second: Judged) -> bool:
     """Whether a difference would be the checkpoints', and not that of two protocols or of two kinds of folds."""
     if first.protocol == second.protocol:
         return True
-    return (first.baseline or second.baseline) and first.sites_left_out == second.sites_left_out
+    one, other = first.variant, second.variant
+    return (one.is_baseline or other.is_baseline) and one.leave_site_out == other.leave_site_out
 
 
 def differences_table(judged: list[Judged], against: str | None = None) -> tuple[pd.DataFrame, list[str]]:
@@ -204,7 +195,7 @@ def subgroups_table(judged: list[Judged], minimum: int) -> pd.DataFrame:
         for task in each.tasks:
             part = each.of(task)
             kind, labels = str(part["kind"].iloc[0]), _labels(part)
-            figure, statistic, answers = next(figures_of(part))
+            figure, statistic, answers = next(metrics_of(part))
             by = {name: part[name].to_numpy() for name in ("sex", "site") if name in part and name != task}
             if "age" in part:
                 by["age"] = age_bands(part["age"].to_numpy(float))
@@ -213,7 +204,7 @@ def subgroups_table(judged: list[Judged], minimum: int) -> pd.DataFrame:
                 statistic, labels, answers, part["participant"].to_numpy(), by, classes=kind != "regression",
                 minimum=minimum,
             )  # fmt: skip
-            found.append(table.assign(checkpoint=each.name, task=task, figure=figure))
+            found.append(table.assign(checkpoint=each.name, task=task, metric=figure))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
@@ -258,13 +249,13 @@ def site_table(judged: list[Judged]) -> pd.DataFrame:
             continue
         part = each.of("site")
         labels, answers = _labels(part), part["answer"].to_numpy()
-        bacc = FIGURES["multiclass"]["bacc"](labels, answers)
+        bacc = METRICS["multiclass"]["bacc"](labels, answers)
         outside = [
             other.run_of("age")["metrics"]["age.mae"]
             for other in judged
-            if (other.series, other.step, other.weights, other.model)
-            == (each.series, each.step, each.weights, each.model)
-            and other.sites_left_out
+            if (other.series, other.step, other.weights, other.variant.fitted)
+            == (each.series, each.step, each.weights, each.variant.fitted)
+            and other.variant.leave_site_out
             and "age.mae" in other.run_of("age")["metrics"]
         ]
         mae = float(outside[0]) if outside else float("nan")
@@ -278,9 +269,9 @@ def verdict(row: Any) -> str:
     if not row.p_holm <= 0.05:
         return "no difference shown"
     higher, lower = (row.first, row.second) if row.difference > 0 else (row.second, row.first)
-    if row.figure == "bacc":
+    if row.metric == "bacc":
         return f"{higher} higher"  # good for a diagnosis, bad for a site
-    return f"{higher if HIGHER_IS_BETTER[row.figure] else lower} better"
+    return f"{higher if HIGHER_IS_BETTER[row.metric] else lower} better"
 
 
 def shown(figure: str, value: float, low: float, high: float) -> str:
@@ -304,7 +295,7 @@ def p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _labels(part: pd.DataFrame) -> Array:
+def _labels(part: pd.DataFrame) -> NDArray[Any]:
     """Classes as integers, numbers as they are."""
     return part["label"].to_numpy(float if part["kind"].iloc[0] == "regression" else np.int64)
 
@@ -319,7 +310,7 @@ def _paired(first: Judged, second: Judged, task: str) -> pd.DataFrame | None:
 
 def _difference(both: pd.DataFrame, first: str, second: str) -> tuple[Any, ...]:
     """figure, first, second, difference, low, high, p, test, boot_low, boot_high of one pair."""
-    figure, statistic, one = next(figures_of(both))
+    figure, statistic, one = next(metrics_of(both))
     labels, other, people = _labels(both), both["answer_other"].to_numpy(), both["participant"].to_numpy()
     bootstrap = paired_bootstrap(statistic, labels, one, other, people)
     found: Difference = delong_difference(labels, one, other, people) if figure == "auc" else bootstrap

@@ -21,11 +21,13 @@ class Draw(NamedTuple):
 
     size: int
     number: int
-    fit: Array
-    ask: Array
+    train: Array
+    test: Array
 
 
-def folds_of(labels: Array, groups: Array, kind: str, count: int, seed: int, strata: Array | None = None) -> list[Fold]:
+def make_folds(
+    labels: Array, groups: Array, kind: str, count: int, seed: int, strata: Array | None = None
+) -> list[Fold]:
     """``count`` folds in which no group is on both sides; classes (or fifths of a number's range) spread alike.
 
     ``strata`` (N,) codes are spread alike instead; of one that is too small for the folds only the class is.
@@ -58,7 +60,7 @@ def outer_folds(task: Task, count: int, seed: int, by_site: bool = False) -> lis
         return [(np.flatnonzero(~task.test), np.flatnonzero(task.test))]
     if by_site:
         return site_folds(task, count, seed)
-    return folds_of(task.labels, task.groups, task.kind, count, seed, task.strata)
+    return make_folds(task.labels, task.groups, task.kind, count, seed, task.strata)
 
 
 def site_folds(task: Task, count: int, seed: int) -> list[Fold]:
@@ -86,7 +88,7 @@ def site_folds(task: Task, count: int, seed: int) -> list[Fold]:
 
 def inner_folds(labels: Array, groups: Array, kind: str, seed: int, repeats: int = 1) -> list[Fold]:
     """Three folds of training scans, ``repeats`` times dealt anew; places among these scans."""
-    return [fold for n in range(repeats) for fold in folds_of(labels, groups, kind, INNER, seed + 7919 * n)]
+    return [fold for n in range(repeats) for fold in make_folds(labels, groups, kind, INNER, seed + 7919 * n)]
 
 
 def curve_draws(task: Task, folds: list[Fold], sizes: list[int], draws: int, seed: int) -> list[Draw]:

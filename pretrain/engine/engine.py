@@ -119,7 +119,7 @@ def stop_ranks() -> None:
 
 def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]) -> Any:
     """The DeepSpeed engine of ``model``. ``lr_at(step)`` is the factor on the learning rate at a step."""
-    lay_plainly(model)
+    make_contiguous(model)
     _check_fp16(recipe)
     groups = parameter_groups(model, recipe.optimizer)
     optimizer = build_optimizer(recipe.optimizer, groups)
@@ -150,7 +150,7 @@ def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]
     return engine
 
 
-def lay_plainly(model: nn.Module) -> None:
+def make_contiguous(model: nn.Module) -> None:
     """Give weights torch's usual strides, where they were channels-last.
 
     DeepSpeed's first broadcast sees weights as bytes, which wants a last stride of 1; ZeRO lays them flat in any case.

@@ -1,13 +1,16 @@
-"""Large contrastive batches in the memory of a micro-batch (Gao et al. 2021, arXiv:2101.06983), exact and under ZeRO.
+"""Gradient caching: large contrastive batches in the memory of a micro-batch (Gao et al. 2021, arXiv:2101.06983).
 
-1. embed every micro-batch without a graph, keeping only embeddings and the random state before each
-2. the loss over all embeddings of all ranks, and its gradient on this rank's embeddings: one collective each way
-3. embed every micro-batch again, with its random state and a graph, and pull that gradient through it
+A step has three parts:
 
-The gradients add up to those of one pass over the whole batch: the chain rule, term by term. Dropout and drop-path draw
-the same masks in both passes. Batch normalisation takes the statistics of each micro-batch, in both passes the same,
-and moves its running statistics in the second alone; choose group normalisation where the statistics of a whole batch
-matter. Costs one more forward pass.
+1. Embed every micro-batch without a graph. Keep the embeddings and the state of the random generators before each.
+2. Compute the loss over the embeddings of all ranks, and its gradient with respect to this rank's embeddings. This takes
+   one collective in each direction.
+3. Embed every micro-batch again, with a graph and from the saved random state, and back-propagate that gradient.
+
+By the chain rule the sum of these gradients equals the gradient of one pass over the whole batch, under every ZeRO stage.
+Dropout and drop-path draw the same masks in both passes. Batch normalisation uses the statistics of each micro-batch, the
+same in both passes, and updates its running statistics in the second pass only; choose group normalisation if the
+statistics of the whole batch matter. The cost is one more forward pass.
 
 B = scans of this rank, P = embedding size.
 """
@@ -16,67 +19,79 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# (views (2, B, P), temperature or None) -> this rank's scalar
-Compare = Callable[[Tensor, Tensor | None], Tensor]
+# (embeddings (2, B, P), learned temperature or None) -> this rank's scalar loss
+EmbeddingLoss = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def whole(engine: Any, views: Tensor, compare: Compare) -> tuple[Tensor, Callable[[], None]]:
-    """The loss of one pass over the batch, and what runs its backward pass. ``views`` (2, B, 1, D, H, W)."""
+class ForwardPass(NamedTuple):
+    """The result of a forward pass: ``loss`` (scalar), the learned ``temperature`` or None, and ``backward()``."""
+
+    loss: Tensor
+    temperature: Tensor | None
+    backward: Callable[[], None]
+
+
+def full_pass(engine: Any, views: Tensor, loss: EmbeddingLoss) -> ForwardPass:
+    """Embed this rank's ``views`` (2, B, 1, D, H, W) in one pass and compute their loss. Collective."""
     embeddings, temperature = engine(views)
-    value = compare(wide(embeddings), temperature)
-    return value, lambda: engine.backward(value)
+    value = loss(at_least_float32(embeddings), temperature)
+    return ForwardPass(value, temperature, lambda: engine.backward(value))
 
 
-def cached(engine: Any, views: Tensor, compare: Compare, micro: int) -> tuple[Tensor, Callable[[], None]]:
-    """The same from micro-batches of ``micro`` scans; both are collective, every rank with as many micro-batches."""
-    parts, states = torch.split(views, micro, dim=1), []
+def cached_pass(engine: Any, views: Tensor, loss: EmbeddingLoss, micro: int) -> ForwardPass:
+    """Compute the same loss and gradients as `full_pass` from micro-batches of ``micro`` scans.
+
+    Both the forward pass and ``backward()`` are collective; every rank must have the same number of micro-batches.
+    """
+    micro_batches, random_states = torch.split(views, micro, dim=1), []
     embedded, temperature = [], None
-    with torch.no_grad(), still_statistics(engine.module):
-        for part in parts:
-            states.append(_random_state(part))
-            embeddings, temperature = engine(part)
-            embedded.append(wide(embeddings))
+    with torch.no_grad(), frozen_statistics(engine.module):
+        for micro_batch in micro_batches:
+            random_states.append(_random_state(micro_batch))
+            embeddings, temperature = engine(micro_batch)
+            embedded.append(at_least_float32(embeddings))
     leaves = [torch.cat(embedded, dim=1).requires_grad_()]
     if temperature is not None:
         leaves.append(temperature.detach().clone().requires_grad_())
-    value = compare(leaves[0], leaves[1] if temperature is not None else None)
+    value = loss(leaves[0], leaves[1] if temperature is not None else None)
 
     def backward() -> None:
-        # The loss leaves on its own embeddings what all ranks' losses say about them; no further factor belongs here.
-        pulls, *rest = torch.autograd.grad(value, leaves)
-        for number, (part, pull) in enumerate(zip(parts, torch.split(pulls, micro, dim=1), strict=True)):
-            _set_random_state(part, states[number])
-            engine.set_gradient_accumulation_boundary(number + 1 == len(parts))
-            embeddings, again = engine(part)
-            pulled = (wide(embeddings) * pull).sum()
-            if rest:  # a part of it each time: ZeRO expects every parameter in every backward pass
-                pulled = pulled + again * rest[0] / len(parts)
-            engine.backward(pulled, scale_wrt_gas=False)
+        # The gathered loss gives these embeddings the gradient of the losses of all ranks; no further factor is needed.
+        embedding_gradient, *temperature_gradient = torch.autograd.grad(value, leaves)
+        gradients = torch.split(embedding_gradient, micro, dim=1)
+        for index, (micro_batch, gradient) in enumerate(zip(micro_batches, gradients, strict=True)):
+            _set_random_state(micro_batch, random_states[index])
+            engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
+            embeddings, learned = engine(micro_batch)
+            surrogate = (at_least_float32(embeddings) * gradient).sum()
+            if temperature_gradient:  # in equal shares: ZeRO expects every parameter in every backward pass
+                surrogate = surrogate + learned * temperature_gradient[0] / len(micro_batches)
+            engine.backward(surrogate, scale_wrt_gas=False)
 
-    return value, backward
+    return ForwardPass(value, temperature, backward)
 
 
-def wide(embeddings: Tensor) -> Tensor:
-    """At least float32: the loss and its gradient are not to be rounded to the encoder's type."""
+def at_least_float32(embeddings: Tensor) -> Tensor:
+    """Convert 16-bit embeddings to float32, so that the loss and its gradient are not rounded to 16 bits."""
     return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
 
 @contextmanager
-def still_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch normalisation that normalises as in training but leaves its running statistics alone."""
-    moving = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for module in moving:
+def frozen_statistics(network: nn.Module) -> Iterator[None]:
+    """Let batch normalisation use batch statistics, as in training, without updating its running statistics."""
+    tracking = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for module in tracking:
         module.track_running_stats = False
     try:
         yield
     finally:
-        for module in moving:
+        for module in tracking:
             module.track_running_stats = True
 
 

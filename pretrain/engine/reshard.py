@@ -33,7 +33,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 Stored = tuple[dict[str, Any], list[Piece]]
 
 
-def load_elsewhere(folder: Path, stage: int, engine: Any) -> None:
+def load_resharded(folder: Path, stage: int, engine: Any) -> None:
     """Load checkpoint ``folder``, written under ZeRO ``stage``, whatever this run's ranks and stage. Collective."""
     if "nvme" in off_loaded(engine):
         raise UserError(

@@ -21,9 +21,10 @@ B = scans of this rank, G = scans of all ranks, N = G, D = embedding size, P = p
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from infra.errors import UserError
@@ -210,8 +211,8 @@ def decoupled_uniformity(
     proxies: Tensor,
     *,
     kernel: Kernel,
-    scale: float = 2.0,
-    ridge: float | None = None,
+    scale: Annotated[float, Field(gt=0)] = 2.0,
+    ridge: Annotated[float, Field(ge=0)] | None = None,
     gather: Gather | None = None,
     subjects: Tensor | None = None,
     tile: TileSize = None,

@@ -39,7 +39,7 @@ class Positives:
     missing: float
     histogram: tuple[int, ...]
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Metrics to log: mean, and shares of scans with fewer than two, with a missing proxy, and of each bin."""
         edges = (1.0, *EDGES)
         bins = {
@@ -79,7 +79,9 @@ def effective_positives(
     return torch.cat(parts)
 
 
-def positive_figures(positives: Sequence[Tensor], proxies: Sequence[Tensor], gather: Gather | None = None) -> Positives:
+def positive_statistics(
+    positives: Sequence[Tensor], proxies: Sequence[Tensor], gather: Gather | None = None
+) -> Positives:
     """Summarise this rank's batches (an epoch's, say) over all ranks; one small collective.
 
     ``positives``: results of `effective_positives`, ``proxies``: the (B, P) they came from.

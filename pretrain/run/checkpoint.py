@@ -27,7 +27,7 @@ from infra.errors import UserError
 from infra.files import atomic_write, flush_folder, sha256_of, write_json
 from pretrain.engine.engine import load_engine, load_scaler_state, save_engine, scaler_state
 from pretrain.engine.partitions import layout
-from pretrain.engine.reshard import load_elsewhere
+from pretrain.engine.reshard import load_resharded
 
 PREFIX, BEST = "step-", "best"
 UNFINISHED, DAMAGED = ".unfinished-", "damaged-"
@@ -175,7 +175,7 @@ def load_checkpoint(
         if distributed.is_main():
             print(f"checkpoint {folder.name} of {world_size} ranks under ZeRO {stage} is converted for "
                   f"{distributed.world_size()} under ZeRO {here}", flush=True)  # fmt: skip
-        load_elsewhere(folder, stage, engine)
+        load_resharded(folder, stage, engine)
         if same_ranks:
             _read_random_state(folder)
         else:  # the old ranks' generators do not fit: new ones, the same whenever this resume is repeated

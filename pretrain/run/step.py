@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,20 +11,19 @@ import torch
 
 from data_pipeline.storage.manifest import Manifest
 from infra import distributed, watchdog
-from infra.errors import UserError, nearest
+from infra.errors import UserError
 from pretrain.config import Loss, Optimizer, Recipe
 from pretrain.engine.engine import NotFinite, update
-from pretrain.engine.grad_cache import cached, whole
+from pretrain.engine.grad_cache import cached_pass, full_pass
 from pretrain.kernels import Kernel
-from pretrain.losses.contrastive import LOSSES
 from pretrain.losses.diagnostics import effective_positives
 from pretrain.losses.gather import AllGather
+from pretrain.losses.options import SHARED_OPTIONS, check_own_options, find_loss, takes
 from pretrain.losses.proxies import build_kernel, proxy_columns
 from pretrain.losses.supervised import SUPERVISED, target_scale
 from pretrain.losses.temperature import Temperature
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
-ALL_LOSSES = {**LOSSES, **SUPERVISED}
 ContrastiveLoss = Callable[[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]], torch.Tensor]
 
 
@@ -39,19 +37,16 @@ def recipe_kernel(recipe: Recipe, scans: Manifest, rows: Rows) -> Kernel:
 
 def loss_options(section: Loss) -> dict[str, Any]:
     """What the recipe's loss takes of ``loss:``; UserError for another loss's name or an option it does not have."""
-    if section.name not in ALL_LOSSES:
-        hint = nearest(section.name, ALL_LOSSES)
-        raise UserError(f"loss.name={section.name!r} is not known{hint}; allowed: {', '.join(ALL_LOSSES)}")
-    names, default = ("temperature", "normalization", "cross_view", "tile"), Loss()
-    known = inspect.signature(ALL_LOSSES[section.name]).parameters
-    for name in names:
-        if name not in known and getattr(section, name) != getattr(default, name):
+    loss, default = find_loss(section.name), Loss()
+    for name in SHARED_OPTIONS:
+        if not takes(loss, name) and getattr(section, name) != getattr(default, name):
             raise UserError(f"loss.{name} is no option of the loss {section.name}; leave it out")
     if section.temperature_bounds is not None:
-        if "temperature" not in known:
+        if not takes(loss, "temperature"):
             raise UserError(f"loss.temperature_bounds is no option of the loss {section.name}; leave it out")
         Temperature(section.temperature, *section.temperature_bounds)
-    return {name: getattr(section, name) for name in names if name in known}
+    shared = {name: getattr(section, name) for name in SHARED_OPTIONS if takes(loss, name)}
+    return {**shared, **check_own_options(section.name, section.options)}
 
 
 def build_loss(recipe: Recipe, scans: Manifest, rows: Rows) -> ContrastiveLoss:
@@ -62,7 +57,7 @@ def build_loss(recipe: Recipe, scans: Manifest, rows: Rows) -> ContrastiveLoss:
     kernel, options = recipe_kernel(recipe, scans, rows), loss_options(recipe.loss)
     gather = AllGather() if distributed.world_size() > 1 else None
     people_of = subjects_of(recipe, scans)
-    loss = ALL_LOSSES[recipe.loss.name]
+    loss = find_loss(recipe.loss.name)
     if recipe.loss.name in SUPERVISED:
         options |= target_scale(torch.from_numpy(scans.proxies(proxy_columns(recipe.loss.proxies), rows)))
 
@@ -106,18 +101,17 @@ def train_step(
     change when any rank's loss or gradient is not finite; a gradient that overflowed in fp16 is the scaler's concern
     (pretrain.engine.engine.update).
     """
-    views_2B1DHW, temperatures = batch["views"].to(dtype), []
+    views_2B1DHW = batch["views"].to(dtype)
     watchdog.phase(f"the forward pass of step {step}")
 
-    def compare(embeddings_2BP: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
-        temperatures.append(temperature)
+    def batch_loss(embeddings_2BP: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
         watchdog.phase(f"the exchange of embeddings of step {step}")
         return loss(embeddings_2BP, temperature, batch)
 
     if micro is None or micro >= views_2B1DHW.shape[1]:
-        value, backward = whole(engine, views_2B1DHW, compare)
+        value, temperature, backward = full_pass(engine, views_2B1DHW, batch_loss)
     else:
-        value, backward = cached(engine, views_2B1DHW, compare, micro)
+        value, temperature, backward = cached_pass(engine, views_2B1DHW, batch_loss, micro)
     # One small collective gives the whole batch's loss and tells every rank of any rank's NaN.
     # float() waits for the device: votes are read last, so that a signal during the forward pass counts in this step.
     total, *sums = distributed.reduce_scalars([float(value.detach()), *votes()])
@@ -131,7 +125,7 @@ def train_step(
         updated = update(engine)
     except NotFinite as error:
         raise NotFinite(f"step {step}: {error}") from None
-    learned = {} if temperatures[0] is None else {"temperature": float(temperatures[0].detach())}
+    learned = {} if temperature is None else {"temperature": float(temperature.detach())}
     return {"loss": mean, "lr": lr, **updated, **learned}, sums
 
 

@@ -18,7 +18,7 @@ from data_pipeline.volume.load import Grid
 from infra.errors import UserError, nearest
 from infra.files import sha256_of
 from pretrain.encoders import build_encoder, check_encoder
-from pretrain.weights.encoder import write_encoder
+from pretrain.weights.write import write_encoder
 
 State = dict[str, torch.Tensor]
 

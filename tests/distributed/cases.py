@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.engine.grad_cache import cached, whole
+from pretrain.engine.grad_cache import cached_pass, full_pass
 from pretrain.losses.contrastive import LOSSES, global_loss
 from pretrain.losses.gather import AllGather
 from pretrain.losses.temperature import Temperature
@@ -96,10 +96,10 @@ def backward(engine: Any, job: Job, rank: int, gather: Any, dtype: torch.dtype) 
         learned = {} if temperature is None else {"temperature": temperature}
         return LOSSES[job.loss](views, proxies[own], gather=gather, **{**options, **learned})
 
-    run = whole if job.micro is None else partial(cached, micro=job.micro)
-    loss, go_back = run(engine, volumes[:, own], compare)
-    go_back()
-    return loss
+    run = full_pass if job.micro is None else partial(cached_pass, micro=job.micro)
+    forward = run(engine, volumes[:, own], compare)
+    forward.backward()
+    return forward.loss
 
 
 def batch(job: Job, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

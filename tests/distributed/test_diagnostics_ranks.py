@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.kernels import KERNELS
-from pretrain.losses.diagnostics import Positives, effective_positives, positive_figures
+from pretrain.losses.diagnostics import Positives, effective_positives, positive_statistics
 from pretrain.losses.gather import AllGather
 from tests.distributed.cases import Job, batch
 from tests.distributed.ranks import Ranks
@@ -23,7 +23,7 @@ def figures_on_rank(group: dist.ProcessGroup, rank: int, job: Job) -> tuple[Tens
     gather = AllGather(group)
     own = proxies[job.own(rank)]
     positives = effective_positives(own, KERNEL, gather=gather)
-    return positives, positive_figures([positives], [own], gather)
+    return positives, positive_statistics([positives], [own], gather)
 
 
 @pytest.mark.parametrize("sizes", [(2, 3), (3, 0, 2), (2, 1, 1, 3)], ids=str)
@@ -33,7 +33,7 @@ def test_equal_one_process(ranks: Ranks, sizes: tuple[int, ...]) -> None:
     expected = effective_positives(proxies, KERNEL)
     results = ranks.run(figures_on_rank, len(sizes), job=job)
     torch.testing.assert_close(torch.cat([positives for positives, _ in results]), expected)
-    whole = positive_figures([expected], [proxies])
+    whole = positive_statistics([expected], [proxies])
     for _, figures in results:
         assert figures.histogram == whole.histogram
         assert (figures.scans, figures.below_two, figures.missing) == (whole.scans, whole.below_two, whole.missing)

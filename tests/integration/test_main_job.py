@@ -17,7 +17,7 @@ from data_pipeline.storage.manifest import Manifest
 from infra import cli
 from infra.tracking import runs
 from pretrain import Encoder
-from pretrain.weights.encoder import find_encoder
+from pretrain.weights.folder import find_encoder
 from pretrain.weights.seen_scans import read, source_of
 from tests.runs import ROOT, environment, losses, pretrain_command, run
 

@@ -15,7 +15,7 @@ from pretrain.encoders import ENCODERS, build_encoder, check_encoder
 from pretrain.encoders.layers import pad_to
 from pretrain.encoders.networks import SMALLEST
 from pretrain.engine.deepspeed_config import deepspeed_config
-from pretrain.engine.engine import lay_plainly
+from pretrain.engine.engine import make_contiguous
 from pretrain.model import ContrastiveModel, Projector, build_model
 
 VBM = (121, 145, 121)
@@ -313,7 +313,7 @@ def test_channels_last_weights_are_laid_out_as_deepspeed_broadcasts_them():
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
     with pytest.raises(RuntimeError, match="stride"):
         [p.data.view(torch.uint8) for p in encoder.parameters()]
-    lay_plainly(encoder)
+    make_contiguous(encoder)
     for name, p in encoder.named_parameters():
         assert p.data.view(torch.uint8).shape[:-1] == p.shape[:-1]
         assert torch.equal(p, before[name])

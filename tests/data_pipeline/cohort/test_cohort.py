@@ -8,9 +8,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from data_pipeline.cohort.read import LAYOUTS, detect_layout, read_bids, read_cohort
+from data_pipeline.cohort.read import LAYOUTS, detect_layout, read_cohort
 from infra.errors import UserError
-from tests.cohorts import write_cohort
 
 
 def image(path: Path) -> Path:
@@ -232,12 +231,6 @@ def test_two_files_of_one_key_are_refused(tmp_path):
         read_cohort(root, modality="t1w")
     assert "anat/sub-02_T1w.nii.gz and " in str(e.value)
     assert "anat/sub-02_acq-b_T1w.nii.gz; " in str(e.value)
-
-
-def test_read_bids_is_read_cohort_of_a_bids_folder(tmp_path):
-    root = write_cohort(tmp_path / "tiny", participants=5, sessions=2)
-    assert read_bids(root) == read_cohort(root)
-    assert len(read_bids(root)[0]) == 10
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_people_of_several_data_sets_are_counted_and_drawn_where_the_build_finds
 
 def test_the_page_is_not_written_into_the_cohort(faulty, capsys):
     assert cli.run(["cohort", "inspect", str(faulty), "--out", str(faulty / "report")]) == 2
-    assert "lies in the cohort, into which nothing is written" in capsys.readouterr().err
+    assert "is inside the cohort, which is never written to" in capsys.readouterr().err
     assert not (faulty / "report").exists()
 
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.cohort.scan import Scan
-from data_pipeline.quality.outliers import rewrite_one
 from data_pipeline.quality.rules import Limits, Outlier, Quality, coarse_volume, load_quality, read_scan
 from data_pipeline.shards.build import build_shards
+from data_pipeline.shards.purge import rewrite_shard
 from data_pipeline.shards.tar import copy_without, encode, write_shard
 from data_pipeline.shards.verify import verify_shards
 from data_pipeline.volume.load import Grid, Preparation
@@ -214,9 +214,9 @@ def test_taking_samples_out_gives_the_bytes_of_a_shard_written_without_them(tmp_
 def test_taking_samples_out_again_changes_nothing(built, tmp_path):
     name = built.shards[0]["name"]
     (tmp_path / name).write_bytes((built.root / name).read_bytes())
-    first = rewrite_one(str(tmp_path), name, {built.scans["key"][0]}, "zst")
+    first = rewrite_shard(str(tmp_path), name, {built.scans["key"][0]}, "zst")
     content = (tmp_path / name).read_bytes()
-    assert rewrite_one(str(tmp_path), name, {built.scans["key"][0]}, "zst") == first
+    assert rewrite_shard(str(tmp_path), name, {built.scans["key"][0]}, "zst") == first
     assert (tmp_path / name).read_bytes() == content
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from infra.tracking.tracking import Tracker
+from infra.tracking.tracker import Tracker
 
 TITLES = {"scz": "schizophrenia", "ad": "Alzheimer's disease", "age": "age", "site": "site"}
 PEOPLE = 130  # every third has a second scan

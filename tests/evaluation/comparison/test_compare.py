@@ -17,11 +17,12 @@ from evaluation.comparison.curves import curve_differences
 from evaluation.comparison.latex import escape, to_latex
 from evaluation.comparison.plots import forest, pyplot, series_of
 from evaluation.comparison.report import write_report
+from evaluation.protocols.variant import ProtocolVariant
 from evaluation.statistics.metrics import auc, brier, with_interval
 from evaluation.statistics.paired import delong_difference, holm
 from evaluation.tasks.published import PUBLISHED
 from infra import cli
-from infra.tracking.tracking import Tracker
+from infra.tracking.tracker import Tracker
 from tests.evaluation.comparison.stored import evaluation, people, predictions
 
 T_OF_9 = 2.2621571628540993  # Student's t at 0.975 with 9 degrees of freedom, as of 10 draws
@@ -58,7 +59,7 @@ def store(tmp_path_factory):
         tags={"yaware.protocol": "linear"},
     )
     outside = {"leave_site_out": "True"}
-    evaluation(uri, root / "e", "y-aware", 200, 0.9, scans=scans, tags={**mine, "yaware.protocol": "linear, sites left out"},
+    evaluation(uri, root / "e", "y-aware", 200, 0.9, scans=scans, tags={**mine, "yaware.leave_site_out": "True"},
                tasks=("age",), params=outside, metrics={"age.mae": 5.5, "age.mae.low": 5.0, "age.mae.high": 6.0})  # fmt: skip
     return uri
 
@@ -74,7 +75,7 @@ def written(comparison, tmp_path_factory):
 
 
 def test_figures_are_those_logged_or_made_from_stored_answers(comparison):
-    table = comparison.table.set_index(["checkpoint", "task", "figure"])
+    table = comparison.table.set_index(["checkpoint", "task", "metric"])
     logged = table.loc[("SimCLR, linear", "scz", "auc")]
     assert (logged["value"], logged["low"], logged["high"]) == (0.7, 0.6, 0.8)
     each = next(e for e in comparison.judged if e.name == "y-aware, step 200, linear")
@@ -110,22 +111,21 @@ def test_pairs_are_the_last_steps_judged_on_the_same_scans(comparison):
     assert set(table.loc[table["task"] != "scz", "test"]) == {"bootstrap"}
 
 
-def named(protocol, count=1, name=None):
+def named(protocol, count=1, name=None, leave_site_out=False):
     """Evaluations of which only the protocol matters."""
-    tags = {"yaware.protocol": protocol, "yaware.protocol_kind": protocol.split(",")[0]}
-    params = {"leave_site_out": str("sites left out" in protocol)}
+    evaluates = {"voxels": "shards", "scratch": "architecture"}.get(protocol, "checkpoint")
+    variant = ProtocolVariant(protocol, evaluates=evaluates, leave_site_out=leave_site_out)
+    run = {"tags": variant.to_tags(), "params": {}}
     return [
-        tables.Judged(
-            f"{name or protocol} {n}", {"tags": tags, "params": params}, pd.DataFrame(), pd.DataFrame(), pd.DataFrame()
-        )
+        tables.Judged(f"{name or variant.label} {n}", run, pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
         for n in range(count)
     ]
 
 
 def test_pairs_are_of_one_protocol_and_baselines_of_the_same_folds():
     judged = [
-        *named("linear", 2), *named("finetune", 2), *named("linear, sites left out", 2), *named("voxels"),
-        *named("scratch", name="scratch resnet18"), *named("voxels, sites left out"),
+        *named("linear", 2), *named("finetune", 2), *named("linear", 2, leave_site_out=True), *named("voxels"),
+        *named("scratch", name="scratch resnet18"), *named("voxels", leave_site_out=True),
     ]  # fmt: skip
     inside = ["linear 0", "linear 1", "finetune 0", "finetune 1"]
     outside = ["linear, sites left out 0", "linear, sites left out 1"]
@@ -182,7 +182,7 @@ def test_evaluations_of_one_checkpoint_on_other_tasks_are_one(tmp_path, capsys):
     }
     mine = next(each for each in found.judged if each.name == "x, linear")
     assert {task: mine.run_of(task)["run_id"] for task in mine.tasks} == {"scz": first, "age": newer, "site": newer}
-    assert found.table.set_index(["checkpoint", "task", "figure"]).loc[("x, linear", "age", "mae"), "value"] != 1.0
+    assert found.table.set_index(["checkpoint", "task", "metric"]).loc[("x, linear", "age", "mae"), "value"] != 1.0
     assert set(mine.curve["task"]) == {"scz"}
     assert set(mine.saliency) == {"scz"}
     assert found.superseded == [f"x, linear: age of evaluation {first[:10]}, by {newer[:10]}"]
@@ -216,9 +216,10 @@ def test_checkpoints_of_equal_names_are_told_apart(tmp_path):
         evaluation(uri, tmp_path / f"{number}", "x", 5 + number, 0.5, scans=scans, tasks=("scz",), tags=tags)
     again = {"yaware.pretraining_run": trained[0], "yaware.weights_sha256": "9" * 64}
     evaluation(uri, tmp_path / "again", "x", 5, 0.5, scans=scans, tasks=("scz",), tags=again)
-    for name in ("voxels", "voxels, sites left out"):
-        baseline = {"yaware.protocol": name, "yaware.weights_sha256": ""}
-        evaluation(uri, tmp_path / name, "voxels", 0, 0.5, scans=scans, tasks=("scz",), tags=baseline)
+    for leave_site_out in (False, True):
+        variant = ProtocolVariant("voxels", evaluates="shards", leave_site_out=leave_site_out)
+        tags = {**variant.to_tags(), "yaware.weights_sha256": ""}
+        evaluation(uri, tmp_path / variant.label, "voxels", 0, 0.5, scans=scans, tasks=("scz",), tags=tags)
     found = compare("kept", tracking_uri=uri)
     one, other = (f"x ({run[:8]})" for run in trained)
     assert {each.name for each in found.last} == {
@@ -299,21 +300,26 @@ def test_site_and_age(comparison):
     assert np.isnan(sites.loc["SimCLR, linear", "openbhb"])
 
 
+LINEAR = ProtocolVariant("linear", model="linear")
+PAPER = ProtocolVariant("paper", model="linear")
+LAYER3 = replace(LINEAR, layer="layer3", pooling=("mean",))
+KNN = ProtocolVariant("knn", model="knn")
+
+
 @pytest.mark.parametrize(
     ("inside", "outside", "scored"),
-    [("linear", "linear", True), ("paper", "linear", True), ("linear, layer3 mean", "linear, layer3 mean", True),
-     ("linear", "knn", False), ("linear, layer3 mean", "linear", False)],
+    [(LINEAR, LINEAR, True), (PAPER, LINEAR, True), (LAYER3, LAYER3, True), (LINEAR, KNN, False), (LAYER3, LINEAR, False)],
 )  # fmt: skip
 def test_openbhb_score_is_of_one_model(inside, outside, scored):
     """Balanced accuracy by one probe and MAE by another, or on other features, make no score."""
     scans = people()
 
-    def judged(task, protocol, **params):
-        tags = {"yaware.step": "1", "yaware.protocol": protocol}
-        run = {"run_id": task, "tags": tags, "params": params, "metrics": {"age.mae": 5.0} if task == "age" else {}}
+    def judged(task, variant):
+        tags = {"yaware.step": "1", **variant.to_tags()}
+        run = {"run_id": task, "tags": tags, "params": {}, "metrics": {"age.mae": 5.0} if task == "age" else {}}
         return tables.Judged(task, run, predictions(scans, 0.5, 0, (task,)), pd.DataFrame(), pd.DataFrame())
 
-    outer = judged("age", f"{outside}, sites left out", leave_site_out="True")
+    outer = judged("age", replace(outside, leave_site_out=True))
     table = tables.site_table([outer, judged("site", inside)])
     assert np.isfinite(table["openbhb"]).tolist() == [scored]
 
@@ -377,7 +383,7 @@ def test_published_values_are_marked_and_kept_out_of_pictures_of_simulated_data(
 
 
 def test_tables_beside_the_report(comparison, written):
-    figures = pd.read_csv(next(path for path in written if path.name == "report_figures.csv"))
+    figures = pd.read_csv(next(path for path in written if path.name == "report_metrics.csv"))
     assert figures["value"].to_numpy() == pytest.approx(comparison.table["value"].to_numpy())
     text = next(path for path in written if path.suffix == ".tex").read_text()
     assert text == to_latex(comparison)

@@ -11,7 +11,7 @@ from torch import nn
 from infra.errors import UserError
 from pretrain.config import Batch, check_micro_batch, load_recipe
 from pretrain.engine import engine
-from pretrain.engine.grad_cache import cached, wide
+from pretrain.engine.grad_cache import at_least_float32, cached_pass
 from pretrain.kernels import KERNELS
 from pretrain.losses.contrastive import y_aware_infonce
 from pretrain.model import build_model
@@ -50,7 +50,7 @@ def test_dropout_and_batch_statistics_are_those_of_one_forward_pass(micro: int) 
     mine, plain = network(), network()
     expected = reference(plain, micro)
     torch.manual_seed(9)
-    value, backward = cached(PlainEngine(mine), views(), compare, micro)
+    value, _, backward = cached_pass(PlainEngine(mine), views(), compare, micro)
     backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     for (name, p), q in zip(mine.named_parameters(), plain.parameters(), strict=True):
@@ -67,7 +67,7 @@ def test_other_masks_in_the_second_pass_would_be_noticed(monkeypatch: pytest.Mon
     reference(plain, 2)
     monkeypatch.setattr("pretrain.engine.grad_cache._set_random_state", lambda part, state: None)
     torch.manual_seed(9)
-    _, backward = cached(PlainEngine(mine), views(), compare, 2)
+    _, _, backward = cached_pass(PlainEngine(mine), views(), compare, 2)
     backward()
     worst = max((p.grad - q.grad).abs().max() for p, q in zip(mine.parameters(), plain.parameters(), strict=True))
     assert worst > 1e-3
@@ -79,7 +79,7 @@ def test_embeddings_reach_the_loss_in_float32_or_better() -> None:
         (torch.float32, torch.float32),
         (torch.float64, torch.float64),
     ):
-        assert wide(torch.zeros(2, dtype=given)).dtype is wanted
+        assert at_least_float32(torch.zeros(2, dtype=given)).dtype is wanted
 
 
 def test_the_real_engine_trains_the_same_from_micro_batches(one_rank) -> None:

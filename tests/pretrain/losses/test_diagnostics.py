@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.kernels import KERNELS
-from pretrain.losses.diagnostics import effective_positives, positive_figures
+from pretrain.losses.diagnostics import effective_positives, positive_statistics
 from tests.reference import naive
 
 
@@ -48,13 +48,13 @@ def test_closed_forms() -> None:
 def test_summary_over_batches() -> None:
     batches = [torch.tensor([1.0, 1.5, 2.0, 3.9]), torch.tensor([4.0, 5000.0])]
     proxies = [torch.tensor([[1.0], [math.nan], [2.0], [3.0]]), torch.tensor([[1.0], [2.0]])]
-    found = positive_figures([batch.double() for batch in batches], proxies)
+    found = positive_statistics([batch.double() for batch in batches], proxies)
     assert found.scans == 6
     assert found.mean == pytest.approx(5012.4 / 6)
     assert found.below_two == pytest.approx(2 / 6)
     assert found.missing == pytest.approx(1 / 6)
     assert found.histogram == (2, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1)
-    figures = found.figures()
+    figures = found.metrics()
     assert figures["positives/from_1"] == pytest.approx(2 / 6)
     assert figures["positives/from_4096"] == pytest.approx(1 / 6)
-    assert math.isnan(positive_figures([], []).mean)
+    assert math.isnan(positive_statistics([], []).mean)

@@ -12,8 +12,7 @@ from evaluation.protocols.features import check_preprocessing
 from infra.errors import UserError
 from pretrain import Encoder
 from pretrain.encoders import build_encoder
-from pretrain.weights.embed import embed_files
-from pretrain.weights.encoder import write_encoder
+from pretrain.weights.write import write_encoder
 from tests.cohorts import GRID, blob
 
 OPTIONS = {"width": 0.25, "norm": "group"}
@@ -47,7 +46,7 @@ def test_embed_prepares_a_turned_file_as_the_encoders_scans_were(tmp_path, prepa
     image = nibabel.Nifti1Image(blob(3, 50.0) * 900, np.array(GRID.affine))
     nibabel.save(image, tmp_path / "plain.nii.gz")
     nibabel.save(image.as_reoriented([[2, -1], [0, 1], [1, -1]]), tmp_path / "turned.nii.gz")
-    ((_, features),) = embed_files(tmp_path / "encoder", [tmp_path / "turned.nii.gz"])
+    (features,) = Encoder.from_pretrained(tmp_path / "encoder").embed([tmp_path / "turned.nii.gz"])
     volume = load_volume(tmp_path / "plain.nii.gz", grid, **prepared)
     with torch.no_grad():
         expected = network(torch.from_numpy(zscore(volume))[None, None])[0].numpy()

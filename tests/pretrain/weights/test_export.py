@@ -11,7 +11,8 @@ import torch
 from infra.errors import UserError
 from pretrain import Encoder
 from pretrain.encoders import build_encoder
-from pretrain.weights.encoder import export_encoder, find_encoder, write_encoder
+from pretrain.weights.folder import find_encoder
+from pretrain.weights.write import export, write_encoder
 
 OPTIONS = {"width": 0.25, "norm": "group"}
 CONFIG = {
@@ -51,7 +52,7 @@ def test_found_from_run_checkpoints_step_and_itself(written):
     (checkpoints / "best").write_text("step-00000003\n")
     assert find_encoder(checkpoints / "best") == best
     assert find_encoder(root / "run") == folder
-    assert export_encoder(checkpoints / "best", root / "out") == root / "out"
+    assert export(checkpoints / "best", root / "out") == root / "out"
     with pytest.raises(UserError, match="no encoder in .*; give a run folder"):
         find_encoder(root)
 
@@ -77,12 +78,12 @@ def test_weights_of_another_encoder_are_refused_in_one_line(written):
 
 def test_export_copies_whole_and_refuses_to_overwrite(written):
     _, _, root = written
-    out = export_encoder(root / "run", root / "deep" / "exported")
+    out = export(root / "run", root / "deep" / "exported")
     assert Encoder.from_pretrained(out).config["step"] == 5
     assert "**simulated** scans" in (out / "README.md").read_text()
     assert [p.name for p in out.parent.iterdir()] == ["exported"]
-    with pytest.raises(UserError, match="is there already"):
-        export_encoder(root / "run", out)
+    with pytest.raises(UserError, match="exists already"):
+        export(root / "run", out)
 
 
 def test_model_id_is_read_from_the_file_beside(written):

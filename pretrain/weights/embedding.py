@@ -5,25 +5,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from data_pipeline.volume.load import PREPARED, Array, BadScan, Grid, load_volume, scale_factor, zscore
 from infra.errors import UserError
 from infra.files import atomic_write
-from pretrain.weights.encoder import Encoder
 
 
 def embed_files(
-    encoder: Encoder | str | Path, scans: Sequence[Path], tiv: Sequence[float] | None = None
+    network: nn.Module, preprocessing: dict[str, Any], scans: Sequence[Path], tiv: Sequence[float] | None = None
 ) -> list[tuple[Path, Array]]:
     """(path, features (F,) float32) of NIfTI files; ``tiv`` in ml, one a scan, where the encoder's data were scaled by it."""
-    network = encoder if isinstance(encoder, Encoder) else Encoder.from_pretrained(encoder)
-    grid, scaling = Grid.from_dict(network.preprocessing["grid"]), network.preprocessing.get("scaling") or "none"
+    grid, scaling = Grid.from_dict(preprocessing["grid"]), preprocessing.get("scaling") or "none"
     if scaling == "tiv" and (tiv is None or len(tiv) != len(scans)):
         raise UserError(f"this encoder's scans were scaled by tiv; give {len(scans)} values in ml with --tiv")
-    prepared = {name: network.preprocessing.get(name) or usual for name, usual in PREPARED.items()}
+    prepared = {name: preprocessing.get(name) or usual for name, usual in PREPARED.items()}
     rows = []
     for number, path in enumerate(scans):
         try:

@@ -1,0 +1,81 @@
+"""A recipe reaches every loss of the tables and the loss's own options; a new loss needs one line in a table."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import pytest
+import torch
+from pydantic import Field
+
+from data_pipeline.storage.manifest import Manifest
+from infra.errors import UserError
+from pretrain.config import load_recipe
+from pretrain.engine import engine
+from pretrain.losses import LOSSES
+from pretrain.losses.contrastive import decoupled_uniformity
+from pretrain.model import build_model
+from pretrain.run.step import build_loss, loss_options, lr_factor, train_step
+
+UNIFORMITY = ("--loss.name=decoupled-uniformity",)
+
+
+def recipe_of(*overrides):
+    return load_recipe("demo-cpu", ["--batch.global=4", "--encoder.options={width: 0.125, norm: group}", *overrides])
+
+
+def batch_of_four():
+    views = torch.randn(2, 4, 1, 24, 24, 24, generator=torch.Generator().manual_seed(0))
+    return {"views": views, "proxies": torch.tensor([[20.0], [24.0], [31.0], [60.0]]), "scan": torch.arange(4)}
+
+
+def test_a_loss_added_to_the_table_trains_from_a_recipe(one_rank, shards, monkeypatch):
+    calls = []
+
+    def toy(views, proxies, *, kernel, gather=None, subjects=None, margin: Annotated[float, Field(ge=0)] = 1.0):
+        calls.append(margin)
+        return (views[0] - views[1]).square().mean() + margin
+
+    monkeypatch.setitem(LOSSES, "toy", toy)
+    recipe = recipe_of("--loss.name=toy", "--loss.options.margin=0.25", "--optimizer.lr=0.01")
+    manifest = Manifest.load(str(shards))
+    loss = build_loss(recipe, manifest, manifest.rows(split=recipe.data.split))
+    trained = engine.build_engine(recipe, build_model(recipe), lr_factor(recipe.optimizer, 20, 10))
+    trained.train()
+    before = trained.module.projector[0].weight.detach().clone()
+    values = [train_step(trained, loss, batch_of_four(), step, torch.float32)[0]["loss"] for step in range(3)]
+    assert calls == [0.25] * 3
+    assert values[2] < values[0]
+    assert not torch.equal(trained.module.projector[0].weight, before)
+    trained.destroy()
+
+
+def test_the_options_of_a_loss_reach_its_value(shards):
+    manifest = Manifest.load(str(shards))
+    rows = manifest.rows(split=["pretrain"])
+    views = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
+    batch = batch_of_four()
+    recipe = recipe_of(*UNIFORMITY, "--loss.options={scale: 3.0, ridge: 0.1}")
+    kernel = lambda a, b: torch.exp(-(((a - b.T) / 5.0) ** 2) / 2)  # noqa: E731
+    expected = decoupled_uniformity(views, batch["proxies"], kernel=kernel, scale=3.0, ridge=0.1)
+    torch.testing.assert_close(build_loss(recipe, manifest, rows)(views, None, batch), expected)
+    plain = build_loss(recipe_of(*UNIFORMITY), manifest, rows)(views, None, batch)
+    assert abs(plain - expected) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["--loss.options.scale=2.0"], "loss.options.scale is not an option of the loss y-aware; it has none of its own"),
+        ([*UNIFORMITY, "--loss.options.rigde=1"], r"options.rigde is not .* \(did you mean 'ridge'\?\); allowed: scale, ridge"),
+        ([*UNIFORMITY, "--loss.options.scale=0"], "loss.options.scale=0 is not possible: .* greater than 0"),
+        ([*UNIFORMITY, "--loss.options.ridge=-0.1"], "loss.options.ridge=-0.1 is not possible: .* greater than or equal to 0"),
+        ([*UNIFORMITY, "--loss.options.scale=wide"], "loss.options.scale='wide' is not possible: .* valid number"),
+        ([*UNIFORMITY, "--loss.options.tile=2"], "loss.options.tile is not an option of the loss decoupled-uniformity"),
+        (["--loss.name=regression", "--loss.options.scale=2"], "loss.options.scale is not an option of the loss regression"),
+    ],
+)  # fmt: skip
+def test_a_wrong_option_is_refused_in_one_line(overrides, text):
+    with pytest.raises(UserError, match=text) as caught:
+        loss_options(recipe_of(*overrides).loss)
+    assert "\n" not in str(caught.value)
