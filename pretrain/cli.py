@@ -34,7 +34,7 @@ def pretrain(arguments: list[str]) -> int:
         print(to_yaml(recipe), end="")
         return 0
     from pretrain.run.checkpoint import newest_step, step_folder, verify_checkpoint
-    from pretrain.train import make_plan
+    from pretrain.run.plan import make_plan
 
     plan = make_plan(recipe, recipe.launch.ranks)
     checkpoints = Path(recipe.run.output) / "checkpoints"

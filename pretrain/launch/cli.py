@@ -46,7 +46,7 @@ def plan(arguments: list[str]) -> int:
         check_encoder(recipe.encoder.name, recipe.encoder.options, grid=grid)
         steps = total_steps(recipe, scans)
     else:
-        from pretrain.train import make_plan
+        from pretrain.run.plan import make_plan
 
         made = make_plan(recipe, machine.ranks)
         grid, scans, steps = made.manifest.grid["shape"], made.order.length, made.total_steps
@@ -84,7 +84,7 @@ def launch(arguments: list[str]) -> int:
     from pretrain.launch.hosts import read_hostfile
     from pretrain.launch.launchers import DEEPSPEED, LAUNCHERS, Job
     from pretrain.launch.start import accelerator, start
-    from pretrain.train import make_plan
+    from pretrain.run.plan import make_plan
 
     name = options.launcher or ("pdsh" if options.node_rank is None else "node")
     if name not in LAUNCHERS:
