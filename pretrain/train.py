@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.loading.source import LoaderError
 from infra import distributed, watchdog
-from infra.errors import UserError
+from infra.errors import LoaderError, UserError
 from pretrain.config import Recipe, load_recipe
 from pretrain.engine import engine
 from pretrain.engine.ema import Average

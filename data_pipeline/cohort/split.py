@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from infra.errors import UserError
+from infra.random_streams import SPLITS, generator
 
 DEFAULT_SPLITS = {"pretrain": 0.7, "monitor": 0.1, "downstream": 0.2}
 HEALTHY = {
@@ -48,13 +49,13 @@ def assign_splits(scans: pd.DataFrame, shares: dict[str, float], seed: int, deal
         return scans["split"].astype(str)
     people = scans.drop_duplicates("participant")
     healthy = people[[is_healthy(d) for d in people.get("diagnosis", pd.Series([None] * len(people)))]]
-    generator = np.random.Generator(np.random.Philox(key=[seed, 0x5917]))
-    shuffled = healthy.iloc[generator.permutation(len(healthy))]
+    draws = generator(seed, SPLITS)
+    shuffled = healthy.iloc[draws.permutation(len(healthy))]
     decades = (shuffled["age"] // YEARS_PER_STRATUM).fillna(-1)
     line = shuffled.assign(decade=decades).sort_values(["site", "decade"], kind="stable")["participant"].to_list()
     names, edges = list(shares), np.cumsum(list(shares.values()))
     # Golden-ratio steps through [0, 1): neighbours in the line fall into different splits, in just the wanted shares.
-    positions = (generator.random() + (dealt + np.arange(len(line))) * 0.6180339887498949) % 1.0
+    positions = (draws.random() + (dealt + np.arange(len(line))) * 0.6180339887498949) % 1.0
     places = np.minimum(np.searchsorted(edges, positions, side="right"), len(names) - 1)
     chosen = {person: names[place] for person, place in zip(line, places, strict=True)}
     return scans["participant"].map(lambda person: chosen.get(person, "downstream"))

@@ -16,9 +16,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from infra.errors import UserError, nearest
+from infra.random_streams import AUGMENTATION, NOISE_BANK, generator
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-_STREAM = 0xA06
 BANK_MARGIN = 64  # voxels by which the bank of noise is longer than a volume, along each axis
 _strict = ConfigDict(extra="forbid")
 Probability = Field(default=0.0, ge=0.0, le=1.0)
@@ -217,8 +217,7 @@ def draw_view(settings: Augmentation, shape: tuple[int, ...], seed: int, epoch: 
     Every operator draws whether or not it is applied, so that changing one's probability leaves the others' draws alone.
     A new operator takes further numbers at the end, which leaves all older draws as they were.
     """
-    bits = np.random.Philox(key=[seed, _STREAM], counter=[0, epoch, scan, view])
-    u = np.random.Generator(bits).random(39)
+    u = generator(seed, AUGMENTATION, (0, epoch, scan, view)).random(39)
     blur = NO_BLUR if u[0] >= settings.blur.p else _between(settings.blur.sigma, u[1])
     noise = 0.0 if u[2] >= settings.noise.p else _between(settings.noise.sigma, u[3])
     corner = tuple(int(v) for v in u[4:7] * BANK_MARGIN)
@@ -313,9 +312,8 @@ def noise_bank(shape: tuple[int, ...], seed: int) -> np.ndarray[Any, np.dtype[np
     A crop at a drawn corner with a drawn sign is one of 2 x 64³ noises, uncorrelated voxel by voxel, for the price of a
     copy; and unlike DALI's own noise, whose state is one per batch, it is the same whichever rank the scan falls to.
     """
-    generator = np.random.Generator(np.random.Philox(key=[seed, _STREAM + 1]))
     size = [n + BANK_MARGIN for n in shape]
-    return generator.standard_normal(size, dtype=np.float32).astype(np.float16)
+    return generator(seed, NOISE_BANK).standard_normal(size, dtype=np.float32).astype(np.float16)
 
 
 def _between(limits: tuple[float, float], u: float) -> float:

@@ -18,14 +18,10 @@ import zstandard
 
 from data_pipeline.loading.augment import Augmentation, draw_view, noise_bank, view_arrays
 from data_pipeline.loading.order import Indices, Order, batch_of, rank_slice, replacements
-from infra.errors import UserError
+from infra.errors import LoaderError
 
 # A scan so unlucky that this many stand-ins are bad too is no accident: the shards are gone or cannot be read.
 MOST_STAND_INS = 20
-
-
-class LoaderError(UserError):
-    """The run cannot go on with these data; one line, for whichever rank it befalls."""
 
 
 class Sample(NamedTuple):

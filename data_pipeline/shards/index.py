@@ -18,8 +18,8 @@ from data_pipeline.cohort.declarations import check_orientation
 from data_pipeline.cohort.scan import safe
 from data_pipeline.cohort.split import DEFAULT_SPLITS
 from data_pipeline.quality.rules import Removal, write_quarantine
-from data_pipeline.shards.build import scan_table
 from data_pipeline.shards.index_table import OWN, People, check_pattern, parse_key, read_people
+from data_pipeline.shards.scan_table import scan_table
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
 from data_pipeline.storage.remote import Access, is_remote, join, list_tars, open_file
 from data_pipeline.volume.decoders import DECODERS, ENDINGS

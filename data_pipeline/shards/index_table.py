@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from data_pipeline.cohort.declarations import MISSING, SEX, TEXT
-from data_pipeline.shards.build import PLACES
+from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.volume.load import BadScan
 from infra.errors import UserError
 
@@ -23,7 +23,7 @@ ENTITIES = {
     "dataset": ("dataset", "study", "ds", "source"),
 }
 PREFIXES = ("sub-", "ses-", "run-")
-OWN = (*PLACES, "codec")  # the manifest's columns; a table's of these names are left out
+OWN = (*LOCATION_COLUMNS, "codec")  # the manifest's columns; a table's of these names are left out
 
 
 def parse_key(key: str, pattern: str | None = None) -> dict[str, str]:

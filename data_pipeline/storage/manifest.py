@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_pipeline.loading.source import LoaderError
 from data_pipeline.storage.manifest_file import FORMAT, check_content, is_simulated, read_checked
 from data_pipeline.storage.manifest_file import MANIFEST as MANIFEST
 from data_pipeline.storage.manifest_file import SCANS as SCANS
@@ -26,7 +25,7 @@ from data_pipeline.storage.manifest_file import digest_of as digest_of
 from data_pipeline.storage.reader import VolumeReader as VolumeReader
 from data_pipeline.storage.remote import Access, ShardStore, is_remote, join, read_whole, with_retries
 from data_pipeline.volume.load import Array, Grid
-from infra.errors import UserError, nearest
+from infra.errors import LoaderError, UserError, nearest
 from infra.files import atomic_write, flush_folder, sha256_of, write_json
 
 

@@ -19,6 +19,7 @@ from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.load import zscore
 from evaluation.protocols.probes import Predictions, log_odds, score, standardised
 from evaluation.tasks.folds import inner_folds
+from infra import random_streams
 from pretrain.encoders import build_encoder
 from pretrain.engine.optimizers import depth_of
 from pretrain.weights.encoder import Encoder
@@ -191,7 +192,7 @@ def epochs(
 
 def _batches(fit: Array, given: FineTuning, epoch: int) -> list[Array]:
     """The scans in a new order, cut into nearly equal batches: none is so small that its statistics are none."""
-    generator = np.random.Generator(np.random.Philox(key=[given.seed, 0xF17E], counter=[0, 0, 0, epoch]))
+    generator = random_streams.generator(given.seed, random_streams.FINE_TUNING_ORDER, (0, 0, 0, epoch))
     return np.array_split(generator.permutation(fit), max(1, round(len(fit) / given.batch)))
 
 

@@ -9,6 +9,7 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, Stratified
 
 from evaluation.tasks.columns import fifths
 from evaluation.tasks.tasks import Task
+from infra import random_streams
 from infra.errors import UserError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -110,7 +111,7 @@ def curve_draws(task: Task, folds: list[Fold], sizes: list[int], draws: int, see
                 found = [one for one in found if one.size != size]
                 break
             # Keyed by size and number, so that asking for other sizes changes no draw.
-            generator = np.random.Generator(np.random.Philox(key=[seed, 0xC0DE], counter=[0, 0, size, draw]))
+            generator = random_streams.generator(seed, random_streams.FEW_SHOT_DRAWS, (0, 0, size, draw))
             parts = [generator.permutation(members)[:n] for members, n in zip(classes, counts, strict=True)]
             found.append(Draw(size, draw, np.concatenate(parts), ask))
     return found

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from data_pipeline.loading.loader import TwoViewLoader
-from data_pipeline.volume.load import PREPARED
 from infra import distributed, watchdog
 from infra.settings import to_dict
 from pretrain.engine import engine
 from pretrain.engine.ema import Average
 from pretrain.engine.engine import NotFinite
-from pretrain.losses.diagnostics import Positives, positive_figures
+from pretrain.losses.diagnostics import Positives, positive_statistics
 from pretrain.losses.gather import AllGather
 from pretrain.losses.proxies import proxy_columns
 from pretrain.run import checkpoint, folder
@@ -28,7 +27,7 @@ from pretrain.run.skips import Skips
 from pretrain.run.step import train_step
 from pretrain.run.stop import StopRequest
 from pretrain.weights import seen_scans
-from pretrain.weights.encoder import seen_before, write_encoder
+from pretrain.weights.write import preprocessing_of, write_encoder
 
 # Input dtype; autocast casts inside the network.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.float32,
@@ -157,7 +156,7 @@ class TrainingLoop:
             assert self.log is not None  # only rank 0 writes
             config = self._encoder_config(step, self.log.tracker.run_id)
             self.log.weights_sha256 = write_encoder(
-                temporary / "encoder", weights, config, preprocessing_of(plan), scans_seen(plan, step)
+                temporary / "encoder", weights, config, preprocessing_of(plan.manifest), scans_seen(plan, step)
             )
 
         state = {**progress, "manifest_digest": plan.manifest.digest, "recipe": to_dict(plan.recipe)}
@@ -197,17 +196,7 @@ class EpochPositives:
             return None
         positives, proxies = zip(*self._steps, strict=True)
         self._steps = []
-        return positive_figures(positives, proxies, self._gather)
-
-
-def preprocessing_of(plan: Plan) -> dict[str, Any]:
-    """Return the content of the encoder's preprocessing.json: everything that was done to the voxels."""
-    settings = plan.manifest.settings
-    return {
-        "grid": plan.manifest.grid, "normalisation": "zscore",
-        "modality": settings.get("modality"), "scaling": settings.get("scaling"),
-        **{name: settings.get(name, default) for name, default in PREPARED.items()},
-    }  # fmt: skip
+        return positive_statistics(positives, proxies, self._gather)
 
 
 def scans_seen(plan: Plan, step: int) -> list[seen_scans.Source]:
@@ -216,7 +205,7 @@ def scans_seen(plan: Plan, step: int) -> list[seen_scans.Source]:
     This includes the scans of the run whose checkpoint this run started from.
     """
     recipe = plan.recipe
-    seen = seen_before(recipe.run.output, recipe.run.resume)
+    seen = seen_scans.seen_before(recipe.run.output, recipe.run.resume)
     if step:
         seen.append(seen_scans.source_of(plan.manifest, plan.rows))
         if plan.watched is not None:

@@ -177,7 +177,7 @@ def test_another_key_is_refused_and_the_same_keeps_people_themselves(tmp_path, c
     assert cli.run([*build, *key]) == 0
     before = Manifest.load(out)
     assert cli.run([*build, *other]) == 2
-    assert "holds shards built otherwise (pseudonym_key was" in capsys.readouterr().err
+    assert "holds shards built with other settings (pseudonym_key was" in capsys.readouterr().err
     for path in sorted(cohort.rglob("*.nii.gz")):
         second = Path(str(path).replace("ses-1", "ses-2"))
         second.parent.mkdir(parents=True)

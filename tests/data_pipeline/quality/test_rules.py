@@ -134,7 +134,7 @@ def test_with_all_rules_off_only_what_cannot_be_read_is_left_out(faulty, tmp_pat
     assert "30 scans in 1 shards" in capsys.readouterr().out
     # Another set of rules is another build.
     assert cli.run(["shards", "build", str(faulty), str(tmp_path / "out")]) == 2
-    assert "holds shards built otherwise (quality was" in capsys.readouterr().err
+    assert "holds shards built with other settings (quality was" in capsys.readouterr().err
 
 
 def test_voxels_that_are_not_finite_can_become_zero(faulty, tmp_path):

@@ -171,7 +171,7 @@ def test_a_finished_build_is_left_alone_and_another_one_refused(cohort, tmp_path
     assert "already built" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert cli.run(["shards", "build", str(cohort), str(tmp_path / "out"), "--seed", "5"]) == 2
-    assert "holds shards built otherwise (seed was 0, now 5)" in capsys.readouterr().err
+    assert "holds shards built with other settings (seed was 0, now 5)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "add"])
