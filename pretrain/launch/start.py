@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from infra.distributed import unchanged_environment
 from infra.extensions import extensions_folder
-from infra.settings import to_yaml
 from infra.watchdog.exit_note import read_notes, remove_notes
 from pretrain.launch.launchers import LAUNCHERS, Job, Launcher
 from pretrain.launch.postmortem import explain
@@ -53,7 +52,7 @@ def start_recipe(recipe: Recipe, ranks: int) -> JobEnd:
     check_world_size(recipe.batch.global_, ranks)
     with tempfile.TemporaryDirectory(prefix="yaware-") as folder:
         path = Path(folder) / "recipe.yaml"
-        path.write_text(to_yaml(recipe), encoding="utf-8")
+        recipe.save(path)
         return start_on_this_host([str(path)], ranks, Path(recipe.run.output))
 
 
