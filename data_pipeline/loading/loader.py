@@ -17,7 +17,7 @@ from data_pipeline.loading.reader_processes import ReaderProcesses
 from data_pipeline.loading.source import IndexSource, Sample, Source
 from data_pipeline.loading.stream import SEQUENTIAL, open_stream
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import zscore
+from data_pipeline.volume.intensity import zscore
 from infra.errors import LoaderError, UserError, nearest
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]

@@ -28,7 +28,7 @@ import numpy as np
 
 from data_pipeline.loading.augment import Augmentation
 from data_pipeline.loading.order import Indices, rank_slice
-from data_pipeline.loading.source import Sample, Views, check_voxels, read_or_reason
+from data_pipeline.loading.source import Sample, ViewSampler, check_voxels, read_or_reason
 from data_pipeline.shards.tar import CODECS, decode
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.remote import is_remote
@@ -70,9 +70,9 @@ class StreamSource:
         return {**self.__dict__, "_position": -1, "_scans": None}  # a process of its own begins anew
 
     @cached_property
-    def views(self) -> Views:
+    def views(self) -> ViewSampler:
         """Draws parameters."""
-        return Views(self.settings, self.shape, self.seed)
+        return ViewSampler(self.settings, self.shape, self.seed)
 
     def count(self) -> int:
         """Scans of a step on this rank."""

@@ -11,7 +11,7 @@ from data_pipeline.cohort.declarations import MISSING
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.storage.manifest import Manifest, write_manifest
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra.errors import UserError, nearest
 
 IDS = ("dataset", "participant_id", "session")

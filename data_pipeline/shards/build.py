@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.cohort.grid import common_grid
-from data_pipeline.cohort.pseudonyms import key_mark, read_key
+from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.cohort.split import DEFAULT_SPLITS
@@ -16,7 +16,8 @@ from data_pipeline.shards.scan_table import scan_table
 from data_pipeline.shards.tar import CODECS
 from data_pipeline.shards.writing import shard_name, write_shards
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
-from data_pipeline.volume.load import PREPARED, Grid, check_preparation, check_scaling
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.preparation import DEFAULT_PREPARATION, check_preparation, check_scaling
 from infra.errors import UserError, nearest
 from infra.settings import to_dict
 
@@ -89,7 +90,7 @@ def build_shards(
         "pseudonymised": key_file is not None,
     }  # fmt: skip
     if key_file is not None:
-        settings["pseudonym_key"] = key_mark(read_key(Path(key_file)))
+        settings["pseudonym_key"] = key_fingerprint(read_key(Path(key_file)))
     folder.mkdir(parents=True, exist_ok=True)
     existing = _existing_build(folder, grid, settings)
     if existing:
@@ -126,7 +127,7 @@ def _existing_build(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manif
     old = Manifest.load(folder)
     # The values of builds made before these settings existed.
     defaults = {
-        **PREPARED,
+        **DEFAULT_PREPARATION,
         "pseudonymised": False,
         "pseudonym_key": settings.get("pseudonym_key"),
         "quality": to_dict(Quality()),

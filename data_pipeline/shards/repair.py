@@ -12,7 +12,7 @@ from data_pipeline.shards.append import check_not_indexed, check_pseudonyms
 from data_pipeline.shards.verify import stored_scans
 from data_pipeline.shards.writing import ShardTask, quality_rules, run_tasks
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import Preparation
+from data_pipeline.volume.preparation import Preparation
 from infra.errors import UserError
 
 

@@ -20,7 +20,9 @@ from data_pipeline.shards.purge import purge_shards
 from data_pipeline.shards.scan_table import describe
 from data_pipeline.shards.tar import encode, write_shard
 from data_pipeline.shards.unfinished import WrittenShard
-from data_pipeline.volume.load import BadScan, Grid, Preparation
+from data_pipeline.volume.errors import BadScan
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.preparation import Preparation
 from infra import ray_cluster
 from infra.files import sha256_of
 from infra.progress import Progress
@@ -98,7 +100,7 @@ def write_shards(
             if written.scans:
                 rows += [{**row, "shard": len(shards)} for row in written.scans]
                 shards.append(written.shard)
-        paths = {scan.key: scan.place for scan in scans}
+        paths = {scan.key: scan.reported_path for scan in scans}
         shards, rows, compared = purge_shards(folder, shards, rows, quality, codec=codec, paths=paths, known=stored)
     return shards, rows, [*refused, *compared]
 

@@ -18,7 +18,7 @@ from data_pipeline.simulation.atlas import REGIONS, load_template
 from data_pipeline.simulation.people import MEAN_TIV, Person, change_with_age, draw_people
 from data_pipeline.simulation.settings import SHARES, Simulation
 from data_pipeline.simulation.volumes import VENTRICLE_ML, make_volume
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra import random_streams
 from infra.errors import UserError
 from infra.files import atomic_write, write_json

@@ -14,7 +14,7 @@ from scipy import ndimage
 from data_pipeline.simulation.atlas import SmoothField, Template, load_template
 from data_pipeline.simulation.people import Person, Site, change_with_age, site_of
 from data_pipeline.simulation.settings import Simulation
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra import random_streams
 
 GREY_MATTER_ML = 790.0  # at age 20, for the mean head size

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import google_crc32c
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from data_pipeline.storage.open_files import OpenFiles
 from data_pipeline.storage.remote import ShardStore
 from data_pipeline.volume.decoders import decode
-from data_pipeline.volume.load import Array
 
 
 @dataclass
@@ -26,17 +27,17 @@ class VolumeReader:
 
     root: str
     names: list[str]
-    shard: Array
-    offset: Array
-    size: Array
-    crc32c: Array
+    shard: NDArray[np.int_]
+    offset: NDArray[np.int_]
+    size: NDArray[np.int_]
+    crc32c: NDArray[np.int_]
     codecs: list[str]
     table: str
     orientation: str = "RAS"  # of arrays without a header, as they are stored
     store: ShardStore | None = None  # how remote shards are read; None: local ones
     _open: OpenFiles = field(default_factory=OpenFiles, repr=False)
 
-    def read(self, row: int) -> Array:
+    def read(self, row: int) -> NDArray[np.float16]:
         """(D, H, W) float16. OSError naming shard and key where the bytes are not those that the manifest lists."""
         number, offset, size = int(self.shard[row]), int(self.offset[row]), int(self.size[row])
         if self.store is None:

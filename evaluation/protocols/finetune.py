@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import zscore
+from data_pipeline.volume.intensity import zscore
 from evaluation.protocols.probes import Predictions, log_odds, score, standardised
 from evaluation.tasks.folds import inner_folds
 from infra import random_streams

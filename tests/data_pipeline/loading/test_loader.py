@@ -17,7 +17,7 @@ from data_pipeline.loading.loader import TwoViewLoader, volumes
 from data_pipeline.loading.order import EveryScan, batch_of
 from data_pipeline.loading.source import sample_bytes
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import zscore
+from data_pipeline.volume.intensity import zscore
 from infra.errors import LoaderError, UserError
 
 

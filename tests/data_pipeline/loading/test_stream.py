@@ -16,7 +16,7 @@ from data_pipeline.loading.loader import TwoViewLoader
 from data_pipeline.loading.stream import SEQUENTIAL, StreamSource
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import zscore
+from data_pipeline.volume.intensity import zscore
 from infra.errors import LoaderError, UserError
 
 QUERY = "age > 30"

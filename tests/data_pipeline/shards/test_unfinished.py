@@ -16,7 +16,8 @@ from data_pipeline.shards import unfinished, writing
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.verify import verify_shards
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import Grid, Preparation
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.preparation import Preparation
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort

@@ -21,7 +21,8 @@ from data_pipeline.shards.tar import encode
 from data_pipeline.storage import open_files as module
 from data_pipeline.storage.manifest import VolumeReader
 from data_pipeline.volume.decoders import DECODERS, as_volume, decode
-from data_pipeline.volume.load import Grid, load_volume
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.load import load_volume
 
 
 def npy(array: np.ndarray) -> bytes:
