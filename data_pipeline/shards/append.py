@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from data_pipeline.cohort.pseudonyms import key_mark, read_key
+from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.cohort.split import assign_splits, is_healthy
@@ -243,7 +243,7 @@ def check_pseudonyms(manifest: Manifest, key_file: str | Path | None) -> None:
         )
         raise UserError(f"{manifest.root} holds {stored}; {fix}")
     mark = manifest.settings.get("pseudonym_key")  # absent from older builds
-    if key_file is not None and mark is not None and mark != key_mark(read_key(Path(key_file))):
+    if key_file is not None and mark is not None and mark != key_fingerprint(read_key(Path(key_file))):
         # Another key would give a known person another pseudonym, which could fall into another split.
         raise UserError(
             f"{manifest.root} holds pseudonyms of another key than --pseudonymise={key_file}; give that key"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.cohort.grid import common_grid
-from data_pipeline.cohort.pseudonyms import key_mark, read_key
+from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.cohort.split import DEFAULT_SPLITS
@@ -90,7 +90,7 @@ def build_shards(
         "pseudonymised": key_file is not None,
     }  # fmt: skip
     if key_file is not None:
-        settings["pseudonym_key"] = key_mark(read_key(Path(key_file)))
+        settings["pseudonym_key"] = key_fingerprint(read_key(Path(key_file)))
     folder.mkdir(parents=True, exist_ok=True)
     existing = _existing_build(folder, grid, settings)
     if existing:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.cohort.declarations import check_orientation
-from data_pipeline.cohort.scan import safe
+from data_pipeline.cohort.scan import safe_name
 from data_pipeline.cohort.split import DEFAULT_SPLITS
 from data_pipeline.quality.rules import Removal, write_quarantine
 from data_pipeline.shards.index_table import OWN, People, check_pattern, parse_key, read_people
@@ -93,7 +93,7 @@ def index_shards(
         raise UserError(f"--spacing={spacing} is not in 0.1..20 mm")
     names = _tars(shards, access)
     people = _people(shards, participants, access)
-    dataset = safe(dataset or shards.rstrip("/").rpartition("/")[2] or "shards")
+    dataset = safe_name(dataset or shards.rstrip("/").rpartition("/")[2] or "shards")
     found = _index_all(shards, names, access, workers)
     shape_and_affine, bad = _common_place(names, found)
     shape_name, grid, orientation = _grid(shape_and_affine, spacing, orientation)

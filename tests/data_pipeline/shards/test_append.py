@@ -271,7 +271,7 @@ def test_readers_see_the_data_set_before_or_after(built, tmp_path):
 def test_people_who_arrive_one_by_one_get_the_shares_too():
     shares = {"pretrain": 0.7, "monitor": 0.1, "downstream": 0.2}
     one = pd.DataFrame({"participant": ["x"], "age": [40.0], "site": ["s"]})
-    chosen = pd.Series([assign_splits(one, shares, 0, dealt).iloc[0] for dealt in range(200)])
+    chosen = pd.Series([assign_splits(one, shares, 0, assigned).iloc[0] for assigned in range(200)])
     for name, share in shares.items():
         assert abs((chosen == name).mean() - share) < 0.02
 
