@@ -70,7 +70,8 @@ def forecast(
         seconds = step_tflop / tflops
         rows["time"] = (
             f"at {tflops:g} TFLOP/s per rank (assumed): {seconds:.3g} s per step, "
-            f"{recipe.batch.global_ / seconds:,.0f} scans/s, {seconds * steps / 3600:.2g} h; without data loading, network and checkpoints"
+            f"{recipe.batch.global_ / seconds:,.0f} scans/s, {seconds * steps / 3600:.2g} h; "
+            "without data loading, network and checkpoints"
         )
     lines = [f"{name:<12} {text}" for name, text in rows.items()]
     return [*lines, "start it with", *(f"  {line}" for line in launch_lines(machine, command))]
