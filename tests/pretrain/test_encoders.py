@@ -368,10 +368,10 @@ def test_width_scales_the_features():
     ("name", "options", "text"),
     [
         ("densnet121", {}, r"encoder.name='densnet121' is not known \(did you mean 'densenet121'\?\)"),
-        ("resnet18", {"widht": 1}, r"encoder.options.widht is no option of resnet18 \(did you mean 'width'\?\)"),
+        ("resnet18", {"widht": 1}, r"encoder.options.widht is not an option of resnet18 \(did you mean 'width'\?\)"),
         ("resnet18", {"norm": "grop"}, r"encoder.options.norm='grop' is not known \(did you mean 'group'\?\)"),
         ("resnet18", {"norm": "group", "width": 0.3}, "norm='group' makes 8 groups of channels, and a layer has 19"),
-        ("vit-base", {"norm": "batch"}, "norm='batch' is not known; allowed of vit-base, a transformer: layer"),
+        ("vit-base", {"norm": "batch"}, "norm='batch' is not known; allowed for vit-base, a transformer: layer"),
         ("swin-unetr", {"pooling": "class"}, r"pooling='class' is not known; allowed: mean, max, mean\+max"),
         ("densenet121", {"dropout": 1.5}, "dropout=1.5 is not possible; allowed: 0 to below 1"),
         ("densenet121", {"compile": "yes"}, "compile='yes' is not possible; allowed: true, false"),
@@ -379,7 +379,7 @@ def test_width_scales_the_features():
         (
             "resnet18",
             {"compile": True, "checkpointing": True},
-            "do not go together with norm='batch' .* choose norm group",
+            "cannot be combined with norm='batch' .* use norm group",
         ),
         ("unet", {"norm": ["group"]}, r"norm=\['group'\] is not known"),
     ],
