@@ -115,7 +115,7 @@ def test_a_product_multiplies_one_kernel_per_proxy() -> None:
     found = product([age, sex])(scans, scans)
     torch.testing.assert_close(found, age(scans[:, :1], scans[:, :1]) * sex(scans[:, 1:], scans[:, 1:]))
     assert (found[5] == 0).all()
-    with pytest.raises(UserError, match=r"judge the proxy columns \[0, 1\]"):
+    with pytest.raises(UserError, match=r"compare the proxy columns \[0, 1\]"):
         product([age, sex])(scans[:, :1], scans[:, :1])
 
 
@@ -143,7 +143,7 @@ def test_wrong_shapes_are_refused() -> None:
         kernel(torch.ones(3), torch.ones(3))
     with pytest.raises(UserError, match=r"\(A, P\) and \(B, P\)"):
         kernel(torch.ones(3, 1), torch.ones(3, 2))
-    with pytest.raises(UserError, match="2 values, the proxies 1"):
+    with pytest.raises(UserError, match="2 values for 1 proxies"):
         KERNELS["gaussian"](bandwidth=[5.0, 5.0])(torch.ones(3, 1), torch.ones(3, 1))
     with pytest.raises(UserError, match="otherwise=2"):
         KERNELS["same"](otherwise=2)
