@@ -75,7 +75,7 @@ def test_padding_repeats_the_outermost_voxels_on_both_sides():
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "inner"),
+    ("name", "options", "inner"),
     [
         ("densenet121", {"norm": "group"}, "denseblock2.denselayer1.layers.conv1"),
         ("resnet18", {"width": 0.125}, "layer2.0.conv1"),
@@ -85,10 +85,10 @@ def test_padding_repeats_the_outermost_voxels_on_both_sides():
         ("swin-unetr", {"dropout": 0.1}, "transformer.layers2.0.blocks.1.attn.qkv"),
     ],
 )
-def test_recomputation_changes_neither_gradients_nor_running_statistics(name, given, inner):
+def test_recomputation_changes_neither_gradients_nor_running_statistics(name, options, inner):
     torch.manual_seed(0)
-    plain = build_encoder(name, given)
-    saving = build_encoder(name, {**given, "checkpointing": True})
+    plain = build_encoder(name, options)
+    saving = build_encoder(name, {**options, "checkpointing": True})
     saving.load_state_dict(plain.state_dict())
     side = 32 if name in TRANSFORMERS else 33
     volumes = torch.randn(3, 1, side, side, side)
@@ -117,8 +117,8 @@ def test_a_copy_of_a_recomputing_encoder_uses_its_own_weights():
 @pytest.mark.parametrize("name", ["resnet18", "unet"])
 def test_channels_last_reaches_every_block_and_changes_no_feature(name):
     torch.manual_seed(0)
-    given = SMALL if name == "resnet18" else {"norm": "group"}
-    plain, last = build_encoder(name, given), build_encoder(name, {**given, "channels_last": True})
+    options = SMALL if name == "resnet18" else {"norm": "group"}
+    plain, last = build_encoder(name, options), build_encoder(name, {**options, "channels_last": True})
     last.load_state_dict(plain.state_dict())
     formats = []
     for network in (plain, last):
@@ -152,7 +152,7 @@ def test_channels_last_weights_become_contiguous_as_deepspeed_needs_them():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "given"),
+    ("name", "options"),
     [
         ("resnet18", SMALL),
         ("resnet18", {**SMALL, "checkpointing": True, "channels_last": True}),
@@ -160,9 +160,9 @@ def test_channels_last_weights_become_contiguous_as_deepspeed_needs_them():
         ("vit-small", {"grid": [32, 32, 32], "checkpointing": True}),
     ],
 )
-def test_compiled_encoders_give_the_same_features_and_gradients_under_the_same_names(name, given):
+def test_compiled_encoders_give_the_same_features_and_gradients_under_the_same_names(name, options):
     torch.manual_seed(0)
-    plain, compiled = build_encoder(name, given), build_encoder(name, {**given, "compile": True})
+    plain, compiled = build_encoder(name, options), build_encoder(name, {**options, "compile": True})
     assert list(compiled.state_dict()) == list(plain.state_dict())
     compiled.load_state_dict(plain.state_dict())
     torch._dynamo.reset()
@@ -170,10 +170,10 @@ def test_compiled_encoders_give_the_same_features_and_gradients_under_the_same_n
     volumes = torch.randn(2, 1, 32, 32, 32)
     features = [network(volumes) for network in (plain, compiled)]
     torch.testing.assert_close(features[1], features[0], rtol=1e-3, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1  # it was compiled at all
-    pull = torch.randn_like(features[0])
-    for each in features:
-        (each * pull).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1  # it was compiled
+    direction = torch.randn_like(features[0])
+    for result in features:
+        (result * direction).sum().backward()
     for (key, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         scale = float(a.grad.abs().max())
         torch.testing.assert_close(

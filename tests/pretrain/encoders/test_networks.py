@@ -44,7 +44,7 @@ KNOWN = {
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_parameters_features_and_deepest_map_at_the_vbm_grid(name):
-    # Shapes without arithmetic; Swin's drop-path rates are numbers taken out of a tensor, which must have them.
+    # The meta device computes shapes only. Swin reads its drop-path rates from a tensor, so it is built on the CPU.
     with torch.device("cpu" if name == "swin-unetr" else "meta"):
         encoder = build_encoder(name, {})
     encoder.to("meta")
@@ -85,7 +85,7 @@ def test_features_of_a_scan_do_not_depend_on_the_batch_without_batch_statistics(
     volumes[1] = 100 * volumes[1] + 10
     with torch.no_grad():
         together, alone = encoder(volumes)[:1], encoder(volumes[:1])
-    # Convolutions of another batch size may sum in another order; statistics of the batch change features by their size.
+    # Convolutions may sum in another order for another batch size; batch statistics would change the features far more.
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3 * float(alone.std()))
 
 
@@ -125,7 +125,7 @@ def test_vit_gives_the_features_of_monais_vit(pooling, dropout):
 
     torch.manual_seed(0)
     encoder = build_encoder("vit-small", {"grid": [30, 36, 30], "pooling": pooling, "dropout": dropout}).eval()
-    theirs = ViT(
+    monai_vit = ViT(
         1, (32, 48, 32), 16, hidden_size=384, mlp_dim=1536, num_heads=6, classification=pooling == "class",
         num_classes=3, qkv_bias=True,
     ).eval()  # fmt: skip
@@ -136,18 +136,18 @@ def test_vit_gives_the_features_of_monais_vit(pooling, dropout):
     }
     state = {}
     for key, value in encoder.trunk.state_dict().items():
-        for ours, its in names.items():
-            key = key.replace(ours, its) if key.startswith(ours) else key
+        for ours, monais in names.items():
+            key = key.replace(ours, monais) if key.startswith(ours) else key
         state[key] = torch.randn_like(value) * 0.05 if key == "cls_token" else value
     if pooling == "class":
         encoder.trunk.class_token.data.copy_(state["cls_token"])
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    missing, unexpected = monai_vit.load_state_dict(state, strict=False)
     assert unexpected == []
     assert all("cross_attn" in key or "classification_head" in key for key in missing)
     volumes = torch.randn(2, 1, 30, 36, 30)
     with torch.no_grad():
-        hidden = theirs(pad_to(volumes, 16))[1][-1]
-        tokens = theirs.norm(hidden)
+        hidden = monai_vit(pad_to(volumes, 16))[1][-1]
+        tokens = monai_vit.norm(hidden)
         expected = tokens[:, 0] if pooling == "class" else tokens.mean(dim=1)
         torch.testing.assert_close(encoder(volumes), expected, rtol=1e-4, atol=1e-5)
 
@@ -163,7 +163,7 @@ def test_vit_positions_are_interpolated_between_the_centres_of_patches():
 
 
 @pytest.mark.parametrize(
-    ("name", "given"),
+    ("name", "options"),
     [
         ("vit-small", {"dropout": 0.5}),
         ("vit-small", {"drop_path": 0.9}),
@@ -171,9 +171,9 @@ def test_vit_positions_are_interpolated_between_the_centres_of_patches():
         ("unet", {"dropout": 0.5}),
     ],
 )
-def test_dropout_acts_in_training_and_never_in_evaluation(name, given):
+def test_dropout_acts_in_training_and_never_in_evaluation(name, options):
     torch.manual_seed(0)
-    plain, dropping = build_encoder(name, options_of(name)), build_encoder(name, options_of(name) | given)
+    plain, dropping = build_encoder(name, options_of(name)), build_encoder(name, options_of(name) | options)
     dropping.load_state_dict(plain.state_dict())
     volumes = torch.randn(2, 1, 32, 32, 32)
     with torch.no_grad():

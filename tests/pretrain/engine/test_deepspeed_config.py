@@ -15,15 +15,15 @@ def config(*overrides):
     return deepspeed_config(load_recipe("demo-cpu", list(overrides)), world_size=2)
 
 
-def test_the_section_is_passed_through_whole():
+def test_the_deepspeed_section_is_passed_through_whole():
     zero = "zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}"
     section = f"{{{zero}, gradient_clipping: 0.5, wall_clock_breakdown: true}}"
-    found = config(f"--deepspeed={section}", "--train.precision=bf16", "--batch.micro=4")
-    assert found["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    assert (found["gradient_clipping"], found["wall_clock_breakdown"]) == (0.5, True)
-    assert (found["train_batch_size"], found["gradient_accumulation_steps"]) == (32, 4)
-    assert found["bf16"] == {"enabled": True}
-    assert found["data_types"] == {"buffer_dtype": "bf16"}
+    built = config(f"--deepspeed={section}", "--train.precision=bf16", "--batch.micro=4")
+    assert built["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert (built["gradient_clipping"], built["wall_clock_breakdown"]) == (0.5, True)
+    assert (built["train_batch_size"], built["gradient_accumulation_steps"]) == (32, 4)
+    assert built["bf16"] == {"enabled": True}
+    assert built["data_types"] == {"buffer_dtype": "bf16"}
 
 
 @pytest.mark.parametrize(
@@ -35,16 +35,16 @@ def test_the_section_is_passed_through_whole():
         ("autocast", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
     ],
 )
-def test_precisions(precision, expected):
-    found = config(f"--train.precision={precision}")
-    assert {key: found[key] for key in ("bf16", "fp16", "torch_autocast") if key in found} == expected
+def test_a_precision_sets_its_section(precision, expected):
+    built = config(f"--train.precision={precision}")
+    assert {key: built[key] for key in ("bf16", "fp16", "torch_autocast") if key in built} == expected
     half = config("--train.precision=autocast-fp16", "--deepspeed={}")
     assert half["torch_autocast"] == {"enabled": True, "dtype": "float16"}
 
 
 def test_the_keys_of_the_loss_scaler_are_passed_with_fp16():
-    found = config("--train.precision=fp16", "--deepspeed.fp16={initial_scale_power: 12}")
-    assert found["fp16"] == {"initial_scale_power": 12, "enabled": True}
+    built = config("--train.precision=fp16", "--deepspeed.fp16={initial_scale_power: 12}")
+    assert built["fp16"] == {"initial_scale_power": 12, "enabled": True}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The collective itself, on real ranks: order, types, unequal batches, the sum of gradients."""
+"""The gather on real ranks: order of the columns, types, unequal batches, and the sum of gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ranks() -> Iterator[Ranks]:
 def gathered(
     group: dist.ProcessGroup, rank: int, sizes: Sequence[int], known: bool, dtype: torch.dtype, exchanged: bool
 ) -> Any:
-    # The way of NCCL works on gloo too, only slower.
+    # The method for NCCL also works on gloo, only more slowly.
     gather_module.ALL_TO_ALL_BACKENDS = ("gloo",) if exchanged else ()
     scans = sizes[rank]
     z = (torch.arange(2 * scans * 3, dtype=dtype).view(2, scans, 3) + 1000 * (rank + 1)).requires_grad_()
@@ -33,7 +33,7 @@ def gathered(
     subjects = torch.arange(scans) + 2**40 * (rank + 1)
     flags = torch.ones(scans, dtype=torch.bool)
     columns = AllGather(group, sizes if known else None)(z, [proxies, subjects, flags])
-    # Every rank weighs every column by its own number: the gradient tells who said what.
+    # Each rank weights the columns by its own number, so that the gradient shows the contribution of each rank.
     weights = torch.arange(columns.z_2GD.numel(), dtype=dtype).view_as(columns.z_2GD) * (rank + 1)
     (columns.z_2GD * weights).sum().backward()
     return z.detach(), z.grad, columns.z_2GD.detach(), columns.metadata, columns.start, columns.world_size
@@ -43,7 +43,7 @@ def gathered(
 @pytest.mark.parametrize("known", [False, True], ids=["sizes-exchanged", "sizes-given"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sizes", [(2,), (2, 2), (1, 3), (2, 0, 3), (1, 1, 1)], ids=str)
-def test_columns_in_rank_order_and_summed_gradients(
+def test_columns_come_in_the_order_of_the_ranks_and_gradients_are_summed(
     ranks: Ranks, sizes: tuple[int, ...], dtype: torch.dtype, known: bool, exchanged: bool
 ) -> None:
     world, total = len(sizes), sum(sizes)
@@ -88,7 +88,7 @@ def test_the_pool_reports_a_failing_rank_and_recovers(ranks: Ranks) -> None:
     assert ranks.run(failing, 1) == [0]
 
 
-def test_one_process_gathers_itself() -> None:
+def test_a_single_process_gathers_its_own_rows() -> None:
     z, ages = torch.ones(2, 3, 4), torch.ones(3, 1)
     columns = SingleProcess()(z, [ages])
     assert columns.z_2GD is z
