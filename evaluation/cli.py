@@ -57,14 +57,14 @@ def evaluate(arguments: list[str]) -> int:
     from evaluation.protocols.protocols import Protocol
     from infra.tracking.runs import ui_command
     from infra.tracking.tracker import default_uri
-    from pretrain.weights.encoder import all_steps
+    from pretrain.weights.folder import list_checkpoints
 
     protocol = Protocol(
         options.tasks, options.folds, options.n_train, options.draws, options.seed, options.protocols,
         options.inner_repeats, options.leave_site_out, options.layer, options.pooling, options.mlp_trials,
         _fine_tuning(rest, options.seed),
     )  # fmt: skip
-    given = [step for path in options.checkpoints for step in (all_steps(path) if options.all_steps else [path])]
+    given = [step for path in options.checkpoints for step in (list_checkpoints(path) if options.all_steps else [path])]
     run(
         given, options.shards, protocol, experiment=options.experiment, tracking_uri=options.tracking_uri,
         workers=options.workers, storage=options.storage,

@@ -1,7 +1,7 @@
-"""The command ``yaware``: finds a package's subcommand by name and runs it.
+"""The command ``yaware``: look up a subcommand in its package and run it.
 
-Packages are imported only when their subcommand is asked for, so that ``yaware --help`` answers at once and this
-module imports nothing upward.
+A package is imported only when one of its subcommands runs. ``yaware --help`` is therefore fast, and this module imports
+no package that depends on ``infra``.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from collections.abc import Sequence
 
 from infra.errors import UserError, nearest
 
-# subcommand -> (module that holds COMMANDS, what it does)
+# subcommand -> (module with its COMMANDS table, one line of help)
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
-    "cohort": ("data_pipeline.cli", "simulate a cohort of brain scans as a BIDS folder, or inspect one"),
-    "shards": ("data_pipeline.cli", "build, preview, describe and verify WebDataset shards"),
-    "pretrain": ("pretrain.cli", "pretrain an encoder from a recipe, through the deepspeed launcher"),
-    "plan": ("pretrain.launch.cli", "what a run comes to before it is started: steps, memory, the line to type"),
-    "launch": ("pretrain.launch.cli", "start a recipe on the hosts of a hostfile, through the deepspeed launcher"),
-    "export": ("pretrain.cli", "copy a checkpoint's encoder into a folder of its own (safetensors)"),
-    "embed": ("pretrain.cli", "features of NIfTI files from an exported encoder"),
-    "import-weights": ("pretrain.cli", "bring published weights (BHB-10K DenseNet121) into an export folder"),
-    "evaluate": ("evaluation.cli", "probe checkpoints on downstream tasks, tuned by Ray, logged to MLflow"),
-    "compare": ("evaluation.compare_cli", "compare evaluated checkpoints: tables, LaTeX and HTML report"),
-    "saliency": ("evaluation.compare_cli", "map where in the brain an evaluated checkpoint's answer comes from"),
+    "cohort": ("data_pipeline.cli", "inspect a cohort of brain scans, or simulate one as a BIDS folder"),
+    "shards": ("data_pipeline.cli", "build, extend, describe, preview and verify WebDataset shards"),
+    "pretrain": ("pretrain.cli", "pretrain an encoder from a recipe, on one host"),
+    "plan": ("pretrain.launch.cli", "show the steps, memory, checkpoints and launch command of a recipe"),
+    "launch": ("pretrain.launch.cli", "pretrain an encoder from a recipe, on the hosts of a hostfile"),
+    "export": ("pretrain.weights.cli", "copy the encoder of a checkpoint into a folder (safetensors)"),
+    "embed": ("pretrain.weights.cli", "compute features of scans with an exported encoder"),
+    "import-weights": ("pretrain.weights.cli", "convert published weights (BHB-10K) into an exported encoder"),
+    "evaluate": ("evaluation.cli", "evaluate checkpoints on downstream tasks and log the results to MLflow"),
+    "compare": ("evaluation.compare_cli", "compare evaluated checkpoints: tables, LaTeX and an HTML report"),
+    "saliency": ("evaluation.compare_cli", "map which brain regions a checkpoint's prediction depends on"),
     "promote": ("evaluation.compare_cli", "register a checkpoint in MLflow's model registry under an alias"),
-    "doctor": ("infra.doctor", "check this machine: compiler, libraries, GPUs, ports"),
+    "doctor": ("infra.doctor", "check the compiler, packages, GPUs and disk space of this machine"),
 }
 
 
 def usage() -> str:
-    """The text of ``yaware --help``."""
-    rows = "\n".join(f"  {name:<14} {what}" for name, (_, what) in SUBCOMMANDS.items())
-    head = "usage: yaware COMMAND ...\n\nPretraining of 3D brain-MRI encoders at scale."
-    return f"{head}\n\ncommands:\n{rows}\n\n`yaware COMMAND --help` says more.\n"
+    """Return the text of ``yaware --help``."""
+    rows = "\n".join(f"  {name:<14} {text}" for name, (_, text) in SUBCOMMANDS.items())
+    head = "usage: yaware COMMAND ...\n\nPretrain 3D brain-MRI encoders with y-Aware contrastive learning."
+    return f"{head}\n\ncommands:\n{rows}\n\n`yaware COMMAND --help` lists the options of a command.\n"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a subcommand and return its exit status; 2 and one line on stderr for what the user gave and is wrong."""
+    """Run a subcommand and return its exit status. A UserError is printed as one line on stderr, with status 2."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         return 0 if arguments else 2

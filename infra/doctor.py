@@ -1,4 +1,4 @@
-"""``yaware doctor``: is this machine ready, and if not, what to do."""
+"""``yaware doctor``: check whether this machine can run yaware, and say how to fix what is missing."""
 
 from __future__ import annotations
 
@@ -13,46 +13,50 @@ from infra.extensions import extensions_folder
 
 PACKAGES = ("torch", "deepspeed", "webdataset", "nibabel", "mlflow", "ray", "monai", "nvidia-dali-cuda130")
 
-Check = tuple[str, bool, str]
+Check = tuple[str, bool, str]  # name, whether it passed, text
 
 
 def check_python() -> Check:
-    """Python 3.10 or newer."""
+    """Check for Python 3.10 or newer."""
     return "python", sys.version_info >= (3, 10), sys.version.split()[0]
 
 
 def check_compiler() -> Check:
-    """g++ and ninja, with which DeepSpeed compiles its CPU collectives."""
+    """Check for g++ and ninja, which DeepSpeed needs to compile its CPU collectives."""
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     return "compiler", not missing, f"missing: {', '.join(missing)}" if missing else "g++ and ninja found"
 
 
 def check_packages() -> Check:
-    """Every package of the design is there."""
-    found, missing = [], []
+    """Check that the main packages are installed."""
+    installed, missing = [], []
     for package in PACKAGES:
         try:
-            found.append(f"{package} {version(package)}")
+            installed.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             missing.append(package)
-    if missing == ["nvidia-dali-cuda130"] and _has("nvidia-dali-cuda120"):
+    if missing == ["nvidia-dali-cuda130"] and _is_installed("nvidia-dali-cuda120"):
         missing = []
-    return "packages", not missing, f"missing: {', '.join(missing)}; run `make setup`" if missing else ", ".join(found)
+    return (
+        "packages",
+        not missing,
+        f"missing: {', '.join(missing)}; run `make setup`" if missing else ", ".join(installed),
+    )
 
 
 def check_extension() -> Check:
-    """DeepSpeed's collectives are compiled already, so that a start takes no extra minute."""
+    """Report whether DeepSpeed's collectives are compiled; this check always passes."""
     folder = extensions_folder()
     built = any(folder.glob("deepspeed_shm_comm/*.so"))
     return (
         "collectives",
         True,
-        f"compiled in {folder}" if built else "not compiled yet; the first start takes a minute more",
+        f"compiled in {folder}" if built else "not compiled yet; the first run takes a minute longer",
     )
 
 
 def check_devices() -> Check:
-    """CPU cores, memory and CUDA devices."""
+    """Report CPU cores, free memory and CUDA devices; this check always passes."""
     import psutil
     import torch
 
@@ -63,9 +67,9 @@ def check_devices() -> Check:
 
 
 def check_space() -> Check:
-    """Room for shards and checkpoints in the working directory."""
+    """Check for 5 GiB of free disk space in the working directory, for shards and checkpoints."""
     free = shutil.disk_usage(".").free / 2**30
-    return "disk", free > 5, f"{free:.0f} GiB free here" + ("" if free > 5 else "; at least 5 GiB are wanted")
+    return "disk", free > 5, f"{free:.0f} GiB free here" + ("" if free > 5 else "; at least 5 GiB are needed")
 
 
 CHECKS: tuple[Callable[[], Check], ...] = (
@@ -74,15 +78,15 @@ CHECKS: tuple[Callable[[], Check], ...] = (
 
 
 def doctor(arguments: list[str]) -> int:
-    """Run every check, print a line each; status 1 where one fails."""
+    """Run every check and print one line for each. Return 1 if a check fails, else 0."""
     argparse.ArgumentParser(prog="yaware doctor", description=__doc__).parse_args(arguments)
     rows = [check() for check in CHECKS]
-    for name, good, text in rows:
-        print(f"{'ok  ' if good else 'FAIL'} {name:<12} {text}")
-    return 0 if all(good for _, good, _ in rows) else 1
+    for name, passed, text in rows:
+        print(f"{'ok  ' if passed else 'FAIL'} {name:<12} {text}")
+    return 0 if all(passed for _, passed, _ in rows) else 1
 
 
-def _has(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     try:
         version(package)
     except PackageNotFoundError:

@@ -1,9 +1,9 @@
-"""Where DeepSpeed's compiled collectives live, and the lock that makes their build safe to kill.
+"""The folder of DeepSpeed's compiled collectives, and a build lock that survives a killed build.
 
-DeepSpeed compiles ``deepspeed_shm_comm`` through torch's extension loader at the first start of a process group. That
-loader marks a running build by a file ``<op>/lock``; a process killed meanwhile leaves it, and every later start waits
-for it for ever. Here a build happens only under an advisory lock of the operating system, which a dying process gives
-back by itself: whoever holds it knows that any ``<op>/lock`` is stale.
+DeepSpeed compiles ``deepspeed_shm_comm`` with torch's extension loader when the first process group starts. The loader
+marks a running build by a file ``<op>/lock``. If the process is killed, the file stays and every later start waits for it
+forever. Builds here also take an advisory lock of the operating system, which is released when a process dies. The holder
+of that lock can therefore delete any ``<op>/lock`` as stale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from pathlib import Path
 
 
 def extensions_folder() -> Path:
-    """``TORCH_EXTENSIONS_DIR``; where it is not set, it becomes the checkout's ``.cache``, else one in the user's."""
+    """Return ``TORCH_EXTENSIONS_DIR`` as an existing folder.
+
+    If it is not set, set it to ``.cache`` in the checkout, or in the user's cache folder for an installed package.
+    """
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         checkout = Path(__file__).resolve().parent.parent
         if (checkout / "pyproject.toml").exists():
@@ -31,7 +34,7 @@ def extensions_folder() -> Path:
 
 @contextmanager
 def exclusive_build() -> Iterator[Path]:
-    """Hold the build lock of the extensions folder; locks that a killed build left are removed first."""
+    """Hold the build lock of the extensions folder inside the block, and delete stale locks of killed builds."""
     folder = extensions_folder()
     with (folder / ".build").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)

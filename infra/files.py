@@ -1,4 +1,4 @@
-"""Files that others read appear whole or not at all."""
+"""Write files atomically, and compute their digests."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file beside ``path``; on success flush it to disk and rename it to ``path``.
+    """Open a temporary file beside ``path``; after the block, flush it to disk and rename it to ``path``.
 
-    When the block raises, nothing appears under ``path`` and an older file there stays as it was.
+    If the block raises, ``path`` is not created, and an older file at ``path`` stays unchanged.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes private files; shards and reports are meant to be read by a group, as open() would leave them.
+        # mkstemp creates private files; give shards and reports the permissions that open() would give.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
     except BaseException:
@@ -42,7 +42,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes, as hexadecimal digits."""
     with open(path, "rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):
@@ -51,7 +51,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def flush_folder(path: str | os.PathLike[str]) -> None:
-    """Make a rename inside ``path`` survive a power cut (fsync of the directory)."""
+    """Flush a directory to disk, so that a rename inside it survives a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What this process's machine is doing, and which code it runs: figures and tags for the tracking store."""
+"""System metrics of this machine and the version of the code, for the tracking store."""
 
 from __future__ import annotations
 
@@ -15,44 +15,47 @@ MEGABYTE = 1e6
 
 
 def memory_gb() -> float:
-    """The most GPU memory that this process held so far where it has a GPU, else its resident memory; 10^9 bytes."""
+    """Return the peak GPU memory of this process if it uses a GPU, else its resident memory, in 10^9 bytes."""
     cuda = _cuda()
     return float(cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss) / 1e9
 
 
-def system_figures(folder: Path) -> dict[str, float]:
-    """Use of CPU, memory, network, GPU and the disk of ``folder``, under the names by which MLflow shows them.
+def system_metrics(folder: Path) -> dict[str, float]:
+    """Return the use of CPU, memory, network, GPU and the disk of ``folder``, under MLflow's names (``system/...``).
 
     CPU use is the mean since the last call.
     """
     memory, network = psutil.virtual_memory(), psutil.net_io_counters()
-    figures = {
+    metrics = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
         "system_memory_usage_megabytes": memory.used / MEGABYTE,
         "system_memory_usage_percentage": memory.percent,
         "process_memory_megabytes": psutil.Process().memory_info().rss / MEGABYTE,
     }
     if network is not None:
-        figures["network_receive_megabytes"] = network.bytes_recv / MEGABYTE
-        figures["network_transmit_megabytes"] = network.bytes_sent / MEGABYTE
+        metrics["network_receive_megabytes"] = network.bytes_recv / MEGABYTE
+        metrics["network_transmit_megabytes"] = network.bytes_sent / MEGABYTE
     with suppress(OSError):
         disk = shutil.disk_usage(folder)
-        figures["disk_usage_percentage"] = 100.0 * disk.used / disk.total
-        figures["disk_available_megabytes"] = disk.free / MEGABYTE
+        metrics["disk_usage_percentage"] = 100.0 * disk.used / disk.total
+        metrics["disk_available_megabytes"] = disk.free / MEGABYTE
     if cuda := _cuda():
         free, total = cuda.mem_get_info()
-        figures["gpu_0_memory_usage_megabytes"] = (total - free) / MEGABYTE
-        figures["gpu_0_memory_usage_percentage"] = 100.0 * (total - free) / total
-        with suppress(ModuleNotFoundError, RuntimeError):  # asks pynvml, which a machine may lack
-            figures["gpu_0_utilization_percentage"] = float(cuda.utilization())
-    return {f"system/{name}": float(value) for name, value in figures.items()}
+        metrics["gpu_0_memory_usage_megabytes"] = (total - free) / MEGABYTE
+        metrics["gpu_0_memory_usage_percentage"] = 100.0 * (total - free) / total
+        with suppress(ModuleNotFoundError, RuntimeError):  # needs pynvml, which may be missing
+            metrics["gpu_0_utilization_percentage"] = float(cuda.utilization())
+    return {f"system/{name}": float(value) for name, value in metrics.items()}
 
 
 def git_tags(folder: Path) -> dict[str, str]:
-    """Commit of the checkout that ``folder`` lies in, and whether files differ from it; empty for an installed package."""
+    """Return tags with the git commit of the checkout that contains ``folder`` and whether files differ from it.
+
+    Empty for an installed package.
+    """
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None or _git(folder, "ls-files", "--error-unmatch", "--", str(Path(__file__).resolve())) is None:
-        return {}  # no checkout, or another project's that has this package in its virtual environment
+        return {}  # no checkout, or the checkout of a project that has this package in its virtual environment
     changed = _git(folder, "status", "--porcelain")
     return {
         "mlflow.source.git.commit": commit,
@@ -62,13 +65,13 @@ def git_tags(folder: Path) -> dict[str, str]:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _cuda() -> Any:
-    """torch.cuda where this process uses a GPU, without importing torch for it."""
+    """Return torch.cuda if this process uses a GPU, else None; torch is not imported for it."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None

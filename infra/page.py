@@ -1,4 +1,4 @@
-"""What the HTML pages look alike by: they open from disk without a network, and print well."""
+"""The common style sheet of the HTML pages. It needs no network, and pages print well."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 1080px; padding: 0 1.2rem; }

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line every few seconds in a log."""
+"""Show the progress of long work: a bar on a terminal, a line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts ``total`` units of work and says how fast they go and how long the rest takes.
+    """Count ``total`` units of work, and show the rate and the remaining time.
+
+    ``done`` units count as finished at the start, for example in a resumed run; the rate leaves them out.
 
     >>> with Progress(120, "scans", "building shards") as progress:
     ...     progress.advance(12, quarantined=1)
@@ -21,7 +23,7 @@ class Progress:
         self.total, self.unit, self.title, self.done = total, unit, title, done
         self._first, self._stream = done, stream or sys.stdout
         self._started = self._last_line = time.monotonic()
-        self._figures: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}
         self._bar: Any = None
         if self._stream.isatty():
             self._bar, self._task = _rich_bar(title, total, done)
@@ -39,22 +41,22 @@ class Progress:
         elif kind is None:
             self._line()
 
-    def advance(self, n: int = 1, **figures: Any) -> None:
-        """``n`` more units are done; ``figures`` (loss, rate, ...) are shown beside the count."""
+    def advance(self, n: int = 1, **values: Any) -> None:
+        """Count ``n`` more units as done; ``values`` (loss, rate, ...) are shown beside the count."""
         self.done += n
-        self._figures.update(figures)
+        self._values.update(values)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, figures=self.describe())
+            self._bar.update(self._task, completed=self.done, values=self.describe())
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._line()
 
     def describe(self) -> str:
-        """Rate, time left and the figures given, in one line."""
+        """Return rate, remaining time and the current values, in one line."""
         seconds = time.monotonic() - self._started
         rate = (self.done - self._first) / seconds if seconds > 0 else 0.0
-        left = f", {clock((self.total - self.done) / rate)} left" if rate > 0 and self.done < self.total else ""
-        extra = "".join(f", {name} {_short(value)}" for name, value in self._figures.items())
-        return f"{rate:.3g} {self.unit}/s{left}{extra}"
+        remaining = f", {clock((self.total - self.done) / rate)} left" if rate > 0 and self.done < self.total else ""
+        extra = "".join(f", {name} {_short(value)}" for name, value in self._values.items())
+        return f"{rate:.3g} {self.unit}/s{remaining}{extra}"
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
@@ -62,7 +64,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as ``45 s``, ``3 min 05 s`` or ``2 h 07 min``."""
+    """Format seconds as ``45 s``, ``3 min 05 s`` or ``2 h 07 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -79,7 +81,5 @@ def _rich_bar(title: str, total: int, done: int) -> tuple[Any, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Rich
 
-    bar = Rich(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}")
-    )
-    return bar, bar.add_task(title, total=total, completed=done, figures="")
+    bar = Rich(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[values]}"))
+    return bar, bar.add_task(title, total=total, completed=done, values="")

@@ -1,9 +1,7 @@
-"""Ray behind one door: a local cluster (or that of ``RAY_ADDRESS``) and plain tasks. The only module that imports ray.
+"""Connect to Ray and run tasks. The only module that imports ray; searches with Ray Tune are in ``infra.tuning``.
 
-Searches by Ray Tune are in ``infra.tuning``.
-
-A local cluster is started with little memory and no dashboard, and stopped when its session ends; a cluster that somebody
-else started is attached to and never stopped.
+Without ``RAY_ADDRESS`` a session starts a local cluster, with little memory and no dashboard, and stops it at the end. With
+``RAY_ADDRESS`` it joins the running cluster and leaves it running.
 """
 
 from __future__ import annotations
@@ -19,12 +17,12 @@ from typing import Any
 from infra.errors import UserError
 
 OBJECT_STORE_BYTES = 200 * 2**20
-# One thread a worker: the workers share the cores, and linear algebra of this size gains nothing from more.
+# One thread per worker: workers share the cores, and linear algebra on arrays of this size is not faster with more.
 WORKER_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def import_ray() -> Any:
-    """Ray without its usage report and its remarks about accelerators."""
+    """Import ray with usage reports and messages about accelerators switched off."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -36,9 +34,10 @@ def import_ray() -> Any:
 
 @contextmanager
 def session(workers: int | None = None) -> Iterator[Any]:
-    """Ray, connected: to ``RAY_ADDRESS`` where it is set, else to a local cluster of ``workers`` CPUs (default: all).
+    """Connect to the cluster of ``RAY_ADDRESS``, or to a local one with ``workers`` CPUs (default: all). Yield ``ray``.
 
-    A session inside a session uses the outer one's cluster.
+    A session inside another session uses the same cluster. Raises UserError if the cluster of ``RAY_ADDRESS`` does not
+    answer or rejects the connection.
     """
     ray = import_ray()
     if ray.is_initialized():
@@ -51,13 +50,13 @@ def session(workers: int | None = None) -> Iterator[Any]:
     }
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _check_answers(address)
+        _check_reachable(address)
         try:
             ray.init(address=address, **options)
         except ConnectionError as error:
             raise UserError(
-                f"RAY_ADDRESS={address}: cannot join that cluster ({_first_line(error.__cause__ or error)}); where it was "
-                "started with a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+                f"RAY_ADDRESS={address}: cannot join this cluster ({_first_line(error.__cause__ or error)}); if it requires "
+                "a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from None
     else:
         ray.init(
@@ -70,8 +69,8 @@ def session(workers: int | None = None) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _check_answers(address: str) -> None:
-    """Ray itself would try for minutes, and log each try."""
+def _check_reachable(address: str) -> None:
+    """Raise UserError if nothing listens on ``address``. Ray itself would retry for minutes and log each attempt."""
     host, _, port = address.rpartition(":")
     if not port.isdigit() or "://" in host:
         return
@@ -79,7 +78,7 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
         raise UserError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it or unset it"
+            f"RAY_ADDRESS={address}: no Ray cluster answers ({error}); start the cluster or unset the variable"
         ) from None
 
 
@@ -90,19 +89,26 @@ def _first_line(error: BaseException) -> str:
 def map_unordered(
     function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, in_flight: int, retries: int = 3
 ) -> Iterator[tuple[int, Any]]:
-    """Run ``function(*arguments[i])`` as Ray tasks; yield (i, result) as they finish, at most ``in_flight`` at a time.
+    """Run ``function(*arguments[i])`` for every i as Ray tasks; yield (i, result) in the order of completion.
 
-    A task whose worker process dies runs again, ``retries`` times, after which it is a UserError; what the function raises
-    is raised here.
+    Args:
+        function: what to run; a module-level function.
+        arguments: one tuple of arguments for each task.
+        in_flight: how many tasks are submitted at a time.
+        retries: how often a task runs again after its worker process has died.
+
+    Raises:
+        UserError: if the workers of a task die at every attempt.
+        Exception: any exception of ``function``.
     """
     ray = import_ray()
     task = ray.remote(num_cpus=1, max_retries=retries)(function)
     waiting: dict[Any, int] = {}
     try:
-        for index, given in enumerate(arguments):
+        for index, task_arguments in enumerate(arguments):
             if len(waiting) >= in_flight:
                 yield _next(ray, waiting)
-            waiting[task.remote(*given)] = index
+            waiting[task.remote(*task_arguments)] = index
         while waiting:
             yield _next(ray, waiting)
     finally:
@@ -119,47 +125,48 @@ def _next(ray: Any, waiting: dict[Any, int]) -> tuple[int, Any]:
         raise error.cause from None
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
         raise UserError(
-            f"a Ray worker died at the same task every time it was tried ({_first_line(error)}); "
-            "free memory or give fewer --workers, and run the same command again: it goes on where it was"
+            f"a Ray worker died at every attempt of the same task ({_first_line(error)}); free memory or set fewer "
+            "--workers, then run the same command again: it continues where it stopped"
         ) from None
 
 
 def import_tune() -> Any:
-    """Ray Tune, with Optuna's search and the schedulers."""
+    """Import Ray Tune with Optuna's search and the schedulers."""
     import_ray()
     from ray import tune
     from ray.tune import schedulers, search  # noqa: F401 - attributes of tune
     from ray.tune.search import optuna  # noqa: F401
 
-    logging.getLogger("optuna").setLevel(logging.WARNING)  # it would tell of every study
+    logging.getLogger("optuna").setLevel(logging.WARNING)  # by default it logs every study
     return tune
 
 
 def gpus() -> float:
-    """GPUs of the cluster that is connected."""
+    """Return the number of GPUs of the connected cluster."""
     return float(import_ray().cluster_resources().get("GPU", 0))
 
 
 def train_torch(
     function: Callable[[Any, int, int], None], argument: Any, *, ranks: int, storage: Path, name: str, gpus: float, cpus: float
 ) -> None:  # fmt: skip
-    """Run ``function(argument, rank, world_size)`` in ``ranks`` workers of Ray Train, joined in a torch process group.
+    """Run ``function(argument, rank, world_size)`` in ``ranks`` Ray Train workers that form a torch process group.
 
-    RuntimeError with the cause where a worker fails.
+    Each worker gets ``cpus`` CPUs and ``gpus`` GPUs. Raises RuntimeError with the cause if a worker fails.
     """
     import_ray()
     from ray import train
     from ray.train.torch import TorchTrainer
 
-    def loop(config: dict[str, Any]) -> None:
+    def run_worker(config: dict[str, Any]) -> None:
+        """Call ``function`` with the rank of this worker."""
         context = train.get_context()
         function(config["argument"], context.get_world_rank(), context.get_world_size())
 
-    share = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+    resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
     trainer = TorchTrainer(
-        loop,
+        run_worker,
         train_loop_config={"argument": argument},
-        scaling_config=train.ScalingConfig(num_workers=ranks, use_gpu=gpus > 0, resources_per_worker=share),
+        scaling_config=train.ScalingConfig(num_workers=ranks, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=train.RunConfig(name=name, storage_path=str(storage)),
     )
     result = trainer.fit()

@@ -1,13 +1,14 @@
-"""A recipe: one YAML file of sections, overridden by ``--section.key=value``, checked into dataclasses.
+"""Read settings from a YAML file and ``--section.key=value`` overrides, and validate them against dataclasses.
 
-OmegaConf reads and merges (it knows that ``1e-4`` is a number, and interpolates ``${...}``); pydantic checks types and
-bounds. Keys that no dataclass has fail and name the nearest one, so that a typing error never trains a different model.
+OmegaConf reads and merges them (it parses ``1e-4`` as a number and interpolates ``${...}``); pydantic checks types and
+bounds. An unknown key raises an error that names the closest valid key, so that a typo never changes what is trained.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import keyword
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -24,39 +25,71 @@ Settings = TypeVar("Settings")
 
 
 def load_settings(cls: type[Settings], recipe: Path | None, overrides: Sequence[str] = ()) -> Settings:
-    """Read ``recipe`` (YAML), apply ``--section.key=value`` overrides and check the result against ``cls``.
+    """Read ``recipe`` (YAML), apply ``--section.key=value`` overrides and validate the result against ``cls``.
 
-    Raises UserError with the key, the value found, what is allowed and where it came from.
+    Raises UserError with the file, the key, the value found and what is allowed.
     """
     tree = _read(recipe) if recipe else OmegaConf.create({})
     source = recipe.name if recipe else "settings"
     _refuse_unknown(cls, _plain(tree, source), source)
     for override in overrides:
         tree = _override(cls, tree, override)
-    plain = _escape(_plain(tree, source))
+    return _validate(cls, _plain(tree, source), source)
+
+
+def change_settings(settings: Settings, changes: Mapping[str, Any], source: str) -> Settings:
+    """Return a validated copy of ``settings`` with other values; ``settings`` stays as it is.
+
+    Args:
+        settings: the settings to copy.
+        changes: a mapping of keys to values per section, ``{"batch": {"global": 16}}``. As with ``--section.key=value``, a
+            value replaces the old one as a whole, and a key may have dots: ``{"deepspeed": {"zero_optimization.stage": 2}}``.
+        source: what error messages name as the place of the changes.
+
+    Raises UserError with the key, the value found and what is allowed.
+    """
+    tree = OmegaConf.create(to_dict(settings))
+    for section, values in changes.items():
+        if not isinstance(values, Mapping):
+            raise UserError(f"{source}: {section}={values!r} must be a mapping of the section's keys to values")
+        changed = OmegaConf.create({})
+        for key, value in values.items():
+            plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+            try:
+                OmegaConf.update(changed, f"{section}.{key}", plain, force_add=True)
+            except OmegaConfBaseException as error:
+                raise UserError(f"{source}: {section}.{key}: {' '.join(str(error).split())}") from None
+        _refuse_unknown(type(settings), _plain(changed, source) or {section: {}}, source)
+        for key in values:
+            name = f"{section}.{key}"
+            OmegaConf.update(tree, name, OmegaConf.select(changed, name), merge=False, force_add=True)
+    return _validate(type(settings), _plain(tree, source), source)
+
+
+def _validate(cls: type[Settings], tree: Mapping[str, Any], source: str) -> Settings:
     try:
-        return TypeAdapter(cls).validate_python(plain)
+        return TypeAdapter(cls).validate_python(_escape(tree))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part).removesuffix("_") for part in first["loc"]) or "(top)"
-        wrong = first["input"]
-        found = "" if isinstance(wrong, Mapping) and first["type"] == "missing" else f", found {wrong!r}"
+        key = ".".join(str(key).removesuffix("_") for key in first["loc"]) or "(top)"
+        value = first["input"]
+        found = "" if isinstance(value, Mapping) and first["type"] == "missing" else f", found {value!r}"
         raise UserError(f"{source}: {key}: {first['msg']}{found}; set it in the recipe or with --{key}=VALUE") from None
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """Settings as plain nested dictionaries, in the order in which the dataclass lists them."""
+    """Return settings as nested dictionaries, in the order of the dataclass fields."""
     plain: dict[str, Any] = _unescape(TypeAdapter(type(settings)).dump_python(settings, mode="json"))
     return plain
 
 
 def to_yaml(settings: Any) -> str:
-    """Settings as YAML that ``load_settings`` reads back to the same settings."""
+    """Return settings as YAML; ``load_settings`` reads it back to equal settings."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(settings)))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"loss": {"bandwidth": 5}}`` -> ``{"loss.bandwidth": 5}``."""
+    """Flatten nested dictionaries: ``{"loss": {"bandwidth": 5}}`` -> ``{"loss.bandwidth": 5}``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -70,11 +103,13 @@ def _read(recipe: Path) -> Any:
     try:
         tree = OmegaConf.load(recipe)
     except FileNotFoundError:
-        raise UserError(f"recipe {recipe} not found; give a shipped recipe's name or the path of a YAML file") from None
-    except Exception as error:  # the parser raises many kinds; each means that the file is not YAML
+        raise UserError(
+            f"recipe {recipe} not found; use the name of a shipped recipe or the path of a YAML file"
+        ) from None
+    except Exception as error:  # the parser has many exception types; each means invalid YAML
         raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(tree):
-        raise UserError(f"recipe {recipe} must hold sections of keys, found {type(tree).__name__}")
+        raise UserError(f"recipe {recipe} must be a mapping of sections, found {type(tree).__name__}")
     return tree
 
 
@@ -83,12 +118,12 @@ def _override(cls: type[Any], tree: Any, override: str) -> Any:
     if not override.startswith("--") or not equals:
         raise UserError(f"override {override!r} is not of the form --section.key=value")
     try:
-        given = OmegaConf.from_dotlist([override[2:]])
-    except Exception as error:  # the YAML parser's own kinds
+        value = OmegaConf.from_dotlist([override[2:]])
+    except Exception as error:  # the parser has many exception types; each means invalid YAML
         raise UserError(f"override {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
-    _refuse_unknown(cls, _plain(given, f"--{name}"), f"--{name}")
-    # A value replaces what the recipe holds under its key whole; merging would keep the list items it means to drop.
-    OmegaConf.update(tree, name, OmegaConf.select(given, name), merge=False, force_add=True)
+    _refuse_unknown(cls, _plain(value, f"--{name}"), f"--{name}")
+    # Replace the old value as a whole: merging mappings or lists would keep entries that the override leaves out.
+    OmegaConf.update(tree, name, OmegaConf.select(value, name), merge=False, force_add=True)
     return tree
 
 
@@ -103,23 +138,22 @@ def _refuse_unknown(cls: type[Any], tree: Mapping[str, Any], source: str, prefix
     hints = {name.removesuffix("_"): hint for name, hint in typing.get_type_hints(cls).items()}
     for key, value in tree.items():
         if key not in hints:
-            known = ", ".join(f.name.removesuffix("_") for f in dataclasses.fields(cls))
+            valid = ", ".join(f.name.removesuffix("_") for f in dataclasses.fields(cls))
             full = f"{prefix}{key}"
-            raise UserError(f"{source}: unknown key {full!r}{nearest(str(key), hints)}; allowed here: {known}")
+            raise UserError(f"{source}: unknown key {full!r}{nearest(str(key), hints)}; allowed here: {valid}")
         hint = hints[key]
         if typing.get_origin(hint) is dict and isinstance(value, Mapping):
-            named = [
-                (f"{prefix}{key}.{name}.", _section(typing.get_args(hint)[1]), part) for name, part in value.items()
-            ]
+            entry_class = _section(typing.get_args(hint)[1])
+            sections = [(f"{prefix}{key}.{name}.", entry_class, entry) for name, entry in value.items()]
         else:
-            named = [(f"{prefix}{key}.", _section(hint), value)]
-        for path, section, part in named:
-            if section is not None and isinstance(part, Mapping):
-                _refuse_unknown(section, part, source, path)
+            sections = [(f"{prefix}{key}.", _section(hint), value)]
+        for path, section, content in sections:
+            if section is not None and isinstance(content, Mapping):
+                _refuse_unknown(section, content, source, path)
 
 
 def _escape(tree: Any) -> Any:
-    """A key that is a word of Python (``global``) belongs to the field of that name with an underscore behind it."""
+    """Append an underscore to keys that are Python keywords (``global`` -> ``global_``), as in the dataclass fields."""
     if isinstance(tree, Mapping):
         return {f"{key}_" if keyword.iskeyword(str(key)) else key: _escape(value) for key, value in tree.items()}
     return tree
@@ -132,7 +166,7 @@ def _unescape(tree: Any) -> Any:
 
 
 def _section(annotation: Any) -> type[Any] | None:
-    """The dataclass that an annotation names (``Loss`` or ``Loss | None``), if it names one."""
+    """Return the dataclass in an annotation (``Loss`` or ``Loss | None``), or None."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     candidates = typing.get_args(annotation) if union else [annotation]
     for candidate in candidates:

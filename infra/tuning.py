@@ -1,7 +1,7 @@
-"""Searches by Ray Tune that survive their driver: what has finished is on disk and is never run again.
+"""Grid and random searches with Ray Tune that can be resumed: a finished trial is never run again.
 
-Every result lies in a file of its own beside Tune's, written whole or not at all, so that a finished trial counts even
-where Tune's own state, saved every second, is older. ``storage`` must be one folder for all nodes of a cluster.
+Each result is written atomically to a file of its own beside Tune's state. Tune saves its state once a second, so after a
+kill it may miss trials that have finished; the files do not. All nodes of a cluster must see the folder ``storage``.
 """
 
 from __future__ import annotations
@@ -31,10 +31,22 @@ def tune_grid(
     resources: dict[str, float] | None = None,
     title: str = "tuning",
 ) -> list[dict[str, Any]]:
-    """Run ``trainable(point, data)`` for every point as a trial of Ray Tune; the results in the order of the points.
+    """Run ``trainable(point, data)`` for every point as a Ray Tune trial. Return the results in the order of the points.
 
-    ``data`` is sent once and shared by all trials; results may hold arrays. An unfinished search of the same name in
-    ``storage`` is continued: finished trials are not run again. RuntimeError with the cause where a trial fails.
+    If ``storage`` has an unfinished search of the same name, only its unfinished trials run.
+
+    Args:
+        trainable: a module-level function; its result may contain arrays.
+        points: the grid.
+        data: sent once and shared by all trials.
+        storage: folder for results and Tune's state.
+        name: name of the search within ``storage``.
+        concurrency: the most trials that run at a time; None leaves it to the resources.
+        resources: Ray resources of a trial; by default one CPU.
+        title: label of the progress line.
+
+    Raises:
+        RuntimeError: with the cause, if a trial fails.
     """
     import_ray()
     tune = import_tune()
@@ -43,14 +55,13 @@ def tune_grid(
         return [pickle.loads((results / f"{index}.pkl").read_bytes()) for index in range(len(points))]
     wrapped = tune.with_resources(
         tune.with_parameters(
-            _grid_class(tune), function=trainable, data={"points": list(points), "given": data}, out=str(results)
+            _grid_class(tune), function=trainable, data={"points": list(points), "shared": data}, out=str(results)
         ),
         resources or {"cpu": 1},
     )
     space = {"index": tune.grid_search(list(range(len(points))))}
     config = tune.TuneConfig(reuse_actors=True, max_concurrent_trials=concurrency)
-    grid = _run(tune, wrapped, space, config, storage, name, len(points), title)
-    _raise_first(grid, name, len(points))
+    _run(tune, wrapped, space, config=config, storage=storage, name=name, count=len(points), title=title)
     return [pickle.loads((results / f"{index}.pkl").read_bytes()) for index in range(len(points))]
 
 
@@ -68,20 +79,34 @@ def tune_search(
     concurrency: int | None = None,
     title: str = "tuning",
 ) -> list[dict[str, Any]]:
-    """Search ``space`` with Optuna's TPE for the highest ``score``; a record for every trial that came to one.
+    """Search ``space`` with Optuna's TPE sampler for the highest ``score``. Return a record of every trial with a score.
 
-    ``trainable(point, data)`` yields {"score": …, …} as it goes, once an epoch say. ``halving``: ASHA stops the worse
-    trials from so many yields on; None lets all finish. A record holds the point, ``scores`` (each yield's), ``best``
-    (place of the highest) and ``done``, False where ASHA stopped the trial. ``space``: name -> ("choice", values),
-    ("loguniform", low, high) or ("uniform", low, high). Continued after a kill as ``tune_grid`` is.
+    A record holds ``point``, ``scores`` (one per yield) and ``done``, which is False if ASHA stopped the trial. A search
+    that was killed is continued as in ``tune_grid``.
+
+    Args:
+        trainable: a generator function; ``trainable(point, data)`` yields {"score": ...}, for example once per epoch.
+        space: name -> ("choice", values), ("loguniform", low, high) or ("uniform", low, high).
+        data: sent once and shared by all trials.
+        samples: the number of trials.
+        storage: folder for results and Tune's state.
+        name: name of the search within ``storage``.
+        seed: seed of the sampler.
+        halving: the grace period of ASHA, in yields, after which it stops the worse trials; None lets all finish.
+        resources: Ray resources of a trial; by default one CPU.
+        concurrency: the most trials that run at a time; None leaves it to the resources.
+        title: label of the progress line.
+
+    Raises:
+        RuntimeError: with the cause, if a trial fails.
     """
     import_ray()
     tune = import_tune()
-    from_results = _results_folder(storage, name)
-    finished = from_results / "finished.json"
+    results = _results_folder(storage, name)
+    finished = results / "finished.json"
     if not finished.is_file():
         wrapped = tune.with_resources(
-            tune.with_parameters(_search_class(tune), function=trainable, data=data, out=str(from_results)),
+            tune.with_parameters(_search_class(tune), function=trainable, data=data, out=str(results)),
             resources or {"cpu": 1},
         )
         config = tune.TuneConfig(
@@ -92,10 +117,9 @@ def tune_search(
             ),
         )  # fmt: skip
         domains = {key: getattr(tune, kind)(*bounds) for key, (kind, *bounds) in space.items()}
-        grid = _run(tune, wrapped, domains, config, storage, name, samples, title)
-        _raise_first(grid, name, samples)
+        _run(tune, wrapped, domains, config=config, storage=storage, name=name, count=samples, title=title)
         _write(finished, b"{}")
-    records = [json.loads(path.read_text()) for path in sorted(from_results.glob("trial-*.json"))]
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("trial-*.json"))]
     return [record for record in records if record["scores"]]
 
 
@@ -109,9 +133,10 @@ def train_ranks(
     gpus: float = 0,
     cpus: float = 1,
 ) -> dict[str, Any]:
-    """``function(data, rank, world_size)`` in ``ranks`` processes of one torch process group (Ray Train); rank 0's result.
+    """Run ``function(data, rank, world_size)`` in ``ranks`` Ray Train processes. Return the result of rank 0.
 
-    Done once: the result lies in ``storage``, and is read from there afterwards.
+    The processes form one torch process group; each gets ``cpus`` CPUs and ``gpus`` GPUs. The result is kept in
+    ``storage``; a second call with the same name reads it from there. Raises RuntimeError if a process fails.
     """
     target = _results_folder(storage, name) / "0.pkl"
     if not target.is_file():
@@ -129,8 +154,9 @@ def _write_result(arguments: tuple[Any, ...], rank: int, world_size: int) -> Non
 
 
 def _run(
-    tune: Any, wrapped: Any, space: Any, config: Any, storage: Path, name: str, count: int, title: str
-) -> Any:  # fmt: skip
+    tune: Any, wrapped: Any, space: Any, *, config: Any, storage: Path, name: str, count: int, title: str
+) -> None:  # fmt: skip
+    """Run or resume a search of ``count`` trials. Raises RuntimeError with the first cause if trials failed."""
     folder = storage.resolve()
     callback = _progress_callback(tune)
     callback.progress = Progress(count, "trials", title)
@@ -148,10 +174,7 @@ def _run(
         )  # fmt: skip
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     with callback.progress:
-        return tuner.fit()
-
-
-def _raise_first(grid: Any, name: str, count: int) -> None:
+        grid = tuner.fit()
     if grid.num_errors:
         raise RuntimeError(f"{name}: {grid.num_errors} of {count} trials failed; the first: {grid.errors[0]}")
 
@@ -170,87 +193,95 @@ def _write(target: Path, content: bytes) -> None:
 
 def _grid_class(tune: Any) -> type[Any]:
     class Trial(tune.Trainable):  # type: ignore[misc]
-        """One point; an actor takes point after point (reuse_actors), which spares a process start each."""
+        """One grid point. With ``reuse_actors`` a process runs many points, which saves a process start for each."""
 
         def setup(self, config: Point, function: Any, data: dict[str, Any], out: str) -> None:
-            self.function, self.points, self.data = function, data["points"], data["given"]
+            """Store the function, its data and the index of the first point."""
+            self.function, self.points, self.data = function, data["points"], data["shared"]
             self.out, self.index = Path(out), config["index"]
 
         def reset_config(self, new_config: Point) -> bool:
+            """Switch to another point in the same process."""
             self.index = new_config["index"]
             return True
 
         def step(self) -> dict[str, Any]:
-            # Arrays do not belong in Tune's own result files; they go to one of their own, whole or not at all.
+            """Compute the result of the point and write it, unless its file exists."""
+            # Tune's own result files cannot hold arrays.
             target = self.out / f"{self.index}.pkl"
             if not target.exists():
                 _write(target, pickle.dumps(self.function(self.points[self.index], self.data)))
             return {"done": True}
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
-            return None
+            """Save nothing: a trial is resumed from its result file."""
 
         def load_checkpoint(self, checkpoint: Any) -> None:
-            return None
+            """Load nothing: see ``save_checkpoint``."""
 
     return Trial
 
 
 def _search_class(tune: Any) -> type[Any]:
     class Trial(tune.Trainable):  # type: ignore[misc]
-        """One drawn point, a step for every yield; the record of a point that is done answers in its place."""
+        """One sampled point, with a step for each yield. A point that has a finished record replays its scores."""
 
         def setup(self, config: Point, function: Any, data: dict[str, Any], out: str) -> None:
+            """Store the function and its data, and start the first point."""
             self.function, self.data, self.out = function, data, Path(out)
             self.begin(config)
 
         def begin(self, config: Point) -> None:
+            """Start a point, from its record if it has finished before."""
             self.point = dict(config)
             digest = hashlib.sha256(json.dumps(self.point, sort_keys=True).encode()).hexdigest()[:16]
             self.target = self.out / f"trial-{digest}.json"
-            known = json.loads(self.target.read_text()) if self.target.is_file() else None
-            if known and known["done"]:
-                self.record, self.steps = known, iter([{"score": score} for score in known["scores"]])
+            stored = json.loads(self.target.read_text()) if self.target.is_file() else None
+            if stored and stored["done"]:
+                self.record, self.steps = stored, iter([{"score": score} for score in stored["scores"]])
             else:
                 self.record = {"point": self.point, "scores": [], "done": False}
                 self.steps = self.function(self.point, self.data)
 
         def reset_config(self, new_config: Point) -> bool:
+            """Switch to another point in the same process."""
             self.begin(new_config)
             return True
 
         def step(self) -> dict[str, Any]:
-            found = next(self.steps, None)
-            if found is None:
+            """Take the next score of the function and add it to the record."""
+            metrics = next(self.steps, None)
+            if metrics is None:
                 if not self.record["done"]:
                     self.record["done"] = True
                     _write(self.target, json.dumps(self.record).encode())
                 return {"score": self.record["scores"][-1], "done": True}
             if not self.record["done"]:
-                self.record["scores"].append(float(found["score"]))
+                self.record["scores"].append(float(metrics["score"]))
                 _write(self.target, json.dumps(self.record).encode())
-            return {**found, "done": False}
+            return {**metrics, "done": False}
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
-            return None
+            """Save nothing: a trial is resumed from its result file."""
 
         def load_checkpoint(self, checkpoint: Any) -> None:
-            return None
+            """Load nothing: see ``save_checkpoint``."""
 
     return Trial
 
 
 def _progress_callback(tune: Any) -> Any:
     class Count(tune.Callback):  # type: ignore[misc]
-        """Tells the progress line of every finished trial."""
+        """Advance the progress line at every finished trial."""
 
         progress: Progress | None = None
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            """Count one finished trial."""
             if self.progress:
                 self.progress.advance()
 
         def __getstate__(self) -> dict[str, Any]:
-            return {}  # Tune keeps a copy of its callbacks on disk, where a terminal has no place
+            return {}  # Tune pickles its callbacks to disk; a terminal cannot be pickled
 
     return Count()

@@ -1,1 +1,1 @@
-"""Simulated cohorts of grey-matter maps."""
+"""Simulated cohorts of grey-matter maps and T1-like images."""

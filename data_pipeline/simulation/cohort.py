@@ -1,7 +1,4 @@
-"""A simulated cohort on disk: a BIDS folder of grey-matter and T1-like NIfTI volumes, with the truth beside it.
-
-Every volume is a pure function of (settings, seed, participant, session): any worker may make any of them.
-"""
+"""Write a simulated cohort: a BIDS folder of grey-matter and T1-like NIfTI volumes, and the hidden causes in truth.tsv."""
 
 from __future__ import annotations
 
@@ -9,245 +6,147 @@ import gzip
 import json
 import multiprocessing
 import os
-from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
-from scipy import ndimage
+from numpy.typing import NDArray
 
-from data_pipeline.simulation.atlas import REGIONS, SmoothField, Template, load_template
-from data_pipeline.simulation.people import MEAN_TIV, Person, draw_people, log_change, site_of
-from data_pipeline.volume.load import Grid
+from data_pipeline.simulation.atlas import REGIONS, load_template
+from data_pipeline.simulation.people import MEAN_TIV, Person, change_with_age, draw_people
+from data_pipeline.simulation.settings import SHARES, Simulation
+from data_pipeline.simulation.volumes import VENTRICLE_ML, make_volume
+from data_pipeline.volume.grid import Grid
+from infra import random_streams
 from infra.errors import UserError
 from infra.files import atomic_write, write_json
 from infra.progress import Progress
 
-Array = np.ndarray[Any, np.dtype[np.float32]]
-SHARES = {"AD": 0.085, "MCI": 0.05, "SCZ": 0.1, "BD": 0.06}
-GREY_MATTER_ML = 790.0  # of a mean head at 20
-STEEPEST = 0.4  # bound on the norm of the deformation's gradient: its Jacobian stays above (1 - 0.4)³ = 0.21
-VENTRICLE_ML, VENTRICLE_REACH = 14.0, 12.0  # of a mean head at 20; mm over which their growth fades out
+RECORD = "simulation.json"
+PARTICIPANTS = "participants.tsv"  # written last: a folder that has it holds the whole cohort
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """What a cohort is made from; recorded in simulation.json."""
+def simulate_cohort(
+    out: str | Path,
+    *,
+    participants: int = 1200,
+    spacing: float = 6.0,
+    modality: str = "vbm",
+    seed: int = 0,
+    effect: float = 1.0,
+    acceleration: float = 1.0,
+    heterogeneity: float = 0.0,
+    site_effects: float = 1.0,
+    shares: Mapping[str, float] | None = None,
+    workers: int | None = None,
+) -> Path:
+    """Write a simulated cohort as a BIDS folder.
 
-    participants: int = 1200
-    spacing: float = 6.0
-    modality: str = "vbm"
-    seed: int = 0
-    effect: float = 1.0
-    acceleration: float = 1.0
-    heterogeneity: float = 0.0
-    site_effects: float = 1.0
-    shares: tuple[tuple[str, float], ...] = tuple(SHARES.items())
+    The same arguments give the same bytes, whatever ``workers`` is. A killed simulation continues when the call is
+    repeated; a complete cohort is left unchanged. The worker processes are spawned, so a script that calls this function
+    needs the usual guard ``if __name__ == "__main__":``.
 
+    Args:
+        out: the folder to write.
+        participants: number of participants; about 15 % of them have two or three sessions.
+        spacing: edge of a voxel in mm, 1 to 12.
+        modality: ``vbm`` (modulated grey-matter maps), ``t1w`` (T1-like images) or ``both``.
+        seed: another seed gives other participants and other sites.
+        effect: scale of every disease's effect; 0 makes patients healthy.
+        acceleration: 0: disease is a pattern of regions; 2: accelerated ageing; 1: half of each.
+        heterogeneity: 0: a disease is the same in every patient; 1: each patient has their own foci. The mean over
+            patients does not change.
+        site_effects: scale of the sites' gain, bias field and noise.
+        shares: the share of each patient group (AD, MCI, SCZ, BD) among the participants; the others are healthy.
+            Default ``SHARES``; ``{}`` for none.
+        workers: processes; default: every core.
 
-def simulate_cohort(out: str | Path, settings: Simulation, workers: int | None = None) -> Path:
-    """Write the cohort to ``out``. A folder that holds part of the same cohort is completed, another is refused."""
-    folder = Path(out)
-    _check(settings)
-    record = {**asdict(settings), "shares": dict(settings.shares)}
-    claim(folder, record)
-    people = draw_people(settings.participants, dict(settings.shares), settings.seed)
-    load_template(Grid.vbm(settings.spacing))  # made once here, read from the cache by the workers
-    tasks = [(str(folder), settings, person) for person in people]
-    rows: list[list[dict[str, Any]]] = []
+    Returns:
+        The folder as a path.
+
+    Raises:
+        UserError: a setting is outside its limits, or the folder holds another cohort or other files.
+    """
     if workers is not None and workers < 1:
-        raise UserError(f"--workers={workers} must be at least 1")
-    count = workers or len(os.sched_getaffinity(0))
-    with Progress(len(people), "participants", "simulating") as progress:
-        if count == 1:
-            for task in tasks:
-                with _one_thread():  # as in the workers: BLAS sums in another order with more threads
-                    rows.append(write_person(task))
-                progress.advance()
-        else:
-            with multiprocessing.get_context("spawn").Pool(count, initializer=_one_thread) as pool:
-                for row in pool.imap(write_person, tasks, chunksize=8):
-                    rows.append(row)
-                    progress.advance()
-    _write_tables(folder, people, rows)
+        raise UserError(f"workers={workers} must be at least 1")
+    settings = Simulation(
+        participants=participants, spacing=spacing, modality=modality, seed=seed, effect=effect,
+        acceleration=acceleration, heterogeneity=heterogeneity, site_effects=site_effects,
+        shares=tuple((SHARES if shares is None else shares).items()),
+    )  # fmt: skip
+    settings.check()
+    folder = Path(out)
+    _claim(folder, settings)
+    if is_complete(folder):
+        return folder
+    people = draw_people(settings.participants, dict(settings.shares), settings.seed)
+    load_template(Grid.vbm(settings.spacing))  # made once here; the workers read it from the cache
+    truths = _write_people(folder, settings, people, workers or len(os.sched_getaffinity(0)))
+    _write_tables(folder, people, truths)
     return folder
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a whole simulated cohort (or any other data set with participants.tsv)."""
+    return (folder / PARTICIPANTS).is_file()
+
+
+def _write_people(
+    folder: Path, settings: Simulation, people: list[Person], processes: int
+) -> list[list[dict[str, Any]]]:
+    """Write the volumes of all participants; return each participant's rows of truth.tsv."""
+    tasks = [(str(folder), settings, person) for person in people]
+    truths: list[list[dict[str, Any]]] = []
+    with Progress(len(people), "participants", "simulating") as progress:
+        if processes == 1:
+            for task in tasks:
+                with _one_thread():  # as in the worker processes: with more threads BLAS sums in another order
+                    truths.append(write_person(task))
+                progress.advance()
+        else:
+            with multiprocessing.get_context("spawn").Pool(processes, initializer=_one_thread) as pool:
+                for rows in pool.imap(write_person, tasks, chunksize=8):
+                    truths.append(rows)
+                    progress.advance()
+    return truths
+
+
 def write_person(task: tuple[str, Simulation, Person]) -> list[dict[str, Any]]:
-    """Write every volume of one participant that is not there yet; their rows of truth.tsv."""
+    """Write the missing volumes of one participant (folder, settings, participant); return the rows of truth.tsv."""
     root, settings, person = task
     rows = []
     for session, years in enumerate((0.0, *person.later), start=1):
         name = f"sub-{person.number:05d}"
         folder = Path(root) / name / f"ses-{session}" / "anat"
         folder.mkdir(parents=True, exist_ok=True)
-        stem = f"{name}_ses-{session}"
-        wanted = {"vbm": f"{stem}_space-MNI152_desc-mwp1_probseg.nii.gz", "t1w": f"{stem}_T1w.nii.gz"}
-        for modality, file in wanted.items():
+        stem, age = f"{name}_ses-{session}", person.age + years
+        files = {"vbm": f"{stem}_space-MNI152_desc-mwp1_probseg.nii.gz", "t1w": f"{stem}_T1w.nii.gz"}
+        for modality, file in files.items():
             if settings.modality in (modality, "both") and not (folder / file).is_file():
-                volume, grid = make_volume(settings, person, session, person.age + years, modality)
+                volume, grid = make_volume(settings, person, session=session, age=age, modality=modality)
                 _write_nifti(folder / file, volume, grid)
-        rows.append(_truth(settings, person, session, person.age + years))
+        rows.append(_truth(settings, person, session, age))
     return rows
 
 
-def make_volume(settings: Simulation, person: Person, session: int, age: float, modality: str) -> tuple[Array, Grid]:
-    """One scan (D, H, W) float32 and its grid: modulated grey matter (1 = a voxel full of it) or a T1-like image."""
-    world = _world(settings.spacing)
-    generator = np.random.Generator(
-        np.random.Philox(key=[settings.seed, 0x5CA4], counter=[0, 0, person.number, session])
-    )
-    lasting = np.random.Generator(np.random.Philox(key=[settings.seed, 0x5CA4], counter=[0, 0, person.number, 0]))
-    extra, general, ventricle = _log_change(settings, person, age)
-    site = site_of(person.site, settings.seed, settings.site_effects)
-    change = np.float32(general) + extra.astype(np.float32) @ world.template.regions
-    change += np.float32(0.09) * world.at_brain(world.gyri, world.gyri.draw(lasting))
-    control = world.deformation(lasting)
-    make = _grey_matter if modality == "vbm" else _t1
-    return make(world, change, control, ventricle, person, site, generator), world.template.grid
-
-
-def _grey_matter(
-    world: _World, change: Array, control: list[Array], ventricle: float, person: Person, site: dict[str, Any],
-    generator: np.random.Generator,
-) -> Array:  # fmt: skip
-    """Modulated, normalised grey matter, as CAT12's mwp1: tissue per voxel of the template, times head size and gain."""
-    template, mask = world.template, world.template.mask
-    where = world.brain_index + np.stack([world.at_brain(world.coarse, part) for part in control]) / world.spacing
-    grey = ndimage.map_coordinates(template.gm, where, order=1, mode="constant")
-    # Normalisation leaves a rim of misplaced tissue where ventricles are larger than the template's.
-    squeeze = world.near_ventricles * np.float32(-0.12 * ventricle)
-    bias = np.float32(site["bias"]) * world.at_brain(world.bias, world.bias.draw(generator))
-    noise = np.float32(site["noise"]) * world.at_brain(world.noise, world.noise.draw(generator))
-    scale = np.float32(world.calibration * np.exp(person.log_tiv) * site["gain"])
-    values = grey * np.exp(change + squeeze + bias) * scale + noise * grey
-    out = np.zeros(template.grid.shape, dtype=np.float32)
-    out[mask] = np.maximum(values, 0.0)
-    return out
-
-
-def _t1(
-    world: _World, change: Array, control: list[Array], ventricle: float, person: Person, site: dict[str, Any],
-    generator: np.random.Generator,
-) -> Array:  # fmt: skip
-    """A T1-like image: tissue mixture with the site's contrast, larger ventricles, bias field, blur, Rician noise."""
-    template = world.template
-    where = world.index + np.stack([world.coarse.evaluate(part) for part in control]) / world.spacing
-    # Pull from nearer the ventricles: what lies beyond moves outward, and their volume grows.
-    reach = template.ventricle_distance
-    push = np.float32(world.ventricle_push(VENTRICLE_ML * np.exp(ventricle)) / world.spacing)
-    # Never from deeper than 2 mm inside: the ventricles are narrow, and beyond their middle lies the other wall.
-    moved = np.minimum(
-        push * np.exp(-np.maximum(reach, 0) / np.float32(VENTRICLE_REACH)), np.maximum(reach + 2, 0) / world.spacing
-    )
-    where = where - world.outward * moved
-    grey, white, fluid, residual = (
-        ndimage.map_coordinates(values, where, order=1, mode="nearest")
-        for values in (template.gm, template.wm, template.csf, template.residual)
-    )
-    full = np.zeros(template.grid.shape, dtype=np.float32)
-    full[template.mask] = change - np.float32(world.mean_change)
-    kept = grey * np.exp(np.clip(full, -0.6, 0.25))
-    fluid = fluid + np.maximum(grey - kept, 0.0)
-    contrast = np.float32(0.35 * site["contrast"])
-    image = 0.62 * kept + (0.62 + contrast) * white + 0.25 * fluid + contrast * 0.6 * residual * (grey + white)
-    image *= np.exp(np.float32(site["t1_bias"]) * world.bias.evaluate(world.bias.draw(generator)))
-    image = ndimage.gaussian_filter(image, site["blur"] / world.spacing)
-    real, imaginary = (
-        np.float32(site["noise"]) * generator.standard_normal(image.shape, dtype=np.float32) for _ in range(2)
-    )
-    out: Array = np.hypot(image + real, imaginary).astype(np.float32) * np.float32(700.0 * site["gain"])
-    return out
-
-
-class _World:
-    """A grid's template and fields, made once in each process."""
-
-    def __init__(self, spacing: float) -> None:
-        self.template: Template = load_template(Grid.vbm(spacing))
-        grid = self.template.grid
-        self.spacing = np.float32(spacing)
-        self.coarse, self.gyri = SmoothField(grid, 30.0), SmoothField(grid, 9.0)
-        self.bias, self.noise = SmoothField(grid, 60.0), SmoothField(grid, 5.0)
-        self.lattice = SmoothField(Grid.vbm(10.0), 30.0)  # fine enough for a field of 30 mm to show its slopes
-        mask = self.template.mask
-        d, h, w = (slice(int(edge.min()), int(edge.max()) + 1) for edge in np.nonzero(mask))
-        self.box, self.mask_in_box = (d, h, w), mask[d, h, w]
-        self.brain_index = np.stack(np.nonzero(mask)).astype(np.float32)
-        self.near_ventricles = np.exp(-np.maximum(self.template.ventricle_distance[mask], 0) / np.float32(6.0))
-        # Mean log change of an adult of 20, which the template's own amount of grey matter is to stand for.
-        self.mean_change = 0.16 / (1.0 + np.exp((20.0 - 16.0) / 5.0))
-        total = float(self.template.gm[self.template.mask].sum()) * self.template.voxel_ml
-        self.calibration = GREY_MATTER_ML / total / np.exp(self.mean_change)
-
-    @cached_property
-    def index(self) -> Array:
-        """(3, D, H, W) voxel numbers."""
-        shape = self.template.grid.shape
-        index: Array = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape), indexing="ij"))
-        return index
-
-    @cached_property
-    def outward(self) -> Array:
-        """(3, D, H, W) unit vectors away from the ventricles."""
-        gradient = np.stack(list(np.gradient(self.template.ventricle_distance)))
-        lengths = np.maximum(np.linalg.norm(gradient, axis=0), 1e-3)
-        return np.asarray(gradient / lengths, dtype=np.float32)
-
-    def at_brain(self, field: SmoothField, control: Array) -> Array:
-        """A field's values at the M voxels of the mask; only the box around them is worked out."""
-        values: Array = field.evaluate(control, self.box)[self.mask_in_box]
-        return values
-
-    def deformation(self, generator: np.random.Generator) -> list[Array]:
-        """Control points of a displacement (x, y, z) in mm, about 1.2 mm each, that never folds."""
-        control = [np.float32(1.2) * self.coarse.draw(generator) for _ in range(3)]
-        gradient = np.stack([np.stack(list(np.gradient(self.lattice.evaluate(part), 10.0))) for part in control])
-        steepest = float(np.sqrt((gradient**2).sum(axis=(0, 1)).max()))
-        return [part * np.float32(min(1.0, STEEPEST / steepest)) for part in control]
-
-    def ventricle_push(self, ml: float) -> float:
-        """Millimetres by which the ventricles' wall moves outward for a volume of ``ml``."""
-        volumes, pushes = _ventricle_table()
-        return float(np.interp(ml, volumes, pushes))
-
-
-@lru_cache(maxsize=2)
-def _world(spacing: float) -> _World:
-    return _World(spacing)
-
-
-@lru_cache(maxsize=1)
-def _ventricle_table() -> tuple[Any, Any]:
-    """Ventricle volume (ml) over the push of their wall (mm), measured once on a 2 mm grid whatever the output grid is."""
-    reach = load_template(Grid.vbm(2.0)).ventricle_distance
-    pushes = np.linspace(0.0, 9.0, 19)
-    # A voxel becomes ventricle where the point it is pulled from is: reach - push exp(-reach / 12) <= 0.
-    inside = [float((reach <= push * np.exp(-np.maximum(reach, 0) / VENTRICLE_REACH)).sum()) * 0.008 for push in pushes]
-    return np.array(inside) * VENTRICLE_ML / inside[0], pushes
-
-
-def _log_change(settings: Simulation, person: Person, age: float) -> tuple[Any, float, float]:
-    return log_change(person, age, settings.effect, settings.acceleration, settings.heterogeneity)
-
-
 def _truth(settings: Simulation, person: Person, session: int, age: float) -> dict[str, Any]:
-    extra, general, ventricle = _log_change(settings, person, age)
+    """The row of truth.tsv of one session: what is measured, and the hidden causes."""
+    regions, whole, ventricle = change_with_age(person, age, settings)
     size = float(np.exp(person.log_tiv))
-    hippocampus = [extra[REGIONS.index(f"hippocampus_{side}")] for side in ("left", "right")]
-    noise = np.random.Generator(np.random.Philox(key=[settings.seed, 0x71B], counter=[0, 0, person.number, session]))
+    hippocampus = [regions[REGIONS.index(f"hippocampus_{side}")] for side in ("left", "right")]
+    noise = random_streams.generator(settings.seed, random_streams.SIMULATED_TIV, (0, 0, person.number, session))
     return {
         "participant_id": f"sub-{person.number:05d}", "session_id": f"ses-{session}", "age": round(age, 1),
         "tiv": round(MEAN_TIV * size * (1.0 + 0.02 * float(noise.standard_normal())), 1), "true_tiv": MEAN_TIV * size,
-        "gap": person.gap, "severity": person.severity, "general": general,
+        "gap": person.gap, "severity": person.severity, "general": whole,
         "ventricle_ml": VENTRICLE_ML * float(np.exp(ventricle)) * size,
-        "hippocampus": float(np.exp(general + np.mean(hippocampus)) * size),
+        "hippocampus": float(np.exp(whole + np.mean(hippocampus)) * size),
     }  # fmt: skip
 
 
-def _write_nifti(path: Path, volume: Array, grid: Grid) -> None:
+def _write_nifti(path: Path, volume: NDArray[np.float32], grid: Grid) -> None:
     image = nibabel.Nifti1Image(volume, np.array(grid.affine))
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = b"simulated by yaware"
@@ -255,21 +154,20 @@ def _write_nifti(path: Path, volume: Array, grid: Grid) -> None:
         stream.write(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
-def _write_tables(folder: Path, people: list[Person], rows: list[list[dict[str, Any]]]) -> None:
-    """truth.tsv and sessions tables first, participants.tsv last: with it the cohort is complete."""
-    truths = [row for person in rows for row in person]
-    _write_tsv(folder / "truth.tsv", truths)
-    table = []
-    for person, its in zip(people, rows, strict=True):
+def _write_tables(folder: Path, people: list[Person], truths: list[list[dict[str, Any]]]) -> None:
+    """Write truth.tsv and the sessions tables first, participants.tsv last: it marks the cohort as complete."""
+    _write_tsv(folder / "truth.tsv", [row for rows in truths for row in rows])
+    participants = []
+    for person, rows in zip(people, truths, strict=True):
         name = f"sub-{person.number:05d}"
-        if len(its) > 1:
+        if len(rows) > 1:
             keys = ("session_id", "age", "tiv")
-            _write_tsv(folder / name / f"{name}_sessions.tsv", [{key: row[key] for key in keys} for row in its])
-        table.append(
+            _write_tsv(folder / name / f"{name}_sessions.tsv", [{key: row[key] for key in keys} for row in rows])
+        participants.append(
             {"participant_id": name, "age": person.age, "sex": person.sex, "site": f"site{person.site:02d}",
-             "diagnosis": person.diagnosis, "tiv": its[0]["tiv"]}
+             "diagnosis": person.diagnosis, "tiv": rows[0]["tiv"]}
         )  # fmt: skip
-    _write_tsv(folder / "participants.tsv", table)
+    _write_tsv(folder / PARTICIPANTS, participants)
 
 
 def _write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -280,13 +178,12 @@ def _write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
         )
 
 
-def claim(folder: Path, record: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else; mark it as this simulation's."""
-    path = folder / "simulation.json"
+def _claim(folder: Path, settings: Simulation) -> None:
+    """Record the settings in the folder; raises UserError if it holds another cohort or other files."""
+    path, record = folder / RECORD, settings.to_dict()
     if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        # A cohort made before a key was there was made as by the key's default.
-        old = {**asdict(Simulation()), **old}
+        # A record from before a setting existed means that setting's default.
+        old = {**Simulation().to_dict(), **json.loads(path.read_text(encoding="utf-8"))}
         changed = [key for key in record if old[key] != record[key]]
         if changed:
             key = changed[0]
@@ -303,31 +200,8 @@ def claim(folder: Path, record: dict[str, Any]) -> None:
     write_json(path, record)
 
 
-def _check(settings: Simulation) -> None:
-    if settings.participants < 1:
-        raise UserError(f"--participants={settings.participants} must be at least 1")
-    if not 1.0 <= settings.spacing <= 12.0:
-        raise UserError(f"--spacing={settings.spacing} is not in 1..12 mm; the paper's grid is 1.5")
-    if settings.modality not in ("vbm", "t1w", "both"):
-        raise UserError(f"--modality={settings.modality!r} is not known; allowed: vbm, t1w, both")
-    if not 0.0 <= settings.acceleration <= 2.0 or settings.effect < 0:
-        raise UserError(
-            f"--effect={settings.effect} --acceleration={settings.acceleration}: effect must be 0 or more, "
-            "acceleration in 0 (pattern only) .. 2 (accelerated ageing only)"
-        )
-    if not 0.0 <= settings.heterogeneity <= 1.0 or settings.site_effects < 0:
-        raise UserError(
-            f"--heterogeneity={settings.heterogeneity} --site-effects={settings.site_effects}: heterogeneity must be in "
-            "0 (every patient alike) .. 1 (foci of each patient's own), site-effects 0 or more"
-        )
-    unknown = [name for name, _ in settings.shares if name not in SHARES]
-    if unknown or any(share < 0 for _, share in settings.shares) or sum(share for _, share in settings.shares) > 1:
-        shown = ",".join(f"{name}={share:g}" for name, share in settings.shares)
-        raise UserError(f"--shares={shown}: shares of {', '.join(SHARES)} must be 0 or more and sum to 1 at most")
-
-
 def _one_thread() -> Any:
-    """Linear algebra on one thread, until the end of a ``with`` or of the process."""
+    """Limit linear algebra to one thread, until the end of a ``with`` block or of the process."""
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(1)

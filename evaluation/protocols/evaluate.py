@@ -16,21 +16,24 @@ import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
 from evaluation.protocols.embedding import embedding_table
-from evaluation.protocols.features import cache_name, check_preprocessing, features_of, tapped
-from evaluation.protocols.finetune import Job
-from evaluation.protocols.nested_cv import Found, prepare, search_grid, search_networks
+from evaluation.protocols.features import cache_name, features_of
+from evaluation.protocols.finetune import TrainingJob
+from evaluation.protocols.nested_cv import NestedCVResult, prepare, search_grid, search_networks
 from evaluation.protocols.protocols import PROTOCOLS, Protocol, check_protocols, published_lines
 from evaluation.protocols.record import Result, Subject, is_whole, log_result, open_run, write_result
 from evaluation.protocols.tune_networks import gpus_per_trial, search_fine_tuning
 from evaluation.protocols.voxels import voxel_coordinates
-from evaluation.statistics.metrics import FIGURES, OF_PROBABILITIES, with_interval
+from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, with_interval
 from evaluation.tasks.leakage import check_copies, check_leakage
 from evaluation.tasks.tasks import Task, load_task
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
 from infra.tracking.tracker import default_uri
-from pretrain.weights.encoder import Encoder, find_encoder
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.folder import find_encoder
+from pretrain.weights.layers import intermediate_features
+from pretrain.weights.scan_source import check_preprocessing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -61,9 +64,9 @@ def evaluate(
             work = place.work_folder(name, subject)
             result = _judged(place, name, subject, work, experiment, uri)
             metrics.append(result)
-            first = [(task.name, next(iter(FIGURES[task.kind]))) for task in tasks]
+            first = [(task.name, next(iter(METRICS[task.kind]))) for task in tasks]
             shown = ", ".join(f"{task}.{figure} {result[f'{task}.{figure}']:.3f}" for task, figure in first)
-            print(f"evaluate: {subject.name} step {subject.step}, {protocol.label(name)}: {shown}")
+            print(f"evaluate: {subject.name} step {subject.step}, {protocol.variant(name).label}: {shown}")
     place.clear()
     return metrics
 
@@ -118,10 +121,10 @@ class _Place:
 def _checkpoint(path: str | Path, manifest: Manifest, rows: Array, protocol: Protocol) -> Subject:
     """A checkpoint, checked against the shards it is to be judged on."""
     folder, encoder = find_encoder(path), Encoder.from_pretrained(path)
-    check_preprocessing(encoder, manifest, str(path))
+    check_preprocessing(encoder.preprocessing, manifest, str(path))
     about = check_leakage(encoder, path, manifest, rows, str(path))
     if any(PROTOCOLS[name].model != "network" for name in protocol.protocols):
-        tapped(encoder, protocol.layer, protocol.pooling)
+        intermediate_features(encoder.network, protocol.layer, protocol.pooling)
     config, weights = encoder.config, sha256_of(folder / "model.safetensors")
     return Subject(config["run_name"], config["method"], int(config["step"]), weights, encoder, folder.resolve(), about)
 
@@ -158,8 +161,8 @@ def _judged(
     known = json.loads(run.read_text())["run_id"] if run.is_file() else None
     settings = place.protocol.settings_of(name)
     params = {"tasks": ",".join(place.protocol.tasks), "protocol": name, **settings, "scans": len(place.rows)}
-    label = place.protocol.label(name)
-    tracker = open_run(subject, name, label, place.manifest, params, uri=uri, experiment=experiment, run_id=known)
+    variant = place.protocol.variant(name)
+    tracker = open_run(subject, variant, place.manifest, params, uri=uri, experiment=experiment, run_id=known)
     write_json(run, {"run_id": tracker.run_id})
     try:
         if not is_whole(kept):
@@ -172,8 +175,8 @@ def _judged(
         if tracker.answers:
             tracker.end("FAILED")  # without its tables it must not be taken for a finished one
         raise UserError(
-            f"MLflow store {uri} has not taken all of {subject.name} step {subject.step}, {label}; the result is kept in "
-            f"{kept}: run the same command again when the store answers"
+            f"MLflow store {uri} has not taken all of {subject.name} step {subject.step}, {variant.label}; the result is kept "
+            f"in {kept}: run the same command again when the store answers"
         )
     metrics = json.loads((kept / "metrics.json").read_text())
     write_json(done, metrics)
@@ -222,7 +225,7 @@ def _features(place: _Place, name: str, subject: Subject) -> Array:
     )  # fmt: skip
 
 
-def _jobs(place: _Place, subject: Subject) -> dict[str, Job]:
+def _jobs(place: _Place, subject: Subject) -> dict[str, TrainingJob]:
     assert subject.encoder is not None
     settings = place.protocol.finetune
     device = "cuda" if gpus_per_trial(settings.gpus_per_trial) else "cpu"
@@ -237,20 +240,20 @@ def _jobs(place: _Place, subject: Subject) -> dict[str, Job]:
             )
         covariates = np.empty((len(task.rows), 0)) if task.covariates is None else task.covariates
         encoder = subject.encoder.config["encoder"]
-        jobs[task.name] = Job(
+        jobs[task.name] = TrainingJob(
             shards, folder, encoder, task.rows, task.labels, task.groups, task.kind, covariates, settings, device
         )
     return jobs
 
 
-def _result(place: _Place, found: dict[str, Found], features: Array) -> Result:
+def _result(place: _Place, found: dict[str, NestedCVResult], features: Array) -> Result:
     metrics: dict[str, float] = {}
     predictions, curves = [], []
     for task in place.tasks:
         mine = found[task.name]
         asked = mine.fold >= 0
         labels, people = task.labels[asked], task.participants[asked]
-        for figures, of in ((FIGURES, mine.answers[asked]), (OF_PROBABILITIES, mine.probabilities[asked])):
+        for figures, of in ((METRICS, mine.predicted[asked]), (PROBABILITY_METRICS, mine.probabilities[asked])):
             for figure, statistic in figures[task.kind].items():
                 value, low, high = with_interval(statistic, labels, of, people, place.protocol.seed)
                 key = f"{task.name}.{figure}"
@@ -267,13 +270,13 @@ def _result(place: _Place, found: dict[str, Found], features: Array) -> Result:
     return Result(metrics, pd.concat(predictions), pd.concat(curves), trials, embedding)
 
 
-def predictions_table(manifest: Manifest, task: Task, found: Found) -> pd.DataFrame:
+def predictions_table(manifest: Manifest, task: Task, found: NestedCVResult) -> pd.DataFrame:
     """A row for every scan that was asked about: what comparison, subgroups and calibration need."""
     asked = np.flatnonzero(found.fold >= 0)
     scans = manifest.scans.loc[task.rows[asked]]
     table = {
         "key": scans["key"].to_numpy(), "participant": task.participants[asked],
-        "label": task.labels[asked].astype(float), "answer": found.answers[asked], "fold": found.fold[asked],
+        "label": task.labels[asked].astype(float), "answer": found.predicted[asked], "fold": found.fold[asked],
     }  # fmt: skip
     if task.kind == "multiclass":
         table |= {f"p{code}": found.probabilities[asked, code] for code in range(len(task.classes))}
@@ -293,7 +296,7 @@ def _announce(tasks: list[Task], manifest: Manifest) -> None:
             print(f"evaluate: {line}")
 
 
-def _say_left_out(tasks: list[Task], found: dict[str, Found], protocol: Protocol) -> None:
+def _say_left_out(tasks: list[Task], found: dict[str, NestedCVResult], protocol: Protocol) -> None:
     for task in tasks:
         missing = sorted(set(protocol.n_train) - {size for size, _, _ in found[task.name].curve})
         if task.kind == "binary" and missing:

@@ -2,83 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import PREPARED
-from infra.errors import UserError, nearest
 from infra.files import atomic_write
 from infra.progress import Progress
 from pretrain.weights.encoder import Encoder
+from pretrain.weights.layers import intermediate_features
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BATCH = 16
-# (N, C, T) -> (N, C)
-POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "mean": lambda values: values.mean(dim=2),
-    "max": lambda values: values.amax(dim=2),
-    "std": lambda values: values.std(dim=2, correction=0),
-}
-
-
-def check_preprocessing(encoder: Encoder, manifest: Manifest, name: str) -> None:
-    """UserError where the shards are not on the encoder's grid, or of another modality, scaling, crop or intensity."""
-    wanted, found = {**PREPARED, **encoder.preprocessing}, {**PREPARED, "grid": manifest.grid, **manifest.settings}
-    for key in ("grid", "modality", "scaling", *PREPARED):
-        if wanted.get(key) is not None and wanted[key] != found.get(key):
-            raise UserError(
-                f"{name}: the encoder was trained on {key} {wanted[key]!r}, {manifest.root} has {found.get(key)!r}; "
-                "build shards with the encoder's own"
-            )
-
-
-def blocks(network: nn.Module) -> list[str]:
-    """Names of the blocks whose features can be asked for: the trunk's own, and the blocks inside these."""
-    trunk = getattr(network, "trunk", network)
-    names = []
-    for name, block in trunk.named_children():
-        names.append(name)
-        names += [f"{name}.{inner}" for inner, _ in block.named_children()]
-    return names
-
-
-def tapped(encoder: Encoder, layer: str | None, pooling: Sequence[str]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """volumes (N, 1, D, H, W) -> features (N, F): the encoder's own, or a block's output pooled over its voxels.
-
-    Several poolings stand side by side. Tokens (N, T, C), as of transformers, are pooled over T. UserError for a block
-    or a pooling that is not there.
-    """
-    for name in pooling:
-        if name not in POOLINGS:
-            raise UserError(f"--pooling={name} is not known{nearest(name, POOLINGS)}; allowed: {', '.join(POOLINGS)}")
-    if layer is None:
-        return encoder
-    known = blocks(encoder.network)
-    if layer not in known:
-        raise UserError(
-            f"--layer={layer} is no block of this encoder{nearest(layer, known)}; there: {', '.join(known)}"
-        )
-    block = getattr(encoder.network, "trunk", encoder.network).get_submodule(layer)
-    kept: list[torch.Tensor] = []
-
-    def features(volumes_N1DHW: torch.Tensor) -> torch.Tensor:
-        handle = block.register_forward_hook(lambda module, inputs, output: kept.append(output))
-        try:
-            encoder(volumes_N1DHW)
-        finally:
-            handle.remove()
-        output = kept.pop()
-        values = output.transpose(1, 2) if output.ndim == 3 else output.flatten(2)
-        return torch.cat([POOLINGS[name](values.float()) for name in pooling], dim=1)
-
-    return features
 
 
 def features_of(
@@ -86,7 +25,7 @@ def features_of(
     pooling: Sequence[str] = ("mean",),
 ) -> Array:  # fmt: skip
     """(len(rows), F) float32 features of scans, read from ``cache`` (an .npz) where it holds all of them."""
-    compute = tapped(encoder, layer, pooling)
+    compute = intermediate_features(encoder.network, layer, pooling)
     known = _read(cache)
     missing = np.array([row for row in rows if int(row) not in known], dtype=np.int64)
     if len(missing):

@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn import functional
 
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import zscore
-from evaluation.protocols.probes import Answers, log_odds, score, standardised
+from data_pipeline.volume.intensity import zscore
+from evaluation.protocols.probes import Predictions, log_odds, score, standardised
 from evaluation.tasks.folds import inner_folds
+from infra import random_streams
 from pretrain.encoders import build_encoder
 from pretrain.engine.optimizers import depth_of
 from pretrain.weights.encoder import Encoder
@@ -52,7 +53,7 @@ class FineTuning:
 
 
 @dataclass
-class Job:
+class TrainingJob:
     """All that a worker needs to train on one task: N scans of a manifest, and the encoder's folder (None: random weights)."""
 
     shards: str
@@ -95,7 +96,7 @@ class Network(nn.Module):
         return self
 
 
-def build(job: Job, seed: int) -> Network:
+def build(job: TrainingJob, seed: int) -> Network:
     """The job's network; the head, and without a folder all weights, drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -126,7 +127,7 @@ def parameter_groups(network: Network, lr: float, layer_decay: float) -> list[di
 class Scans:
     """The job's scans as training takes them: z-scored volumes, covariates and targets, by their place in the task."""
 
-    def __init__(self, job: Job, fit: Array) -> None:
+    def __init__(self, job: TrainingJob, fit: Array) -> None:
         manifest = Manifest.load(job.shards)
         self._job, self._reader = job, manifest.reader()
         self._kept: dict[int, Array] = {}
@@ -160,7 +161,7 @@ class Scans:
 
 
 def epochs(
-    job: Job, point: Point, fit: Array, scans: Scans, rank: int = 0, world_size: int = 1
+    job: TrainingJob, point: Point, fit: Array, scans: Scans, rank: int = 0, world_size: int = 1
 ) -> Iterator[Network]:  # fmt: skip
     """The network after one, two, three … epochs on the scans ``fit``; with several ranks each takes its part of a batch."""
     network = build(job, job.settings.seed).to(job.device)
@@ -191,16 +192,16 @@ def epochs(
 
 def _batches(fit: Array, given: FineTuning, epoch: int) -> list[Array]:
     """The scans in a new order, cut into nearly equal batches: none is so small that its statistics are none."""
-    generator = np.random.Generator(np.random.Philox(key=[given.seed, 0xF17E], counter=[0, 0, 0, epoch]))
+    generator = random_streams.generator(given.seed, random_streams.FINE_TUNING_ORDER, (0, 0, 0, epoch))
     return np.array_split(generator.permutation(fit), max(1, round(len(fit) / given.batch)))
 
 
-def _autocast(job: Job) -> Any:
+def _autocast(job: TrainingJob) -> Any:
     half = job.settings.precision == "bf16" or (job.settings.precision == "auto" and job.device != "cpu")
     return torch.autocast(job.device.partition(":")[0], torch.bfloat16) if half else nullcontext()
 
 
-def _class_weights(job: Job, fit: Array) -> torch.Tensor | None:
+def _class_weights(job: TrainingJob, fit: Array) -> torch.Tensor | None:
     """By which all classes of the training scans count alike."""
     if job.kind == "regression":
         return None
@@ -209,7 +210,9 @@ def _class_weights(job: Job, fit: Array) -> torch.Tensor | None:
     return torch.from_numpy(weights.astype(np.float32)).to(job.device)
 
 
-def _losses(job: Job, answers: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+def _losses(
+    job: TrainingJob, answers: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
     """(B,): squared error, or cross-entropy times the class's weight."""
     if weights is None:
         return functional.mse_loss(answers[:, 0], targets, reduction="none")
@@ -220,7 +223,7 @@ def _losses(job: Job, answers: torch.Tensor, targets: torch.Tensor, weights: tor
     )
 
 
-def predict(job: Job, network: Network, scans: Scans, fit: Array, ask: Array) -> Answers:
+def predict(job: TrainingJob, network: Network, scans: Scans, fit: Array, ask: Array) -> Predictions:
     """What a network fitted to the scans ``fit`` says of the scans ``ask``."""
     network.eval()
     parts = []
@@ -229,17 +232,17 @@ def predict(job: Job, network: Network, scans: Scans, fit: Array, ask: Array) ->
             parts.append(network(*scans.inputs(ask[first : first + 2 * job.settings.batch])).float().cpu().numpy())
     values = np.concatenate(parts).astype(np.float64)
     if job.kind == "regression":
-        return Answers(values[:, 0] * scans.deviation + scans.mean, np.full(len(ask), np.nan))
+        return Predictions(values[:, 0] * scans.deviation + scans.mean, np.full(len(ask), np.nan))
     if job.kind == "multiclass":
         shares = np.exp(values - values.max(1, keepdims=True))
         shares /= shares.sum(1, keepdims=True)
-        return Answers(shares.argmax(1).astype(np.float64), shares)
-    return Answers(values[:, 0], expit(values[:, 0] + log_odds(job.labels[fit])))
+        return Predictions(shares.argmax(1).astype(np.float64), shares)
+    return Predictions(values[:, 0], expit(values[:, 0] + log_odds(job.labels[fit])))
 
 
 def trial(point: Point, data: dict[str, Any]) -> Iterator[dict[str, float]]:
     """The score on inner folds of the training scans ``fit`` after every epoch, until it has not risen for a while."""
-    job, fit = data["job"], data["fit"]
+    job, fit = data["job"], data["train"]
     torch.set_num_threads(max(1, int(job.settings.cpus_per_trial)))
     folds = inner_folds(job.labels[fit], job.groups[fit], job.kind, job.settings.seed)[: job.settings.inner_folds]
     inner = [(fit[known], fit[asked]) for known, asked in folds]
@@ -249,7 +252,7 @@ def trial(point: Point, data: dict[str, Any]) -> Iterator[dict[str, float]]:
     for _ in range(job.settings.epochs):
         found = []
         for steps, given, (known, asked) in zip(running, scans, inner, strict=True):
-            answers = predict(job, next(steps), given, known, asked).answer
+            answers = predict(job, next(steps), given, known, asked).predicted
             found.append(score(job.labels[asked], answers, job.kind))
         now = float(np.mean(found))
         yield {"score": now if np.isfinite(now) else -1e9}
@@ -260,14 +263,14 @@ def trial(point: Point, data: dict[str, Any]) -> Iterator[dict[str, float]]:
 
 def final_fit(data: dict[str, Any], rank: int = 0, world_size: int = 1) -> dict[str, Any]:
     """Fit to all training scans for the number of epochs that the inner folds chose; the asked scans' answers."""
-    job, fit, ask = data["job"], data["fit"], data["ask"]
+    job, fit, ask = data["job"], data["train"], data["test"]
     torch.set_num_threads(max(1, int(job.settings.cpus_per_trial)))
     scans = Scans(job, fit)
-    steps = epochs(job, data["at"], fit, scans, rank, world_size)
+    steps = epochs(job, data["params"], fit, scans, rank, world_size)
     network = next(steps)
     for _ in range(data["epochs"] - 1):
         network = next(steps)
     if rank:
         return {}
     answers, probabilities = predict(job, network, scans, fit, ask)
-    return {"answers": answers, "probabilities": probabilities}
+    return {"predicted": answers, "probabilities": probabilities}

@@ -23,7 +23,7 @@ NEIGHBOURS = [1, 3, 7, 15, 31, 63]
 UNPENALISED = 1e4
 
 
-class Answers(NamedTuple):
+class Predictions(NamedTuple):
     """What a model says of m scans.
 
     ``answer`` (m,): binary, a score, 0 where both classes are as likely if they were equally common; multiclass, the
@@ -31,12 +31,12 @@ class Answers(NamedTuple):
     multiclass (m, K), of every class; regression (m,), NaN.
     """
 
-    answer: Array
+    predicted: Array
     probability: Array
 
 
 @dataclass(frozen=True)
-class Table:
+class FeatureTable:
     """Features (N, F) of a task's scans with what models are given beside them; ``scale`` each or all: see ``sides``."""
 
     features: Array
@@ -63,14 +63,14 @@ class Sides(NamedTuple):
     ask_covariates: Array
     classes: int  # K of a multiclass task
 
-    def of_classes(self, known: Array, shares: Array) -> Answers:
-        """Answers from the shares (m, k) of the classes that training scans have."""
+    def of_classes(self, known: Array, shares: Array) -> Predictions:
+        """Predictions from the shares (m, k) of the classes that training scans have."""
         every = np.zeros((len(shares), self.classes))
         every[:, known.astype(np.int64)] = shares
-        return Answers(every.argmax(1), every)
+        return Predictions(every.argmax(1), every)
 
 
-def sides(table: Table, fit: Array, ask: Array) -> Sides:
+def sides(table: FeatureTable, fit: Array, ask: Array) -> Sides:
     """Confounds regressed out, then features scaled; both fitted to the rows ``fit`` alone.
 
     ``scale`` each: every feature to variance 1 over the training scans. all: one factor for all features, which keeps
@@ -101,7 +101,7 @@ def standardised(fit: Array, ask: Array) -> tuple[Array, Array]:
     return np.nan_to_num((fit - mean) / deviation), np.nan_to_num((ask - mean) / deviation)
 
 
-def linear(given: Sides, kind: str, point: Point, seed: int) -> Answers:
+def linear(given: Sides, kind: str, point: Point, seed: int) -> Predictions:
     """Logistic or ridge regression with L2 penalty ``strength``; covariates are not penalised.
 
     Features are rotated onto the training scans' principal axes first: an L2 penalty gives the same answers there, in
@@ -113,9 +113,9 @@ def linear(given: Sides, kind: str, point: Point, seed: int) -> Answers:
         for features, covariates in ((given.fit, given.fit_covariates), (given.ask, given.ask_covariates))
     )
     if kind == "regression":
-        return _numbers(Ridge(alpha=point["strength"]).fit(fit, given.labels).predict(ask))
+        return _numbers(Ridge(alpha=point["penalty"]).fit(fit, given.labels).predict(ask))
     model = LogisticRegression(
-        C=1.0 / point["strength"], max_iter=300, class_weight="balanced", solver="newton-cholesky"
+        C=1.0 / point["penalty"], max_iter=300, class_weight="balanced", solver="newton-cholesky"
     )
     if kind == "multiclass":
         # All classes at once; newton-cholesky would fit each against the others.
@@ -128,7 +128,7 @@ def linear(given: Sides, kind: str, point: Point, seed: int) -> Answers:
         return given.of_classes(model.classes_, model.predict_proba(ask))
     # The classes were weighted to be equally common; their proportion moves the intercept by its log odds.
     score = np.asarray(model.decision_function(ask))
-    return Answers(score, expit(score + log_odds(given.labels)))
+    return Predictions(score, expit(score + log_odds(given.labels)))
 
 
 def _axes(features: Array) -> Array:
@@ -145,11 +145,11 @@ def log_odds(labels: Array) -> float:
     return float(np.log(share / (1.0 - share)))
 
 
-def _numbers(answer: Array) -> Answers:
-    return Answers(np.asarray(answer, dtype=np.float64), np.full(len(answer), np.nan))
+def _numbers(answer: Array) -> Predictions:
+    return Predictions(np.asarray(answer, dtype=np.float64), np.full(len(answer), np.nan))
 
 
-def neighbours(given: Sides, kind: str, point: Point, seed: int) -> Answers:
+def neighbours(given: Sides, kind: str, point: Point, seed: int) -> Predictions:
     """The ``k`` training scans nearest by cosine, each weighing exp(similarity / 0.1); classes count by their rarity."""
     fit, ask = (features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
                 for features in (given.fit, given.ask))  # fmt: skip
@@ -168,10 +168,10 @@ def neighbours(given: Sides, kind: str, point: Point, seed: int) -> Answers:
     prior = counts / counts.sum()
     share = (votes + prior * weights.mean(1, keepdims=True)) / (votes.sum(1) + weights.mean(1))[:, None]
     odds = np.log(share[:, 1]) - np.log(share[:, 0])
-    return Answers(odds - log_odds(given.labels), share[:, 1])
+    return Predictions(odds - log_odds(given.labels), share[:, 1])
 
 
-def network(given: Sides, kind: str, point: Point, seed: int) -> Answers:
+def network(given: Sides, kind: str, point: Point, seed: int) -> Predictions:
     """A perceptron with one hidden layer (scikit-learn's), covariates beside the features."""
     from sklearn.neural_network import MLPClassifier, MLPRegressor
 
@@ -194,25 +194,25 @@ def network(given: Sides, kind: str, point: Point, seed: int) -> Answers:
     if kind == "multiclass":
         return given.of_classes(np.unique(given.labels), shares)
     bounded = np.clip(shares[:, 1], 1e-9, 1 - 1e-9)
-    return Answers(np.log(bounded / (1 - bounded)) - log_odds(given.labels), shares[:, 1])
+    return Predictions(np.log(bounded / (1 - bounded)) - log_odds(given.labels), shares[:, 1])
 
 
-Model = Callable[[Sides, str, Point, int], Answers]
+Model = Callable[[Sides, str, Point, int], Predictions]
 MODELS: dict[str, Model] = {"linear": linear, "knn": neighbours, "mlp": network}
 # What each is tried with; the network's are drawn by Optuna (evaluation.search).
 GRIDS: dict[str, list[Point]] = {
-    "linear": [{"strength": strength} for strength in STRENGTHS],
+    "linear": [{"penalty": strength} for strength in STRENGTHS],
     "knn": [{"k": k} for k in NEIGHBOURS],
 }
 
 
-def fit_predict(model: str, point: Point, table: Table, fit: Array, ask: Array, seed: int = 0) -> Answers:
+def fit_predict(model: str, point: Point, table: FeatureTable, fit: Array, ask: Array, seed: int = 0) -> Predictions:
     """Fit a model of ``MODELS`` to the rows ``fit`` of a table and ask it about the rows ``ask``."""
     if table.kind != "regression" and len(np.unique(table.labels[fit])) < 2:
         known = float(table.labels[fit][0])
         if table.kind == "multiclass":
-            return Answers(np.full(len(ask), known), np.eye(table.classes)[np.full(len(ask), int(known))])
-        return Answers(np.full(len(ask), 2 * known - 1), np.full(len(ask), known))
+            return Predictions(np.full(len(ask), known), np.eye(table.classes)[np.full(len(ask), int(known))])
+        return Predictions(np.full(len(ask), 2 * known - 1), np.full(len(ask), known))
     return MODELS[model](sides(table, fit, ask), table.kind, point, seed)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from evaluation.protocols.finetune import FineTuning
+from evaluation.protocols.variant import ProtocolVariant
 from evaluation.tasks.published import PUBLISHED, SOURCE
 from infra.errors import UserError, nearest
 
@@ -58,12 +59,14 @@ class Protocol:
     mlp_trials: int = 12
     finetune: FineTuning = field(default_factory=FineTuning)
 
-    def label(self, name: str) -> str:
-        """A protocol as the comparison names it: with the layer, and with whole sites left out."""
-        parts = [name]
-        if self.layer is not None and PROTOCOLS[name].subject == "checkpoint" and PROTOCOLS[name].model != "network":
-            parts.append(f"{self.layer} {'+'.join(self.pooling)}")
-        return ", ".join([*parts, *["sites left out"] * self.leave_site_out])
+    def variant(self, name: str) -> ProtocolVariant:
+        """A protocol with the options that apply to it."""
+        kind = PROTOCOLS[name]
+        layer = self.layer if kind.subject == "checkpoint" and kind.model != "network" else None
+        return ProtocolVariant(
+            protocol=name, model=kind.model, evaluates=kind.subject, leave_site_out=self.leave_site_out,
+            layer=layer or "", pooling=self.pooling if layer else (),
+        )  # fmt: skip
 
     def settings_of(self, name: str) -> dict[str, Any]:
         """The settings that a protocol's answers depend on."""

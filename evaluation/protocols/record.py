@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
+from evaluation.protocols.variant import ProtocolVariant
 from infra.errors import UserError
 from infra.files import write_json
 from infra.tracking import runs
@@ -54,14 +55,14 @@ class Result:
 
 
 def open_run(
-    subject: Subject, protocol: str, label: str, manifest: Manifest, params: dict[str, Any], *, uri: str, experiment: str,
+    subject: Subject, variant: ProtocolVariant, manifest: Manifest, params: dict[str, Any], *, uri: str, experiment: str,
     run_id: str | None,
 ) -> Tracker:  # fmt: skip
     """Begin the evaluation's run, or go on with ``run_id`` after a kill. UserError where the store does not answer."""
     config = subject.config
     tags = {
         "yaware.kind": "evaluation", "yaware.run_name": subject.name, "yaware.method": subject.method,
-        "yaware.protocol": label, "yaware.protocol_kind": protocol, "yaware.step": str(subject.step),
+        **variant.to_tags(), "yaware.step": str(subject.step),
         "yaware.weights_sha256": subject.weights, "yaware.manifest_digest": manifest.digest,
         "yaware.pretraining_run": str(config.get("run_id") or ""), "yaware.model_id": str(config.get("model_id") or ""),
         "yaware.simulated": str(manifest.simulated), "yaware.version": version("yaware"),
@@ -70,7 +71,7 @@ def open_run(
     }  # fmt: skip
     if config.get("run_id"):
         tags["mlflow.parentRunId"] = str(config["run_id"])
-    name = f"evaluate {subject.name} step {subject.step}: {label}"
+    name = f"evaluate {subject.name} step {subject.step}: {variant.label}"
     tracker = Tracker.open(uri, experiment, name, run_id=run_id, tags=tags)
     if tracker.run_id is None:
         raise UserError(f"MLflow store {uri} does not answer; start it, or choose another --tracking-uri")

@@ -14,9 +14,10 @@ import torch
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.storage.manifest import Manifest
-from evaluation.protocols.features import cache_name, check_preprocessing, features_of
-from evaluation.protocols.probes import Point, Table, fit_predict
+from evaluation.protocols.features import cache_name, features_of
+from evaluation.protocols.probes import FeatureTable, Point, fit_predict
 from evaluation.protocols.record import PLAIN
+from evaluation.protocols.variant import ProtocolVariant
 from evaluation.tasks.leakage import check_leakage
 from evaluation.tasks.tasks import Task, load_task
 from infra.errors import UserError
@@ -24,7 +25,9 @@ from infra.files import sha256_of
 from infra.progress import Progress
 from infra.tracking import runs
 from infra.tracking.tracker import Tracker, default_uri
-from pretrain.weights.encoder import Encoder, find_encoder
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.folder import find_encoder
+from pretrain.weights.scan_source import check_preprocessing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BATCH = 16
@@ -44,7 +47,7 @@ def add_saliency(
     """
     manifest, uri = Manifest.load(shards), tracking_uri or default_uri()
     folder, encoder = find_encoder(checkpoint), Encoder.from_pretrained(checkpoint)
-    check_preprocessing(encoder, manifest, str(checkpoint))
+    check_preprocessing(encoder.preprocessing, manifest, str(checkpoint))
     task = load_task(task_name, manifest)
     check_leakage(encoder, checkpoint, manifest, task.rows, str(checkpoint))
     if task.kind == "multiclass":
@@ -119,11 +122,11 @@ def _scores(task: Task, features: Array, fit: Array, place: int, variants: Array
         return np.empty((len(fit) + len(asked), 0)) if values is None else values[np.concatenate([fit, asked])]
 
     both = np.concatenate([fit, asked])
-    table = Table(
+    table = FeatureTable(
         np.concatenate([features[fit], variants]).astype(np.float64), task.labels[both], task.groups[both], task.kind,
         beside(task.covariates), beside(task.confounds),
     )  # fmt: skip
-    return fit_predict("linear", point, table, np.arange(len(fit)), np.arange(len(fit), len(both))).answer
+    return fit_predict("linear", point, table, np.arange(len(fit)), np.arange(len(fit), len(both))).predicted
 
 
 def _evaluation(
@@ -133,7 +136,8 @@ def _evaluation(
     for run in runs.runs(uri, experiment, "evaluation", f"tags.`yaware.weights_sha256` = '{weights}'"):
         tags = run["tags"]
         same = tags.get("yaware.manifest_digest") == manifest.digest and run["status"] == "FINISHED"
-        if not same or tags.get("yaware.protocol") not in PLAIN:
+        variant = ProtocolVariant.from_tags(tags)
+        if not same or variant.protocol not in PLAIN or variant.options:
             continue
         with tempfile.TemporaryDirectory() as temporary:
             path = runs.download(uri, run["run_id"], "evaluation", Path(temporary))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evaluation.protocols.finetune import Job, Point, final_fit, trial
-from evaluation.protocols.nested_cv import Found, Prepared, assemble, best_of, trial_row
+from evaluation.protocols.finetune import Point, TrainingJob, final_fit, trial
+from evaluation.protocols.nested_cv import NestedCVResult, PreparedTask, assemble, best_of, trial_row
 from evaluation.statistics.metrics import auc
 from evaluation.tasks.folds import Draw
 from infra import ray_cluster, tuning
@@ -22,30 +22,36 @@ SCRATCH_SPACE: dict[str, tuple[Any, ...]] = {
 
 
 def search_fine_tuning(
-    jobs: dict[str, Job], prepared: dict[str, Prepared], storage: Path, title: str
-) -> dict[str, Found]:  # fmt: skip
+    jobs: dict[str, TrainingJob], prepared: dict[str, PreparedTask], storage: Path, title: str
+) -> dict[str, NestedCVResult]:  # fmt: skip
     """Every task's answers out of fold by networks trained on it, and its learning curve where it is asked for."""
     points, trials = [], {task: list[dict[str, Any]]() for task in jobs}
     for task, job in jobs.items():
         for number, (fit, ask) in enumerate(prepared[task].folds):
             at, epochs, rows = _chosen(job, fit, storage, f"{task}-{number}", f"{title}: {task}, fold {number + 1}")
-            points.append({"task": task, "fold": number, "at": at, "epochs": epochs, "fit": fit, "ask": ask})
+            points.append({"task": task, "fold": number, "params": at, "epochs": epochs, "train": fit, "test": ask})
             trials[task] += [{**row, "part": f"fold {number}"} for row in rows]
         for draw in prepared[task].draws if job.settings.curve else ():
             name = f"{draw.size}-{draw.number}"
-            at, epochs, rows = _chosen(job, draw.fit, storage, f"{task}-{name}", f"{title}: {task}, draw {name}")
-            points.append({"task": task, "draw": draw, "at": at, "epochs": epochs, "fit": draw.fit, "ask": draw.ask})
+            at, epochs, rows = _chosen(job, draw.train, storage, f"{task}-{name}", f"{title}: {task}, draw {name}")
+            points.append(
+                {"task": task, "draw": draw, "params": at, "epochs": epochs, "train": draw.train, "test": draw.test}
+            )
             trials[task] += [{**row, "part": f"draw {name}"} for row in rows]
     results = _final_fits(points, jobs, storage, title)
     found = {task: assemble(task, prepared[task], results, trials[task]) for task in jobs}
     for row in results:
         of: Draw | None = row.get("draw")
         if of is not None:
-            found[row["task"]].curve.append((of.size, of.number, auc(jobs[row["task"]].labels[of.ask], row["answers"])))
+            found[row["task"]].curve.append(
+                (of.size, of.number, auc(jobs[row["task"]].labels[of.test], row["predicted"]))
+            )
     return found
 
 
-def _chosen(job: Job, fit: Any, storage: Path, name: str, title: str) -> tuple[Point, int, list[dict[str, Any]]]:
+def _chosen(
+    job: TrainingJob, fit: Any, storage: Path, name: str, title: str
+) -> tuple[Point, int, list[dict[str, Any]]]:
     """The best point for some training scans, the number of epochs it did best with, and the trials' rows."""
     given = job.settings
     known = {"lr": given.lr, "layer_decay": given.layer_decay, "weight_decay": given.weight_decay}
@@ -56,7 +62,7 @@ def _chosen(job: Job, fit: Any, storage: Path, name: str, title: str) -> tuple[P
     else:
         space, samples = {key: ("choice", [value]) for key, value in known.items()}, 1
     records = tuning.tune_search(
-        trial, space, data={"job": job, "fit": fit}, samples=samples, storage=storage, name=name, seed=given.seed,
+        trial, space, data={"job": job, "train": fit}, samples=samples, storage=storage, name=name, seed=given.seed,
         halving=given.halving, resources=resources_of(job), title=title,
     )  # fmt: skip
     best = best_of(records)
@@ -64,7 +70,7 @@ def _chosen(job: Job, fit: Any, storage: Path, name: str, title: str) -> tuple[P
     return best["point"], scores.index(max(scores)) + 1, [trial_row("", record) for record in records]
 
 
-def resources_of(job: Job) -> dict[str, float]:
+def resources_of(job: TrainingJob) -> dict[str, float]:
     """What a trial is given."""
     gpus = gpus_per_trial(job.settings.gpus_per_trial)
     return {"cpu": job.settings.cpus_per_trial, **({"gpu": gpus} if gpus else {})}
@@ -75,16 +81,16 @@ def gpus_per_trial(asked: float | None) -> float:
     return asked if asked is not None else min(1.0, ray_cluster.gpus())
 
 
-def fit_one(point: Point, data: dict[str, Any]) -> dict[str, Any]:
+def final_fit_trial(point: Point, data: dict[str, Any]) -> dict[str, Any]:
     """A final fit as a trial of its own."""
     return {**point, **final_fit({**point, "job": data["jobs"][point["task"]]})}
 
 
-def _final_fits(points: list[Point], jobs: dict[str, Job], storage: Path, title: str) -> list[dict[str, Any]]:
+def _final_fits(points: list[Point], jobs: dict[str, TrainingJob], storage: Path, title: str) -> list[dict[str, Any]]:
     job = next(iter(jobs.values()))
     if job.settings.ranks == 1:
         return tuning.tune_grid(
-            fit_one, points, data={"jobs": jobs}, storage=storage, name="answers", title=f"{title}: final fits",
+            final_fit_trial, points, data={"jobs": jobs}, storage=storage, name="answers", title=f"{title}: final fits",
             resources=resources_of(job),
         )  # fmt: skip
     results = []

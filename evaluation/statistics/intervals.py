@@ -13,6 +13,8 @@ from typing import Any, Protocol, overload
 import numpy as np
 from scipy import stats
 
+from infra import random_streams
+
 Array = np.ndarray[Any, np.dtype[Any]]
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -109,7 +111,7 @@ def bootstrap_weights(codes: Array, count: int = RESAMPLES, seed: int = 0) -> It
     The same codes and seed give the same rows, whatever the size of the blocks.
     """
     people = int(codes.max()) + 1
-    generator = np.random.Generator(np.random.Philox(key=[seed, 0xB007]))
+    generator = random_streams.generator(seed, random_streams.BOOTSTRAP)
     block = max(1, CELLS // len(codes))
     for start in range(0, count, block):
         rows = min(block, count - start)

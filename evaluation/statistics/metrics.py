@@ -1,7 +1,7 @@
 """Figures of merit. Each takes weights too, which is how a bootstrap over participants is computed in one go.
 
 A figure is called with labels (N,) and answers (N,): for a binary task a score that rises with the positive class and is 0
-at the threshold, for a multiclass one the class codes, for a regression the numbers. ``OF_PROBABILITIES`` are called with
+at the threshold, for a multiclass one the class codes, for a regression the numbers. ``PROBABILITY_METRICS`` are called with
 probabilities instead: of the positive class (N,), or of every class (N, K).
 Without weights a figure is a float. With weights (R, N) it is (R,): row r is the figure of a sample that holds scan n
 ``weights[r, n]`` times, which is what drawing participants with replacement comes to. NaN stands where a figure does not
@@ -20,13 +20,13 @@ from evaluation.statistics.intervals import Array, Statistic, with_interval
 from evaluation.statistics.paired import paired_difference
 
 __all__ = [
-    "FIGURES", "HIGHER_IS_BETTER", "OF_PROBABILITIES", "Statistic", "accuracy_at_zero", "auc", "average_precision",
+    "METRICS", "HIGHER_IS_BETTER", "PROBABILITY_METRICS", "Statistic", "accuracy_at_zero", "auc", "average_precision",
     "balanced_accuracy", "brier", "macro_auc", "mae", "openbhb_score", "paired_difference", "pearson", "r2",
     "site_leakage", "with_interval",
 ]  # fmt: skip
 
 
-def _figure(core: Callable[[Array, Array, Array], Array]) -> Statistic:
+def _metric(core: Callable[[Array, Array, Array], Array]) -> Statistic:
     """Let a figure written for weights (R, N) be called without them too."""
 
     @wraps(core)
@@ -39,7 +39,7 @@ def _figure(core: Callable[[Array, Array, Array], Array]) -> Statistic:
     return cast(Statistic, both)
 
 
-@_figure
+@_metric
 def auc(labels: Array, answers: Array, weights: Array) -> Array:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
 
@@ -51,7 +51,7 @@ def auc(labels: Array, answers: Array, weights: Array) -> Array:
     return _ratio((positive * (below + negative / 2)).sum(1), positive.sum(1) * negative.sum(1))
 
 
-@_figure
+@_metric
 def average_precision(labels: Array, answers: Array, weights: Array) -> Array:
     """Average precision Σ_t (recall_t - recall_{t-1}) precision_t over the distinct scores t, from the highest down.
 
@@ -63,7 +63,7 @@ def average_precision(labels: Array, answers: Array, weights: Array) -> Array:
     return _ratio((positive * precision).sum(1), positive.sum(1))
 
 
-@_figure
+@_metric
 def balanced_accuracy(labels: Array, predicted: Array, weights: Array) -> Array:
     """Mean over the classes present in ``labels`` of the share of each that is predicted right.
 
@@ -75,13 +75,13 @@ def balanced_accuracy(labels: Array, predicted: Array, weights: Array) -> Array:
     return _mean_of_known(recalls)
 
 
-@_figure
+@_metric
 def accuracy_at_zero(labels: Array, answers: Array, weights: Array) -> Array:
     """Balanced accuracy of a binary task when a score above 0 is called positive."""
     return balanced_accuracy(labels, (answers > 0).astype(np.int64), weights)
 
 
-@_figure
+@_metric
 def brier(labels: Array, answers: Array, weights: Array) -> Array:
     """Brier score: mean of (p - y)²; 0 is perfect, 0.25 is a coin's. For K classes Σ_k (p_k - [y = k])², from 0 to 2.
 
@@ -96,7 +96,7 @@ def brier(labels: Array, answers: Array, weights: Array) -> Array:
     return _ratio(weights @ errors, weights.sum(1))
 
 
-@_figure
+@_metric
 def macro_auc(labels: Array, answers: Array, weights: Array) -> Array:
     """Mean over the classes of the AUC of one class against the rest; ``answers`` are probabilities (N, K)."""
     if answers.ndim != 2:
@@ -106,13 +106,13 @@ def macro_auc(labels: Array, answers: Array, weights: Array) -> Array:
     )
 
 
-@_figure
+@_metric
 def mae(labels: Array, predicted: Array, weights: Array) -> Array:
     """Mean absolute error, in the labels' unit."""
     return _ratio(weights @ np.abs(labels - predicted), weights.sum(1))
 
 
-@_figure
+@_metric
 def r2(labels: Array, predicted: Array, weights: Array) -> Array:
     """Share of the labels' variance that the prediction explains; negative where it is worse than their mean."""
     total, shifted = weights.sum(1), labels - labels.mean()  # shifted, so that a difference of squares loses no digits
@@ -120,7 +120,7 @@ def r2(labels: Array, predicted: Array, weights: Array) -> Array:
     return 1.0 - _ratio(_ratio(weights @ (labels - predicted) ** 2, total), spread)
 
 
-@_figure
+@_metric
 def pearson(labels: Array, predicted: Array, weights: Array) -> Array:
     """Pearson's correlation; blind to a wrong scale or offset, which MAE and R² see."""
     total = weights.sum(1)
@@ -131,13 +131,13 @@ def pearson(labels: Array, predicted: Array, weights: Array) -> Array:
 
 
 # kind of task -> figures of its answers, the first being the one by which checkpoints are compared
-FIGURES: dict[str, dict[str, Statistic]] = {
+METRICS: dict[str, dict[str, Statistic]] = {
     "binary": {"auc": auc, "bacc": accuracy_at_zero, "ap": average_precision},
     "multiclass": {"bacc": balanced_accuracy},
     "regression": {"mae": mae, "r2": r2, "pearson": pearson},
 }
 # kind of task -> figures of its probabilities: (N,) of the positive class, (N, K) of every class
-OF_PROBABILITIES: dict[str, dict[str, Statistic]] = {
+PROBABILITY_METRICS: dict[str, dict[str, Statistic]] = {
     "binary": {"brier": brier},
     "multiclass": {"auc": macro_auc, "brier": brier},
     "regression": {},

@@ -9,6 +9,7 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, Stratified
 
 from evaluation.tasks.columns import fifths
 from evaluation.tasks.tasks import Task
+from infra import random_streams
 from infra.errors import UserError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -21,11 +22,13 @@ class Draw(NamedTuple):
 
     size: int
     number: int
-    fit: Array
-    ask: Array
+    train: Array
+    test: Array
 
 
-def folds_of(labels: Array, groups: Array, kind: str, count: int, seed: int, strata: Array | None = None) -> list[Fold]:
+def make_folds(
+    labels: Array, groups: Array, kind: str, count: int, seed: int, strata: Array | None = None
+) -> list[Fold]:
     """``count`` folds in which no group is on both sides; classes (or fifths of a number's range) spread alike.
 
     ``strata`` (N,) codes are spread alike instead; of one that is too small for the folds only the class is.
@@ -58,7 +61,7 @@ def outer_folds(task: Task, count: int, seed: int, by_site: bool = False) -> lis
         return [(np.flatnonzero(~task.test), np.flatnonzero(task.test))]
     if by_site:
         return site_folds(task, count, seed)
-    return folds_of(task.labels, task.groups, task.kind, count, seed, task.strata)
+    return make_folds(task.labels, task.groups, task.kind, count, seed, task.strata)
 
 
 def site_folds(task: Task, count: int, seed: int) -> list[Fold]:
@@ -86,7 +89,7 @@ def site_folds(task: Task, count: int, seed: int) -> list[Fold]:
 
 def inner_folds(labels: Array, groups: Array, kind: str, seed: int, repeats: int = 1) -> list[Fold]:
     """Three folds of training scans, ``repeats`` times dealt anew; places among these scans."""
-    return [fold for n in range(repeats) for fold in folds_of(labels, groups, kind, INNER, seed + 7919 * n)]
+    return [fold for n in range(repeats) for fold in make_folds(labels, groups, kind, INNER, seed + 7919 * n)]
 
 
 def curve_draws(task: Task, folds: list[Fold], sizes: list[int], draws: int, seed: int) -> list[Draw]:
@@ -108,7 +111,7 @@ def curve_draws(task: Task, folds: list[Fold], sizes: list[int], draws: int, see
                 found = [one for one in found if one.size != size]
                 break
             # Keyed by size and number, so that asking for other sizes changes no draw.
-            generator = np.random.Generator(np.random.Philox(key=[seed, 0xC0DE], counter=[0, 0, size, draw]))
+            generator = random_streams.generator(seed, random_streams.FEW_SHOT_DRAWS, (0, 0, size, draw))
             parts = [generator.permutation(members)[:n] for members, n in zip(classes, counts, strict=True)]
             found.append(Draw(size, draw, np.concatenate(parts), ask))
     return found

@@ -16,7 +16,8 @@ import pandas as pd
 from data_pipeline.storage.manifest import Manifest
 from evaluation.tasks.tasks import Task
 from infra.errors import UserError
-from pretrain.weights.encoder import Encoder, find_encoder
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.folder import find_encoder
 from pretrain.weights.seen_scans import DIGITS, Source, participant_digest, participants_of, read, source_of
 
 Array = np.ndarray[Any, np.dtype[Any]]

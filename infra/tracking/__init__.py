@@ -1,1 +1,1 @@
-"""MLflow: tracking of runs, queries, model registry."""
+"""MLflow: log runs, query them, and register models."""

@@ -1,4 +1,4 @@
-"""The tracking store itself: a client, and a run in a store that answers. The only module that imports mlflow."""
+"""Connections to the MLflow store: clients, and runs that accept entries. The only module that imports mlflow."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from typing import Any
 from infra.errors import UserError
 from infra.tracking.spool import Entry, warn
 
-METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's own limits of log_batch
+METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # limits of MLflow's log_batch
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
-# Errors that the same call would meet again: the entry is dropped with a warning, where others wait in the spool.
-HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
-QUIET = {
+# Errors that a retry cannot solve: the entry is dropped with a warning. After any other error it stays in the spool.
+PERMANENT_ERRORS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
+DEFAULT_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # MLflow would try for minutes; training waits for it, and the spool makes waiting needless.
+    # By default MLflow retries for minutes and training waits for it. The spool makes these retries unnecessary.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 
 
 class StoredRun:
-    """A run in a store that answers. ``floor`` holds, per metric, the last step that earlier processes logged."""
+    """An MLflow run in a store that is reachable; entries are sent with ``apply``.
+
+    ``last`` holds the last step of each metric, ``last_before`` the last step that earlier processes logged.
+    """
 
     def __init__(self, client: Any, uri: str, opening: Entry, previous: StoredRun | None) -> None:
         self.client, self.uri, self.opening = client, uri, opening
         self.run_id: str
         if opening["run_id"] is None and previous is not None and previous.continued_by(opening):
             opening["run_id"] = previous.run_id
-        run = _find_run(client, opening["run_id"]) if opening["run_id"] else None
+        run = _get_run(client, opening["run_id"]) if opening["run_id"] else None
         if run is None:
             experiment = _experiment_id(client, uri, opening["experiment"])
             name, tags, started = opening["run_name"], opening["tags"], opening["time"]
@@ -47,26 +50,26 @@ class StoredRun:
         self.run_id, self.experiment_id = str(run.info.run_id), str(run.info.experiment_id)
         opening["run_id"] = self.run_id
         self.status, self.params = "RUNNING", dict(run.data.params)
-        # The public .metrics has values without steps, and a whole history per metric is slow to read.
+        # The public .metrics has no steps, and reading the whole history of every metric is slow.
         self.last: dict[str, int] = {metric.key: int(metric.step) for metric in run.data._metric_objs}
-        self.floor = dict(self.last)
-        self.refused = False  # whether a file was left out for good
+        self.last_before = dict(self.last)
+        self.incomplete = False  # whether a file or trials were rejected for good
 
     def continued_by(self, opening: Entry) -> bool:
-        """Whether ``opening`` is the same work begun again by a process that knew no run id."""
+        """Return whether ``opening`` restarts this run: the same names, from a process that knew no run id."""
         same = all(self.opening[key] == opening[key] for key in ("experiment", "run_name"))
         return same and self.status != "FINISHED"
 
     def apply(self, entry: Entry) -> Any:
-        """Send one entry; raises where it is worth another try."""
+        """Send one entry. Raises the error if a retry may succeed; warns and drops the entry otherwise."""
         try:
             return getattr(self, f"_{entry['op']}")(entry)
         except Exception as error:
-            hopeless = getattr(error, "error_code", None) in HOPELESS
-            if not hopeless and not isinstance(error, (FileNotFoundError, PermissionError)):
+            permanent = getattr(error, "error_code", None) in PERMANENT_ERRORS
+            if not permanent and not isinstance(error, (FileNotFoundError, PermissionError)):
                 raise
-            self.refused = self.refused or entry["op"] in ("artifact", "trials")
-            warn(f"MLflow run {self.run_id} refused {entry['op']}: {' '.join(str(error).split())[:300]}")
+            self.incomplete = self.incomplete or entry["op"] in ("artifact", "trials")
+            warn(f"MLflow run {self.run_id} rejected {entry['op']}: {' '.join(str(error).split())[:300]}")
 
     def _params(self, entry: Entry) -> None:
         new = {key: value for key, value in entry["params"].items() if key not in self.params}
@@ -82,7 +85,7 @@ class StoredRun:
         rows = [
             Metric(name, value, entry["time"], step, **extra)
             for name, value, step in entry["metrics"]
-            if model is not None or step > self.floor.get(name, -1)
+            if model is not None or step > self.last_before.get(name, -1)
         ]
         for i in range(0, len(rows), METRICS_PER_CALL):
             self.client.log_batch(self.run_id, metrics=rows[i : i + METRICS_PER_CALL])
@@ -93,32 +96,32 @@ class StoredRun:
         self.client.log_artifact(self.run_id, entry["path"], entry["folder"])
 
     def _trials(self, entry: Entry) -> None:
-        """Child runs, each written once: one that a kill or an outage left unfinished is written anew."""
+        """Log each trial once, as a child run. A child run that a kill or an outage left unfinished is written again."""
         from mlflow.entities import Metric
 
-        done = set()
+        finished = set()
         for run in self._children("trial"):
             if run.info.status == "FINISHED":
-                done.add(run.data.tags.get("yaware.trial"))
+                finished.add(run.data.tags.get("yaware.trial"))
             else:
                 self.client.delete_run(run.info.run_id)
         for trial in entry["trials"]:
-            if trial["key"] in done:
+            if trial["key"] in finished:
                 continue
             tags = {"mlflow.parentRunId": self.run_id, "yaware.kind": "trial", "yaware.trial": trial["key"]}
-            made = self.client.create_run(
+            child = self.client.create_run(
                 self.experiment_id, run_name=trial["name"], tags={**trial["tags"], **tags}, start_time=entry["time"]
             )
-            self._batch(made.info.run_id, params=trial["params"])
+            self._batch(child.info.run_id, params=trial["params"])
             rows = [Metric(name, value, entry["time"], step) for name, value, step in trial["metrics"]]
             for i in range(0, len(rows), METRICS_PER_CALL):
-                self.client.log_batch(made.info.run_id, metrics=rows[i : i + METRICS_PER_CALL])
-            self.client.set_terminated(made.info.run_id, "FINISHED", entry["time"])
+                self.client.log_batch(child.info.run_id, metrics=rows[i : i + METRICS_PER_CALL])
+            self.client.set_terminated(child.info.run_id, "FINISHED", entry["time"])
 
     def _children(self, kind: str) -> Iterator[Any]:
-        token, given = None, f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.`yaware.kind` = '{kind}'"
+        token, condition = None, f"tags.`mlflow.parentRunId` = '{self.run_id}' and tags.`yaware.kind` = '{kind}'"
         while True:
-            page = self.client.search_runs([self.experiment_id], given, page_token=token)
+            page = self.client.search_runs([self.experiment_id], condition, page_token=token)
             yield from page
             token = page.token
             if not token:
@@ -132,8 +135,8 @@ class StoredRun:
         from mlflow.entities import LoggedModelOutput
 
         tags = {"yaware.checkpoint": entry["folder"], "yaware.checkpoint.sha256": entry["digest"]}
-        name = re.sub(r"[/:.%\"']", "-", entry["name"])  # MLflow refuses these in a model's name
-        with environment(MLFLOW_TRACKING_URI=self.uri):
+        name = re.sub(r"[/:.%\"']", "-", entry["name"])  # MLflow does not allow these in a model's name
+        with temporary_environment(MLFLOW_TRACKING_URI=self.uri):
             model = mlflow.create_external_model(
                 name, source_run_id=self.run_id, model_type="encoder", params={"step": str(entry["step"])}, tags=tags,
                 experiment_id=self.experiment_id,
@@ -153,16 +156,16 @@ class StoredRun:
     ) -> None:
         from mlflow.entities import Param, RunTag
 
-        made = [("params", Param(key, value)) for key, value in (params or {}).items()]
-        made += [("tags", RunTag(key, value)) for key, value in (tags or {}).items()]
-        for i in range(0, len(made), PARAMS_PER_CALL):
-            some = made[i : i + PARAMS_PER_CALL]
-            self.client.log_batch(run_id, **{kind: [x for k, x in some if k == kind] for kind in ("params", "tags")})
+        rows = [("params", Param(key, value)) for key, value in (params or {}).items()]
+        rows += [("tags", RunTag(key, value)) for key, value in (tags or {}).items()]
+        for i in range(0, len(rows), PARAMS_PER_CALL):
+            batch = rows[i : i + PARAMS_PER_CALL]
+            self.client.log_batch(run_id, **{kind: [x for k, x in batch if k == kind] for kind in ("params", "tags")})
 
 
 @contextmanager
-def readable(uri: str) -> Iterator[None]:
-    """A store that does not answer a query, or an unknown run, becomes a UserError."""
+def query_errors(uri: str) -> Iterator[None]:
+    """Raise MLflow's errors inside the block (unreachable store, unknown run) as UserError."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -172,11 +175,18 @@ def readable(uri: str) -> Iterator[None]:
 
 
 def client_of(uri: str, create: bool = True) -> Any:
+    """Return an MLflow client of the store ``uri``, with telemetry off and few retries.
+
+    A sqlite store that does not exist is created if ``create``. Raises UserError if ``uri`` is not a store URI, or if the
+    sqlite file is missing and ``create`` is False.
+    """
     check_uri(uri)
     file = _sqlite_file(uri)
     if not create and file is not None and not file.is_file():
-        raise UserError(f"tracking store {uri} does not exist; give the URI that the run was logged to")
-    for name, value in QUIET.items():
+        raise UserError(
+            f"tracking store {uri} does not exist; set --tracking-uri to the store that the run was logged to"
+        )
+    for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
@@ -186,15 +196,16 @@ def client_of(uri: str, create: bool = True) -> Any:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{file}.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes that make the tables at once would both fail
+        fcntl.flock(lock, fcntl.LOCK_EX)  # if two processes create the tables at once, both fail
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def check_uri(uri: str) -> None:
+    """Raise UserError if ``uri`` has none of the schemes in ``SCHEMES``."""
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme not in SCHEMES or ":" not in uri:
         raise UserError(
-            f"tracking URI {uri!r} is not a store of MLflow; allowed are {', '.join(SCHEMES)}, "
+            f"tracking URI {uri!r} is not an MLflow store; allowed schemes are {', '.join(SCHEMES)}, "
             "e.g. sqlite:////data/mlruns/mlflow.db or http://server:5000"
         )
 
@@ -205,32 +216,32 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 def _experiment_id(client: Any, uri: str, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         file = _sqlite_file(uri)
-        place = (file.resolve().parent / "artifacts").as_uri() if file else None  # a server knows its own place
+        location = (file.resolve().parent / "artifacts").as_uri() if file else None  # a server has its own default
         try:
-            return str(client.create_experiment(name, artifact_location=place))
+            return str(client.create_experiment(name, artifact_location=location))
         except Exception as error:
             if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another process was quicker
-    return str(found.experiment_id)
+            experiment = client.get_experiment_by_name(name)  # another process created it meanwhile
+    return str(experiment.experiment_id)
 
 
-def _find_run(client: Any, run_id: str) -> Any:
+def _get_run(client: Any, run_id: str) -> Any:
     try:
         return client.get_run(run_id)
     except Exception as error:
         if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
             raise
-        warn(f"MLflow run {run_id} is not in this store; a new run is made")
+        warn(f"MLflow run {run_id} is not in this store; creating a new run")
         return None
 
 
 @contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Variables set for a while: parts of MLflow look for the store there, whatever client they were called by."""
+def temporary_environment(**values: str) -> Iterator[None]:
+    """Set environment variables inside the block: some MLflow functions read the store's URI only from there."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""Questions to the tracking store, answered with plain dicts."""
+"""Query the tracking store; results are plain dicts."""
 
 from __future__ import annotations
 
@@ -9,109 +9,112 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError, nearest
-from infra.tracking.mlflow_store import client_of, readable
+from infra.tracking.mlflow_store import client_of, query_errors
 
-# What a store that answers says of a logged model that it does not have.
-UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND")
+# Error codes of a reachable store for a logged model that it does not have.
+UNKNOWN_MODEL = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND")
 
 
 def runs(uri: str, experiment: str, kind: str, filter: str = "") -> list[dict[str, Any]]:
-    """Runs with tag yaware.kind=``kind``, newest first; ``filter`` is one of MLflow's, joined by "and".
+    """Return the runs with tag yaware.kind=``kind``, newest first.
 
-    Each is a dict of run_id, name, tags, params, metrics (last values), start_time (ms since 1970), status.
-    UserError where the store or the experiment is missing.
+    ``filter`` is an MLflow filter that must hold too. Each run is a dict with run_id, name, tags, params, metrics (last
+    values), start_time (ms since 1970) and status. Raises UserError if the store or the experiment does not exist.
     """
     client = client_of(uri, create=False)
-    with readable(uri):
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            names = sorted(each.name for each in client.search_experiments())
+    with query_errors(uri):
+        stored = client.get_experiment_by_name(experiment)
+        if stored is None:
+            names = sorted(other.name for other in client.search_experiments())
             raise UserError(
                 f"experiment {experiment!r} is not in {uri}{nearest(experiment, names)}; it has {', '.join(names)}"
             )
         condition = f"tags.`yaware.kind` = '{kind}'" + (f" and {filter}" if filter else "")
-        where = {"filter_string": condition, "order_by": ["attributes.start_time DESC"]}
-        return [_run_row(run) for run in _pages(client.search_runs, [found.experiment_id], where)]
+        query = {"filter_string": condition, "order_by": ["attributes.start_time DESC"]}
+        return [_run_row(run) for run in _pages(client.search_runs, [stored.experiment_id], query)]
 
 
 def metric_history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
-    """All (step, value) of a metric, by step; empty where the run has none of that name."""
+    """Return all (step, value) pairs of a metric, sorted by step; empty if the run does not have the metric."""
     client = client_of(uri, create=False)
-    with readable(uri):
+    with query_errors(uri):
         return sorted((int(metric.step), float(metric.value)) for metric in client.get_metric_history(run_id, name))
 
 
 def download(uri: str, run_id: str, artifact_path: str, to: Path) -> Path:
-    """Copy an artifact (a file or a directory) of a run into folder ``to``; the path of the copy."""
+    """Copy an artifact (a file or a directory) of a run into folder ``to``. Return the path of the copy."""
     client = client_of(uri, create=False)
     to.mkdir(parents=True, exist_ok=True)
-    with readable(uri):
+    with query_errors(uri):
         return Path(client.download_artifacts(run_id, artifact_path, str(to)))
 
 
 def checkpoints(uri: str, run_id: str) -> list[dict[str, Any]]:
-    """The checkpoints of a run, by step.
+    """Return the checkpoints of a run, sorted by step.
 
-    Each is a dict of model_id, name, step, path (folder), sha256, run_id, tags, params and metrics, which are the
-    evaluations so far: a list of dicts of name, value, step, dataset (or None), run_id (of the evaluation).
+    Each is a dict with model_id, name, step, path (folder), sha256, run_id, tags, params and metrics. The metrics are the
+    results of evaluations: a list of dicts with name, value, step, dataset (or None) and run_id (of the evaluation).
     """
     client = client_of(uri, create=False)
-    with readable(uri):
+    with query_errors(uri):
         experiment = client.get_run(run_id).info.experiment_id
-        where = {"filter_string": f"source_run_id = '{run_id}'"}
-        found = [_model_row(model) for model in _pages(client.search_logged_models, [experiment], where)]
-    return sorted(found, key=lambda row: int(row["step"]))
+        query = {"filter_string": f"source_run_id = '{run_id}'"}
+        rows = [_model_row(model) for model in _pages(client.search_logged_models, [experiment], query)]
+    return sorted(rows, key=lambda row: int(row["step"]))
 
 
 def has_model(uri: str, model_id: str) -> bool:
-    """Whether the store knows a logged model; UserError where the store does not answer."""
+    """Return whether the store has a logged model. Raises UserError if the store does not answer."""
     client = client_of(uri, create=False)
     try:
-        with readable(uri):
+        with query_errors(uri):
             client.get_logged_model(model_id)
     except UserError as error:
-        if getattr(error.__cause__, "error_code", None) in UNKNOWN:
+        if getattr(error.__cause__, "error_code", None) in UNKNOWN_MODEL:
             return False
         raise
     return True
 
 
 def checkpoint(uri: str, model_id: str) -> dict[str, Any]:
-    """One checkpoint by its model id, as ``checkpoints`` gives it; UserError where it is not in the store."""
+    """Return one checkpoint by its model id, in the form of ``checkpoints``. Raises UserError if it is not in the store."""
     client = client_of(uri, create=False)
-    with readable(uri):
+    with query_errors(uri):
         return _model_row(client.get_logged_model(model_id))
 
 
-def find_run(uri: str, given: str, experiment: str) -> dict[str, Any]:
-    """A run (as ``runs`` gives it) by its id, or the newest pretraining of that name in ``experiment``."""
+def find_run(uri: str, reference: str, experiment: str) -> dict[str, Any]:
+    """Return a run, in the form of ``runs``, by its id or by the name of a pretraining in ``experiment`` (the newest).
+
+    Raises UserError if there is none.
+    """
     client = client_of(uri, create=False)
-    if re.fullmatch(r"[0-9a-f]{32}", given):
-        with readable(uri):
-            return _run_row(client.get_run(given))
-    known = runs(uri, experiment, "pretraining")
-    for row in known:
-        if row["name"] == given:
+    if re.fullmatch(r"[0-9a-f]{32}", reference):
+        with query_errors(uri):
+            return _run_row(client.get_run(reference))
+    pretrainings = runs(uri, experiment, "pretraining")
+    for row in pretrainings:
+        if row["name"] == reference:
             return row
-    names = sorted({str(row["name"]) for row in known})
+    names = sorted({str(row["name"]) for row in pretrainings})
     raise UserError(
-        f"{given!r} is no model id, run id or pretraining of experiment {experiment!r}{nearest(given, names)}; "
-        f"its pretrainings: {', '.join(names) or 'none'}"
+        f"{reference!r} is not a model id, a run id or a pretraining of experiment {experiment!r}"
+        f"{nearest(reference, names)}; its pretrainings: {', '.join(names) or 'none'}"
     )
 
 
 def ui_command(uri: str) -> str:
-    """What to type to see the store: the viewer's command, or for a server its address."""
+    """Return how to browse the store: the command of MLflow's viewer, or the address of a server."""
     if uri.startswith("http"):
         return f"open {uri} in a browser"
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def _run_row(run: Any) -> dict[str, Any]:
-    content, about = run.data, run.info
+    data, info = run.data, run.info
     return {
-        "run_id": about.run_id, "name": about.run_name, "tags": dict(content.tags), "params": dict(content.params),
-        "metrics": dict(content.metrics), "start_time": about.start_time, "status": about.status,
+        "run_id": info.run_id, "name": info.run_name, "tags": dict(data.tags), "params": dict(data.params),
+        "metrics": dict(data.metrics), "start_time": info.start_time, "status": info.status,
     }  # fmt: skip
 
 
@@ -128,10 +131,10 @@ def _model_row(model: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _pages(search: Any, experiments: list[str], where: dict[str, Any]) -> Iterator[Any]:
+def _pages(search: Any, experiments: list[str], query: dict[str, Any]) -> Iterator[Any]:
     token = None
     while True:
-        page = search(experiments, **where, page_token=token)
+        page = search(experiments, **query, page_token=token)
         yield from page
         token = page.token
         if not token:

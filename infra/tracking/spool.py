@@ -1,4 +1,4 @@
-"""What waits for the tracking store: entries kept in a file while the store does not answer."""
+"""A queue of entries for the tracking store, kept in a file while the store is unreachable."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Entry = dict[str, Any]
 
 
 class Spool:
-    """Entries that wait for the store: JSON lines in a file, or a list in memory where no path is given."""
+    """Entries that are not yet in the store: JSON lines in the file ``path``, or a list in memory if ``path`` is None."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self._memory = path, list[Entry]()
 
     def read(self) -> list[Entry]:
-        """All entries, oldest first; a last line cut short by a killed process is left out."""
+        """Return all entries, oldest first. Lines that are not JSON (a process was killed while writing) are skipped."""
         if self.path is None:
             return list(self._memory)
         entries = []
@@ -29,11 +29,11 @@ class Spool:
             try:
                 entries.append(json.loads(line))
             except json.JSONDecodeError:
-                warn(f"{self.path} has a broken line, which is left out: {line[:60]}")
+                warn(f"{self.path}: skipping a line that is not valid JSON: {line[:60]}")
         return entries
 
     def append(self, entry: Entry) -> None:
-        """Add one entry; a full disk costs the entry, not the training."""
+        """Add one entry. If the file cannot be written, warn and drop the entry: training must go on."""
         if self.path is None:
             self._memory.append(entry)
             return
@@ -42,10 +42,10 @@ class Spool:
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
         except OSError as error:
-            warn(f"{self.path} cannot be written ({error}); an entry for MLflow is lost")
+            warn(f"cannot write {self.path} ({error}); one entry for MLflow is lost")
 
     def replace(self, entries: Sequence[Entry]) -> None:
-        """Hold these entries only; an empty spool has no file."""
+        """Replace the content by ``entries``; the file is removed if there are none."""
         self._memory = list(entries)
         if self.path is None:
             return
@@ -56,9 +56,9 @@ class Spool:
             with atomic_write(self.path, "w") as stream:
                 stream.writelines(json.dumps(entry) + "\n" for entry in entries)
         except OSError as error:
-            warn(f"{self.path} cannot be written ({error}); its entries may be sent to MLflow twice")
+            warn(f"cannot write {self.path} ({error}); its entries may be sent to MLflow twice")
 
 
 def warn(text: str) -> None:
-    """One line on stderr."""
+    """Print a one-line warning on stderr."""
     print(f"yaware: warning: {text}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from infra import distributed
 from infra.errors import UserError
 from infra.extensions import exclusive_build, extensions_folder
-from infra.internals import replaced_internal, set_internal
+from infra.internals import library_changed, replaced_internal, set_internal
 from pretrain.config import Recipe
 from pretrain.engine.deepspeed_config import deepspeed_config, zero_stage
 from pretrain.engine.optimizers import LayerWise, build_optimizer, parameter_groups
@@ -111,13 +112,30 @@ def _keep_freed_memory() -> None:
 
 
 def stop_ranks() -> None:
-    """Leave the process group."""
+    """Destroy the process group, so that ``start_ranks`` can be called again in this process.
+
+    Raises:
+        LibraryChanged: if this version of DeepSpeed keeps its communication backend elsewhere.
+    """
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        communication = import_deepspeed().comm.comm
+        if not hasattr(communication, "cdb"):
+            torch.distributed.destroy_process_group()
+            raise library_changed("deepspeed", "comm.comm has no attribute 'cdb', which stop_ranks must clear")
+        communication.destroy_process_group()  # also forgets DeepSpeed's subgroups
+        communication.cdb = None  # with a backend, init_distributed would not create a new group
 
 
-def build_engine(recipe: Recipe, model: nn.Module, lr_factor: Callable[[int], float]) -> Any:
-    """Build the DeepSpeed engine that trains ``model``. ``lr_factor(step)`` multiplies the learning rate at a step.
+def build_engine(
+    recipe: Recipe, model: nn.Module, lr_factor: Callable[[int], float], config: dict[str, Any] | None = None
+) -> Any:
+    """Build the DeepSpeed engine that trains ``model``.
+
+    Args:
+        recipe: the whole recipe.
+        model: encoder and projector.
+        lr_factor: step -> factor on the learning rate.
+        config: DeepSpeed's configuration; None builds it from the recipe.
 
     Raises:
         UserError: if the recipe's configuration is not possible, or DeepSpeed refuses a key of ``deepspeed:``.
@@ -135,7 +153,7 @@ def build_engine(recipe: Recipe, model: nn.Module, lr_factor: Callable[[int], fl
             model=model,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(recipe, distributed.world_size()),
+            config=deepspeed_config(recipe, distributed.world_size()) if config is None else deepcopy(config),
             dist_init_required=False,
         )
     except ValidationError as error:

@@ -12,7 +12,7 @@ from typing import Any
 from data_pipeline.loading.loader import TwoViewLoader
 from infra import distributed
 from infra.files import write_json
-from infra.machine import git_tags, memory_gb, system_figures
+from infra.machine import git_tags, memory_gb, system_metrics
 from infra.progress import Progress, clock
 from infra.settings import flatten, to_dict
 from infra.tracking.tracker import Tracker, default_uri
@@ -48,7 +48,7 @@ class RunLog:
         self._pending: list[tuple[str, float, int]] = []
         self._recent: deque[tuple[float, float]] = deque(maxlen=STEPS_SHOWN)
         self._started = time.monotonic()
-        system_figures(output)  # the use of the CPU is counted from here
+        system_metrics(output)  # the use of the CPU is counted from here
         self._announce(state, first)
         title = f"pretraining {recipe.run.name}"
         self.progress = Progress(plan.total_steps, "steps", title, done=first)
@@ -125,7 +125,7 @@ class RunLog:
     def flush(self) -> None:
         """Send what is pending to MLflow, with the system's figures of now."""
         if self._pending:
-            self._note(system_figures(Path(self.plan.recipe.run.output)), step=self._pending[-1][2])
+            self._note(system_metrics(Path(self.plan.recipe.run.output)), step=self._pending[-1][2])
         self.tracker.log_metrics(self._pending)
         self._pending = []
 

@@ -1,30 +1,36 @@
-"""An encoder in a folder of its own: safetensors, no pickle, nothing else needed to use it."""
+"""A pretrained encoder: read from an exported folder, applied to volumes or to scans."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
+import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError
-from infra.files import sha256_of, write_json
+from infra.files import sha256_of
 from pretrain.encoders import TRAINING_ONLY, build_encoder
-from pretrain.weights import seen_scans
-
-FILES = ("model.safetensors", "config.json", "preprocessing.json")
+from pretrain.weights.embedding import BATCH_SIZE, embed_table
+from pretrain.weights.folder import FILES, find_encoder, read_json
+from pretrain.weights.scan_source import Scans, scan_source
 
 
 class Encoder(nn.Module):
-    """A pretrained encoder: (B, 1, D, H, W) float32, z-scored, on ``preprocessing``'s grid -> (B, feature_size)."""
+    """A pretrained encoder: (B, 1, D, H, W) float32, z-scored, on the grid of ``preprocessing`` -> (B, feature_size).
+
+    Attributes:
+        network: the network itself.
+        config: content of config.json: encoder and options, feature size, step, run.
+        preprocessing: content of preprocessing.json: all that happens to a scan between its file and the network.
+        feature_size: number of features.
+    """
 
     def __init__(self, network: nn.Module, config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
         super().__init__()
@@ -33,31 +39,18 @@ class Encoder(nn.Module):
         self.preprocessing = preprocessing
         self.feature_size = int(config["feature_size"])
 
-    def forward(self, volumes_B1DHW: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.network(volumes_B1DHW)
-        return features
-
-    def embed(self, scans: Sequence[str | Path], tiv: Sequence[float] | None = None) -> np.ndarray[Any, np.dtype[Any]]:
-        """Features (n, feature_size) float32 of NIfTI files, brought to the encoder's grid as its training scans were.
-
-        ``tiv``: total intracranial volumes in ml, one a scan, where the training scans were scaled by them.
-        """
-        from pretrain.weights.embed import embed_files
-
-        return np.stack([features for _, features in embed_files(self, [Path(scan) for scan in scans], tiv)])
-
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Encoder:
-        """Load an export folder, a checkpoint or a run folder; every file is checked against its checksum.
+        """Load an exported encoder, a checkpoint or a run folder (its latest checkpoint), in evaluation mode.
 
-        Returned in evaluation mode. Raises UserError where a file is missing or differs from what was written.
+        Raises UserError if a file is missing or differs from its checksum, or if the weights do not fit.
         """
         path = find_encoder(folder)
-        checksums = _read_json(path / "checksums.json")
+        checksums = read_json(path / "checksums.json")
         for name in [*FILES, *(other for other in checksums if other not in FILES)]:
             if not (path / name).is_file() or sha256_of(path / name) != checksums.get(name):
                 raise UserError(f"{path / name} is missing or differs from checksums.json; export the encoder again")
-        config = _read_json(path / "config.json")
+        config = read_json(path / "config.json")
         options = {k: v for k, v in config["encoder"]["options"].items() if k not in TRAINING_ONLY}
         network = build_encoder(config["encoder"]["name"], options)
         try:
@@ -67,112 +60,60 @@ class Encoder(nn.Module):
                 f"{path}: weights do not fit {config['encoder']['name']}: {' '.join(str(error).split())[:200]}"
             ) from None
         if (path / "mlflow.json").is_file():
-            config["model_id"] = _read_json(path / "mlflow.json").get("model_id")
-        return cls(network, config, _read_json(path / "preprocessing.json")).eval()
+            config["model_id"] = read_json(path / "mlflow.json").get("model_id")
+        return cls(network, config, read_json(path / "preprocessing.json")).eval()
+
+    def forward(self, volumes_B1DHW: torch.Tensor) -> torch.Tensor:
+        """Return features (B, feature_size) of prepared volumes."""
+        features: torch.Tensor = self.network(volumes_B1DHW)
+        return features
+
+    def embed(
+        self, scans: Scans, *, manifest: Manifest | str | Path | None = None, tiv: Sequence[float] | None = None,
+        batch_size: int = BATCH_SIZE, device: str | torch.device | None = None, workers: int | None = None,
+        layer: str | None = None, pooling: str | Sequence[str] = "mean",
+        on_error: Literal["raise", "skip"] = "raise", progress: bool = True,
+    ) -> pd.DataFrame:  # fmt: skip
+        """Return the features of scans, each brought to the encoder's grid as its training scans were.
+
+        Threads read and decode in the background while the network works on batches. A scan's features do not depend on
+        ``batch_size`` or ``workers`` (up to rounding, 1e-6 of the largest feature); a training file's equal its shard's.
+
+        Args:
+            scans: paths of NIfTI files; a manifest (all its scans); a DataFrame with a column ``path`` (and ``tiv``); or,
+                with ``manifest``, rows of its table ``scans`` or row numbers (n,).
+            manifest: the data set, or its folder or URL, that ``scans`` are rows of.
+            tiv: total intracranial volumes in ml, one per path, if the training scans were scaled by them.
+            batch_size: scans per forward pass.
+            device: ``cpu``, ``cuda``, ...; None is the GPU if there is one. The encoder is moved back afterwards.
+            workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
+            layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.
+            pooling: ``mean``, ``max`` or ``std`` over the block's voxels, or several, concatenated.
+            on_error: what an unreadable scan does: ``raise``, or ``skip`` it with a warning.
+            progress: show progress on stderr.
+
+        Returns:
+            A row per scan in the order given, columns ``f0``, ``f1``, ... (float32). The index is the path of a file
+            (named ``path``) or the key of a scan of shards (``key``).
+
+        Raises:
+            UserError: if there are no scans, an argument is wrong, the shards were prepared otherwise, or, with
+                ``on_error="raise"``, a scan cannot be read.
+        """
+        source = scan_source(scans, self.preprocessing, manifest, tiv)
+        if not source.names:
+            raise UserError("there are no scans to embed")
+        table, unreadable = embed_table(
+            self.network, source, stop_at_unreadable=on_error == "raise", layer=layer, pooling=pooling, device=device,
+            batch_size=batch_size, workers=workers, progress=progress,
+        )  # fmt: skip
+        if unreadable:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in unreadable.items())
+            warnings.warn(f"{len(unreadable)} scans cannot be read and are left out: {listed}", stacklevel=2)
+        return table
 
 
-def write_encoder(
-    folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any], preprocessing: dict[str, Any],
-    seen: Sequence[seen_scans.Source] = (),
-) -> str:  # fmt: skip
-    """Write an export folder (which must not be there yet) and return the SHA-256 of its weights.
-
-    ``seen``: the scans that the weights were fitted to, by which an evaluation on them is refused.
-    """
-    folder.mkdir(parents=True)
-    try:
-        save_file(state, folder / "model.safetensors")
-    except SafetensorError as error:  # of a full disk
-        raise OSError(f"{folder / 'model.safetensors'}: {error}") from error
-    write_json(folder / "config.json", config)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors makes private
-    write_json(folder / "preprocessing.json", preprocessing)
-    (folder / "README.md").write_text(_card(config, preprocessing), encoding="utf-8")
-    if seen:
-        write_json(folder / seen_scans.NAME, seen_scans.to_json(seen))
-    checksums = {name: sha256_of(folder / name) for name in [*FILES, *[seen_scans.NAME] * bool(seen)]}
-    write_json(folder / "checksums.json", checksums)
-    return checksums["model.safetensors"]
-
-
-def export_encoder(source: str | Path, out: Path) -> Path:
-    """Copy a checkpoint's encoder to ``out``, whole or not at all."""
-    if out.exists():
-        raise UserError(f"{out} is there already; choose a folder that does not exist")
-    Encoder.from_pretrained(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        shutil.copytree(find_encoder(source), Path(temporary) / "encoder")
-        (Path(temporary) / "encoder").rename(out)
-    return out
-
-
-def find_encoder(path: str | Path) -> Path:
-    """The export folder meant by ``path``: itself, a step folder's, or that of a run folder's latest checkpoint.
-
-    A run's ``checkpoints/best`` and ``checkpoints/latest``, files that name a step, mean the encoder of that step.
-    """
-    given = Path(path)
-    candidates = [given, given / "encoder"]
-    named = [given] if given.name in ("best", "latest") else []
-    for pointer in (*named, given / "checkpoints" / "latest", given / "latest"):
-        if pointer.is_file():
-            candidates.append(pointer.parent / pointer.read_text().strip() / "encoder")
-    for candidate in candidates:
-        if (candidate / "model.safetensors").is_file():
-            return candidate
-    raise UserError(
-        f"no encoder in {given}; give a run folder, one of its checkpoints/step-*, its checkpoints/best, or an exported "
-        "encoder"
-    )
-
-
-def all_steps(run: str | Path) -> list[Path]:
-    """Every finished checkpoint of a run folder, by step; UserError where there is none."""
-    found = sorted(path for path in (Path(run) / "checkpoints").glob("step-*") if (path / "encoder").is_dir())
-    if not found:
-        raise UserError(f"{run} has no checkpoints/step-*; give a run folder, or leave --all-steps out")
-    return found
-
-
-def seen_before(*places: str | Path) -> list[seen_scans.Source]:
-    """What the encoder at the first of some places (runs, checkpoints) has seen; empty where there is none."""
-    for place in places:
-        try:
-            return seen_scans.read(find_encoder(place)) or []
-        except UserError:
-            continue
-    return []
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; export the encoder again") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); export the encoder again") from None
-    return content
-
-
-def _card(config: dict[str, Any], preprocessing: dict[str, Any]) -> str:
-    grid = preprocessing.get("grid", {})
-    simulated = "\nPretrained on **simulated** scans: of no use on real ones.\n" if config.get("simulated") else ""
-    # Millilitres of the scan's own; 1450 is about the mean of adults.
-    tiv, option = (", tiv=[1450.0]", " --tiv 1450") if preprocessing.get("scaling") == "tiv" else ("", "")
-    return f"""# {config["run_name"]}: {config["encoder"]["name"]}, step {config["step"]}
-{simulated}
-- method: {config["method"]}
-- features: {config["feature_size"]}, encoder options {config["encoder"]["options"] or "as by default"}
-- input: (B, 1, {", ".join(map(str, grid.get("shape", [])))}) float32 at {grid.get("spacing")} mm, RAS,
-  z-scored per scan, modality {preprocessing.get("modality")}, scaling {preprocessing.get("scaling")},
-  crop {preprocessing.get("crop", "world")}, intensity {preprocessing.get("intensity", "none")}
-- data: manifest {config["manifest_digest"]}, split {config["split"]}
-- made by yaware {config["version"]}, MLflow run {config["run_id"]}
-
-    from pretrain import Encoder
-    encoder = Encoder.from_pretrained("path/to/this/folder")
-    features = encoder.embed(["scan.nii.gz"]{tiv})        # (1, {config["feature_size"]}) float32
-
-`yaware embed path/to/this/folder scan.nii.gz{option}` does the same; `encoder(volumes)` takes prepared volumes.
-"""
+def embed(encoder: Encoder | str | Path, scans: Scans, **options: Any) -> pd.DataFrame:
+    """Return the features of scans from an encoder, or from the folder of one: see ``Encoder.embed`` for the options."""
+    loaded = encoder if isinstance(encoder, Encoder) else Encoder.from_pretrained(encoder)
+    return loaded.embed(scans, **options)

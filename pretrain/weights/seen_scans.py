@@ -19,6 +19,7 @@ import numpy as np
 
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError
+from pretrain.weights.folder import find_encoder
 
 NAME = "seen_scans.json"
 # 64 bits: among 10^4 scans seen and 10^4 asked about, two digests meet by chance once in 10^11 times.
@@ -64,6 +65,16 @@ def read(folder: Path) -> list[Source] | None:
         return [Source(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["sources"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); export the encoder again") from None
+
+
+def seen_before(*places: str | Path) -> list[Source]:
+    """What the encoder at the first of some places (runs, checkpoints) has seen; empty if none of them has an encoder."""
+    for place in places:
+        try:
+            return read(find_encoder(place)) or []
+        except UserError:
+            continue
+    return []
 
 
 def to_json(sources: Iterable[Source]) -> dict[str, Any]:

@@ -34,9 +34,9 @@ import zstandard
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.tar import ZSTD_LEVEL
 from data_pipeline.shards.verify import verify_shards
-from data_pipeline.simulation.cohort import Simulation, simulate_cohort
+from data_pipeline.simulation.cohort import simulate_cohort
 from data_pipeline.storage.manifest import Manifest, write_manifest
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra import ray_cluster
 
 GRID = Grid.vbm(1.5)
@@ -225,7 +225,7 @@ def main() -> None:
           f"zstandard {zstandard.__version__}, numpy {np.__version__}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        cohort = simulate_cohort(work / "cohort", Simulation(participants=scans, spacing=1.5))
+        cohort = simulate_cohort(work / "cohort", participants=scans, spacing=1.5)
         manifest = bench_build(cohort, work, rounds)
         bench_read(cohort, manifest, rounds)
         bench_verify(manifest)

@@ -153,7 +153,7 @@ def checkpoint_cost(repeats: int) -> dict[str, Any]:
     from pretrain.engine import engine
     from pretrain.model import build_model
     from pretrain.run import checkpoint
-    from pretrain.weights.encoder import write_encoder
+    from pretrain.weights.write import write_encoder
 
     recipe = load_recipe("paper-bhb10k", ["--batch.global=2", "--batch.micro=null"])
     device = engine.start_ranks()

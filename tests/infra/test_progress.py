@@ -1,4 +1,4 @@
-"""Progress: plain lines in a log, a bar on a terminal."""
+"""Progress shows plain lines in a log and a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import subprocess
 import sys
 import termios
 
+import pytest
+
 from infra import progress
-from infra.progress import Progress
+from infra.progress import Progress, clock
 from tests.runs import ROOT
 
 
-def test_plain_lines_hold_count_rate_figures_and_time_left(monkeypatch):
+@pytest.mark.parametrize(("seconds", "text"), [(4.4, "4 s"), (185, "3 min 05 s"), (7625, "2 h 07 min")])
+def test_clock_formats_seconds(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_plain_lines_hold_count_rate_remaining_time_and_values(monkeypatch):
     now, stream = [100.0], io.StringIO()
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with Progress(100, "steps", "pretraining x", done=20, stream=stream) as shown:
@@ -28,31 +35,41 @@ def test_plain_lines_hold_count_rate_figures_and_time_left(monkeypatch):
     assert "\x1b" not in stream.getvalue()
 
 
-def test_a_terminal_gets_a_bar_and_whole_lines_of_what_is_printed_beside_it():
+def test_a_terminal_gets_a_bar_and_printed_lines_stay_whole():
     code = (
         "from infra.progress import Progress\n"
         "with Progress(3, 'steps', 'pretraining x') as shown:\n"
-        "    for step in range(3): shown.advance(loss=0.5, lr=1e-4); print('said', step)\n"
+        "    for step in range(3): shown.advance(loss=0.5, lr=1e-4); print('printed', step)\n"
     )
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (40, 160)) if hasattr(termios, "tcsetwinsize") else None
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "160"}
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=follower, stderr=follower)
     os.close(follower)
-    found = b""
+    output = b""
     while True:
         try:
-            part = os.read(leader, 65536)
+            chunk = os.read(leader, 65536)
         except OSError:  # the child has closed its end
             break
-        if not part:
+        if not chunk:
             break
-        found += part
+        output += chunk
     os.close(leader)
     assert child.wait() == 0
-    text = found.decode()
+    text = output.decode()
     assert "\x1b[" in text
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n")
     assert "3/3" in plain
     assert "loss 0.5, lr 0.0001" in plain
-    assert all(re.search(rf"^said {step}\s*$", plain, re.MULTILINE) for step in range(3))
+    assert all(re.search(rf"^printed {step}\s*$", plain, re.MULTILINE) for step in range(3))
+
+
+def test_a_log_gets_plain_lines_with_count_and_values():
+    stream = io.StringIO()
+    with Progress(4, "scans", "building", stream=stream) as progress:
+        for _ in range(4):
+            progress.advance(quarantined=1)
+    (line,) = stream.getvalue().splitlines()
+    assert line.startswith("building: 4/4 scans, ")
+    assert line.endswith(", quarantined 1")

@@ -1,4 +1,4 @@
-"""A recipe fails on what it does not know, and says what was meant."""
+"""Recipes: unknown keys and wrong values raise errors that name the fix; overrides and round trips."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def test_shipped_recipes_survive_a_round_trip(name, tmp_path):
     assert load_settings(Recipe, path) == recipe
 
 
-def test_override_changes_one_key_only():
-    plain, changed = (flatten(to_dict(load_recipe("demo-cpu", o))) for o in ([], ["--optimizer.lr=3e-5"]))
-    assert {k for k in plain if plain[k] != changed[k]} == {"optimizer.lr"}
-    assert changed["optimizer.lr"] == 3e-5
+def test_an_override_changes_only_its_key():
+    default, overridden = (flatten(to_dict(load_recipe("demo-cpu", o))) for o in ([], ["--optimizer.lr=3e-5"]))
+    assert {key for key in default if default[key] != overridden[key]} == {"optimizer.lr"}
+    assert overridden["optimizer.lr"] == 3e-5
 
 
-def test_override_of_a_mapping_replaces_it_whole():
+def test_an_override_replaces_a_whole_mapping():
     recipe = load_recipe("demo-cpu", ["--loss.proxies={sex: {kernel: same}}"])
     assert list(recipe.loss.proxies) == ["sex"]
 
 
-def test_deepspeed_section_takes_any_key():
+def test_the_deepspeed_section_accepts_any_key():
     recipe = load_recipe("demo-cpu", ["--deepspeed.zero_optimization.stage=3", "--deepspeed.gradient_clipping=1.0"])
     assert recipe.deepspeed == {"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}
 
@@ -68,18 +68,18 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(UserError, match="not valid YAML"):
         load_recipe(str(broken), [])
     broken.write_text("- 1\n")
-    with pytest.raises(UserError, match="must hold sections"):
+    with pytest.raises(UserError, match="must be a mapping of sections"):
         load_recipe(str(broken), [])
 
 
-def test_a_typing_error_in_the_file_is_found_too(tmp_path):
+def test_a_typo_in_the_file_is_named_too(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("encoder:\n  nam: resnet18\n")
     with pytest.raises(UserError, match=r"mine.yaml: unknown key 'encoder.nam' \(did you mean 'name'\?\)"):
         load_recipe(str(path), [])
 
 
-def test_world_size_that_does_not_divide_names_those_that_do():
+def test_a_world_size_that_does_not_divide_the_batch_is_refused_with_those_that_do():
     assert check_world_size(32, 4) == 8
     with pytest.raises(UserError, match=r"batch.global=32 is not divisible by world_size=3; use 2 or 4 ranks"):
         check_world_size(32, 3)

@@ -23,8 +23,10 @@ from data_pipeline.shards.index import _grid, index_one, index_shards
 from data_pipeline.shards.index_table import check_pattern, parse_key, read_people
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.remote import Access
+from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import ARRAY_BOXES, array_grid
-from data_pipeline.volume.load import BadScan, load_volume, zscore
+from data_pipeline.volume.intensity import zscore
+from data_pipeline.volume.load import load_volume
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort
@@ -227,7 +229,7 @@ def test_what_cannot_be_used_is_quarantined_with_its_reason(tmp_path, capsys):
     assert "no member ends in" in whole["masks.tar"]
     assert "cannot be read beyond" in whole["cut.tar"]
     assert "cannot be read beyond its beginning" in whole["none.tar"]
-    assert f"{len(quarantine)} were left out" in capsys.readouterr().out
+    assert f"{len(quarantine)} samples were excluded" in capsys.readouterr().out
     found = Manifest.load(tmp_path / "index")
     assert len(found.scans) + len(quarantine) == found.settings["scans_found"]
     assert all(found.read_volume(row).shape == GRID.shape for row in range(len(found.scans)))

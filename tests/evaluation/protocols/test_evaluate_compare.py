@@ -24,7 +24,7 @@ from infra.tracking import runs
 from infra.tracking.mlflow_store import client_of
 from infra.tracking.tracker import Tracker
 from pretrain.encoders import build_encoder
-from pretrain.weights.encoder import write_encoder
+from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
 
 OPTIONS = {"width": 0.25, "norm": "group"}
@@ -120,10 +120,10 @@ def test_compare_reads_only_the_store_and_writes_the_report(evaluated, capsys):
     assert "Simulated data" not in page
     for name in ("auc", "learning_curve", "calibration", "embedding_age", "saliency", "training_curves"):
         assert (root / "out" / f"report_{name}.png").read_bytes().startswith(b"\x89PNG")
-    table = pd.read_csv(root / "out" / "report_figures.csv")
+    table = pd.read_csv(root / "out" / "report_metrics.csv")
     logged = {row["tags"]["yaware.run_name"]: row["metrics"] for row in runs.runs(uri, "test", "evaluation")}
     for row in table.itertuples():
-        assert row.value == pytest.approx(logged[row.checkpoint][f"{row.task}.{row.figure}"])
+        assert row.value == pytest.approx(logged[row.checkpoint][f"{row.task}.{row.metric}"])
 
 
 class Region(torch.nn.Module):
@@ -140,7 +140,7 @@ def test_occlusion_finds_the_only_voxels_that_matter(shards):
     encoder = Region()
     features = torch.cat([encoder(batch) for _, batch in volumes(manifest, task.rows, 16)]).numpy()
     fit, ask = np.arange(len(task.rows))[6:], np.arange(6)
-    found = occlusion(encoder, manifest, task, features, fit, ask, {"strength": 1.0}, 3)
+    found = occlusion(encoder, manifest, task, features, fit, ask, {"penalty": 1.0}, 3)
     change, side = found["map"], int(found["side"])
     middle = (slice(6, 12),) * 3
     assert side == 6  # so that the region is one cube
@@ -227,7 +227,7 @@ def test_wrong_requests_are_one_line(shards, tmp_path, capsys):
         ([str(tmp_path / "ok"), *base, "--tasks", "scz"], r"task scz: too few participants for 5 folds .*SCZ 0"),
         ([str(tmp_path / "none"), *base, "--tasks", "ad"], "no encoder in"),
         ([str(tmp_path / "ok"), *base, "--tasks", "ad", "--folds", "1"], "at least 2 folds"),
-        ([str(tmp_path / "ok"), *base[:2], "--tracking-uri", "ftp://x", "--tasks", "ad"], "is not a store of MLflow"),
+        ([str(tmp_path / "ok"), *base[:2], "--tracking-uri", "ftp://x", "--tasks", "ad"], "is not an MLflow store"),
     ):
         assert cli.run(["evaluate", *arguments]) == 2
         printed = capsys.readouterr().err

@@ -12,9 +12,9 @@ import torch
 from data_pipeline.storage.manifest import Manifest
 from evaluation.protocols.finetune import (
     FineTuning,
-    Job,
     Network,
     Scans,
+    TrainingJob,
     build,
     epochs,
     final_fit,
@@ -37,7 +37,7 @@ def job(shards):
     manifest = Manifest.load(shards)
     rows = np.arange(0, len(manifest.scans), 2)
     labels = (manifest.scans["age"].to_numpy()[rows] > 50).astype(int)
-    return Job(
+    return TrainingJob(
         str(shards), None, ENCODER, rows, labels, manifest.subjects()[rows], "binary", np.empty((len(rows), 0)),
         FineTuning(epochs=4, patience=2, batch=8, trials=2), "cpu",
     )  # fmt: skip
@@ -58,7 +58,7 @@ def test_a_network_learns_its_training_scans(job, kind):
     for count in (1, 21):
         network, scans, fit = after(job, count, {**POINT, "lr": 1.5e-3})
         answers = predict(job, network, scans, fit, fit)
-        found.append(score(labels, answers.answer, kind))
+        found.append(score(labels, answers.predicted, kind))
     assert found[1] > found[0]
     assert found[1] > {"binary": 0.85, "multiclass": 0.6, "regression": -10}[kind]
     if kind == "multiclass":
@@ -91,14 +91,14 @@ def test_earlier_blocks_learn_more_slowly(name):
 
 def test_a_trial_sees_its_training_scans_alone_and_stops(job):
     fit = np.arange(0, len(job.rows) - 8)
-    scores = [found["score"] for found in trial(POINT, {"job": job, "fit": fit})]
+    scores = [found["score"] for found in trial(POINT, {"job": job, "train": fit})]
     assert 1 <= len(scores) <= 4
     labels = job.labels.copy()
     labels[len(labels) - 8 :] = 1 - labels[len(labels) - 8 :]
-    again = [found["score"] for found in trial(POINT, {"job": replace(job, labels=labels), "fit": fit})]
+    again = [found["score"] for found in trial(POINT, {"job": replace(job, labels=labels), "train": fit})]
     assert again == scores
     never = replace(job, settings=replace(job.settings, epochs=50, patience=1))
-    assert len(list(trial({**POINT, "lr": 1e-12}, {"job": never, "fit": fit}))) == 2
+    assert len(list(trial({**POINT, "lr": 1e-12}, {"job": never, "train": fit}))) == 2
 
 
 def one_epoch(data, rank, world_size):
@@ -109,12 +109,12 @@ def one_epoch(data, rank, world_size):
 @pytest.mark.distributed
 def test_two_ranks_of_ray_train_do_what_one_does(job, tmp_path):
     fit, ask = np.arange(0, 28), np.arange(28, len(job.rows))
-    data = {"job": job, "at": POINT, "epochs": 2, "fit": fit, "ask": ask}
+    data = {"job": job, "params": POINT, "epochs": 2, "train": fit, "test": ask}
     alone = final_fit(data)
     with ray_cluster.session(3):
         both = tuning.train_ranks(one_epoch, data, ranks=2, storage=tmp_path, name="both")
         again = tuning.train_ranks(one_epoch, None, ranks=2, storage=tmp_path, name="both")  # read, not trained
     assert both["world_size"] == 2
-    assert np.ptp(alone["answers"]) > 1e-3
-    np.testing.assert_allclose(both["answers"], alone["answers"], rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(again["answers"], both["answers"])
+    assert np.ptp(alone["predicted"]) > 1e-3
+    np.testing.assert_allclose(both["predicted"], alone["predicted"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(again["predicted"], both["predicted"])

@@ -15,18 +15,20 @@ import torch
 
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from evaluation.protocols.features import blocks, tapped
 from evaluation.protocols.nested_cv import trial_row
-from evaluation.protocols.probes import GRIDS, Table, fit_predict
+from evaluation.protocols.probes import GRIDS, FeatureTable, fit_predict
 from evaluation.protocols.record import trial_runs
+from evaluation.protocols.variant import ProtocolVariant
 from evaluation.protocols.voxels import voxel_coordinates
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from infra.tracking import runs
 from infra.tracking.mlflow_store import StoredRun
 from pretrain.encoders import build_encoder
-from pretrain.weights.encoder import Encoder, write_encoder
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.layers import block_names, intermediate_features
 from pretrain.weights.seen_scans import source_of
+from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
 from tests.runs import ROOT, environment
 
@@ -75,7 +77,8 @@ def evaluate(world, name, *more):
     assert cli.run([*given, *SMALL, "--storage", str(root / "storage"), "--tracking-uri", uri, *more]) == 0
     assert not list((root / "storage").iterdir())  # all that was unfinished is finished
     found = {
-        (row["tags"]["yaware.protocol"], row["tags"]["yaware.step"]): row for row in runs.runs(uri, name, "evaluation")
+        (ProtocolVariant.from_tags(row["tags"]).label, row["tags"]["yaware.step"]): row
+        for row in runs.runs(uri, name, "evaluation")
     }
     assert all(row["status"] == "FINISHED" for row in found.values())
     return uri, found
@@ -121,7 +124,7 @@ def test_a_layer_inside_and_whole_sites_left_out(world):
 def test_a_trial_of_a_network_is_named_after_task_part_and_point():
     point = {"lr": 0.00123456, "hidden": 16}
     row = trial_row("fold 1", {"point": point, "scores": [0.5, 0.75, float("-inf")], "done": False})
-    grid = {"part": "fold 0", "point": {"strength": 1.0}, "inner_score": 0.5, "seconds": 1.0}
+    grid = {"part": "fold 0", "point": {"penalty": 1.0}, "inner_score": 0.5, "seconds": 1.0}
     (trial,) = trial_runs({"ad": [row], "age": [grid]})
     assert trial["name"] == "ad, fold 1: hidden=16, lr=0.001235"
     assert trial["params"] == point
@@ -258,9 +261,9 @@ def test_voxels_in_the_dual_answer_as_voxels_do(world, tmp_path):
         found = []
         for features in (dual, voxels[chosen]):
             scaled = features / np.sqrt(features[fit].var(0).sum())  # the one factor: where the dual's scale is its own
-            given = Table(scaled, labels[chosen], np.arange(len(chosen)), "binary", none, none, "all")
-            strength = 1.0 * features.shape[1]
-            found.append(fit_predict("linear", {"strength": strength}, given, fit, ask).answer)
+            given = FeatureTable(scaled, labels[chosen], np.arange(len(chosen)), "binary", none, none, "all")
+            penalty = 1.0 * features.shape[1]
+            found.append(fit_predict("linear", {"penalty": penalty}, given, fit, ask).predicted)
         np.testing.assert_allclose(found[0], found[1], rtol=2e-2, atol=2e-3)
         answers.append(found[0])
     assert np.ptp(answers[0]) > 0.1
@@ -269,18 +272,20 @@ def test_voxels_in_the_dual_answer_as_voxels_do(world, tmp_path):
 def test_features_of_any_block(world):
     encoder = Encoder.from_pretrained(world[0] / "runs" / "first")
     volumes = torch.randn(3, 1, 14, 16, 12)
-    assert {"conv1", "layer1", "layer4", "layer2.0"} <= set(blocks(encoder.network))
+    assert {"conv1", "layer1", "layer4", "layer2.0"} <= set(block_names(encoder.network))
     with torch.no_grad():
         own = encoder(volumes)
-        torch.testing.assert_close(tapped(encoder, "layer4", ["mean"])(volumes), own)  # where it ends
-        both = tapped(encoder, "layer2", ["mean", "max", "std"])(volumes)
+        torch.testing.assert_close(
+            intermediate_features(encoder.network, "layer4", ["mean"])(volumes), own
+        )  # where it ends
+        both = intermediate_features(encoder.network, "layer2", ["mean", "max", "std"])(volumes)
         inner = encoder.network.trunk[:6](volumes).flatten(2)
     expected = torch.cat([inner.mean(2), inner.amax(2), inner.std(2, correction=0)], dim=1)
     torch.testing.assert_close(both, expected)
     with pytest.raises(UserError, match=r"--layer=layer9 is no block of this encoder \(did you mean 'layer\d'"):
-        tapped(encoder, "layer9", ["mean"])
+        intermediate_features(encoder.network, "layer9", ["mean"])
     with pytest.raises(UserError, match="--pooling=median is not known"):
-        tapped(encoder, "layer1", ["median"])
+        intermediate_features(encoder.network, "layer1", ["median"])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from evaluation.statistics.intervals import (
     participant_codes,
     with_interval,
 )
-from evaluation.statistics.metrics import FIGURES, OF_PROBABILITIES, auc, mae, pearson
+from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, auc, mae, pearson
 
 
 def test_bca_limits_equal_scipy_on_the_same_samples():
@@ -97,7 +97,7 @@ def told(name, answers):
 def coverage(kind, names, people, scans, runs, resamples, seed):
     """Share of simulated studies whose interval holds the figure of one endless study."""
     big = unit(np.random.default_rng(99), kind, 400_000, 1)  # the figures do not depend on scans a person
-    figures = {**FIGURES[kind], **OF_PROBABILITIES[kind]}
+    figures = {**METRICS[kind], **PROBABILITY_METRICS[kind]}
     truth = {name: figures[name](big[0], told(name, big[1])) for name in names}
     generator, hits = np.random.default_rng(seed), dict.fromkeys(names, 0)
     for number in range(runs):
@@ -124,7 +124,7 @@ def test_intervals_hold_the_truth_nineteen_times_in_twenty(kind, names, scans):
 @pytest.mark.parametrize("people", [60, 150])
 @pytest.mark.parametrize("kind", ["binary", "regression"])
 def test_intervals_of_every_figure_hold_the_truth(kind, people, scans):
-    found = coverage(kind, (*FIGURES[kind], *OF_PROBABILITIES[kind]), people, scans, 1000, 800, seed=6)
+    found = coverage(kind, (*METRICS[kind], *PROBABILITY_METRICS[kind]), people, scans, 1000, 800, seed=6)
     print(kind, people, scans, found)
     assert all(0.92 <= share <= 0.98 for share in found.values()), found
 

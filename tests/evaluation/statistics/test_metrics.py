@@ -7,9 +7,9 @@ import pytest
 from sklearn import metrics
 
 from evaluation.statistics.metrics import (
-    FIGURES,
     HIGHER_IS_BETTER,
-    OF_PROBABILITIES,
+    METRICS,
+    PROBABILITY_METRICS,
     accuracy_at_zero,
     auc,
     average_precision,
@@ -67,12 +67,12 @@ def test_figures_equal_scikit_learn_and_naive_loops(seed):
         assert found == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", FIGURES)
+@pytest.mark.parametrize("kind", METRICS)
 def test_weights_count_scans_as_often_as_a_sample_holds_them(kind):
     labels, answers = {"binary": binary, "multiclass": multiclass, "regression": regression}[kind](7)
     weights = np.random.default_rng(0).integers(0, 4, (6, len(labels))).astype(float)
-    given = [(*each, answers) for each in OF_PROBABILITIES[kind].items()]
-    given += [(*each, answers.argmax(1) if kind == "multiclass" else answers) for each in FIGURES[kind].items()]
+    given = [(*each, answers) for each in PROBABILITY_METRICS[kind].items()]
+    given += [(*each, answers.argmax(1) if kind == "multiclass" else answers) for each in METRICS[kind].items()]
     for name, statistic, answers in given:
         assert name in HIGHER_IS_BETTER
         drawn = [statistic(np.repeat(labels, w), np.repeat(answers, w, axis=0)) for w in weights.astype(int)]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluation.tasks.folds import curve_draws, folds_of, inner_folds, outer_folds
+from evaluation.tasks.folds import curve_draws, inner_folds, make_folds, outer_folds
 from evaluation.tasks.tasks import Task
 from infra.errors import UserError
 
@@ -25,7 +25,7 @@ def make_task(kind="binary", people=60, sites=4, seed=0):
 @pytest.mark.parametrize("kind", ["binary", "multiclass", "regression"])
 def test_no_participant_is_on_both_sides(kind):
     task = make_task(kind)
-    folds = folds_of(task.labels, task.groups, kind, 5, 0)
+    folds = make_folds(task.labels, task.groups, kind, 5, 0)
     assert sorted(np.concatenate([ask for _, ask in folds])) == list(range(120))
     for fit, ask in folds:
         assert not set(task.groups[fit]) & set(task.groups[ask])
@@ -39,7 +39,7 @@ def test_strata_are_spread_alike_and_small_ones_do_no_harm():
     strata = np.unique(np.stack([task.labels, site], 1), axis=0, return_inverse=True)[1].reshape(-1)
     strata[0] = strata[1] = strata.max() + 1  # one participant alone in a stratum
     spread = []
-    for _, ask in folds_of(task.labels, task.groups, "binary", 4, 0, strata):
+    for _, ask in make_folds(task.labels, task.groups, "binary", 4, 0, strata):
         spread.append([((task.labels == c) & (site == s))[ask].mean() for c in (0, 1) for s in range(4)])
     assert np.ptp(spread, axis=0).max() < 0.1  # three of a fold's 30 participants; 0.2 where only the label is spread
 
@@ -77,7 +77,7 @@ def test_a_fixed_test_set_is_the_one_fold():
     assert set(task.sites[ask]) == {"site2"}
     assert "site2" not in task.sites[fit]
     for draw in curve_draws(task, [(fit, ask)], [10, 20], 3, 0):
-        assert np.array_equal(draw.ask, ask)
+        assert np.array_equal(draw.test, ask)
 
 
 def test_draws_are_the_same_for_everyone_and_apart_from_the_test():
@@ -86,10 +86,10 @@ def test_draws_are_the_same_for_everyone_and_apart_from_the_test():
     draws, again = curve_draws(task, folds, [10, 20, 500], 7, 0), curve_draws(task, folds, [20], 7, 0)
     assert [(draw.size, draw.number) for draw in draws] == [(s, n) for s in (10, 20) for n in range(7)]
     for mine, theirs in zip(draws[7:], again, strict=True):
-        assert np.array_equal(mine.fit, theirs.fit)
-        assert np.array_equal(mine.ask, theirs.ask)
+        assert np.array_equal(mine.train, theirs.train)
+        assert np.array_equal(mine.test, theirs.test)
     for draw in draws:
-        assert np.array_equal(draw.ask, folds[draw.number % 5][1])
-        assert len(draw.fit) == len(np.unique(task.groups[draw.fit])) == draw.size
-        assert not set(task.groups[draw.fit]) & set(task.groups[draw.ask])
-        assert task.labels[draw.fit].mean() == pytest.approx(0.5, abs=0.1)
+        assert np.array_equal(draw.test, folds[draw.number % 5][1])
+        assert len(draw.train) == len(np.unique(task.groups[draw.train])) == draw.size
+        assert not set(task.groups[draw.train]) & set(task.groups[draw.test])
+        assert task.labels[draw.train].mean() == pytest.approx(0.5, abs=0.1)

@@ -18,10 +18,11 @@ from infra import ray_cluster
 from infra.errors import UserError
 from pretrain.config import load_recipe
 from pretrain.encoders import build_encoder
+from pretrain.run.loop import scans_seen
 from pretrain.run.plan import Plan
-from pretrain.train import scans_seen
-from pretrain.weights.encoder import Encoder, export_encoder, write_encoder
+from pretrain.weights.encoder import Encoder
 from pretrain.weights.seen_scans import participants_of, read, source_of, to_json
+from pretrain.weights.write import export, write_encoder
 from tests.cohorts import write_cohort
 
 OPTIONS = {"width": 0.25, "norm": "group"}
@@ -128,14 +129,14 @@ def test_the_same_voxels_under_another_id_are_refused(world):
 
 def test_an_export_keeps_the_guard_and_cannot_lose_it(world, tmp_path):
     _, _, folder = world
-    out = export_encoder(folder, tmp_path / "export")
+    out = export(folder, tmp_path / "export")
     seen = json.loads((out / "seen_scans.json").read_text())
     assert len(seen["sources"][0]["participants"]) == 10
     assert "tiny" not in json.dumps(seen)  # digests, no names
     (out / "seen_scans.json").unlink()
     with pytest.raises(UserError, match="seen_scans.json is missing or differs from checksums.json"):
         Encoder.from_pretrained(out)
-    export_encoder(folder, tmp_path / "other")
+    export(folder, tmp_path / "other")
     seen["sources"][0]["participants"].pop()
     (tmp_path / "other" / "seen_scans.json").write_text(json.dumps(seen))
     with pytest.raises(UserError, match="seen_scans.json is missing or differs from checksums.json"):
@@ -173,7 +174,7 @@ def test_a_run_that_began_from_another_ones_weights_has_seen_what_that_one_saw(w
     recipe = load_recipe(
         "demo-cpu", [f"--run.output={tmp_path}/new", f"--run.resume={folder}", "--monitor.every_epochs=1"]
     )
-    plan = Plan(recipe, manifest, manifest.rows(split="pretrain"), SimpleNamespace(length=40), 5)
+    plan = Plan.build(recipe, manifest, manifest.rows(split="pretrain"), SimpleNamespace(length=40))
     seen = scans_seen(plan, 3)
     assert [source.role for source in seen[:2]] == ["trained", "trained"]
     assert seen[0] == read(folder)[0]

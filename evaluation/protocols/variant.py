@@ -1,0 +1,61 @@
+"""A protocol together with its options, as MLflow tags and as a label for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ProtocolVariant:
+    """The protocol of one evaluation run: two runs with equal variants were evaluated in the same way.
+
+    ``model`` names what is fitted; protocols that fit the same model share it (``paper`` and ``linear``).
+    ``evaluates`` is ``checkpoint``, ``architecture`` or ``shards`` (see ``protocols.Protocol``). ``layer`` is the block
+    whose output was pooled by ``pooling``; empty for the encoder's own features.
+    """
+
+    protocol: str = ""
+    model: str = ""
+    evaluates: str = "checkpoint"
+    leave_site_out: bool = False
+    layer: str = ""
+    pooling: tuple[str, ...] = ()
+
+    def to_tags(self) -> dict[str, str]:
+        """Return the MLflow tags of the variant; ``from_tags`` reads them."""
+        return {
+            "yaware.protocol": self.protocol, "yaware.model": self.model, "yaware.evaluates": self.evaluates,
+            "yaware.leave_site_out": str(self.leave_site_out), "yaware.layer": self.layer,
+            "yaware.pooling": ",".join(self.pooling),
+        }  # fmt: skip
+
+    @classmethod
+    def from_tags(cls, tags: Mapping[str, str]) -> ProtocolVariant:
+        """Read a variant from the tags of an MLflow run; missing tags take the defaults."""
+        return cls(
+            tags.get("yaware.protocol", ""), tags.get("yaware.model", ""), tags.get("yaware.evaluates", "checkpoint"),
+            tags.get("yaware.leave_site_out") == "True", tags.get("yaware.layer", ""),
+            tuple(name for name in tags.get("yaware.pooling", "").split(",") if name),
+        )  # fmt: skip
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether no pretrained checkpoint was evaluated: voxels, or a network trained from random weights."""
+        return self.evaluates != "checkpoint"
+
+    @property
+    def fitted(self) -> tuple[str, str, tuple[str, ...]]:
+        """Model, layer and pooling: equal where the same model was fitted to the same features, on whatever folds."""
+        return self.model or self.protocol, self.layer, self.pooling
+
+    @property
+    def options(self) -> list[str]:
+        """Return the options that differ from the defaults, as text for people."""
+        layer = [f"{self.layer} {'+'.join(self.pooling)}"] if self.layer else []
+        return layer + ["sites left out"] * self.leave_site_out
+
+    @property
+    def label(self) -> str:
+        """Return the protocol's name and its options, for example ``knn, layer2 mean+std, sites left out``."""
+        return ", ".join([self.protocol, *self.options]) if self.protocol else ""

@@ -1,0 +1,114 @@
+"""Write an encoder to a folder that needs nothing else: safetensors, JSON and a model card, no pickle."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from data_pipeline.storage.manifest import Manifest
+from data_pipeline.volume.preparation import DEFAULT_PREPARATION
+from infra.errors import UserError
+from infra.files import sha256_of, write_json
+from pretrain.weights import seen_scans
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.folder import FILES, find_encoder
+
+
+def preprocessing_of(manifest: Manifest) -> dict[str, Any]:
+    """Return the content of preprocessing.json for an encoder trained on a manifest's scans.
+
+    It holds everything that changes voxels between a scan's file and the network, so that ``Encoder.embed`` prepares a
+    file as the build of the shards did.
+    """
+    settings = manifest.settings
+    return {
+        "grid": manifest.grid, "normalisation": "zscore",
+        "modality": settings.get("modality"), "scaling": settings.get("scaling"),
+        **{name: settings.get(name, default) for name, default in DEFAULT_PREPARATION.items()},
+        "nonfinite": settings.get("quality", {}).get("nonfinite", "refuse"),
+    }  # fmt: skip
+
+
+def write_encoder(
+    folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any], preprocessing: dict[str, Any],
+    seen: Sequence[seen_scans.Source] = (),
+) -> str:  # fmt: skip
+    """Write an export folder and return the SHA-256 of its weights.
+
+    Args:
+        folder: the folder to make; it must not exist.
+        state: the encoder's weights.
+        config: content of config.json: encoder, feature size, run.
+        preprocessing: content of preprocessing.json, see ``preprocessing_of``.
+        seen: the scans that the weights were fitted to or chosen by; an evaluation refuses to test on them.
+
+    Raises:
+        OSError: if the weights cannot be written, for instance because the disk is full.
+    """
+    folder.mkdir(parents=True)
+    try:
+        save_file(state, folder / "model.safetensors")
+    except SafetensorError as error:
+        raise OSError(f"{folder / 'model.safetensors'}: {error}") from error
+    write_json(folder / "config.json", config)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes the file private
+    write_json(folder / "preprocessing.json", preprocessing)
+    (folder / "README.md").write_text(_model_card(config, preprocessing), encoding="utf-8")
+    names = list(FILES)
+    if seen:
+        write_json(folder / seen_scans.NAME, seen_scans.to_json(seen))
+        names.append(seen_scans.NAME)
+    checksums = {name: sha256_of(folder / name) for name in names}
+    write_json(folder / "checksums.json", checksums)
+    return checksums["model.safetensors"]
+
+
+def export(checkpoint: str | Path, out: str | Path) -> Path:
+    """Copy a checkpoint's encoder to the folder ``out``, completely or not at all, and return ``out``.
+
+    Args:
+        checkpoint: a run folder (its latest checkpoint), a checkpoint, or another exported encoder.
+        out: the folder to make.
+
+    Raises:
+        UserError: if ``out`` exists, or if there is no complete encoder at ``checkpoint``.
+    """
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already; choose a folder that does not exist")
+    Encoder.from_pretrained(checkpoint)  # checks every file
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        shutil.copytree(find_encoder(checkpoint), Path(temporary) / "encoder")
+        (Path(temporary) / "encoder").rename(out)
+    return out
+
+
+def _model_card(config: dict[str, Any], preprocessing: dict[str, Any]) -> str:
+    grid = preprocessing.get("grid", {})
+    simulated = "\nPretrained on **simulated** scans: of no use on real ones.\n" if config.get("simulated") else ""
+    # An example: 1450 ml is about the mean of adults.
+    tiv, option = (", tiv=[1450.0]", " --tiv 1450") if preprocessing.get("scaling") == "tiv" else ("", "")
+    return f"""# {config["run_name"]}: {config["encoder"]["name"]}, step {config["step"]}
+{simulated}
+- method: {config["method"]}
+- features: {config["feature_size"]}, encoder options {config["encoder"]["options"] or "as by default"}
+- input: (B, 1, {", ".join(map(str, grid.get("shape", [])))}) float32 at {grid.get("spacing")} mm, RAS,
+  z-scored per scan, modality {preprocessing.get("modality")}, scaling {preprocessing.get("scaling")},
+  crop {preprocessing.get("crop", "world")}, intensity {preprocessing.get("intensity", "none")}
+- data: manifest {config["manifest_digest"]}, split {config["split"]}
+- made by yaware {config["version"]}, MLflow run {config["run_id"]}
+
+    import yaware
+    encoder = yaware.Encoder.from_pretrained("path/to/this/folder")
+    features = encoder.embed(["scan.nii.gz"]{tiv})        # a table of 1 row, {config["feature_size"]} columns
+
+`yaware embed path/to/this/folder scan.nii.gz{option}` does the same; `encoder(volumes)` takes prepared volumes.
+"""
