@@ -16,7 +16,7 @@ import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
 from evaluation.protocols.embedding import embedding_table
-from evaluation.protocols.features import cache_name, check_preprocessing, features_of
+from evaluation.protocols.features import cache_name, features_of
 from evaluation.protocols.finetune import TrainingJob
 from evaluation.protocols.nested_cv import NestedCVResult, prepare, search_grid, search_networks
 from evaluation.protocols.protocols import PROTOCOLS, Protocol, check_protocols, published_lines
@@ -33,6 +33,7 @@ from infra.tracking.tracker import default_uri
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
 from pretrain.weights.layers import intermediate_features
+from pretrain.weights.scan_source import check_preprocessing
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -120,7 +121,7 @@ class _Place:
 def _checkpoint(path: str | Path, manifest: Manifest, rows: Array, protocol: Protocol) -> Subject:
     """A checkpoint, checked against the shards it is to be judged on."""
     folder, encoder = find_encoder(path), Encoder.from_pretrained(path)
-    check_preprocessing(encoder, manifest, str(path))
+    check_preprocessing(encoder.preprocessing, manifest, str(path))
     about = check_leakage(encoder, path, manifest, rows, str(path))
     if any(PROTOCOLS[name].model != "network" for name in protocol.protocols):
         intermediate_features(encoder.network, protocol.layer, protocol.pooling)

@@ -11,8 +11,6 @@ import torch
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.preparation import DEFAULT_PREPARATION
-from infra.errors import UserError
 from infra.files import atomic_write
 from infra.progress import Progress
 from pretrain.weights.encoder import Encoder
@@ -20,20 +18,6 @@ from pretrain.weights.layers import intermediate_features
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BATCH = 16
-
-
-def check_preprocessing(encoder: Encoder, manifest: Manifest, name: str) -> None:
-    """UserError where the shards are not on the encoder's grid, or of another modality, scaling, crop or intensity."""
-    wanted, found = (
-        {**DEFAULT_PREPARATION, **encoder.preprocessing},
-        {**DEFAULT_PREPARATION, "grid": manifest.grid, **manifest.settings},
-    )
-    for key in ("grid", "modality", "scaling", *DEFAULT_PREPARATION):
-        if wanted.get(key) is not None and wanted[key] != found.get(key):
-            raise UserError(
-                f"{name}: the encoder was trained on {key} {wanted[key]!r}, {manifest.root} has {found.get(key)!r}; "
-                "build shards with the encoder's own"
-            )
 
 
 def features_of(

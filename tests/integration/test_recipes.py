@@ -19,8 +19,8 @@ from infra.errors import UserError
 from pretrain.config import RECIPES, Recipe, check_micro_batch, load_recipe
 from pretrain.encoders import check_encoder
 from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.run.objective import loss_options
 from pretrain.run.plan import total_steps
-from pretrain.run.step import loss_options
 from tests.cohorts import write_cohort
 from tests.runs import losses, run
 
@@ -32,7 +32,7 @@ RANKS = {
 }  # fmt: skip
 MEASURED = ("demo-cpu", "simulated-6mm")  # whose heads tell what was measured, and whose runs are named by the method
 SMALL = {"large-batch-64gpu": ["--batch.micro=1"], "paper-bhb10k": ["--batch.micro=2"], "openbhb": ["--batch.micro=2"]}
-# ViT-L itself is two ranks' 9 GiB here; its blocks are ViT-S's, and it is built and run in test_encoders.
+# ViT-L takes 9 GiB on two ranks; its blocks are those of ViT-S, and encoders/test_networks.py builds and runs it.
 SMALL["vit-large-multinode"] = ["--encoder.name=vit-small", "--encoder.options.grid=[30,32,30]"]
 
 
