@@ -35,7 +35,7 @@ RANKS = {
 }  # fmt: skip
 NAMED_BY_METHOD = ("demo-cpu", "simulated-6mm")
 SMALL = {"large-batch-64gpu": ["--batch.micro=1"], "paper-bhb10k": ["--batch.micro=2"], "openbhb": ["--batch.micro=2"]}
-# ViT-L would take 9 GiB on two ranks. ViT-S has the same blocks, and test_encoders builds and runs ViT-L.
+# ViT-L takes 9 GiB on two ranks; its blocks are those of ViT-S, and encoders/test_networks.py builds and runs it.
 SMALL["vit-large-multinode"] = ["--encoder.name=vit-small", "--encoder.options.grid=[30,32,30]"]
 
 
