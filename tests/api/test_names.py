@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
     "data_pipeline": ["Manifest", "TwoViewLoader", "build_shards", "read_cohort", "simulate_cohort"],
     "pretrain": ["ENCODERS", "Embedder", "Encoder", "KERNELS", "LOSSES", "Recipe", "embed", "export"],
-    "evaluation": ["compare", "evaluate"],
+    "evaluation": ["Comparison", "compare", "evaluate"],
 }
 FUNCTIONS = ["build_shards", "compare", "embed", "evaluate", "export", "read_cohort", "simulate_cohort"]
 # Imported before the names are used: submodules whose names could replace a function of the same name.
