@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from data_pipeline import build_shards as build_shards
     from data_pipeline import read_cohort as read_cohort
     from data_pipeline import simulate_cohort as simulate_cohort
+    from evaluation import Comparison as Comparison
     from evaluation import compare as compare
     from evaluation import evaluate as evaluate
     from pretrain import ENCODERS as ENCODERS
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # Public name -> its package, imported at the first use: `import yaware` needs no other library.
 _PACKAGES = {
+    "Comparison": "evaluation",
     "ENCODERS": "pretrain",
     "Embedder": "pretrain",
     "Encoder": "pretrain",

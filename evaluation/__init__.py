@@ -1,25 +1,32 @@
-"""From pretrained checkpoints to a defended statement about them."""
+"""Evaluation of pretrained checkpoints on downstream tasks, and their comparison."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from evaluation.comparison.comparison import Comparison as Comparison
     from evaluation.comparison.comparison import compare as compare
     from evaluation.protocols.evaluate import evaluate as evaluate
+    from evaluation.protocols.protocols import PROTOCOLS as PROTOCOLS
 
-__all__ = ["compare", "evaluate"]
+# Public name -> module. They are loaded at first use, so that `import evaluation` needs neither scikit-learn nor MLflow.
+_MODULES = {
+    "Comparison": "evaluation.comparison.comparison",
+    "compare": "evaluation.comparison.comparison",
+    "evaluate": "evaluation.protocols.evaluate",
+    "PROTOCOLS": "evaluation.protocols.protocols",
+}
+
+__all__ = ["PROTOCOLS", "Comparison", "compare", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `import evaluation` needs neither scikit-learn nor MLflow. The loaded submodule `compare` would
-    # shadow the function of that name, which is why it is fetched from the module itself.
-    if name == "evaluate":
-        from evaluation.protocols.evaluate import evaluate
+    if name not in _MODULES:
+        raise AttributeError(f"module 'evaluation' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
 
-        return evaluate
-    if name == "compare":
-        from evaluation.comparison.comparison import compare
 
-        return compare
-    raise AttributeError(f"module 'evaluation' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

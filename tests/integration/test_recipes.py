@@ -32,7 +32,7 @@ RANKS = {
 }  # fmt: skip
 MEASURED = ("demo-cpu", "simulated-6mm")  # whose heads tell what was measured, and whose runs are named by the method
 SMALL = {"large-batch-64gpu": ["--batch.micro=1"], "paper-bhb10k": ["--batch.micro=2"], "openbhb": ["--batch.micro=2"]}
-# ViT-L itself is two ranks' 9 GiB here; its blocks are ViT-S's, and it is built and run in test_encoders.
+# ViT-L takes 9 GiB on two ranks; its blocks are those of ViT-S, and encoders/test_networks.py builds and runs it.
 SMALL["vit-large-multinode"] = ["--encoder.name=vit-small", "--encoder.options.grid=[30,32,30]"]
 
 
