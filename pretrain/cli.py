@@ -6,10 +6,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pretrain.config import Recipe
 
 
 def pretrain(arguments: list[str]) -> int:
@@ -36,16 +32,10 @@ def pretrain(arguments: list[str]) -> int:
     if options.print_config:
         print(to_yaml(recipe), end="")
         return 0
-    from pretrain.run.checkpoint import newest_step, step_folder, verify_checkpoint
+    from pretrain.api import report_if_complete
     from pretrain.run.plan import make_plan
 
-    plan = make_plan(recipe, recipe.launch.ranks)
-    checkpoints = Path(recipe.run.output) / "checkpoints"
-    newest = newest_step(checkpoints)
-    # If the last checkpoint is damaged, the steps since the one before are repeated.
-    if newest is not None and newest >= plan.total_steps and not verify_checkpoint(step_folder(checkpoints, newest)):
-        _send_spooled_metrics(recipe)
-        print(f"pretrain: {recipe.run.name} is already complete: {plan.total_steps} steps, {checkpoints}")
+    if report_if_complete(make_plan(recipe, recipe.launch.ranks)):
         return 0
     from pretrain.launch.start import start_on_this_host
 
@@ -53,16 +43,6 @@ def pretrain(arguments: list[str]) -> int:
     if end.reason:
         print(f"pretrain: {end.reason}", file=sys.stderr, flush=True)
     return end.status
-
-
-def _send_spooled_metrics(recipe: Recipe) -> None:
-    """Send to MLflow what a finished run could not send."""
-    from infra.tracking.tracker import default_uri, send_spool
-    from pretrain.run.log import SPOOL
-
-    spool = Path(recipe.run.output) / SPOOL
-    if spool.is_file() and send_spool(recipe.run.tracking_uri or default_uri(), spool):
-        print("pretrain: sent the spooled metrics to MLflow")
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"pretrain": pretrain}

@@ -182,7 +182,7 @@ def test_a_store_that_is_down_costs_the_run_nothing_and_gets_everything_later(sh
     later = arguments(shards, tmp_path / "run", store, run__experiment="down", **watched)
     assert cli.run(["pretrain", *later]) == 0
     printed = capsys.readouterr().out
-    assert "sent the spooled metrics to MLflow" in printed
+    assert "sent to MLflow the metrics that had been waiting" in printed
     assert "is already complete" in printed
     assert not spool.exists()
     (row,) = runs.runs(store, "down", "pretraining")
@@ -217,7 +217,7 @@ def test_a_server_that_goes_down_in_mid_run_gets_everything_later(shards, tmp_pa
     uri, server = mlflow_server(tmp_path)
     try:
         assert cli.run(["pretrain", *arguments(shards, tmp_path / "run", uri, run__experiment="mid-run")]) == 0
-        assert "sent the spooled metrics to MLflow" in capsys.readouterr().out
+        assert "sent to MLflow the metrics that had been waiting" in capsys.readouterr().out
         (row,) = runs.runs(uri, "mid-run", "pretraining")
         assert row["status"] == "FINISHED"
         assert runs.metric_history(uri, row["run_id"], "loss") == losses(tmp_path / "run")
