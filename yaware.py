@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from pretrain import Embedder as Embedder
     from pretrain import Encoder as Encoder
     from pretrain import Recipe as Recipe
+    from pretrain import Run as Run
     from pretrain import embed as embed
     from pretrain import export as export
+    from pretrain import pretrain as pretrain
 
 # Public name -> its package, imported at the first use: `import yaware` needs no other library.
 _PACKAGES = {
@@ -38,12 +40,14 @@ _PACKAGES = {
     "LOSSES": "pretrain",
     "Manifest": "data_pipeline",
     "Recipe": "pretrain",
+    "Run": "pretrain",
     "TwoViewLoader": "data_pipeline",
     "build_shards": "data_pipeline",
     "compare": "evaluation",
     "embed": "pretrain",
     "evaluate": "evaluation",
     "export": "pretrain",
+    "pretrain": "pretrain",
     "read_cohort": "data_pipeline",
     "simulate_cohort": "data_pipeline",
 }
