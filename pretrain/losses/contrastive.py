@@ -242,8 +242,8 @@ def decoupled_uniformity(
     for the factor 1/(1 + λ) on the centroids.
 
     The centroids need the whole K: with or without tiles, every rank holds (G, G) values (64 MB for 4096 scans) and solves
-    one linear system. Only the sum over pairs is computed by tiles. A single scan gives 0. Arguments not listed here are those of
-    `y_aware_infonce`.
+    one linear system. Only the sum over pairs is computed by tiles. A single scan gives 0.
+    Arguments not listed here are those of `y_aware_infonce`.
 
     Args:
         scale: t > 0.
