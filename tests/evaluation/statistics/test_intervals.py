@@ -37,7 +37,7 @@ def test_participants_are_drawn_whole(monkeypatch):
     assert (people.sum(1) == 3).all()
     assert people.mean(0) == pytest.approx([1, 1, 1], abs=0.15)
     assert len(np.unique(people, axis=0)) == 10  # all the ways to draw 3 of 3
-    monkeypatch.setattr(intervals, "CELLS", 60)
+    monkeypatch.setattr(intervals, "MOST_WEIGHTS", 60)
     assert np.array_equal(weights, np.concatenate(list(bootstrap_weights(codes, 300))))
     left = np.concatenate(list(jackknife_weights(codes)))
     assert left.tolist() == [[1, 1, 1, 0, 0, 1], [0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0]]

@@ -78,11 +78,7 @@ def test_bias_lines_published_twice_are_one_and_free_the_gap_of_age():
     assert gap == pytest.approx(beheshti, abs=1e-9)
     assert abs(np.corrcoef(gap, ages[ask])[0, 1]) < 0.15
     assert np.corrcoef(predicted[ask] - ages[ask], ages[ask])[0, 1] < -0.7
-    assert line.predicted_age(ages[ask], predicted[ask]) - ages[ask] == pytest.approx(gap)
-    assert line.unbiased_age(line.slope * ages + line.intercept) == pytest.approx(ages)
-    with pytest.raises(ValueError, match="slope=-1"):
-        BiasLine(-1.0, 0.0).unbiased_age(predicted)
-    with pytest.raises(ValueError, match="2 ages spanning no range"):
+    with pytest.raises(ValueError, match="2 ages without a range"):
         BiasLine.fit(np.array([30.0, 30.0]), np.array([1.0, 2.0]))
 
 
@@ -116,5 +112,5 @@ def test_who_was_scanned_at_two_sites_helps_to_fit_neither_correction():
         line = BiasLine.fit(ages[outside], predicted[outside])
         mine = folds == fold
         assert gaps[mine] == pytest.approx(line.gap(ages[mine], predicted[mine]))
-    with pytest.raises(ValueError, match="1 ages spanning no range"):
+    with pytest.raises(ValueError, match="1 ages without a range"):
         corrected_gaps(ages[:3], predicted[:3], np.arange(3), np.array([0, 0, 1]))

@@ -117,7 +117,7 @@ def test_the_same_voxels_under_another_id_are_refused(world):
     root, cohort, folder = world
     fresh = only(cohort, root / "fresh" / "tiny", [f"sub-{n:03d}" for n in [4, *range(10, 20)]])
     manifest = Manifest.load(build(renamed(fresh, root / "renamed" / "tiny", "sub-004", "sub-777"), root / "copies"))
-    refusal = r"under another name, on voxels of tiny/777, who are tested on \(scan tiny_sub-777_ses-1"
+    refusal = r"under another name, on voxels of the test participants tiny/777 \(scan tiny_sub-777_ses-1"
     with pytest.raises(UserError, match=refusal):
         check(folder, manifest)
     # Tested on the second session alone, which the encoder never saw: the same person all the same.
@@ -153,7 +153,7 @@ def test_an_encoder_without_the_file_is_judged_by_its_manifest(shards, tmp_path,
         tmp_path / "elsewhere", type("M", (), {"digest": "0", "grid": manifest.grid}), None, seen=False
     )
     assert check(elsewhere, manifest) == {"leakage.checked": "nothing"}
-    assert "does not tell whom it was trained on" in capsys.readouterr().out
+    assert "has no record of the scans it was trained on" in capsys.readouterr().out
 
 
 def test_one_persons_voxels_under_two_names_in_a_task_are_refused(shards):
@@ -163,7 +163,7 @@ def test_one_persons_voxels_under_two_names_in_a_task_are_refused(shards):
     one, other = task.rows[0], task.rows[np.flatnonzero(task.groups != task.groups[0])[0]]
     manifest.scans.loc[other, "voxels_sha256"] = manifest.scans.loc[one, "voxels_sha256"]
     names = sorted(participants_of(manifest, np.array([one, other])))
-    several = rf"task age: the same voxels stand under several participants \({names[0]}, {names[1]}\)"
+    several = rf"task age: several participants have the same voxels \({names[0]}, {names[1]}\)"
     with pytest.raises(UserError, match=several):
         check_copies([task], manifest)
 

@@ -90,13 +90,13 @@ def test_missing_numbers_stay_missing():
         (PLAIN + "confounds: [diagnosis]\n", "mine.yaml: confounds: 'diagnosis' is the label itself"),
         (PLAIN + "query: agee > 3\n", "mine.yaml: query: 'agee > 3' does not work on scans.parquet: .*agee"),
         (PLAIN + "test: age >\n", "mine.yaml: test: 'age >' does not work"),
-        (PLAIN + "test: age > 200\n", "mine.yaml: test: of one class or none is tested on"),
+        (PLAIN + "test: age > 200\n", "mine.yaml: test: the test set has fewer than two classes or scans"),
         (PLAIN.replace("[AD]", "[]"), "mine.yaml: positive is empty; a binary task needs values"),
-        (PLAIN.replace("[AD]", "[Control]"), "mine.yaml: negative: 'control' is under positive too"),
+        (PLAIN.replace("[AD]", "[Control]"), "mine.yaml: negative: 'control' is also under positive"),
         (PLAIN.replace("binary", "binry"), "mine.yaml: kind: .*'binary', 'multiclass' or 'regression', found 'binry'$"),
         (PLAIN + "lable: x\n", r"mine.yaml: unknown key 'lable' \(did you mean 'label'\?\)"),
         (PLAIN.replace("binary", "regression"), "mine.yaml: label: 'diagnosis' holds text such as 'AD'; regression needs"),
-        (PLAIN.replace("binary", "multiclass") + "match: {column: age}\n", "mine.yaml: match goes with kind binary alone"),
+        (PLAIN.replace("binary", "multiclass") + "match: {column: age}\n", "mine.yaml: match needs a task of kind binary"),
         (PLAIN + "splits: [nowhere]\n", "task mine: too few participants for 5 folds in splits nowhere of mine.yaml"),
     ],
 )  # fmt: skip
@@ -111,10 +111,10 @@ def test_groups_that_cut_a_participant_in_two_are_refused(tmp_path):
     given = manifest(["AD", "control"] * 30, people=[f"p{n // 4}" for n in range(60)])
     with pytest.raises(UserError, match=r"mine.yaml: groups: participant d/p\d+ has several values of 'sex'"):
         load_task(task_file(tmp_path, PLAIN + "groups: sex\n"), given)
-    with pytest.raises(UserError, match="mine.yaml: test: 15 participants are on both sides"):
+    with pytest.raises(UserError, match="mine.yaml: test: 15 participants are in the training and in the test set"):
         load_task(task_file(tmp_path, PLAIN + "test: sex == 'F'\n"), given)
 
 
 def test_a_file_that_is_not_there():
-    with pytest.raises(UserError, match="task file none.yaml is not there"):
+    with pytest.raises(UserError, match="task file none.yaml does not exist"):
         load_task("none.yaml", manifest(["AD", "control"]))
