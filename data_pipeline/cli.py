@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from infra.errors import UserError
 
 if TYPE_CHECKING:
-    from data_pipeline.volume.load import Grid
+    from data_pipeline.volume.grid import Grid
 
 
 def cohort(arguments: list[str]) -> int:
@@ -149,7 +149,7 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _grid(options: argparse.Namespace) -> Grid | None:
-    from data_pipeline.volume.load import Grid
+    from data_pipeline.volume.grid import Grid
 
     if options.spacing is not None and not 0.5 <= options.spacing <= 20:
         raise UserError(f"--spacing={options.spacing} is not in 0.5..20 mm")
@@ -231,7 +231,7 @@ def _build(options: argparse.Namespace) -> int:
 def _append(options: argparse.Namespace) -> int:
     from data_pipeline.shards.append import append_shards
     from data_pipeline.storage.manifest import Manifest
-    from data_pipeline.volume.load import Grid
+    from data_pipeline.volume.grid import Grid
 
     before = Manifest.load(options.shards)
     after = append_shards(

@@ -1,0 +1,1 @@
+"""What the other packages share: settings, the command line, tracking, Ray, ranks and files."""

@@ -1,4 +1,4 @@
-"""The exception for wrong user input."""
+"""Exceptions that end a command with one line and no traceback."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ class UserError(ValueError):
     """Wrong user input. The message is one line: file or field, value found, what is allowed, how to fix it.
 
     The command ``yaware`` prints it after ``yaware: error:`` and exits with status 2, without a traceback.
+    """
+
+
+class LoaderError(UserError):
+    """The shards or the processes that read them fail, so the run stops.
+
+    It may concern one rank alone, so every rank that raises it prints it.
     """
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with the pinned packages and compiles DeepSpeed's collectives once.
+# Create a virtual environment with the pinned packages and compile DeepSpeed's collectives.
 # usage: infra/setup.sh PYTHON VENV
 set -euo pipefail
 python=$1
@@ -12,7 +12,7 @@ fail() { printf 'setup: error: %s\n' "$*" >&2; exit 2; }
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
     fail "$python is not Python 3.10 or newer (found: $("$python" --version 2>&1 || echo none)); run: make PYTHON=/path/to/python3.11 setup"
-command -v g++ >/dev/null || fail "g++ not found; DeepSpeed compiles its CPU collectives with it; install it (Debian: apt-get install g++)"
+command -v g++ >/dev/null || fail "g++ not found; DeepSpeed needs it to compile its CPU collectives; install it (Debian: apt-get install g++)"
 
 say "1/3 virtual environment in $venv"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Debian packages without which some tests skip: brain templates, a remote shell, network namespaces.
-# Where they cannot be installed (another system, no right, no network) it says so and the tests skip.
+# Install the Debian packages that some tests need: brain templates, a remote shell, network namespaces. If they cannot be
+# installed (another system, not root, no network), print a message; these tests are then skipped.
 set -u
 packages=(mricron-data pdsh openssh-server iproute2 numactl)
 give_up() { printf 'test-packages: %s; the tests that need %s will be skipped\n' "$1" "${packages[*]}"; exit 0; }
@@ -12,7 +12,7 @@ for package in "${packages[@]}"; do
 done
 [ "${#missing[@]}" = 0 ] && exit 0
 export DEBIAN_FRONTEND=noninteractive
-# A service that a package brings must not start: the tests start what they need, in namespaces of their own.
+# Do not start the services of the packages; the tests start what they need in their own namespaces.
 policy=/usr/sbin/policy-rc.d
 [ -e "$policy" ] || { printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" && trap 'rm -f "$policy"' EXIT; }
 apt-get update -qq >/dev/null 2>&1

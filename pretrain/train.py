@@ -19,11 +19,10 @@ import torch
 from data_pipeline.loading.augment import load_augmentation
 from data_pipeline.loading.balance import build_order
 from data_pipeline.loading.loader import TwoViewLoader
-from data_pipeline.loading.source import LoaderError
 from data_pipeline.storage.manifest import Manifest, check_shards
 from data_pipeline.storage.remote import Access
 from infra import distributed, watchdog
-from infra.errors import UserError
+from infra.errors import LoaderError, UserError
 from infra.settings import to_dict
 from pretrain.config import Recipe, check_world_size, load_recipe
 from pretrain.encoders import check_encoder

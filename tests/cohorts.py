@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 
 GRID = Grid.of((14, 16, 12), np.array([[6.0, 0, 0, -39], [0, 6, 0, -60], [0, 0, 6, -30], [0, 0, 0, 1]]))
 

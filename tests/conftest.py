@@ -1,4 +1,4 @@
-"""Shards and a private MLflow store for tests that run the real commands."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tests.cohorts import write_cohort
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
+    """Shards of 36 simulated participants with two sessions each."""
     from data_pipeline.shards.build import build_shards
 
     cohort = write_cohort(tmp_path_factory.mktemp("cohort") / "tiny", participants=36, sessions=2)

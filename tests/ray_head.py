@@ -1,4 +1,4 @@
-"""A Ray head node of a test's own, started the way a user starts one, and stopped by its process id."""
+"""Start a Ray head node for one test, with the command that users type, and stop it by its process id."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ import psutil
 
 @dataclass
 class Head:
-    """A running head node: its address and token, as a driver's environment, and its process."""
+    """A running head node: the environment variables with its address and token, and its process."""
 
     environment: dict[str, str]
     process: psutil.Process
 
     def workers(self, task: str = "build_one") -> list[psutil.Process]:
-        """Processes of this node that are running a task just now."""
-        found = []
+        """Return the processes of this node that are running a task at the moment."""
+        workers = []
         for process in self.process.children(recursive=True):
             try:
                 if process.cmdline()[:1] == [f"ray::{task}"]:
-                    found.append(process)
+                    workers.append(process)
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue
-        return found
+        return workers
 
 
 @contextmanager
 def head_node(cpus: int = 2) -> Iterator[Head]:
-    """``ray start --head --block`` on free ports, with a folder of its own (short: it holds sockets)."""
+    """Run ``ray start --head --block`` on free ports. The path of its folder is short, because it contains sockets."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     first, *others = _free_ports(4)
     names = ("dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
@@ -50,12 +50,12 @@ def head_node(cpus: int = 2) -> Iterator[Head]:
         f"--temp-dir={folder}", "--object-store-memory=200000000",
     ]  # fmt: skip
     log = (folder / "head.log").open("w")
-    # Its workers shall find the packages through the driver, not through the folder that the head was started in.
+    # Without PYTHONPATH the workers must find the packages through the driver.
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}  # its own: no other session gets in
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}  # keeps other sessions out
     environment |= token
     started = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-    family: list[psutil.Process] = []
+    children: list[psutil.Process] = []
     try:
         limit = time.monotonic() + 120
         while "Ray runtime started" not in (folder / "head.log").read_text():
@@ -65,9 +65,9 @@ def head_node(cpus: int = 2) -> Iterator[Head]:
         yield Head({"RAY_ADDRESS": f"127.0.0.1:{first}", **token}, psutil.Process(started.pid))
     finally:
         if started.poll() is None:
-            family = psutil.Process(started.pid).children(recursive=True)
+            children = psutil.Process(started.pid).children(recursive=True)
             started.terminate()
-        _, alive = psutil.wait_procs(family, timeout=15)
+        _, alive = psutil.wait_procs(children, timeout=15)
         for process in alive:
             process.kill()
         started.kill()
@@ -79,6 +79,6 @@ def head_node(cpus: int = 2) -> Iterator[Head]:
 def _free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [int(free.getsockname()[1]) for free in sockets]

@@ -1,4 +1,4 @@
-"""Servers on the loopback for tests of remote shards: one over HTTP that can be told to misbehave, and a real S3 one."""
+"""Local servers for tests of remote shards: an HTTP server with faults on demand, and an S3 server (moto)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FAULTS = ("fail", "cut", "short", "hang", "corrupt", "drop")
 
 
 class RangeServer:
-    """Serves a folder with byte ranges. ``break_next(k, how)`` spoils the next k answers about files ending in ``suffix``."""
+    """Serve a folder over HTTP with byte ranges, and count requests and bytes per file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.requests, self.sent = folder, Counter(), Counter()
         self.ranges, self._faults, self._lock = True, [], threading.Lock()
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         server = self
 
         class Handler(SimpleHTTPRequestHandler):
@@ -39,25 +39,27 @@ class RangeServer:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def break_next(self, count: int, how: str, suffix: str = ".tar") -> None:
-        assert how in FAULTS
+    def break_next(self, count: int, fault: str, suffix: str = ".tar") -> None:
+        """Add ``fault`` (one of FAULTS) to the next ``count`` responses for files that end in ``suffix``."""
+        assert fault in FAULTS
         with self._lock:
-            self._faults += [(how, suffix)] * count
+            self._faults += [(fault, suffix)] * count
 
     def answer(self, handler: SimpleHTTPRequestHandler) -> None:
+        """Answer a GET request, with the next fault if it matches."""
         path = self.folder / handler.path.lstrip("/")
         if path.is_dir():
             SimpleHTTPRequestHandler.do_GET(self._listing(handler))
             return
         with self._lock:
             self.requests[path.name] += 1
-            fits = bool(self._faults) and path.name.endswith(self._faults[0][1])
-            fault = self._faults.pop(0)[0] if fits else None
+            matches = bool(self._faults) and path.name.endswith(self._faults[0][1])
+            fault = self._faults.pop(0)[0] if matches else None
         if not path.is_file() or fault == "fail":
             handler.send_error(503 if path.is_file() else 404)
             return
         if fault == "hang":
-            self._over.wait(30)
+            self._stopped.wait(30)
         if fault in ("hang", "drop"):
             handler.close_connection = True
             return
@@ -68,20 +70,20 @@ class RangeServer:
         return handler
 
     def _send(self, handler: SimpleHTTPRequestHandler, path: Path, fault: str | None) -> None:
-        body, given = path.read_bytes(), handler.headers.get("Range")
+        body, byte_range = path.read_bytes(), handler.headers.get("Range")
         total, first = len(body), 0
-        if given and self.ranges:
-            start, _, stop = given.removeprefix("bytes=").partition("-")
+        if byte_range and self.ranges:
+            start, _, stop = byte_range.removeprefix("bytes=").partition("-")
             first = int(start)
             if first >= total:
                 handler.send_error(416)
                 return
             body = body[first : int(stop) + 1 if stop else total]
-        handler.send_response(206 if given and self.ranges else 200)
-        if given and self.ranges:
+        handler.send_response(206 if byte_range and self.ranges else 200)
+        if byte_range and self.ranges:
             handler.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{total}")
         if fault == "short":
-            body = body[: len(body) // 2]  # a proxy that truncates, and says so
+            body = body[: len(body) // 2]  # as a proxy that truncates the body and its declared length
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         if fault == "cut":
@@ -94,13 +96,15 @@ class RangeServer:
             self.sent[path.name] += len(body)
 
     def stop(self) -> None:
-        self._over.set()
+        """Stop the server and end hanging responses."""
+        self._stopped.set()
         self._server.shutdown()
         self._server.server_close()
 
 
 @contextmanager
 def range_server(folder: Path):
+    """Yield a running RangeServer."""
     server = RangeServer(folder)
     try:
         yield server
@@ -110,7 +114,7 @@ def range_server(folder: Path):
 
 @contextmanager
 def s3_server(log: Path):
-    """moto's S3 in a process of its own; the environment that s3fs needs to find it."""
+    """Run moto's S3 server in a process of its own. Yield the environment variables that s3fs needs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

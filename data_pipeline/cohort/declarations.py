@@ -1,4 +1,4 @@
-"""What a user declares of a data set (a small YAML) and how its tables' texts become values by it, never by a guess."""
+"""Declarations of data sets in YAML files, and how they turn the texts of tables into values; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -11,27 +11,39 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.cohort.scan import safe
+from data_pipeline.cohort.scan import safe_name
 from data_pipeline.cohort.tables import SESSION_COLUMNS, Row
 from infra.errors import UserError, nearest
 
 MISSING = {"", "n/a", "N/A", "nan", "NaN"}
-SEX = {"f": "F", "female": "F", "m": "M", "male": "M", "o": "O", "other": "O"}
-TEXT = ("site", "diagnosis", "split", "age", "sex")  # names, also where they look like numbers; age and sex are checked
+SEX_WORDS = {"f": "F", "female": "F", "m": "M", "male": "M", "o": "O", "other": "O"}
+# Columns that are never converted to numbers by themselves: names that may look like numbers; age and sex have checks.
+TEXT_COLUMNS = ("site", "diagnosis", "split", "age", "sex")
 IDENTITY = {"participant_id", "run", "path", *SESSION_COLUMNS}
-# Columns of the manifest itself; a data set's own may not take their place.
+# Columns of the manifest itself; a data set must not define them.
 RESERVED = {"key", "shard", "offset", "size", "crc32c", "dataset"}
-ALL = "all"  # in `missing`: every column
+ALL = "all"  # the key of `missing` that stands for every column
 AGE_KEYS = ("birth", "scan", "format")
-DAYS_A_YEAR = 365.25
+DAYS_PER_YEAR = 365.25
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set of a cohort, as its YAML declares it (``docs/cohorts.md``); ``declared_in`` names that file in messages.
+    """One data set of a cohort, as declared in YAML; see ``docs/cohorts.md``.
 
-    ``columns``: our name -> theirs, None where all columns are taken. ``values``: our name -> a constant, or their text
-    -> ours. ``missing``: our name (or ``all``) -> texts that mean missing. ``age``: columns of the dates of birth and scan.
+    "Our" names are those of the scan table, "their" names those of the data set's own tables.
+
+    Attributes:
+        path: the folder, or the table of layout ``csv``.
+        name: begins every key.
+        layout: empty to detect it.
+        participants: the participants' table, if it is not at the layout's usual place.
+        orientation: of .npy arrays; empty for that of their known grid.
+        columns: our name -> their name; None to read all columns.
+        values: our name -> a constant, or their text -> our text.
+        missing: our name or ``all`` -> texts that mean missing.
+        age: the columns of the dates of ``birth`` and ``scan``, and the ``format`` of dates.
+        declared_in: the file that declares it, for messages.
     """
 
     path: Path
@@ -51,39 +63,52 @@ class DataSet:
 
 
 def read_data_sets(path: Path) -> list[DataSet]:
-    """The data sets that a YAML file lists, paths taken from its own folder on."""
+    """Read the data sets that a YAML file lists; paths are relative to that file.
+
+    Raises UserError if a key or a value is wrong or two data sets have one name.
+    """
     content = _load(path)
     _refuse_unknown(content, ["datasets"], str(path))
     listed = content.get("datasets")
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{path}: datasets must be a list of data sets, each with a path and a name")
-    found = []
+    data_sets = []
     for number, entry in enumerate(listed):
         where = f"{path}: datasets[{number}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise UserError(f"{where}: path is missing; give the data set's folder (or its table, for layout csv)")
-        found.append(_data_set(entry, where, path.parent, KEYS))
-    names = [source.name for source in found]
+        data_sets.append(_data_set(entry, where, path.parent, KEYS))
+    names = [source.name for source in data_sets]
     for name in names:
         if names.count(name) > 1:
             raise UserError(
                 f"{path}: {names.count(name)} data sets have the name {name!r}; give each its own with name:"
             )
-    return found
+    return data_sets
 
 
 def declare(source: DataSet, path: Path) -> DataSet:
-    """``source`` with the columns and rules of a YAML file of one data set (``--columns``)."""
+    """Add the columns and rules of a YAML file for one data set (``--columns``) to ``source``.
+
+    Raises UserError if a key or a value is wrong.
+    """
     rules = [key for key in KEYS if key not in ("path", "name", "layout")]
     declared = _data_set({**_load(path), "path": str(source.path)}, str(path), path.parent, ["path", *rules])
     return replace(declared, path=source.path, name=source.name, layout=source.layout)
 
 
-KEYS = [part.name for part in fields(DataSet) if part.name != "declared_in"]
+KEYS = [key.name for key in fields(DataSet) if key.name != "declared_in"]
 
 
-def typed(rows: Sequence[Row], source: DataSet) -> list[dict[str, Any]]:
-    """The values of every row by our names: age in years, sex F, M or O, numbers as float, text as str, missing None."""
+def typed_values(rows: Sequence[Row], source: DataSet) -> list[dict[str, Any]]:
+    """Convert the texts of rows to values by the declared rules.
+
+    Returns:
+        For each row, our column name -> value: age in years, sex F, M or O, numbers as float, text as str, missing None.
+
+    Raises:
+        UserError: a value is not allowed or has no rule, or a declared column does not exist.
+    """
     present = dict.fromkeys(column for row in rows for column in row.columns())
     columns = _columns(source, present)
     values = [dict[str, Any]() for _ in rows]
@@ -93,26 +118,26 @@ def typed(rows: Sequence[Row], source: DataSet) -> list[dict[str, Any]]:
             continue
         cells = [row.cell(theirs) for row in rows]
         texts = [_recode(name, text.strip(), where, rule, source) for text, where in cells]
-        number = name not in TEXT and _all_numbers(texts)
-        for its, text, (_, where) in zip(values, texts, cells, strict=True):
-            its[name] = None if text is None else _value(where, name, text, number)
+        numeric = name not in TEXT_COLUMNS and _all_numbers(texts)
+        for row_values, text, (_, where) in zip(values, texts, cells, strict=True):
+            row_values[name] = None if text is None else _value(where, name, text, numeric)
     for name, rule in source.values.items():
         if isinstance(rule, str):
-            number = name not in TEXT and _all_numbers([rule])
-            constant = None if rule in MISSING else _value(source.declared_in, name, rule, number)
-            for its in values:
-                its[name] = constant
+            numeric = name not in TEXT_COLUMNS and _all_numbers([rule])
+            constant = None if rule in MISSING else _value(source.declared_in, name, rule, numeric)
+            for row_values in values:
+                row_values[name] = constant
     if source.age:
-        for its, row in zip(values, rows, strict=True):
-            its["age"] = _age_from_dates(row, source)
+        for row_values, row in zip(values, rows, strict=True):
+            row_values["age"] = _age_from_dates(row, source)
     return values
 
 
 def _columns(source: DataSet, present: Iterable[str]) -> dict[str, str]:
-    """Our name -> theirs of the columns that are taken; UserError where a declared one is in no table."""
+    """Our name -> their name of the columns to read; raises UserError if no table has a declared column."""
     present = list(present)
     ids = IDENTITY | {source.column(name) for name in IDENTITY}
-    dates = {source.age[key] for key in ("birth", "scan") if key in source.age}  # which would name a person
+    dates = {source.age[key] for key in ("birth", "scan") if key in source.age}  # dates could identify a person
     if source.columns is None:
         taken = {name: name for name in present if name not in ids | dates | RESERVED}
     else:
@@ -128,14 +153,14 @@ def _columns(source: DataSet, present: Iterable[str]) -> dict[str, str]:
         for name in names:
             if present and name not in taken and not (name == "age" and source.age):
                 raise UserError(
-                    f"{source.declared_in}: {part}.{name} is no column of {source.name}{nearest(name, taken)}; "
-                    f"there: {', '.join(taken)}"
+                    f"{source.declared_in}: {part}.{name}: {source.name} has no column {name!r}{nearest(name, taken)}; "
+                    f"found: {', '.join(taken)}"
                 )
     return taken
 
 
 def _recode(name: str, text: str, where: str, rule: str | dict[str, str] | None, source: DataSet) -> str | None:
-    """A cell's text by the declared rules; None for a missing one."""
+    """Translate a cell's text by the declared rules; None if it is missing, UserError if it has no rule."""
     if text in MISSING or any(_same(text, m) for m in (*source.missing.get(name, ()), *source.missing.get(ALL, ()))):
         return None
     if not isinstance(rule, dict):
@@ -145,12 +170,12 @@ def _recode(name: str, text: str, where: str, rule: str | dict[str, str] | None,
             return None if ours in MISSING else ours
     raise UserError(
         f"{where}: {name}={text!r} has no rule in values.{name} of {source.declared_in}; "
-        f"there: {', '.join(rule)}; add it (n/a as its value if it means missing)"
+        f"found: {', '.join(rule)}; add it (with the value n/a if it means missing)"
     )
 
 
 def _same(text: str, declared: str) -> bool:
-    """Whether a cell holds a declared text; 999, 999.0 and 0999 are the same number."""
+    """Whether a cell equals a declared text; 999, 999.0 and 0999 are equal numbers."""
     if text == declared:
         return True
     try:
@@ -160,7 +185,7 @@ def _same(text: str, declared: str) -> bool:
 
 
 def _all_numbers(texts: Sequence[str | None]) -> bool:
-    """Whether a column is numbers and missing values only; one word makes all of it text."""
+    """Whether a column has numbers and no other text than missing values."""
     try:
         return all(math.isfinite(float(text)) for text in texts if text is not None) and any(
             t is not None for t in texts
@@ -169,22 +194,24 @@ def _all_numbers(texts: Sequence[str | None]) -> bool:
         return False
 
 
-def _value(where: str, column: str, text: str, number: bool) -> Any:
+def _value(where: str, column: str, text: str, numeric: bool) -> Any:
+    """Convert a text to the value of a column; raises UserError naming ``where`` if it is not allowed."""
     if column == "age":
         return _years(where, "age", text)
     if column == "sex":
-        if text.lower() in SEX:
-            return SEX[text.lower()]
+        if text.lower() in SEX_WORDS:
+            return SEX_WORDS[text.lower()]
         if text.replace(".", "").lstrip("-").isdigit():
             raise UserError(
-                f"{where}: sex={text!r} is a code that nobody declared; "
-                "say what it means, as in `values: {sex: {0: M, 1: F}}`, in a YAML file given with --columns"
+                f"{where}: sex={text!r} is a code without a declared meaning; "
+                "declare it, as in `values: {sex: {0: M, 1: F}}`, in a YAML file given with --columns"
             )
         raise UserError(f"{where}: sex={text!r} is not F, M, O, female, male or other; write n/a if unknown")
-    return float(text) if number else text
+    return float(text) if numeric else text
 
 
 def _years(where: str, name: str, text: str) -> float:
+    """Convert a text to an age in years; raises UserError if it is not a number in 0..130."""
     try:
         age = float(text)
     except ValueError:
@@ -198,39 +225,40 @@ def _years(where: str, name: str, text: str) -> float:
 
 
 def _age_from_dates(row: Row, source: DataSet) -> float | None:
-    """Years from the date of birth to that of the scan, to a hundredth (as dates are good to a day)."""
+    """Years from the date of birth to that of the scan, to two decimals, since dates are exact to a day."""
     days = []
     for key in ("birth", "scan"):
         text, where = row.cell(source.age[key])
-        wanted = source.age.get("format", "%Y-%m-%d")
+        date_format = source.age.get("format", "%Y-%m-%d")
         if _recode("age", text.strip(), where, None, source) is None:
             return None
         try:
-            days.append(datetime.strptime(text.strip(), wanted))
+            days.append(datetime.strptime(text.strip(), date_format))
         except ValueError:
             raise UserError(
-                f"{where}: {source.age[key]}={text!r} is not a date of the form {wanted}; "
-                f"declare theirs in {source.declared_in}, as in `age: {{format: '%d/%m/%Y'}}`"
+                f"{where}: {source.age[key]}={text!r} is not a date of the form {date_format}; "
+                f"declare its format in {source.declared_in}, as in `age: {{format: '%d/%m/%Y'}}`"
             ) from None
     _, where = row.cell(source.age["scan"])
-    return _years(where, "age from dates", f"{(days[1] - days[0]).days / DAYS_A_YEAR:.2f}")
+    return _years(where, "age from dates", f"{(days[1] - days[0]).days / DAYS_PER_YEAR:.2f}")
 
 
-class _OnceLoader(yaml.BaseLoader):
-    """YAML whose every scalar is text (a code 0 is the text 0, no word means true) and whose keys may stand only once."""
+class _TextLoader(yaml.BaseLoader):
+    """A YAML loader that keeps every scalar as text (0 is "0", yes is "yes") and refuses repeated keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping; raises ConstructorError if a key is repeated."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", node.start_mark)
-        found: dict[Any, Any] = super().construct_mapping(node, deep=True)
-        return found
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=True)
+        return mapping
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _TextLoader)
     except FileNotFoundError:
         raise UserError(f"{path} not found; give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -243,11 +271,13 @@ def _load(path: Path) -> dict[str, Any]:
 def _refuse_unknown(content: dict[str, Any], allowed: Sequence[str], where: str) -> None:
     for key in content:
         if key not in allowed:
-            shown = ", ".join(name for name in allowed)
-            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), allowed)}; allowed here: {shown}")
+            raise UserError(
+                f"{where}: unknown key {key!r}{nearest(str(key), allowed)}; allowed here: {', '.join(allowed)}"
+            )
 
 
 def _data_set(entry: dict[str, Any], where: str, folder: Path, allowed: Sequence[str]) -> DataSet:
+    """A data set from its YAML entry; ``where`` names the entry in messages, paths are relative to ``folder``."""
     _refuse_unknown(entry, allowed, where)
     for key in ("path", "name", "layout", "participants", "orientation"):
         if key in entry and not (isinstance(entry[key], str) and entry[key]):
@@ -256,7 +286,7 @@ def _data_set(entry: dict[str, Any], where: str, folder: Path, allowed: Sequence
     columns = None if "columns" not in entry else _texts(entry["columns"], f"{where}: columns")
     for ours in columns or ():
         if ours in RESERVED:
-            raise UserError(f"{where}: columns.{ours}: this name is the manifest's own; choose another")
+            raise UserError(f"{where}: columns.{ours}: the manifest itself has a column of this name; choose another")
     age = _texts(entry.get("age", {}), f"{where}: age")
     _refuse_unknown(age, AGE_KEYS, f"{where}: age")
     if age and not {"birth", "scan"} <= age.keys():
@@ -265,46 +295,61 @@ def _data_set(entry: dict[str, Any], where: str, folder: Path, allowed: Sequence
         raise UserError(f"{where}: age is both a column (columns.age) and computed from dates (age); keep one of them")
     orientation = check_orientation(entry.get("orientation", ""), f"{where}: orientation")
     return DataSet(
-        path, safe(entry.get("name") or path.name.partition(".")[0] or path.name), entry.get("layout", ""),
-        (folder / entry["participants"]).resolve() if "participants" in entry else None, orientation, columns,
-        _values(entry.get("values", {}), f"{where}: values"), _missing(entry.get("missing", []), f"{where}: missing"),
-        age, where,
-    )  # fmt: skip
+        path=path,
+        name=safe_name(entry.get("name") or path.name.partition(".")[0] or path.name),
+        layout=entry.get("layout", ""),
+        participants=(folder / entry["participants"]).resolve() if "participants" in entry else None,
+        orientation=orientation,
+        columns=columns,
+        values=_values(entry.get("values", {}), f"{where}: values"),
+        missing=_missing(entry.get("missing", []), f"{where}: missing"),
+        age=age,
+        declared_in=where,
+    )
 
 
-def check_orientation(given: str, where: str) -> str:
-    """An order of axes such as ``LAS`` in capitals, or empty; UserError naming ``where`` for anything else."""
-    orientation = given.upper()
+def check_orientation(text: str, where: str) -> str:
+    """Return an orientation such as ``LAS`` in capitals, or an empty text unchanged.
+
+    Raises UserError, which begins with ``where``, if the text is anything else.
+    """
+    orientation = text.upper()
     if orientation and (len(orientation) != 3 or {"LR", "PA", "IS"} != {_axis(letter) for letter in orientation}):
-        raise UserError(f"{where}={given!r} is not of the form RAS, LAS, LPI ...")
+        raise UserError(f"{where}={text!r} is not an orientation such as RAS, LAS or LPI")
     return orientation
 
 
 def _axis(letter: str) -> str:
+    """The axis of a direction, for example ``LR`` of ``L``."""
     return next((pair for pair in ("LR", "PA", "IS") if letter in pair), letter)
 
 
 def _texts(content: Any, where: str) -> dict[str, str]:
+    """Check that a value maps names to names."""
     if not isinstance(content, dict) or not all(isinstance(text, str) and text for text in content.values()):
         raise UserError(f"{where} must map names to names, found {content!r}")
     return content
 
 
 def _values(content: Any, where: str) -> dict[str, str | dict[str, str]]:
+    """Check the rules of ``values``."""
     if not isinstance(content, dict):
         raise UserError(f"{where} must map columns to rules, as in `values: {{sex: {{0: M, 1: F}}, site: london}}`")
     for name, rule in content.items():
         rules = rule.values() if isinstance(rule, dict) else [rule]
         if name in RESERVED | IDENTITY or not all(isinstance(text, str) for text in rules):
-            raise UserError(f"{where}.{name} must be a constant or map their values to ours, of a column that is no id")
+            raise UserError(
+                f"{where}.{name} must be a constant or map their values to ours, and the column must not be an id"
+            )
     return content
 
 
 def _missing(content: Any, where: str) -> dict[str, list[str]]:
-    found = content if isinstance(content, dict) else {ALL: content}
-    for name, texts in found.items():
+    """Check the lists of ``missing``; a single list is for all columns."""
+    by_column = content if isinstance(content, dict) else {ALL: content}
+    for name, texts in by_column.items():
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise UserError(
                 f"{where}.{name} must be a list of values, as in `missing: {{age: [999, -9]}}` or `missing: [-9]`"
             )
-    return found
+    return by_column

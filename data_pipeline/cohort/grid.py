@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from data_pipeline.cohort.scan import Scan
-from data_pipeline.volume.load import BadScan, Grid, open_image
+from data_pipeline.volume.errors import BadScan
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.load import open_image
 
 SCANS_TO_OPEN = 5
 

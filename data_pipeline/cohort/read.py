@@ -1,4 +1,4 @@
-"""From a cohort as it comes (a folder, a table, a list of data sets) to scans: ``read_cohort``."""
+"""Read the scans of a cohort: a folder, a table of paths, or a list of data sets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from data_pipeline.cohort.layouts import (
     read_openbhb,
 )
 from data_pipeline.cohort.pseudonyms import pseudonymise, read_key
-from data_pipeline.cohort.scan import Scan, safe
+from data_pipeline.cohort.scan import Scan, safe_name
 from infra.errors import UserError, nearest
 
 LAYOUTS: dict[str, Callable[[DataSet, str], Scans]] = {
@@ -32,12 +32,13 @@ LAYOUTS: dict[str, Callable[[DataSet, str], Scans]] = {
     "openbhb": read_openbhb,
     "csv": read_csv,
 }
-# A file that shows that a folder has the layout.
+# Layout -> function that finds the files which identify it in a folder.
 SIGNS: dict[str, Callable[[Path], Iterable[Path]]] = {
     "bids": bids_images,
     "cat12": cat12_maps,
     "openbhb": lambda folder: (path for ending in OPENBHB.values() for path in openbhb_arrays(folder, ending)),
 }
+# Endings of files that list data sets, and of tables of paths.
 DATA_SETS, TABLES = (".yaml", ".yml"), (".csv", ".tsv", ".txt")
 
 
@@ -50,41 +51,47 @@ def read_cohort(
     columns: str | Path | None = None,
     key_file: str | Path | None = None,
 ) -> Scans:
-    """Scans of a cohort in the order of their keys, and those whose participant no table lists.
+    """Read the scans of a cohort. Every scan has a unique key.
 
     Args:
         source: a folder, a table of paths (``.csv``, ``.tsv``), or a YAML file that lists data sets.
-        dataset: name that every key begins with; by default the folder's or table's.
-        modality: which of the images: ``vbm``, ``t1w`` or ``quasiraw`` (``csv`` takes every row).
-        layout: one of ``LAYOUTS``; by default what the folder holds, refused where it could be two.
-        columns: a YAML file that declares the columns and the rules of their values (of one data set).
-        key_file: a secret of at least 16 bytes; participants' ids then are keyed hashes everywhere but in ``Scan.path``.
+        dataset: the name with which every key begins; default: the name of the folder or table.
+        modality: ``vbm`` (grey-matter maps), ``t1w`` or ``quasiraw``; layout ``csv`` reads every row.
+        layout: one of ``LAYOUTS``; default: detected from the content of the folder.
+        columns: a YAML file that declares the columns and the rules for their values, for one data set.
+        key_file: a file with a secret of at least 16 bytes; participants' ids are then replaced by keyed hashes everywhere
+            but in ``Scan.path``.
 
-    Raises UserError where a folder, a table, a declaration or a value is wrong. No two scans have one key.
+    Returns:
+        The scans sorted by key, and the scans of participants that no table lists.
+
+    Raises:
+        UserError: a folder, a table, a declaration or a value is wrong, the layout is ambiguous, or two files have one key.
     """
     if modality not in MODALITIES:
         raise UserError(
             f"modality={modality!r} is not known{nearest(modality, MODALITIES)}; allowed: {', '.join(MODALITIES)}"
         )
     key = None if key_file is None else read_key(Path(key_file))
-    known: list[Scan] = []
-    unknown: list[Scan] = []
-    for one in _sources(Path(source), dataset, layout, columns):
-        its_known, its_unknown = LAYOUTS[one.layout or detect_layout(one.path)](one, modality)
-        known += its_known
-        unknown += its_unknown
-    known = _one_kind_a_column(sorted(known, key=lambda scan: scan.key))
-    _refuse_equal_keys(known, source)
+    scans: list[Scan] = []
+    unlisted: list[Scan] = []
+    for data_set in _data_sets(Path(source), dataset, layout, columns):
+        read = LAYOUTS[data_set.layout or detect_layout(data_set.path)]
+        new_scans, new_unlisted = read(data_set, modality)
+        scans += new_scans
+        unlisted += new_unlisted
+    scans = _mixed_columns_as_text(sorted(scans, key=lambda scan: scan.key))
+    _check_unique_keys(scans, source)
     if key is not None:
-        known, unknown = pseudonymise(known, key), pseudonymise(unknown, key)
-    return known, unknown
+        scans, unlisted = pseudonymise(scans, key), pseudonymise(unlisted, key)
+    return scans, unlisted
 
 
 def is_simulated(root: str | Path) -> bool:
-    """Whether the description of the data set, or of one of those that a YAML file lists, says that it is simulated."""
+    """Whether dataset_description.json of the data set, or of one that a YAML file lists, says that it is simulated."""
     source = Path(root)
     if source.is_file() and source.suffix.lower() in DATA_SETS:
-        return any(is_simulated(one.path) for one in read_data_sets(source))
+        return any(is_simulated(data_set.path) for data_set in read_data_sets(source))
     path = source / "dataset_description.json"
     if not path.is_file():
         return False
@@ -92,13 +99,16 @@ def is_simulated(root: str | Path) -> bool:
 
 
 def name_of(scans: Iterable[Scan], source: str | Path) -> str:
-    """The name of the whole: the data set's, or that of the YAML file where there are several."""
+    """The name of a cohort: that of its data set, or that of the YAML file if there are several data sets."""
     names = {scan.dataset for scan in scans}
-    return names.pop() if len(names) == 1 else safe(Path(source).stem)
+    return names.pop() if len(names) == 1 else safe_name(Path(source).stem)
 
 
 def detect_layout(path: Path) -> str:
-    """The layout of a folder or table by what it holds; UserError naming both where it could be two."""
+    """Detect the layout of a folder or table from its content.
+
+    Raises UserError if there is no known layout or more than one.
+    """
     if path.is_file():
         if path.suffix.lower() in TABLES:
             return "csv"
@@ -108,57 +118,62 @@ def detect_layout(path: Path) -> str:
         )
     if not path.is_dir():
         raise UserError(f"cohort {path} is not a folder; give the folder that holds participants.tsv")
-    signs = {name: next(iter(look(path)), None) for name, look in SIGNS.items()}
-    shown = {name: sign.relative_to(path) for name, sign in signs.items() if sign is not None}
-    if len(shown) > 1:
-        both = " or ".join(f"{name} ({sign})" for name, sign in shown.items())
-        raise UserError(f"cohort {path} could be {both}; say which with --layout (in a list of data sets: layout:)")
-    if not shown:
+    signs = {name: next(iter(find(path)), None) for name, find in SIGNS.items()}
+    matching = {name: sign.relative_to(path) for name, sign in signs.items() if sign is not None}
+    if len(matching) > 1:
+        candidates = " or ".join(f"{name} ({sign})" for name, sign in matching.items())
         raise UserError(
-            f"cohort {path} has no layout that is known: no sub-*/[ses-*/]anat/*.nii.gz (bids), no mri/mwp1*.nii (cat12), "
+            f"cohort {path} could be {candidates}; choose one with --layout (in a list of data sets: layout:)"
+        )
+    if not matching:
+        raise UserError(
+            f"cohort {path} has no known layout: no sub-*/[ses-*/]anat/*.nii.gz (bids), no mri/mwp1*.nii (cat12), "
             "no {train,val}/derivatives/sub-*/ses-*/*.npy (openbhb); list its files in a .csv with a column path"
         )
-    return next(iter(shown))
+    return next(iter(matching))
 
 
-def _sources(source: Path, dataset: str | None, layout: str | None, columns: str | Path | None) -> list[DataSet]:
+def _data_sets(source: Path, dataset: str | None, layout: str | None, columns: str | Path | None) -> list[DataSet]:
+    """The data sets of a cohort; raises UserError if an option does not fit or a layout is unknown."""
     if source.is_file() and source.suffix.lower() in DATA_SETS:
         for option, value in (("dataset", dataset), ("layout", layout), ("columns", columns)):
             if value is not None:
-                raise UserError(f"--{option}={value}: {source} lists data sets; declare it there, for each of them")
-        found = read_data_sets(source)
+                raise UserError(f"--{option}={value}: {source} lists data sets; declare it there for each data set")
+        data_sets = read_data_sets(source)
     else:
         path = source.resolve()
         name = dataset or (path.stem if path.is_file() else path.name)
-        one = DataSet(path, safe(name), layout or "", declared_in="the cohort")
-        found = [one if columns is None else declare(one, Path(columns))]
-    for one in found:
-        if one.layout and one.layout not in LAYOUTS:
-            where = one.declared_in + ": " if len(found) > 1 else ""
+        data_set = DataSet(path, safe_name(name), layout or "", declared_in="the cohort")
+        data_sets = [data_set if columns is None else declare(data_set, Path(columns))]
+    for data_set in data_sets:
+        chosen = data_set.layout
+        if chosen and chosen not in LAYOUTS:
+            where = data_set.declared_in + ": " if len(data_sets) > 1 else ""
             raise UserError(
-                f"{where}layout={one.layout!r} is not known{nearest(one.layout, LAYOUTS)}; allowed: {', '.join(LAYOUTS)}"
+                f"{where}layout={chosen!r} is not known{nearest(chosen, LAYOUTS)}; allowed: {', '.join(LAYOUTS)}"
             )
-    return found
+    return data_sets
 
 
-def _refuse_equal_keys(scans: list[Scan], source: str | Path) -> None:
+def _check_unique_keys(scans: list[Scan], source: str | Path) -> None:
+    """Raise UserError if two scans (sorted by key) have one key."""
     for first, second in pairwise(scans):
         if first.key == second.key:
             number = sum(scan.key == first.key for scan in scans)
             raise UserError(
-                f"cohort {source}: {number} files have the key {first.key}, such as {first.path} and {second.path}; name "
-                "their runs _run-1, _run-2, or list the files to take in a .csv with a column path"
+                f"cohort {source}: {number} files have the key {first.key}, for example {first.path} and {second.path}; "
+                "name their runs _run-1, _run-2, or list the files to use in a .csv with a column path"
             )
 
 
-def _one_kind_a_column(scans: list[Scan]) -> list[Scan]:
-    """Where one data set's column is numbers and another's of that name is text, all of it is text."""
-    kinds: dict[str, set[type[Any]]] = {}
+def _mixed_columns_as_text(scans: list[Scan]) -> list[Scan]:
+    """Convert columns that are numeric in one data set and text in another to text."""
+    types: dict[str, set[type[Any]]] = {}
     for scan in scans:
         for name, value in scan.extra.items():
             if value is not None:
-                kinds.setdefault(name, set()).add(type(value))
-    mixed = {name for name, its in kinds.items() if len(its) > 1}
+                types.setdefault(name, set()).add(type(value))
+    mixed = {name for name, found in types.items() if len(found) > 1}
     if not mixed:
         return scans
     return [

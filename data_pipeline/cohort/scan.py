@@ -1,4 +1,4 @@
-"""The record that every stage shares: one scan of one participant."""
+"""The record of one scan, shared by all stages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scan:
-    """One image and what is known about it.
+    """One image of one participant.
 
-    ``age`` in years, NaN where missing; ``sex`` is ``F``, ``M`` or empty; ``extra`` holds every other column of the
-    participants' table (numbers as float, text as str, missing as None). ``orientation`` is what was declared of an
-    array file, which has no header of its own (``LAS``; empty: that of its known grid).
+    Attributes:
+        path: the image's file.
+        dataset: name of the data set.
+        participant_id: without ``sub-``.
+        session: without ``ses-``.
+        run: without ``run-``; empty if there is only one.
+        site: empty if missing.
+        age: in years; NaN if missing.
+        sex: ``F``, ``M``, ``O`` or empty.
+        extra: the other columns of the participants' table: numbers as float, text as str, None if missing.
+        orientation: declared orientation of an .npy array, for example ``LAS``; empty for that of its known grid.
+        shown_as: the name of the file in reports if ids are pseudonyms.
     """
 
     path: Path
@@ -31,16 +40,16 @@ class Scan:
 
     @property
     def key(self) -> str:
-        """``<dataset>_sub-<id>_ses-<id>[_run-<n>]``; no dots, at which WebDataset would cut the name."""
+        """``<dataset>_sub-<id>_ses-<id>[_run-<n>]``, without dots, because WebDataset cuts names at a dot."""
         run = f"_run-{self.run}" if self.run else ""
-        return safe(f"{self.dataset}_sub-{self.participant_id}_ses-{self.session}{run}")
+        return safe_name(f"{self.dataset}_sub-{self.participant_id}_ses-{self.session}{run}")
 
     @property
-    def place(self) -> str:
-        """The file as reports may name it: its path, or, where ids are pseudonyms, a name made of the key."""
+    def reported_path(self) -> str:
+        """The file as reports may name it: its path, or a name made of the key if ids are pseudonyms."""
         return self.shown_as or str(self.path)
 
 
-def safe(name: str) -> str:
-    """``name`` with whatever a sample key may not hold (dots, slashes, spaces) made a hyphen."""
+def safe_name(name: str) -> str:
+    """Replace every character that a sample key must not contain (dots, slashes, spaces) by a hyphen."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)

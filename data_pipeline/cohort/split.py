@@ -1,4 +1,4 @@
-"""Splits by participant: every scan of a person lies on one side, sites and ages are spread alike over the sides."""
+"""Splits by participant: all scans of a participant are in one split, and sites and ages are balanced over the splits."""
 
 from __future__ import annotations
 
@@ -8,23 +8,30 @@ import numpy as np
 import pandas as pd
 
 from infra.errors import UserError
+from infra.random_streams import SPLITS, generator
 
 DEFAULT_SPLITS = {"pretrain": 0.7, "monitor": 0.1, "downstream": 0.2}
+PATIENT_SPLIT = "downstream"
 HEALTHY = {
     "control", "healthy", "hc", "cn", "none", "0", "0.0", "ctrl", "nc", "normal", "healthy control", "no_known_disorder",
 }  # fmt: skip
 YEARS_PER_STRATUM = 10
+GOLDEN_RATIO = 0.6180339887498949
 
 
 def parse_splits(text: str) -> dict[str, float]:
-    """``pretrain=.7,monitor=.1,downstream=.2`` -> shares that sum to 1."""
+    """Parse ``pretrain=.7,monitor=.1,downstream=.2`` to the share of each split.
+
+    Raises:
+        UserError: the text has another form, or the shares are not positive or do not sum to 1.
+    """
     shares: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, share = part.partition("=")
+    for pair in text.split(","):
+        name, _, share = pair.partition("=")
         try:
             shares[name.strip()] = float(share)
         except ValueError:
-            raise UserError(f"splits={text!r}: {part!r} is not of the form name=share, as in pretrain=0.7") from None
+            raise UserError(f"splits={text!r}: {pair!r} is not of the form name=share, as in pretrain=0.7") from None
     if abs(sum(shares.values()) - 1.0) > 1e-6 or min(shares.values()) < 0:
         raise UserError(
             f"splits={text!r}: the shares sum to {sum(shares.values()):g}; they must be positive and sum to 1"
@@ -33,28 +40,41 @@ def parse_splits(text: str) -> dict[str, float]:
 
 
 def is_healthy(diagnosis: Any) -> bool:
-    """Whether a participants.tsv diagnosis means a healthy control; a cohort without the column is all healthy."""
+    """Whether a diagnosis means a healthy control; a missing diagnosis does."""
     return diagnosis is None or str(diagnosis).strip().lower() in HEALTHY or diagnosis != diagnosis
 
 
-def assign_splits(scans: pd.DataFrame, shares: dict[str, float], seed: int, dealt: int = 0) -> pd.Series[str]:
-    """The split of every scan. A ``split`` column of the participants' table is kept as it is.
+def assign_splits(
+    scans: pd.DataFrame, shares: dict[str, float], seed: int, already_assigned: int = 0
+) -> pd.Series[str]:
+    """Assign every scan to a split.
 
-    Patients go to ``downstream``. Healthy participants are dealt out by ``shares`` within strata of site and ten years of
-    age: each stratum is shuffled by ``seed``, and the strata are dealt as one line, so that small ones count too. ``dealt``:
-    how many people went before these, after whom the dealing goes on; one person at a time gets the shares too.
+    A complete ``split`` column is kept. Otherwise patients go to ``downstream``, and healthy participants are distributed by
+    ``shares``, stratified by site and ten years of age. Each stratum is shuffled, and all strata form one sequence, so that
+    small strata are balanced too.
+
+    Args:
+        scans: one row per scan, with ``participant`` (unique over data sets), ``site``, ``age``, and optionally
+            ``diagnosis`` and ``split``.
+        shares: the share of each split; they sum to 1.
+        seed: of the shuffle.
+        already_assigned: the number of healthy participants assigned before, after whom the sequence continues. Participants
+            that arrive one at a time get the shares too.
+
+    Returns:
+        The name of each scan's split.
     """
     if "split" in scans.columns and scans["split"].notna().all():
         return scans["split"].astype(str)
     people = scans.drop_duplicates("participant")
     healthy = people[[is_healthy(d) for d in people.get("diagnosis", pd.Series([None] * len(people)))]]
-    generator = np.random.Generator(np.random.Philox(key=[seed, 0x5917]))
-    shuffled = healthy.iloc[generator.permutation(len(healthy))]
+    draws = generator(seed, SPLITS)
+    shuffled = healthy.iloc[draws.permutation(len(healthy))]
     decades = (shuffled["age"] // YEARS_PER_STRATUM).fillna(-1)
-    line = shuffled.assign(decade=decades).sort_values(["site", "decade"], kind="stable")["participant"].to_list()
+    sequence = shuffled.assign(decade=decades).sort_values(["site", "decade"], kind="stable")["participant"].to_list()
     names, edges = list(shares), np.cumsum(list(shares.values()))
-    # Golden-ratio steps through [0, 1): neighbours in the line fall into different splits, in just the wanted shares.
-    positions = (generator.random() + (dealt + np.arange(len(line))) * 0.6180339887498949) % 1.0
-    places = np.minimum(np.searchsorted(edges, positions, side="right"), len(names) - 1)
-    chosen = {person: names[place] for person, place in zip(line, places, strict=True)}
-    return scans["participant"].map(lambda person: chosen.get(person, "downstream"))
+    # Golden-ratio steps through [0, 1) put neighbours into different splits and yield exactly the given shares.
+    positions = (draws.random() + (already_assigned + np.arange(len(sequence))) * GOLDEN_RATIO) % 1.0
+    indices = np.minimum(np.searchsorted(edges, positions, side="right"), len(names) - 1)
+    split_of = {participant: names[index] for participant, index in zip(sequence, indices, strict=True)}
+    return scans["participant"].map(lambda participant: split_of.get(participant, PATIENT_SPLIT))

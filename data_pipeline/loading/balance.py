@@ -15,9 +15,9 @@ import pandas as pd
 from data_pipeline.loading.order import EveryScan, Indices, Order, epoch_order
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError, nearest
+from infra.random_streams import BALANCED_ORDER, generator
 
 Drawn = tuple[Indices, Indices]
-_STREAM = 0xBA1A  # tells these draws from others with the same seed
 
 
 @dataclass(frozen=True)
@@ -187,4 +187,4 @@ def _keep(last: dict[int, Drawn], number: int, drawn: Drawn) -> Drawn:
 
 
 def _generator(seed: int, epoch: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, _STREAM], counter=[0, epoch + 1, 0, 0]))
+    return generator(seed, BALANCED_ORDER, (0, epoch + 1, 0, 0))

@@ -1,47 +1,34 @@
-"""The augmentation graph and DALI's own reader. The only module that imports DALI.
+"""The augmentation graph, and DALI's own shard reader.
 
-Per scan: the z-score; per view: one resampling (flip, affine, crop), Gaussian blur, gamma, bias field, noise, cutout.
-Operators that the settings never apply are left out of the graph; what a single view does not draw is skipped for it.
-The same graph runs on the CPU and on a GPU.
+The graph z-scores each scan once and applies to each of its two views the steps of ``data_pipeline.loading.augment``. Steps
+that the settings never use are left out of the graph; a step that is not drawn for a view is skipped for that view. The same
+graph runs on the CPU and on a GPU. nvidia.dali is imported only here and inside the operators' ``apply`` functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from data_pipeline.loading.augment import BOX, MIRRORED, TURNED, Augmentation
-
-# DALI type and rank of what augment.OPERATOR_ARRAYS hands over.
-_ARRAYS: dict[str, list[tuple[str, int]]] = {
-    "warp": [("FLOAT", 2), ("FLOAT", 1), ("FLOAT", 1)],
-    "blur": [("FLOAT", 1)],
-    "gamma": [("FLOAT", 0)],
-    "bias": [("FLOAT", 4), ("FLOAT", 4), ("FLOAT", 4)],
-    "noise": [("FLOAT", 0), ("FLOAT16", 4)],
-    "cutout": [("FLOAT", 1), ("FLOAT", 1)],
-}
-# Places in the flags that lead a view's arrays (augment.view_arrays).
-_MOVE, _BLUR, _GAMMA, _BIAS, _NOISE = range(5)
-
-
-class Frame(NamedTuple):
-    """What all views of a graph share: (D, H, W), the scan's minimum and range (where an operator asks), the device."""
-
-    shape: list[float]
-    low: Any
-    span: Any
-    gpu: bool
+from data_pipeline.loading.augment import Augmentation, array_kinds
+from data_pipeline.loading.augmentations.operator import GraphContext, Step
 
 
 class AugmentPipeline:
-    """Runs the graph: ``run()`` gives the next batch's views, (2, B, 1, D, H, W) float32.
+    """Runs the graph.
 
-    ``source(iteration)`` returns B scans, each a list: (D, H, W, 1) float16 voxels, then both views' arrays
-    (``augment.view_arrays``). It is called in this process, up to ``prefetch`` batches before ``run`` gives the batch;
-    what it raises comes out of ``run`` unchanged.
+    Args:
+        source: ``source(iteration)`` returns B scans. Each is a list: the (D, H, W, 1) float16 voxels, then the arrays of
+            both views (``augment.view_arrays``). It is called in this process, up to ``prefetch`` batches before ``run``
+            returns the batch; an exception that it raises comes out of ``run`` unchanged.
+        settings: the operators' settings.
+        shape: (D, H, W).
+        batch: B, scans in a batch.
+        device: ``cpu``, or ``gpu`` for the current CUDA device.
+        threads: DALI's CPU threads.
+        prefetch: batches that DALI prepares ahead.
     """
 
     def __init__(
@@ -62,133 +49,81 @@ class AugmentPipeline:
         self._gpu = gpu
 
     def run(self) -> torch.Tensor:
-        """The next batch; a tensor of its own, DALI's buffers are used again."""
+        """Return the next batch's views, (2, B, 1, D, H, W) float32, in memory of their own."""
         views = [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
-        batch_21BDHW = torch.stack(views).movedim(-1, 2).contiguous()
+        batch_2B1DHW = torch.stack(views).movedim(-1, 2).contiguous()
         if self._gpu:
-            torch.cuda.current_stream().synchronize()  # the copy is done before DALI writes the buffers anew
-        return batch_21BDHW
+            torch.cuda.current_stream().synchronize()  # DALI overwrites its buffers; the copy must be done before that
+        return batch_2B1DHW
 
     def close(self) -> None:
-        """Free the graph."""
+        """Free the graph's memory."""
         self._pipeline = None
 
 
 def _graph(source: Any, settings: Augmentation, shape: Sequence[int], gpu: bool) -> tuple[Any, Any]:
     from nvidia.dali import fn, types
 
-    own = [("INT32", 1)] if settings.flagged else []
-    for operator in settings.operators:
-        own += _ARRAYS[operator]
-    kinds = [("FLOAT16", 4), *own, *own]
-    fed = fn.external_source(
+    view_kinds, steps = array_kinds(settings), list(settings.steps)
+    kinds = [("FLOAT16", 4), *view_kinds, *view_kinds]
+    inputs = fn.external_source(
         source=source, num_outputs=len(kinds), batch=True, dtype=[getattr(types, kind) for kind, _ in kinds],
-        ndim=[rank for _, rank in kinds],
+        ndim=[dimensions for _, dimensions in kinds],
     )  # fmt: skip
-    volume, first, second = fed[0], fed[1 : 1 + len(own)], fed[1 + len(own) :]
+    count = len(view_kinds)
+    volume, first, second = inputs[0], inputs[1 : 1 + count], inputs[1 + count :]
     volume = fn.reinterpret(volume.gpu() if gpu else volume, layout="DHWC")
-    # One z-score for both views. float16 would be six times slower in every operator that follows (measured).
+    # One z-score for both views, in float32: every operator is six times slower in float16 (measured).
     scored = fn.normalize(fn.cast(volume, dtype=types.FLOAT), epsilon=1e-16)
     low = span = None
-    if "gamma" in settings.operators or "bias" in settings.operators:
-        # Of the whole scan, for both views: resampling and blur are averages and stay within.
+    if any(step.uses_range for step in steps):
+        # The range of the whole scan serves both views: resampling and blur are averages and stay within it.
         low = fn.reductions.min(scored)
         span = fn.reductions.max(scored) - low
-    frame = Frame([float(n) for n in shape], low, span, gpu)
-    return _augment(scored, settings, first, frame), _augment(scored, settings, second, frame)
+    context = GraphContext([float(n) for n in shape], low, span, gpu)
+    return _augment(scored, steps, first, context), _augment(scored, steps, second, context)
 
 
-def _augment(view: Any, settings: Augmentation, arrays: Any, frame: Frame) -> Any:
+def _augment(view: Any, steps: list[Step], arrays: Any, context: GraphContext) -> Any:
+    """Apply the steps to a view; ``arrays`` holds what ``augment.view_arrays`` returns."""
     from nvidia.dali import fn
 
-    flags, place = arrays[0] if settings.flagged else None, int(settings.flagged)
-    for operator in settings.operators:
-        count = len(_ARRAYS[operator])
-        view = _OPERATORS[operator](view, flags, arrays[place : place + count], frame)
-        place += count
-    return view if settings.operators else fn.copy(view)
+    if not steps:
+        return fn.copy(view)
+    flag = 0
+    place = 1 if any(not step.always for step in steps) else 0
+    for step in steps:
+        own = arrays[place : place + len(step.kinds)]
+        place += len(step.kinds)
+        if step.always:
+            view = step.apply(view, own, context)
+        else:
+            view = _apply_if(arrays[0][flag], step, view, own, context)
+            flag += 1
+    return view
 
 
-def _warp(view: Any, flags: Any, given: Any, frame: Frame) -> Any:
-    from nvidia.dali import fn, types
-
-    matrix, start, end = given
-    # Beyond the edge the nearest voxel goes on: the background, whatever value the z-score gave it.
-    if flags[_MOVE] == TURNED:
-        moved = fn.warp_affine(view, matrix=matrix, inverse_map=True, interp_type=types.INTERP_LINEAR)
-    elif flags[_MOVE] == BOX:
-        # The same linear interpolation, one axis after the other; a start beyond the end turns the axis round.
-        moved = fn.resize(
-            view, size=frame.shape, roi_start=start, roi_end=end, interp_type=types.INTERP_LINEAR, antialias=False
-        )
-    elif flags[_MOVE] == MIRRORED:
-        moved = fn.flip(view, depthwise=1, horizontal=0)
-    else:
-        moved = view
-    return moved
-
-
-def _blur(view: Any, flags: Any, given: Any, frame: Frame) -> Any:
-    from nvidia.dali import fn
-
-    if flags[_BLUR] == 1:
-        blurred = fn.gaussian_blur(view, sigma=given[0])
-    else:
-        blurred = view
-    return blurred
-
-
-def _gamma(view: Any, flags: Any, given: Any, frame: Frame) -> Any:
-    from nvidia.dali import math
-
-    if flags[_GAMMA] == 1:
-        # The clamp is for rounding alone: a hair below 0 would make the power NaN.
-        unit = math.clamp((view - frame.low) / frame.span, 0.0, 1.0)
-        changed = frame.low + frame.span * math.pow(unit, given[0])
+def _apply_if(flag: Any, step: Step, view: Any, arrays: Any, context: GraphContext) -> Any:
+    if flag == 1:
+        changed = step.apply(view, arrays, context)
     else:
         changed = view
     return changed
-
-
-def _bias(view: Any, flags: Any, given: Any, frame: Frame) -> Any:
-    if flags[_BIAS] == 1:
-        along_d, along_h, along_w = (part.gpu() if frame.gpu else part for part in given)
-        changed = frame.low + (view - frame.low) * (along_d * (along_h * along_w))
-    else:
-        changed = view
-    return changed
-
-
-def _noise(view: Any, flags: Any, given: Any, frame: Frame) -> Any:
-    from nvidia.dali import fn, types
-
-    strength, noise = given
-    if flags[_NOISE] == 1:
-        noisy = view + strength * fn.cast(noise.gpu() if frame.gpu else noise, dtype=types.FLOAT)
-    else:
-        noisy = view
-    return noisy
-
-
-def _cutout(view: Any, flags: Any, given: Any, frame: Frame) -> Any:
-    from nvidia.dali import fn
-
-    anchor, shape = given
-    return fn.erase(view, anchor=anchor, shape=shape, axis_names="DHW", normalized=True, fill_value=0.0)
-
-
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    "warp": _warp, "blur": _blur, "gamma": _gamma, "bias": _bias, "noise": _noise, "cutout": _cutout,
-}  # fmt: skip
 
 
 def read_members(
     archives: Sequence[str], indexes: Sequence[str], extension: str, buffer: int, seed: int
 ) -> Iterator[tuple[str, Any]]:
-    """Every indexed member of some tars once, by ``fn.readers.webdataset``: ("path:offset:name", uint8 bytes).
+    """Yield every indexed member of some tars once, as ("path:offset:name", (bytes,) uint8), with ``fn.readers.webdataset``.
 
-    Tars are read in the order given; ``buffer`` members are held, of which a random one is given next. The indexes
-    (DALI's v1.2 text form) say which members exist, so that no tar is searched and none but those is given.
+    Args:
+        archives: the tars, in the order of reading.
+        indexes: an index file for each tar, in DALI's text format v1.2. Only the members that they list are read.
+        extension: of the members.
+        buffer: number of members held for shuffling; the next one is chosen from them at random.
+        seed: of the shuffling.
+
+    Raises RuntimeError if DALI cannot read a tar; the reader cannot be used after that.
     """
     from nvidia.dali import fn, pipeline_def
 
@@ -196,10 +131,11 @@ def read_members(
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=2, seed=0)  # type: ignore[untyped-decorator]
     def members() -> tuple[Any, Any]:
+        """Read one member: its bytes, and where they come from."""
         payload = fn.readers.webdataset(
             paths=list(archives), index_paths=list(indexes), ext=[extension], missing_component_behavior="error",
             random_shuffle=buffer > 1, initial_fill=buffer, seed=seed,
-            dont_use_mmap=True,  # a mapped file that is cut short kills the process without a word
+            dont_use_mmap=True,  # if a memory-mapped file is truncated, the process dies without a message
         )  # fmt: skip
         return payload, fn.get_property(payload, key="source_info")
 

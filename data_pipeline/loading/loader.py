@@ -14,11 +14,11 @@ import torch
 from data_pipeline.loading.augment import Augmentation, load_augmentation
 from data_pipeline.loading.order import EveryScan, Order
 from data_pipeline.loading.reader_processes import ReaderProcesses
-from data_pipeline.loading.source import IndexSource, LoaderError, Sample, Source
+from data_pipeline.loading.source import IndexSource, Sample, Source
 from data_pipeline.loading.stream import SEQUENTIAL, open_stream
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import zscore
-from infra.errors import UserError, nearest
+from data_pipeline.volume.intensity import zscore
+from infra.errors import LoaderError, UserError, nearest
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 READERS = ("index", *SEQUENTIAL)

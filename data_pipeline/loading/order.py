@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from infra.random_streams import EPOCH_ORDER, generator
+
 Indices = np.ndarray[Any, np.dtype[np.int64]]
-_STREAM = 0x04DE4  # tells this use of the generator from others with the same seed
 
 
 class Order(Protocol):
@@ -128,5 +129,4 @@ def _keep_apart(order: Indices, last: Indices, batch: int, end: int) -> None:
 
 
 def _shuffled(scans: int, seed: int, epoch: int) -> Indices:
-    bits = np.random.Philox(key=[seed, _STREAM], counter=[0, epoch, 0, 0])
-    return np.random.Generator(bits).permutation(scans).astype(np.int64)
+    return generator(seed, EPOCH_ORDER, (0, epoch, 0, 0)).permutation(scans).astype(np.int64)

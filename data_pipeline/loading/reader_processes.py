@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.loading.source import LoaderError, Sample, Source, sample_bytes
+from data_pipeline.loading.source import Sample, Source, sample_bytes
+from infra.errors import LoaderError
 
 MOST_DEATHS = 3  # of reader processes between two batches; more is no accident
 _ALIGN = 64

@@ -16,16 +16,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import zstandard
 
-from data_pipeline.loading.augment import Augmentation, draw_view, noise_bank, view_arrays
+from data_pipeline.loading.augment import Augmentation, draw_view, view_arrays
+from data_pipeline.loading.augmentations.operator import ViewContext
 from data_pipeline.loading.order import Indices, Order, batch_of, rank_slice, replacements
-from infra.errors import UserError
+from infra.errors import LoaderError
 
 # A scan so unlucky that this many stand-ins are bad too is no accident: the shards are gone or cannot be read.
 MOST_STAND_INS = 20
-
-
-class LoaderError(UserError):
-    """The run cannot go on with these data; one line, for whichever rank it befalls."""
 
 
 class Sample(NamedTuple):
@@ -49,38 +46,33 @@ class Source(Protocol):
         """The samples at some places (0..count-1) of a step."""
 
 
-@dataclass
-class Views:
-    """Draws both views' numbers of a scan and cuts their noise."""
+@dataclass(frozen=True)
+class ViewSampler:
+    """Draws the parameters of both views of a scan."""
 
     settings: Augmentation
     shape: tuple[int, int, int]
     seed: int
 
-    @cached_property
-    def bank(self) -> Any:
-        """The noise, made once in each process."""
-        return noise_bank(self.shape, self.seed)[..., None]
+    def arrays(self, voxels: Any, scan: int, epoch: int) -> list[Any]:
+        """Return the graph's inputs for one scan: its voxels (D, H, W, 1), then both views' arrays.
 
-    def arrays(self, voxels: Any, row: int, epoch: int) -> list[Any]:
-        """What the graph takes for one scan."""
-        out: list[Any] = [voxels[..., None]]
+        Args:
+            voxels: (D, H, W) float16.
+            scan: row number of the scan.
+            epoch: how often the scan was shown before.
+        """
+        context = ViewContext(self.shape, self.seed)
+        arrays: list[Any] = [voxels[..., None]]
         for number in range(2):
-            view = draw_view(self.settings, self.shape, self.seed, epoch, row, number)
-            noise = None
-            if view.noise > 0:
-                (d, h, w), (nd, nh, nw) = view.noise_from, self.shape
-                noise = np.ascontiguousarray(self.bank[d : d + nd, h : h + nh, w : w + nw])
-            out += view_arrays(self.settings, view, noise)
-        return out
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "bank"}
+            view = draw_view(self.settings, self.shape, seed=self.seed, epoch=epoch, scan=scan, view=number)
+            arrays += view_arrays(self.settings, view, context)
+        return arrays
 
 
 def sample_bytes(settings: Augmentation, shape: tuple[int, ...]) -> int:
-    """The most that a sample's arrays take: the scan, a view's noise twice where there is noise, and small change."""
-    volumes = 1 + 2 * ("noise" in settings.operators)
+    """Return the most bytes that a sample's arrays take: the scan, both views' volumes (noise), and small arrays."""
+    volumes = 1 + 2 * sum(step.volumes for step in settings.steps)
     return volumes * 2 * int(np.prod(shape)) + 8 * sum(shape) + 8192
 
 
@@ -99,9 +91,9 @@ class IndexSource:
     world_size: int
 
     @cached_property
-    def views(self) -> Views:
+    def views(self) -> ViewSampler:
         """Draws parameters."""
-        return Views(self.settings, self.shape, self.seed)
+        return ViewSampler(self.settings, self.shape, self.seed)
 
     def count(self) -> int:
         """Scans of a step on this rank."""

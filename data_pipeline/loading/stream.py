@@ -28,13 +28,13 @@ import numpy as np
 
 from data_pipeline.loading.augment import Augmentation
 from data_pipeline.loading.order import Indices, rank_slice
-from data_pipeline.loading.source import LoaderError, Sample, Views, check_voxels, read_or_reason
+from data_pipeline.loading.source import Sample, ViewSampler, check_voxels, read_or_reason
 from data_pipeline.shards.tar import CODECS, decode
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.remote import is_remote
-from infra.errors import UserError
+from infra.errors import LoaderError, UserError
+from infra.random_streams import SHARD_ORDER, generator
 
-_STREAM = 0x57EA
 # (shard's path, [(row, member's name, offset, size)] in file order) for each shard of a rank's part.
 Part = list[tuple[str, list[tuple[int, str, int, int]]]]
 
@@ -70,9 +70,9 @@ class StreamSource:
         return {**self.__dict__, "_position": -1, "_scans": None}  # a process of its own begins anew
 
     @cached_property
-    def views(self) -> Views:
+    def views(self) -> ViewSampler:
         """Draws parameters."""
-        return Views(self.settings, self.shape, self.seed)
+        return ViewSampler(self.settings, self.shape, self.seed)
 
     def count(self) -> int:
         """Scans of a step on this rank."""
@@ -87,8 +87,7 @@ class StreamSource:
 
     def sequence(self, epoch: int) -> Indices:
         """Places in ``rows`` of this rank's part of an epoch, in the order in which they lie in the shards."""
-        bits = np.random.Philox(key=[self.seed, _STREAM], counter=[0, epoch, 0, 0])
-        turn = np.random.Generator(bits).permutation(len(self.shards))
+        turn = generator(self.seed, SHARD_ORDER, (0, epoch, 0, 0)).permutation(len(self.shards))
         order = np.lexsort((self.offset, turn[self.shard]))
         return order[rank_slice(len(self.rows), self.rank, self.world_size)]
 

@@ -1,4 +1,4 @@
-"""The page of ``yaware cohort inspect``: one HTML file with its pictures inside, which opens from disk without a network."""
+"""The page of ``yaware cohort inspect``: one HTML file with embedded pictures, which needs no network."""
 
 from __future__ import annotations
 
@@ -11,48 +11,50 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.quality.survey import Survey, Table, tables
-from data_pipeline.volume.load import BadScan, read_voxels
+from data_pipeline.volume.errors import BadScan
+from data_pipeline.volume.load import read_voxels
 from infra.files import atomic_write
 from infra.page import STYLE
 from infra.progress import Progress
 
-KEPT, REMOVED = "#0072B2", "#D55E00"  # this and the other colours: Okabe and Ito (2008)
+KEPT, EXCLUDED = "#0072B2", "#D55E00"  # all colours are from Okabe and Ito (2008)
 SEXES = {"F": ("female", "#CC79A7"), "M": ("male", "#56B4E9"), "O": ("other", "#009E73"), "": ("missing", "#999999")}
-MOST_SITES = 40
-OTHERS = 8  # thumbnails of scans that another rule than the outliers' leaves out
+MOST_SITES = 40  # bars of the chart of sites
+MOST_OTHERS = 8  # thumbnails of scans that another rule than the outlier rule excludes
 OWN_STYLE = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 1rem; }
 figure { margin: 0; border: 1px solid #ddd; border-radius: 4px; overflow: hidden; } figure img { display: block; width: 100%; }
-figcaption { padding: .4rem .6rem; font-size: 13px; overflow-wrap: anywhere; } figure.out { border: 2px solid #D55E00; }
+figcaption { padding: .4rem .6rem; font-size: 13px; overflow-wrap: anywhere; } figure.excluded { border: 2px solid #D55E00; }
 @media print { body { margin: 0; max-width: none; font-size: 11px; }
   h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
 """
 
 
 def write_page(survey: Survey, out: Path) -> Path:
-    """Write the page: tables, histograms, and three slices of the scans that look least like the others."""
-    overview, sites, rules, worst, removed = (_table(table) for table in tables(survey))
+    """Write the page to ``out`` and return ``out``: tables, histograms, and three slices of the least typical scans."""
+    overview, sites, rules, worst, excluded = (_table(table) for table in tables(survey))
     banner = (
-        "<p class='simulated'><strong>Simulated data.</strong> These scans come from a simulator, not from people.</p>"
+        "<p class='simulated'><strong>Simulated data.</strong> The scans come from a simulator, not from people.</p>"
         if survey.simulated
         else ""
     )
-    parts = [
+    sections = [
         f"<h1>Cohort {html.escape(survey.dataset)}</h1><p class='note'>{html.escape(str(survey.root))}</p>", banner, overview,
         rules, "<h2>Ages and sexes</h2>", _image(_ages(survey), "ages, and scans by sex"), "<h2>Scans by site</h2>",
         _image(_by_site(survey), "scans by site"), sites, "<h2>Correlation with the median scan</h2>",
-        "<p class='note'>Each scan's coarse volume against the voxelwise median of all. Copies of a scan are not counted in "
-        "the median.</p>", _image(_correlations(survey), "correlations"), _cards(survey), worst, removed,
+        "<p class='note'>Correlation of each scan's coarse volume with the voxelwise median of all scans. Duplicates do not "
+        "count in the median.</p>", _image(_correlations(survey), "correlations"), _cards(survey), worst, excluded,
     ]  # fmt: skip
     title = html.escape(f"Cohort {survey.dataset}")
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{title}</title>"
     with atomic_write(out, "w") as stream:
         stream.write(f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}{OWN_STYLE}</style></head>")
-        stream.write(f"<body>{''.join(parts)}</body></html>\n")
+        stream.write(f"<body>{''.join(sections)}</body></html>\n")
     return out
 
 
 def _table(table: Table) -> str:
+    """A table as HTML; empty if it has no rows."""
     if not table.rows:
         return ""
     top = "".join(f"<th>{html.escape(text)}</th>" for text in table.head)
@@ -63,32 +65,34 @@ def _table(table: Table) -> str:
 
 
 def _image(png: bytes, alt: str) -> str:
+    """An HTML image with the PNG inside."""
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def _cards(survey: Survey) -> str:
-    """The most typical scan, then the worst by correlation, then some that other rules leave out."""
+    """The thumbnails: the most typical scan, the scans of lowest correlation, and some that other rules exclude."""
     ranked = survey.worst(len(survey.scans))
     worst = survey.worst()
-    other = survey.scans[(survey.scans["rule"] != "") & ~survey.scans["key"].isin(worst["key"])]
-    chosen = [
+    others = survey.scans[(survey.scans["rule"] != "") & ~survey.scans["key"].isin(worst["key"])]
+    rows_and_remarks = [
         *((row, "most typical: the highest correlation") for row in ranked[-1:].to_dict("records")),
         *((row, "") for row in worst.to_dict("records")),
-        *((row, "") for row in other[:OTHERS].to_dict("records")),
+        *((row, "") for row in others[:MOST_OTHERS].to_dict("records")),
     ]
     reasons = {removal.key: f"{removal.rule}: {removal.reason}" for removal in survey.removals}
     cards = []
-    with Progress(len(chosen), "scans", "drawing") as progress:
-        for row, remark in chosen:
-            cards.append(_card(survey, row, remark or reasons.get(str(row["key"]), "stays")))
+    with Progress(len(rows_and_remarks), "scans", "drawing") as progress:
+        for row, remark in rows_and_remarks:
+            cards.append(_card(survey, row, remark or reasons.get(str(row["key"]), "kept")))
             progress.advance()
-    note = "Sagittal, coronal and axial slice through the middle, left is left; each scan has its own grey scale. "
-    note += "Framed: left out."
+    note = "Middle sagittal, coronal and axial slice; left is on the left; each scan has its own grey scale. "
+    note += "Excluded scans are framed."
     return f"<h2>The least typical scans</h2><p class='note'>{note}</p><div class='cards'>{''.join(cards)}</div>"
 
 
 def _card(survey: Survey, row: Any, remark: str) -> str:
-    # By the scan's own file, as the shown path may be a pseudonym, and where the build would lay the grid.
+    """A thumbnail with its caption; without a picture if the scan is unreadable."""
+    # Read from the scan's own path, because the path in the table may be a pseudonym.
     scan, crop = survey.files[str(row["key"])], survey.preparation.crop
     try:
         voxels = read_voxels(scan.path, survey.grid, frozenset(), crop=crop, orientation=scan.orientation)
@@ -101,8 +105,8 @@ def _card(survey: Survey, row: Any, remark: str) -> str:
         z = "" if row["robust_z"] != row["robust_z"] else f" (robust z {row['robust_z']:.1f})"
         lines.insert(1, f"r = {row['quality_correlation']:.3f}{z}, mean {row['quality_mean']:.3g}, "
                         f"SD {row['quality_std']:.3g}, zeros {row['quality_zeros']:.0%}")  # fmt: skip
-    kind = " class='out'" if row["rule"] else ""
-    return f"<figure{kind}>{picture}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+    style = " class='excluded'" if row["rule"] else ""
+    return f"<figure{style}>{picture}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
 
 
 def _pyplot() -> Any:
@@ -127,7 +131,11 @@ def _png(figure: Any, dpi: int = 110) -> bytes:
 
 
 def slices(volume: Any, spacing: tuple[float, ...]) -> bytes:
-    """PNG of the middle sagittal (a little off the midline), coronal and axial slice of (D, H, W), up or front at the top."""
+    """Draw three slices of a volume (D, H, W) in RAS as a PNG.
+
+    The slices are a sagittal one slightly right of the midline, and the middle coronal and axial ones. Superior is at the
+    top of the first two, anterior at the top of the axial one, left on the left. ``spacing`` is in mm.
+    """
     plt = _pyplot()
     low, high = (float(np.percentile(volume, q)) for q in (1, 99.7))
     pictures = []
@@ -147,13 +155,13 @@ def slices(volume: Any, spacing: tuple[float, ...]) -> bytes:
 
 
 def _ages(survey: Survey) -> bytes:
-    """Known ages stacked by sex; beside them all scans by sex, whose age may be missing."""
+    """Histogram of ages stacked by sex; next to it the number of scans by sex, also those without an age."""
     from matplotlib.ticker import MaxNLocator
 
     plt = _pyplot()
-    figure, (axis, beside) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", width_ratios=[4, 1])
+    figure, (axis, sex_axis) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", width_ratios=[4, 1])
     scans = survey.scans.dropna(subset=["age"])
-    groups = [(scans["age"][scans["sex"] == code].to_numpy(), *look) for code, look in SEXES.items()]
+    groups = [(scans["age"][scans["sex"] == code].to_numpy(), *style) for code, style in SEXES.items()]
     groups = [group for group in groups if len(group[0])]
     if groups:
         low, high = np.floor(scans["age"].min() / 5) * 5, np.floor(scans["age"].max() / 5) * 5 + 5
@@ -166,25 +174,28 @@ def _ages(survey: Survey) -> bytes:
         axis.legend()
     axis.set_xlabel("age (years)")
     axis.set_ylabel("scans")
-    shown = [(int((survey.scans["sex"] == code).sum()), *look) for code, look in SEXES.items()]
-    shown = [bar for bar in shown if bar[0]]
-    bars = beside.bar([name for _, name, _ in shown], [n for n, *_ in shown], color=[colour for *_, colour in shown])
-    beside.bar_label(bars)
-    beside.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    beside.grid(axis="x", visible=False)
-    beside.set_xlabel("sex")
+    counts = [(int((survey.scans["sex"] == code).sum()), *style) for code, style in SEXES.items()]
+    counts = [bar for bar in counts if bar[0]]
+    bars = sex_axis.bar(
+        [name for _, name, _ in counts], [n for n, *_ in counts], color=[colour for *_, colour in counts]
+    )
+    sex_axis.bar_label(bars)
+    sex_axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    sex_axis.grid(axis="x", visible=False)
+    sex_axis.set_xlabel("sex")
     return _png(figure)
 
 
 def _by_site(survey: Survey) -> bytes:
+    """Bars of the kept and the excluded scans of each site, the largest site at the top."""
     plt = _pyplot()
     scans = survey.scans.assign(site=survey.scans["site"].replace("", "missing"))
-    counts = scans.assign(stays=scans["rule"] == "").groupby("site")["stays"].agg(["sum", "size"])
+    counts = scans.assign(kept=scans["rule"] == "").groupby("site")["kept"].agg(["sum", "size"])
     counts = counts.sort_values("size", ascending=False)
     shown = counts[:MOST_SITES][::-1]
     figure, axis = plt.subplots(figsize=(9, 1.0 + 0.24 * len(shown)), layout="constrained")
-    axis.barh(shown.index, shown["sum"], color=KEPT, label="stay")
-    axis.barh(shown.index, shown["size"] - shown["sum"], left=shown["sum"], color=REMOVED, label="left out")
+    axis.barh(shown.index, shown["sum"], color=KEPT, label="kept")
+    axis.barh(shown.index, shown["size"] - shown["sum"], left=shown["sum"], color=EXCLUDED, label="excluded")
     axis.grid(axis="y", visible=False)
     axis.margins(y=0.02)
     axis.set_xlim(0, 1.15 * max(1, shown["size"].max()))
@@ -196,20 +207,21 @@ def _by_site(survey: Survey) -> bytes:
 
 
 def _correlations(survey: Survey) -> bytes:
-    """All correlations on a log scale, where one outlier shows beside thousands; and those about the threshold alone."""
+    """Histograms of all correlations, with a log scale that shows single outliers, and of those near the threshold."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained")
     measured = survey.scans.dropna(subset=["quality_correlation"])
-    r, out = measured["quality_correlation"].to_numpy(), (measured["rule"] == "outlier").to_numpy()
+    r, outlier = measured["quality_correlation"].to_numpy(), (measured["rule"] == "outlier").to_numpy()
     limit, scale = survey.threshold, survey.verdict.scale
     near = r if limit is None or scale is None else r[r >= limit - 3 * scale]
     for axis, values in zip(axes, (r, near), strict=True):
         ends = [*values, *([] if limit is None else [limit])]
         if ends:
             bins = np.linspace(min(ends), max(ends) + 1e-6, 50)
-            axis.hist([r[~out], r[out]], bins=bins, stacked=True, color=[KEPT, REMOVED], label=["others", "outliers"])
+            groups = [r[~outlier], r[outlier]]  # the bins cut off what is not near
+            axis.hist(groups, bins=bins, stacked=True, color=[KEPT, EXCLUDED], label=["others", "outliers"])
         if limit is not None:
             axis.axvline(limit, color="black", lw=1.2, ls="--")
         axis.set_xlabel("correlation with the median scan")
@@ -218,7 +230,7 @@ def _correlations(survey: Survey) -> bytes:
     axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes[0].set_ylim(bottom=0.7)
     axes[0].legend(loc="upper left")
-    name = "the same, about the threshold" if limit is not None else "the same, linear scale (outliers are not judged)"
+    name = "near the threshold" if limit is not None else "all scans, linear scale (outliers are not judged)"
     axes[1].set(title=name, ylabel="scans")
     if limit is not None:
         rule = survey.quality.outlier

@@ -1,7 +1,7 @@
-"""Which scans a build leaves out: the rules with their thresholds, and what is measured of each scan.
+"""The quality rules of a build with their thresholds, and the statistics that are measured of each scan.
 
-Rules that look at one scan act while it is loaded; those that compare scans (duplicate, outlier) act when all have been
-seen, on a digest of the voxels and on a coarse volume of each, see ``data_pipeline.quality.outliers``.
+Rules for single scans apply while the scan is loaded. Rules that compare scans (duplicate, outlier) apply after all scans
+are loaded, to a digest of the voxels and a coarse volume of each scan; see ``data_pipeline.quality.outliers``.
 """
 
 from __future__ import annotations
@@ -15,48 +15,41 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.cohort.scan import Scan
-from data_pipeline.volume.load import (
-    DEFAULT_CHECKS,
-    Array,
-    BadScan,
-    Grid,
-    Preparation,
-    as_float16,
-    read_voxels,
-    scale_factor,
-    scaled,
-    to_float16,
-)
+from data_pipeline.volume.errors import BadScan
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.intensity import as_float16, scale_for_float16, to_float16
+from data_pipeline.volume.load import DEFAULT_CHECKS, read_voxels
+from data_pipeline.volume.preparation import Preparation, scale_factor
 from infra.errors import UserError, nearest
 from infra.files import atomic_write
 from infra.settings import load_settings
 
-FIGURES = (
-    "quality_mean",
-    "quality_std",
-    "quality_zeros",
-)  # share of zero voxels; mean and SD before rounding to float16
-NEGATIVE_ZERO = 0x8000
-COLUMNS = ("voxels_sha256", *FIGURES, "quality_correlation")  # what quality adds to scans.parquet
-COARSE_MM, COARSE_SIDE = 8.0, 20  # the coarse volume: blocks of about 8 mm, at most 20 along an axis
-WORST_MARK = 10.5  # CAT12's marks go from 0.5 (excellent) to 10.5
+# Mean and standard deviation before rounding to float16, and the share of zero voxels.
+STATISTICS = ("quality_mean", "quality_std", "quality_zeros")
+COLUMNS = ("voxels_sha256", *STATISTICS, "quality_correlation")  # the columns of scans.parquet that this room adds
+NEGATIVE_ZERO = 0x8000  # as float16 bits
+COARSE_MM, COARSE_BLOCKS = 8.0, 20  # a coarse volume has blocks of about 8 mm, at most 20 along an axis
+WORST_RATING = 10.5  # CAT12's ratings range from 0.5 (excellent) to 10.5
 _strict = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, config=_strict)
 class Outlier:
-    """Refuses scans whose correlation with the cohort's median scan has a robust z below ``robust_z`` and lies ``least_drop``
-    or more below the cohort's median correlation.
+    """Exclude scans whose correlation with the cohort's median scan is low.
 
-    z alone would refuse the very old and the ill: a cohort of well aligned scans varies little, and a thinned cortex stands
-    out among them (five simulated patients and children of 1,455 scans had z below -5, at 0.979 against 0.989).
-    z = (r - median r) / (1.4826 x median absolute deviation of r); only low correlations are refused. A cohort of fewer
-    than ``least_scans`` is not judged. It finds noise, shifts, turned or cut heads; left and right that have changed places
-    alter the correlation too little to be found for sure.
+    A scan is excluded if the robust z of its correlation r is below ``robust_z`` and r is at least ``least_drop`` below the
+    cohort's median correlation: z = (r - median r) / (1.4826 x median absolute deviation of r). Cohorts of fewer than
+    ``least_scans`` scans are not judged.
+
+    z alone would exclude the very old and the ill, because correlations vary little in a well aligned cohort: of 1,455
+    simulated scans, five of patients and children had z below -5, at r = 0.979 against a median of 0.989.
+    The rule finds noise and shifted, rotated or cropped heads. It does not reliably find scans whose left and right are
+    swapped, because that changes the correlation too little.
     """
 
     use: bool = True
@@ -67,19 +60,19 @@ class Outlier:
 
 @dataclass(frozen=True, config=_strict)
 class Cat12:
-    """Refuses scans whose CAT12 image quality rating is above ``worst``: 1 excellent, 2 good, 3 satisfactory, 4 sufficient.
+    """Exclude scans whose CAT12 image quality rating is above ``worst``: 1 excellent, 2 good, 3 satisfactory, 4 sufficient.
 
-    Off where the participants' tables have no column ``column``; a scan without a value stays.
+    The rule does nothing if the participants' tables have no column ``column``; scans without a value stay.
     """
 
     use: bool = True
     column: str = "cat12_iqr"
-    worst: float = Field(default=3.5, ge=0.5, le=WORST_MARK)
+    worst: float = Field(default=3.5, ge=0.5, le=WORST_RATING)
 
 
 @dataclass(frozen=True, config=_strict)
 class Limits:
-    """The lowest and highest value that may stay; a scan without a value stays."""
+    """The lowest and highest allowed value; scans without a value stay."""
 
     min: float | None = None
     max: float | None = None
@@ -95,11 +88,11 @@ class Limits:
 
 @dataclass(frozen=True, config=_strict)
 class Quality:
-    """The rules of a build. What cannot be read, is empty or is not one 3D volume is always left out.
+    """The quality rules of a build. Scans that are unreadable, empty or not one 3D volume are always excluded.
 
     ``nonfinite: zero`` keeps scans with NaN or infinite voxels (some programs write NaN outside the brain) and sets these
-    to 0. ``limits`` bounds numeric columns of the participants' tables, ``age``, or a figure: ``quality_mean``,
-    ``quality_std``, ``quality_zeros``.
+    voxels to 0. ``grid: refuse`` excludes scans on another grid instead of resampling them. ``limits`` bounds ``age``,
+    numeric columns of the participants' tables, or a statistic: ``quality_mean``, ``quality_std``, ``quality_zeros``.
     """
 
     nonfinite: Literal["refuse", "zero"] = "refuse"
@@ -112,13 +105,13 @@ class Quality:
 
     @property
     def checks(self) -> frozenset[str]:
-        """The rules that ``volume.read_voxels`` applies."""
+        """The rules that ``volume.load.read_voxels`` applies."""
         return frozenset(name for name in (*DEFAULT_CHECKS, "grid") if getattr(self, name) == "refuse")
 
 
 @dataclasses.dataclass(frozen=True)
 class Removal:
-    """A row of quarantine.tsv: a removed scan, the rule, the measured value and the threshold it violates, and the reason."""
+    """A row of quarantine.tsv: an excluded scan, the rule, the measured value and the threshold it violates, and the reason."""
 
     key: str
     path: str
@@ -130,7 +123,7 @@ class Removal:
     @classmethod
     def of(cls, scan: Scan, error: BadScan) -> Removal:
         """The removal of a scan that raised ``error``."""
-        return cls(scan.key, scan.place, error.rule, error.figure, error.threshold, str(error))
+        return cls(scan.key, scan.reported_path, error.rule, error.figure, error.threshold, str(error))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -156,104 +149,130 @@ class _Recipe:
 
 
 def load_quality(recipe: Path | None, overrides: Sequence[str] = ()) -> Quality:
-    """The section ``quality:`` of a YAML file, changed by ``--quality.key=value`` overrides. UserError for what is wrong."""
+    """Load the quality rules from a file and the command line.
+
+    Args:
+        recipe: a YAML file with a section ``quality:``; None for the defaults.
+        overrides: changes of single rules, each ``--quality.key=value``.
+
+    Raises:
+        UserError: a key is unknown or a value is not allowed.
+    """
     return load_settings(_Recipe, recipe, overrides).quality
 
 
 def check_quality(quality: Quality, scans: Iterable[Scan]) -> None:
-    """UserError where a rule names a column that the cohort has not, or one that does not hold what it must."""
-    numeric: set[str] = {"age", *FIGURES}
+    """Check the rules against the columns of a cohort.
+
+    Raises:
+        UserError: a limit names a column that does not exist or is not numeric, or the CAT12 column holds another value
+            than a CAT12 rating.
+    """
+    numeric: set[str] = {"age", *STATISTICS}
     for scan in scans:
         numeric.update(name for name, value in scan.extra.items() if isinstance(value, int | float))
-        mark = scan.extra.get(quality.cat12.column)
-        if not quality.cat12.use or mark is None:
+        rating = scan.extra.get(quality.cat12.column)
+        if not quality.cat12.use or rating is None:
             continue
-        if not isinstance(mark, int | float) or not 0 < mark <= WORST_MARK:
+        if not isinstance(rating, int | float) or not 0 < rating <= WORST_RATING:
             raise UserError(
-                f"{quality.cat12.column}={mark!r} of {scan.key} is not a CAT12 mark of 0.5..{WORST_MARK} (1 is best); "
-                f"correct the column, or set --quality.cat12.use=false and bound it by --quality.limits"
+                f"{quality.cat12.column}={rating!r} of {scan.key} is not a CAT12 rating of 0.5..{WORST_RATING} (1 is best); "
+                f"correct the column, or set --quality.cat12.use=false and use --quality.limits for this column"
             )
     for name in quality.limits:
         if name not in numeric:
             raise UserError(
                 f"quality.limits.{name}: the cohort has no numeric column {name!r}{nearest(name, numeric)}; "
-                f"there: {', '.join(sorted(numeric))}"
+                f"found: {', '.join(sorted(numeric))}"
             )
 
 
-def read_scan(scan: Scan, preparation: Preparation, quality: Quality) -> tuple[Array, dict[str, Any], Array]:
-    """Load a scan once: its voxels as shards hold them, its figures, and its coarse volume (see ``coarse_volume``).
+def read_scan(
+    scan: Scan, preparation: Preparation, quality: Quality
+) -> tuple[NDArray[np.float16], dict[str, Any], NDArray[np.float32]]:
+    """Load a scan and apply the rules for single scans.
 
-    BadScan where a rule that looks at one scan refuses it.
+    Returns:
+        The voxels as stored in a shard, (D, H, W) float16; ``voxels_sha256`` and the statistics by name; and the coarse
+        volume (see ``coarse_volume``).
+
+    Raises:
+        BadScan: the scan is unusable, or a rule excludes it.
     """
-    # What the tables already tell spares the reading.
-    known = {"age": scan.age, **scan.extra}
-    _refuse_by_columns(known, quality)
+    columns = {"age": scan.age, **scan.extra}
+    _check_columns(columns, quality)  # first, because it does not need the voxels
     factor, grid = scale_factor(preparation.scaling, scan.extra), preparation.grid
-    raw = read_voxels(
+    unscaled = read_voxels(
         scan.path, grid, quality.checks, crop=preparation.crop, intensity=preparation.intensity,
         orientation=scan.orientation,
     )  # fmt: skip
-    # The same scan under two ids may have two head sizes: the digest is taken before scaling.
-    digest = None if factor == 1.0 else digest_of(to_float16(raw.copy()))
-    wide = scaled(raw, factor)
-    voxels = as_float16(wide)
-    figures = {"voxels_sha256": digest or digest_of(voxels), **_figures(wide, voxels)}
-    _refuse_by_limits(figures, quality, FIGURES)
-    return voxels, figures, coarse_volume(wide, grid)
+    # The digest is taken before scaling, so that one scan under two ids with two head sizes is found as a duplicate.
+    digest = None if factor == 1.0 else voxels_digest(to_float16(unscaled.copy()))
+    exact = scale_for_float16(unscaled, factor)
+    stored = as_float16(exact)
+    statistics = _statistics(exact, stored)
+    _check_limits(statistics, quality, STATISTICS)
+    return stored, {"voxels_sha256": digest or voxels_digest(stored), **statistics}, coarse_volume(exact, grid)
 
 
-def digest_of(voxels: Array) -> str:
+def voxels_digest(voxels: NDArray[np.float16]) -> str:
     """Hexadecimal SHA-256 of (D, H, W) float16 voxels in C order."""
     return hashlib.sha256(np.ascontiguousarray(voxels).data).hexdigest()
 
 
-def _figures(wide: Array, stored: Array) -> dict[str, float]:
-    # Float32 within a row, float64 over rows: as exact as the six digits kept, and a fifth of the time of float64.
-    rows = _c_order(wide)
-    mean = float(np.einsum("ijk->ij", rows).sum(dtype=np.float64)) / wide.size
-    squares = float(np.einsum("ijk,ijk->ij", rows, rows).sum(dtype=np.float64)) / wide.size
-    bits = stored.view(np.uint16)  # numpy compares float16 one by one
+def _statistics(exact: NDArray[np.float32], stored: NDArray[np.float16]) -> dict[str, float]:
+    """``STATISTICS`` by name, from the voxels before and after rounding to float16, to six digits."""
+    # Sums in float32 along a row, in float64 over rows: exact to six digits, in a fifth of the time of float64.
+    rows = _memory_order(exact)
+    mean = float(np.einsum("ijk->ij", rows).sum(dtype=np.float64)) / exact.size
+    squares = float(np.einsum("ijk,ijk->ij", rows, rows).sum(dtype=np.float64)) / exact.size
+    bits = stored.view(np.uint16)  # numpy compares float16 slowly, one by one
     zeros = bits.size - np.count_nonzero(bits) + np.count_nonzero(bits == NEGATIVE_ZERO)
-    figures = (mean, max(squares - mean * mean, 0.0) ** 0.5, zeros / bits.size)
-    return {name: float(f"{value:.6g}") for name, value in zip(FIGURES, figures, strict=True)}
+    values = (mean, max(squares - mean * mean, 0.0) ** 0.5, zeros / bits.size)
+    return {name: float(f"{value:.6g}") for name, value in zip(STATISTICS, values, strict=True)}
 
 
-def coarse_volume(wide: Array, grid: Grid) -> Array:
-    """Means of blocks of about 8 mm, larger where an axis would have more than 20 of them: (V,) float32, at most 8,000."""
+def coarse_volume(voxels: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
+    """Average a volume (D, H, W) over blocks.
+
+    Blocks have edges of about 8 mm, or longer if an axis would have more than 20 blocks.
+
+    Returns:
+        (V,) float32, V at most 8,000, in C order of the blocks.
+    """
     blocks = [
-        max(1, round(COARSE_MM / spacing), -(-length // COARSE_SIDE))
+        max(1, round(COARSE_MM / spacing), -(-length // COARSE_BLOCKS))
         for length, spacing in zip(grid.shape, grid.spacing, strict=True)
     ]
-    rows = _c_order(wide)
-    turned = rows is not wide
-    blocks = blocks[::-1] if turned else blocks
+    rows = _memory_order(voxels)
+    transposed = rows is not voxels
+    blocks = blocks[::-1] if transposed else blocks
     firsts = [np.arange(0, length, block) for length, block in zip(rows.shape, blocks, strict=True)]
-    # Whole slabs first: adding planes runs at the speed of memory, and leaves little for the other axes.
+    # The axis of whole planes first: adding planes is limited only by memory speed and shrinks the work for the others.
     sums = np.stack([rows[first : first + blocks[0]].sum(axis=0) for first in firsts[0]])
     sums = np.add.reduceat(np.add.reduceat(sums, firsts[1], axis=1), firsts[2], axis=2)
     counts = [np.diff([*first, length]) for first, length in zip(firsts, rows.shape, strict=True)]
     means = sums / np.multiply.outer(np.multiply.outer(*counts[:2]), counts[2]).astype(np.float32)
-    return (means.T if turned else means).ravel()
+    return np.asarray((means.T if transposed else means).ravel(), dtype=np.float32)
 
 
-def _c_order(wide: Array) -> Array:
-    """The same voxels with the axes in the order of memory: NIfTI's first axis runs fastest."""
-    return wide.T if wide.flags.f_contiguous and not wide.flags.c_contiguous else wide
+def _memory_order(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The voxels with their axes in the order of memory: transposed if the array is in Fortran order, as NIfTI files are."""
+    return voxels.T if voxels.flags.f_contiguous and not voxels.flags.c_contiguous else voxels
 
 
-def _refuse_by_columns(known: Mapping[str, Any], quality: Quality) -> None:
-    mark = known.get(quality.cat12.column)
-    if quality.cat12.use and mark is not None and mark > quality.cat12.worst:
-        raise BadScan(
-            f"CAT12 rates it {mark:g}, worse than {quality.cat12.worst:g}", "cat12", float(mark), quality.cat12.worst
-        )
-    _refuse_by_limits(known, quality, tuple(name for name in quality.limits if name not in FIGURES))
+def _check_columns(columns: Mapping[str, Any], quality: Quality) -> None:
+    """Apply the rules for columns of the tables; raises BadScan if one excludes the scan."""
+    rating, worst = columns.get(quality.cat12.column), quality.cat12.worst
+    if quality.cat12.use and rating is not None and rating > worst:
+        raise BadScan(f"CAT12 rates it {rating:g}, worse than {worst:g}", "cat12", float(rating), worst)
+    _check_limits(columns, quality, tuple(name for name in quality.limits if name not in STATISTICS))
 
 
-def _refuse_by_limits(known: Mapping[str, Any], quality: Quality, names: Iterable[str]) -> None:
+def _check_limits(values: Mapping[str, Any], quality: Quality, names: Iterable[str]) -> None:
+    """Apply the limits of some values; raises BadScan if one is violated."""
     for name in names:
-        limits, value = quality.limits.get(name), known.get(name)
+        limits, value = quality.limits.get(name), values.get(name)
         if limits is None or value is None or value != value:
             continue
         if limits.min is not None and value < limits.min:
@@ -268,7 +287,7 @@ def unlisted_removals(scans: Iterable[Scan]) -> list[Removal]:
 
 
 def write_quarantine(path: Path, removals: Iterable[Removal]) -> None:
-    """Write quarantine.tsv, a row for each scan and reason, in the order of the keys."""
+    """Write quarantine.tsv: one row per scan, rule and reason, sorted by key."""
     unique = {(removal.key, removal.path, removal.rule, removal.reason): removal for removal in removals}
     columns = [column.name for column in dataclasses.fields(Removal)]
     with atomic_write(path, "w") as stream:
@@ -280,7 +299,7 @@ def write_quarantine(path: Path, removals: Iterable[Removal]) -> None:
 
 
 def read_quarantine(path: Path) -> list[Removal]:
-    """The rows of a quarantine.tsv; none if the file does not exist."""
+    """Read the rows of a quarantine.tsv; none if the file does not exist."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as stream:

@@ -8,15 +8,15 @@ from pathlib import Path
 import pandas as pd
 
 from data_pipeline.cohort.declarations import MISSING
-from data_pipeline.shards import unfinished as resume
-from data_pipeline.shards.build import PLACES
+from data_pipeline.shards import unfinished
+from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.storage.manifest import Manifest, write_manifest
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra.errors import UserError, nearest
 
 IDS = ("dataset", "participant_id", "session")
 # What the build itself wrote; a table may not change where a scan lies or on which side of a split.
-OWN = (*PLACES, "run", "split", "voxels_sha256", *IDS)
+OWN = (*LOCATION_COLUMNS, "run", "split", "voxels_sha256", *IDS)
 
 
 def annotate_shards(
@@ -30,7 +30,7 @@ def annotate_shards(
     on the new one. UserError where the table, a column or a value does not fit.
     """
     folder, path = Path(shards).resolve(), Path(table)
-    with resume.locked(folder):
+    with unfinished.locked(folder):
         old = Manifest.load(folder)
         given = _read(path)
         ids = [name for name in IDS if name in given]

@@ -13,18 +13,20 @@ from typing import IO, Any
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.cohort.declarations import check_orientation
-from data_pipeline.cohort.scan import safe
+from data_pipeline.cohort.scan import safe_name
 from data_pipeline.cohort.split import DEFAULT_SPLITS
 from data_pipeline.quality.rules import Removal, write_quarantine
-from data_pipeline.shards.build import scan_table
 from data_pipeline.shards.index_table import OWN, People, check_pattern, parse_key, read_people
+from data_pipeline.shards.scan_table import scan_table
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
 from data_pipeline.storage.remote import Access, is_remote, join, list_tars, open_file
 from data_pipeline.volume.decoders import DECODERS, ENDINGS
-from data_pipeline.volume.grid import ARRAY_BOXES, array_grid, array_orientation
-from data_pipeline.volume.load import Array, BadScan, Grid, turned
+from data_pipeline.volume.errors import BadScan
+from data_pipeline.volume.grid import ARRAY_BOXES, Grid, array_grid, array_orientation
+from data_pipeline.volume.resample import reorient
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.progress import Progress
@@ -91,7 +93,7 @@ def index_shards(
         raise UserError(f"--spacing={spacing} is not in 0.1..20 mm")
     names = _tars(shards, access)
     people = _people(shards, participants, access)
-    dataset = safe(dataset or shards.rstrip("/").rpartition("/")[2] or "shards")
+    dataset = safe_name(dataset or shards.rstrip("/").rpartition("/")[2] or "shards")
     found = _index_all(shards, names, access, workers)
     shape_and_affine, bad = _common_place(names, found)
     shape_name, grid, orientation = _grid(shape_and_affine, spacing, orientation)
@@ -202,7 +204,7 @@ def _inspect(payload: bytes, codec: str) -> Place:
     return tuple(shape), None if affine is None else _rounded(shape, affine)
 
 
-def _rounded(shape: tuple[int, ...], affine: Array) -> tuple[tuple[float, ...], ...]:
+def _rounded(shape: tuple[int, ...], affine: NDArray[Any]) -> tuple[tuple[float, ...], ...]:
     return Grid.of(shape, affine).affine
 
 
@@ -271,7 +273,7 @@ def _grid(place: Place, spacing: float | None, declared: str = "") -> tuple[str,
             raise UserError(f"--orientation={declared}, but the members' headers tell theirs; leave --orientation out")
         return name, grid, "RAS"
     stored = array_orientation(shape, declared)
-    known, turned_shape = array_grid(shape), turned(np.empty(shape, np.bool_), stored).shape
+    known, turned_shape = array_grid(shape), reorient(np.empty(shape, np.bool_), stored).shape
     if known is not None and known.shape == turned_shape and spacing in (None, known.spacing[0]):
         return name, known, stored
     if spacing is None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from data_pipeline.cohort.declarations import MISSING, SEX, TEXT
-from data_pipeline.shards.build import PLACES
-from data_pipeline.volume.load import BadScan
+from data_pipeline.cohort.declarations import MISSING, SEX_WORDS, TEXT_COLUMNS
+from data_pipeline.shards.scan_table import LOCATION_COLUMNS
+from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
 
 # The words that keys and tables use for the four entities.
@@ -23,7 +23,7 @@ ENTITIES = {
     "dataset": ("dataset", "study", "ds", "source"),
 }
 PREFIXES = ("sub-", "ses-", "run-")
-OWN = (*PLACES, "codec")  # the manifest's columns; a table's of these names are left out
+OWN = (*LOCATION_COLUMNS, "codec")  # the manifest's columns; a table's of these names are left out
 
 
 def parse_key(key: str, pattern: str | None = None) -> dict[str, str]:
@@ -108,7 +108,7 @@ def read_people(content: bytes, path: str) -> People:
     twice = table.columns[table.columns.duplicated()]
     if len(twice):
         raise UserError(f"{path} has several columns for {twice[0]}; keep one of them")
-    texts = (*TEXT, *ENTITIES)
+    texts = (*TEXT_COLUMNS, *ENTITIES)
     numeric = {name for name in table.columns if name not in texts and _all_numbers(table[name])}
     rows: dict[str, list[dict[str, Any]]] = {}
     for line, record in enumerate(table.to_dict("records"), start=2):
@@ -128,11 +128,11 @@ def _value(path: str, line: int, column: str, text: str, number: bool) -> Any:
     if column in ENTITIES:
         return text[4:] if text.startswith(PREFIXES) else text
     if column == "sex":
-        if text.lower() not in SEX:
+        if text.lower() not in SEX_WORDS:
             raise UserError(
                 f"{path} line {line}: sex={text!r} is not F, M, O, female, male or other; write n/a if unknown"
             )
-        return SEX[text.lower()]
+        return SEX_WORDS[text.lower()]
     if column != "age":
         return float(text) if number else text
     try:

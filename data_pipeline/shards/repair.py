@@ -1,4 +1,4 @@
-"""Builds damaged or missing shards again from their cohort, and takes them only if every byte is as the manifest says."""
+"""Rebuilds damaged or missing shards from their cohort, and keeps only those whose bytes match the manifest."""
 
 from __future__ import annotations
 
@@ -7,76 +7,92 @@ from typing import Any
 
 from data_pipeline.cohort.read import DATA_SETS, read_cohort
 from data_pipeline.cohort.scan import Scan
-from data_pipeline.shards import unfinished as resume
-from data_pipeline.shards.append import check_own, check_pseudonyms
-from data_pipeline.shards.build import _Task, rules_of, run_tasks
+from data_pipeline.shards import unfinished
+from data_pipeline.shards.append import check_not_indexed, check_pseudonyms
 from data_pipeline.shards.verify import stored_scans
+from data_pipeline.shards.writing import ShardTask, quality_rules, run_tasks
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import Preparation
+from data_pipeline.volume.preparation import Preparation
 from infra.errors import UserError
 
 
 def repair_shards(
     manifest: Manifest, cohort: str | Path, problems: dict[str, str], workers: int | None = None, **reading: Any
 ) -> dict[str, str]:
-    """Rebuild the shards among ``problems`` (file name -> what is wrong) from ``cohort``; what is still wrong.
+    """Rebuild the shards named in ``problems`` from ``cohort`` and return the problems that remain.
 
-    A shard whose bytes come out otherwise than the manifest says (the cohort changed, or another release of a library
-    wrote it) is left as it lies. ``reading``: layout, columns, key_file, as in ``read_cohort``.
+    A shard is left as it is if its rebuilt bytes differ from the manifest: the cohort changed, or it was written with
+    another release of a library.
+
+    Args:
+        manifest: the data set.
+        cohort: the cohort from which the shards were built.
+        problems: file name -> what is wrong, as ``verify.find_problems`` returns it.
+        workers: Ray workers; None for one per core.
+        reading: ``layout``, ``columns`` and ``key_file``, as in ``read_cohort``.
+
+    Raises:
+        UserError: if the data set is an index, or ``key_file`` does not fit it.
     """
-    check_own(manifest)
+    check_not_indexed(manifest)
     check_pseudonyms(manifest, reading.get("key_file"))
     root, folder = Path(cohort).resolve(), manifest.root.resolve()
     numbers = {str(row["name"]): n for n, row in enumerate(manifest.shards) if str(row["name"]) in problems}
-    left, preparation = dict(problems), Preparation.of(manifest.grid, manifest.settings)
+    remaining, preparation = dict(problems), Preparation.of(manifest.grid, manifest.settings)
+    codec, quality = manifest.settings["codec"], quality_rules(manifest.settings)
     tasks = []
     cohorts: dict[str, dict[str, Scan] | str] = {}
-    with resume.locked(folder), resume.private_folder(folder) as private:
+    with unfinished.locked(folder), unfinished.private_folder(folder) as private:
         for name, number in numbers.items():
-            scans = _scans_of(manifest, number, root, cohorts, reading)
+            scans = _scans_of_shard(manifest, number, root, cohorts, reading)
             if isinstance(scans, str):
-                left[name] = f"{problems[name]}; not repaired: {scans}"
+                remaining[name] = f"{problems[name]}; not repaired: {scans}"
                 continue
-            tasks.append(_Task(scans, str(private), str(private), name, preparation, manifest.settings["codec"],
-                               rules_of(manifest.settings)))  # fmt: skip
+            tasks.append(
+                ShardTask(
+                    scans=scans, out=str(private), temporary=str(private), name=name, preparation=preparation,
+                    codec=codec, quality=quality,
+                )
+            )  # fmt: skip
         results = run_tasks(tasks, workers, "rebuilding shards") if tasks else []
-        for task, (shard, _, bad) in zip(tasks, results, strict=True):
-            if shard and shard["sha256"] == manifest.shards[numbers[task.name]]["sha256"]:
+        for task, rebuilt in zip(tasks, results, strict=True):
+            if rebuilt.shard and rebuilt.shard["sha256"] == manifest.shards[numbers[task.name]]["sha256"]:
                 (private / task.name).replace(folder / task.name)
-                del left[task.name]
-            else:
-                why = (
-                    f"scan {bad[0].key} cannot be used any more ({bad[0].reason})"
-                    if bad
-                    else "its bytes come out otherwise"
-                )
-                left[task.name] = (
-                    f"{problems[task.name]}; not repaired, the old file is as it was: {why}; "
-                    "the cohort, its tables or a library changed since the build"
-                )
-    return left
+                del remaining[task.name]
+                continue
+            reason = "its bytes differ from the manifest"
+            if rebuilt.removals:
+                first = rebuilt.removals[0]
+                reason = f"scan {first.key} can no longer be used ({first.reason})"
+            remaining[task.name] = (
+                f"{problems[task.name]}; not repaired, the old file is unchanged: {reason}; "
+                "the cohort, its tables or a library changed since the build"
+            )
+    return remaining
 
 
-def _scans_of(
+def _scans_of_shard(
     manifest: Manifest, number: int, root: Path, cohorts: dict[str, dict[str, Scan] | str], reading: dict[str, Any]
 ) -> list[Scan] | str:
-    """A shard's scans out of the cohort, in the order of its bytes; or why they cannot be had."""
-    rows = stored_scans(manifest, number)
-    found = []
-    for stored in rows:
+    """Return a shard's scans from the cohort, in the order of its bytes, or the reason why they are not available.
+
+    ``cohorts`` caches, for each data set, the scans by key or the error.
+    """
+    scans = []
+    for stored in stored_scans(manifest, number):
         dataset = str(stored.row["dataset"])
         if dataset not in cohorts:
             try:
-                # A list of data sets names each of them itself.
+                # A table of data sets names each of them itself.
                 name = None if root.suffix.lower() in DATA_SETS else dataset
-                scans, _ = read_cohort(root, name, str(manifest.settings["modality"]), **reading)
-                cohorts[dataset] = {scan.key: scan for scan in scans}
+                cohort, _ = read_cohort(root, name, str(manifest.settings["modality"]), **reading)
+                cohorts[dataset] = {scan.key: scan for scan in cohort}
             except UserError as error:
                 cohorts[dataset] = str(error)
-        there = cohorts[dataset]
-        if isinstance(there, str):
-            return there
-        if stored.key not in there:
+        available = cohorts[dataset]
+        if isinstance(available, str):
+            return available
+        if stored.key not in available:
             return f"cohort {root} has no scan {stored.key}"
-        found.append(there[stored.key])
-    return found
+        scans.append(available[stored.key])
+    return scans

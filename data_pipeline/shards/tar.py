@@ -12,9 +12,9 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
 from data_pipeline.volume.decoders import decode as decode  # the way back from encode
-from data_pipeline.volume.load import Array
 from infra.errors import UserError
 
 COPY_BYTES = 1 << 22
@@ -24,7 +24,7 @@ ZSTD_LEVEL = 1
 CODECS = {"zst": "npy.zst", "npy": "npy"}
 
 
-def encode(voxels: Array, codec: str) -> bytes:
+def encode(voxels: NDArray[np.float16], codec: str) -> bytes:
     """(D, H, W) float16 -> .npy v1.0, in one zstd frame (with content size) for codec ``zst``."""
     stream = io.BytesIO()
     np.lib.format.write_array(stream, np.ascontiguousarray(voxels), version=(1, 0), allow_pickle=False)

@@ -1,15 +1,15 @@
-"""What a killed build leaves behind, and how the next one knows which of it to keep.
+"""What a killed build leaves in its folder, and which of it the next build keeps.
 
-While a folder is being built it holds, beside the shards,
+While a folder is being built it holds, beside the shards:
 
-- ``.unfinished-<8 hex>/``: the tars that workers are writing, one folder a run; a finished tar is renamed out of it. A
-  new run removes it first, so that a worker which outlived its driver cannot rename anything into the new run's shards.
-- ``.unfinished-<shard>.json``: a record of a finished shard: what it holds, its SHA-256, and a fingerprint of all that
-  its bytes depend on. It is written before the tar is renamed, so no tar of ours is ever without one.
+- ``.unfinished-<8 hex>/``: one folder per run for the tars that workers are writing. A finished tar is renamed out of it.
+  A new run removes the folders of earlier runs first, so that a worker that outlives its driver cannot rename a tar into
+  the new run's shards.
+- ``.unfinished-<shard>.json``: a record of a finished shard: its content, its SHA-256, and a fingerprint of everything
+  that its bytes depend on. It is written before the tar is renamed, so every tar of an unfinished build has one.
+- ``.coarse-<shard>.npy``: coarse volumes of that shard's scans, which the rules that compare scans need.
 
-- ``.coarse-<shard>.npy``: what the quality rules that compare scans need of that shard's scans.
-
-All go once the manifest is written.
+All of them are removed once the manifest is written.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,97 +40,133 @@ from infra.errors import UserError
 from infra.files import sha256_of
 
 UNFINISHED = ".unfinished-"
-Result = tuple[dict[str, Any], list[dict[str, Any]], list[Removal]]
 
-# Another release of these may resample, round or compress otherwise; one data set is written by one of each.
-WRITTEN_BY = {
+# Another release of one of these may resample, round or compress differently, so a data set is written with one of each.
+LIBRARIES = {
     "nibabel": nibabel.__version__, "numpy": np.__version__, "scipy": scipy.__version__,
     "zstandard": zstandard.__version__, "zstd": ".".join(map(str, zstandard.ZSTD_VERSION)),
 }  # fmt: skip
 
 
-def fingerprint(scans: Sequence[Scan], settings: dict[str, Any]) -> str:
-    """SHA-256 of what a shard's bytes depend on: settings, libraries, every scan's table row, and its file's stamps.
+@dataclass(frozen=True)
+class WrittenShard:
+    """One finished shard.
 
-    A file that was written to in between has another size, modification or change time (which no tool can set back).
+    Attributes:
+        shard: its row for the manifest; empty if every scan was refused and no tar was kept.
+        scans: a row for each of its scans, in the order of its bytes.
+        removals: the scans that were refused.
+    """
+
+    shard: dict[str, Any]
+    scans: list[dict[str, Any]]
+    removals: list[Removal]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content as JSON can hold it."""
+        removals = [removal.to_dict() for removal in self.removals]
+        return {"shard": self.shard, "rows": self.scans, "quarantined": removals}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> WrittenShard:
+        """Read what ``to_json`` returned."""
+        return cls(content["shard"], content["rows"], [Removal.from_dict(fields) for fields in content["quarantined"]])
+
+
+def fingerprint(scans: Sequence[Scan], settings: dict[str, Any]) -> str:
+    """Return the SHA-256 of everything that a shard's bytes depend on.
+
+    This covers the settings, the versions of the libraries, and each scan's table row and file stamps: size, modification
+    time and change time. No tool can set the change time back, so a file that was written to always has other stamps.
     """
     inputs = [[repr(scan), *_stamps(scan.path)] for scan in scans]
-    text = json.dumps([WRITTEN_BY, settings, inputs], sort_keys=True, default=repr)
+    text = json.dumps([LIBRARIES, settings, inputs], sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _stamps(path: Path) -> tuple[int, int, int] | tuple[()]:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return ()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def record_of(folder: Path, name: str) -> Path:
-    """Where the record of the shard ``name`` lies."""
+def record_path(folder: Path, name: str) -> Path:
+    """Return the path of the record of the shard ``name``."""
     return folder / f"{UNFINISHED}{name}.json"
 
 
-def finished(folder: Path, name: str, mark: str) -> Result | None:
-    """What an earlier run wrote under ``name``, if it is what this run would write; its bytes are read to be sure."""
+def read_finished(folder: Path, name: str, expected: str) -> WrittenShard | None:
+    """Return the shard ``name`` that an earlier run finished, or None if it must be written again.
+
+    Args:
+        folder: the folder of the shards.
+        name: the shard's file name.
+        expected: the fingerprint that the shard would have if it were written now.
+
+    The tar's bytes are read and compared with its SHA-256.
+    """
     try:
-        record = json.loads(record_of(folder, name).read_text(encoding="utf-8"))
+        record = json.loads(record_path(folder, name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if record["fingerprint"] != mark:
+    if record["fingerprint"] != expected:
         return None
     shard, path = record["shard"], folder / name
     if shard and not (path.is_file() and path.stat().st_size == shard["bytes"] and sha256_of(path) == shard["sha256"]):
         return None
     if shard and not coarse_path(folder, name).is_file():
         return None
-    return _result(record)
+    return WrittenShard.from_json(record)
 
 
-def finish(folder: Path, temporary: Path, name: str, mark: str, result: Result) -> Result:
-    """Put a shard written at ``temporary`` in its place, its record first; what the caller shall return."""
-    shard, rows, bad = result
-    text = json.dumps({"fingerprint": mark, "shard": shard, "rows": rows, "quarantined": [r.to_dict() for r in bad]})
+def finish(folder: Path, temporary: Path, name: str, mark: str, written: WrittenShard) -> WrittenShard:
+    """Rename a tar from ``temporary`` to ``folder / name`` after writing its record; return the shard as recorded.
+
+    Args:
+        folder: the folder of the shards.
+        temporary: the finished tar. It is removed if ``written`` has no scan.
+        name: the shard's file name.
+        mark: the shard's fingerprint.
+        written: what the tar holds.
+    """
+    text = json.dumps({"fingerprint": mark, **written.to_json()})
     record = temporary.with_name(f"{temporary.name}.json")
     for path, content in ((temporary, None), (record, text)):
         with path.open("r+b" if content is None else "wb") as stream:
             stream.write(content.encode() if content else b"")
             stream.flush()
             os.fsync(stream.fileno())
-    record.replace(record_of(folder, name))
-    if shard:
+    record.replace(record_path(folder, name))
+    if written.shard:
         temporary.replace(folder / name)
     else:
         temporary.unlink()
         (folder / name).unlink(missing_ok=True)
-    # As a later run would read it, so that both end with the same manifest to the last byte.
-    return _result(json.loads(text))
-
-
-def _result(record: dict[str, Any]) -> Result:
-    return record["shard"], record["rows"], [Removal.from_dict(fields) for fields in record["quarantined"]]
+    # Through JSON, as a later run reads it, so that both write the same manifest to the last byte.
+    return WrittenShard.from_json(json.loads(text))
 
 
 @contextmanager
-def building(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A folder in ``folder`` for unfinished shards, to be called ``names``; the caller holds the lock.
+def build_folder(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Yield a new folder for unfinished tars after removing what earlier runs left, except the shards ``names``.
 
-    What an earlier run left and this one cannot use is removed.
+    The caller must hold the lock.
     """
-    clear(folder, keep=names)
+    remove_leftovers(folder, keep=names)
     with private_folder(folder) as private:
         yield private
 
 
 @contextmanager
 def private_folder(folder: Path) -> Iterator[Path]:
-    """A new folder in ``folder``, on the same disk, so that files can be renamed out of it; it goes at the end.
+    """Yield a new folder in ``folder``, on the same disk so that files can be renamed out of it; remove it at the end.
 
-    Those of earlier runs go first: the caller holds the lock.
+    The folders of earlier runs are removed first. The caller must hold the lock.
     """
-    for left in folder.glob(f"{UNFINISHED}????????"):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in folder.glob(f"{UNFINISHED}????????"):
+        shutil.rmtree(leftover, ignore_errors=True)
     private = folder / f"{UNFINISHED}{uuid.uuid4().hex[:8]}"
     private.mkdir()
     try:
@@ -138,15 +175,16 @@ def private_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(private, ignore_errors=True)
 
 
-def tidy(folder: Path, listed: Sequence[str]) -> None:
-    """Remove the records of shards that the manifest lists: their build was killed just after it wrote that."""
+def remove_records(folder: Path, listed: Sequence[str]) -> None:
+    """Remove the records of shards that the manifest lists, left by a build killed just after it wrote the manifest."""
+    names = {record_path(folder, name).name for name in listed}
     for path in folder.glob(f"{UNFINISHED}*.json"):
-        if path.name in {record_of(folder, name).name for name in listed}:
+        if path.name in names:
             path.unlink(missing_ok=True)
 
 
-def clear(folder: Path, keep: Sequence[str] = ()) -> None:
-    """Remove unfinished tars, and finished ones that no manifest lists, with their records; not those called ``keep``."""
+def remove_leftovers(folder: Path, keep: Sequence[str] = ()) -> None:
+    """Remove unfinished tars, finished tars that no manifest lists, and their records; keep the shards named ``keep``."""
     coarse = {coarse_path(folder, name).name for name in keep}
     for path in (*folder.glob(f"{COARSE_PREFIX}*"), *folder.glob(f".{COARSE_PREFIX}*.tmp")):
         if path.name not in coarse:
@@ -154,14 +192,14 @@ def clear(folder: Path, keep: Sequence[str] = ()) -> None:
     listed = set()
     if (folder / MANIFEST).is_file():
         listed = {str(row["name"]) for row in read_content(folder)["shards"]}
-    kept = {record_of(folder, name).name for name in keep}
+    records = {record_path(folder, name).name for name in keep}
     for written in ("manifest.json", "quarantine.tsv", "scans*.parquet"):
-        for path in folder.glob(f".{written}.*.tmp"):  # atomic_write's, of a process that was killed
+        for path in folder.glob(f".{written}.*.tmp"):  # temporary files of atomic_write in a killed process
             path.unlink(missing_ok=True)
     for path in list(folder.glob(f"{UNFINISHED}*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name not in kept:
+        elif path.name not in records:
             name = path.name.removeprefix(UNFINISHED).removesuffix(".json")
             if name.endswith(".tar") and name not in listed:
                 (folder / name).unlink(missing_ok=True)
@@ -170,15 +208,20 @@ def clear(folder: Path, keep: Sequence[str] = ()) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Nobody else builds, appends or repairs in ``folder`` meanwhile; the lock goes with its process, however it ends."""
+    """Hold the folder's lock, so that no other process builds, appends or repairs in it.
+
+    The kernel releases the lock when the process ends, however it ends. Raises UserError if another process holds it.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # Some network file systems lock no folder; there the user must see to it.
+            # Some network file systems cannot lock a folder; there the user must start one command at a time.
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"{folder} is being written by another command; wait for it, or stop it") from None
+                raise UserError(
+                    f"{folder} is being written by another yaware command; wait until it ends, or stop it"
+                ) from None
         yield
     finally:
         os.close(handle)

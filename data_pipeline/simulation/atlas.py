@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra.files import atomic_write
 
 VERSION = 5  # part of the name of a cached template; increase it if the content changes

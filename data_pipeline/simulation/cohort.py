@@ -18,14 +18,14 @@ from data_pipeline.simulation.atlas import REGIONS, load_template
 from data_pipeline.simulation.people import MEAN_TIV, Person, change_with_age, draw_people
 from data_pipeline.simulation.settings import SHARES, Simulation
 from data_pipeline.simulation.volumes import VENTRICLE_ML, make_volume
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
+from infra import random_streams
 from infra.errors import UserError
 from infra.files import atomic_write, write_json
 from infra.progress import Progress
 
 RECORD = "simulation.json"
 PARTICIPANTS = "participants.tsv"  # written last: a folder that has it holds the whole cohort
-TIV_NOISE_STREAM = 0x71B  # second word of the Philox key
 
 
 def simulate_cohort(
@@ -136,9 +136,7 @@ def _truth(settings: Simulation, person: Person, session: int, age: float) -> di
     regions, whole, ventricle = change_with_age(person, age, settings)
     size = float(np.exp(person.log_tiv))
     hippocampus = [regions[REGIONS.index(f"hippocampus_{side}")] for side in ("left", "right")]
-    noise = np.random.Generator(
-        np.random.Philox(key=[settings.seed, TIV_NOISE_STREAM], counter=[0, 0, person.number, session])
-    )
+    noise = random_streams.generator(settings.seed, random_streams.SIMULATED_TIV, (0, 0, person.number, session))
     return {
         "participant_id": f"sub-{person.number:05d}", "session_id": f"ses-{session}", "age": round(age, 1),
         "tiv": round(MEAN_TIV * size * (1.0 + 0.02 * float(noise.standard_normal())), 1), "true_tiv": MEAN_TIV * size,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.simulation.atlas import REGIONS
 from data_pipeline.simulation.settings import Simulation
+from infra import random_streams
 
 AGES = {"AD": (74.0, 7.0), "MCI": (72.0, 7.0), "SCZ": (34.0, 10.0), "BD": (38.0, 11.0)}  # mean and SD in years
 AGE_LIMITS = (6.0, 90.0)
@@ -42,9 +43,6 @@ ASYMMETRY = {
     "lateral_frontal_right": 0.04, "occipital_left": 0.04, "superior_temporal_left": 0.06, "hippocampus_right": 0.03,
     "cerebellum_right": 0.02,
 }  # fmt: skip
-# The Philox key's second word is PEOPLE_STREAM plus one of these.
-PEOPLE_STREAM = 0x51A0
-ORDER, PERSON, SITE, FOCI = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -85,12 +83,12 @@ def draw_people(participants: int, shares: dict[str, float], seed: int) -> list[
     counts = {name: round(participants * share) for name, share in shares.items()}
     diagnoses = [name for name, count in counts.items() for _ in range(count)]
     diagnoses += ["control"] * (participants - len(diagnoses))
-    order = _generator(seed, ORDER, 0).permutation(participants)
+    order = random_streams.generator(seed, random_streams.SIMULATED_ORDER).permutation(participants)
     return [_draw_person(n, diagnoses[order[n]], shares, seed) for n in range(participants)]
 
 
 def _draw_person(number: int, diagnosis: str, shares: dict[str, float], seed: int) -> Person:
-    generator = _generator(seed, PERSON, number)
+    generator = random_streams.generator(seed, random_streams.SIMULATED_PERSON, (0, 0, number, 0))
     site_number = int(generator.integers(SITES))
     site = site_of(site_number, seed)
     age_group = diagnosis
@@ -112,6 +110,7 @@ def _draw_person(number: int, diagnosis: str, shares: dict[str, float], seed: in
     both_sides = 0.08 * generator.standard_normal()
     deviations[REGIONS.index("hippocampus_left")] += both_sides
     deviations[REGIONS.index("hippocampus_right")] += both_sides
+    foci = random_streams.generator(seed, random_streams.SIMULATED_FOCI, (0, 0, number, 0))
     return Person(
         number=number,
         site=site_number,
@@ -124,13 +123,13 @@ def _draw_person(number: int, diagnosis: str, shares: dict[str, float], seed: in
         log_tiv=(-0.06 if female else 0.06) + 0.085 * float(generator.standard_normal()),
         log_ventricle=0.32 * float(generator.standard_normal()),
         regions=deviations,
-        foci=_generator(seed, FOCI, number).standard_exponential(len(REGIONS) + 1),
+        foci=foci.standard_exponential(len(REGIONS) + 1),
     )
 
 
 def site_of(site: int, seed: int, site_effects: float = 1.0) -> Site:
     """Draw a site; ``site_effects`` scales the scanner's gain, bias field and noise."""
-    generator = _generator(seed, SITE, site)
+    generator = random_streams.generator(seed, random_streams.SIMULATED_SITE, (0, 0, site, 0))
     return Site(
         mean_age=float(generator.choice([14.0, 22.0, 26.0, 30.0, 38.0, 52.0, 66.0])),
         age_spread=float(generator.uniform(5.0, 14.0)),
@@ -183,7 +182,3 @@ def _loss(age: float, *, early: float, late: float, middle: float, width: float 
     """Log units lost since age 20: ``early`` a year at first, ``late`` a year after age ``middle``, smoothly joined."""
     turn = np.logaddexp(0.0, (age - middle) / width) - np.logaddexp(0.0, (20.0 - middle) / width)
     return float(early * (age - 20.0) + (late - early) * width * turn)
-
-
-def _generator(seed: int, purpose: int, number: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, PEOPLE_STREAM + purpose], counter=[0, 0, number, 0]))

@@ -14,14 +14,14 @@ from scipy import ndimage
 from data_pipeline.simulation.atlas import SmoothField, Template, load_template
 from data_pipeline.simulation.people import Person, Site, change_with_age, site_of
 from data_pipeline.simulation.settings import Simulation
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
+from infra import random_streams
 
 GREY_MATTER_ML = 790.0  # at age 20, for the mean head size
 VENTRICLE_ML = 14.0  # at age 20, for the mean head size
 VENTRICLE_REACH = 12.0  # mm over which the displacement around growing ventricles decays to 1/e
 STEEPEST = 0.4  # bound on the norm of the deformation's gradient: its Jacobian stays above (1 - 0.4)³ = 0.21
 DISPLACEMENT = 1.2  # mm, standard deviation of each component of the deformation
-VOLUME_STREAM = 0x5CA4  # second word of the Philox key
 
 
 def make_volume(
@@ -40,7 +40,10 @@ def make_volume(
         The volume, (D, H, W) float32 in RAS, and its grid.
     """
     anatomy = anatomy_at(settings.spacing)
-    of_session, of_person = (_generator(settings.seed, person.number, number) for number in (session, 0))
+    of_session, of_person = (
+        random_streams.generator(settings.seed, random_streams.SIMULATED_VOLUME, (0, 0, person.number, number))
+        for number in (session, 0)
+    )
     regions, whole, ventricle = change_with_age(person, age, settings)
     site = site_of(person.site, settings.seed, settings.site_effects)
     change = np.float32(whole) + regions.astype(np.float32) @ anatomy.template.regions
@@ -191,7 +194,3 @@ def _ventricle_table() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         float((distance <= push * np.exp(-np.maximum(distance, 0) / VENTRICLE_REACH)).sum()) * 0.008 for push in pushes
     ]
     return np.array(inside) * VENTRICLE_ML / inside[0], pushes
-
-
-def _generator(seed: int, person: int, session: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, VOLUME_STREAM], counter=[0, 0, person, session]))

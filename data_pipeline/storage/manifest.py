@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from data_pipeline.loading.source import LoaderError
 from data_pipeline.storage.manifest_file import FORMAT, check_content, is_simulated, read_checked
 from data_pipeline.storage.manifest_file import MANIFEST as MANIFEST
 from data_pipeline.storage.manifest_file import SCANS as SCANS
 from data_pipeline.storage.manifest_file import digest_of as digest_of
 from data_pipeline.storage.reader import VolumeReader as VolumeReader
 from data_pipeline.storage.remote import Access, ShardStore, is_remote, join, read_whole, with_retries
-from data_pipeline.volume.load import Array, Grid
-from infra.errors import UserError, nearest
+from data_pipeline.volume.grid import Grid
+from infra.errors import LoaderError, UserError, nearest
 from infra.files import atomic_write, flush_folder, sha256_of, write_json
 
 
@@ -93,7 +93,9 @@ class Manifest:
                 raise UserError(f"query {query!r} does not work on {SCANS}: {' '.join(str(error).split())}") from None
         return scans.index.to_numpy(dtype=np.int64)
 
-    def proxies(self, names: Sequence[str], rows: Array | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def proxies(
+        self, names: Sequence[str], rows: NDArray[np.int_] | None = None
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Columns as (N, P) float32, NaN where missing; text columns become codes in the sorted order of their values."""
         columns = []
         for name in names:
@@ -132,7 +134,7 @@ class Manifest:
     def _reader(self) -> VolumeReader:
         return self.reader()
 
-    def read_volume(self, row: int) -> Array:
+    def read_volume(self, row: int) -> NDArray[np.float16]:
         """One scan's (D, H, W) float16 voxels, checksum verified."""
         return self._reader.read(row)
 
@@ -142,7 +144,7 @@ class Manifest:
         return is_simulated(self.settings)
 
 
-def check_shards(manifest: Manifest, rows: Array) -> None:
+def check_shards(manifest: Manifest, rows: NDArray[np.int_]) -> None:
     """LoaderError where local shards that hold these scans are missing or cut short; looks at names and sizes alone."""
     if is_remote(manifest.shards_root):
         return

@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import google_crc32c
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from data_pipeline.storage.open_files import OpenFiles
+from data_pipeline.storage.remote import ShardStore
 from data_pipeline.volume.decoders import decode
-from data_pipeline.volume.load import Array
-
-if TYPE_CHECKING:
-    from data_pipeline.storage.remote import ShardStore
-
-MOST_OPEN = 256  # shards open at once in a process; many systems allow 1024 files
-
-
-class OpenFiles:
-    """Read-only descriptors by number, opened when first needed; at most ``MOST_OPEN``, none carried to other processes."""
-
-    def __init__(self) -> None:
-        self._descriptors: dict[int, int] = {}
-
-    def get(self, number: int, path: Callable[[], str | Path | None]) -> int | None:
-        """The descriptor; ``path()`` is asked where it is not open yet, and None from it is passed on."""
-        if number not in self._descriptors:
-            place = path()
-            if place is None:
-                return None
-            if len(self._descriptors) >= MOST_OPEN:
-                self.close(next(iter(self._descriptors)))
-            self._descriptors[number] = os.open(place, os.O_RDONLY)
-        return self._descriptors[number]
-
-    def close(self, number: int) -> None:
-        """Close one, if it is open."""
-        if number in self._descriptors:
-            os.close(self._descriptors.pop(number))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_descriptors": {}}
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
 
 
 @dataclass
@@ -61,17 +27,17 @@ class VolumeReader:
 
     root: str
     names: list[str]
-    shard: Array
-    offset: Array
-    size: Array
-    crc32c: Array
+    shard: NDArray[np.int_]
+    offset: NDArray[np.int_]
+    size: NDArray[np.int_]
+    crc32c: NDArray[np.int_]
     codecs: list[str]
     table: str
     orientation: str = "RAS"  # of arrays without a header, as they are stored
     store: ShardStore | None = None  # how remote shards are read; None: local ones
     _open: OpenFiles = field(default_factory=OpenFiles, repr=False)
 
-    def read(self, row: int) -> Array:
+    def read(self, row: int) -> NDArray[np.float16]:
         """(D, H, W) float16. OSError naming shard and key where the bytes are not those that the manifest lists."""
         number, offset, size = int(self.shard[row]), int(self.offset[row]), int(self.size[row])
         if self.store is None:

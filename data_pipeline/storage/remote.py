@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from data_pipeline.storage.cache import ShardCache
-from data_pipeline.storage.reader import OpenFiles
+from data_pipeline.storage.open_files import OpenFiles
 from infra.errors import UserError
 
 Result = TypeVar("Result")

@@ -1,4 +1,4 @@
-"""From the bytes of a shard's member to a volume: what yaware writes, and what other tools put into WebDataset shards."""
+"""Decode the members of shards to volumes: yaware's own, and those that other tools write into WebDataset shards."""
 
 from __future__ import annotations
 
@@ -6,29 +6,44 @@ import gzip
 import io
 import math
 from collections.abc import Callable
+from typing import Any
 
 import nibabel
 import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
-from data_pipeline.volume.load import Array, to_float16, turned
+from data_pipeline.volume.intensity import to_float16
+from data_pipeline.volume.resample import reorient
 
-# What follows the first dot of a member's name, and the codec that the manifest gives it.
+# The part of a member's name after the first dot -> its codec in the manifest.
 ENDINGS = {"npy.zst": "zst", "npy": "npy", "npy.gz": "npy.gz", "nii.gz": "nii.gz", "nii": "nii"}
 
 
-def decode(payload: bytes, codec: str, orientation: str = "RAS") -> Array:
-    """A member's voxels as (D, H, W) float16; ValueError for an array that is not one volume.
+def decode(payload: bytes, codec: str, orientation: str = "RAS") -> NDArray[np.float16]:
+    """Decode a member to a volume.
 
-    ``orientation``: the order in which arrays without a header were stored; what has a header is turned by that.
+    Args:
+        payload: the bytes of the member.
+        codec: a key of ``DECODERS``.
+        orientation: of the stored axes of arrays; NIfTI files are reoriented by their headers instead.
+
+    Returns:
+        (D, H, W) float16 in RAS.
+
+    Raises:
+        ValueError: the member is not one 3D volume of numbers.
     """
     array, affine = DECODERS[codec](payload)
     volume = as_volume(array)
-    return volume if affine is not None else turned(volume, orientation)
+    return volume if affine is not None else reorient(volume, orientation)
 
 
-def as_volume(array: Array) -> Array:
-    """(..., D, H, W) of any real type with leading axes of length 1 -> (D, H, W) float16, C order, as ``to_float16``."""
+def as_volume(array: NDArray[Any]) -> NDArray[np.float16]:
+    """Convert a real array to (D, H, W) float16 in C order, as ``to_float16`` does.
+
+    Leading axes of length 1 are removed. Raises ValueError if the array is not one 3D volume.
+    """
     while array.ndim > 3 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != 3:
@@ -38,8 +53,8 @@ def as_volume(array: Array) -> Array:
     return np.ascontiguousarray(array)
 
 
-def _npy(raw: bytes | Array) -> tuple[Array, Array | None]:
-    """The array that lies in ``raw`` behind its header, without a copy: writable where ``raw`` is."""
+def _npy(raw: bytes | NDArray[np.uint8]) -> tuple[NDArray[Any], None]:
+    """The array in the bytes of an .npy file, without a copy: writable if ``raw`` is."""
     head = io.BytesIO(bytes(raw[:HEADER_BYTES]))
     version = np.lib.format.read_magic(head)
     if version not in _HEADERS:
@@ -56,38 +71,38 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 
 def _unpack_zstd(payload: bytes) -> bytes:
-    # A frame written as a stream does not say how long it is; a file may also hold several frames.
+    # A streamed frame does not state its size, and a file may hold several frames.
     with zstandard.ZstdDecompressor().stream_reader(payload, read_across_frames=True) as stream:
         return stream.read()
 
 
-def _npy_zst(payload: bytes) -> tuple[Array, Array | None]:
+def _npy_zst(payload: bytes) -> tuple[NDArray[Any], None]:
     size = zstandard.get_frame_parameters(payload).content_size
     return _npy(_unpack_zstd(payload) if size in (0, zstandard.CONTENTSIZE_UNKNOWN) else _one_frame(payload, size))
 
 
-def _one_frame(payload: bytes, size: int) -> Array:
-    # Straight into the memory in which the voxels stay: a copy of 4 MB would add a sixth to the time of decoding.
+def _one_frame(payload: bytes, size: int) -> NDArray[np.uint8]:
+    # Directly into the memory in which the voxels stay: a copy of 4 MB would add a sixth to the decoding time.
     raw = np.empty(size, np.uint8)
     with zstandard.ZstdDecompressor().stream_reader(payload) as stream:
-        found = stream.readinto(raw)
-    if found != size:
-        raise ValueError(f"a zstd frame of {size} bytes ends after {found}")
+        read = stream.readinto(raw)
+    if read != size:
+        raise ValueError(f"a zstd frame of {size} bytes ends after {read}")
     return raw
 
 
-def _nifti(raw: bytes) -> tuple[Array, Array | None]:
-    # The first number of a header is its size: 348 in NIfTI-1, 540 in NIfTI-2, in either byte order.
-    second = 540 in (int.from_bytes(raw[:4], order) for order in ("little", "big"))
-    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
-    image = nibabel.as_closest_canonical(kind.from_bytes(raw))
+def _nifti(raw: bytes) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    # A header begins with its own size in either byte order: 348 in NIfTI-1, 540 in NIfTI-2.
+    is_nifti2 = 540 in (int.from_bytes(raw[:4], order) for order in ("little", "big"))
+    image_class = nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image
+    image = nibabel.as_closest_canonical(image_class.from_bytes(raw))
     if len(image.shape) == 4 and image.shape[3] == 1:
         image = nibabel.squeeze_image(image)
     return np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine)
 
 
-# Each gives the array as stored and, where the format has one, the RAS affine of the array as given.
-DECODERS: dict[str, Callable[[bytes], tuple[Array, Array | None]]] = {
+# Codec -> function from bytes to the array and its affine: NIfTI in RAS with an affine, .npy as stored with None.
+DECODERS: dict[str, Callable[[bytes], tuple[NDArray[Any], NDArray[np.float64] | None]]] = {
     "zst": _npy_zst,
     "npy": _npy,
     "npy.gz": lambda payload: _npy(gzip.decompress(payload)),

@@ -6,7 +6,6 @@ drawn with replacement. Differences between two methods use the same people, dra
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from evaluation.experiments.answers import MethodAnswers
 from evaluation.experiments.plan import DISEASES
 from evaluation.statistics.intervals import bootstrap_weights, participant_codes
 from evaluation.statistics.metrics import auc, mae
+from infra import random_streams
 
 
 class Cell(NamedTuple):
@@ -68,8 +68,8 @@ class BootstrapMetrics:
 
         They depend on the seed, ``number`` and ``purpose`` ("seeds" or "draws") alone, which pairs the methods.
         """
-        digest = int.from_bytes(hashlib.sha256(f"{purpose}{number}".encode()).digest()[:4], "big")
-        generator = np.random.Generator(np.random.Philox(key=[self._seed, digest]))
+        stream = random_streams.named_stream(f"{purpose}{number}")
+        generator = random_streams.generator(self._seed, stream)
         return generator.multinomial(number, np.full(number, 1 / number), size=self._resamples)
 
     def mean(self, cell: Cell) -> tuple[float, float, float]:

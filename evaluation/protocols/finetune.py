@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn import functional
 
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import zscore
+from data_pipeline.volume.intensity import zscore
 from evaluation.protocols.probes import Params, Predictions, inner_metric, log_odds, standardised
 from evaluation.tasks.folds import inner_folds
+from infra import random_streams
 from pretrain.encoders import build_encoder
 from pretrain.engine.optimizers import depth_of
 from pretrain.weights.encoder import Encoder
@@ -196,7 +197,7 @@ def epochs(
 
 def _batches(train: NDArray[Any], settings: FineTuning, epoch: int) -> list[NDArray[Any]]:
     """Shuffle the scans and split them into nearly equal batches, so that no batch is too small for batch statistics."""
-    generator = np.random.Generator(np.random.Philox(key=[settings.seed, 0xF17E], counter=[0, 0, 0, epoch]))
+    generator = random_streams.generator(settings.seed, random_streams.FINE_TUNING_ORDER, (0, 0, 0, epoch))
     return np.array_split(generator.permutation(train), max(1, round(len(train) / settings.batch)))
 
 

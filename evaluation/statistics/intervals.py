@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from infra import random_streams
+
 RESAMPLES = 2000
 LEVEL = 0.95
 MOST_WEIGHTS = 4_000_000  # held in memory at a time: 32 MB
@@ -137,7 +139,7 @@ def bootstrap_weights(codes: NDArray[Any], count: int = RESAMPLES, seed: int = 0
     Equal codes and seeds give equal rows, whatever the size of the blocks.
     """
     participants = int(codes.max()) + 1
-    generator = np.random.Generator(np.random.Philox(key=[seed, 0xB007]))
+    generator = random_streams.generator(seed, random_streams.BOOTSTRAP)
     block = max(1, MOST_WEIGHTS // len(codes))
     for start in range(0, count, block):
         rows = min(block, count - start)

@@ -17,6 +17,7 @@ from evaluation.statistics.intervals import (
     jackknife_weights,
     participant_codes,
 )
+from infra import random_streams
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def permutation_p(
     starts = np.cumsum(scans) - scans
     index = np.empty(len(codes), np.int64)  # of a scan among its participant's scans
     index[order] = np.arange(len(codes)) - starts[codes[order]]
-    generator = np.random.Generator(np.random.Philox(key=[seed, 0xDEA1]))
+    generator = random_streams.generator(seed, random_streams.PERMUTATION)
     sign = 1.0 if higher_is_better else -1.0
     observed, reached = sign * statistic(labels, predictions), 0
     if not np.isfinite(observed):

@@ -10,6 +10,7 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, Stratified
 
 from evaluation.tasks.columns import quintiles
 from evaluation.tasks.tasks import Task
+from infra import random_streams
 from infra.errors import UserError
 
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]  # positions of the training and of the test scans in the task
@@ -140,7 +141,7 @@ def curve_draws(task: Task, folds: list[Fold], sizes: list[int], draws: int, see
                 result = [draw for draw in result if draw.size != size]
                 break
             # The generator is keyed by size and number, so a draw does not depend on which other sizes are drawn.
-            generator = np.random.Generator(np.random.Philox(key=[seed, 0xC0DE], counter=[0, 0, size, number]))
+            generator = random_streams.generator(seed, random_streams.FEW_SHOT_DRAWS, (0, 0, size, number))
             chosen = [generator.permutation(members)[:n] for members, n in zip(classes, counts, strict=True)]
             result.append(Draw(size, number, np.concatenate(chosen), test))
     return result

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from data_pipeline.storage.manifest import Manifest
+from infra import random_streams
 from infra.errors import UserError, nearest
 from pretrain.config import Monitor
 
@@ -90,7 +91,7 @@ def watched_scans(settings: Monitor, manifest: Manifest, steps_per_epoch: float,
     labelled = np.any([task.known for task in tasks], axis=0)
     chosen = np.flatnonzero(labelled)
     if len(chosen) > settings.max_scans:
-        generator = np.random.Generator(np.random.Philox(key=[seed, 0x0B5]))
+        generator = random_streams.generator(seed, random_streams.MONITORED_SCANS)
         chosen = np.sort(generator.permutation(chosen)[: settings.max_scans])
     rows, groups = rows[chosen], subjects[rows[chosen]]
     usable, left_out = [], []

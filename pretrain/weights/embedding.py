@@ -9,21 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from data_pipeline.volume.load import PREPARED, Array, BadScan, Grid, load_volume, scale_factor, zscore
+from data_pipeline.volume.errors import BadScan
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.intensity import zscore
+from data_pipeline.volume.load import load_volume
+from data_pipeline.volume.preparation import DEFAULT_PREPARATION, scale_factor
 from infra.errors import UserError
 from infra.files import atomic_write
 
 
 def embed_files(
     network: nn.Module, preprocessing: dict[str, Any], scans: Sequence[Path], tiv: Sequence[float] | None = None
-) -> list[tuple[Path, Array]]:
+) -> list[tuple[Path, NDArray[np.float32]]]:
     """(path, features (F,) float32) of NIfTI files; ``tiv`` in ml, one a scan, where the encoder's data were scaled by it."""
     grid, scaling = Grid.from_dict(preprocessing["grid"]), preprocessing.get("scaling") or "none"
     if scaling == "tiv" and (tiv is None or len(tiv) != len(scans)):
         raise UserError(f"this encoder's scans were scaled by tiv; give {len(scans)} values in ml with --tiv")
-    prepared = {name: preprocessing.get(name) or usual for name, usual in PREPARED.items()}
+    prepared = {name: preprocessing.get(name) or usual for name, usual in DEFAULT_PREPARATION.items()}
     rows = []
     for number, path in enumerate(scans):
         try:
@@ -38,7 +43,7 @@ def embed_files(
     return rows
 
 
-def write_table(rows: Sequence[tuple[Path, Array]], out: Path | None) -> None:
+def write_table(rows: Sequence[tuple[Path, NDArray[np.float32]]], out: Path | None) -> None:
     """A .tsv: the scan's path, then its features."""
     head = "\t".join(["scan", *(f"f{n}" for n in range(len(rows[0][1])))])
     lines = [head, *("\t".join([str(path), *(f"{v:.6g}" for v in np.asarray(values))]) for path, values in rows)]

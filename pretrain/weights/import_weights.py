@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra.errors import UserError, nearest
 from infra.files import sha256_of
 from pretrain.encoders import build_encoder, check_encoder

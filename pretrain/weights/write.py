@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import PREPARED
+from data_pipeline.volume.preparation import DEFAULT_PREPARATION
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
 from pretrain.weights import seen_scans
@@ -31,7 +31,7 @@ def preprocessing_of(manifest: Manifest) -> dict[str, Any]:
     return {
         "grid": manifest.grid, "normalisation": "zscore",
         "modality": settings.get("modality"), "scaling": settings.get("scaling"),
-        **{name: settings.get(name, default) for name, default in PREPARED.items()},
+        **{name: settings.get(name, default) for name, default in DEFAULT_PREPARATION.items()},
     }  # fmt: skip
 
 

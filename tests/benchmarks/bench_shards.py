@@ -36,7 +36,7 @@ from data_pipeline.shards.tar import ZSTD_LEVEL
 from data_pipeline.shards.verify import verify_shards
 from data_pipeline.simulation.cohort import simulate_cohort
 from data_pipeline.storage.manifest import Manifest, write_manifest
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra import ray_cluster
 
 GRID = Grid.vbm(1.5)

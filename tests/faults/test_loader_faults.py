@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from data_pipeline.loading.loader import TwoViewLoader
-from data_pipeline.loading.source import LoaderError
 from data_pipeline.storage.manifest import Manifest
+from infra.errors import LoaderError
 from tests.runs import ROOT, kill_ranks_when, losses, pretrain_command, run
 
 STEPS = 40

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.shards.build import build_shards
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from pretrain.config import RECIPES
 from tests.cohorts import write_cohort
 from tests.runs import ROOT, environment, losses, run

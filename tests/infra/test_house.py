@@ -1,60 +1,106 @@
-"""The shape of the house: imports run one way, heavy libraries stand behind one module each, --help is quick."""
+"""The house rules hold for this project, and each rule finds a violation in a small bad source."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+
+import pytest
+
+from tests.infra import house_rules
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ["infra", "data_pipeline", "pretrain", "evaluation"]  # a package may import those before it
-HEAVY = {
-    "nvidia": "data_pipeline/loading/dali_graph.py",
-    "deepspeed": "pretrain/engine/engine.py",
-    "ray": "infra/ray_cluster.py",
-    "mlflow": "infra/tracking/mlflow_store.py",
-    "monai": "pretrain/encoders/networks.py",
+ALLOWED = [*PACKAGES, "yaware.py", "tests", "docs"]
+LIBRARY_ROOMS = {
+    "nvidia": "data_pipeline/loading",
+    "deepspeed": "pretrain/engine",
+    "ray": "infra",
+    "mlflow": "infra/tracking",
+    "monai": "pretrain/encoders",
 }
 
 
-def imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
+# Some rooms are still being rebuilt.
+pending = pytest.mark.xfail(reason="a room is still to do")
 
 
-def sources() -> list[Path]:
-    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+def none_of(violations):
+    """Fail with one line per violation."""
+    assert not violations, "\n" + "\n".join(violations)
 
 
-def test_imports_run_one_way():
-    wrong = []
-    for path in sources():
-        package = path.relative_to(ROOT).parts[0]
-        above = set(PACKAGES[PACKAGES.index(package) + 1 :])
-        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in imports(path) & above]
-    assert not wrong
+@pytest.fixture(scope="module")
+def paths():
+    """Every Python file of the checkout that git does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate", "*.py"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [path for path in listed if (ROOT / path).is_file()]
 
 
-def test_heavy_libraries_have_one_door_each():
-    wrong = []
-    for path in sources():
-        name = str(path.relative_to(ROOT))
-        wrong += [f"{name} imports {library}" for library in imports(path) & HEAVY.keys() if HEAVY[library] != name]
-    assert not wrong
-    for library, door in HEAVY.items():
-        assert library in imports(ROOT / door), f"{door} no longer uses {library}"
+@pytest.fixture(scope="module")
+def every_module(paths):
+    return house_rules.read_modules(ROOT, paths)
+
+
+@pytest.fixture(scope="module")
+def packaged(every_module):
+    """The modules of the four packages."""
+    return [module for module in every_module if module.name.split(".")[0] in PACKAGES]
+
+
+def test_no_module_imports_itself_through_others(packaged):
+    none_of(house_rules.circles(house_rules.import_graph(packaged)))
+
+
+@pending
+def test_no_room_imports_itself_through_others(packaged):
+    none_of(house_rules.circles(house_rules.room_graph(packaged)))
+
+
+def test_packages_import_in_one_direction(packaged):
+    none_of(house_rules.upward_imports(packaged, PACKAGES))
+
+
+def test_each_heavy_library_is_imported_in_one_room(packaged):
+    none_of(house_rules.misplaced_libraries(packaged, LIBRARY_ROOMS))
+
+
+def test_no_folder_has_too_many_modules(every_module):
+    none_of(house_rules.crowded_folders(every_module))
+
+
+@pending
+def test_no_file_is_too_long(every_module):
+    none_of(house_rules.long_files(every_module))
+
+
+@pending
+def test_no_function_is_too_long(every_module):
+    none_of(house_rules.long_functions(every_module))
+
+
+@pending
+def test_no_call_has_too_many_positional_arguments(every_module):
+    none_of(house_rules.positional_calls(every_module))
+
+
+@pending
+def test_everything_public_has_a_docstring(every_module):
+    public = [module for module in every_module if not module.path.startswith(("tests/", "docs/"))]
+    none_of(house_rules.missing_docstrings(public))
+
+
+def test_no_code_lies_outside_the_packages_tests_and_docs(paths):
+    none_of(house_rules.other_code(paths, ALLOWED))
 
 
 def test_packages_import_without_heavy_libraries():
     code = (
         f"import sys; import {', '.join(PACKAGES)}, infra.cli; "
-        f"print([m for m in {['torch', 'pandas', *HEAVY]} if m in sys.modules])"
+        f"print([m for m in {['torch', 'pandas', *LIBRARY_ROOMS]} if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
@@ -67,3 +113,103 @@ def test_every_subcommand_resolves():
 
     for name, (module, _) in SUBCOMMANDS.items():
         assert name in import_module(module).COMMANDS
+
+
+# Each rule on a small bad source.
+
+
+def write(root, sources):
+    """Write a source tree (path -> text) and read its modules."""
+    for path, text in sources.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(textwrap.dedent(text))
+    return house_rules.read_modules(root, sources)
+
+
+def test_a_circle_through_a_lazy_import_is_found(tmp_path):
+    modules = write(
+        tmp_path,
+        {
+            "p/__init__.py": "",
+            "p/a.py": "from p import b\n",
+            "p/b.py": "import p.c\n",
+            "p/c.py": "def f():\n    from p.a import g\n",
+            "p/d.py": "import p.a\n",
+        },
+    )
+    assert house_rules.circles(house_rules.import_graph(modules)) == ["circle: p.a <-> p.b <-> p.c"]
+
+
+def test_imports_for_type_checking_make_no_circle(tmp_path):
+    guarded = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import p.b\n"
+    modules = write(tmp_path, {"p/a.py": guarded, "p/b.py": "import p.a\n"})
+    none_of(house_rules.circles(house_rules.import_graph(modules)))
+
+
+def test_rooms_that_import_each_other_are_found(tmp_path):
+    modules = write(
+        tmp_path,
+        {"p/one/a.py": "", "p/one/b.py": "import p.two.c\n", "p/two/c.py": "", "p/two/d.py": "import p.one.a\n"},
+    )
+    assert house_rules.circles(house_rules.import_graph(modules)) == []
+    assert house_rules.circles(house_rules.room_graph(modules)) == ["circle: p.one <-> p.two"]
+
+
+def test_an_import_against_the_direction_is_found(tmp_path):
+    modules = write(tmp_path, {"low/a.py": "def f():\n    from high.b import g\n", "high/b.py": "import low.a\n"})
+    assert house_rules.upward_imports(modules, ["low", "high"]) == ["low/a.py imports high.b"]
+
+
+def test_a_heavy_library_outside_its_room_is_found(tmp_path):
+    modules = write(tmp_path, {"p/room/a.py": "import ray.tune\n", "p/b.py": "def f():\n    from ray import tune\n"})
+    assert house_rules.misplaced_libraries(modules, {"ray": "p/room", "mlflow": "p/room"}) == [
+        "p/b.py imports ray; only p/room may",
+        "p/room does not import mlflow",
+    ]
+
+
+def test_a_crowded_folder_is_found(tmp_path):
+    modules = write(tmp_path, {f"p/m{i}.py": "" for i in range(17)})
+    assert house_rules.crowded_folders(modules[:16]) == []
+    assert house_rules.crowded_folders(modules) == ["p: 17 modules, allowed 16"]
+
+
+def test_a_long_file_is_found(tmp_path):
+    modules = write(tmp_path, {"a.py": "x = 1\n" * 350, "b.py": "x = 1\n" * 351})
+    assert house_rules.long_files(modules) == ["b.py: 351 lines, allowed 350"]
+
+
+def test_a_long_function_is_found_by_its_code_lines(tmp_path):
+    def function(code_lines):
+        return 'def f():\n    """Text\n    of two lines."""\n\n    # comment\n' + "    x = 1\n" * (code_lines - 1)
+
+    modules = write(tmp_path, {"a.py": function(50), "b.py": function(51)})
+    assert house_rules.long_functions(modules) == ["b.py:1 f: 51 code lines, allowed 50"]
+
+
+def test_a_call_with_many_positional_arguments_is_found(tmp_path):
+    modules = write(tmp_path, {"a.py": "f(1, 2, 3, 4, 5, 6, *x, y=7)\n", "b.py": "f(1, 2, 3, 4, 5, 6, 7)\n"})
+    assert house_rules.positional_calls(modules) == ["b.py:1 7 positional arguments, allowed 6"]
+
+
+def test_missing_docstrings_are_found(tmp_path):
+    source = '''
+    class A:
+        """Text."""
+
+        def method(self): ...
+        def _private(self): ...
+    async def f():
+        def nested(): ...
+    def _private(): ...
+    '''
+    modules = write(tmp_path, {"a.py": source})
+    assert house_rules.missing_docstrings(modules) == [
+        "a.py: no docstring", "a.py:5 A.method: no docstring", "a.py:7 f: no docstring",
+    ]  # fmt: skip
+
+
+def test_code_in_another_folder_is_found():
+    assert house_rules.other_code(["p/a.py", "scripts/b.py", "setup.py"], ["p", "tests"]) == [
+        "scripts/b.py: no code outside p, tests", "setup.py: no code outside p, tests",
+    ]  # fmt: skip

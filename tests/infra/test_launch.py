@@ -296,7 +296,7 @@ def test_a_damaged_part_is_named_and_nothing_unpacked(packed, tmp_path, harm):
         part.write_bytes(part.read_bytes()[:-1])
     done = _unpack(out, tmp_path / "there", "--check")
     assert done.returncode == 2
-    assert done.stderr == "unpack: error: missing or damaged: yaware-gpu.tar.003; carry it over again\n"
+    assert done.stderr == "unpack: error: missing or damaged: yaware-gpu.tar.003; copy them again\n"
     assert not (tmp_path / "there").exists()
 
 

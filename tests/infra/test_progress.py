@@ -10,9 +10,16 @@ import subprocess
 import sys
 import termios
 
+import pytest
+
 from infra import progress
-from infra.progress import Progress
+from infra.progress import Progress, clock
 from tests.runs import ROOT
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4.4, "4 s"), (185, "3 min 05 s"), (7625, "2 h 07 min")])
+def test_clock_formats_seconds(seconds, text):
+    assert clock(seconds) == text
 
 
 def test_plain_lines_hold_count_rate_remaining_time_and_values(monkeypatch):
@@ -56,3 +63,13 @@ def test_a_terminal_gets_a_bar_and_printed_lines_stay_whole():
     assert "3/3" in plain
     assert "loss 0.5, lr 0.0001" in plain
     assert all(re.search(rf"^printed {step}\s*$", plain, re.MULTILINE) for step in range(3))
+
+
+def test_a_log_gets_plain_lines_with_count_and_values():
+    stream = io.StringIO()
+    with Progress(4, "scans", "building", stream=stream) as progress:
+        for _ in range(4):
+            progress.advance(quarantined=1)
+    (line,) = stream.getvalue().splitlines()
+    assert line.startswith("building: 4/4 scans, ")
+    assert line.endswith(", quarantined 1")

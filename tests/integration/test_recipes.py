@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline.cohort.split import parse_splits
 from data_pipeline.shards.build import build_shards
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra.errors import UserError
 from pretrain.config import RECIPES, Recipe, check_micro_batch, load_recipe
 from pretrain.encoders import check_encoder

@@ -1,4 +1,4 @@
-"""What a user declares of a data set decides its values; nothing that was not declared is guessed."""
+"""Declarations of a data set determine its values; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from infra.errors import UserError
 from tests.data_pipeline.cohort.test_cohort import bids, cat12, image, table
 
 
-def one(tmp_path: Path, head: str, *rows: str, declare: str = "", **options):
-    """Scans of a CSV whose rows are numbered people, read by the declaration of a --columns file."""
+def read_table(tmp_path: Path, head: str, *rows: str, declare: str = "", **options):
+    """The scans of a CSV with one row per participant, read with the declarations of a --columns file."""
     lines = [f"path,participant_id,{head}", *(f"{n}.nii,{n},{row}" for n, row in enumerate(rows))]
     path = table(tmp_path / "people.csv", *lines)
     if declare:
@@ -22,9 +22,9 @@ def one(tmp_path: Path, head: str, *rows: str, declare: str = "", **options):
     return read_cohort(path, **options)[0]
 
 
-def refused(tmp_path: Path, head: str, *rows: str, declare: str = "") -> str:
+def refusal(tmp_path: Path, head: str, *rows: str, declare: str = "") -> str:
     with pytest.raises(UserError) as error:
-        one(tmp_path, head, *rows, declare=declare)
+        read_table(tmp_path, head, *rows, declare=declare)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -32,52 +32,52 @@ def refused(tmp_path: Path, head: str, *rows: str, declare: str = "") -> str:
 @pytest.mark.parametrize(
     ("texts", "sexes"), [(("F", "m"), "FM"), (("female", "MALE"), "FM"), (("Other", "n/a"), ["O", ""])]
 )
-def test_sex_as_words_needs_no_rule(tmp_path, texts, sexes):
-    assert [scan.sex for scan in one(tmp_path, "sex", *texts)] == list(sexes)
+def test_sex_in_words_needs_no_rule(tmp_path, texts, sexes):
+    assert [scan.sex for scan in read_table(tmp_path, "sex", *texts)] == list(sexes)
 
 
 @pytest.mark.parametrize("codes", [("0", "1"), ("1", "2"), ("0.0", "1.0")])
 def test_sex_as_a_code_is_refused_until_it_is_declared(tmp_path, codes):
-    text = refused(tmp_path, "sex", *codes)
-    assert f"people.csv line 2: sex='{codes[0]}' is a code that nobody declared" in text
+    text = refusal(tmp_path, "sex", *codes)
+    assert f"people.csv line 2: sex='{codes[0]}' is a code without a declared meaning" in text
     assert "`values: {sex: {0: M, 1: F}}`, in a YAML file given with --columns" in text
     first, second = (str(int(float(code))) for code in codes)
-    scans = one(tmp_path, "sex", *codes, declare=f"values: {{sex: {{{first}: M, {second}: F}}}}")
+    scans = read_table(tmp_path, "sex", *codes, declare=f"values: {{sex: {{{first}: M, {second}: F}}}}")
     assert [scan.sex for scan in scans] == ["M", "F"]
 
 
 def test_a_value_without_a_rule_is_refused_and_one_may_mean_missing(tmp_path):
     declare = "values: {sex: {1: M, 2: F, 9: n/a}}"
-    assert [scan.sex for scan in one(tmp_path, "sex", "2", "9", declare=declare)] == ["F", ""]
-    assert "line 3: sex='3' has no rule in values.sex of" in refused(tmp_path, "sex", "2", "3", declare=declare)
+    assert [scan.sex for scan in read_table(tmp_path, "sex", "2", "9", declare=declare)] == ["F", ""]
+    assert "line 3: sex='3' has no rule in values.sex of" in refusal(tmp_path, "sex", "2", "3", declare=declare)
 
 
-def test_999_is_missing_only_if_it_is_declared(tmp_path):
-    text = refused(tmp_path, "age", "30", "999")
+def test_999_is_missing_only_if_declared(tmp_path):
+    text = refusal(tmp_path, "age", "30", "999")
     assert "line 3: age='999' is not a number of years in 0..130" in text
     assert "`missing: {age: [999]}`" in text
     rows = ("30,999", "999.0,12", "-9,-9")
-    of_age = one(tmp_path, "age,iq", *rows, declare="missing: {age: [999, -9]}")
-    assert np.isnan([scan.age for scan in of_age]).tolist() == [False, True, True]
-    assert [scan.extra["iq"] for scan in of_age] == [999.0, 12.0, -9.0]  # not declared of this column
-    of_all = one(tmp_path, "age,iq", *rows, declare="missing: [999, -9]")
-    assert [scan.extra["iq"] for scan in of_all] == [None, 12.0, None]
-    both = one(tmp_path, "age,iq", *rows, declare="missing: {all: [-9], age: [999]}")
+    declared_for_age = read_table(tmp_path, "age,iq", *rows, declare="missing: {age: [999, -9]}")
+    assert np.isnan([scan.age for scan in declared_for_age]).tolist() == [False, True, True]
+    assert [scan.extra["iq"] for scan in declared_for_age] == [999.0, 12.0, -9.0]  # not declared for this column
+    declared_for_all = read_table(tmp_path, "age,iq", *rows, declare="missing: [999, -9]")
+    assert [scan.extra["iq"] for scan in declared_for_all] == [None, 12.0, None]
+    both = read_table(tmp_path, "age,iq", *rows, declare="missing: {all: [-9], age: [999]}")
     assert [scan.extra["iq"] for scan in both] == [999.0, 12.0, None]
 
 
-def test_columns_are_renamed_and_only_the_mapped_ones_enter(tmp_path):
+def test_only_declared_columns_are_read_under_their_new_names(tmp_path):
     declare = "columns: {age: AGE_Y, tiv: ICV}\nvalues: {site: guys}"
-    scans = one(tmp_path, "AGE_Y,ICV,name,site", "20,1400,Doe,3", "30,1500,Roe,4", declare=declare)
+    scans = read_table(tmp_path, "AGE_Y,ICV,name,site", "20,1400,Doe,3", "30,1500,Roe,4", declare=declare)
     assert [(s.age, s.site, s.extra) for s in scans] == [(20, "guys", {"tiv": 1400.0}), (30, "guys", {"tiv": 1500.0})]
 
 
-def test_a_constant_takes_the_place_of_a_column(tmp_path):
-    scans = one(tmp_path, "sex,tesla,site", "0,x,a", "1,y,b", declare="values: {sex: F, tesla: 3, site: n/a}")
+def test_a_constant_replaces_a_column(tmp_path):
+    scans = read_table(tmp_path, "sex,tesla,site", "0,x,a", "1,y,b", declare="values: {sex: F, tesla: 3, site: n/a}")
     assert [(scan.sex, scan.extra, scan.site) for scan in scans] == [("F", {"tesla": 3.0}, "")] * 2
 
 
-def test_ids_and_paths_may_have_other_names(tmp_path):
+def test_the_columns_of_ids_and_paths_can_be_declared(tmp_path):
     image(tmp_path / "x.nii")
     path = table(tmp_path / "list.tsv", "file | IXI_ID | visit | AGE", "x.nii | 7 | b | 20")
     (tmp_path / "c.yaml").write_text("columns: {path: file, participant_id: IXI_ID, session: visit, age: AGE}")
@@ -85,23 +85,23 @@ def test_ids_and_paths_may_have_other_names(tmp_path):
     assert (scan.key, scan.age, scan.extra, scan.path) == ("list_sub-7_ses-b", 20, {}, tmp_path / "x.nii")
 
 
-def test_age_from_birth_and_scan_dates_and_the_dates_stay_out(tmp_path):
+def test_age_is_computed_from_dates_that_are_not_kept(tmp_path):
     declare = "age: {birth: born, scan: scanned}"
-    scans = one(
+    scans = read_table(
         tmp_path, "born,scanned", "1980-02-29,2010-03-01", "n/a,2010-03-01", "2000-01-01,2000-01-01", declare=declare
     )
     assert scans[0].age == pytest.approx(30.0, abs=0.01)
     assert np.isnan(scans[1].age)
     assert scans[2].age == 0.0
     assert [scan.extra for scan in scans] == [{}] * 3
-    text = refused(tmp_path, "born,scanned", "3/2/1980,2010-03-01", declare=declare)
-    assert "line 2: born='3/2/1980' is not a date of the form %Y-%m-%d; declare theirs in" in text
+    text = refusal(tmp_path, "born,scanned", "3/2/1980,2010-03-01", declare=declare)
+    assert "line 2: born='3/2/1980' is not a date of the form %Y-%m-%d; declare its format in" in text
     with_format = "age: {birth: born, scan: scanned, format: '%d/%m/%Y'}"
-    (scan,) = one(tmp_path, "born,scanned", "03/02/1980,03/08/2010", declare=with_format)
+    (scan,) = read_table(tmp_path, "born,scanned", "03/02/1980,03/08/2010", declare=with_format)
     assert scan.age == pytest.approx(30.5, abs=0.01)
     zeros = declare + "\nmissing: {age: [0000-00-00]}"
-    assert np.isnan(one(tmp_path, "born,scanned", "0000-00-00,2010-01-01", declare=zeros)[0].age)
-    text = refused(tmp_path, "born,scanned", "2010-01-01,2009-01-01", declare=declare)
+    assert np.isnan(read_table(tmp_path, "born,scanned", "0000-00-00,2010-01-01", declare=zeros)[0].age)
+    text = refusal(tmp_path, "born,scanned", "2010-01-01,2009-01-01", declare=declare)
     assert "line 2: age from dates='-1.00' is not a number of years" in text
 
 
@@ -110,24 +110,24 @@ def test_age_from_birth_and_scan_dates_and_the_dates_stay_out(tmp_path):
     [
         ("colums: {age: x}", "unknown key 'colums' (did you mean 'columns'?); allowed here:"),
         ("columns: {age: agee}", "age: no table of people has a column 'agee' (did you mean 'age'?); found: "),
-        ("columns: {key: age}", "columns.key: this name is the manifest's own; choose another"),
+        ("columns: {key: age}", "columns.key: the manifest itself has a column of this name; choose another"),
         ("columns: [age]", "columns must map names to names, found ['age']"),
-        ("values: {sx: {0: M}}", "values.sx is no column of people (did you mean 'sex'?); there: age, sex"),
-        ("missing: {aeg: [999]}", "missing.aeg is no column of people (did you mean 'age'?); there: age, sex"),
+        ("values: {sx: {0: M}}", "values.sx: people has no column 'sx' (did you mean 'sex'?); found: age, sex"),
+        ("missing: {aeg: [999]}", "missing.aeg: people has no column 'aeg' (did you mean 'age'?); found: age, sex"),
         ("missing: 999", "missing.all must be a list of values"),
         ("age: {birth: b}", "age needs both columns, as in `age: {birth: birth_date, scan: scan_date}`"),
         ("age: {brith: b, scan: s}", "age: unknown key 'brith' (did you mean 'birth'?)"),
-        ("orientation: RAR", "orientation='RAR' is not of the form RAS"),
-        ("values: {sex: {0: M}, sex: {0: F}}", "key 'sex' is there twice"),
+        ("orientation: RAR", "orientation='RAR' is not an orientation such as RAS"),
+        ("values: {sex: {0: M}, sex: {0: F}}", "key 'sex' appears twice"),
         ("values: {participant_id: x}", "values.participant_id must be a constant or map"),
         ("- a", "must hold keys and values, found list"),
         ("a: [", "is not valid YAML"),
     ],
 )
 def test_a_wrong_declaration_is_one_clear_line(tmp_path, declare, text):
-    found = refused(tmp_path, "age,sex", "20,F", declare=declare)
-    assert text in found
-    assert "columns.yaml" in found
+    message = refusal(tmp_path, "age,sex", "20,F", declare=declare)
+    assert text in message
+    assert "columns.yaml" in message
 
 
 def datasets(tmp_path: Path, text: str) -> Path:
@@ -136,7 +136,7 @@ def datasets(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_several_data_sets_each_with_its_own_layout_and_rules(tmp_path):
+def test_each_data_set_of_a_list_has_its_own_layout_and_rules(tmp_path):
     bids(tmp_path / "raw" / "ds")
     cat12(tmp_path / "cat")
     table(tmp_path / "list.csv", "path,participant_id,age,sex,iq", "cat/mri/mwp1sub-03_T1w.nii,01,999,0,high")
@@ -152,14 +152,14 @@ datasets:
     values: {sex: {0: M, 1: F}, site: {}}
     missing: {age: [999]}
 """.replace(", site: {}", ""))  # fmt: skip
-    scans, unknown = read_cohort(path)
+    scans, unlisted = read_cohort(path)
     assert [scan.key for scan in scans] == [
         "cat-12_sub-01_ses-2", "cat-12_sub-03_ses-1", "cat-12_sub-IXI002_ses-1", "list_sub-01_ses-1", "raw_sub-01_ses-1",
     ]  # fmt: skip
     assert [scan.site for scan in scans] == ["mainz"] * 3 + ["", ""]
     assert [scan.sex for scan in scans] == ["", "", "", "M", "F"]
-    assert [scan.dataset for scan in unknown] == ["cat-12"]
-    # One column, text in one data set and numbers in another, is text in all of them.
+    assert [scan.dataset for scan in unlisted] == ["cat-12"]
+    # A column that is text in one data set and numeric in another is text in both.
     assert [scans[3].extra["iq"], scans[4].extra["iq"]] == ["high", "101"]
     assert not is_simulated(path)
     (tmp_path / "cat" / "dataset_description.json").write_text('{"Simulated": true}')
@@ -186,34 +186,36 @@ def test_a_wrong_list_of_data_sets_is_one_clear_line(tmp_path, text, expected):
     assert "\n" not in str(error.value)
 
 
-def test_options_of_one_data_set_are_refused_for_a_list(tmp_path):
+def test_options_for_one_data_set_are_refused_for_a_list(tmp_path):
     path = datasets(tmp_path, "datasets: [{path: x}]")
     for options in ({"layout": "bids"}, {"dataset": "x"}, {"columns": path}):
-        with pytest.raises(UserError, match="lists data sets; declare it there, for each of them"):
+        with pytest.raises(UserError, match="lists data sets; declare it there for each data set"):
             read_cohort(path, **options)
 
 
-def test_a_table_elsewhere_is_declared(tmp_path):
+def test_the_participants_table_can_be_declared(tmp_path):
     root = bids(tmp_path / "ds")
     (root / "participants.tsv").rename(tmp_path / "people.tsv")
     (tmp_path / "c.yaml").write_text("participants: people.tsv")
     assert len(read_cohort(root, modality="t1w", columns=tmp_path / "c.yaml")[0]) == 4
 
 
-def test_the_declared_orientation_of_arrays_goes_with_their_scans(tmp_path):
-    (scan,) = one(tmp_path, "age", "20", declare="orientation: lps")
+def test_scans_have_the_declared_orientation_of_arrays(tmp_path):
+    (scan,) = read_table(tmp_path, "age", "20", declare="orientation: lps")
     assert scan.orientation == "LPS"
 
 
-def blocks() -> list[str]:
+def documented_examples() -> list[str]:
     """The indented examples of docs/cohorts.md."""
     lines = (Path(__file__).resolve().parents[3] / "docs" / "cohorts.md").read_text().splitlines()
     text = "\n".join(line[4:] if line.startswith("    ") else "\0" for line in lines)
     return [block.strip() for block in text.split("\0") if block.strip()]
 
 
-def test_the_examples_of_the_documentation_are_read(tmp_path):
-    columns, dates, several = (next(b for b in blocks() if b.startswith(k)) for k in ("columns:", "age:", "datasets:"))
+def test_the_examples_of_the_documentation_work(tmp_path):
+    columns, dates, several = (
+        next(b for b in documented_examples() if b.startswith(k)) for k in ("columns:", "age:", "datasets:")
+    )
     root = bids(tmp_path / "ds")
     (root / "participants.tsv").unlink()
     table(
@@ -227,7 +229,7 @@ def test_the_examples_of_the_documentation_are_read(tmp_path):
     assert {(s.sex, s.site, s.extra["tiv"], s.orientation) for s in scans} == {
         ("F", "kiel", 1400.0, "RAS"), ("", "kiel", None, "RAS"),
     }  # fmt: skip
-    (scan,) = one(tmp_path, "birth_date,scan_date", "01/02/1980,01/02/2000", declare=dates)
+    (scan,) = read_table(tmp_path, "birth_date,scan_date", "01/02/1980,01/02/2000", declare=dates)
     assert scan.age == 20.0
     cat12(tmp_path / "ixi")
     table(tmp_path / "ixi" / "participants.tsv", "participant_id | AGE | SEX", "01 | 30 | 1", "IXI002 | 40 | 2")

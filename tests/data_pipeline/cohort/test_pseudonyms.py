@@ -1,4 +1,4 @@
-"""What enters the shards: the listed columns and the voxels; no header text, and on request no id."""
+"""Privacy of shards: they hold the voxels and the declared columns, no text of headers, and with a key no ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from data_pipeline.cohort.pseudonyms import pseudonym
 from data_pipeline.cohort.read import read_cohort
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import Grid, load_volume
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.load import load_volume
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort
@@ -35,24 +36,24 @@ def cluster():
 
 
 def every_byte(folder: Path) -> list[tuple[str, bytes]]:
-    """Every file of a built folder, every member of its shards, and what each of them is when decompressed."""
-    found = []
+    """Every file of a built folder and every member of its shards, as stored and decompressed: (name, bytes)."""
+    content = []
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            found.append((path.name, path.read_bytes()))
+            content.append((path.name, path.read_bytes()))
         if path.suffix == ".tar":
             with tarfile.open(path) as tar:
                 for member in tar:
-                    found.append((member.name, member.name.encode()))
-                    found.append((member.name, tar.extractfile(member).read()))
+                    content.append((member.name, member.name.encode()))
+                    content.append((member.name, tar.extractfile(member).read()))
         if path.suffix == ".parquet":
-            found.append((path.name, pd.read_parquet(path).to_csv().encode()))
-    found += [
+            content.append((path.name, pd.read_parquet(path).to_csv().encode()))
+    content += [
         (name, zstandard.ZstdDecompressor().decompress(b))
-        for name, b in found
+        for name, b in content
         if name.endswith(".zst") and b[:2] == b"(\xb5"
     ]
-    return found
+    return content
 
 
 def planted_image() -> nibabel.Nifti1Image:
@@ -66,20 +67,22 @@ def planted_image() -> nibabel.Nifti1Image:
 
 
 @pytest.mark.parametrize("codec", ["zst", "npy"])
-def test_free_text_of_headers_never_reaches_a_shard(tmp_path, codec):
+def test_texts_of_headers_are_not_in_the_shards(tmp_path, codec):
     cohort = write_cohort(tmp_path / "cohort", participants=6)
     paths = sorted(cohort.glob("sub-*/**/*.nii.gz"))
     for path in paths:
         nibabel.save(planted_image(), path)
         assert gzip.decompress(path.read_bytes()).count(PLANTED.encode()) == 5
-    paths[0].write_bytes(gzip.compress(gzip.decompress(paths[0].read_bytes())[:-5000]))  # whose reason is reported
+    paths[0].write_bytes(gzip.compress(gzip.decompress(paths[0].read_bytes())[:-5000]))  # its error is reported
     build_shards(cohort, tmp_path / "out", codec=codec)
     content = every_byte(tmp_path / "out")
-    assert any(len(b) > np.prod(GRID.shape) * 2 and b[1:6] == b"NUMPY" for _, b in content)  # the voxels were looked at
+    assert any(
+        len(b) > np.prod(GRID.shape) * 2 and b[1:6] == b"NUMPY" for _, b in content
+    )  # the search covered the decompressed voxels
     assert [name for name, b in content if PLANTED.lower().encode() in b.lower()] == []
 
 
-def test_only_mapped_columns_enter_the_shards(tmp_path):
+def test_only_declared_columns_are_in_the_shards(tmp_path):
     cohort = write_cohort(tmp_path / "cohort", participants=5)
     rows = (cohort / "participants.tsv").read_text().splitlines()
     named = [rows[0] + "\tfull_name", *(f"{row}\t{PLANTED}{n}" for n, row in enumerate(rows[1:]))]
@@ -101,7 +104,7 @@ def secret(tmp_path: Path, content: bytes = b"0123456789abcdef") -> Path:
 
 
 def named_cohort(root: Path) -> Path:
-    """A cohort whose ids are names, in the folders, files and one more column; one scan is cut, one is not listed."""
+    """A cohort whose ids are names, in folders, files and another column; a scan is damaged, a participant unlisted."""
     write_cohort(root, participants=6, sessions=2)
     rows = (root / "participants.tsv").read_text().splitlines()
     lines = [rows[0] + "\tother_name\tmrn"]
@@ -119,7 +122,7 @@ def named_cohort(root: Path) -> Path:
     return root
 
 
-def test_with_a_key_no_id_and_no_file_name_is_left_anywhere(tmp_path, capsys):
+def test_with_a_key_no_id_and_no_path_is_in_any_output(tmp_path, capsys):
     cohort = named_cohort(tmp_path / "study")
     command = ["shards", "build", str(cohort), str(tmp_path / "out"), "--pseudonymise", str(secret(tmp_path))]
     assert cli.run(command) == 0
@@ -142,7 +145,7 @@ def test_with_a_key_no_id_and_no_file_name_is_left_anywhere(tmp_path, capsys):
         .isin([("1", "2"), ("1",), ("2",)])
         .all()
     )
-    for row in range(len(scans)):  # the right row under each pseudonym
+    for row in range(len(scans)):  # each pseudonym has the right row
         number = expected[scans.at[row, "participant_id"]]
         assert scans.at[row, "age"] == 20 + 60 * number / 5
         assert scans.at[row, "other_name"] == f"old {scans.at[row, 'participant_id']}"
@@ -154,7 +157,7 @@ def test_with_a_key_no_id_and_no_file_name_is_left_anywhere(tmp_path, capsys):
     assert manifest.settings["pseudonymised"] is True
 
 
-def test_pseudonyms_are_stable_over_runs_and_differ_by_key_and_data_set(tmp_path):
+def test_pseudonyms_are_reproducible_and_differ_by_key_and_data_set(tmp_path):
     cohort = write_cohort(tmp_path / "a", participants=8, sessions=2)
     first, again = (read_cohort(cohort, key_file=secret(tmp_path))[0] for _ in range(2))
     assert first == again
@@ -169,7 +172,7 @@ def test_pseudonyms_are_stable_over_runs_and_differ_by_key_and_data_set(tmp_path
     assert len(ids) == len(ids - renamed - other_key) == len(renamed - other_key) == 8
 
 
-def test_another_key_is_refused_and_the_same_keeps_people_themselves(tmp_path, capsys):
+def test_another_key_is_refused_and_the_same_key_keeps_participants_together(tmp_path, capsys):
     cohort, out = write_cohort(tmp_path / "a", participants=6), tmp_path / "out"
     (tmp_path / "other").write_bytes(b"another key here")
     build, append = ["shards", "build", str(cohort), str(out)], ["shards", "append", str(cohort), str(out)]
@@ -177,7 +180,7 @@ def test_another_key_is_refused_and_the_same_keeps_people_themselves(tmp_path, c
     assert cli.run([*build, *key]) == 0
     before = Manifest.load(out)
     assert cli.run([*build, *other]) == 2
-    assert "holds shards built otherwise (pseudonym_key was" in capsys.readouterr().err
+    assert "holds shards built with other settings (pseudonym_key was" in capsys.readouterr().err
     for path in sorted(cohort.rglob("*.nii.gz")):
         second = Path(str(path).replace("ses-1", "ses-2"))
         second.parent.mkdir(parents=True)
@@ -198,7 +201,7 @@ def test_another_key_is_refused_and_the_same_keeps_people_themselves(tmp_path, c
     assert key[1] not in json.dumps(Manifest.load(out).settings)
 
 
-def test_a_column_of_numbers_that_copies_the_ids_is_left_out(tmp_path):
+def test_a_numeric_column_that_copies_the_ids_is_dropped(tmp_path):
     cohort = write_cohort(tmp_path / "a", participants=4)
     rows = (cohort / "participants.tsv").read_text().splitlines()
     lines = [rows[0] + "\tnumber\tscore", *(f"{row}\t{n}\t{7 - n}" for n, row in enumerate(rows[1:]))]
@@ -222,7 +225,7 @@ def test_a_missing_or_short_key_is_one_clear_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_a_mixed_build_goes_by_its_options_and_says_so_in_its_manifest(tmp_path, capsys):
+def test_a_build_of_several_data_sets_records_its_options(tmp_path, capsys):
     write_cohort(tmp_path / "one", participants=3)
     turned = nibabel.as_closest_canonical(planted_image()).as_reoriented([[1, -1], [2, 1], [0, -1]])
     nibabel.save(nibabel.MGHImage(np.asarray(turned.dataobj), turned.affine), tmp_path / "turned.mgz")
@@ -268,7 +271,7 @@ def test_a_mixed_build_goes_by_its_options_and_says_so_in_its_manifest(tmp_path,
         (["--pseudonymise", "none.key"], "--pseudonymise=none.key cannot be read"),
     ],
 )
-def test_wrong_options_of_reading_are_one_clear_line(cohort, tmp_path, capsys, options, text):
+def test_a_wrong_option_is_one_clear_line(cohort, tmp_path, capsys, options, text):
     assert cli.run(["shards", "build", str(cohort), str(tmp_path / "out"), *options]) == 2
     printed = capsys.readouterr().err
     assert text in printed

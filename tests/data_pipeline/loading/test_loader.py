@@ -15,10 +15,10 @@ import torch
 from data_pipeline.loading.balance import build_order
 from data_pipeline.loading.loader import TwoViewLoader, volumes
 from data_pipeline.loading.order import EveryScan, batch_of
-from data_pipeline.loading.source import LoaderError, sample_bytes
+from data_pipeline.loading.source import sample_bytes
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import zscore
-from infra.errors import UserError
+from data_pipeline.volume.intensity import zscore
+from infra.errors import LoaderError, UserError
 
 
 def batches(manifest, count, **options):

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loading.augment import PRESETS, draw_view
+from data_pipeline.loading.augment import PRESETS, draw_view, view_arrays
+from data_pipeline.loading.augmentations.operator import ViewContext
 from data_pipeline.loading.order import EveryScan, batch_of, epoch_order, global_batch, rank_slice, replacements
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32))  # scans, batch, seed
@@ -107,7 +108,7 @@ def test_a_data_set_hardly_larger_than_a_batch_falls_back_on_the_batch():
 def test_resuming_on_another_world_size_gives_the_same_scans_and_the_same_augmentation(sizes, step, before, after):
     scans, batch, seed = sizes
     order = EveryScan(scans, seed, batch)
-    preset = PRESETS["t1w"]
+    preset, shape = PRESETS["t1w"], (6, 5, 4)
 
     def seen(world_size):
         drawn = []
@@ -115,8 +116,9 @@ def test_resuming_on_another_world_size_gives_the_same_scans_and_the_same_augmen
             numbers, shown = batch_of(order, step, batch)
             part = rank_slice(batch, rank, world_size)
             for number, times in zip(numbers[part], shown[part], strict=True):
-                view = draw_view(preset, (6, 5, 4), seed, int(times), int(number), 1)
-                drawn.append((int(number), view.matrix.tobytes(), view.blur, view.noise, view.noise_from, view.gamma))
+                view = draw_view(preset, shape, seed=seed, epoch=int(times), scan=int(number), view=1)
+                arrays = view_arrays(preset, view, ViewContext(shape, seed))
+                drawn.append((int(number), [array.tobytes() for array in arrays]))
         return drawn
 
     first = seen(before)

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 
 from data_pipeline.loading.augment import PRESETS
 from data_pipeline.loading.loader import TwoViewLoader
-from data_pipeline.loading.source import LoaderError
 from data_pipeline.loading.stream import SEQUENTIAL, StreamSource
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import zscore
-from infra.errors import UserError
+from data_pipeline.volume.intensity import zscore
+from infra.errors import LoaderError, UserError
 
 QUERY = "age > 30"
 

@@ -17,7 +17,7 @@ from data_pipeline.quality.page import slices, write_page
 from data_pipeline.quality.rules import load_quality
 from data_pipeline.quality.survey import survey_cohort, tables
 from data_pipeline.shards.build import build_shards
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra import cli, ray_cluster
 from tests.cohorts import GRID, blob, write_cohort
 from tests.data_pipeline.shards.faults import PLANTED, write_faulty_cohort
@@ -45,16 +45,16 @@ def test_the_command_prints_tables_and_writes_a_page_that_needs_nothing_else(fau
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["inspect.html", "quarantine.tsv"]
     printed = capsys.readouterr().out
     assert "31 of 30 participants" in printed
-    assert "22; 9 left out" in printed
+    assert "22; 9 excluded" in printed
     assert re.search(r"outlier\s+│ robust z < -5, 0.05 below\s+│\s+3 │", printed)
     page = (tmp_path / "out" / "inspect.html").read_text()
     assert not re.search(r"(src|href)=.(?!data:image/png;base64,)", page)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
     for scan, rule in PLANTED.items():
         if rule in ("outlier", "duplicate", "cat12", "nonfinite"):
-            assert re.search(rf"<figure class='out'><img [^>]*><figcaption><strong>faulty_{scan}</strong>", page)
+            assert re.search(rf"<figure class='excluded'><img [^>]*><figcaption><strong>faulty_{scan}</strong>", page)
     # What cannot be read has a card without a picture.
-    assert "<figure class='out'><figcaption><strong>faulty_sub-002_ses-1" in page
+    assert "<figure class='excluded'><figcaption><strong>faulty_sub-002_ses-1" in page
 
 
 def test_the_survey_and_the_build_leave_out_the_same_scans_for_the_same_reasons(faulty, tmp_path):

@@ -76,7 +76,7 @@ def test_low_but_near_stays_and_far_goes(tmp_path):
     table = cohort_of([str(n) for n in range(40)])
     verdict = judge(table, parts(tmp_path, content.astype(np.float32), []), Quality(), paths(table))
     assert verdict.z[7] < -5
-    assert verdict.middle - verdict.correlation[7] < 0.05
+    assert verdict.location - verdict.correlation[7] < 0.05
     assert [each.key for each in verdict.removals] == [table["key"][9]]
 
 
@@ -113,7 +113,7 @@ def test_of_each_group_of_copies_the_first_key_stays_whatever_the_order_of_rows(
     digest = table.set_index("key")["voxels_sha256"]
     for each in verdict.removals:
         assert f"same voxels as {first[digest[each.key]]}," in each.reason
-        assert "another participant" in each.reason
+        assert "listed as two participants" in each.reason
         assert each.figure == (digest == digest[each.key]).sum()
 
 

@@ -20,7 +20,8 @@ from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.purge import rewrite_shard
 from data_pipeline.shards.tar import copy_without, encode, write_shard
 from data_pipeline.shards.verify import verify_shards
-from data_pipeline.volume.load import Grid, Preparation
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.preparation import Preparation
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from infra.settings import to_dict
@@ -78,9 +79,9 @@ def test_quarantine_gives_figure_threshold_and_reason(built, faulty):
 def test_a_copy_names_the_scan_that_stays_and_says_when_the_ids_differ(built):
     reasons = quarantine(built)["reason"]
     assert "same voxels as faulty_sub-006_ses-1" in reasons["faulty_sub-007_ses-1"]
-    assert "another participant" in reasons["faulty_sub-007_ses-1"]
+    assert "listed as two participants" in reasons["faulty_sub-007_ses-1"]
     assert "same voxels as faulty_sub-008_ses-1" in reasons["faulty_sub-008_ses-2"]
-    assert "another participant" not in reasons["faulty_sub-008_ses-2"]
+    assert "listed as two participants" not in reasons["faulty_sub-008_ses-2"]
     assert {"faulty_sub-006_ses-1", "faulty_sub-008_ses-1"} <= set(built.scans["key"])
 
 
@@ -134,7 +135,7 @@ def test_with_all_rules_off_only_what_cannot_be_read_is_left_out(faulty, tmp_pat
     assert "30 scans in 1 shards" in capsys.readouterr().out
     # Another set of rules is another build.
     assert cli.run(["shards", "build", str(faulty), str(tmp_path / "out")]) == 2
-    assert "holds shards built otherwise (quality was" in capsys.readouterr().err
+    assert "holds shards built with other settings (quality was" in capsys.readouterr().err
 
 
 def test_voxels_that_are_not_finite_can_become_zero(faulty, tmp_path):
@@ -246,7 +247,7 @@ def test_the_coarse_volume_is_the_mean_of_blocks(shape, spacing):
         (["--quality.limits.tiv.max=1000", "--quality.limits.tiv.min=2000"], "min 2000 is above max 1000"),
         (["--quality.limits.tiv={}"], "give min, max or both"),
         (["--quality.limits.agee.max=3"], "no numeric column 'agee' (did you mean 'age'?)"),
-        (["--quality.cat12.column=tiv"], "is not a CAT12 mark of 0.5..10.5"),
+        (["--quality.cat12.column=tiv"], "is not a CAT12 rating of 0.5..10.5"),
     ],
 )
 def test_wrong_rules_are_one_clear_line(faulty, tmp_path, capsys, given, text):

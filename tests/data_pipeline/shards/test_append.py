@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from data_pipeline.cohort.split import assign_splits
-from data_pipeline.shards import build
+from data_pipeline.shards import writing
 from data_pipeline.shards.append import append_shards
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.verify import verify_shards
@@ -126,7 +126,7 @@ def test_a_known_scan_with_other_voxels_is_refused(cohort, built, tmp_path, rere
     if not reread:
         assert len(append_shards(changed, built.root, reread=False).scans) == 49
         return
-    with pytest.raises(UserError, match=r"scan tiny_sub-007_ses-1 is in .* with other voxels \(1 such scans\)"):
+    with pytest.raises(UserError, match=r"scan tiny_sub-007_ses-1 is in .* with other voxels \(scans that differ: 1\)"):
         append_shards(changed, built.root)
     assert Manifest.load(built.root).digest == built.digest
     # Under another name only what the shards do not hold yet is new: the changed scan and the added one.
@@ -142,14 +142,14 @@ def test_a_known_scan_with_another_age_is_refused(cohort, built, tmp_path, capsy
     assert cli.run(["shards", "append", str(changed), str(built.root), "--skip-known"]) == 2
     printed = capsys.readouterr().err
     assert "scan tiny_sub-000_ses-1 is in" in printed
-    assert "with age=20.0, here it is 21.0" in printed
+    assert "with age=20.0, in the cohort it has 21.0" in printed
     assert printed.count("\n") == 1
 
 
 def test_settings_that_are_not_the_manifests_are_refused(built, other, capsys):
     before = tars(built.root)
     for option, text in (
-        (["--codec", "npy"], "codec='npy' is not that of"),
+        (["--codec", "npy"], "codec='npy' differs from"),
         (["--scaling", "tiv"], "which has 'none'"),
         (["--modality", "t1w"], "which has 'vbm'"),
         (["--spacing", "3"], "grid=Grid("),
@@ -189,7 +189,9 @@ def test_columns_of_only_one_of_the_tables_are_missing_in_the_other(built, other
 def test_a_column_of_another_kind_is_one_clear_line(built, other):
     text = (other / "participants.tsv").read_text()
     (other / "participants.tsv").write_text(text.replace("\t1400\n", "\tlarge\n", 1))
-    with pytest.raises(UserError, match=r"column 'tiv' holds numbers in .* and text in the cohort's table \(as in '"):
+    with pytest.raises(
+        UserError, match=r"column 'tiv' holds numbers in .* and text in the cohort's table \(for example '"
+    ):
         append_shards(other, built.root)
     assert Manifest.load(built.root).digest == built.digest
     (other / "participants.tsv").write_text(text)
@@ -210,14 +212,14 @@ def test_bad_scans_are_added_to_the_quarantine_once(built, other):
 
 def test_an_interrupted_append_shows_nothing_and_goes_on(built, other, tmp_path, monkeypatch):
     shutil.copytree(built.root, tmp_path / "whole")
-    real = build.Progress.advance
+    real = writing.Progress.advance
 
     def advance(self, n=1, **figures):
         real(self, n, **figures)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build.Progress, "advance", advance)
+        patch.setattr(writing.Progress, "advance", advance)
         append_shards(other, built.root)
     assert Manifest.load(built.root).digest == built.digest
     done = {p.name.removeprefix(".unfinished-").removesuffix(".json") for p in built.root.glob(".unfinished-*.json")}
@@ -269,7 +271,7 @@ def test_readers_see_the_data_set_before_or_after(built, tmp_path):
 def test_people_who_arrive_one_by_one_get_the_shares_too():
     shares = {"pretrain": 0.7, "monitor": 0.1, "downstream": 0.2}
     one = pd.DataFrame({"participant": ["x"], "age": [40.0], "site": ["s"]})
-    chosen = pd.Series([assign_splits(one, shares, 0, dealt).iloc[0] for dealt in range(200)])
+    chosen = pd.Series([assign_splits(one, shares, 0, assigned).iloc[0] for assigned in range(200)])
     for name, share in shares.items():
         assert abs((chosen == name).mean() - share) < 0.02
 

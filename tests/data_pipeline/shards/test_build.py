@@ -18,7 +18,7 @@ import zstandard
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.verify import verify_shards
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort
@@ -171,7 +171,7 @@ def test_a_finished_build_is_left_alone_and_another_one_refused(cohort, tmp_path
     assert "already built" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert cli.run(["shards", "build", str(cohort), str(tmp_path / "out"), "--seed", "5"]) == 2
-    assert "holds shards built otherwise (seed was 0, now 5)" in capsys.readouterr().err
+    assert "holds shards built with other settings (seed was 0, now 5)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "add"])
@@ -222,7 +222,7 @@ def test_a_damaged_sample_names_shard_and_key(cohort, tmp_path):
         ),
         (lambda c: swap(c, "\tF\t", "\tQ\t"), r"line 2: sex='Q' is not F, M"),
         (lambda c: swap(c, "participant_id\t", "subject\t"), r"has no column participant_id; found: subject"),
-        (lambda c: swap(c, "sub-001\t", "sub-000\t"), r"line 3: participant_id '000' is there twice"),
+        (lambda c: swap(c, "sub-001\t", "sub-000\t"), r"line 3: participant_id '000' appears twice"),
     ],
     ids=["missing", "age", "sex", "column", "twice"],
 )

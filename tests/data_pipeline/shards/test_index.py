@@ -23,8 +23,10 @@ from data_pipeline.shards.index import _grid, index_one, index_shards
 from data_pipeline.shards.index_table import check_pattern, parse_key, read_people
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.remote import Access
+from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import ARRAY_BOXES, array_grid
-from data_pipeline.volume.load import BadScan, load_volume, zscore
+from data_pipeline.volume.intensity import zscore
+from data_pipeline.volume.load import load_volume
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort

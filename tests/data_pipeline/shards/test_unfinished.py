@@ -12,12 +12,12 @@ import pytest
 
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.quality.rules import Quality
-from data_pipeline.shards import build
-from data_pipeline.shards import unfinished as resume
+from data_pipeline.shards import unfinished, writing
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.verify import verify_shards
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.load import Grid, Preparation
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.preparation import Preparation
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort
@@ -42,7 +42,7 @@ class Interrupted(Exception):
 
 def interrupt(monkeypatch, cohort: Path, out: Path, after: int = 3, **options) -> dict[str, int]:
     """A build that ends after so many shards; the inodes of those that were finished."""
-    real, seen = build.Progress.advance, []
+    real, seen = writing.Progress.advance, []
 
     def advance(self, n=1, **figures):
         real(self, n, **figures)
@@ -51,7 +51,7 @@ def interrupt(monkeypatch, cohort: Path, out: Path, after: int = 3, **options) -
             raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(build.Progress, "advance", advance)
+        patch.setattr(writing.Progress, "advance", advance)
         with pytest.raises(Interrupted):
             build_shards(cohort, out, **{"scans_per_shard": PER_SHARD, **options})
     assert not (out / "manifest.json").exists()
@@ -72,7 +72,7 @@ def kept(out: Path, before: dict[str, int]) -> list[str]:
 
 def scan_in(out: Path, people: Path, name: str) -> Path:
     """The NIfTI file of a scan in a shard that is not in any manifest yet."""
-    key = resume.record_of(out, name).read_text().partition('"key": "')[2].partition('"')[0]
+    key = unfinished.record_path(out, name).read_text().partition('"key": "')[2].partition('"')[0]
     return next((people / key.split("_")[1]).rglob("*.nii.gz"))
 
 
@@ -155,7 +155,7 @@ def test_a_damaged_leftover_is_not_trusted(people, tmp_path, monkeypatch, harm):
     elif harm == "gone":
         path.unlink()
     else:
-        resume.record_of(out, name).write_text("{")
+        unfinished.record_path(out, name).write_text("{")
     build_shards(people, out, scans_per_shard=PER_SHARD)
     assert files(out) == files(build_shards(people, tmp_path / "whole", scans_per_shard=PER_SHARD).root)
 
@@ -171,7 +171,7 @@ def test_a_shard_of_bad_scans_only_is_remembered_too(people, tmp_path, monkeypat
 def test_killed_between_manifest_and_clean_up_is_already_built(people, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "clear", lambda folder, keep=(): None)
+        patch.setattr(unfinished, "remove_leftovers", lambda folder, keep=(): None)
         build_shards(people, out)
     assert list(out.glob(".unfinished-*.json"))
     assert cli.run(["shards", "build", str(people), str(out)]) == 0
@@ -183,9 +183,9 @@ def test_killed_between_manifest_and_clean_up_is_already_built(people, tmp_path,
 def test_two_builds_in_one_folder_are_refused(people, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    with resume.locked(out):
+    with unfinished.locked(out):
         assert cli.run(["shards", "build", str(people), str(out)]) == 2
-    assert "is being written by another command" in capsys.readouterr().err
+    assert "is being written by another yaware command" in capsys.readouterr().err
     assert cli.run(["shards", "build", str(people), str(out)]) == 0
 
 
@@ -193,11 +193,19 @@ def test_a_worker_that_outlives_its_driver_cannot_put_its_shard_in_place(people,
     out = tmp_path / "out"
     out.mkdir()
     scans = [Scan(path, "d", path.name[4:7]) for path in sorted(people.rglob("*.nii.gz"))[:2]]
-    with resume.building(out, ["d-000000.tar"]) as old:
-        task = build._Task(scans, str(out), str(old), "d-000000.tar", Preparation(GRID), "zst", Quality())
+    with unfinished.build_folder(out, ["d-000000.tar"]) as old:
+        task = writing.ShardTask(
+            scans=scans,
+            out=str(out),
+            temporary=str(old),
+            name="d-000000.tar",
+            preparation=Preparation(GRID),
+            codec="zst",
+            quality=Quality(),
+        )
         (out / "d-000000.tar").write_bytes(b"of the new driver")
         shutil.rmtree(old)  # what the new driver does first
         with pytest.raises(FileNotFoundError):
-            build.build_one(task)
+            writing.build_one(task)
     assert (out / "d-000000.tar").read_bytes() == b"of the new driver"
     assert not list(out.glob(".unfinished-*"))

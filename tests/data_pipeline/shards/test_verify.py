@@ -204,8 +204,8 @@ def test_repair_from_a_changed_cohort_says_so_and_leaves_the_file(small, copy, t
     participant = str(copy.scans.at[1, "participant_id"])
     path = next((cohort / f"sub-{participant}").rglob("*.nii.gz"))
     texts = {
-        "voxels": "its bytes come out otherwise", "table": "its bytes come out otherwise",
-        "scan gone": f"has no scan cohort_sub-{participant}_ses-1", "scan unreadable": "cannot be used any more (unreadable",
+        "voxels": "its bytes differ from the manifest", "table": "its bytes differ from the manifest",
+        "scan gone": f"has no scan cohort_sub-{participant}_ses-1", "scan unreadable": "can no longer be used (unreadable",
         "no cohort": "is not a folder",
     }  # fmt: skip
     if change == "voxels":

@@ -17,7 +17,7 @@ from data_pipeline.simulation.cohort import simulate_cohort
 from data_pipeline.simulation.people import change_with_age, draw_people, site_of
 from data_pipeline.simulation.settings import Simulation
 from data_pipeline.simulation.volumes import anatomy_at, make_volume
-from data_pipeline.volume.load import Grid
+from data_pipeline.volume.grid import Grid
 from infra import cli
 from infra.errors import UserError
 

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from data_pipeline.shards.tar import encode
-from data_pipeline.storage import reader as module
+from data_pipeline.storage import open_files as module
 from data_pipeline.storage.manifest import VolumeReader
 from data_pipeline.volume.decoders import DECODERS, as_volume, decode
-from data_pipeline.volume.load import Grid, load_volume
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.load import load_volume
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -108,7 +109,7 @@ def open_files() -> int:
 
 
 def test_reading_opens_few_files_and_carries_none_to_another_process(manifest, monkeypatch):
-    monkeypatch.setattr(module, "MOST_OPEN", 2)
+    monkeypatch.setattr(module, "MAX_OPEN", 2)
     reader = manifest.reader()
     expected = [manifest.read_volume(row) for row in range(48)]
     before = open_files()

@@ -13,16 +13,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data_pipeline.volume.load import (
-    BadScan,
-    Grid,
-    as_float16,
-    centre_of_mass,
-    check_preparation,
-    load_volume,
-    open_image,
-    robust_intensity,
-)
+from data_pipeline.volume.errors import BadScan
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.intensity import as_float16, robust_intensity
+from data_pipeline.volume.load import load_volume, open_image
+from data_pipeline.volume.preparation import check_preparation
+from data_pipeline.volume.resample import centre_of_mass
 from infra.errors import UserError
 
 TURNS = [
@@ -123,7 +119,7 @@ def test_a_grid_that_misses_the_brain_is_a_bad_scan_that_names_the_fix(tmp_path)
     far = UPRIGHT.copy()
     far[:3, 3] += 500
     nibabel.save(nibabel.Nifti1Image(phantom(), far), path)
-    with pytest.raises(BadScan, match="on the grid every voxel is 0: it lies elsewhere; try --crop brain"):
+    with pytest.raises(BadScan, match="on the grid every voxel is 0, because the scan is elsewhere; try --crop brain"):
         load_volume(path, Grid.centred((12, 12, 12), 2.0))
     assert load_volume(path, Grid.centred((12, 12, 12), 2.0), crop="brain").max() > 500
 

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.volume.load import Grid, load_volume, scale_factor, zscore
+from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.intensity import zscore
+from data_pipeline.volume.load import load_volume
+from data_pipeline.volume.preparation import scale_factor
 from evaluation.protocols.features import check_preprocessing
 from infra.errors import UserError
 from pretrain import Encoder

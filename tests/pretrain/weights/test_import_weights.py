@@ -217,7 +217,7 @@ def test_unknown_layouts_and_folders_that_are_there_are_refused(tmp_path):
 @pytest.mark.slow
 def test_an_imported_encoder_is_evaluated_by_the_real_command(tmp_path, capsys):
     from data_pipeline.shards.build import build_shards
-    from data_pipeline.volume.load import Grid
+    from data_pipeline.volume.grid import Grid
     from infra.tracking import runs
 
     cohort = write_cohort(tmp_path / "cohort", participants=40)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The main job on simulated scans, small enough for two CPU cores. Each step is a command of its own; a step whose
-# output is there already says so and is over at once. Start anew: rm -rf demo
+# Run the pipeline on simulated scans, small enough for two CPU cores. Every step is a yaware command; a step whose output
+# exists is skipped. To start from scratch: rm -rf demo
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 export MLFLOW_TRACKING_URI="${MLFLOW_TRACKING_URI:-sqlite:///demo/mlflow/mlflow.db}"
-began=$SECONDS
+start=$SECONDS
 
 step() {
-    printf '\n== [%d s] yaware %s\n' $((SECONDS - began)) "$*"
+    printf '\n== [%d s] yaware %s\n' $((SECONDS - start)) "$*"
     yaware "$@"
 }
 
@@ -21,4 +21,5 @@ step evaluate demo/runs/y-aware demo/runs/simclr demo/runs/random --shards demo/
     --experiment yaware-demo --n-train 15,30,60,120
 step compare --experiment yaware-demo --out demo/report.html
 
-printf '\n== done in %d s\n' $((SECONDS - began))
+printf '\n== finished in %d s\n\n' $((SECONDS - start))
+python -m infra.demo.summary demo

@@ -1,0 +1,1 @@
+"""The augmentation operators, one file each (flip, affine and crop share the file of their fused warp)."""

@@ -1,0 +1,1 @@
+"""The demo: ``run.sh`` runs the pipeline on simulated people, ``summary`` prints what came out."""

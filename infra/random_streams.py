@@ -1,0 +1,57 @@
+"""Every random stream of the project: one constant each, and the generator that they key.
+
+All draws that must be reproducible come from the counter-based generator Philox-4x64 (Salmon et al. 2011,
+https://doi.org/10.1145/2063384.2063405) with key ``(seed, stream)`` and a counter that says for what is drawn (an epoch, a
+scan, a participant). A draw therefore depends on neither the order of calls nor the number of processes. Two uses with one
+stream number and one counter would draw the same values for the same seed, so each use has a number of its own.
+
+The numbers are part of the results: changing one changes splits, orders, views or intervals of every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+# data_pipeline
+SPLITS = 0x5917  # order in which healthy participants are assigned to splits
+SHARD_SHUFFLE = 0x5AAD  # distribution of a cohort's scans over its shards
+EPOCH_ORDER = 0x04DE4  # permutation of the scans in an epoch; counter: epoch
+BALANCED_ORDER = 0xBA1A  # order of groups, and first session of each subject; counter: epoch + 1
+SHARD_ORDER = 0x57EA  # order of the shards in an epoch of a sequential reader; counter: epoch
+AUGMENTATION = 0xA06  # parameters of one augmented view; counter: epoch, scan, view
+NOISE_BANK = 0xA07  # standard normal voxels from which the noise of all views is cut
+SIMULATED_ORDER = 0x51A1  # order in which diagnoses are given to simulated participants
+SIMULATED_PERSON = 0x51A2  # age, sex, sessions and regional deviations; counter: participant
+SIMULATED_SITE = 0x51A3  # ages, contrast and noise of a simulated site; counter: site
+SIMULATED_FOCI = 0x51A4  # how strongly disease acts on each region of a patient; counter: participant
+SIMULATED_VOLUME = 0x5CA4  # folding and noise of a simulated scan; counter: participant, session (0: all sessions)
+SIMULATED_TIV = 0x71B  # measurement error of the total intracranial volume; counter: participant, session
+
+# pretrain
+MONITORED_SCANS = 0x0B5  # scans that the online probes see, where the split has more than they use
+
+# evaluation
+FEW_SHOT_DRAWS = 0xC0DE  # training participants of a learning curve's draw; counter: size, draw
+FINE_TUNING_ORDER = 0xF17E  # batches of a fine-tuning epoch; counter: epoch
+BOOTSTRAP = 0xB007  # participants of a bootstrap resample
+PERMUTATION = 0xDEA1  # labels of a permutation test
+
+
+def generator(seed: int, stream: int, counter: Sequence[int] = (0, 0, 0, 0)) -> np.random.Generator:
+    """Philox generator of a stream.
+
+    Args:
+        seed: the run's seed, 0 to 2**64 - 1.
+        stream: one of this module's constants.
+        counter: four integers from 0 to 2**64 - 1, the least significant first. Leave the first 0: it advances with every
+            draw.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=list(counter)))
+
+
+def named_stream(name: str) -> int:
+    """A stream number made from a text (the first 32 bits of its SHA-256), for streams that cannot be listed here."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")

@@ -1,0 +1,202 @@
+"""The house rules as functions. Each takes the modules of a source tree and returns one line per violation."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL, MAX_MODULES = 350, 50, 6, 16
+Graph = dict[str, set[str]]
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Module:
+    """A Python file: its path below the root of the tree, its dotted name and its text."""
+
+    path: str
+    name: str
+    text: str = field(repr=False)
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def folder(self) -> str:
+        return str(Path(self.path).parent)
+
+
+def read_modules(root: Path, paths: Iterable[str]) -> list[Module]:
+    """Read the Python files ``paths`` (relative to ``root``)."""
+    modules = []
+    for path in sorted(paths):
+        parts = Path(path).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        modules.append(Module(path, name, (root / path).read_text(encoding="utf-8")))
+    return modules
+
+
+def imported_names(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
+    """Yield (module, name) of every import, those inside functions too. ``if TYPE_CHECKING`` blocks are left out."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from ((node.module, alias.name) for alias in node.names)
+        waiting += ast.iter_child_nodes(node)
+
+
+def import_graph(modules: Sequence[Module]) -> Graph:
+    """Return, for every module, the modules of the tree that it imports."""
+    names = {module.name for module in modules}
+    graph: Graph = {}
+    for module in modules:
+        targets = set()
+        for source, name in imported_names(module.tree):
+            submodule = f"{source}.{name}"
+            targets |= {submodule} if submodule in names else {source} & names
+        graph[module.name] = targets - {module.name}
+    return graph
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[str]:
+    """Return the groups of nodes that reach each other."""
+
+    def reachable(start: str) -> set[str]:
+        reached: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = graph.get(waiting.pop(), set()) - reached
+            reached |= new
+            waiting += new
+        return reached
+
+    reached = {node: reachable(node) for node in graph}
+    groups = {
+        frozenset(other for other in reached[node] if node in reached.get(other, ()))
+        for node in graph
+        if node in reached[node]
+    }
+    return sorted("circle: " + " <-> ".join(sorted(group)) for group in groups)
+
+
+def room_graph(modules: Sequence[Module]) -> Graph:
+    """Return the imports between rooms. A room is a folder directly in a package; a module beside them is its own room."""
+    folders = {module.folder.replace("/", ".") for module in modules}
+
+    def room(name: str) -> str:
+        top_two = ".".join(name.split(".")[:2])
+        return top_two if top_two in folders else name
+
+    rooms: Graph = {}
+    for name, targets in import_graph(modules).items():
+        rooms.setdefault(room(name), set()).update(room(target) for target in targets)
+    return {name: targets - {name} for name, targets in rooms.items()}
+
+
+def upward_imports(modules: Sequence[Module], packages: Sequence[str]) -> list[str]:
+    """Return imports against the order of ``packages``: a package may import only itself and packages before it."""
+    violations = []
+    for module in modules:
+        package = module.name.partition(".")[0]
+        above = packages[packages.index(package) + 1 :]
+        for source, _ in imported_names(module.tree):
+            if source.partition(".")[0] in above:
+                violations.append(f"{module.path} imports {source}")
+    return violations
+
+
+def misplaced_libraries(modules: Sequence[Module], rooms: Mapping[str, str]) -> list[str]:
+    """Return imports of heavy libraries outside their room (library -> folder), and rooms that do not import theirs."""
+    violations, used = [], set()
+    for module in modules:
+        for source, _ in imported_names(module.tree):
+            library = source.partition(".")[0]
+            if library not in rooms:
+                continue
+            if module.folder == rooms[library]:
+                used.add(library)
+            else:
+                violations.append(f"{module.path} imports {library}; only {rooms[library]} may")
+    return violations + [f"{rooms[library]} does not import {library}" for library in rooms if library not in used]
+
+
+def crowded_folders(modules: Sequence[Module]) -> list[str]:
+    """Return folders with too many modules."""
+    counts = Counter(module.folder for module in modules)
+    return [f"{folder}: {n} modules, allowed {MAX_MODULES}" for folder, n in counts.items() if n > MAX_MODULES]
+
+
+def long_files(modules: Sequence[Module]) -> list[str]:
+    """Return files with too many lines."""
+    counts = {module.path: len(module.text.splitlines()) for module in modules}
+    return [f"{path}: {n} lines, allowed {MAX_FILE_LINES}" for path, n in counts.items() if n > MAX_FILE_LINES]
+
+
+def long_functions(modules: Sequence[Module]) -> list[str]:
+    """Return functions with too many code lines; docstrings, comments and blank lines are not counted."""
+    violations = []
+    for module in modules:
+        lines = module.text.splitlines()
+        for node in ast.walk(module.tree):
+            if isinstance(node, Function) and (n := _code_lines(node, lines)) > MAX_FUNCTION_LINES:
+                violations.append(
+                    f"{module.path}:{node.lineno} {node.name}: {n} code lines, allowed {MAX_FUNCTION_LINES}"
+                )
+    return violations
+
+
+def _code_lines(function: Function, lines: Sequence[str]) -> int:
+    docstrings: set[int] = set()
+    for node in ast.walk(function):
+        if isinstance(node, (*Function.__args__, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            docstrings |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    numbers = set(range(function.lineno, (function.end_lineno or 0) + 1)) - docstrings
+    code = [lines[number - 1].strip() for number in numbers]
+    return sum(1 for line in code if line and not line.startswith("#"))
+
+
+def positional_calls(modules: Sequence[Module]) -> list[str]:
+    """Return calls with too many positional arguments; ``*arguments`` are not counted."""
+    violations = []
+    for module in modules:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Call):
+                n = sum(not isinstance(argument, ast.Starred) for argument in node.args)
+                if n > MAX_POSITIONAL:
+                    violations.append(f"{module.path}:{node.lineno} {n} positional arguments, allowed {MAX_POSITIONAL}")
+    return violations
+
+
+def missing_docstrings(modules: Sequence[Module]) -> list[str]:
+    """Return modules, and public classes, functions and methods, that have no docstring."""
+    violations = []
+    for module in modules:
+        if ast.get_docstring(module.tree) is None:
+            violations.append(f"{module.path}: no docstring")
+        violations += [f"{module.path}:{line} {name}: no docstring" for line, name in _undocumented(module.tree, "")]
+    return violations
+
+
+def _undocumented(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[int, str]]:
+    for node in parent.body:
+        if not isinstance(node, (*Function.__args__, ast.ClassDef)) or node.name.startswith("_"):
+            continue
+        if ast.get_docstring(node) is None:
+            yield node.lineno, prefix + node.name
+        if isinstance(node, ast.ClassDef):
+            yield from _undocumented(node, f"{prefix}{node.name}.")
+
+
+def other_code(paths: Iterable[str], allowed: Sequence[str]) -> list[str]:
+    """Return Python files outside the ``allowed`` top-level folders and files."""
+    return [f"{path}: no code outside {', '.join(allowed)}" for path in paths if path.split("/")[0] not in allowed]

@@ -1,0 +1,69 @@
+"""The documentation builds without warnings, needs no network, and its reference lists every public name."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# What a browser would load from another host: scripts, images, style sheets and fonts; links are fine.
+LOADED = re.compile(r"""(?:\bsrc=|<link[^>]*\bhref=|\burl\(|@import\s+)["']?(?:https?:)?//[^"')\s>]+""")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; a warning fails the build (``strict`` in mkdocs.yml)."""
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_pages_load_nothing_from_other_hosts(site):
+    for path in site.rglob("*"):
+        if path.suffix in (".html", ".css", ".js"):
+            assert LOADED.findall(path.read_text(encoding="utf-8")) == [], path
+
+
+def test_the_cluster_page_is_the_readme_of_the_launch_files(site):
+    assert "pretrain-deepspeed.sbatch" in (site / "cluster.html").read_text(encoding="utf-8")
+    assert 'href="cluster.html' in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_reference_lists_every_public_name():
+    listed = {}
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        for path in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            module, _, name = path.rpartition(".")
+            listed[name] = getattr(importlib.import_module(module), name)
+    yaware = pytest.importorskip("yaware")
+    assert set(yaware.__all__) <= listed.keys()
+    assert all(listed[name] is getattr(yaware, name) for name in yaware.__all__)
+
+
+def test_a_notebook_becomes_a_page_with_its_outputs():
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    outputs = [
+        {"output_type": "stream", "text": ["\x1b[1mone\x1b[0m\n", "two\n"]},
+        {"output_type": "display_data", "data": {"image/png": "aGk=", "text/plain": ["<Figure>"]}},
+        {"output_type": "execute_result", "data": {"text/html": ["<table></table>"], "text/plain": ["x"]}},
+        {"output_type": "execute_result", "data": {"text/plain": ["3"]}},
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "Text."]},
+        {"cell_type": "code", "source": ["x = 1\n", "x + 2"], "outputs": outputs},
+    ]
+    page, images = hooks.notebook_page({"cells": cells}, "first")
+    assert images == {"first-1.png": b"hi"}
+    assert page.split("\n\n") == [
+        "# Title\nText.", "```python\nx = 1\nx + 2\n```", "```text\none\ntwo\n```", "![output](first-1.png)",
+        "<table></table>", "```text\n3\n```\n",
+    ]  # fmt: skip
