@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ class Protocol:
     uses_layer: bool = False
     scale: Literal["each", "all"] = "each"
     plain_names: bool = False
-    map_features: slice = slice(None)
+    map_features: slice = field(default_factory=lambda: slice(None))
 
     def params(self, settings: EvaluationSettings) -> dict[str, Any]:
         """Return the settings on which results of this protocol depend, as MLflow parameters."""

@@ -40,7 +40,7 @@ class EvaluationResult:
 def make_result(
     context: EvaluationContext, results: dict[str, NestedCVResult], map_features: NDArray[Any]
 ) -> EvaluationResult:  # fmt: skip
-    """Compute metrics with intervals and make the tables; the map of the scans is made from ``map_features`` (N, F)."""
+    """Compute metrics with intervals and make the tables; ``map_features`` (N, F), F > 1, give the map of the scans."""
     metrics: dict[str, float] = {}
     predictions, curves = [], []
     for task in context.tasks:
@@ -51,7 +51,7 @@ def make_result(
         curves.append(curve)
         for size, values in curve.groupby("n_train")["auc"]:
             metrics[f"{task.name}.auc.n{size}"] = float(values.mean())
-    if map_features.shape[1]:
+    if map_features.shape[1] > 1:
         embedding = embedding_table(context.manifest, context.rows, map_features)
     else:
         embedding = pd.DataFrame({"x": [], "y": [], "age": [], "sex": [], "site": []})

@@ -139,8 +139,9 @@ def test_occlusion_finds_the_only_voxels_that_matter(shards):
     task = load_task("ad", manifest)
     encoder = Region()
     features = torch.cat([encoder(batch) for _, batch in volumes(manifest, task.rows, 16)]).numpy()
-    fit, ask = np.arange(len(task.rows))[6:], np.arange(6)
-    found = occlusion(encoder, manifest, task, features, fit, ask, {"penalty": 1.0}, 3)
+    train, test = np.arange(len(task.rows))[6:], np.arange(6)
+    params = {"penalty": 1.0}
+    found = occlusion(encoder, manifest, task, features=features, train=train, test=test, params=params, cubes=3)
     change, side = found["map"], int(found["side"])
     middle = (slice(6, 12),) * 3
     assert side == 6  # so that the region is one cube
@@ -170,7 +171,7 @@ def test_saliency_needs_an_evaluation(shards, tmp_path, capsys):
     base = [str(tmp_path / "ok"), "--shards", str(shards), "--tracking-uri", uri, "--experiment", "test"]
     for more, text in (
         (["--task", "ad"], r"has no evaluation of task ad on these shards in experiment 'test'; run yaware evaluate"),
-        (["--task", "site"], "task site has several classes and so no one score"),
+        (["--task", "site"], "task site is multiclass and has no single score"),
         (["--task", "ad", "--cubes", "1"], "--cubes=1: at least 2 are needed"),
     ):
         assert cli.run(["saliency", *base, *more]) == 2
@@ -226,7 +227,7 @@ def test_wrong_requests_are_one_line(shards, tmp_path, capsys):
         ([str(tmp_path / "ok"), *base, "--tasks", "add"], r"task 'add' is not known \(did you mean 'ad'\?\)"),
         ([str(tmp_path / "ok"), *base, "--tasks", "scz"], r"task scz: too few participants for 5 folds .*SCZ 0"),
         ([str(tmp_path / "none"), *base, "--tasks", "ad"], "no encoder in"),
-        ([str(tmp_path / "ok"), *base, "--tasks", "ad", "--folds", "1"], "at least 2 folds"),
+        ([str(tmp_path / "ok"), *base, "--tasks", "ad", "--folds", "1"], "folds=1 is too small; it must be at least 2"),
         ([str(tmp_path / "ok"), *base[:2], "--tracking-uri", "ftp://x", "--tasks", "ad"], "is not an MLflow store"),
     ):
         assert cli.run(["evaluate", *arguments]) == 2

@@ -41,7 +41,13 @@ def make_task(kind="binary", people=60, signal=0.0, features=80, seed=0):
     )
     noise[:, 0] += signal * (labels - labels.mean()) / labels.std()
     task = Task(
-        name="t", title="t", kind=kind, rows=np.arange(2 * people), labels=labels, groups=groups, classes=["a", "b", "c"]
+        name="t",
+        title="t",
+        kind=kind,
+        rows=np.arange(2 * people),
+        labels=labels,
+        groups=groups,
+        classes=["a", "b", "c"],
     )
     return task, noise
 
