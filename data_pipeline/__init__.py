@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data_pipeline.cohort.read import read_cohort as read_cohort
     from data_pipeline.loading.loader import TwoViewLoader as TwoViewLoader
     from data_pipeline.shards.build import build_shards as build_shards
+    from data_pipeline.simulation.cohort import simulate_cohort as simulate_cohort
     from data_pipeline.storage.manifest import Manifest as Manifest
 
-__all__ = ["Manifest", "TwoViewLoader", "build_shards"]
-_HOMES = {"Manifest": "storage.manifest", "TwoViewLoader": "loading.loader", "build_shards": "shards.build"}
+# Public name -> the module that holds it, imported at the first use: `import data_pipeline` needs neither pandas nor DALI.
+_MODULES = {
+    "Manifest": "data_pipeline.storage.manifest",
+    "TwoViewLoader": "data_pipeline.loading.loader",
+    "build_shards": "data_pipeline.shards.build",
+    "read_cohort": "data_pipeline.cohort.read",
+    "simulate_cohort": "data_pipeline.simulation.cohort",
+}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `import data_pipeline` needs neither pandas nor DALI.
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(f"data_pipeline.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'data_pipeline' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -11,15 +11,22 @@ if TYPE_CHECKING:
     from evaluation.protocols.evaluate import evaluate as evaluate
     from evaluation.protocols.protocols import PROTOCOLS as PROTOCOLS
 
-__all__ = ["PROTOCOLS", "Comparison", "compare", "evaluate"]
+# Public name -> module. They are loaded at first use, so that `import evaluation` needs neither scikit-learn nor MLflow.
 _MODULES = {
-    "PROTOCOLS": "protocols.protocols", "Comparison": "comparison.comparison", "compare": "comparison.comparison",
-    "evaluate": "protocols.evaluate",
-}  # fmt: skip
+    "Comparison": "evaluation.comparison.comparison",
+    "compare": "evaluation.comparison.comparison",
+    "evaluate": "evaluation.protocols.evaluate",
+    "PROTOCOLS": "evaluation.protocols.protocols",
+}
+
+__all__ = ["PROTOCOLS", "Comparison", "compare", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:
-    # Names are imported at their first use, so `import evaluation` needs neither scikit-learn nor MLflow.
-    if name in _MODULES:
-        return getattr(import_module(f"evaluation.{_MODULES[name]}"), name)
-    raise AttributeError(f"module 'evaluation' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'evaluation' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

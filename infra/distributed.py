@@ -6,8 +6,8 @@ import os
 import random
 import re
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from infra.errors import UserError
@@ -131,6 +131,18 @@ def single_process_environment() -> dict[str, str]:
     values = {name: os.environ.get(name, default) for name, default in defaults.items()}
     values["MASTER_PORT"] = os.environ.get("MASTER_PORT") or str(free_port())
     return values
+
+
+@contextmanager
+def unchanged_environment() -> Iterator[None]:
+    """Restore ``os.environ`` at the end of the block."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 def broadcast(value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -33,9 +34,41 @@ def load_settings(cls: type[Settings], recipe: Path | None, overrides: Sequence[
     _refuse_unknown(cls, _plain(tree, source), source)
     for override in overrides:
         tree = _override(cls, tree, override)
-    plain = _escape(_plain(tree, source))
+    return _validate(cls, _plain(tree, source), source)
+
+
+def change_settings(settings: Settings, changes: Mapping[str, Any], source: str) -> Settings:
+    """Return a validated copy of ``settings`` with other values; ``settings`` stays as it is.
+
+    Args:
+        settings: the settings to copy.
+        changes: a mapping of keys to values per section, ``{"batch": {"global": 16}}``. As with ``--section.key=value``, a
+            value replaces the old one as a whole, and a key may have dots: ``{"deepspeed": {"zero_optimization.stage": 2}}``.
+        source: what error messages name as the place of the changes.
+
+    Raises UserError with the key, the value found and what is allowed.
+    """
+    tree = OmegaConf.create(to_dict(settings))
+    for section, values in changes.items():
+        if not isinstance(values, Mapping):
+            raise UserError(f"{source}: {section}={values!r} must be a mapping of the section's keys to values")
+        changed = OmegaConf.create({})
+        for key, value in values.items():
+            plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+            try:
+                OmegaConf.update(changed, f"{section}.{key}", plain, force_add=True)
+            except OmegaConfBaseException as error:
+                raise UserError(f"{source}: {section}.{key}: {' '.join(str(error).split())}") from None
+        _refuse_unknown(type(settings), _plain(changed, source) or {section: {}}, source)
+        for key in values:
+            name = f"{section}.{key}"
+            OmegaConf.update(tree, name, OmegaConf.select(changed, name), merge=False, force_add=True)
+    return _validate(type(settings), _plain(tree, source), source)
+
+
+def _validate(cls: type[Settings], tree: Mapping[str, Any], source: str) -> Settings:
     try:
-        return TypeAdapter(cls).validate_python(plain)
+        return TypeAdapter(cls).validate_python(_escape(tree))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(key).removesuffix("_") for key in first["loc"]) or "(top)"

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pretrain.config import Recipe as Recipe
+    from pretrain.encoders import ENCODERS as ENCODERS
+    from pretrain.kernels import KERNELS as KERNELS
+    from pretrain.losses import LOSSES as LOSSES
+    from pretrain.weights.embedder import Embedder as Embedder
     from pretrain.weights.encoder import Encoder as Encoder
+    from pretrain.weights.encoder import embed as embed
+    from pretrain.weights.write import export as export
 
-__all__ = ["Encoder"]
+# Public name -> the module that holds it, imported at the first use: `import pretrain` needs no heavy library.
+_MODULES = {
+    "ENCODERS": "pretrain.encoders",
+    "Embedder": "pretrain.weights.embedder",
+    "Encoder": "pretrain.weights.encoder",
+    "KERNELS": "pretrain.kernels",
+    "LOSSES": "pretrain.losses",
+    "Recipe": "pretrain.config",
+    "embed": "pretrain.weights.encoder",
+    "export": "pretrain.weights.write",
+}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `import pretrain` costs nothing and needs none of the heavy libraries.
-    if name == "Encoder":
-        from pretrain.weights.encoder import Encoder
-
-        return Encoder
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'pretrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +12,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from infra.errors import UserError, nearest
-from infra.settings import load_settings
+from infra.files import atomic_write
+from infra.settings import change_settings, load_settings, to_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 _strict = ConfigDict(extra="forbid", validate_default=True)
@@ -208,6 +211,28 @@ class Recipe:
     # DeepSpeed's own configuration, passed through whole; what the recipe owns may not be set in it (pretrain.engine.engine).
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
     launch: Launch = field(default_factory=Launch)
+
+    @classmethod
+    def load(cls, name: str | os.PathLike[str], *overrides: str) -> Recipe:
+        """Return a shipped recipe by name, or a YAML file by path, with ``--section.key=value`` overrides.
+
+        Raises UserError for an unknown name or key, or a value that is not allowed.
+        """
+        return load_recipe(os.fspath(name), list(overrides))
+
+    def with_(self, **sections: Mapping[str, Any]) -> Recipe:
+        """Return a copy with other values: ``recipe.with_(batch={"global": 16}, train={"steps": 100})``.
+
+        A value replaces the old one as a whole; a key may have dots, as in
+        ``deepspeed={"zero_optimization.stage": 2}``. Raises UserError as ``load`` does.
+        """
+        return change_settings(self, sections, "Recipe.with_")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write all keys of the recipe as YAML, which ``load`` and ``yaware pretrain --config`` read; return the path."""
+        with atomic_write(path, "w") as stream:
+            stream.write(to_yaml(self))
+        return Path(path)
 
 
 def find_recipe(name: str) -> Path:

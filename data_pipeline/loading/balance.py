@@ -1,7 +1,7 @@
-"""Orders that do not show every scan equally often: balanced over sites, flat over age, one session of each subject.
+"""Orders that do not show every scan equally often: balanced over sites, flat over age, or one session per subject.
 
-Each is a pure function of (the manifest's columns, seed, epoch), as the plain order is, so ranks, resuming and replacing
-bad scans work as ever.
+Each is a pure function of (the manifest's columns, seed, epoch), like the plain order, so dividing batches among ranks,
+resuming and replacing unreadable scans work in the same way.
 """
 
 from __future__ import annotations
@@ -11,139 +11,159 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from data_pipeline.loading.order import EveryScan, Indices, Order, epoch_order
+from data_pipeline.loading.order import EveryScan, Order, epoch_order
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError, nearest
 from infra.random_streams import BALANCED_ORDER, generator
 
-Drawn = tuple[Indices, Indices]
+EpochDraw = tuple[NDArray[np.int64], NDArray[np.int64]]  # scan numbers, and how often each was shown before
 
 
 @dataclass(frozen=True)
 class EqualGroups:
-    """Each group (a site, a bin of ages) has the same number of places in an epoch, whatever its size.
+    """Gives each group (a site, a bin of ages) the same number of places in an epoch, whatever its size.
 
-    An epoch has ceil(scans / groups) rounds; each round shows one scan of every group, the groups in an order drawn for
-    the epoch. So a batch within an epoch holds every group equally often, within one. A group goes through its own
-    scans in turn, shuffled each time and going on where the epoch before stopped: in a large group every scan comes,
-    over a few epochs; in a small one scans repeat within the epoch, augmented anew. No batch holds a scan twice where
+    An epoch has ceil(scans / groups) rounds. Each round shows one scan of every group, in an order of groups drawn for the
+    epoch, so within an epoch every batch holds each group equally often, within one. A group goes through its own scans in
+    turn, reshuffled each time, and continues where the previous epoch stopped: over a few epochs, every scan of a large
+    group is shown; in a small group scans repeat within the epoch, with new augmentation. No batch holds a scan twice if
     every group has at least ceil(batch / groups) + 1 scans.
 
-    **What this does to the loss's positives.** By site: scans of one site are spread as widely as can be, so pairs of
-    one site get rarer (1 in ``groups``) and the encoder gains less by telling sites apart; ages in a batch follow the
-    mean of the sites' own distributions, so small sites of unusual age (children, the old) add anchors with few
-    positives. Flat over age: the ages in a batch spread over the whole range, so an anchor at a common age has fewer
-    positives than before and one at a rare age more (a Gaussian of bandwidth σ over a flat range R weighs a share of
-    about √(2π) σ / R of the batch); the mean falls, the least rises. Where `positives/below_2` in the metrics grows,
-    raise the batch or the bandwidth. Small groups repeat: a bin of 5 scans in 600 rounds shows each 120 times an epoch;
-    choose wider bins, or leave it out by a query.
+    **Effect on the positives of the loss.** Balanced by site, pairs from one site become as rare as possible (1 in
+    ``groups``), so the encoder gains less from telling sites apart. The ages in a batch follow the mean of the sites' own
+    distributions, so small sites with unusual ages (children, the old) add anchors with few positives. Flat over age, the
+    ages in a batch spread over the whole range: an anchor of a common age has fewer positives than before, one of a rare age
+    more. A Gaussian kernel of bandwidth σ over a flat range R gives weight to a share of about √(2π) σ / R of the batch; the
+    mean number of positives falls, the smallest rises. If `positives/below_2` in the metrics grows, use a larger batch or
+    bandwidth. Small groups repeat: a bin of 5 scans in 600 rounds shows each scan 120 times per epoch; use wider bins, or
+    exclude it with a query.
     """
 
-    groups: tuple[Indices, ...]
+    groups: tuple[NDArray[np.int64], ...]
     seed: int
     batch: int
-    _last: dict[int, Drawn] = field(default_factory=dict, compare=False, repr=False)
+    _recent: dict[int, EpochDraw] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def rounds(self) -> int:
-        """Places of every group in an epoch."""
+        """Number of places that each group has in an epoch."""
         return -(-sum(map(len, self.groups)) // len(self.groups))
 
     @property
     def length(self) -> int:
-        """Positions in an epoch: rounds x groups, the number of scans rounded up."""
+        """Number of positions in an epoch, rounds x groups: the number of scans rounded up."""
         return self.rounds * len(self.groups)
 
-    def epoch(self, number: int) -> Indices:
-        """The scan numbers (length,) of an epoch; its drawn order of groups repeats every ``len(groups)`` positions."""
-        return self._drawn(number)[0]
+    def epoch(self, number: int) -> NDArray[np.int64]:
+        """Return the scan numbers (length,) of an epoch; the order of groups repeats every ``len(groups)`` positions."""
+        return self._draw(number)[0]
 
-    def showings(self, number: int) -> Indices:
-        """The turns that a scan's group had before: in each the scan is shown once."""
-        return self._drawn(number)[1]
+    def times_shown(self, number: int) -> NDArray[np.int64]:
+        """Return how many turns each scan's group had before, (length,); each turn shows every scan of the group once."""
+        return self._draw(number)[1]
 
-    def _drawn(self, number: int) -> Drawn:
-        if number in self._last:
-            return self._last[number]
-        turn = _generator(self.seed, number).permutation(len(self.groups))
+    def _draw(self, number: int) -> EpochDraw:
+        if number in self._recent:
+            return self._recent[number]
+        group_order = _generator(self.seed, number).permutation(len(self.groups))
         width = -(-self.batch // len(self.groups)) + 1
         numbers = np.empty((self.rounds, len(self.groups)), dtype=np.int64)
         shown = np.empty_like(numbers)
-        for column, group in enumerate(turn):
+        for column, group in enumerate(group_order):
             members = self.groups[group]
-            places, shown[:, column] = turns(len(members), (self.seed << 16) + int(group), number, self.rounds, width)
+            places, shown[:, column] = turns(
+                len(members), seed=(self.seed << 16) + int(group), epoch=number, visits=self.rounds, width=width
+            )
             numbers[:, column] = members[places]
-        return _keep(self._last, number, (numbers.ravel(), shown.ravel()))
+        return _remember(self._recent, number, (numbers.ravel(), shown.ravel()))
 
 
 @dataclass(frozen=True)
 class OneSession:
-    """Each epoch holds every subject once, by one of the subject's sessions.
+    """Shows every subject once per epoch, with one of the subject's sessions.
 
-    Subjects are shuffled as scans are in the plain order. A subject's sessions take turns, from one drawn for each subject
-    on: over as many epochs as a subject has sessions, each comes once.
+    Subjects are shuffled like scans in the plain order. A subject's sessions take turns, starting at a session drawn for each
+    subject: over as many epochs as a subject has sessions, each is shown once.
 
-    **What this does to the loss's positives.** Sessions of one subject have almost the same age and the same anatomy:
-    as a pair they weigh nearly 1 and are nearly as easy as two views. Here no epoch holds such a pair (nor does a batch
-    that straddles two, where subjects >= 2 x batch), so all positives but a scan's own second view are other people.
-    Studies with many sessions a subject (ADNI) lose the weight that they had by counting sessions, and with it the
-    ages that they stand for.
+    **Effect on the positives of the loss.** Sessions of one subject have almost the same age and the same anatomy: as a pair
+    they weigh nearly 1 and are nearly as easy as two views of one scan. In this order no epoch holds such a pair, nor does a
+    batch that spans two epochs if there are at least 2 x batch subjects. All positives other than a scan's own second view
+    are then other people. Studies with many sessions per subject (ADNI) lose the weight that they had by counting sessions,
+    and with it the ages that they contribute.
     """
 
-    sessions: tuple[Indices, ...]  # of each subject
+    sessions: tuple[NDArray[np.int64], ...]  # scan numbers of each subject
     seed: int
     batch: int
-    _last: dict[int, Drawn] = field(default_factory=dict, compare=False, repr=False)
+    _recent: dict[int, EpochDraw] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def length(self) -> int:
-        """Subjects."""
+        """Number of subjects."""
         return len(self.sessions)
 
-    def epoch(self, number: int) -> Indices:
-        """The scan numbers (subjects,) of an epoch."""
-        if number in self._last:
-            return self._last[number][0]
+    def epoch(self, number: int) -> NDArray[np.int64]:
+        """Return the scan numbers (subjects,) of an epoch."""
+        if number in self._recent:
+            return self._recent[number][0]
         subjects = epoch_order(len(self.sessions), self.seed, number, self.batch)
         first = _generator(self.seed, -1).integers(0, 1 << 32, len(self.sessions))
         chosen = np.array([self.sessions[s][(int(first[s]) + number) % len(self.sessions[s])] for s in subjects])
-        return _keep(self._last, number, (chosen, self.showings(number)))[0]
+        return _remember(self._recent, number, (chosen, self.times_shown(number)))[0]
 
-    def showings(self, number: int) -> Indices:
-        """The epoch's number, for every scan."""
+    def times_shown(self, number: int) -> NDArray[np.int64]:
+        """Return the epoch's number for every scan, (subjects,)."""
         return np.full(self.length, number, dtype=np.int64)
 
 
-def turns(members: int, seed: int, epoch: int, visits: int, width: int) -> tuple[Indices, Indices]:
-    """What a group shows in an epoch of ``visits``, going on where the epoch before stopped: members, and their turns.
+def turns(members: int, *, seed: int, epoch: int, visits: int, width: int) -> EpochDraw:
+    """Return which members a group shows in an epoch, and the turn in which each is shown, both (visits,).
 
-    One turn goes through all members in a shuffled order. A member comes back only after ``width`` visits: where there
-    are fewer than 2 x width members, all turns keep one order, in which it comes back after all others.
+    One turn shows all members in a shuffled order. An epoch continues where the previous one stopped. A member comes back
+    only after ``width`` other visits: a group with fewer than 2 x width members keeps one order for all turns.
+
+    Args:
+        members: number of scans in the group.
+        seed: of the group.
+        epoch: number of the epoch.
+        visits: places of the group in an epoch.
+        width: the most places of the group in one batch, plus one.
     """
     numbers, places = np.divmod(np.arange(epoch * visits, (epoch + 1) * visits, dtype=np.int64), members)
     shown = np.empty(visits, dtype=np.int64)
     for turn in np.unique(numbers):
-        here = numbers == turn
-        shown[here] = epoch_order(members, seed, 0 if members < 2 * width else int(turn), width)[places[here]]
+        in_turn = numbers == turn
+        order = epoch_order(members, seed, 0 if members < 2 * width else int(turn), width)
+        shown[in_turn] = order[places[in_turn]]
     return shown, numbers
 
 
 def build_order(
-    manifest: Manifest, rows: Indices, *, seed: int, batch: int, by: str | None = None,
+    manifest: Manifest, rows: NDArray[np.int64], *, seed: int, batch: int, by: str | None = None,
     bins: float | None = None, one_session_per_subject: bool = False,
 ) -> Order:  # fmt: skip
-    """The order that a recipe's ``data.balance`` asks for, over places 0..len(rows)-1 of ``rows``.
+    """Return the order that a recipe's ``data.balance`` section selects, over places 0..len(rows)-1 of ``rows``.
 
-    ``by``: a column whose values are the groups; for a column of numbers, ``bins`` is the width of a group in its unit.
-    UserError for an unknown column, missing values, or wishes that contradict each other.
+    Args:
+        manifest: the data set.
+        rows: row numbers of the scans to show.
+        seed: of the run.
+        batch: the global batch.
+        by: column whose values are the groups.
+        bins: for a numeric column, the width of a group in the column's unit.
+        one_session_per_subject: show each subject once per epoch.
+
+    Raises:
+        UserError: if the column is unknown, has missing values or is not numeric, or if the options exclude each other.
     """
     if by is None and bins is not None:
-        raise UserError(f"data.balance.bins={bins:g} needs data.balance.by: the column to cut into bins")
+        raise UserError(f"data.balance.bins={bins:g} needs data.balance.by, the column to divide into bins")
     if by is not None and one_session_per_subject:
         raise UserError(
             "data.balance.by and data.balance.one_session_per_subject cannot be set together: a subject's sessions may "
-            "belong to different groups; keep one session by data.query instead"
+            "belong to different groups; keep one session with data.query instead"
         )
     if one_session_per_subject:
         return OneSession(_grouped(manifest.subjects()[rows]), seed, batch)
@@ -152,37 +172,37 @@ def build_order(
     return EqualGroups(_grouped(_group_codes(manifest, rows, by, bins)), seed, batch)
 
 
-def _group_codes(manifest: Manifest, rows: Indices, by: str, bins: float | None) -> Any:
+def _group_codes(manifest: Manifest, rows: NDArray[np.int64], by: str, bins: float | None) -> Any:
     columns = [str(name) for name in manifest.scans.columns]
     if by not in columns:
-        raise UserError(f"data.balance.by={by!r} is no column of the manifest{nearest(by, columns)}")
+        raise UserError(f"data.balance.by={by!r} is not a column of the manifest{nearest(by, columns)}")
     column = manifest.scans[by].iloc[rows]
     numeric = pd.api.types.is_numeric_dtype(column)
     missing = int((column.isna() if numeric else column.isna() | (column.astype(str) == "")).sum())
     if missing:
         raise UserError(
-            f"data.balance.by={by}: {missing} of {len(rows)} scans have no {by}; leave them out by data.query, "
+            f"data.balance.by={by}: {missing} of {len(rows)} scans have no {by}; exclude them with data.query, "
             f"as in --data.query='{by} == {by}'" + ("" if numeric else f' and {by} != ""')
         )
     if bins is None:
         return pd.Categorical(column).codes
     if not numeric:
-        raise UserError(f"data.balance.bins={bins:g}: {by} is no column of numbers; leave bins out")
+        raise UserError(f"data.balance.bins={bins:g}: {by} is not a numeric column; leave bins out")
     return np.floor(column.to_numpy(dtype=np.float64) / bins).astype(np.int64)
 
 
-def _grouped(codes: Any) -> tuple[Indices, ...]:
-    """Places of equal code, one array a code, ascending."""
+def _grouped(codes: Any) -> tuple[NDArray[np.int64], ...]:
+    """Return the places of each code, ascending; one array per code."""
     order = np.argsort(codes, kind="stable")
     edges = np.flatnonzero(np.diff(codes[order])) + 1
     return tuple(part.astype(np.int64) for part in np.split(order, edges))
 
 
-def _keep(last: dict[int, Drawn], number: int, drawn: Drawn) -> Drawn:
-    """Remember an epoch's draw, and forget all but one before it: a batch looks at one after the other."""
-    while len(last) > 1:
-        del last[next(iter(last))]
-    last[number] = drawn
+def _remember(recent: dict[int, EpochDraw], number: int, drawn: EpochDraw) -> EpochDraw:
+    """Keep an epoch's draw and one earlier one: a batch reads at most two epochs."""
+    while len(recent) > 1:
+        del recent[next(iter(recent))]
+    recent[number] = drawn
     return drawn
 
 

@@ -1,9 +1,9 @@
-"""Which scans each step sees: a pure function of (scans, seed, step, global batch), the same for every world size.
+"""Which scans each step sees: a pure function of (scans, seed, step, global batch), the same for every number of ranks.
 
-The order is one endless stream, the epochs' orders one after the other; in the plain order each epoch holds every scan
-once (data_pipeline.loading.balance has others). Step s of global batch G takes the positions [s G, (s + 1) G) of the
-stream, so no scan is ever dropped, batches are always full, and a run can go on at any step on any number of ranks: the ranks
-only cut the batch between them.
+The order is an endless stream: the orders of the epochs, one after the other. In the plain order each epoch holds every scan
+once; ``data_pipeline.loading.balance`` has other orders. Step s with global batch G takes positions s G to (s + 1) G - 1 of
+the stream. Batches are therefore always full, no scan is dropped, and a run can continue at any step on any number of ranks:
+the ranks only divide the batch among them.
 """
 
 from __future__ import annotations
@@ -11,27 +11,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infra.random_streams import EPOCH_ORDER, generator
 
-Indices = np.ndarray[Any, np.dtype[np.int64]]
-
 
 class Order(Protocol):
-    """An endless stream of scans: epochs of one length, each a pure function of its number."""
+    """An endless stream of scans: epochs of equal length, each a pure function of its number."""
 
     @property
     def length(self) -> int:
-        """Positions in an epoch."""
+        """Number of positions in an epoch."""
 
-    def epoch(self, number: int) -> Indices:
-        """The scan numbers (length,) of an epoch."""
+    def epoch(self, number: int) -> NDArray[np.int64]:
+        """Return the scan numbers (length,) of an epoch."""
 
-    def showings(self, number: int) -> Indices:
-        """How often each of them (length,) was shown before: with the scan it decides what its augmentation is."""
+    def times_shown(self, number: int) -> NDArray[np.int64]:
+        """Return how often each scan of an epoch was shown before, (length,). With the scan it keys the augmentation."""
 
 
 @dataclass(frozen=True)
@@ -44,65 +43,68 @@ class EveryScan:
 
     @property
     def length(self) -> int:
-        """Scans."""
+        """Number of scans."""
         return self.scans
 
-    def epoch(self, number: int) -> Indices:
-        """The permutation (scans,) of one epoch."""
+    def epoch(self, number: int) -> NDArray[np.int64]:
+        """Return the permutation (scans,) of an epoch."""
         return epoch_order(self.scans, self.seed, number, self.batch)
 
-    def showings(self, number: int) -> Indices:
-        """The epoch's number, for every scan."""
+    def times_shown(self, number: int) -> NDArray[np.int64]:
+        """Return the epoch's number for every scan, (scans,)."""
         return np.full(self.scans, number, dtype=np.int64)
 
 
-def batch_of(order: Order, step: int, batch: int) -> tuple[Indices, Indices]:
-    """Scan numbers (batch,) of a step, and how often each was shown before (batch,): in the plain order, the epoch."""
+def batch_of(order: Order, step: int, batch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the scan numbers of a step, (batch,), and how often each was shown before, (batch,)."""
     positions = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
     epochs, places = np.divmod(positions, order.length)
     numbers, shown = np.empty(batch, dtype=np.int64), np.empty(batch, dtype=np.int64)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        numbers[here] = order.epoch(int(epoch))[places[here]]
-        shown[here] = order.showings(int(epoch))[places[here]]
+        in_epoch = epochs == epoch
+        numbers[in_epoch] = order.epoch(int(epoch))[places[in_epoch]]
+        shown[in_epoch] = order.times_shown(int(epoch))[places[in_epoch]]
     return numbers, shown
 
 
-def global_batch(scans: int, seed: int, step: int, batch: int) -> tuple[Indices, Indices]:
-    """``batch_of`` the plain order. A batch that straddles two epochs holds no scan twice where scans >= 2 x batch."""
+def global_batch(scans: int, seed: int, step: int, batch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return ``batch_of`` the plain order.
+
+    A batch that spans two epochs holds no scan twice if there are at least 2 x batch scans.
+    """
     return batch_of(EveryScan(scans, seed, batch), step, batch)
 
 
 def replacements(order: Order, step: int, batch: int, place: int) -> Iterator[int]:
-    """Scans that stand in for the one at ``place`` (0..batch-1) of a step, should it be bad; the first good one is taken.
+    """Yield candidates to replace the scan at ``place`` (0..batch-1) of a step if it is unreadable, in order of preference.
 
-    They are the next in order after the batch, in the epoch of its last position and round to that epoch's start, without
-    the batch's own scans; place p takes every ``batch``-th from the p-th on. So the stand-ins of two places are never the
-    same, none is in the batch already, and who replaces whom depends neither on the ranks nor on what else is bad. Where
-    the data set is too small for that, scans of the batch itself follow.
+    The candidates are the scans that follow the batch in the epoch of its last position, continuing at that epoch's start,
+    without the batch's own scans; place p takes every ``batch``-th of them, beginning with the p-th. Two places therefore
+    never get the same replacement, no replacement is in the batch already, and the choice depends neither on the number of
+    ranks nor on which other scans are unreadable. If the data set is too small for that, the batch's own scans follow.
     """
     numbers, _ = batch_of(order, step, batch)
     epoch, last = divmod((step + 1) * batch - 1, order.length)
-    cycle = np.roll(order.epoch(epoch), -last - 1).tolist()
-    taken = set(numbers.tolist())
-    spare = [number for number in dict.fromkeys(cycle) if number not in taken]
+    following = np.roll(order.epoch(epoch), -last - 1).tolist()
+    in_batch = set(numbers.tolist())
+    spare = [number for number in dict.fromkeys(following) if number not in in_batch]
     yield from spare[place::batch]
     yield from np.roll(numbers, -place - 1).tolist()
 
 
 def rank_slice(batch: int, rank: int, world_size: int) -> slice:
-    """The part of a global batch that a rank takes; the ranks' parts cover it once, in rank order."""
+    """Return the part of a global batch that a rank takes; the parts cover the batch once, in rank order."""
     return slice(batch * rank // world_size, batch * (rank + 1) // world_size)
 
 
 @lru_cache(maxsize=3)
-def epoch_order(scans: int, seed: int, epoch: int, batch: int) -> Indices:
-    """The permutation (scans,) of one epoch. Its first ``batch`` scans are none of the last ``batch`` of the one before.
+def epoch_order(scans: int, seed: int, epoch: int, batch: int) -> NDArray[np.int64]:
+    """Return the permutation (scans,) of an epoch; its first ``batch`` scans are not among the last ``batch`` before it.
 
-    Those found there change places with later ones. That needs k of them, for k wrong ones; of the scans - batch later
-    places batch - k hold the other last ones, and scans - 2 batch + k >= k are left: enough from scans = 2 x batch on.
-    From 3 x batch on the exchange leaves the last ``batch`` places as shuffled, so no epoch needs a look at those before
-    the last; below, the epochs are gone through from the first (they are short: fewer than three batches).
+    If k of the first ``batch`` scans are, they are exchanged with scans at later places. Of the scans - batch later places,
+    batch - k hold other scans of that kind, so scans - 2 batch + k remain: enough from scans = 2 x batch on. From 3 x batch
+    on, the exchange never touches the last ``batch`` places, so an epoch depends only on the one before it. Below that, all
+    epochs from the first are computed, which are short: fewer than three batches.
     """
     if scans >= 3 * batch:
         order = _shuffled(scans, seed, epoch)
@@ -119,14 +121,14 @@ def epoch_order(scans: int, seed: int, epoch: int, batch: int) -> Indices:
     return order
 
 
-def _keep_apart(order: Indices, last: Indices, batch: int, end: int) -> None:
-    """Exchange those of the first ``batch`` that are in ``last`` with others of [batch, end), in place."""
-    before = np.zeros(len(order), dtype=bool)
-    before[last] = True
-    wrong = np.flatnonzero(before[order[:batch]])
-    others = batch + np.flatnonzero(~before[order[batch:end]])[: len(wrong)]
-    order[wrong], order[others] = order[others], order[wrong]
+def _keep_apart(order: NDArray[np.int64], last: NDArray[np.int64], batch: int, end: int) -> None:
+    """Exchange, in place, those of the first ``batch`` scans that are in ``last`` with others of [batch, end)."""
+    is_last = np.zeros(len(order), dtype=bool)
+    is_last[last] = True
+    repeated = np.flatnonzero(is_last[order[:batch]])
+    others = batch + np.flatnonzero(~is_last[order[batch:end]])[: len(repeated)]
+    order[repeated], order[others] = order[others], order[repeated]
 
 
-def _shuffled(scans: int, seed: int, epoch: int) -> Indices:
+def _shuffled(scans: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return generator(seed, EPOCH_ORDER, (0, epoch, 0, 0)).permutation(scans).astype(np.int64)

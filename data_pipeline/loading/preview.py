@@ -1,4 +1,4 @@
-"""A picture of built shards: some scans, and two augmented views of each."""
+"""Draws a preview of built shards: some scans, each with two augmented views."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ PLANES = ("sagittal", "coronal", "axial")
 def write_preview(
     manifest: Manifest, out: Path, *, augmentation: Any = "default", scans: int = 4, seed: int = 0
 ) -> Path:
-    """Write a PNG: a row a scan; its three middle planes, then axial and coronal planes of two augmented views."""
+    """Write a PNG image and return its path.
+
+    Each row shows one scan: its three middle planes, then an axial and a coronal plane of two augmented views.
+
+    Args:
+        manifest: the data set.
+        out: the file to write.
+        augmentation: a preset's name, a recipe's section, or an ``Augmentation``.
+        scans: number of rows; the scans are spread over age.
+        seed: of the augmentation.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,17 +44,19 @@ def write_preview(
         len(rows), 7, figsize=(13.5, 2.15 * len(rows) + 1.0), squeeze=False, facecolor="white",
         gridspec_kw={"width_ratios": [1.2, 1, 1, 1, 1, 1, 1], "wspace": 0.04, "hspace": 0.08},
     )  # fmt: skip
-    for line, row in zip(axes, rows, strict=True):
+    for row_axes, row in zip(axes, rows, strict=True):
         volume = manifest.read_volume(int(row)).astype(np.float32)
         limits = (float(np.percentile(volume, 1)), float(np.percentile(volume, 99.7)))
-        for axis, plane in zip(line[:3], range(3), strict=True):
+        for axis, plane in zip(row_axes[:3], range(3), strict=True):
             _show(axis, _slice(volume, plane), limits)
-        line[0].set_ylabel(_caption(manifest, int(row)), rotation=0, ha="right", va="center", fontsize=9, labelpad=10)
+        row_axes[0].set_ylabel(
+            _caption(manifest, int(row)), rotation=0, ha="right", va="center", fontsize=9, labelpad=10
+        )
         for number in range(2):
             view = views[int(row)][number]
-            wide = (float(np.percentile(view, 1)), float(np.percentile(view, 99.7)))
-            _show(line[3 + 2 * number], _slice(view, 2), wide)
-            _show(line[4 + 2 * number], _slice(view, 1), wide)
+            view_limits = (float(np.percentile(view, 1)), float(np.percentile(view, 99.7)))
+            _show(row_axes[3 + 2 * number], _slice(view, 2), view_limits)
+            _show(row_axes[4 + 2 * number], _slice(view, 1), view_limits)
     titles = [*PLANES, "view 1, axial", "view 1, coronal", "view 2, axial", "view 2, coronal"]
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=10, pad=6)
@@ -66,23 +78,26 @@ def write_preview(
 
 
 def _spread_over_age(manifest: Manifest, count: int) -> Any:
-    """Rows of scans at even steps through the ages, so that the picture shows young and old."""
+    """Return row numbers of ``count`` scans at even steps through the sorted ages."""
     rows = manifest.rows()
     ages = manifest.proxies(["age"], rows)[:, 0]
-    known = rows[np.argsort(np.where(np.isnan(ages), np.inf, ages), kind="stable")][
+    by_age = rows[np.argsort(np.where(np.isnan(ages), np.inf, ages), kind="stable")][
         : max(1, int((~np.isnan(ages)).sum()))
     ]
-    places = np.linspace(0.08, 0.92, min(count, len(known))) * (len(known) - 1)
-    return known[np.unique(places.round().astype(int))]
+    places = np.linspace(0.08, 0.92, min(count, len(by_age))) * (len(by_age) - 1)
+    return by_age[np.unique(places.round().astype(int))]
 
 
 def _slice(volume: Any, plane: int) -> Any:
-    """The middle slice across axis ``plane``, as (rows downward, columns) with superior or anterior at the top."""
+    """Return the middle slice across axis ``plane`` as an image with superior or anterior at the top.
+
+    The sagittal slice is moved off the midline by a twelfth of the volume's width.
+    """
     return np.take(volume, volume.shape[plane] // 2 + (plane == 0) * (volume.shape[0] // 12), axis=plane).T[::-1]
 
 
-def _show(axis: Any, picture: Any, limits: tuple[float, float]) -> None:
-    axis.imshow(picture, cmap="gray", vmin=limits[0], vmax=limits[1], interpolation="bilinear")
+def _show(axis: Any, image: Any, limits: tuple[float, float]) -> None:
+    axis.imshow(image, cmap="gray", vmin=limits[0], vmax=limits[1], interpolation="bilinear")
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():

@@ -1,12 +1,12 @@
-"""Reader processes: they read, check, decode and draw ahead of the training process, in bounded memory.
+"""Reader processes: they read, check, decode and draw ahead of the training process, with bounded memory.
 
-Each process has a pipe and a block of shared memory of its own and shares no lock with anyone, so that a process killed at
-any moment leaves nothing locked: its end of the pipe closes, a new process takes its place and is asked again for what
-was outstanding. Since samples are a pure function of the step, the batches are the same as if nothing had happened.
-(DALI's own worker pool shares queues; one killed while it holds their lock leaves the trainer waiting for ever.)
+Each process has its own pipe and its own block of shared memory and shares no lock, so a process that is killed at any moment
+leaves nothing locked: its end of the pipe closes, and a new process takes its place and is sent the outstanding steps again.
+Samples depend only on the step, so the batches are the same as without the failure. (DALI's own worker pool shares queues; a
+worker killed while it holds their lock leaves the trainer waiting for ever.)
 
-Memory: ``depth + 1`` steps, each count x ``source.sample_bytes``, in all processes together; a process is never asked for
-more. The memory is anonymous (memfd) and goes with the last process that maps it, however that ends.
+Memory: ``depth + 1`` steps of count x ``source.sample_bytes`` in all processes together. A process is never sent more steps
+than that. The memory is anonymous (memfd) and is freed with the last process that maps it, however that process ends.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import numpy as np
 from data_pipeline.loading.source import Sample, Source, sample_bytes
 from infra.errors import LoaderError
 
-MOST_DEATHS = 3  # of reader processes between two batches; more is no accident
-_ALIGN = 64
+MAX_DEATHS = 3  # of reader processes between two batches; more have a lasting cause
+ALIGNMENT = 64  # bytes
 
 
 @dataclass
@@ -38,14 +38,20 @@ class _Reader:
     process: subprocess.Popen[bytes]
     pipe: Connection
     memory: mmap.mmap
-    places: list[int]
-    waiting: list[int] = field(default_factory=list)  # steps asked for and not yet received
+    positions: list[int]
+    pending: list[int] = field(default_factory=list)  # steps that were requested and not yet received
 
 
 class ReaderProcesses:
-    """``workers`` processes; ``get(step)`` gives the samples of one step after the other, read ``depth`` steps ahead.
+    """Processes that read the samples of consecutive steps, ``depth`` steps ahead.
 
-    The arrays lie in shared memory and hold until the next ``get``.
+    The arrays that ``get`` returns are in shared memory and valid until the next ``get``.
+
+    Args:
+        source: produces the samples; it is pickled to every process.
+        workers: number of processes; each reads every ``workers``-th sample of a step.
+        first_step: the first step.
+        depth: how many steps are read ahead.
     """
 
     def __init__(self, source: Source, *, workers: int, first_step: int, depth: int) -> None:
@@ -58,14 +64,14 @@ class ReaderProcesses:
         try:
             self._readers = [self._start(number) for number in range(len(self._shares))]
             for step in range(first_step, first_step + depth):
-                self._ask(step)
+                self._request(step)
         except BaseException:
             self.close()
             raise
 
     @property
     def bytes(self) -> int:
-        """Shared memory in all, in bytes."""
+        """Total shared memory in bytes."""
         return self._slots * sum(self._slot_bytes)
 
     @property
@@ -74,16 +80,16 @@ class ReaderProcesses:
         return [reader.process.pid for reader in self._readers]
 
     def get(self, step: int) -> list[Sample]:
-        """The samples of the next step. LoaderError where a process fails, or dies again and again."""
-        assert step == self._step, f"asked for step {step}, next is {self._step}"
-        # The slot of the step before is free from here on, and is filled with the last of the steps ahead.
-        self._ask(step + self._slots - 1)
+        """Return the samples of the next step. Raises LoaderError if a process fails, or if processes keep dying."""
+        assert step == self._step, f"step {step} was requested, the next is {self._step}"
+        # The previous step's slot is free now; it takes the last of the steps that are read ahead.
+        self._request(step + self._slots - 1)
         samples: dict[int, Sample] = {}
         for number in range(len(self._readers)):
             samples.update(zip(self._shares[number], self._receive(number, step), strict=True))
         self._step += 1
         self._deaths = 0
-        return [samples[place] for place in range(len(samples))]
+        return [samples[position] for position in range(len(samples))]
 
     def close(self) -> None:
         """Stop the processes."""
@@ -94,9 +100,9 @@ class ReaderProcesses:
             reader.process.wait()
         self._readers = []
 
-    def _ask(self, step: int) -> None:
+    def _request(self, step: int) -> None:
         for number, reader in enumerate(self._readers):
-            reader.waiting.append(step)
+            reader.pending.append(step)
             try:
                 reader.pipe.send(step)
             except OSError:
@@ -106,36 +112,40 @@ class ReaderProcesses:
         while True:
             reader = self._readers[number]
             try:
-                found, answer = pickle.loads(reader.pipe.recv_bytes())
+                answered, answer = pickle.loads(reader.pipe.recv_bytes())
             except (EOFError, OSError):
                 self._replace(number)
                 continue
             if isinstance(answer, str):
                 raise LoaderError(answer)
-            assert found == step == reader.waiting.pop(0), f"expected step {step}, a reader process gave {found}"
-            return [Sample(row, bad, [_view(reader.memory, *where) for where in arrays]) for row, bad, arrays in answer]
+            assert answered == step == reader.pending.pop(0), f"step {step} was expected, a reader sent {answered}"
+            return [
+                Sample(row, bad, [_array_at(reader.memory, *location) for location in locations])
+                for row, bad, locations in answer
+            ]
 
     def _replace(self, number: int) -> None:
+        """Start a new process in place of a dead one and request its pending steps again."""
         dead = self._readers[number]
         dead.pipe.close()
         dead.process.kill()
-        how = _how(dead.process.wait())
+        cause = _describe_exit(dead.process.wait())
         self._deaths += 1
-        if self._deaths > MOST_DEATHS:
+        if self._deaths > MAX_DEATHS:
             raise LoaderError(
-                f"reader processes died {self._deaths} times at one batch (the last {how}); where memory ran out, lower "
+                f"reader processes died {self._deaths} times at one batch (the last {cause}); if memory ran out, lower "
                 "data.workers or data.prefetch"
             )
-        print(f"data: a reader process was lost ({how}) and is started again; no scan is lost", file=sys.stderr)
-        waiting = dead.waiting
-        # What earlier samples still show lies in the old memory, which lives as long as they do.
+        print(f"data: a reader process was lost ({cause}) and is started again; no scan is lost", file=sys.stderr)
+        pending = dead.pending
+        # Arrays of earlier samples refer to the old memory and keep it alive.
         self._readers[number] = self._start(number)
-        for step in waiting:
-            self._readers[number].waiting.append(step)
+        for step in pending:
+            self._readers[number].pending.append(step)
             try:
                 self._readers[number].pipe.send(step)
             except OSError:
-                self._readers[number].waiting = waiting
+                self._readers[number].pending = pending
                 self._replace(number)
                 return
 
@@ -143,8 +153,8 @@ class ReaderProcesses:
         size = max(mmap.PAGESIZE, self._slots * self._slot_bytes[number])
         handle = os.memfd_create("yaware-reader")
         os.ftruncate(handle, size)
-        here, there = Pipe()
-        fds = (there.fileno(), handle)
+        own_end, reader_end = Pipe()
+        fds = (reader_end.fileno(), handle)
         command = [
             sys.executable,
             "-c",
@@ -156,39 +166,41 @@ class ReaderProcesses:
         process = subprocess.Popen(command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL)
         memory = mmap.mmap(handle, size)
         os.close(handle)
-        there.close()
-        reader = _Reader(process, here, memory, self._shares[number])
-        with suppress(OSError):  # it died at once; the next send or receive finds out
-            here.send((self._source, reader.places, self._slots, self._slot_bytes[number]))
+        reader_end.close()
+        reader = _Reader(process, own_end, memory, self._shares[number])
+        with suppress(OSError):  # the process has died already; the next send or receive notices it
+            own_end.send((self._source, reader.positions, self._slots, self._slot_bytes[number]))
         return reader
 
 
 def serve() -> None:
-    """A reader process's life: steps come in by the pipe, arrays go out by memory, until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to handle
+    """Run a reader process: receive steps from the pipe and write arrays to shared memory until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process handles Ctrl-C
     pipe_handle, memory_handle, size = map(int, sys.argv[1:4])
     memory = mmap.mmap(memory_handle, size)
     pipe = Connection(pipe_handle)
     try:
-        source, places, slots, slot_bytes = pipe.recv()
+        source, positions, slots, slot_bytes = pipe.recv()
         while True:
             step = pipe.recv()
-            pipe.send_bytes(pickle.dumps((step, _answer(source, step, places, memory, (step % slots) * slot_bytes))))
+            start = (step % slots) * slot_bytes
+            pipe.send_bytes(pickle.dumps((step, _answer(source, step, positions, memory, start))))
     except (EOFError, OSError):
-        os._exit(0)  # the training process has gone, or has closed the loader
+        os._exit(0)  # the training process ended or closed the loader
 
 
-def _answer(source: Source, step: int, places: Sequence[int], memory: mmap.mmap, start: int) -> Any:
+def _answer(source: Source, step: int, positions: Sequence[int], memory: mmap.mmap, start: int) -> Any:
+    """Write a step's samples to memory from ``start`` on; return their rows and array locations, or an error's text."""
     try:
         answer = []
-        for row, bad, arrays in source.samples(step, places):
-            where = []
+        for row, bad, arrays in source.samples(step, positions):
+            locations = []
             for array in arrays:
-                place = (start, array.shape, array.dtype.str)
-                _view(memory, *place)[...] = array
-                where.append(place)
-                start += -(-array.nbytes // _ALIGN) * _ALIGN
-            answer.append((row, bad, where))
+                location = (start, array.shape, array.dtype.str)
+                _array_at(memory, *location)[...] = array
+                locations.append(location)
+                start += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+            answer.append((row, bad, locations))
         return answer
     except LoaderError as error:
         return str(error)
@@ -196,9 +208,9 @@ def _answer(source: Source, step: int, places: Sequence[int], memory: mmap.mmap,
         return f"step {step}: a reader process failed: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _view(memory: mmap.mmap, start: int, shape: tuple[int, ...], dtype: str) -> Any:
+def _array_at(memory: mmap.mmap, start: int, shape: tuple[int, ...], dtype: str) -> Any:
     return np.frombuffer(memory, dtype, math.prod(shape), start).reshape(shape)
 
 
-def _how(status: int) -> str:
+def _describe_exit(status: int) -> str:
     return f"by signal {signal.Signals(-status).name}" if status < 0 else f"with status {status}"

@@ -1,8 +1,8 @@
-"""Where a batch's voxels and augmentation parameters come from: the indexed reader, the default.
+"""Reads the scans of a step and draws their augmentation parameters: the indexed reader, which is the default.
 
-A source gives, for a step, this rank's scans as ``Sample``; what it gives is a pure function of the step, so any process
-may be asked for any part of any step, again if need be (data_pipeline.loading.reader_processes). This module
-needs no torch, so that reader processes start fast and stay small.
+A source returns a rank's scans of a step as ``Sample``. The result depends only on the step, so any process may produce any
+part of any step, and may do so again (``data_pipeline.loading.reader_processes``). This module does not import torch, so that
+reader processes start fast and stay small.
 """
 
 from __future__ import annotations
@@ -15,35 +15,37 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
 from data_pipeline.loading.augment import Augmentation, draw_view, view_arrays
 from data_pipeline.loading.augmentations.operator import ViewContext
-from data_pipeline.loading.order import Indices, Order, batch_of, rank_slice, replacements
+from data_pipeline.loading.order import Order, batch_of, rank_slice, replacements
+from data_pipeline.storage.reader import VolumeReader
 from infra.errors import LoaderError
 
-# A scan so unlucky that this many stand-ins are bad too is no accident: the shards are gone or cannot be read.
-MOST_STAND_INS = 20
+# If so many replacements in a row are unreadable too, the cause is not a single scan: the shards are gone or unreadable.
+MAX_REPLACEMENTS = 20
 
 
 class Sample(NamedTuple):
-    """One scan as delivered."""
+    """One scan of a batch."""
 
-    row: int  # of scans.parquet; the stand-in's where the planned scan was bad
-    bad: list[tuple[int, str]]  # row and reason of each scan that was to come here and could not be read
-    arrays: list[Any]  # (D, H, W, 1) float16, then both views' numbers (augment.view_arrays)
+    row: int  # row number in scans.parquet; the replacement's if the planned scan was unreadable
+    bad: list[tuple[int, str]]  # row number and reason of each unreadable scan that this one replaces
+    arrays: list[NDArray[Any]]  # the graph's inputs: voxels (D, H, W, 1) float16, then both views' arrays
 
 
 class Source(Protocol):
-    """What gives a rank's samples."""
+    """Produces a rank's samples."""
 
     settings: Augmentation
     shape: tuple[int, int, int]
 
     def count(self) -> int:
-        """Scans of a step on this rank."""
+        """Return the number of scans in a step of this rank."""
 
-    def samples(self, step: int, places: Sequence[int]) -> Iterable[Sample]:
-        """The samples at some places (0..count-1) of a step."""
+    def samples(self, step: int, positions: Sequence[int]) -> Iterable[Sample]:
+        """Return the samples at some positions (0..count-1) of a step."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,12 @@ def sample_bytes(settings: Augmentation, shape: tuple[int, ...]) -> int:
     return volumes * 2 * int(np.prod(shape)) + 8 * sum(shape) + 8192
 
 
-@dataclass
+@dataclass(kw_only=True)
 class IndexSource:
-    """Reads each scan by its place in its shard, in the order of ``order``; the same whatever the number of ranks."""
+    """Reads each scan at its offset in its shard, in the order of ``order``, which is the same for every number of ranks."""
 
-    reader: Any  # Manifest.reader()
-    rows: Indices
+    reader: VolumeReader
+    rows: NDArray[np.int64]
     order: Order
     shape: tuple[int, int, int]
     settings: Augmentation
@@ -91,21 +93,25 @@ class IndexSource:
     world_size: int
 
     @cached_property
-    def views(self) -> ViewSampler:
-        """Draws parameters."""
+    def view_sampler(self) -> ViewSampler:
+        """Draws the augmentation parameters."""
         return ViewSampler(self.settings, self.shape, self.seed)
 
     def count(self) -> int:
-        """Scans of a step on this rank."""
+        """Return the number of scans in a step of this rank."""
         part = rank_slice(self.batch, self.rank, self.world_size)
         return int(part.stop - part.start)
 
-    def samples(self, step: int, places: Sequence[int]) -> Iterator[Sample]:
-        """The samples at some places of a step; a bad scan's place is taken by the next in order that can be read."""
+    def samples(self, step: int, positions: Sequence[int]) -> Iterator[Sample]:
+        """Yield the samples at some positions of a step; an unreadable scan is replaced by the next readable candidate.
+
+        Raises LoaderError if ``MAX_REPLACEMENTS`` candidates are unreadable too.
+        """
         numbers, shown = batch_of(self.order, step, self.batch)
         first = rank_slice(self.batch, self.rank, self.world_size).start
-        for place in places:
-            yield self._sample(step, first + place, int(numbers[first + place]), int(shown[first + place]))
+        for position in positions:
+            place = first + position
+            yield self._sample(step, place, int(numbers[place]), int(shown[place]))
 
     def _sample(self, step: int, place: int, planned: int, shown: int) -> Sample:
         bad: list[tuple[int, str]] = []
@@ -113,19 +119,24 @@ class IndexSource:
         voxels = read_or_reason(self.reader, row, self.shape)
         if isinstance(voxels, str):
             bad.append((row, voxels))
-            for number in islice(replacements(self.order, step, self.batch, place), MOST_STAND_INS):
+            for number in islice(replacements(self.order, step, self.batch, place), MAX_REPLACEMENTS):
                 row = int(self.rows[number])
                 voxels = read_or_reason(self.reader, row, self.shape)
                 if not isinstance(voxels, str):
                     break
                 bad.append((row, voxels))
             else:
-                raise LoaderError(f"step {step}: {len(bad)} scans one after the other cannot be read: {bad[0][1]}")
-        return Sample(row, bad, self.views.arrays(voxels, row, shown))
+                raise too_many_unreadable(step, bad)
+        return Sample(row, bad, self.view_sampler.arrays(voxels, row, shown))
 
 
-def read_or_reason(reader: Any, row: int, shape: tuple[int, ...]) -> Any:
-    """A scan's (D, H, W) float16 voxels, or, as a string, why it cannot be used."""
+def too_many_unreadable(step: int, bad: Sequence[tuple[int, str]]) -> LoaderError:
+    """Return the error for a scan whose replacements are all unreadable; ``bad`` holds rows and reasons."""
+    return LoaderError(f"step {step}: {len(bad)} scans in a row cannot be read; the first: {bad[0][1]}")
+
+
+def read_or_reason(reader: VolumeReader, row: int, shape: tuple[int, ...]) -> Any:
+    """Return a scan's (D, H, W) float16 voxels, or, as a string, the reason why it cannot be used."""
     try:
         voxels = reader.read(row)
     except (OSError, ValueError, zstandard.ZstdError) as error:
@@ -134,7 +145,7 @@ def read_or_reason(reader: Any, row: int, shape: tuple[int, ...]) -> Any:
 
 
 def check_voxels(voxels: Any, shape: tuple[int, ...]) -> Any:
-    """``voxels`` if they are what the grid and the format say, else the reason why not."""
+    """Return ``voxels`` if they are float16 and have the grid's shape, else a string with the reason."""
     if voxels.shape != shape or voxels.dtype != np.float16:
         return f"holds {voxels.dtype} voxels of shape {voxels.shape}, not float16 {shape}"
     return voxels

@@ -134,7 +134,7 @@ def _lines(info: dict[str, Any]) -> dict[str, str]:
         "data": f"{_shown(counts['dataset'])}; {info['modality']}, scaling {info['scaling']}, codec {info['codec']}"
         + (", simulated" if info["simulated"] else ""),
         "scans": f"{info['scans']} of {info['participants']} participants in {shards['count']} shards, "
-        f"{shards['bytes'] / 1e6:.1f} MB; {info['quarantined']} left out",
+        f"{shards['bytes'] / 1e6:.1f} MB; {info['quarantined']} excluded",
         "shards": f"{shards['smallest'] / 1e6:.1f} to {shards['largest'] / 1e6:.1f} MB each, "
         f"scan table {info['table_bytes'] / 1e6:.1f} MB",
         "grid": f"{' x '.join(map(str, grid['shape']))} voxels of {' x '.join(f'{v:g}' for v in grid['spacing'])} mm",

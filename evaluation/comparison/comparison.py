@@ -1,237 +1,263 @@
-"""Checkpoints side by side. Everything comes from MLflow's store; the checkpoints themselves may be gone."""
+"""Compares evaluated checkpoints. All data come from the MLflow store; the checkpoints themselves are not needed."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Collection
+import html
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
-from evaluation.comparison import curves, tables
-from evaluation.comparison.tables import Judged
-from evaluation.protocols.variant import ProtocolVariant
+from evaluation.comparison import age_and_site, curves, report, tables
+from evaluation.comparison.evaluations import CheckpointEvaluation, Run, last_steps, read_evaluations
+from evaluation.comparison.formats import LABELS, rows_of, with_interval
+from evaluation.statistics.metrics import METRICS
 from infra.errors import UserError
 from infra.tracking import runs as store
 from infra.tracking.tracker import default_uri
 
-Run = dict[str, Any]  # as infra.tracking.runs gives it
-DIGITS = 8  # of an id or checksum that tells equal names apart
-CURVES = ("loss", "lr", "grad_norm", "scans_per_second")
+TRAINING_METRICS = ("loss", "lr", "grad_norm", "scans_per_second")
 
 
-class Key(NamedTuple):
-    """What is one row of the comparison: the same weights of the same pretraining, judged by the same protocol."""
+class TaskSummary(NamedTuple):
+    """A task of the comparison, with the scans and participants of its first evaluation."""
 
-    name: str
-    pretraining: str  # id of the MLflow run, or empty
-    step: str
-    weights: str  # SHA-256, or empty
-    variant: ProtocolVariant
+    kind: str  # binary, multiclass or regression
+    title: str
+    scans: int
+    participants: int
+    positives: int  # participants of the positive class of a binary task, else 0
+    classes: int  # of a multiclass task, else 0
+
+    @property
+    def primary_metric(self) -> str:
+        """The metric that differences, subgroups and plots are about."""
+        return next(iter(METRICS[self.kind]))
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
-    """What the table and the report show. ``judged`` holds every evaluation, ``last`` those of each run's last step."""
+    """Checkpoints side by side, as pandas tables; ``report`` writes them as files.
+
+    A checkpoint is named as in the column ``checkpoint``: by its run, and by its step and protocol where several were
+    evaluated. Intervals are 95 % intervals.
+
+    Attributes:
+        experiment: MLflow experiment.
+        uri: MLflow store.
+        evaluations: every evaluated checkpoint and protocol, best first.
+        last: the evaluations of each pretraining's last step.
+        trainings: pretraining -> metric -> list of (step, value).
+        metrics: a row per checkpoint, task and metric: checkpoint, task, title, metric, value, low, high, chance, p_chance.
+        differences: a row per pair of last steps and task: task, metric, first, second, difference (first minus second),
+            low, high, p, p_holm, test (DeLong or bootstrap), boot_low, boot_high.
+        curves: learning curves of last steps: checkpoint, task, n_train, draws, auc, low, high.
+        curve_differences: task, n_train, first, second, draws, difference, low, high, p, p_holm.
+        unpaired: why pairs were not compared, a line each.
+        superseded: evaluations with results that newer ones replace, a line each.
+        provenance: a row per evaluation run: where the checkpoint and its results come from.
+        recipes: pretraining -> key -> value.
+    """
 
     experiment: str
     uri: str
-    judged: list[Judged]
-    last: list[Judged]
-    trainings: dict[str, dict[str, list[tuple[int, float]]]]  # run name -> metric -> (step, value)
-    table: pd.DataFrame  # tables.METRIC_COLUMNS
-    differences: pd.DataFrame  # tables.DIFFERENCE_COLUMNS
-    curves: pd.DataFrame  # curves.CURVE_COLUMNS
-    curve_differences: pd.DataFrame  # curves.DIFFERENCE_COLUMNS
-    unpaired: list[str] = field(default_factory=list)  # why a pair was not compared
-    superseded: list[str] = field(default_factory=list)  # tasks of evaluations that newer ones answer
+    evaluations: list[CheckpointEvaluation]
+    last: list[CheckpointEvaluation]
+    trainings: dict[str, dict[str, list[tuple[int, float]]]]
+    metrics: pd.DataFrame
+    differences: pd.DataFrame
+    curves: pd.DataFrame
+    curve_differences: pd.DataFrame
+    unpaired: list[str] = field(default_factory=list)
+    superseded: list[str] = field(default_factory=list)
     provenance: list[dict[str, str]] = field(default_factory=list)
-    recipes: dict[str, dict[str, str]] = field(default_factory=dict)  # run name -> key -> value, as pretrained
+    recipes: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @cached_property
+    def subgroups(self) -> pd.DataFrame:
+        """Each task's primary metric by sex, age band and site, for last steps.
+
+        Columns: checkpoint, task, metric, by, group, participants, scans, value, low, high, note (why there is no value).
+        """
+        return tables.subgroups_table(self.last)
+
+    @cached_property
+    def calibration(self) -> pd.DataFrame:
+        """Calibration of binary tasks' probabilities, for last steps.
+
+        Columns: checkpoint, task, predicted (mean probability of a bin), observed (share of positives), low, high, scans.
+        """
+        return tables.calibration_table(self.last)
+
+    @cached_property
+    def site_leakage(self) -> pd.DataFrame:
+        """How well the features tell the scanner site, for all evaluations of the task ``site``.
+
+        Columns: checkpoint, sites, bacc, chance, leakage (0 none, 1 complete), external_mae (years), openbhb.
+        """
+        return age_and_site.site_leakage_table(self.evaluations)
+
+    @cached_property
+    def brain_age(self) -> pd.DataFrame:
+        """The brain-age gap before and after its correction for age, for last steps.
+
+        Columns: checkpoint, task, mae (years), slope, r_raw, gap_sd (years), r_corrected.
+        """
+        return age_and_site.brain_age_table(self.last)
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table by the name of its attribute."""
+        names = (
+            "metrics", "differences", "curves", "curve_differences", "subgroups", "calibration", "site_leakage", "brain_age",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
     @property
     def simulated(self) -> bool:
-        """Whether any of the checkpoints was judged on simulated scans."""
-        return any(run["tags"].get("yaware.simulated") == "True" for each in self.judged for run in each.runs)
+        """Whether any checkpoint was evaluated on simulated scans."""
+        return any(evaluation.simulated for evaluation in self.evaluations)
+
+    @cached_property
+    def tasks(self) -> dict[str, TaskSummary]:
+        """Tasks by name, in the order of the evaluations."""
+        summaries: dict[str, TaskSummary] = {}
+        for evaluation in self.evaluations:
+            for task in evaluation.tasks:
+                if task not in summaries:
+                    summaries[task] = _summarise(evaluation.of(task))
+        return summaries
 
     @property
-    def tasks(self) -> dict[str, tuple[str, str]]:
-        """Task -> (kind, title), in the order in which they were asked for."""
-        found: dict[str, tuple[str, str]] = {}
-        for each in self.judged:
-            for task in each.tasks:
-                part = each.of(task).iloc[0]
-                found.setdefault(task, (str(part["kind"]), str(part["title"])))
-        return found
+    def over_steps(self) -> dict[str, list[CheckpointEvaluation]]:
+        """Pretraining -> its evaluations by step, for pretrainings that were evaluated at several steps.
 
-    def label(self, task: str, figure: str) -> str:
-        """A figure's name, with its unit where that is known: an MAE of ages is in years."""
-        years = figure == "mae" and all(tables.predicts_age(j.of(task)) for j in self.judged if task in j.tasks)
-        return f"{tables.LABELS[figure]} (years)" if years else tables.LABELS[figure]
+        With several protocols there is an entry for each, named after both.
+        """
+        runs: dict[str, list[CheckpointEvaluation]] = {}
+        several = len({evaluation.protocol for evaluation in self.evaluations}) > 1
+        for evaluation in sorted(self.evaluations, key=lambda evaluation: evaluation.step):
+            name = f"{evaluation.pretraining}, {evaluation.protocol}" if several else evaluation.pretraining
+            runs.setdefault(name, []).append(evaluation)
+        return {name: members for name, members in runs.items() if len({each.step for each in members}) > 1}
+
+    def label(self, task: str, metric: str) -> str:
+        """Return a metric's name for people, with its unit if that is known: the MAE of ages is in years."""
+        members = [evaluation.of(task) for evaluation in self.evaluations if task in evaluation.tasks]
+        if metric == "mae" and all(age_and_site.predicts_age(predictions) for predictions in members):
+            return f"{LABELS[metric]} (years)"
+        return LABELS[metric]
+
+    def summary(self) -> pd.DataFrame:
+        """Return the primary metric of every task as text with its interval: a row per checkpoint, a column per task."""
+        columns = {task: f"{task} {LABELS[summary.primary_metric]}" for task, summary in self.tasks.items()}
+        cells: dict[str, dict[str, str]] = {evaluation.name: {} for evaluation in self.evaluations}
+        for row in rows_of(self.metrics):
+            if row.metric == self.tasks[row.task].primary_metric:
+                cells[row.checkpoint][columns[row.task]] = with_interval(row.metric, row.value, row.low, row.high)
+        table = pd.DataFrame.from_dict(cells, orient="index", columns=list(columns.values())).fillna("-")
+        return table.rename_axis("checkpoint")
+
+    def report(self, path: str | Path = "report.html") -> list[Path]:
+        """Write the HTML report to ``path``, and its CSV tables, LaTeX tables and plots beside it; return all paths.
+
+        The files beside ``report.html`` are ``report_*.csv``, ``report.tex`` and ``report_*.png``.
+        """
+        return report.write_report(self, Path(path))
+
+    def __repr__(self) -> str:
+        """Name the experiment and show the primary metrics."""
+        return f"{self._heading()}\n{self.summary().to_string()}"
+
+    def _repr_html_(self) -> str:
+        """Show the primary metrics as a table in notebooks."""
+        return f"<p>{html.escape(self._heading())}</p>{self.summary().to_html()}"
+
+    def _heading(self) -> str:
+        data = "simulated data" if self.simulated else "data"
+        return f"Comparison of experiment {self.experiment}, {data}: value [95 % interval]"
 
 
 def compare(
     experiment: str, *, tracking_uri: str | None = None, filter: str = "", against: str | None = None
 ) -> Comparison:
-    """Read the newest evaluation of every checkpoint, protocol and task of an experiment, and compare them in pairs.
+    """Compare the newest evaluation of every checkpoint, protocol and task of an MLflow experiment.
 
-    ``filter`` is one of MLflow's over the evaluation runs, such as ``tags.`yaware.method` = 'SimCLR'``. ``against`` names
-    the checkpoint that others of its protocol are compared with; by default each is with each, while there are few.
-    UserError where the store has no such experiment or checkpoint.
+    Args:
+        experiment: name of the MLflow experiment.
+        tracking_uri: MLflow store; by default MLFLOW_TRACKING_URI, or else mlruns/mlflow.db.
+        filter: MLflow filter over the evaluation runs, for example ``tags.`yaware.method` = 'SimCLR'``.
+        against: name of the checkpoint that all others of its protocol are compared with. By default each is compared
+            with each, or with the first if a protocol has more than six.
+
+    Raises:
+        UserError: if the store has no such experiment, no finished evaluation in it, or no checkpoint named ``against``.
     """
     uri = tracking_uri or default_uri()
-    finished = _finished(uri, experiment, filter)
-    names_of = _names(finished)
-    with tempfile.TemporaryDirectory() as temporary:
-        found = [_read(uri, runs, *names_of[key], Path(temporary)) for key, runs in finished.items()]
-    judged, superseded = [each for each, _ in found], [line for _, lines in found for line in lines]
-    names = [each.name for each in last_steps(judged)]
+    evaluations, superseded = read_evaluations(uri, experiment, filter)
+    names = [evaluation.name for evaluation in last_steps(evaluations)]
     if against is not None and against not in names:
-        raise UserError(f"--against={against} is none of the checkpoints: {', '.join(names)}")
-    table = tables.metrics_table(judged)
-    judged = _ordered(judged, table)
-    last = last_steps(judged)
+        raise UserError(f"--against={against} is not a checkpoint of this comparison; choose one of {', '.join(names)}")
+    metrics = tables.metrics_table(evaluations)
+    evaluations = _best_first(evaluations, metrics)
+    last = last_steps(evaluations)
     differences, unpaired = tables.differences_table(last, against)
-    curve_differences, other_draws = curves.curve_differences(last, against)
-    pretrained = {str(each.run["tags"].get("yaware.pretraining_run")): each.series for each in judged}
-    runs = [run for run in reversed(store.runs(uri, experiment, "pretraining")) if run["run_id"] in pretrained]
+    curve_differences, unpaired_curves = curves.curve_differences(last, against)
+    pretrainings = _pretrainings(uri, experiment, evaluations)
     trainings = {
-        pretrained[run["run_id"]]: {metric: store.metric_history(uri, run["run_id"], metric) for metric in CURVES}
-        for run in runs
+        name: {metric: store.metric_history(uri, run["run_id"], metric) for metric in TRAINING_METRICS}
+        for name, run in pretrainings.items()
     }
+    order = {evaluation.name: number for number, evaluation in enumerate(evaluations)}
+    metrics = metrics.sort_values(
+        "checkpoint", key=lambda column: column.map(order), kind="stable", ignore_index=True
+    )  # fmt: skip
     return Comparison(
-        experiment, uri, judged, last, {name: logged for name, logged in trainings.items() if logged["loss"]},
-        _in_order(table, judged), differences, curves.curves_table(last), curve_differences,
-        unpaired + other_draws, superseded, [_provenance(each, run) for each in judged for run in each.runs],
-        {pretrained[run["run_id"]]: run["params"] for run in runs},
+        experiment=experiment, uri=uri, evaluations=evaluations, last=last,
+        trainings={name: history for name, history in trainings.items() if history["loss"]},
+        metrics=metrics, differences=differences, curves=curves.curves_table(last), curve_differences=curve_differences,
+        unpaired=unpaired + unpaired_curves, superseded=superseded,
+        provenance=[_provenance(evaluation, run) for evaluation in evaluations for run in evaluation.runs],
+        recipes={name: run["params"] for name, run in pretrainings.items()},
     )  # fmt: skip
 
 
-def last_steps(judged: list[Judged]) -> list[Judged]:
-    """Of each run and protocol the evaluation of its last step, in the given order."""
-    step: dict[tuple[str, str], int] = {}
-    for each in judged:
-        key = each.series, each.protocol
-        step[key] = max(each.step, step.get(key, -1))
-    return [each for each in judged if each.step == step[each.series, each.protocol]]
+def _summarise(predictions: pd.DataFrame) -> TaskSummary:
+    kind, participants = str(predictions["kind"].iloc[0]), predictions["participant"]
+    positives = participants[predictions["label"] == 1].nunique() if kind == "binary" else 0
+    classes = predictions["label"].nunique() if kind == "multiclass" else 0
+    title = str(predictions["title"].iloc[0])
+    return TaskSummary(kind, title, len(predictions), participants.nunique(), positives, classes)
 
 
-def _finished(uri: str, experiment: str, filter: str) -> dict[Key, list[Run]]:
-    """The finished evaluations of each checkpoint by each protocol, newest first; UserError where there is none."""
-    found: dict[Key, list[Run]] = {}
-    for run in store.runs(uri, experiment, "evaluation", filter):  # newest first
-        if run["status"] == "FINISHED":
-            tags = run["tags"]
-            key = Key(
-                tags["yaware.run_name"], tags.get("yaware.pretraining_run", ""), tags["yaware.step"],
-                tags.get("yaware.weights_sha256", ""), ProtocolVariant.from_tags(tags),
-            )  # fmt: skip
-            found.setdefault(key, []).append(run)
-    if not found:
-        what = f" that fits --filter {filter!r}" if filter else ""
-        raise UserError(
-            f"experiment {experiment!r} in {uri} has no finished evaluation{what}; run `yaware evaluate` first"
-        )
-    return found
-
-
-def _names(keys: Collection[Key]) -> dict[Key, tuple[str, str]]:
-    """The pretraining's name and the evaluation's of each, with as much behind it as tells it from all others."""
-    pretrainings = {key.name: {k.pretraining for k in keys if k.name == key.name} for key in keys}
-    several = len({key.variant for key in keys}) > 1
-    named = {}
-    for key in keys:
-        mine = [k for k in keys if (k.name, k.pretraining) == (key.name, key.pretraining)]
-        series = key.name
-        if len(pretrainings[key.name]) > 1 and key.pretraining:
-            series += f" ({key.pretraining[:DIGITS]})"
-        parts = [series, *[f"step {key.step}"] * (len({k.step for k in mine}) > 1)]
-        if len({k.weights for k in mine if k.step == key.step}) > 1:
-            parts.append(f"weights {key.weights[:DIGITS]}")
-        # Baselines are already named after their protocol.
-        label = key.variant.label
-        behind = key.variant.options if key.variant.is_baseline else [label] * bool(label)
-        named[key] = series, ", ".join([*parts, *behind * several])
-    return named
-
-
-def _read(uri: str, runs: list[Run], series: str, name: str, folder: Path) -> tuple[Judged, list[str]]:
-    """A checkpoint's evaluations by one protocol (newest first) as one, and a line for each that counts no more.
-
-    Of a task that was evaluated several times the newest answers count.
-    """
-    predictions, curve, lines = [], [], []
-    saliency: dict[str, dict[str, Any]] = {}
-    source: dict[str, Run] = {}
-    embedding = pd.DataFrame()
-    for run in runs:
-        asked = {Path(task).stem for task in run["params"].get("tasks", "").split(",") if task}
-        known = set(source)
-        if not asked or asked - known:
-            path = store.download(uri, run["run_id"], "evaluation", folder / run["run_id"])
-            part = pd.read_parquet(path / "predictions.parquet")
-            asked = set(part["task"])
-            source |= {task: run for task in dict.fromkeys(part["task"]) if task not in known}
-            predictions.append(part[~part["task"].isin(known)])
-            if (path / "curve.csv").stat().st_size > 1:
-                part = pd.read_csv(path / "curve.csv")
-                curve.append(part[~part["task"].isin(known)])
-            saliency = {**_saliency(path), **saliency}
-            embedding = embedding if len(embedding) else pd.read_parquet(path / "embedding.parquet")
-        if asked & known:
-            lines.append(_superseded(name, run, {task: source[task] for task in source if task in asked & known}))
-    earlier = {task: run for task, run in source.items() if run is not runs[0]}
-    return Judged(name, runs[0], _joined(predictions), _joined(curve), embedding, saliency, series, earlier), lines
-
-
-def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
-    """Tables below each other; those without rows say nothing of the columns."""
-    parts = [part for part in parts if len(part)]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-
-
-def _superseded(name: str, run: Run, newer: dict[str, Run]) -> str:
-    """A line on tasks of an evaluation that a newer one answers."""
-    shards = {each["tags"].get("yaware.manifest_digest") for each in (run, *newer.values())}
-    by = ", ".join(dict.fromkeys(each["run_id"][:10] for each in newer.values()))
-    other = " on other shards" * (len(shards) > 1)
-    return f"{name}: {', '.join(newer)} of evaluation {run['run_id'][:10]}{other}, by {by}"
-
-
-def _saliency(path: Path) -> dict[str, dict[str, Any]]:
-    """Task -> the arrays of its stored map."""
-    found = {}
-    for file in sorted(path.glob("saliency_*.npz")):
-        with np.load(file) as stored:
-            found[file.stem.removeprefix("saliency_")] = {key: stored[key] for key in stored.files}
-    return found
-
-
-def _ordered(judged: list[Judged], table: pd.DataFrame) -> list[Judged]:
-    """Runs by the mean AUC over binary tasks of their last step, best first; of a run the last step first."""
-    auc = table[
-        (table["metric"] == "auc") & table["task"].isin([t for j in judged for t in j.tasks if j.kind(t) == "binary"])
-    ]
+def _best_first(evaluations: list[CheckpointEvaluation], metrics: pd.DataFrame) -> list[CheckpointEvaluation]:
+    """Sort pretrainings by their last step's mean AUC over binary tasks; within a pretraining, the last step comes first."""
+    binary = {task for each in evaluations for task in each.tasks if each.kind(task) == "binary"}
+    auc = metrics[(metrics["metric"] == "auc") & metrics["task"].isin(binary)]
     mean = auc.groupby("checkpoint")["value"].mean()
-    rank = {(each.series, each.protocol): float(mean.get(each.name, 0.0)) for each in last_steps(judged)}
-    return sorted(judged, key=lambda j: (-rank[j.series, j.protocol], j.series, j.protocol, -j.step))
+    rank = {(each.pretraining, each.protocol): float(mean.get(each.name, 0.0)) for each in last_steps(evaluations)}
+    return sorted(
+        evaluations,
+        key=lambda each: (-rank[each.pretraining, each.protocol], each.pretraining, each.protocol, -each.step),
+    )
 
 
-def _in_order(table: pd.DataFrame, judged: list[Judged]) -> pd.DataFrame:
-    """A table's rows in the order of the checkpoints."""
-    place = {each.name: number for number, each in enumerate(judged)}
-    return table.sort_values("checkpoint", key=lambda column: column.map(place), kind="stable", ignore_index=True)
+def _pretrainings(uri: str, experiment: str, evaluations: list[CheckpointEvaluation]) -> dict[str, Run]:
+    """Return the runs that pretrained the checkpoints by name, oldest first."""
+    names = {str(each.run["tags"].get("yaware.pretraining_run")): each.pretraining for each in evaluations}
+    runs = reversed(store.runs(uri, experiment, "pretraining"))
+    return {names[run["run_id"]]: run for run in runs if run["run_id"] in names}
 
 
-def _provenance(each: Judged, run: Run) -> dict[str, str]:
-    """A row for one of the evaluations of a checkpoint; with its tasks where there are several."""
+def _provenance(evaluation: CheckpointEvaluation, run: Run) -> dict[str, str]:
+    """Describe an evaluation run; its tasks are named if the checkpoint has several runs."""
     tags, params = run["tags"], run["params"]
-    tasks = [task for task in each.tasks if each.run_of(task)["run_id"] == run["run_id"]]
+    tasks = [task for task in evaluation.tasks if evaluation.run_of(task)["run_id"] == run["run_id"]]
     settings = [f"{params[key]} {key}" for key in ("folds", "draws") if params.get(key)]
     return {
-        "checkpoint": each.name + f" ({', '.join(tasks)})" * (len(each.runs) > 1),
+        "checkpoint": evaluation.name + (f" ({', '.join(tasks)})" if len(evaluation.runs) > 1 else ""),
         "method": tags.get("yaware.method", ""),
         "encoder": tags.get("yaware.encoder", "") or "-",
         "step": tags.get("yaware.step", ""),
@@ -240,5 +266,5 @@ def _provenance(each: Judged, run: Run) -> dict[str, str]:
         "pretraining run": tags.get("yaware.pretraining_run", "")[:10] or "-",
         "evaluation run": run["run_id"][:10],
         "version": tags.get("yaware.version", ""),
-        "protocol": ", ".join([*[each.protocol] * bool(each.protocol), *settings, f"seed {params.get('seed')}"]),
+        "protocol": ", ".join(filter(None, [evaluation.protocol, *settings, f"seed {params.get('seed')}"])),
     }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evaluation.comparison.tables import LABELS, p_text, rows_of, shown
-from evaluation.statistics.metrics import METRICS
+from evaluation.comparison.formats import LABELS, number, p_text, rows_of, signed
 
 if TYPE_CHECKING:
     from evaluation.comparison.comparison import Comparison
@@ -14,55 +14,97 @@ if TYPE_CHECKING:
 ESCAPES = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "²": r"\textsuperscript{2}",
+    "²": r"\textsuperscript{2}", "−": r"$-$",
 }  # fmt: skip
+
+Content = tuple[list[str], list[list[str]]]  # head, rows
 
 
 def to_latex(comparison: Comparison) -> str:
-    """Two tables: figures by checkpoint and task, and paired differences. Needs \\usepackage{booktabs}."""
-    data = " Simulated data." if comparison.simulated else ""
-    lines = [
-        f"% experiment {' '.join(comparison.experiment.split())}; needs \\usepackage{{booktabs}}",
-        *_table(*_figures(comparison), f"Value and 95\\,\\% interval (BCa bootstrap over participants).{data}"),
-        "",
-        *_table(
-            *_differences(comparison),
-            "Paired differences on the same scans with 95\\,\\% intervals; AUC: DeLong's test, other figures: paired "
-            f"bootstrap; $p$ corrected by Holm over all rows.{data}",
+    """Return the comparison as LaTeX source: primary metrics, paired differences, and site leakage and brain age if evaluated.
+
+    The document needs ``\\usepackage{booktabs}``.
+    """
+    tables = [
+        (
+            _metrics(comparison),
+            "Primary metric of each task with its 95\\,\\% interval (BCa bootstrap over participants).",
+        ),
+        (
+            _differences(comparison),
+            "Paired differences between checkpoints on the same scans, with 95\\,\\% intervals. AUC: DeLong's test; other "
+            "metrics: paired bootstrap over participants. $p$ (Holm) is corrected over all rows.",
         ),
     ]
-    return "\n".join(lines) + "\n"
+    if len(comparison.site_leakage):
+        caption = (
+            "How well the features tell the scanner site. Leakage is 0 at chance and 1 if every site is recognised. The "
+            "OpenBHB score is the balanced accuracy to the power of 0.3, times the age MAE on sites left out of training."
+        )
+        tables.append((_site_leakage(comparison), caption))
+    if len(comparison.brain_age):
+        caption = (
+            "Brain-age gap (predicted minus real age). The MAE is that of the uncorrected predictions. The correction removes "
+            "the gap's linear dependence on age, which is estimated on participants outside the fold."
+        )
+        tables.append((_brain_age(comparison), caption))
+    note = " Simulated data." if comparison.simulated else ""
+    head = f"% experiment {' '.join(comparison.experiment.split())}; needs \\usepackage{{booktabs}}\n"
+    return head + "\n".join(_table(*content, caption + note) for content, caption in tables)
 
 
 def escape(text: str) -> str:
-    """Text as LaTeX shows it, letter by letter."""
-    return "".join(ESCAPES.get(letter, letter) for letter in text)
+    """Escape every character that LaTeX treats specially; the hyphen of a negative number becomes a minus sign."""
+    return "".join(ESCAPES.get(character, character) for character in re.sub(r"(?<![\w-])-(?=\d)", "−", text))
 
 
-def _figures(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    keys = [(task, next(iter(METRICS[kind]))) for task, (kind, _) in comparison.tasks.items()]
-    head = ["checkpoint", *(f"{comparison.tasks[task][1]}, {LABELS[figure]}" for task, figure in keys)]
-    rows = []
-    for name, part in comparison.table.groupby("checkpoint", sort=False):
-        found = {(r.task, r.metric): shown(str(r.metric), r.value, r.low, r.high) for r in rows_of(part)}
-        rows.append([str(name), *(found.get(key, "-") for key in keys)])
-    return head, rows
+def _metrics(comparison: Comparison) -> Content:
+    summary = comparison.summary()
+    head = [f"{task.title}, {LABELS[task.primary_metric]}" for task in comparison.tasks.values()]
+    return ["checkpoint", *head], [[str(name), *row] for name, row in summary.iterrows()]
 
 
-def _differences(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+def _differences(comparison: Comparison) -> Content:
     head = ["task", "metric", "pair", "difference", "p", "p (Holm)"]
     rows = [
-        [str(r.task), LABELS[str(r.metric)], f"{r.first} - {r.second}", f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]",
+        [comparison.tasks[r.task].title, LABELS[r.metric], f"{r.first} − {r.second}", signed(r.difference, r.low, r.high),
          p_text(r.p), p_text(r.p_holm)]
         for r in rows_of(comparison.differences)
     ]  # fmt: skip
     return head, rows
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> list[str]:
-    text = [" & ".join(escape(cell) for cell in row) + r" \\" for row in (head, *rows)]
-    return [
+def _site_leakage(comparison: Comparison) -> Content:
+    head = [
+        "checkpoint",
+        "sites",
+        "balanced accuracy",
+        "chance",
+        "leakage",
+        "MAE on unseen sites (years)",
+        "OpenBHB score",
+    ]
+    rows = [
+        [r.checkpoint, str(r.sites), number(r.bacc, 3), number(r.chance, 3), number(r.leakage, 3), number(r.external_mae),
+         number(r.openbhb)]
+        for r in rows_of(comparison.site_leakage)
+    ]  # fmt: skip
+    return head, rows
+
+
+def _brain_age(comparison: Comparison) -> Content:
+    head = ["checkpoint", "task", "MAE (years)", "slope", "r(gap, age)", "SD of corrected gap", "r(corrected gap, age)"]
+    rows = [
+        [r.checkpoint, r.task, number(r.mae), number(r.slope), number(r.r_raw), number(r.gap_sd), number(r.r_corrected)]
+        for r in rows_of(comparison.brain_age)
+    ]
+    return head, rows
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    lines = [" & ".join(escape(cell) for cell in row) + r" \\" for row in (head, *rows)]
+    return "\n".join([
         r"\begin{table}", r"\centering", f"\\caption{{{caption}}}",
         f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule",
-        text[0], r"\midrule", *text[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}",
-    ]  # fmt: skip
+        lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+    ])  # fmt: skip

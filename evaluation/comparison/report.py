@@ -1,4 +1,4 @@
-"""One HTML file that says it all: opens from disk, needs no network, prints well, also in black and white."""
+"""The comparison as one HTML file that needs no network and prints well, with tables and plots as files beside it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import html
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evaluation.comparison import maps, sections
-from evaluation.comparison import plots as figures
-from evaluation.comparison.comparison import Comparison
+from evaluation.comparison import maps, plots, sections
 from evaluation.comparison.latex import to_latex
+from evaluation.statistics.subgroups import MINIMUM, MINIMUM_OF_A_CLASS
 from infra.files import atomic_write
 from infra.page import STYLE
 
-OWN_STYLE = """
+if TYPE_CHECKING:
+    from evaluation.comparison.comparison import Comparison
+
+REPORT_STYLE = """
 h3 { font-size: 1rem; margin: 1.3rem 0 .2rem; } p { max-width: 76ch; }
-td.n, th.n { text-align: right; white-space: nowrap; } td:first-child { min-width: 8em; } td.code { font-family: monospace; font-size: .9em; white-space: nowrap; }
+td.n, th.n { text-align: right; white-space: nowrap; } td:first-child { min-width: 8em; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
 code { font-size: .9em; background: #f4f4f4; padding: .1em .3em; overflow-wrap: anywhere; }
 nav { font-size: .92em; margin: .8rem 0; } nav a { margin-right: .8em; display: inline-block; } figure { margin: .4rem 0 0; }
@@ -34,130 +36,146 @@ a { color: inherit; } .reference td, .reference th { color: #555; font-style: it
 
 
 @dataclass(frozen=True)
-class Part:
-    """A section of the report: its title, a note, what it says (HTML), its picture, and whether there is anything to say."""
+class Section:
+    """A section of the report.
+
+    Attributes:
+        title: heading.
+        note: explanation below the heading.
+        text: returns the section's HTML.
+        plot: draws its figure.
+        bitmap: whether the page shows the figure as PNG, for many dots or voxels; others are SVG.
+        applies: whether the comparison has anything for this section.
+    """
 
     title: str
     note: str = ""
     text: Callable[[Comparison], str] | None = None
-    picture: Callable[[Comparison], Any] | None = None
-    scans: bool = False  # a picture of dots or voxels: PNG, where others are SVG
-    wanted: Callable[[Comparison], bool] = lambda comparison: True
+    plot: Callable[[Comparison], Any] | None = None
+    bitmap: bool = False
+    applies: Callable[[Comparison], bool] = lambda comparison: True
 
 
-# name -> part, in the order of the page; a picture is also written beside it as <report>_<name>.png
-PARTS: dict[str, Part] = {
-    "auc": Part(
-        "Figures by task",
-        "Value and 95 % interval: bootstrap over participants (BCa), the trained models fixed. p: labels dealt anew among "
-        "participants, one-sided; how sure the first figure is better than chance. In the picture the dashed line is chance "
-        "(for a number: what answering its median would cost).",
-        sections.figures, figures.forest,
+# Name -> section, in the order of the page. A plot is also written beside the page as <report>_<name>.png.
+SECTIONS: dict[str, Section] = {
+    "auc": Section(
+        "Metrics by task",
+        "Value [95 % interval]; the interval is a BCa bootstrap over participants with the trained models fixed. p, chance: "
+        "one-sided permutation test of the first metric being no better than chance; labels are permuted among participants. In "
+        "the plot the dashed line is chance level (for a regression, the error of always predicting the median).",
+        sections.metrics, plots.forest,
     ),
-    "learning_curve": Part(
+    "learning_curve": Section(
         "Learning curves",
-        "The same probe fitted to fewer scans; with the same seed and folds every checkpoint has the same draws, each tested on "
-        "the participants of its fold. Bars: 95 % intervals of the mean over draws, corrected for their overlap (Nadeau and Bengio). Differences are "
-        "paired by draw; a star: p at most 5 % after Holm's correction over all of them.",
-        sections.curves, figures.learning_curves, wanted=lambda c: len(c.curves) > 0,
+        "The same probe fitted to fewer training scans. With the same seed and folds, every checkpoint has the same draws, each "
+        "tested on the participants of its fold. Intervals: 95 % for the mean over draws, corrected for their overlap (Nadeau and "
+        "Bengio). Differences are paired by draw. A star marks p at most 5 % after Holm's correction over all of them.",
+        sections.curves, plots.learning_curves, applies=lambda comparison: len(comparison.curves) > 0,
     ),
-    "published": Part(
+    "published": Section(
         "Published values, for reference",
-        text=sections.published, wanted=lambda c: bool(sections.published_tasks(c)),
+        text=sections.published, applies=lambda comparison: bool(sections.published_tasks(comparison)),
     ),
-    "differences": Part(
+    "differences": Section(
         "Paired differences",
-        "First minus second, on the same scans, by the same protocol; voxels and networks from scratch also with other protocols "
-        "on the same kind of folds. AUC: DeLong's test and interval, a participant's scans taken together; other "
-        "figures: paired bootstrap over participants. p (Holm) is corrected over all rows and decides the reading at 5 %.",
+        "First minus second, on the same scans and by the same protocol. Voxels and networks from scratch are also compared with "
+        "other protocols on the same kind of folds. AUC: DeLong's test and interval, with the scans of a participant taken "
+        "together. Other metrics: paired bootstrap over participants. p (Holm) is corrected over all rows; a difference counts as "
+        "shown if it is at most 5 %.",
         sections.differences,
     ),
-    "steps": Part(
+    "steps": Section(
         "Over pretraining",
-        "The same tasks at several steps of a run. Bands: 95 % intervals over participants; points of one run share their "
-        "test scans, so bands that overlap may still differ.",
-        picture=figures.steps, wanted=lambda c: bool(figures.series_of(c)),
+        "The same tasks at several steps of a run. Bands: 95 % intervals over participants. All points of a run are measured on the "
+        "same test scans, so points with overlapping bands may still differ.",
+        plot=plots.steps, applies=lambda comparison: bool(comparison.over_steps),
     ),
-    "calibration": Part(
+    "calibration": Section(
         "Calibration",
-        "Bins of equally many scans: the mean probability given, and the share that was positive, with Wilson's 95 % interval. "
-        "On the diagonal a probability may be taken at its word. Below it, positives are fewer than said.",
-        picture=figures.calibration, wanted=lambda c: bool(figures.calibrated_tasks(c.last)),
+        "Bins of equally many scans: mean predicted probability and share of positives, with Wilson's 95 % interval. On the diagonal "
+        "the probabilities are correct; below it they are too high.",
+        plot=plots.calibration, applies=lambda comparison: len(comparison.calibration) > 0,
     ),
-    "subgroups": Part(
+    "subgroups": Section(
         "Subgroups",
-        f"The first figure of each task within women and men, age bands and sites; 95 % intervals (BCa). Groups of fewer than "
-        f"{sections.MINIMUM} participants, or with fewer than 5 of a class, are listed without a figure. These are many "
-        "looks at the same data: a gap here is a question, not a finding.",
-        sections.subgroups, wanted=lambda c: bool(sections.has_subgroups(c)),
+        "The first metric of each task within women and men, age bands and sites, with 95 % intervals (BCa). Groups of fewer than "
+        f"{MINIMUM} participants, or with fewer than {MINIMUM_OF_A_CLASS} of a class, are listed without a value. With so many "
+        "comparisons some groups differ by chance: take a gap as a question, not as a finding.",
+        sections.subgroups, applies=lambda comparison: len(comparison.subgroups) > 0,
     ),
-    "site_age": Part("Scanner and age", text=sections.site_and_age, wanted=sections.has_site_or_age),
-    "embedding_age": Part(
+    "site_age": Section(
+        "Site and age", text=sections.site_and_age,
+        applies=lambda comparison: len(comparison.site_leakage) + len(comparison.brain_age) > 0,
+    ),
+    "embedding_age": Section(
         "What the features hold",
-        "First two principal components of the features of the judged scans. Components are those of healthy people; their "
-        "signs are chosen so that age grows to the right. r: correlation of the first axis with age.",
-        picture=maps.embedding, scans=True, wanted=lambda c: bool(maps.mapped(c)),
+        "First two principal components of the features of the evaluated scans. The components are fitted to healthy people; their "
+        "signs are chosen so that age grows to the right. |r|: absolute correlation of the first component with age.",
+        plot=maps.embedding, bitmap=True, applies=lambda comparison: bool(maps.with_embedding(comparison)),
     ),
-    "umap": Part(
-        "The same by UMAP",
-        "Neighbourhoods are kept, distances are not: look for clusters of sites, not for their spacing.",
-        picture=lambda c: maps.embedding(c, ("umap_x", "umap_y")), scans=True, wanted=maps.has_umap,
+    "umap": Section(
+        "The features by UMAP",
+        "UMAP keeps neighbourhoods but not distances: look for clusters, not for the space between them.",
+        plot=lambda comparison: maps.embedding(comparison, ("umap_x", "umap_y")), bitmap=True, applies=maps.has_umap,
     ),
-    "saliency": Part(
+    "saliency": Section(
         "Where in the brain",
-        "Occlusion: a cube of the scan is set to its mean, and the brighter the cube, the more that changes the probe's score, "
-        "on average over held-out scans. Axial slices from below; left is left. It shows what the model uses, not what the "
+        "Occlusion: a cube of the scan is set to the scan's mean. The brighter the cube, the more this changes the probe's score, on "
+        "average over held-out scans. Axial slices from the bottom up; left is left. The map shows what the model uses, not what the "
         "disorder does.",
-        picture=maps.saliency, scans=True, wanted=maps.has_saliency,
+        plot=maps.saliency, bitmap=True, applies=maps.has_saliency,
     ),
-    "training_curves": Part(
-        "Pretraining", "As logged by each run; thick lines are running means over nine steps.",
-        picture=figures.training_curves, wanted=lambda c: bool(c.trainings),
+    "training_curves": Section(
+        "Pretraining", "As logged by each run; thick lines are running means over nine logged steps.",
+        plot=plots.training_curves, applies=lambda comparison: bool(comparison.trainings),
     ),
-    "provenance": Part("Provenance", text=sections.provenance),
+    "provenance": Section("Provenance", text=sections.provenance),
 }  # fmt: skip
 
 
 def write_report(comparison: Comparison, out: Path) -> list[Path]:
-    """Write the report to ``out``, and beside it two CSV tables, a LaTeX file and each picture; the paths written."""
-    stem, parts, pictures = out.stem, [], []
-    for name, part in PARTS.items():
-        if not part.wanted(comparison):
+    """Write the page to ``out``, and every table (.csv), the LaTeX tables (.tex) and every plot (.png) beside it.
+
+    Returns the paths, the page's first.
+    """
+    images: dict[str, bytes] = {}
+    content = []
+    for name, section in SECTIONS.items():
+        if not section.applies(comparison):
             continue
+        note = f'<p class="note">{html.escape(section.note)}</p>' if section.note else ""
         image = ""
-        if part.picture is not None:
-            drawn = part.picture(comparison)
-            pictures.append((out.with_name(f"{stem}_{name}.png"), figures.to_png(drawn)))
-            image = _image(part, pictures[-1][1] if part.scans else figures.to_svg(drawn))
-            figures.pyplot().close(drawn)
-        note = f'<p class="note">{html.escape(part.note)}</p>' if part.note else ""
-        text = part.text(comparison) if part.text else ""
-        parts.append((name, part.title, note + image + text))
-    beside = [
-        (out.with_name(f"{stem}_metrics.csv"), comparison.table.to_csv(index=False)),
-        (out.with_name(f"{stem}_differences.csv"), comparison.differences.to_csv(index=False)),
-        (out.with_name(f"{stem}_curves.csv"), comparison.curves.to_csv(index=False)),
-        (out.with_name(f"{stem}_curve_differences.csv"), comparison.curve_differences.to_csv(index=False)),
-        (out.with_name(f"{stem}.tex"), to_latex(comparison)),
-    ]
-    written = [(path, text.encode()) for path, text in [*beside, (out, _page(comparison, parts))]]
-    for path, content in [*pictures, *written]:
+        if section.plot is not None:
+            with plots.style():
+                figure = section.plot(comparison)
+                images[name] = plots.to_png(figure)
+                image = _image(section, images[name] if section.bitmap else plots.to_svg(figure))
+        text = section.text(comparison) if section.text else ""
+        content.append((name, section.title, note + image + text))
+    files = {out: _page(comparison, content).encode()}
+    for name, table in comparison.tables.items():
+        files[out.with_name(f"{out.stem}_{name}.csv")] = table.to_csv(index=False).encode()
+    files[out.with_name(f"{out.stem}.tex")] = to_latex(comparison).encode()
+    files |= {out.with_name(f"{out.stem}_{name}.png"): image for name, image in images.items()}
+    for path, data in files.items():
         with atomic_write(path) as stream:
-            stream.write(content)
-    return [out, *(path for path, _ in beside), *(path for path, _ in pictures)]
+            stream.write(data)
+    return list(files)
 
 
-def _image(part: Part, content: bytes) -> str:
-    kind = "png" if part.scans else "svg+xml"
-    return f'<figure><img alt="{html.escape(part.title)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}"></figure>'
+def _image(section: Section, data: bytes) -> str:
+    kind = "png" if section.bitmap else "svg+xml"
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<figure><img alt="{html.escape(section.title)}" src="{source}"></figure>'
 
 
-def _page(comparison: Comparison, parts: list[tuple[str, str, str]]) -> str:
+def _page(comparison: Comparison, content: list[tuple[str, str, str]]) -> str:
+    """Return the page; ``content`` is name, title and HTML of each section."""
     title = html.escape(f"Comparison of checkpoints: {comparison.experiment}")
-    links = " ".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in parts)
-    body = "".join(f'<section><h2 id="{name}">{heading}</h2>{text}</section>' for name, heading, text in parts)
+    links = " ".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in content)
+    body = "".join(f'<section><h2 id="{name}">{heading}</h2>{text}</section>' for name, heading, text in content)
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><title>{title}</title>"
     return (
-        f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}{OWN_STYLE}</style></head><body><h1>{title}</h1>"
+        f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}{REPORT_STYLE}</style></head><body><h1>{title}</h1>"
         f"{sections.banner(comparison)}{sections.summary(comparison)}<nav>{links}</nav>{body}</body></html>\n"
     )

@@ -1,139 +1,127 @@
-"""What the report says in words and tables, as HTML."""
+"""The report's text and tables as HTML."""
 
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from evaluation.comparison.comparison import Comparison
-from evaluation.comparison.tables import (
-    LABELS,
-    brain_age_table,
-    p_text,
-    rows_of,
-    shown,
-    site_table,
-    subgroups_table,
-    verdict,
-)
-from evaluation.statistics.metrics import METRICS
+from evaluation.comparison.formats import LABELS, LEVEL, number, p_text, rows_of, signed, verdict, with_interval
 from evaluation.tasks.published import PUBLISHED, SOURCE
 from infra.tracking.runs import ui_command
 
-MINIMUM = 20  # participants of a subgroup
-MOST_COLUMNS = 4
+if TYPE_CHECKING:
+    from evaluation.comparison.comparison import Comparison, TaskSummary
+
+MOST_COLUMNS = 4  # checkpoints side by side in the table of subgroups
+LOWER_IS_BETTER = ("mae", "brier")
 
 
 def banner(comparison: Comparison) -> str:
-    """The warning above everything made from simulated scans."""
+    """Return the warning shown above everything if scans are simulated."""
     if not comparison.simulated:
         return ""
     return (
-        '<p class="simulated"><strong>Simulated data.</strong> These scans come from a simulator, not from people: the '
-        "figures show that the pipeline works, and say nothing about real disorders.</p>"
+        '<p class="simulated"><strong>Simulated data.</strong> These scans come from a simulator, not from people. The '
+        "results show that the pipeline works. They say nothing about real disorders.</p>"
     )
 
 
 def summary(comparison: Comparison) -> str:
-    """What is compared, in one line, and where it can be looked up."""
-    names = len(comparison.last)
-    steps = f", {len(comparison.judged)} evaluations over pretraining" if len(comparison.judged) > names else ""
-    titles = ", ".join(title for _, title in comparison.tasks.values())
+    """Say in one line what is compared, and how to browse the MLflow store."""
+    count, all_steps = len(comparison.last), len(comparison.evaluations)
+    steps = f" ({all_steps} with earlier pretraining steps)" if all_steps > count else ""
+    titles = ", ".join(task.title for task in comparison.tasks.values())
     return (
-        f"<p>{names} checkpoint{'s' * (names != 1)}{steps}; tasks: {html.escape(titles)}. All of it is read from the MLflow "
-        f"store; to browse that: <code>{html.escape(ui_command(comparison.uri))}</code></p>"
+        f"<p>{count} evaluation{'s' * (count != 1)} of checkpoints{steps}. Tasks: {html.escape(titles)}. All values are read from the "
+        f"MLflow store; browse it with <code>{html.escape(ui_command(comparison.uri))}</code></p>"
     )
 
 
-def figures(comparison: Comparison) -> str:
-    """A table for each task: every figure of every checkpoint."""
+def metrics(comparison: Comparison) -> str:
+    """Return a table for each task: every metric of every checkpoint."""
     parts = []
-    for task, (kind, title) in comparison.tasks.items():
-        part = comparison.table[comparison.table["task"] == task]
-        names = list(dict.fromkeys(part["metric"]))
+    for task, about in comparison.tasks.items():
+        table = comparison.metrics[comparison.metrics["task"] == task]
+        names = list(dict.fromkeys(table["metric"]))
         rows = []
-        for name, mine in part.groupby("checkpoint", sort=False):
-            found = {str(r.metric): r for r in rows_of(mine)}
-            cells = [shown(n, found[n].value, found[n].low, found[n].high) if n in found else "-" for n in names]
-            first = found.get(next(iter(METRICS[kind])))
-            rows.append([str(name), *cells, p_text(float(first.p_chance)) if first else "-"])
-        labels = [f"{comparison.label(task, name)} {_better(task, name)}" for name in names]
-        table = _table(["checkpoint", *labels, "p, chance"], rows)
+        for checkpoint, group in table.groupby("checkpoint", sort=False):
+            by_metric = {r.metric: r for r in rows_of(group)}
+            cells = [
+                with_interval(name, by_metric[name].value, by_metric[name].low, by_metric[name].high)
+                if name in by_metric else "-"
+                for name in names
+            ]  # fmt: skip
+            rows.append([str(checkpoint), *cells, p_text(by_metric[about.primary_metric].p_chance)])
+        labels = [f"{comparison.label(task, name)} {_arrow(task, name)}" for name in names]
         parts.append(
-            f"<h3>{html.escape(title)}</h3><p class='note'>{html.escape(_counts(comparison, task))}</p>{table}"
+            f"<h3>{html.escape(about.title)}</h3><p class='note'>{html.escape(_counts(about))}</p>"
+            + _table(["checkpoint", *labels, "p, chance"], rows)
         )
     return "".join(parts)
 
 
-def _counts(comparison: Comparison, task: str) -> str:
-    part = next(each.of(task) for each in comparison.judged if task in each.tasks)
-    text = f"{len(part)} scans of {part['participant'].nunique()} participants"
-    if part["kind"].iloc[0] == "binary":
-        people = part.groupby("label")["participant"].nunique()
-        return f"{text}, {people.get(1.0, 0)} of them positive"
-    if part["kind"].iloc[0] == "multiclass":
-        return f"{text}, {part['label'].nunique()} classes"
-    return text
+def _counts(task: TaskSummary) -> str:
+    text = f"{task.scans} scans of {task.participants} participants"
+    if task.kind == "binary":
+        return f"{text}, {task.positives} of them positive"
+    return f"{text}, {task.classes} classes" if task.kind == "multiclass" else text
 
 
-def _better(task: str, figure: str) -> str:
-    """An arrow to the better side; for site the worse answer is the better encoder."""
-    down = figure in ("mae", "brier")
-    if task == "site":
-        down = not down
+def _arrow(task: str, metric: str) -> str:
+    """Return an arrow to the better side; features that tell the site poorly are the better ones."""
+    down = (metric in LOWER_IS_BETTER) != (task == "site")
     return "↓" if down else "↑"
 
 
 def curves(comparison: Comparison) -> str:
-    """Mean AUC by training size, with the number of draws."""
+    """Return two tables for each task: mean AUC by training size, and its paired differences."""
     parts = []
-    tasks = [task for task in comparison.tasks if task in set(comparison.curves["task"])]
-    for task in tasks:
-        part = comparison.curves[comparison.curves["task"] == task]
-        sizes = sorted(set(part["n_train"]))
+    for task, about in comparison.tasks.items():
+        table = comparison.curves[comparison.curves["task"] == task]
+        if not len(table):
+            continue
+        sizes = sorted(set(table["n_train"]))
         rows = []
-        for name, mine in part.groupby("checkpoint", sort=False):
-            found = {int(r.n_train): shown("auc", r.auc, r.low, r.high) for r in rows_of(mine)}
-            rows.append([str(name), *(found.get(size, "-") for size in sizes)])
-        draws = " or ".join(str(count) for count in sorted(set(part["draws"])))
-        title = html.escape(comparison.tasks[task][1])
-        parts.append(
-            f"<h3>{title}: AUC by training scans, mean of {draws} draws</h3>{_table(['checkpoint', *map(str, sizes)], rows)}"
-            + _curve_differences(comparison, task, sizes)
-        )
+        for checkpoint, group in table.groupby("checkpoint", sort=False):
+            cells = {r.n_train: with_interval("auc", r.auc, r.low, r.high) for r in rows_of(group)}
+            rows.append([str(checkpoint), *(cells.get(size, "-") for size in sizes)])
+        draws = " or ".join(str(count) for count in sorted(set(table["draws"])))
+        title = f"{about.title}: AUC by number of training scans, mean of {draws} draws"
+        parts.append(f"<h3>{html.escape(title)}</h3>{_table(['checkpoint', *map(str, sizes)], rows)}")
+        parts.append(_curve_differences(comparison, task, sizes))
     return "".join(parts)
 
 
 def _curve_differences(comparison: Comparison, task: str, sizes: Sequence[int]) -> str:
-    """Pairs down, training sizes across; a star where Holm's p is 0.05 or less."""
-    table = comparison.curve_differences
-    mine = table[table["task"] == task]
+    """Return a table of pairs (rows) and training sizes (columns), with a star where Holm's p is at most LEVEL."""
+    table = comparison.curve_differences[comparison.curve_differences["task"] == task]
     rows = []
-    for (first, second), part in mine.groupby(["first", "second"], sort=False):
-        found = {
-            int(r.n_train): _signed(r.difference, r.low, r.high) + "*" * bool(r.p_holm <= 0.05) for r in rows_of(part)
-        }
-        rows.append([f"{first} − {second}", *(found.get(size, "-") for size in sizes)])
+    for (first, second), group in table.groupby(["first", "second"], sort=False):
+        cells = {
+            r.n_train: signed(r.difference, r.low, r.high) + ("*" if r.p_holm <= LEVEL else "") for r in rows_of(group)
+        }  # fmt: skip
+        rows.append([f"{first} − {second}", *(cells.get(size, "-") for size in sizes)])
     return _table(["difference", *map(str, sizes)], rows) if rows else ""
 
 
 def published_tasks(comparison: Comparison) -> list[str]:
-    """Tasks of the comparison for which the paper gives figures."""
+    """Return the tasks of the comparison for which the paper gives values."""
     return [task for task in comparison.tasks if task in PUBLISHED]
 
 
 def published(comparison: Comparison) -> str:
-    """The paper's own figures, marked as such."""
+    """Return the paper's values, marked as such."""
     tasks = published_tasks(comparison)
-    kind = "simulated scans and " if comparison.simulated else ""
+    simulated = " The scans above are simulated." if comparison.simulated else ""
     note = (
-        f"<p class='note'>Not measured here. AUC of linear probes read off the figure of {SOURCE}, on other scans, after "
-        f"pretraining on 10,000; they cannot be compared with {kind}figures above beyond their shape.</p>"
+        f"<p class='note'>These values were not measured here. They are AUCs of linear probes after pretraining on 10,000 scans, read "
+        f"off the figure of {SOURCE}. The scans differ from those above, so compare the shape of the curves, not the "
+        f"values.{simulated}</p>"
     )
     methods = list(next(iter(PUBLISHED[tasks[0]].values())))
     rows = [
-        [f"{comparison.tasks[task][1]}, {size} training scans", *(f"{row[method]:.3f}" for method in methods)]
+        [f"{comparison.tasks[task].title}, {size} training scans", *(f"{row[method]:.3f}" for method in methods)]
         for task in tasks
         for size, row in PUBLISHED[task].items()
     ]
@@ -141,62 +129,55 @@ def published(comparison: Comparison) -> str:
 
 
 def differences(comparison: Comparison) -> str:
-    """A table for each task: every pair of checkpoints."""
-    parts, table = [], comparison.differences
-    for task, part in table.groupby("task", sort=False):
-        figure, by_delong = str(part["metric"].iloc[0]), part["test"].iloc[0] == "DeLong"
-        head = ["pair", "difference [95 %]", *["bootstrap [95 %]"] * by_delong, "p", "p (Holm)", "reading"]
+    """Return a table for each task: every pair of checkpoints."""
+    parts = []
+    for task, table in comparison.differences.groupby("task", sort=False):
+        metric, delong = str(table["metric"].iloc[0]), table["test"].iloc[0] == "DeLong"
+        head = ["pair", "difference [95 %]", *["bootstrap [95 %]"] * delong, "p", "p (Holm)", "result"]
         rows = [
-            [f"{r.first} − {r.second}", _signed(r.difference, r.low, r.high),
-             *[f"[{r.boot_low:+.3f}, {r.boot_high:+.3f}]"] * by_delong, p_text(r.p), p_text(r.p_holm), verdict(r)]
-            for r in rows_of(part)
+            [f"{r.first} − {r.second}", signed(r.difference, r.low, r.high),
+             *[f"[{r.boot_low:+.3f}, {r.boot_high:+.3f}]"] * delong, p_text(r.p), p_text(r.p_holm), verdict(r)]
+            for r in rows_of(table)
         ]  # fmt: skip
-        test = "DeLong's test" if by_delong else "paired bootstrap"
-        title = html.escape(f"{comparison.tasks[str(task)][1]}: {comparison.label(str(task), figure)}, {test}")
+        test = "DeLong's test" if delong else "paired bootstrap"
+        title = html.escape(f"{comparison.tasks[str(task)].title}: {comparison.label(str(task), metric)}, {test}")
         parts.append(f"<h3>{title}</h3>{_table(head, rows, words=(0, len(head) - 1))}")
     if comparison.unpaired:
-        missing = "".join(f"<li>{html.escape(text)}</li>" for text in comparison.unpaired)
-        parts.append(f"<p class='note'>Not compared:</p><ul>{missing}</ul>")
-    return "".join(parts) or "<p>No two checkpoints judged by one protocol: nothing to compare.</p>"
-
-
-def has_subgroups(comparison: Comparison) -> bool:
-    """Whether predictions came with sex, age or site."""
-    return any({"sex", "age", "site"} & set(each.predictions) for each in comparison.last)
+        parts.append(f"<p class='note'>Not compared:</p>{_list(comparison.unpaired)}")
+    return "".join(parts) or "<p>There is nothing to compare: no two checkpoints were evaluated by one protocol.</p>"
 
 
 def subgroups(comparison: Comparison) -> str:
-    """A table for each task: groups down, the first few checkpoints across."""
-    judged = comparison.last[:MOST_COLUMNS]
-    table, parts = subgroups_table(judged, MINIMUM), []
-    for task, part in table.groupby("task", sort=False):
-        names = list(dict.fromkeys(part["checkpoint"]))
-        figure = str(part["metric"].iloc[0])
+    """Return a table for each task: subgroups (rows) and the first few checkpoints (columns)."""
+    shown = [evaluation.name for evaluation in comparison.last[:MOST_COLUMNS]]
+    all_rows = comparison.subgroups
+    parts = []
+    for task, table in all_rows[all_rows["checkpoint"].isin(shown)].groupby("task", sort=False):
+        names = list(dict.fromkeys(table["checkpoint"]))
+        metric = str(table["metric"].iloc[0])
         rows = []
-        for (by, group, people, scans), mine in part.groupby(["by", "group", "participants", "scans"], sort=False):
-            found = {r.checkpoint: str(r.note) or shown(figure, r.value, r.low, r.high) for r in rows_of(mine)}
-            rows.append([f"{by} {group}", str(people), str(scans), *(found.get(name, "-") for name in names)])
-        title = f"{comparison.tasks[str(task)][1]}: {LABELS[figure]}"
+        for (by, group, people, scans), members in table.groupby(["by", "group", "participants", "scans"], sort=False):
+            cells = {r.checkpoint: r.note or with_interval(metric, r.value, r.low, r.high) for r in rows_of(members)}
+            rows.append([f"{by} {group}", str(people), str(scans), *(cells.get(name, "-") for name in names)])
+        title = f"{comparison.tasks[str(task)].title}: {LABELS[metric]}"
         parts.append(f"<h3>{html.escape(title)}</h3>{_table(['group', 'participants', 'scans', *names], rows)}")
-    more = len(comparison.last) - len(judged)
-    note = f"<p class='note'>The first {len(judged)} checkpoints; {more} more were judged.</p>" if more > 0 else ""
+    more = len(comparison.last) - len(shown)
+    note = (
+        f"<p class='note'>The first {len(shown)} checkpoints; the CSV table beside this report has {more} more.</p>"
+        if more
+        else ""
+    )
     return note + "".join(parts)
 
 
-def has_site_or_age(comparison: Comparison) -> bool:
-    """Whether the site task was judged, or an age with its folds."""
-    return len(site_table(comparison.judged)) > 0 or len(brain_age_table(comparison.last)) > 0
-
-
 def site_and_age(comparison: Comparison) -> str:
-    """Site leakage with the OpenBHB score, and the brain-age gap before and after its correction."""
+    """Return the tables of site leakage and of the brain-age gap."""
     parts = []
-    sites = site_table(comparison.judged)
-    if len(sites):
+    if len(comparison.site_leakage):
         rows = [
-            [str(r.checkpoint), str(r.sites), f"{r.bacc:.3f}", f"{1 / r.sites:.3f}", f"{r.leakage:.3f}",
-             _number(r.external_mae), _number(r.openbhb)]
-            for r in rows_of(sites)
+            [r.checkpoint, str(r.sites), number(r.bacc, 3), number(r.chance, 3), number(r.leakage, 3),
+             number(r.external_mae), number(r.openbhb)]
+            for r in rows_of(comparison.site_leakage)
         ]  # fmt: skip
         head = [
             "checkpoint",
@@ -208,47 +189,52 @@ def site_and_age(comparison: Comparison) -> str:
             "OpenBHB score ↓",
         ]
         parts.append(
-            "<h3>Site</h3><p class='note'>Leakage: 0 when the features hold nothing of the site, 1 when they give it away. "
-            "OpenBHB score: balanced accuracy^0.3 x age MAE on sites left out of training; it needs an evaluation of age with sites "
-            f"left out.</p>{_table(head, rows)}"
+            "<h3>Site</h3><p class='note'>Leakage is 0 if the site is told no better than by chance, and 1 if every site is "
+            "recognised. OpenBHB score: balanced accuracy to the power of 0.3, times the age MAE in years on sites left out of "
+            f"training. It needs an evaluation of age with --leave-site-out.</p>{_table(head, rows)}"
         )
-    ages = brain_age_table(comparison.last)
-    if len(ages):
+    if len(comparison.brain_age):
         rows = [
             [
-                str(r.checkpoint),
+                r.checkpoint,
                 f"{r.mae:.2f}",
                 f"{r.slope:.2f}",
                 f"{r.r_raw:+.2f}",
                 f"{r.gap_sd:.2f}",
                 f"{r.r_corrected:+.2f}",
             ]
-            for r in rows_of(ages)
+            for r in rows_of(comparison.brain_age)
         ]
-        head = ["checkpoint", "MAE (years) ↓", "slope", "r(gap, age)", "SD of corrected gap", "r(corrected gap, age)"]
+        head = [
+            "checkpoint", "MAE (years) ↓", "slope", "r(gap, age)", "SD of corrected gap (years)", "r(corrected gap, age)",
+        ]  # fmt: skip
         parts.append(
-            "<h3>Brain-age gap</h3><p class='note'>Predicted minus real age. The line of predicted over real age (slope 1 would "
-            "be unbiased) is fitted on people outside the fold and taken off. The MAE is the raw one: a corrected MAE would use the real "
+            "<h3>Brain-age gap</h3><p class='note'>The gap is predicted minus real age. For the corrected gap, a line of predicted "
+            "over real age is fitted to participants outside the fold and subtracted from the prediction; a slope of 1 would be "
+            "unbiased. The MAE is of the uncorrected predictions, because a corrected prediction uses the real "
             f"age.</p>{_table(head, rows)}"
         )
     return "".join(parts)
 
 
 def provenance(comparison: Comparison) -> str:
-    """Where every checkpoint and its evaluation come from, and the recipes of the pretrainings."""
+    """Return the origin of every checkpoint and evaluation, and the recipes of the pretrainings."""
     head = list(comparison.provenance[0])
-    where = _table(head, [[row[key] for key in head] for row in comparison.provenance], words=range(len(head)))
-    note = "<p class='note'>Weights and manifest: the first 10 digits of their SHA-256; runs: of their MLflow ids.</p>"
+    rows = [[row[key] for key in head] for row in comparison.provenance]
+    parts = [
+        "<p class='note'>Weights and manifest: first 10 digits of their SHA-256. Runs: first 10 digits of their MLflow ids.</p>",
+        _table(head, rows, words=range(len(head))),
+    ]
     if comparison.superseded:
-        lines = "".join(f"<li>{html.escape(text)}</li>" for text in comparison.superseded)
-        where += (
-            f"<p class='note'>Superseded: tasks evaluated again, of which the newer answers count.</p><ul>{lines}</ul>"
+        parts.append(
+            "<p class='note'>Superseded: these tasks were evaluated again, and the newer results are used.</p>"
+            + _list(comparison.superseded)
         )
-    return note + where + _recipes(comparison.recipes)
+    return "".join(parts) + _recipes(comparison.recipes)
 
 
 def _recipes(recipes: dict[str, dict[str, str]]) -> str:
-    """What the pretrainings' recipes differ in, and folded away what they share."""
+    """Return the keys in which the recipes differ, and the others in a part that unfolds."""
     keys = sorted({key for recipe in recipes.values() for key in recipe})
     if not keys:
         return ""
@@ -257,30 +243,27 @@ def _recipes(recipes: dict[str, dict[str, str]]) -> str:
     parts = []
     if differ:
         rows = [[key, *(recipes[name].get(key, "-") for name in names)] for key in differ]
-        parts.append(f"<h3>Recipes: what differs</h3>{_table(['key', *names], rows, words=range(len(names) + 1))}")
+        parts.append(f"<h3>Recipes: differences</h3>{_table(['key', *names], rows, words=range(len(names) + 1))}")
     shared = [[key, recipes[names[0]][key]] for key in keys if key not in differ]
+    title = f"{len(shared)} keys with the same value in all recipes" if len(names) > 1 else f"Recipe of {names[0]}"
     parts.append(
-        f"<details><summary>{len(shared)} keys that the recipes share</summary>{_table(['key', 'value'], shared, words=(0, 1))}"
-        "</details>"
+        f"<details><summary>{html.escape(title)}</summary>{_table(['key', 'value'], shared, words=(0, 1))}</details>"
     )
     return "".join(parts)
 
 
-def _signed(value: float, low: float, high: float) -> str:
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
+def _list(lines: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "", words: Sequence[int] = (0,)) -> str:
-    """A table; columns not among ``words`` hold numbers and stand to the right."""
+    """Return a table; the columns ``words`` are text, all others are numbers and aligned to the right."""
 
-    def line(tag: str, cells: Sequence[str]) -> str:
-        kinds = ["" if place in words else " class='n'" for place in range(len(cells))]
-        return "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+    def cells(tag: str, row: Sequence[str]) -> str:
+        """Return the cells of a row."""
+        styles = ["" if column in words else " class='n'" for column in range(len(row))]
+        return "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(styles, row, strict=True))
 
-    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
-    top = f"<thead><tr>{line('th', head)}</tr></thead>"
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    top = f"<thead><tr>{cells('th', head)}</tr></thead>"
     return f"<div class='scroll'><table class='{style}'>{top}<tbody>{body}</tbody></table></div>"

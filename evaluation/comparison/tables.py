@@ -1,307 +1,94 @@
-"""The numbers behind the comparison, as tables: figures, chance, paired differences, learning curves, steps, subgroups."""
+"""The comparison's tables of metrics: values with intervals, paired differences, subgroups and calibration."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from evaluation.protocols.variant import ProtocolVariant
-from evaluation.statistics.brain_age import BiasLine, corrected_gaps
+from evaluation.comparison.evaluations import CheckpointEvaluation, labels_of, metrics_of, probabilities_of
+from evaluation.comparison.pairs import pairs
 from evaluation.statistics.intervals import with_interval
-from evaluation.statistics.metrics import (
-    HIGHER_IS_BETTER,
-    METRICS,
-    PROBABILITY_METRICS,
-    Statistic,
-    openbhb_score,
-    pearson,
-    site_leakage,
-)
+from evaluation.statistics.metrics import HIGHER_IS_BETTER
 from evaluation.statistics.paired import Difference, delong_difference, holm, paired_bootstrap, permutation_p
-from evaluation.statistics.subgroups import age_bands, subgroup_table
+from evaluation.statistics.subgroups import COLUMNS, MINIMUM, age_bands, calibration_curve, subgroup_table
 
-METRIC_COLUMNS = ["checkpoint", "task", "title", "metric", "value", "low", "high", "p_chance"]
+METRIC_COLUMNS = ["checkpoint", "task", "title", "metric", "value", "low", "high", "chance", "p_chance"]
 DIFFERENCE_COLUMNS = [
     "task", "metric", "first", "second", "difference", "low", "high", "p", "p_holm", "test", "boot_low", "boot_high",
 ]  # fmt: skip
-ALL_PAIRS = 6  # up to so many evaluations of a protocol each is compared with each; beyond, each with the first
-LABELS = {
-    "auc": "AUC", "bacc": "balanced accuracy", "ap": "average precision", "brier": "Brier score", "mae": "MAE",
-    "r2": "R²", "pearson": "Pearson r",
-}  # fmt: skip
+SUBGROUP_COLUMNS = ["checkpoint", "task", "metric", *COLUMNS]
+CALIBRATION_COLUMNS = ["checkpoint", "task", "predicted", "observed", "low", "high", "scans"]
+MOST_BINS = 10
+PARTICIPANTS_PER_BIN = 20
 
 
-@dataclass
-class Judged:
-    """One checkpoint judged by one protocol, as the store knows it: by one evaluation, or by several on other tasks."""
+def metrics_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
+    """Return METRIC_COLUMNS: a row for every checkpoint, task and metric.
 
-    name: str
-    run: dict[str, Any]  # the newest evaluation
-    predictions: pd.DataFrame
-    curve: pd.DataFrame
-    embedding: pd.DataFrame
-    saliency: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> map, background, ...
-    series: str = ""  # the pretraining, by a name that its checkpoints share and no other pretraining has
-    earlier: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # task -> its evaluation, where that is not ``run``
-
-    def run_of(self, task: str) -> dict[str, Any]:
-        """The evaluation that a task's answers are from."""
-        return self.earlier.get(task, self.run)
-
-    @property
-    def runs(self) -> list[dict[str, Any]]:
-        """All evaluations that count, newest first."""
-        return list({run["run_id"]: run for run in (self.run, *self.earlier.values())}.values())
-
-    @property
-    def weights(self) -> str:
-        """SHA-256 of the weights; empty for voxels and networks from scratch."""
-        return str(self.run["tags"].get("yaware.weights_sha256", ""))
-
-    @property
-    def variant(self) -> ProtocolVariant:
-        """The protocol with its options, from the run's tags."""
-        return ProtocolVariant.from_tags(self.run["tags"])
-
-    @property
-    def protocol(self) -> str:
-        """The protocol's label, for example ``linear`` or ``paper, sites left out``."""
-        return self.variant.label
-
-    @property
-    def step(self) -> int:
-        """The pretraining step of the checkpoint."""
-        return int(self.run["tags"]["yaware.step"])
-
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks, in the order asked for."""
-        return list(dict.fromkeys(self.predictions["task"]))
-
-    def of(self, task: str) -> pd.DataFrame:
-        """The predictions of a task."""
-        return self.predictions[self.predictions["task"] == task]
-
-    def kind(self, task: str) -> str:
-        """binary, multiclass or regression."""
-        return str(self.of(task)["kind"].iloc[0])
-
-
-def metrics_of(part: pd.DataFrame) -> Iterator[tuple[str, Statistic, NDArray[Any]]]:
-    """Name, figure and the answers that it takes, for one task's predictions: answers, or probabilities where stored."""
-    kind = str(part["kind"].iloc[0])
-    for name, statistic in METRICS[kind].items():
-        yield name, statistic, part["answer"].to_numpy()
-    shares = probabilities(part)
-    for name, statistic in PROBABILITY_METRICS[kind].items():
-        if shares is not None:
-            yield name, statistic, shares
-
-
-def probabilities(part: pd.DataFrame) -> NDArray[Any] | None:
-    """(N,) of the positive class, (N, K) of every class of a multiclass task, or None where they were not stored."""
-    if part["kind"].iloc[0] == "multiclass":
-        columns = [name for name in part if re.fullmatch(r"p\d+", str(name)) and part[name].notna().all()]
-        return part[sorted(columns, key=lambda name: int(str(name)[1:]))].to_numpy() if columns else None
-    known = "probability" in part and part["probability"].notna().all()
-    return part["probability"].to_numpy() if known else None
-
-
-def metrics_table(judged: list[Judged]) -> pd.DataFrame:
-    """METRIC_COLUMNS: as logged, and from the stored predictions what was not; the first figure's p of being by chance."""
+    ``value``, ``low`` and ``high`` are as logged by the evaluation, or computed from the stored predictions. ``chance``
+    (the expected value of uninformative answers) and ``p_chance`` (one-sided permutation test of ``value`` being no better)
+    are given for each task's primary metric, and NaN for the others.
+    """
     rows = []
-    for each in judged:
-        for task in each.tasks:
-            part, metrics = each.of(task), each.run_of(task)["metrics"]
-            labels, people = _labels(part), part["participant"].to_numpy()
-            for number, (figure, statistic, answers) in enumerate(metrics_of(part)):
-                key = f"{task}.{figure}"
-                if f"{key}.low" in metrics:
-                    found = metrics[key], metrics[f"{key}.low"], metrics[f"{key}.high"]
+    for evaluation in evaluations:
+        for task in evaluation.tasks:
+            predictions, logged = evaluation.of(task), evaluation.run_of(task)["metrics"]
+            labels, people = labels_of(predictions), predictions["participant"].to_numpy()
+            for number, (metric, statistic, answers) in enumerate(metrics_of(predictions)):
+                key = f"{task}.{metric}"
+                if f"{key}.low" in logged:
+                    interval = logged[key], logged[f"{key}.low"], logged[f"{key}.high"]
                 else:
-                    found = with_interval(statistic, labels, answers, people)
-                p = float("nan")
+                    interval = with_interval(statistic, labels, answers, people)
+                chance = p = float("nan")
                 if number == 0:
-                    p = permutation_p(statistic, labels, answers, people, higher_is_better=HIGHER_IS_BETTER[figure])
-                rows.append((each.name, task, part["title"].iloc[0], figure, *found, p))
+                    chance = _chance(predictions)
+                    p = permutation_p(
+                        statistic, labels, answers, people, higher_is_better=HIGHER_IS_BETTER[metric]
+                    )  # fmt: skip
+                rows.append((evaluation.name, task, predictions["title"].iloc[0], metric, *interval, chance, p))
     return pd.DataFrame(rows, columns=METRIC_COLUMNS)
 
 
-def pairs(judged: list[Judged], against: str | None = None) -> Iterator[tuple[Judged, Judged]]:
-    """Each with each that comes after it and that it can be compared with, or each such one with the one named ``against``.
+def _chance(predictions: pd.DataFrame) -> float:
+    """Primary metric of uninformative answers: AUC 0.5, balanced accuracy 1 / K, or the MAE of always answering the median."""
+    labels = predictions["label"]
+    if predictions["kind"].iloc[0] == "binary":
+        return 0.5
+    if predictions["kind"].iloc[0] == "multiclass":
+        return 1 / labels.nunique()
+    return float(np.abs(labels - labels.median()).mean())
 
-    Compared are evaluations of one protocol, and voxels and networks from scratch with all that were judged on folds of
-    their kind. Of a protocol with more than ALL_PAIRS evaluations, all but the first are compared with the first alone.
+
+def differences_table(
+    evaluations: list[CheckpointEvaluation], against: str | None = None
+) -> tuple[pd.DataFrame, list[str]]:
+    """Return DIFFERENCE_COLUMNS: ``first`` minus ``second`` by the primary metric of each task, for each of ``pairs``.
+
+    AUC: DeLong's test and interval over participants. Other metrics: paired bootstrap over participants, whose interval is
+    also given for AUC in ``boot_low`` and ``boot_high``. ``p_holm`` is corrected over all rows of the table. ``against``
+    keeps the pairs with this checkpoint only. Also returns a line for each pair that was evaluated on different scans.
     """
-    members: dict[str, list[str]] = {}
-    for each in judged:
-        members.setdefault(each.protocol, []).append(each.name)
-    first_of = {protocol: names[0] for protocol, names in members.items() if len(names) > ALL_PAIRS}
-    for number, first in enumerate(judged):
-        for second in judged[number + 1 :]:
-            if not _comparable(first, second):
-                continue
-            if against is None:
-                chosen = [first] if first.protocol == second.protocol else [first, second]
-                if all(first_of.get(each.protocol, each.name) == each.name for each in chosen):
-                    yield first, second
-            elif second.name == against:
-                yield first, second
-            elif first.name == against:
-                yield second, first
-
-
-def _comparable(first: Judged, second: Judged) -> bool:
-    """Whether a difference would be the checkpoints', and not that of two protocols or of two kinds of folds."""
-    if first.protocol == second.protocol:
-        return True
-    one, other = first.variant, second.variant
-    return (one.is_baseline or other.is_baseline) and one.leave_site_out == other.leave_site_out
-
-
-def differences_table(judged: list[Judged], against: str | None = None) -> tuple[pd.DataFrame, list[str]]:
-    """DIFFERENCE_COLUMNS for every of ``pairs`` judged on the same scans, by each task's first figure; and why others are not.
-
-    AUC: DeLong's test and interval over participants; other figures: paired bootstrap. boot_low and boot_high are always
-    the paired bootstrap's. p_holm is corrected over all rows of the table. ``against``: only pairs with this one.
-    """
-    rows, left_out = [], []
-    for one, other in pairs(judged, against):
-        for task in [task for task in one.tasks if task in other.tasks]:
-            both = _paired(one, other, task)
+    rows, unpaired = [], []
+    for first, second in pairs(evaluations, against):
+        for task in [task for task in first.tasks if task in second.tasks]:
+            both = _paired_predictions(first, second, task)
             if both is None:
-                left_out.append(f"{task}: {one.name} and {other.name} were judged on different scans or labels")
-                continue
-            rows.append((task, *_difference(both, one.name, other.name)))
+                unpaired.append(f"{task}: {first.name} and {second.name} were evaluated on different scans or labels")
+            else:
+                rows.append((task, *_difference(both, first.name, second.name)))
     table = pd.DataFrame(rows, columns=[column for column in DIFFERENCE_COLUMNS if column != "p_holm"])
     table["p_holm"] = holm(table["p"].to_numpy(float))
-    order = {task: place for place, task in enumerate(dict.fromkeys(t for each in judged for t in each.tasks))}
+    tasks = dict.fromkeys(task for evaluation in evaluations for task in evaluation.tasks)
+    order = {task: number for number, task in enumerate(tasks)}
     table = table.sort_values("task", key=lambda column: column.map(order), kind="stable", ignore_index=True)
-    return table[DIFFERENCE_COLUMNS], left_out
+    return table[DIFFERENCE_COLUMNS], unpaired
 
 
-def subgroups_table(judged: list[Judged], minimum: int) -> pd.DataFrame:
-    """checkpoint, task, figure and subgroups.COLUMNS of each task's first figure, by sex, age band and site as stored."""
-    found = []
-    for each in judged:
-        for task in each.tasks:
-            part = each.of(task)
-            kind, labels = str(part["kind"].iloc[0]), _labels(part)
-            figure, statistic, answers = next(metrics_of(part))
-            by = {name: part[name].to_numpy() for name in ("sex", "site") if name in part and name != task}
-            if "age" in part:
-                by["age"] = age_bands(part["age"].to_numpy(float))
-            by = {name: by[name] for name in ("sex", "age", "site") if name in by}
-            table = subgroup_table(
-                statistic, labels, answers, part["participant"].to_numpy(), by, classes=kind != "regression",
-                minimum=minimum,
-            )  # fmt: skip
-            found.append(table.assign(checkpoint=each.name, task=task, metric=figure))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
-
-
-def predicts_age(part: pd.DataFrame) -> bool:
-    """Whether a task's label is the age at the scan, in years; of other numbers nobody said the unit."""
-    if part["kind"].iloc[0] != "regression" or "age" not in part:
-        return False
-    return np.allclose(part["label"].to_numpy(float), part["age"].to_numpy(float))
-
-
-def brain_age_table(judged: list[Judged]) -> pd.DataFrame:
-    """checkpoint, task, mae, r_raw, slope, gap_sd, r_corrected of tasks that predict age, with folds known.
-
-    r_raw and r_corrected: Pearson's correlation of the gap with age before and after the correction.
-    """
-    rows = []
-    for each in judged:
-        for task in each.tasks:
-            part = each.of(task)
-            if not predicts_age(part) or part.get("fold", pd.Series([0])).nunique() < 2:
-                continue
-            ages, predicted = part["label"].to_numpy(float), part["answer"].to_numpy(float)
-            folds, people = part["fold"].to_numpy(), part["participant"].to_numpy()
-            gaps, line = corrected_gaps(ages, predicted, folds, people), BiasLine.fit(ages, predicted)
-            raw = predicted - ages
-            rows.append(
-                (each.name, task, float(np.abs(raw).mean()), pearson(ages, raw), line.slope, float(gaps.std(ddof=1)),
-                 pearson(ages, gaps))
-            )  # fmt: skip
-    return pd.DataFrame(rows, columns=["checkpoint", "task", "mae", "r_raw", "slope", "gap_sd", "r_corrected"])
-
-
-def site_table(judged: list[Judged]) -> pd.DataFrame:
-    """checkpoint, sites, bacc, leakage, external_mae, openbhb: what the features hold of the scanner.
-
-    external_mae is the age MAE of the same model on sites that were left out of training; NaN, and no score, where none
-    was evaluated.
-    """
-    rows = []
-    for each in judged:
-        if "site" not in each.tasks or each.kind("site") != "multiclass":
-            continue
-        part = each.of("site")
-        labels, answers = _labels(part), part["answer"].to_numpy()
-        bacc = METRICS["multiclass"]["bacc"](labels, answers)
-        outside = [
-            other.run_of("age")["metrics"]["age.mae"]
-            for other in judged
-            if (other.series, other.step, other.weights, other.variant.fitted)
-            == (each.series, each.step, each.weights, each.variant.fitted)
-            and other.variant.leave_site_out
-            and "age.mae" in other.run_of("age")["metrics"]
-        ]
-        mae = float(outside[0]) if outside else float("nan")
-        score = openbhb_score(bacc, mae) if outside else float("nan")
-        rows.append((each.name, len(np.unique(labels)), bacc, site_leakage(labels, answers), mae, score))
-    return pd.DataFrame(rows, columns=["checkpoint", "sites", "bacc", "leakage", "external_mae", "openbhb"])
-
-
-def verdict(row: Any) -> str:
-    """In words: which of a pair is better, if Holm's p says so."""
-    if not row.p_holm <= 0.05:
-        return "no difference shown"
-    higher, lower = (row.first, row.second) if row.difference > 0 else (row.second, row.first)
-    if row.metric == "bacc":
-        return f"{higher} higher"  # good for a diagnosis, bad for a site
-    return f"{higher if HIGHER_IS_BETTER[row.metric] else lower} better"
-
-
-def shown(figure: str, value: float, low: float, high: float) -> str:
-    """``0.812 [0.75, 0.87]``; years with one digit; ``-`` where there is none."""
-    if value is None or not np.isfinite(value):
-        return "-"
-    if figure == "mae":
-        return f"{value:.2f} [{low:.1f}, {high:.1f}]"
-    return f"{value:.3f} [{low:.2f}, {high:.2f}]"
-
-
-def rows_of(table: pd.DataFrame) -> Iterator[Any]:
-    """A table's rows with its columns as attributes."""
-    yield from table.itertuples()
-
-
-def p_text(p: float) -> str:
-    """``0.031``, ``< 0.001``, or ``-`` where there was no test."""
-    if not np.isfinite(p):
-        return "-"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _labels(part: pd.DataFrame) -> NDArray[Any]:
-    """Classes as integers, numbers as they are."""
-    return part["label"].to_numpy(float if part["kind"].iloc[0] == "regression" else np.int64)
-
-
-def _paired(first: Judged, second: Judged, task: str) -> pd.DataFrame | None:
-    """Both predictions of a task side by side, or None where they are not of the same scans, labels and people."""
+def _paired_predictions(first: CheckpointEvaluation, second: CheckpointEvaluation, task: str) -> pd.DataFrame | None:
+    """Join both predictions of a task by scan; None if their scans, labels or participants differ."""
     one, other = first.of(task), second.of(task)
     columns = ["key", "label", "participant", "answer"]
     both = one.merge(other[columns], on=["key", "label", "participant"], suffixes=("", "_other"))
@@ -309,11 +96,58 @@ def _paired(first: Judged, second: Judged, task: str) -> pd.DataFrame | None:
 
 
 def _difference(both: pd.DataFrame, first: str, second: str) -> tuple[Any, ...]:
-    """figure, first, second, difference, low, high, p, test, boot_low, boot_high of one pair."""
-    figure, statistic, one = next(metrics_of(both))
-    labels, other, people = _labels(both), both["answer_other"].to_numpy(), both["participant"].to_numpy()
+    """Return metric, first, second, difference, low, high, p, test, boot_low, boot_high of one pair."""
+    metric, statistic, one = next(metrics_of(both))
+    labels, other, people = labels_of(both), both["answer_other"].to_numpy(), both["participant"].to_numpy()
     bootstrap = paired_bootstrap(statistic, labels, one, other, people)
-    found: Difference = delong_difference(labels, one, other, people) if figure == "auc" else bootstrap
-    test = "DeLong" if figure == "auc" else "bootstrap"
-    numbers = found.value, found.low, found.high, found.p, test, bootstrap.low, bootstrap.high
-    return figure, first, second, *numbers
+    result: Difference = delong_difference(labels, one, other, people) if metric == "auc" else bootstrap
+    test = "DeLong" if metric == "auc" else "bootstrap"
+    return metric, first, second, result.value, result.low, result.high, result.p, test, bootstrap.low, bootstrap.high
+
+
+def subgroups_table(evaluations: list[CheckpointEvaluation], minimum: int = MINIMUM) -> pd.DataFrame:
+    """Return SUBGROUP_COLUMNS: each task's primary metric within every sex, age band and site.
+
+    A group of fewer than ``minimum`` participants, or with too few of a class, keeps its row: its values are NaN and
+    ``note`` says why.
+    """
+    tables = []
+    for evaluation in evaluations:
+        for task in evaluation.tasks:
+            predictions = evaluation.of(task)
+            metric, statistic, answers = next(metrics_of(predictions))
+            by = {
+                name: predictions[name].to_numpy() for name in ("sex", "site") if name in predictions and name != task
+            }
+            if "age" in predictions:
+                by["age"] = age_bands(predictions["age"].to_numpy(float))
+            table = subgroup_table(
+                statistic, labels_of(predictions), answers, predictions["participant"].to_numpy(),
+                {name: by[name] for name in ("sex", "age", "site") if name in by},
+                classes=evaluation.kind(task) != "regression", minimum=minimum,
+            )  # fmt: skip
+            tables.append(table.assign(checkpoint=evaluation.name, task=task, metric=metric))
+    tables = [table for table in tables if len(table)]
+    return pd.concat(tables, ignore_index=True)[SUBGROUP_COLUMNS] if tables else pd.DataFrame(columns=SUBGROUP_COLUMNS)
+
+
+def calibration_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
+    """Return CALIBRATION_COLUMNS: mean probability and share of positives in bins of equally many scans.
+
+    For binary tasks with stored probabilities. A bin has at least PARTICIPANTS_PER_BIN participants on average, and there
+    are 2 to MOST_BINS bins. ``low`` and ``high``: Wilson's 95 % interval.
+    """
+    tables = []
+    for evaluation in evaluations:
+        for task in evaluation.tasks:
+            predictions = evaluation.of(task)
+            probabilities = probabilities_of(predictions)
+            if evaluation.kind(task) != "binary" or probabilities is None:
+                continue
+            people = predictions["participant"].to_numpy()
+            bins = int(np.clip(len(np.unique(people)) // PARTICIPANTS_PER_BIN, 2, MOST_BINS))
+            curve = calibration_curve(labels_of(predictions), probabilities, people, bins)
+            tables.append(curve.assign(checkpoint=evaluation.name, task=task))
+    if not tables:
+        return pd.DataFrame(columns=CALIBRATION_COLUMNS)
+    return pd.concat(tables, ignore_index=True)[CALIBRATION_COLUMNS]

@@ -19,7 +19,7 @@ from sklearn.linear_model import Ridge
 from data_pipeline.storage.manifest import Manifest
 from evaluation.experiments.answers import Method, MethodAnswers, log_answers, save_answers
 from evaluation.experiments.plan import DISEASES, MAIN_CLINIC, PRETRAINED_ON, TASKS, ExperimentPlan, encoders_for
-from evaluation.protocols.features import cache_name, check_preprocessing, features_of
+from evaluation.protocols.features import cache_name, features_of
 from evaluation.protocols.nested_cv import PreparedTask, prepare, search_grid
 from evaluation.protocols.probes import LINEAR
 from evaluation.protocols.voxels import gram_matrix, voxel_coordinates
@@ -30,6 +30,7 @@ from infra.files import atomic_write, sha256_of
 from infra.progress import Progress
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
+from pretrain.weights.scan_source import check_preprocessing
 
 ALPHAS = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # penalties of the brain-age ridge
 LEAST_GREY_MATTER = 0.01  # mean over healthy scans; the brain-age ridge leaves out voxels below it
@@ -71,7 +72,7 @@ class _ClinicData:
         for pretraining in encoders_for(self.name, self.plan):
             path = self.out / "runs" / pretraining.name
             encoder = Encoder.from_pretrained(path)
-            check_preprocessing(encoder, self.manifest, pretraining.name)
+            check_preprocessing(encoder.preprocessing, self.manifest, pretraining.name)
             check_leakage(encoder, path, self.manifest, self.rows, pretraining.name)
             weights = sha256_of(find_encoder(path) / "model.safetensors")
             cache = self.cache / cache_name(weights, self.manifest.digest, None, ())

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from evaluation.comparison.plots import LINES, MARKERS, PALETTE, REFERENCE, pyplot
+from evaluation.comparison.plots import LINES, MARKERS, PALETTE, REFERENCE, new_figure
 from evaluation.experiments.plan import DISEASES
 from evaluation.experiments.tables import NAMES, SWEEP, TITLES
-
-WIDTH = 9.6  # inches
 
 
 def plot_main(table: pd.DataFrame) -> Any:
@@ -80,9 +78,7 @@ def _panels(
 ) -> tuple[Any, Any]:
     """Draw a panel for each task (rows) and training size (columns); return the figure and its axes."""
     sizes = sorted(table["n_train"].unique())
-    figure, axes = pyplot().subplots(
-        len(DISEASES), len(sizes), figsize=(WIDTH, height), squeeze=False, layout="constrained", **shared
-    )
+    figure, axes = new_figure(len(DISEASES), len(sizes), height, **shared)
     for row, task in zip(axes, DISEASES, strict=True):
         for axis, size in zip(row, sizes, strict=True):
             draw(axis, table[(table["task"] == TITLES[task]) & (table["n_train"] == size)])

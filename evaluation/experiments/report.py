@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.comparison.plots import style, to_png
 from evaluation.experiments import tables
 from evaluation.experiments.answers import load_answers
 from evaluation.experiments.bootstrap import BootstrapMetrics
@@ -35,6 +36,7 @@ def write_report(out: Path, plan: ExperimentPlan) -> None:
     with atomic_write(out / "results.md", "w") as stream:
         stream.write("\n".join(lines))
     for name, plot in (("main", plot_main), ("sweep", plot_sweep), ("variants", plot_variants)):
-        figure = plot(contents[name])
+        with style():
+            image = to_png(plot(contents[name]), dpi=110)
         with atomic_write(out / f"experiment_{name}.png") as stream:
-            figure.savefig(stream, format="png", dpi=110)
+            stream.write(image)

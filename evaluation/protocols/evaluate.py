@@ -13,7 +13,6 @@ import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
 from evaluation.protocols.context import Candidate, EvaluationContext, default_storage
-from evaluation.protocols.features import check_preprocessing
 from evaluation.protocols.finetune import FineTuning
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
 from evaluation.protocols.protocols import PROTOCOLS, check_protocols, variant_of
@@ -31,6 +30,7 @@ from infra.tracking.tracker import default_uri
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder, list_checkpoints
 from pretrain.weights.layers import intermediate_features
+from pretrain.weights.scan_source import check_preprocessing
 
 COLUMNS = ["checkpoint", "step", "protocol", "task", "metric", "value", "low", "high", "run_id"]
 
@@ -150,7 +150,7 @@ def _make_context(
 def _load_candidate(path: Path, context: EvaluationContext) -> Candidate:
     """Load a checkpoint and check it against the shards: preprocessing, leakage, layer."""
     folder, encoder = find_encoder(path), Encoder.from_pretrained(path)
-    check_preprocessing(encoder, context.manifest, str(path))
+    check_preprocessing(encoder.preprocessing, context.manifest, str(path))
     tags = check_leakage(encoder, path, context.manifest, context.rows, str(path))
     if any(PROTOCOLS[name].uses_layer for name in context.settings.protocols):
         intermediate_features(encoder.network, context.settings.layer, context.settings.pooling)

@@ -12,28 +12,12 @@ from numpy.typing import NDArray
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.preparation import DEFAULT_PREPARATION
-from infra.errors import UserError
 from infra.files import atomic_write
 from infra.progress import Progress
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.layers import intermediate_features
 
 BATCH = 16
-
-
-def check_preprocessing(encoder: Encoder, manifest: Manifest, name: str) -> None:
-    """Raise UserError if grid, modality, scaling, crop or intensity of the shards differ from those of the encoder."""
-    expected, found = (
-        {**DEFAULT_PREPARATION, **encoder.preprocessing},
-        {**DEFAULT_PREPARATION, "grid": manifest.grid, **manifest.settings},
-    )
-    for key in ("grid", "modality", "scaling", *DEFAULT_PREPARATION):
-        if expected.get(key) is not None and expected[key] != found.get(key):
-            raise UserError(
-                f"{name}: the encoder was trained on {key} {expected[key]!r}, {manifest.root} has {found.get(key)!r}; "
-                f"build shards with the encoder's {key}"
-            )
 
 
 def features_of(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.storage.manifest import Manifest
-from evaluation.protocols.features import cache_name, check_preprocessing, features_of
+from evaluation.protocols.features import cache_name, features_of
 from evaluation.protocols.probes import FeatureTable, Params, fit_predict, linear
 from evaluation.protocols.variant import ProtocolVariant
 from evaluation.tasks.leakage import check_leakage
@@ -27,6 +27,7 @@ from infra.tracking import runs
 from infra.tracking.tracker import Tracker, default_uri
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
+from pretrain.weights.scan_source import check_preprocessing
 
 BATCH = 16
 SCANS = 16  # held-out scans over which the map is averaged
@@ -61,7 +62,7 @@ def add_saliency(
     """
     manifest, uri = Manifest.load(shards), tracking_uri or default_uri()
     folder, encoder = find_encoder(checkpoint), Encoder.from_pretrained(checkpoint)
-    check_preprocessing(encoder, manifest, str(checkpoint))
+    check_preprocessing(encoder.preprocessing, manifest, str(checkpoint))
     task = load_task(task_name, manifest)
     check_leakage(encoder, checkpoint, manifest, task.rows, str(checkpoint))
     if task.kind == "multiclass":

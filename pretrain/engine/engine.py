@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,24 @@ def _keep_freed_memory() -> None:
 
 
 def stop_ranks() -> None:
-    """Leave the process group."""
+    """Destroy the process group, so that ``start_ranks`` can be called again in this process.
+
+    Raises RuntimeError if this version of DeepSpeed keeps its communication backend elsewhere.
+    """
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        communication = import_deepspeed().comm.comm
+        if not hasattr(communication, "cdb"):
+            torch.distributed.destroy_process_group()
+            raise RuntimeError(
+                "deepspeed.comm.comm has no `cdb` in this version of DeepSpeed; stop_ranks must clear it"
+            )
+        communication.destroy_process_group()  # also forgets DeepSpeed's subgroups
+        communication.cdb = None  # with a backend, init_distributed would not create a new group
 
 
-def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]) -> Any:
+def build_engine(
+    recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float], config: dict[str, Any] | None = None
+) -> Any:
     """The DeepSpeed engine of ``model``. ``lr_at(step)`` is the factor on the learning rate at a step."""
     make_contiguous(model)
     _check_fp16(recipe)
@@ -132,7 +145,7 @@ def build_engine(recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float]
             model=model,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(recipe, distributed.world_size()),
+            config=deepspeed_config(recipe, distributed.world_size()) if config is None else deepcopy(config),
             dist_init_required=False,
         )
     except ValidationError as error:

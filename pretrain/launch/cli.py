@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from infra.errors import UserError
-from pretrain.cli import accelerator, start
+from infra.errors import UserError, nearest
 
 
 def plan(arguments: list[str]) -> int:
@@ -45,7 +46,7 @@ def plan(arguments: list[str]) -> int:
         check_encoder(recipe.encoder.name, recipe.encoder.options, grid=grid)
         steps = total_steps(recipe, scans)
     else:
-        from pretrain.train import make_plan
+        from pretrain.run.plan import make_plan
 
         made = make_plan(recipe, machine.ranks)
         grid, scans, steps = made.manifest.grid["shape"], made.order.length, made.total_steps
@@ -74,20 +75,37 @@ def launch(arguments: list[str]) -> int:
     )
     parser.add_argument("--master_addr", help="address of the first host (default: its name)")
     parser.add_argument("--master_port", type=int, default=29500)
+    parser.add_argument(
+        "--launcher", help="pdsh (default), node (default with --node_rank) or slurm (submits with sbatch)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check, print the line and stop")
     options, overrides = parser.parse_known_args(arguments)
     from pretrain.config import load_recipe
-    from pretrain.launch.hosts import launch_command, read_hostfile
-    from pretrain.train import make_plan
+    from pretrain.launch.hosts import read_hostfile
+    from pretrain.launch.launchers import DEEPSPEED, LAUNCHERS, Job
+    from pretrain.launch.start import accelerator, start
+    from pretrain.run.plan import make_plan
 
+    name = options.launcher or ("pdsh" if options.node_rank is None else "node")
+    if name not in LAUNCHERS:
+        raise UserError(f"--launcher={name} is not known{nearest(name, LAUNCHERS)}; allowed: {', '.join(LAUNCHERS)}")
     hosts = read_hostfile(options.hostfile)
-    command = launch_command(
-        options.hostfile, hosts, [options.config, *overrides], node_rank=options.node_rank,
-        master_addr=options.master_addr, master_port=options.master_port,
+    job = Job([options.config, *overrides], hosts, hostfile=options.hostfile, node_rank=options.node_rank,
+              master_addr=options.master_addr, master_port=options.master_port)  # fmt: skip
+    command = LAUNCHERS[name].command(job)
+    recipe = load_recipe(options.config, overrides)
+    make_plan(recipe, sum(hosts.values()))
+    words = ["deepspeed", *command[3:]] if command[:3] == list(DEEPSPEED) else command
+    print(f"launch: {shlex.join(words)}", flush=True)
+    if options.dry_run:
+        return 0
+    end = start(
+        LAUNCHERS[name], command, run_folder=Path(recipe.run.output),
+        host=None if options.node_rank is None else socket.gethostname(), defaults={"DS_ACCELERATOR": accelerator()},
     )  # fmt: skip
-    make_plan(load_recipe(options.config, overrides), sum(hosts.values()))
-    print(f"launch: {shlex.join(['deepspeed', *command[3:]])}", flush=True)
-    return 0 if options.dry_run else start(command, {"DS_ACCELERATOR": accelerator()})
+    if end.reason:
+        print(f"launch: {end.reason}", file=sys.stderr, flush=True)
+    return end.status
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "launch": launch}

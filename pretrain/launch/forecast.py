@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pretrain.config import Recipe, check_micro_batch
 from pretrain.launch.estimate import checkpoint_bytes, memory_of_a_rank, plain_model, scan_flops
+from pretrain.launch.launchers import LAUNCHERS
 
 MIB, GIB = 2**20, 2**30
 
@@ -89,15 +90,7 @@ def _memory(parts: dict[str, float]) -> str:
 
 
 def launch_lines(machine: Machine, command: Sequence[str]) -> list[str]:
-    """The lines to type; ``command`` is the recipe's name and its overrides."""
+    """Return the command lines that start the run; ``command`` is the recipe's name and its overrides."""
     recipe = shlex.join(command)
-    if machine.nodes == 1:
-        return [
-            f"yaware pretrain --config {recipe} --launch.ranks={machine.gpus}",
-            f"deepspeed --num_accelerators {machine.gpus} --module pretrain.train --config {recipe}",
-        ]
-    return [
-        f"yaware launch --hostfile HOSTS --config {recipe}     # HOSTS: {machine.nodes} lines `name slots={machine.gpus}`",
-        f"sbatch --nodes={machine.nodes} --ntasks-per-node={machine.gpus} --gpus-per-node={machine.gpus} "
-        f"infra/launch/pretrain.sbatch {recipe}",
-    ]
+    examples = [launcher.examples(machine.nodes, machine.gpus, recipe) for launcher in LAUNCHERS.values()]
+    return [line for lines in examples for line in lines]

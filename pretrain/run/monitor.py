@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data_pipeline.loading.augment import load_augmentation
 from data_pipeline.loading.loader import TwoViewLoader, volumes
 from data_pipeline.storage.manifest import Manifest
 from infra import distributed, watchdog
@@ -23,7 +22,7 @@ from pretrain.engine.ema import Average
 from pretrain.losses.proxies import proxy_columns
 from pretrain.run import checkpoint
 from pretrain.run.log import RunLog
-from pretrain.run.online_probes import Watched, missing_split, probe_figures, score_of, view_figures, watched_scans
+from pretrain.run.online_probes import Watched, missing_split, probe_figures, score_of, view_figures
 from pretrain.run.plan import Plan
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -44,7 +43,7 @@ class OnlineMonitor:
         # Where there is a moving average it is the encoder that is judged, as it is the one that is exported.
         self._plan, self._engine, self._average, self._augment_on = plan, engine, average, augment_on
         self._device, self._dtype = device, dtype
-        self._watched = watched_scans(plan.recipe.monitor, plan.manifest, plan.steps_per_epoch, plan.recipe.run.seed)
+        self._watched = plan.watched
         if distributed.is_main():
             missing = missing_split(plan.recipe.monitor, plan.manifest)
             notes = [f"no monitor: {missing}"] if missing else []
@@ -108,7 +107,7 @@ class OnlineMonitor:
         rows = watched.rows[: steps * batch * world]
         loader = TwoViewLoader(
             self._plan.manifest, rows=rows, global_batch=batch * world, rank=distributed.rank(), world_size=world,
-            seed=recipe.run.seed, augmentation=load_augmentation(recipe.augmentation), device=self._augment_on,
+            seed=recipe.run.seed, augmentation=self._plan.augmentation, device=self._augment_on,
             proxies=proxy_columns(recipe.loss.proxies), threads=recipe.data.threads,
         )  # fmt: skip
         module, parts = self._engine.module, []

@@ -1,37 +1,109 @@
-"""What a recipe comes to on its data."""
+"""The plan of a run: a recipe checked against its shards and the number of ranks, with everything that the checks built."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from data_pipeline.loading.augment import Augmentation, load_augmentation
+from data_pipeline.loading.balance import build_order
 from data_pipeline.loading.order import Order
-from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.manifest import Manifest, check_shards
+from data_pipeline.storage.remote import Access
+from infra import distributed
 from infra.errors import UserError
-from pretrain.config import Recipe
+from pretrain.config import Recipe, check_world_size
+from pretrain.encoders import check_encoder
+from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.run import folder
+from pretrain.run.objective import Objective, build_objective
+from pretrain.run.online_probes import Watched, check_held_out, watched_scans
 
 
 @dataclass
 class Plan:
-    """What a recipe comes to on its data."""
+    """What a run needs, built and checked once.
+
+    Attributes:
+        recipe: the recipe.
+        manifest: the manifest of its shards.
+        rows: the training scans, as row numbers of the manifest.
+        order: the order in which they are shown.
+        total_steps: optimiser steps of the run.
+        objective: the loss with its kernel.
+        augmentation: the settings of the augmentation.
+        watched: scans and tasks of the online monitor; None if it is off.
+        deepspeed: DeepSpeed's configuration.
+    """
 
     recipe: Recipe
     manifest: Manifest
-    rows: np.ndarray[Any, np.dtype[np.int64]]
+    rows: NDArray[np.int64]
     order: Order
     total_steps: int
+    objective: Objective
+    augmentation: Augmentation
+    watched: Watched | None
+    deepspeed: dict[str, Any]
+
+    @classmethod
+    def build(
+        cls, recipe: Recipe, manifest: Manifest, rows: NDArray[np.int64], order: Order, world_size: int = 1
+    ) -> Plan:
+        """Check the recipe against its scans and the number of ranks. Raises UserError for what cannot work."""
+        check_held_out(recipe.monitor, manifest, rows)
+        objective = build_objective(recipe, manifest, rows)
+        check_encoder(recipe.encoder.name, recipe.encoder.options, grid=manifest.grid["shape"], training=True)
+        steps_per_epoch = order.length / recipe.batch.global_
+        return cls(
+            recipe=recipe, manifest=manifest, rows=rows, order=order, total_steps=total_steps(recipe, order.length),
+            objective=objective, augmentation=load_augmentation(recipe.augmentation),
+            deepspeed=deepspeed_config(recipe, world_size),
+            watched=watched_scans(recipe.monitor, manifest, steps_per_epoch, recipe.run.seed),
+        )  # fmt: skip
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimiser steps an epoch; not whole where the batch does not divide the scans."""
+        """Optimiser steps per epoch; a fraction if the batch does not divide the scans."""
         return self.order.length / self.recipe.batch.global_
 
 
+def make_plan(recipe: Recipe, world_size: int) -> Plan:
+    """Check a recipe against its shards, its run folder and the number of ranks. Writes nothing.
+
+    Raises UserError for whatever cannot work.
+    """
+    check_world_size(recipe.batch.global_, world_size)
+    folder.check_same_recipe(recipe)
+    data, output = recipe.data, Path(recipe.run.output)
+    manifest = Manifest.load(data.shards, Access(data.cache, data.cache_gb, data.retries, data.timeout))
+    folder.check_same_manifest(output, manifest)
+    rows = manifest.rows(split=data.split, query=data.query)
+    if distributed.local_rank() == 0:  # all ranks of a host see the same files
+        check_shards(manifest, rows)
+        folder.check_writable(output)
+    order = build_order(
+        manifest, rows, seed=recipe.run.seed, batch=recipe.batch.global_, by=data.balance.by, bins=data.balance.bins,
+        one_session_per_subject=data.balance.one_session_per_subject,
+    )  # fmt: skip
+    if order.length < recipe.batch.global_:
+        raise UserError(
+            f"data.split={data.split} has {order.length} scans an epoch, fewer than batch.global={recipe.batch.global_}; "
+            "lower batch.global or choose other splits"
+        )
+    return Plan.build(recipe, manifest, rows, order, world_size)
+
+
 def total_steps(recipe: Recipe, scans: int) -> int:
-    """Steps of the run: ``train.steps``, else those of ``train.epochs`` epochs of ``scans`` scans."""
+    """Return the steps of the run: ``train.steps``, or those of ``train.epochs`` epochs of ``scans`` scans.
+
+    Raises UserError if both are null.
+    """
     if recipe.train.steps is not None:
         return recipe.train.steps
     if recipe.train.epochs is None:

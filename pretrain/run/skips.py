@@ -20,7 +20,7 @@ class Skips:
     def __init__(self, plan: Plan, count: int) -> None:
         self.count, self._plan = count, plan
 
-    def leave_out(self, engine: Any, step: int, batch: dict[str, torch.Tensor], error: NotFinite) -> str:
+    def skip(self, engine: Any, step: int, batch: dict[str, torch.Tensor], error: NotFinite) -> str:
         """What to say of the step left out; NotFinite, with the file that lists its scans, once the run stops. Collective.
 
         The weights are as they were before the step on every rank; the learning rate's schedule goes on.

@@ -1,40 +1,43 @@
-"""Stop requests: SIGTERM, SIGINT and SIGUSR1 (SLURM's preemption, Ctrl-C) end a run after its step."""
+"""Stop requests: SIGTERM, SIGINT and SIGUSR1 (SLURM's preemption, Ctrl-C) end a run after the current step."""
 
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Notes a signal; each step asks once, after its forward pass, so that all ranks write a checkpoint at one step.
+    """Records a signal. Each step asks for it once, after its forward pass, so that all ranks stop after the same step.
 
-    A signal up to there ends the run after that step. One that comes later (backward pass, logging, monitor, checkpoint)
-    is asked about in the next step, which is the last then.
-    A second Ctrl-C acts at once, as it would have without this.
+    A signal before that moment ends the run after the current step. A later one (backward pass, logging, monitor,
+    checkpoint) is noticed in the next step, which then is the last. A second Ctrl-C raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._old: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """Take over the signals; main thread only."""
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        """Install the signal handlers. Does nothing outside the main thread, where Python allows no handlers."""
+        if threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._record) for number in SIGNALS}
 
     def forget(self) -> None:
-        """Give the signals back to Python."""
-        for number in SIGNALS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        """Restore the handlers that were installed before ``listen``."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old = {}
 
     @property
     def name(self) -> str:
-        """The signal's name; another rank's is not known here."""
+        """The signal's name; the name of a signal to another rank is not known here."""
         return self.received.name if self.received else "a signal to another rank"
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)

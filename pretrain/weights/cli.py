@@ -1,10 +1,18 @@
-"""``yaware export``, ``embed`` and ``import-weights``."""
+"""The commands ``yaware export``, ``yaware embed`` and ``yaware import-weights``."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.weights.encoder import Encoder
+    from pretrain.weights.scan_source import ScanSource
 
 
 def export(arguments: list[str]) -> int:
@@ -20,24 +28,35 @@ def export(arguments: list[str]) -> int:
 
 
 def embed(arguments: list[str]) -> int:
-    """Features of NIfTI files, brought to the encoder's grid as its training scans were."""
-    parser = argparse.ArgumentParser(prog="yaware embed", description=embed.__doc__)
-    parser.add_argument("encoder", help="an exported encoder, a checkpoint or a run folder")
-    parser.add_argument(
-        "scans", nargs="+", type=Path, help="NIfTI files of the modality that the encoder was trained on"
-    )
-    parser.add_argument("--tiv", type=float, nargs="+", help="total intracranial volumes in ml, for scaling: tiv")
-    parser.add_argument("--out", type=Path, help="table to write (.tsv); default: standard output")
-    options = parser.parse_args(arguments)
-    from pretrain.weights.embedding import embed_files, write_table
-    from pretrain.weights.encoder import Encoder
+    """Write the features of scans, brought to the encoder's grid as its training scans were.
 
-    encoder = Encoder.from_pretrained(options.encoder)
-    rows = embed_files(encoder, encoder.preprocessing, options.scans, options.tiv)
-    write_table(rows, options.out)
+    A scan that cannot be read is left out and named at the end (status 1). The same command continues a killed one.
+    """
+    options = _embed_parser().parse_args(arguments)
+    from pretrain.weights.embedding import embed_table
+    from pretrain.weights.encoder import Encoder
+    from pretrain.weights.feature_file import check_format, embed_to_file, to_tsv
+
     if options.out:
-        print(f"embed: wrote {options.out}: {len(rows)} scans, {len(rows[0][1])} features")
-    return 0
+        check_format(options.out)
+    encoder = Encoder.from_pretrained(options.encoder)
+    source = _source(options, encoder)
+    names = ("layer", "pooling", "batch_size", "device", "workers")
+    keywords: dict[str, Any] = {name: getattr(options, name) for name in names}
+    if options.out:
+        table, unreadable, taken = embed_to_file(options.encoder, source, options.out, loaded=encoder, **keywords)
+        continued = f", {taken} of them embedded before the last run ended" if taken else ""
+        if len(table):
+            print(f"embed: wrote {options.out}: {len(table)} scans{continued}, {table.shape[1]} features")
+    else:
+        table, unreadable = embed_table(encoder.network, source, **keywords)
+        print(to_tsv(table), end="")
+    if unreadable:
+        lines = "".join(f"  {name}: {reason}\n" for name, reason in unreadable.items())
+        print(
+            f"embed: {len(unreadable)} of {len(source.names)} scans cannot be read:\n{lines}", end="", file=sys.stderr
+        )
+    return 1 if unreadable else 0
 
 
 def import_weights(arguments: list[str]) -> int:
@@ -47,17 +66,63 @@ def import_weights(arguments: list[str]) -> int:
     parser.add_argument("--arch", required=True, help="its layout: densenet121-yaware (Dufumier et al. 2021, BHB-10K)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
     parser.add_argument(
-        "--grid", help="of its scans: mm of a voxel in the VBM box (default 1.5, CAT12's), or shards to take it from"
+        "--grid",
+        help="grid of its training scans: the voxel size in mm of the VBM box (default 1.5, CAT12's), or a folder of "
+        "shards to take it from",
     )
     parser.add_argument("--allow-missing", action="store_true", help="leave weights that the file lacks as initialised")
     options = parser.parse_args(arguments)
-    from pretrain.weights.import_weights import import_weights as bring
-    from pretrain.weights.import_weights import scans_of
+    from pretrain.weights.import_weights import import_weights as import_file
+    from pretrain.weights.import_weights import preprocessing_from
 
-    scans = scans_of(options.grid)
-    out, match = bring(options.file, options.arch, options.out, allow_missing=options.allow_missing, **scans)
+    preprocessing = preprocessing_from(options.grid)
+    out, match = import_file(
+        options.file, options.arch, options.out, preprocessing=preprocessing, allow_missing=options.allow_missing
+    )
     print(f"{match.report()}\nimport-weights: wrote {out}")
     return 0
+
+
+def _embed_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="yaware embed", description=embed.__doc__)
+    parser.add_argument("encoder", help="an exported encoder, a checkpoint or a run folder")
+    parser.add_argument(
+        "scans",
+        nargs="*",
+        type=Path,
+        help="NIfTI files, folders of them, or .tsv/.csv tables with a column path (and tiv)",
+    )
+    parser.add_argument("--shards", help="embed the scans of this folder or URL of shards")
+    parser.add_argument("--split", nargs="+", help="with --shards: only these splits")
+    parser.add_argument("--query", help="with --shards: only scans that fulfil this pandas query")
+    parser.add_argument("--tiv", type=float, nargs="+", help="total intracranial volumes in ml, for scaling: tiv")
+    parser.add_argument("--out", type=Path, help="table to write, .tsv or .parquet; default: .tsv on standard output")
+    parser.add_argument("--layer", help="a block inside the network; default: its end")
+    parser.add_argument("--pooling", nargs="+", default=["mean"], help="of a block: mean, max, std (default: mean)")
+    parser.add_argument("--batch-size", type=int, default=8, help="scans per forward pass (default: 8)")
+    parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
+    parser.add_argument("--workers", type=int, help="threads that read ahead (default: one per core, at most 8)")
+    return parser
+
+
+def _source(options: argparse.Namespace, encoder: Encoder) -> ScanSource:
+    """The scans of the command line."""
+    from data_pipeline.storage.manifest import Manifest
+    from pretrain.weights.feature_file import find_scans
+    from pretrain.weights.scan_source import scan_source
+
+    if bool(options.scans) == bool(options.shards):
+        found = "both" if options.scans else "neither"
+        raise UserError(f"give either files, folders or tables of scans, or --shards; found {found}")
+    if options.shards is None:
+        if options.split or options.query:
+            raise UserError("--split and --query choose scans of --shards, which is not given")
+        return scan_source(find_scans(options.scans), encoder.preprocessing, tiv=options.tiv)
+    manifest = Manifest.load(options.shards)
+    rows = manifest.rows(split=options.split, query=options.query)
+    if not len(rows):
+        raise UserError(f"--query={options.query!r} leaves no scan of {options.shards}")
+    return scan_source(rows, encoder.preprocessing, manifest)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

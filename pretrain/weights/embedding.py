@@ -1,55 +1,191 @@
-"""Features of single scans from an exported encoder, preprocessing included."""
+"""Features of many scans: decoded by threads in the background, encoded in batches, in the order of the scans.
+
+Threads are enough: gzip, zstd, NumPy and SciPy release Python's global lock while they work.
+"""
 
 from __future__ import annotations
 
+import io
+import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from data_pipeline.volume.errors import BadScan
-from data_pipeline.volume.grid import Grid
-from data_pipeline.volume.intensity import zscore
-from data_pipeline.volume.load import load_volume
-from data_pipeline.volume.preparation import DEFAULT_PREPARATION, scale_factor
 from infra.errors import UserError
-from infra.files import atomic_write
+from infra.progress import Progress
+from pretrain.weights.layers import intermediate_features
+from pretrain.weights.scan_source import ScanSource
+
+BATCH_SIZE = 8
+MOST_WORKERS = 8  # threads by default; more do not help one network
+Features = Callable[[torch.Tensor], torch.Tensor]  # (B, 1, D, H, W) -> (B, F)
 
 
-def embed_files(
-    network: nn.Module, preprocessing: dict[str, Any], scans: Sequence[Path], tiv: Sequence[float] | None = None
-) -> list[tuple[Path, NDArray[np.float32]]]:
-    """(path, features (F,) float32) of NIfTI files; ``tiv`` in ml, one a scan, where the encoder's data were scaled by it."""
-    grid, scaling = Grid.from_dict(preprocessing["grid"]), preprocessing.get("scaling") or "none"
-    if scaling == "tiv" and (tiv is None or len(tiv) != len(scans)):
-        raise UserError(f"this encoder's scans were scaled by tiv; give {len(scans)} values in ml with --tiv")
-    prepared = {name: preprocessing.get(name) or usual for name, usual in DEFAULT_PREPARATION.items()}
-    rows = []
-    for number, path in enumerate(scans):
-        try:
-            factor = scale_factor(scaling, {"tiv": tiv[number] if tiv else None})
-            volume = load_volume(path, grid, factor=factor, **prepared)
-        except BadScan as error:
-            raise UserError(f"{path}: {error}") from None
-        device = next(network.parameters()).device
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Features of some scans, by their positions, and the reasons why others could not be read."""
+
+    positions: list[int]
+    features: NDArray[np.float32]  # (len(positions), F)
+    unreadable: dict[int, str]
+
+
+def embed_source(
+    network: nn.Module, source: ScanSource, positions: Sequence[int], *, layer: str | None = None,
+    pooling: str | Sequence[str] = "mean", device: str | torch.device | None = None, batch_size: int = BATCH_SIZE,
+    workers: int | None = None, progress: bool = True,
+) -> Iterator[FeatureBatch]:  # fmt: skip
+    """Yield the features of a source's scans at some positions, in their order; arguments as ``Encoder.embed``.
+
+    The network is moved to the device in evaluation mode, and back when the iterator ends.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be 1 or more")
+    compute = intermediate_features(network, layer, [pooling] if isinstance(pooling, str) else pooling)
+    target, threads = choose_device(device), default_workers(workers)
+    stream = sys.stderr if progress else io.StringIO()
+    with (
+        _on_device(network, target),
+        Progress(len(source.names), "scans", "embedding", len(source.names) - len(positions), stream) as shown,
+    ):
+        for batch in _batches(compute, source, positions, target, batch_size=batch_size, workers=threads):
+            yield batch
+            shown.advance(len(batch.positions) + len(batch.unreadable))
+
+
+def embed_table(
+    network: nn.Module, source: ScanSource, *, stop_at_unreadable: bool = False, **options: Any
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Return the features of all scans of a source as a table, and the reason of each scan that cannot be read.
+
+    ``options`` are those of ``embed_source``. Raises UserError at the first unreadable scan if ``stop_at_unreadable``.
+    """
+    names, parts, unreadable = list[str](), list[NDArray[np.float32]](), dict[str, str]()
+    for batch in embed_source(network, source, range(len(source.names)), **options):
+        unreadable |= {source.names[position]: reason for position, reason in batch.unreadable.items()}
+        if unreadable and stop_at_unreadable:
+            raise UserError(": ".join(next(iter(unreadable.items()))))
+        if batch.positions:
+            names += [source.names[position] for position in batch.positions]
+            parts.append(batch.features)
+    features = np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
+    return feature_table(names, features, source.index), unreadable
+
+
+def feature_table(names: Sequence[str], features: NDArray[np.float32], index: str) -> pd.DataFrame:
+    """Return features (n, F) as a table: columns ``f0``, ``f1``, ...; ``names`` as the index, which is named ``index``."""
+    columns = [f"f{number}" for number in range(features.shape[1])]
+    table = pd.DataFrame(features, index=list(names), columns=columns)
+    table.index.name = index
+    return table
+
+
+def default_workers(workers: int | None) -> int:
+    """Return the number of reading threads: ``workers``, or one per core and at most ``MOST_WORKERS`` if it is None."""
+    if workers is not None and workers < 0:
+        raise UserError(f"workers={workers} must be 0 or more")
+    return min(MOST_WORKERS, len(os.sched_getaffinity(0))) if workers is None else workers
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return a device to compute on; None is the GPU if there is one. Raises UserError if it does not exist here."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"device={str(device)!r} cannot be used here ({reason}); give cpu or cuda") from None
+    return chosen
+
+
+def _batches(
+    compute: Features,
+    source: ScanSource,
+    positions: Sequence[int],
+    device: torch.device,
+    *,
+    batch_size: int,
+    workers: int,
+) -> Iterator[FeatureBatch]:
+    volumes: list[NDArray[np.float32]] = []
+    taken, unreadable = list[int](), dict[int, str]()
+    ahead = max(2 * workers, batch_size)
+    for number, (position, volume) in enumerate(_read_ahead(source, positions, workers, ahead), 1):
+        if isinstance(volume, str):
+            unreadable[position] = volume
+        else:
+            taken.append(position)
+            volumes.append(volume)
+        if len(volumes) == batch_size or number == len(positions):
+            yield FeatureBatch(taken, _encode(compute, volumes, device), unreadable)
+            volumes, taken, unreadable = [], [], {}
+
+
+def _encode(compute: Features, volumes: list[NDArray[np.float32]], device: torch.device) -> NDArray[np.float32]:
+    """Features (B, F) in full float32; (0, 0) of no volumes.
+
+    TensorFloat-32, which cuDNN uses by default on newer GPUs, would make features depend on the batch.
+    """
+    if not volumes:
+        return np.empty((0, 0), np.float32)
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
         with torch.no_grad():
-            features = network(torch.from_numpy(zscore(volume))[None, None].to(device))[0]
-        rows.append((path, features.cpu().numpy()))
-    return rows
+            batch_B1DHW = torch.from_numpy(np.stack(volumes)[:, None]).to(device)
+            features: NDArray[np.float32] = compute(batch_B1DHW).float().cpu().numpy()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+    return features
 
 
-def write_table(rows: Sequence[tuple[Path, NDArray[np.float32]]], out: Path | None) -> None:
-    """A .tsv: the scan's path, then its features."""
-    head = "\t".join(["scan", *(f"f{n}" for n in range(len(rows[0][1])))])
-    lines = [head, *("\t".join([str(path), *(f"{v:.6g}" for v in np.asarray(values))]) for path, values in rows)]
-    text = "\n".join(lines) + "\n"
-    if out is None:
-        sys.stdout.write(text)
+@contextmanager
+def _on_device(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put a network on ``device`` in evaluation mode; restore both at the end."""
+    before, training = next(network.parameters()).device, network.training
+    network.eval().to(device)
+    try:
+        yield
+    finally:
+        network.train(training).to(before)
+
+
+def _read_ahead(
+    source: ScanSource, positions: Sequence[int], workers: int, ahead: int
+) -> Iterator[tuple[int, NDArray[np.float32] | str]]:
+    """Each position with its voxels, or with the reason why they cannot be used; at most ``ahead`` are decoded early."""
+    if workers == 0:
+        for position in positions:
+            yield position, _read(source, position)
         return
-    with atomic_write(out, "w") as stream:
-        stream.write(text)
+    pending: deque[tuple[int, Future[NDArray[np.float32] | str]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="scans")
+    try:
+        for position in positions:
+            pending.append((position, pool.submit(_read, source, position)))
+            if len(pending) > ahead:
+                first, result = pending.popleft()
+                yield first, result.result()
+        while pending:
+            first, result = pending.popleft()
+            yield first, result.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(source: ScanSource, position: int) -> NDArray[np.float32] | str:
+    try:
+        return source.read(position)
+    except BadScan as error:
+        return str(error)

@@ -1,26 +1,36 @@
-"""A pretrained encoder: read from an exported folder, applied to volumes or to files."""
+"""A pretrained encoder: read from an exported folder, applied to volumes or to scans."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
+import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError
 from infra.files import sha256_of
 from pretrain.encoders import TRAINING_ONLY, build_encoder
-from pretrain.weights.embedding import embed_files
+from pretrain.weights.embedding import BATCH_SIZE, embed_table
 from pretrain.weights.folder import FILES, find_encoder, read_json
+from pretrain.weights.scan_source import Scans, scan_source
 
 
 class Encoder(nn.Module):
-    """A pretrained encoder: (B, 1, D, H, W) float32, z-scored, on ``preprocessing``'s grid -> (B, feature_size)."""
+    """A pretrained encoder: (B, 1, D, H, W) float32, z-scored, on the grid of ``preprocessing`` -> (B, feature_size).
+
+    Attributes:
+        network: the network itself.
+        config: content of config.json: encoder and options, feature size, step, run.
+        preprocessing: content of preprocessing.json: all that happens to a scan between its file and the network.
+        feature_size: number of features.
+    """
 
     def __init__(self, network: nn.Module, config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
         super().__init__()
@@ -29,23 +39,11 @@ class Encoder(nn.Module):
         self.preprocessing = preprocessing
         self.feature_size = int(config["feature_size"])
 
-    def forward(self, volumes_B1DHW: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.network(volumes_B1DHW)
-        return features
-
-    def embed(self, scans: Sequence[str | Path], tiv: Sequence[float] | None = None) -> np.ndarray[Any, np.dtype[Any]]:
-        """Features (n, feature_size) float32 of NIfTI files, brought to the encoder's grid as its training scans were.
-
-        ``tiv``: total intracranial volumes in ml, one a scan, where the training scans were scaled by them.
-        """
-        rows = embed_files(self, self.preprocessing, [Path(scan) for scan in scans], tiv)
-        return np.stack([features for _, features in rows])
-
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Encoder:
-        """Load an export folder, a checkpoint or a run folder; every file is checked against its checksum.
+        """Load an exported encoder, a checkpoint or a run folder (its latest checkpoint), in evaluation mode.
 
-        Returned in evaluation mode. Raises UserError where a file is missing or differs from what was written.
+        Raises UserError if a file is missing or differs from its checksum, or if the weights do not fit.
         """
         path = find_encoder(folder)
         checksums = read_json(path / "checksums.json")
@@ -64,3 +62,58 @@ class Encoder(nn.Module):
         if (path / "mlflow.json").is_file():
             config["model_id"] = read_json(path / "mlflow.json").get("model_id")
         return cls(network, config, read_json(path / "preprocessing.json")).eval()
+
+    def forward(self, volumes_B1DHW: torch.Tensor) -> torch.Tensor:
+        """Return features (B, feature_size) of prepared volumes."""
+        features: torch.Tensor = self.network(volumes_B1DHW)
+        return features
+
+    def embed(
+        self, scans: Scans, *, manifest: Manifest | str | Path | None = None, tiv: Sequence[float] | None = None,
+        batch_size: int = BATCH_SIZE, device: str | torch.device | None = None, workers: int | None = None,
+        layer: str | None = None, pooling: str | Sequence[str] = "mean",
+        on_error: Literal["raise", "skip"] = "raise", progress: bool = True,
+    ) -> pd.DataFrame:  # fmt: skip
+        """Return the features of scans, each brought to the encoder's grid as its training scans were.
+
+        Threads read and decode in the background while the network works on batches. A scan's features do not depend on
+        ``batch_size`` or ``workers`` (up to rounding, 1e-6 of the largest feature); a training file's equal its shard's.
+
+        Args:
+            scans: paths of NIfTI files; a manifest (all its scans); a DataFrame with a column ``path`` (and ``tiv``); or,
+                with ``manifest``, rows of its table ``scans`` or row numbers (n,).
+            manifest: the data set, or its folder or URL, that ``scans`` are rows of.
+            tiv: total intracranial volumes in ml, one per path, if the training scans were scaled by them.
+            batch_size: scans per forward pass.
+            device: ``cpu``, ``cuda``, ...; None is the GPU if there is one. The encoder is moved back afterwards.
+            workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
+            layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.
+            pooling: ``mean``, ``max`` or ``std`` over the block's voxels, or several, concatenated.
+            on_error: what an unreadable scan does: ``raise``, or ``skip`` it with a warning.
+            progress: show progress on stderr.
+
+        Returns:
+            A row per scan in the order given, columns ``f0``, ``f1``, ... (float32). The index is the path of a file
+            (named ``path``) or the key of a scan of shards (``key``).
+
+        Raises:
+            UserError: if there are no scans, an argument is wrong, the shards were prepared otherwise, or, with
+                ``on_error="raise"``, a scan cannot be read.
+        """
+        source = scan_source(scans, self.preprocessing, manifest, tiv)
+        if not source.names:
+            raise UserError("there are no scans to embed")
+        table, unreadable = embed_table(
+            self.network, source, stop_at_unreadable=on_error == "raise", layer=layer, pooling=pooling, device=device,
+            batch_size=batch_size, workers=workers, progress=progress,
+        )  # fmt: skip
+        if unreadable:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in unreadable.items())
+            warnings.warn(f"{len(unreadable)} scans cannot be read and are left out: {listed}", stacklevel=2)
+        return table
+
+
+def embed(encoder: Encoder | str | Path, scans: Scans, **options: Any) -> pd.DataFrame:
+    """Return the features of scans from an encoder, or from the folder of one: see ``Encoder.embed`` for the options."""
+    loaded = encoder if isinstance(encoder, Encoder) else Encoder.from_pretrained(encoder)
+    return loaded.embed(scans, **options)

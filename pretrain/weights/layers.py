@@ -55,6 +55,7 @@ def intermediate_features(
     block = getattr(network, "trunk", network).get_submodule(layer)
 
     def features(volumes_N1DHW: torch.Tensor) -> torch.Tensor:
+        """Return the pooled output (N, F) of the block."""
         outputs: list[torch.Tensor] = []
         handle = block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
         try:

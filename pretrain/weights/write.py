@@ -32,6 +32,7 @@ def preprocessing_of(manifest: Manifest) -> dict[str, Any]:
         "grid": manifest.grid, "normalisation": "zscore",
         "modality": settings.get("modality"), "scaling": settings.get("scaling"),
         **{name: settings.get(name, default) for name, default in DEFAULT_PREPARATION.items()},
+        "nonfinite": settings.get("quality", {}).get("nonfinite", "refuse"),
     }  # fmt: skip
 
 
@@ -105,9 +106,9 @@ def _model_card(config: dict[str, Any], preprocessing: dict[str, Any]) -> str:
 - data: manifest {config["manifest_digest"]}, split {config["split"]}
 - made by yaware {config["version"]}, MLflow run {config["run_id"]}
 
-    from pretrain import Encoder
-    encoder = Encoder.from_pretrained("path/to/this/folder")
-    features = encoder.embed(["scan.nii.gz"]{tiv})        # (1, {config["feature_size"]}) float32
+    import yaware
+    encoder = yaware.Encoder.from_pretrained("path/to/this/folder")
+    features = encoder.embed(["scan.nii.gz"]{tiv})        # a table of 1 row, {config["feature_size"]} columns
 
 `yaware embed path/to/this/folder scan.nii.gz{option}` does the same; `encoder(volumes)` takes prepared volumes.
 """

@@ -117,7 +117,7 @@ def test_a_cut_cable_ends_both_hosts_and_a_restart_goes_on_exactly(pair, shards,
     for here, rank, other, lost in (("host-a", 0, "host-b", 1), ("host-b", 1, "host-a", 0)):
         lines = [line for line in job.log(here).splitlines() if line.startswith("watchdog: ")]
         assert len(lines) == 1, job.log(here)
-        assert lines[0].startswith(f"watchdog: rank {lost} ({other}) has not been heard of for ")
+        assert lines[0].startswith(f"watchdog: rank {lost} ({other}) has sent no message for ")
         assert f"rank {rank} ({here}) waited in the " in lines[0]
     assert 6 <= len(losses(output)) < STEPS, "cut too late to show anything"
     assert Job(pair, tmp_path / "again", training(shards, output), store).wait() == [0, 0]
@@ -208,7 +208,10 @@ def test_sigterm_ends_both_hosts_of_a_launch_over_pdsh(pair, shards, tmp_path, s
     # deepspeed's launcher ends all launchers of its own python on the hosts: one by a path of its own ends no other test's.
     (tmp_path / "venv").symlink_to(sys.prefix)
     command[0] = str(tmp_path / "venv/bin/python")
-    code = "import sys; from pretrain.cli import start; sys.exit(start(sys.argv[1:], {}))"
+    code = (
+        "import sys; from pretrain.launch.launchers import LAUNCHERS; from pretrain.launch.start import start; "
+        "sys.exit(start(LAUNCHERS['pdsh'], sys.argv[1:]).status)"
+    )
     with (tmp_path / "log").open("w") as log:
         started = subprocess.Popen(
             pair.a.command([sys.executable, "-c", code, *command]), cwd=tmp_path / "work", env=variables, stdout=log,

@@ -90,8 +90,9 @@ def _rank(
     os.dup2(log, 1)
     os.dup2(log, 2)
     from pretrain import train
+    from pretrain.run import loop
 
-    _note_scans(train, Path(folder) / f"scans-{environment['RANK']}.jsonl")
+    _note_scans(loop, Path(folder) / f"scans-{environment['RANK']}.jsonl")
     if harm:
         harm(int(environment["RANK"]))
     if fault:
@@ -102,16 +103,16 @@ def _rank(
     os._exit(status)
 
 
-def _note_scans(train: Any, path: Path) -> None:
+def _note_scans(loop: Any, path: Path) -> None:
     """Write down which scans each step sees."""
-    step_of_training = train.train_step
+    step_of_training = loop.train_step
 
-    def noted(engine: Any, loss: Any, batch: dict[str, Any], step: int, *rest: Any) -> Any:
+    def noted(engine: Any, loss: Any, batch: dict[str, Any], step: int, *rest: Any, **options: Any) -> Any:
         with path.open("a") as stream:
             stream.write(json.dumps([step, batch["scan"].tolist()]) + "\n")
-        return step_of_training(engine, loss, batch, step, *rest)
+        return step_of_training(engine, loss, batch, step, *rest, **options)
 
-    train.train_step = noted
+    loop.train_step = noted
 
 
 def _arm(fault: Fault) -> None:

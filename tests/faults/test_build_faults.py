@@ -50,7 +50,7 @@ def whole(big_cohort, head, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "shards"
     done = subprocess.run(command(big_cohort, out), cwd=ROOT, env=environment(head), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "1 scans were left out" in done.stdout
+    assert "1 scans were excluded" in done.stdout
     assert not verify_shards(Manifest.load(out))
     return files(out)
 

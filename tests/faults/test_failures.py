@@ -277,20 +277,15 @@ def test_an_error_that_is_no_failure_of_the_disk_is_not_hidden(monkeypatch):
 
 
 def bad_loss_on_rank_1(rank: int) -> None:
-    from pretrain import train
+    from pretrain.run.objective import Objective
 
-    build = train.build_loss
+    loss, calls = Objective.loss, iter(range(1000))
 
-    def built(*given: object) -> object:
-        loss, calls = build(*given), iter(range(1000))
+    def spoilt(*arguments: object) -> object:
+        value = loss(*arguments)
+        return value * float("nan") if next(calls) in BAD_STEPS and rank == 1 else value
 
-        def spoilt(*arguments: object) -> object:
-            value = loss(*arguments)
-            return value * float("nan") if next(calls) in BAD_STEPS and rank == 1 else value
-
-        return spoilt
-
-    train.build_loss = built
+    Objective.loss = spoilt
 
 
 @pytest.mark.distributed

@@ -1,4 +1,4 @@
-"""One rank of a real run is stopped or killed: the others end with its name, and the same command goes on exactly."""
+"""A stopped or killed rank of a real run is named in the log, the other ranks end, and the same command continues exactly."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.distributed
 
 @contextmanager
 def running(command: list[str], folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[int, psutil.Process]]]:
-    """The launcher and its ranks, once six steps are done."""
+    """Start the command; yield it and its ranks' processes after six steps."""
     with (folder / "run.log").open("wb") as log:
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=log, stderr=log)
     limit = time.monotonic() + 200
     try:
         while len(losses(folder / "run")) < 6:
             assert launcher.poll() is None, (folder / "run.log").read_text()[-3000:]
-            assert time.monotonic() < limit, "the run never came so far"
+            assert time.monotonic() < limit, "the run did not reach six steps"
             time.sleep(0.02)
         yield launcher, dict(ranks_of(launcher.pid))
     finally:
@@ -52,7 +52,7 @@ def command_for(shards: Path, folder: Path, world: int) -> list[str]:
     return pretrain_command(shards, folder / "run", STEPS, *more)
 
 
-def test_a_stopped_rank_ends_the_other_and_the_run_goes_on_exactly(shards, tmp_path):
+def test_a_stopped_rank_ends_the_other_and_a_restart_continues_exactly(shards, tmp_path):
     command = command_for(shards, tmp_path, 2)
     with running(command, tmp_path) as (launcher, ranks):
         ranks[1].send_signal(signal.SIGSTOP)
@@ -61,11 +61,11 @@ def test_a_stopped_rank_ends_the_other_and_the_run_goes_on_exactly(shards, tmp_p
             assert time.monotonic() - stopped < SECONDS + 10, "rank 0 still waits for the stopped rank"
             time.sleep(0.1)
         assert time.monotonic() - stopped > SECONDS - 2
-        # The launcher now ends the stopped rank as well: at once if it runs again, after 30 s if not.
+        # The launcher now ends the stopped rank too: at once if it is continued, otherwise after 30 s.
         ranks[1].send_signal(signal.SIGCONT)
         assert launcher.wait(timeout=60) == EXIT_STATUS
     lines = [line for line in (tmp_path / "run.log").read_text().splitlines() if line.startswith("watchdog: rank 1 ")]
-    assert re.search(r"has not been heard of for \d+ s; it was last in the .* (step|batch) \d+", lines[0])
+    assert re.search(r"has sent no message for \d+ s; its last phase was the .* (step|batch) \d+", lines[0])
     assert re.search(r"; rank 0 \(.*\) waited in the .* step \d+; the same command continues", lines[0])
     interrupted = losses(tmp_path / "run")
     assert 6 <= len(interrupted) < STEPS, "stopped too late to show anything"
@@ -75,13 +75,39 @@ def test_a_stopped_rank_ends_the_other_and_the_run_goes_on_exactly(shards, tmp_p
     assert again[: len(interrupted)] == interrupted
 
 
-def test_a_killed_rank_of_three_is_named_by_another(shards, tmp_path):
+def last_line(folder: Path) -> str:
+    return (folder / "run.log").read_text().strip().splitlines()[-1]
+
+
+def test_a_killed_rank_of_three_is_named_at_the_end(shards, tmp_path):
     with running(command_for(shards, tmp_path, 3), tmp_path) as (launcher, ranks):
         assert sorted(ranks) == [0, 1, 2]
         ranks[2].kill()
         killed = time.monotonic()
         assert launcher.wait(timeout=60) != 0
         assert time.monotonic() - killed < 20
-    lines = [line for line in (tmp_path / "run.log").read_text().splitlines() if line.startswith("watchdog: ")]
-    # The launcher ends the ranks that are left within a second; one of them was quicker.
-    assert any(re.match(r"watchdog: rank 2 \(.*\) has died \(its connection closed\) in the ", line) for line in lines)
+    # Either a surviving rank's watchdog was quicker, or the launcher.
+    watchdog, launcher = r"has died \(its connection closed\) in the ", r"was killed by SIGKILL \(out of memory"
+    assert re.match(rf"pretrain: rank 2 \(.*\) ({watchdog}|{launcher})", last_line(tmp_path))
+
+
+def test_a_killed_rank_is_named_although_no_other_rank_can_report_it(shards, tmp_path):
+    """The surviving ranks are stopped before the kill, and killed as soon as the launcher has sent them SIGTERM."""
+    with running(command_for(shards, tmp_path, 3), tmp_path) as (launcher, ranks):
+        for rank in (0, 1):
+            ranks[rank].send_signal(signal.SIGSTOP)
+        ranks[2].kill()
+        limit = time.monotonic() + 30
+        while not any(sigterm_is_pending(ranks[rank].pid) for rank in (0, 1)):
+            assert time.monotonic() < limit, "the launcher did not end the others"
+            time.sleep(0.01)
+        for rank in (0, 1):
+            ranks[rank].kill()
+        assert launcher.wait(timeout=60) != 0
+    assert "watchdog: " not in (tmp_path / "run.log").read_text()
+    assert re.match(r"pretrain: rank 2 \(.*\) was killed by SIGKILL \(out of memory", last_line(tmp_path))
+
+
+def sigterm_is_pending(pid: int) -> bool:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.findall(r"ShdPnd:\s*(\w+)", text)[0], 16) >> (signal.SIGTERM - 1) & 1)

@@ -14,7 +14,7 @@ import pytest
 
 from infra.distributed import free_port
 from infra.watchdog import EXIT_STATUS
-from infra.watchdog_wire import Standing, describe
+from infra.watchdog.wire import RankStatus, describe
 from tests.runs import ROOT
 
 SECONDS = 3
@@ -131,14 +131,11 @@ def test_zero_seconds_turn_it_off(tmp_path):
 
 
 def test_hundreds_of_ranks_still_make_one_short_line():
-    everyone = [Standing(rank, f"host-{rank // 8}", "the exchange of step 7") for rank in range(256)]
-    for standing in everyone[100:108]:
-        standing.phase, standing.gone, standing.reason = (
-            "the forward pass of step 7",
-            standing.since,
-            "its connection closed",
-        )
-    line = describe(everyone[100:108], everyone, everyone[0].since + 5)
+    everyone = [RankStatus(rank, f"host-{rank // 8}", "the exchange of step 7") for rank in range(256)]
+    for status in everyone[100:108]:
+        status.phase, status.lost_time = "the forward pass of step 7", status.phase_start
+        status.lost_reason = "its connection closed"
+    line = describe(everyone[100:108], everyone, everyone[0].phase_start + 5)
     assert "rank 100 (host-12) has died" in line
     assert "and 5 more; rank 0 (host-0), rank 1 (host-0), rank 2 (host-0) and 245 more waited in" in line
     assert len(line) < 600

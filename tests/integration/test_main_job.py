@@ -188,7 +188,9 @@ def test_export_and_embed_a_nifti_file(job, tmp_path, capsys):
     assert cli.run(["embed", str(tmp_path / "encoder"), str(scan), "--tiv", "1450", "--out", str(out)]) == 0
     head, row = out.read_text().splitlines()
     assert len(head.split("\t")) == len(row.split("\t")) == 129
-    features = Encoder.from_pretrained(tmp_path / "encoder").embed([scan], tiv=[1450.0])
-    np.testing.assert_allclose(features[0], [float(value) for value in row.split("\t")[1:]], rtol=1e-4, atol=1e-5)
+    features = Encoder.from_pretrained(tmp_path / "encoder").embed([scan], tiv=[1450.0], progress=False)
+    np.testing.assert_allclose(
+        features.to_numpy()[0], [float(value) for value in row.split("\t")[1:]], rtol=1e-4, atol=1e-5
+    )
     assert cli.run(["embed", str(tmp_path / "encoder"), str(scan)]) == 2
-    assert "scaled by tiv; give 1 values in ml with --tiv" in capsys.readouterr().err
+    assert "1 values in ml are needed, found none; give tiv=[...] (--tiv)" in capsys.readouterr().err

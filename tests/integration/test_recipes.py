@@ -19,8 +19,8 @@ from infra.errors import UserError
 from pretrain.config import RECIPES, Recipe, check_micro_batch, load_recipe
 from pretrain.encoders import check_encoder
 from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.run.objective import loss_options
 from pretrain.run.plan import total_steps
-from pretrain.run.step import loss_options
 from tests.cohorts import write_cohort
 from tests.runs import losses, run
 

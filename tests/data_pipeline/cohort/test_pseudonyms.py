@@ -260,9 +260,9 @@ def test_a_build_of_several_data_sets_records_its_options(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--shape", "10,12"], "--shape=10,12 is not three whole numbers of voxels in 1..1024, as in 128,160,128"),
-        (["--shape", "10,12,x", "--spacing", "2"], "--shape=10,12,x is not three whole numbers"),
-        (["--shape", "10,12,10"], "--shape=10,12,10 needs the voxels' edge in mm too, as in --spacing 1.5"),
+        (["--shape", "10,12"], "--shape=10,12 must be three numbers of voxels in 1..1024, for example 128,160,128"),
+        (["--shape", "10,12,x", "--spacing", "2"], "--shape=10,12,x must be three numbers"),
+        (["--shape", "10,12,10"], "--shape=10,12,10 also needs the edge of a voxel in mm, for example --spacing 1.5"),
         (["--spacing", "0.1"], "--spacing=0.1 is not in 0.5..20 mm"),
         (["--crop", "head"], "crop='head' is not known; allowed: world, brain"),
         (["--intensity", "robus"], "intensity='robus' is not known (did you mean 'robust'?)"),

@@ -1,4 +1,4 @@
-"""Balanced orders hold what they promise, for any sizes; and their effect on the positives is the documented one."""
+"""Balanced orders show groups and subjects equally often, and change the positives as documented."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def group_of(sizes):
 
 @given(GROUPS, SEEDS, st.integers(1, 9), st.integers(0, 5))
 @settings(max_examples=80, deadline=None)
-def test_every_group_has_the_same_number_of_places_in_an_epoch_and_in_a_batch_within_one(sizes, seed, batch, epoch):
+def test_groups_have_equal_places_in_an_epoch_and_within_one_in_a_batch(sizes, seed, batch, epoch):
     order, group = EqualGroups(grouped(sizes), seed, batch), group_of(sizes)
     numbers = order.epoch(epoch)
     assert len(numbers) == order.length >= sum(sizes)
@@ -45,10 +45,12 @@ def test_every_group_has_the_same_number_of_places_in_an_epoch_and_in_a_batch_wi
 
 @given(GROUPS, SEEDS, st.integers(1, 6))
 @settings(max_examples=60, deadline=None)
-def test_over_epochs_every_scan_of_a_group_comes_equally_often_within_one_and_never_twice_alike(sizes, seed, batch):
+def test_scans_of_a_group_are_shown_equally_often_within_one_and_never_twice_with_one_augmentation(sizes, seed, batch):
     order = EqualGroups(grouped(sizes), seed, batch)
-    shown = [pair for e in range(4) for pair in zip(order.epoch(e).tolist(), order.showings(e).tolist(), strict=True)]
-    assert len(set(shown)) == len(shown), "a scan came twice under one key of augmentation"
+    shown = [
+        pair for e in range(4) for pair in zip(order.epoch(e).tolist(), order.times_shown(e).tolist(), strict=True)
+    ]
+    assert len(set(shown)) == len(shown), "a scan was shown twice with the same augmentation"
     counts = np.bincount([number for number, _ in shown], minlength=sum(sizes))
     for members in grouped(sizes):
         assert counts[members].max() - counts[members].min() <= 1
@@ -58,7 +60,7 @@ def test_over_epochs_every_scan_of_a_group_comes_equally_often_within_one_and_ne
 
 @given(st.integers(1, 12), st.integers(1, 6), st.data(), SEEDS, st.integers(0, 40))
 @settings(max_examples=100, deadline=None)
-def test_no_batch_holds_a_scan_twice_where_every_group_is_large_enough(batch, groups, data, seed, step):
+def test_no_batch_holds_a_scan_twice_if_every_group_is_large_enough(batch, groups, data, seed, step):
     enough = -(-batch // groups) + 1
     sizes = data.draw(st.lists(st.integers(enough, enough + 8), min_size=groups, max_size=groups))
     numbers, _ = batch_of(EqualGroups(grouped(sizes), seed, batch), step, batch)
@@ -67,7 +69,7 @@ def test_no_batch_holds_a_scan_twice_where_every_group_is_large_enough(batch, gr
 
 @given(GROUPS, SEEDS, st.integers(1, 5))
 @settings(max_examples=60, deadline=None)
-def test_an_epoch_holds_each_subject_once_and_every_session_comes_over_the_epochs(sizes, seed, batch):
+def test_an_epoch_holds_each_subject_once_and_all_sessions_take_turns(sizes, seed, batch):
     order, subject = OneSession(grouped(sizes), seed, batch), group_of(sizes)
     epochs = [order.epoch(number) for number in range(max(sizes))]
     for numbers in epochs:
@@ -90,10 +92,10 @@ def test_no_batch_holds_two_sessions_of_one_subject(batch, more, seed, step):
 @settings(max_examples=60, deadline=None)
 def test_any_step_is_the_same_without_the_steps_before_it(sizes, seed, batch, step, kind):
     one = kind(grouped(sizes), seed, batch)
-    through = [batch_of(one, s, batch) for s in range(step + 1)][-1]
+    one_by_one = [batch_of(one, s, batch) for s in range(step + 1)][-1]
     epoch_order.cache_clear()
-    at_once = batch_of(kind(grouped(sizes), seed, batch), step, batch)
-    assert all(np.array_equal(a, b) for a, b in zip(through, at_once, strict=True))
+    directly = batch_of(kind(grouped(sizes), seed, batch), step, batch)
+    assert all(np.array_equal(a, b) for a, b in zip(one_by_one, directly, strict=True))
 
 
 def table(**columns):
@@ -102,7 +104,7 @@ def table(**columns):
     return SimpleNamespace(scans=scans, subjects=lambda: people)
 
 
-def test_a_recipe_s_wishes_become_orders_over_the_chosen_rows():
+def test_the_balance_section_gives_an_order_over_the_chosen_rows():
     rows = np.array([0, 1, 2, 4])
     ages = build_order(table(), rows, seed=0, batch=2, by="age", bins=5.0)
     assert [part.tolist() for part in ages.groups] == [[0, 1], [2], [3]]
@@ -114,23 +116,23 @@ def test_a_recipe_s_wishes_become_orders_over_the_chosen_rows():
 
 
 @pytest.mark.parametrize(
-    ("wish", "text"),
+    ("options", "text"),
     [
-        ({"by": "sight"}, r"data.balance.by='sight' is no column of the manifest \(did you mean 'site'\?\)"),
+        ({"by": "sight"}, r"data.balance.by='sight' is not a column of the manifest \(did you mean 'site'\?\)"),
         ({"bins": 5.0}, "data.balance.bins=5 needs data.balance.by"),
-        ({"by": "site", "bins": 5.0}, "data.balance.bins=5: site is no column of numbers"),
+        ({"by": "site", "bins": 5.0}, "data.balance.bins=5: site is not a numeric column"),
         ({"by": "site", "one_session_per_subject": True}, "cannot be set together"),
-        ({"by": "tiv"}, "data.balance.by=tiv: 1 of 6 scans have no tiv; leave them out by data.query"),
+        ({"by": "tiv"}, "data.balance.by=tiv: 1 of 6 scans have no tiv; exclude them with data.query"),
     ],
 )
-def test_wrong_wishes_are_named(wish, text):
+def test_invalid_options_are_named(options, text):
     manifest = table(tiv=[1, 2, 3, 4, 5, np.nan])
     with pytest.raises(UserError, match=text):
-        build_order(manifest, np.arange(6), seed=0, batch=2, **wish)
+        build_order(manifest, np.arange(6), seed=0, batch=2, **options)
 
 
 def cohort_of_many_young(scans=2000):
-    """Ages as in BHB-like cohorts: most between 18 and 30, few old; the young from few large sites."""
+    """Ages as in the BHB cohort: most between 18 and 30 from a few large sites, few old."""
     generator = np.random.default_rng(0)
     young = generator.normal(24, 3, int(0.8 * scans))
     ages = np.concatenate([young, generator.uniform(30, 85, scans - len(young))])
@@ -139,15 +141,15 @@ def cohort_of_many_young(scans=2000):
 
 
 def positives(scans, order, batch=64, steps=20):
-    kernel, found, ages_seen = KERNELS["gaussian"](bandwidth=5.0), [], []
+    kernel, counts, ages_seen = KERNELS["gaussian"](bandwidth=5.0), [], []
     for step in range(steps):
         ages = scans["age"].to_numpy()[batch_of(order, step, batch)[0]]
-        found.append(effective_positives(torch.tensor(ages[:, None], dtype=torch.float64), kernel))
+        counts.append(effective_positives(torch.tensor(ages[:, None], dtype=torch.float64), kernel))
         ages_seen.append(ages)
-    return torch.cat(found).numpy(), np.concatenate(ages_seen)
+    return torch.cat(counts).numpy(), np.concatenate(ages_seen)
 
 
-def test_flat_ages_widen_the_batch_give_common_ages_fewer_positives_and_rare_ages_more():
+def test_flat_ages_give_anchors_of_common_ages_fewer_positives_and_of_rare_ages_more():
     scans = cohort_of_many_young()
     manifest, rows = SimpleNamespace(scans=scans), np.arange(len(scans))
     plain, ages = positives(scans, build_order(manifest, rows, seed=0, batch=64))
@@ -157,10 +159,10 @@ def test_flat_ages_widen_the_batch_give_common_ages_fewer_positives_and_rare_age
     assert flat[flat_ages > 50].mean() > 1.5 * plain[ages > 50].mean()
     bins = np.bincount((flat_ages // 5).astype(int))
     bins = bins[bins > 0]
-    assert bins.max() - bins.min() <= 20  # one a batch
+    assert bins.max() - bins.min() <= 20  # one per batch
 
 
-def test_balanced_sites_make_pairs_of_one_site_rare():
+def test_balanced_sites_make_pairs_from_one_site_rare():
     scans = cohort_of_many_young()
     manifest, rows = SimpleNamespace(scans=scans), np.arange(len(scans))
 

@@ -1,4 +1,4 @@
-"""The batches: what they hold, and that neither ranks, workers nor interruptions change them."""
+"""Batches: what they hold, and that ranks, workers and interruptions do not change them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def whole(manifest):
     return batches(manifest, 10)
 
 
-def test_a_batch_holds_what_the_contract_says(manifest, whole):
+def test_a_batch_holds_two_views_proxies_and_row_numbers(manifest, whole):
     batch = whole[0]
     assert batch["views"].shape == (2, 6, 1, 14, 16, 12)
     assert (batch["views"].dtype, batch["proxies"].dtype, batch["scan"].dtype) == (
@@ -71,12 +71,12 @@ def test_the_ranks_batches_together_are_the_same_for_every_world_size(manifest, 
 
 
 @pytest.mark.parametrize("step", [1, 7, 9])
-def test_starting_at_a_step_equals_having_come_there(manifest, whole, step):
+def test_starting_at_a_step_gives_the_batch_of_an_uninterrupted_run(manifest, whole, step):
     (batch,) = batches(manifest, 1, start_step=step)
     assert all(torch.equal(batch[name], whole[step][name]) for name in batch)
 
 
-def test_state_continues_on_another_world_size(manifest, whole):
+def test_a_state_can_be_resumed_on_another_number_of_ranks(manifest, whole):
     first = TwoViewLoader(manifest, rows=manifest.rows(), global_batch=6, augmentation="default")
     for _ in range(3):
         next(first)
@@ -96,9 +96,9 @@ def test_state_continues_on_another_world_size(manifest, whole):
         wrong.load_state_dict(state)
 
 
-def test_worker_processes_change_nothing(manifest, whole):
-    for mine, theirs in zip(batches(manifest, 3, workers=2), whole, strict=False):
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+def test_reader_processes_do_not_change_the_batches(manifest, whole):
+    for batch, expected in zip(batches(manifest, 3, workers=2), whole, strict=False):
+        assert all(torch.equal(batch[name], expected[name]) for name in batch)
 
 
 def test_memory_of_the_reader_processes_is_bounded_and_does_not_grow(manifest):
@@ -109,30 +109,32 @@ def test_memory_of_the_reader_processes_is_bounded_and_does_not_grow(manifest):
     for _ in range(12):
         next(loader)
     assert loader.shared_bytes == bound
-    for pid in loader.reader_pids:  # what a process maps of shared memory is its block and no more
+    for pid in loader.reader_pids:  # a process maps its own block of shared memory only
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
         spans = [line.split()[0].split("-") for line in lines if "memfd:yaware" in line]
         assert sum(int(end, 16) - int(start, 16) for start, end in spans) <= bound / 2 + 4096
     loader.close()
 
 
-def test_the_next_batch_is_taken_over_while_this_one_is_used(manifest):
+def test_the_next_batch_is_fetched_while_the_current_one_is_used(manifest):
     loader = TwoViewLoader(manifest, rows=manifest.rows(), global_batch=6, workers=1)
-    first, coming = next(loader), loader._coming
+    first, next_views = next(loader), loader._next_views
     kept = first["views"].clone()
-    ready = coming.result(timeout=60)  # without another call of next
+    ready = next_views.result(timeout=60)  # without another call of next
     assert torch.equal(first["views"], kept), "the batch in use was written to"
     assert next(loader)["views"] is ready
     state = loader.state_dict()
-    assert state["step"] == 2, "a batch that was not asked for does not count"
+    assert state["step"] == 2, "a batch that is fetched ahead does not count as delivered"
     loader.load_state_dict({**state, "step": 0})
-    assert torch.equal(next(loader)["views"], kept), "a batch taken over before is not given after"
+    assert torch.equal(next(loader)["views"], kept), (
+        "a batch that was fetched before loading a state must not be delivered"
+    )
     loader.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
-    here = TwoViewLoader(manifest, rows=manifest.rows(), global_batch=6)
-    next(here)
-    assert here._thread is None
-    here.close()
+    in_process = TwoViewLoader(manifest, rows=manifest.rows(), global_batch=6)
+    next(in_process)
+    assert in_process._thread is None
+    in_process.close()
 
 
 def test_reader_processes_end_with_the_loader(manifest):
@@ -151,17 +153,17 @@ def _alive(pid):
         return False
 
 
-def test_waiting_for_data_is_measured(manifest):
+def test_the_time_spent_waiting_for_data_is_measured(manifest):
     loader = TwoViewLoader(manifest, rows=manifest.rows(), global_batch=6)
     assert loader.wait_seconds == 0
     next(loader)
-    slow = loader._source.samples
+    samples = loader._source.samples
 
-    def slowly(step, places):
+    def slow_samples(step, positions):
         time.sleep(0.3)
-        return slow(step, places)
+        return samples(step, positions)
 
-    loader._source.samples = slowly
+    loader._source.samples = slow_samples
     next(loader)
     assert 0.3 <= loader.wait_seconds < 3
     loader.close()
@@ -169,7 +171,7 @@ def test_waiting_for_data_is_measured(manifest):
 
 @pytest.fixture
 def damaged(manifest, tmp_path):
-    """``damage(rows, how)`` gives the manifest of a copy of the shards in which some scans' bytes are spoilt."""
+    """``damage(rows, how)`` returns the manifest of a copy of the shards in which some scans' bytes are damaged."""
 
     def damage(rows, how="flip"):
         folder = tmp_path / "damaged"
@@ -191,29 +193,28 @@ def damaged(manifest, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_spoilt_scan_is_named_counted_and_replaced_by_the_next_in_order(manifest, whole, damaged, capsys, workers):
+def test_a_damaged_scan_is_named_counted_and_replaced_by_the_next_in_order(manifest, whole, damaged, capsys, workers):
     order = EveryScan(48, 0, 6)
     victim = int(batch_of(order, 1, 6)[0][2])
-    stand_in = int(batch_of(order, 2, 6)[0][2])
+    replacement = int(batch_of(order, 2, 6)[0][2])
     broken = damaged([victim])
-    found = batches(broken, 4, workers=workers)
-    assert found[1]["scan"].tolist() == [stand_in if r == victim else r for r in whole[1]["scan"].tolist()]
-    ages = manifest.scans["age"].to_numpy()[found[1]["scan"].numpy()]
-    np.testing.assert_allclose(found[1]["proxies"][:, 0].numpy(), ages, rtol=1e-6)
+    delivered = batches(broken, 4, workers=workers)
+    assert delivered[1]["scan"].tolist() == [replacement if r == victim else r for r in whole[1]["scan"].tolist()]
+    ages = manifest.scans["age"].to_numpy()[delivered[1]["scan"].numpy()]
+    np.testing.assert_allclose(delivered[1]["proxies"][:, 0].numpy(), ages, rtol=1e-6)
     for step in (0, 2, 3):
-        assert all(torch.equal(found[step][name], whole[step][name]) for name in whole[step])
+        assert all(torch.equal(delivered[step][name], whole[step][name]) for name in whole[step])
     others = [place for place in range(6) if place != 2]
-    assert torch.equal(found[1]["views"][:, others], whole[1]["views"][:, others])
-    said = capsys.readouterr().err
+    assert torch.equal(delivered[1]["views"][:, others], whole[1]["views"][:, others])
+    printed = capsys.readouterr().err
     keys = manifest.scans["key"]
-    assert said.count("\n") == 1
-    assert f"step 1: shard {manifest.shards[int(manifest.scans['shard'].iloc[victim])]['name']}, scan" in said
-    assert f"scan {keys.iloc[victim]} fails its checksum" in said
-    assert f"replaced by scan {keys.iloc[stand_in]} (1 bad so far)" in said
+    assert printed.count("\n") == 1
+    assert f"step 1: shard {manifest.shards[int(manifest.scans['shard'].iloc[victim])]['name']}, scan" in printed
+    assert f"scan {keys.iloc[victim]} fails its checksum" in printed
+    assert f"replaced by scan {keys.iloc[replacement]} (1 bad so far)" in printed
 
 
-def test_the_stand_in_is_what_it_would_be_itself(manifest, damaged):
-    """The delivered voxels are the stand-in's, not those of the spoilt scan."""
+def test_the_voxels_of_the_replacement_are_delivered(manifest, damaged):
     victim = int(batch_of(EveryScan(48, 0, 6), 0, 6)[0][0])
     (batch,) = batches(damaged([victim]), 1, augmentation="none")
     row = int(batch["scan"][0])
@@ -221,7 +222,7 @@ def test_the_stand_in_is_what_it_would_be_itself(manifest, damaged):
     assert row != victim
 
 
-def test_stand_ins_are_the_same_for_every_world_size(manifest, damaged):
+def test_replacements_are_the_same_for_every_number_of_ranks(manifest, damaged):
     numbers = batch_of(EveryScan(48, 0, 6), 1, 6)[0]
     broken = damaged([int(numbers[1]), int(numbers[4])])
     (alone,) = batches(broken, 1, start_step=1)
@@ -232,7 +233,7 @@ def test_stand_ins_are_the_same_for_every_world_size(manifest, damaged):
     assert len(set(alone["scan"].tolist())) == 6
 
 
-def test_a_shard_cut_short_costs_its_last_scans_and_each_is_counted_once(manifest, damaged):
+def test_a_truncated_shard_loses_its_last_scans_and_each_is_counted_once(manifest, damaged):
     scans = manifest.scans
     last = scans[scans["shard"] == 1]["offset"].nlargest(2).index[-1]
     loader = TwoViewLoader(damaged([last], "cut"), rows=manifest.rows(), global_batch=6)
@@ -243,7 +244,7 @@ def test_a_shard_cut_short_costs_its_last_scans_and_each_is_counted_once(manifes
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_bad_scans_stop_the_run_with_one_line(manifest, damaged, workers):
+def test_too_many_unreadable_scans_stop_the_run_with_one_line(manifest, damaged, workers):
     broken = damaged(range(0, 48, 2))
     loader = TwoViewLoader(broken, rows=manifest.rows(), global_batch=6, workers=workers)
     text = r"[4-9] of the first \d+ scans cannot be read, more than data.max_bad_share=0.001 allows; run `yaware shards verify"
@@ -253,7 +254,7 @@ def test_too_many_bad_scans_stop_the_run_with_one_line(manifest, damaged, worker
     loader.close()
 
 
-def test_a_share_that_allows_it_lets_the_run_go_on(manifest, damaged):
+def test_a_larger_allowed_share_lets_the_run_continue(manifest, damaged):
     broken = damaged(range(0, 48, 8))  # six of 48
     loader = TwoViewLoader(broken, rows=manifest.rows(), global_batch=6, max_bad_share=0.5)
     for _ in range(8):
@@ -262,20 +263,20 @@ def test_a_share_that_allows_it_lets_the_run_go_on(manifest, damaged):
     loader.close()
 
 
-def test_missing_shards_end_the_run_and_are_named(manifest, damaged):
+def test_missing_shards_stop_the_run_and_are_named(manifest, damaged):
     broken = damaged([])
     for path in broken.root.glob("*.tar"):
         path.unlink()
     loader = TwoViewLoader(broken, rows=manifest.rows(), global_batch=6)
-    with pytest.raises(LoaderError, match=r"step 0: 14 scans one after the other cannot be read: .*\.tar"):
+    with pytest.raises(LoaderError, match=r"step 0: 14 scans in a row cannot be read; the first: .*\.tar"):
         next(loader)
     loader.close()
 
 
-@pytest.mark.parametrize("wish", [{"by": "site"}, {"by": "age", "bins": 10.0}, {"one_session_per_subject": True}])
-def test_balanced_orders_reach_the_batches_on_any_world_size(manifest, wish):
+@pytest.mark.parametrize("balance", [{"by": "site"}, {"by": "age", "bins": 10.0}, {"one_session_per_subject": True}])
+def test_balanced_orders_decide_the_batches_on_any_number_of_ranks(manifest, balance):
     rows = manifest.rows()
-    order = build_order(manifest, rows, seed=0, batch=6, **wish)
+    order = build_order(manifest, rows, seed=0, batch=6, **balance)
     parts = [batches(manifest, 5, order=order, rank=rank, world_size=2) for rank in range(2)]
     for step, (first, second) in enumerate(zip(*parts, strict=True)):
         together = torch.cat([first["scan"], second["scan"]]).numpy()
@@ -296,14 +297,14 @@ def test_volumes_give_every_row_once_in_order(manifest):
     assert torch.cat([batch for _, batch in parts]).shape == (len(rows), 1, 14, 16, 12)
 
 
-def test_wrong_requests_are_named(manifest):
+def test_invalid_arguments_are_named(manifest):
     with pytest.raises(UserError, match="split 'pretrian' is not in"):
         manifest.rows(split="pretrian")
     with pytest.raises(UserError, match="query 'agee > 3' does not work"):
         manifest.rows(query="agee > 3")
     with pytest.raises(UserError, match=r"proxy 'agee' is no column of .*\(did you mean 'age'\?\)"):
         manifest.proxies(["agee"])
-    with pytest.raises(UserError, match="no scan to load"):
+    with pytest.raises(UserError, match="no scan is selected"):
         TwoViewLoader(manifest, rows=manifest.rows()[:0], global_batch=2)
     with pytest.raises(UserError, match=r"data.reader='indx' is not known \(did you mean 'index'\?\)"):
         TwoViewLoader(manifest, rows=manifest.rows(), global_batch=2, reader="indx")
@@ -311,13 +312,13 @@ def test_wrong_requests_are_named(manifest):
         order = build_order(manifest, manifest.rows(), seed=0, batch=2, by="site")
         TwoViewLoader(manifest, rows=manifest.rows(), global_batch=2, reader="dali", order=order)
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="device='gpu' cannot be used here; allowed: cpu"):
+        with pytest.raises(UserError, match="device='gpu' is not available on this machine; allowed: cpu"):
             TwoViewLoader(manifest, rows=manifest.rows(), global_batch=2, device="gpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_views_equal_cpu_views(manifest, whole):
-    for mine, theirs in zip(batches(manifest, 2, device="gpu"), whole, strict=False):
-        assert torch.equal(mine["scan"].cpu(), theirs["scan"])
-        torch.testing.assert_close(mine["views"].cpu(), theirs["views"], atol=2e-3, rtol=1e-3)
+    for on_gpu, on_cpu in zip(batches(manifest, 2, device="gpu"), whole, strict=False):
+        assert torch.equal(on_gpu["scan"].cpu(), on_cpu["scan"])
+        torch.testing.assert_close(on_gpu["views"].cpu(), on_cpu["views"], atol=2e-3, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""The order loses nothing, repeats nothing, and does not know how many ranks there are."""
+"""The order loses no scan, repeats none within an epoch, and does not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_any_step_is_the_same_without_the_steps_before_it(sizes, step):
 
 
 @given(st.integers(1, 200), st.integers(1, 17))
-def test_ranks_cut_the_batch_once_and_evenly(batch, world_size):
+def test_ranks_divide_the_batch_evenly(batch, world_size):
     parts = [np.arange(batch)[rank_slice(batch, rank, world_size)] for rank in range(world_size)]
     assert np.array_equal(np.concatenate(parts), np.arange(batch))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -52,12 +52,12 @@ def test_a_batch_across_two_epochs_holds_no_scan_twice(batch, more, seed, step):
     assert len(set(numbers.tolist())) == batch
 
 
-def test_seeds_and_epochs_give_other_orders():
+def test_each_seed_and_epoch_has_its_own_order():
     orders = {tuple(epoch_order(50, seed, epoch, 4).tolist()) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
 
 
-def test_every_scan_is_equally_likely_in_every_place():
+def test_every_scan_is_equally_likely_at_every_place():
     places = np.array([epoch_order(6, seed, 1, 2) for seed in range(3000)])
     counts = np.array([np.bincount(places[:, place], minlength=6) for place in range(6)])
     # 3000 draws over six scans: 500 ± 20 each; five standard deviations
@@ -66,7 +66,7 @@ def test_every_scan_is_equally_likely_in_every_place():
 
 @given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 1000), st.integers(0, 12))
 @settings(max_examples=60, deadline=None)
-def test_epochs_of_two_to_three_batches_are_whole_and_do_not_depend_on_what_was_asked_before(batch, more, seed, epoch):
+def test_short_epochs_hold_every_scan_and_do_not_depend_on_earlier_calls(batch, more, seed, epoch):
     scans = min(2 * batch + more, 3 * batch - 1) if batch > 1 else 2
     epoch_order.cache_clear()
     late = epoch_order(scans, seed, epoch, batch)
@@ -79,7 +79,7 @@ def test_epochs_of_two_to_three_batches_are_whole_and_do_not_depend_on_what_was_
 
 @given(st.integers(1, 12), st.integers(0, 40), st.integers(0, 1000), st.integers(0, 60))
 @settings(max_examples=80, deadline=None)
-def test_stand_ins_of_a_batch_are_new_to_it_and_never_shared(batch, more, seed, step):
+def test_replacements_are_not_in_the_batch_and_never_shared(batch, more, seed, step):
     scans = 2 * batch + more
     order = EveryScan(scans, seed, batch)
     numbers, _ = batch_of(order, step, batch)
@@ -87,17 +87,17 @@ def test_stand_ins_of_a_batch_are_new_to_it_and_never_shared(batch, more, seed, 
     chains = [list(replacements(order, step, batch, place)) for place in range(batch)]
     fresh = [chain[: len(range(place, spare, batch))] for place, chain in enumerate(chains)]
     together = [number for chain in fresh for number in chain]
-    assert all(fresh), "from two batches of scans on, every place has a stand-in"
+    assert all(fresh), "with two batches of scans or more, every place has a replacement"
     assert sorted([*together, *numbers.tolist()]) == list(range(scans))
 
 
-def test_the_first_stand_ins_are_the_next_batch_in_order():
+def test_the_first_replacements_are_the_next_batch():
     order = EveryScan(40, 3, 4)
     following = batch_of(order, 3, 4)[0]
     assert [next(replacements(order, 2, 4, place)) for place in range(4)] == following.tolist()
 
 
-def test_a_data_set_hardly_larger_than_a_batch_falls_back_on_the_batch():
+def test_with_too_few_scans_the_batch_itself_gives_the_replacements():
     order = EveryScan(5, 0, 4)
     numbers, _ = batch_of(order, 0, 4)
     assert set(replacements(order, 0, 4, 2)) == set(numbers.tolist())

@@ -35,7 +35,7 @@ def test_a_number_and_a_text_by_participant(built, tmp_path, capsys):
     tars = {path.name: path.read_bytes() for path in built.root.glob("*.tar")}
     assert cli.run(["shards", "annotate", str(built.root), str(table)]) == 0
     after = Manifest.load(built.root)
-    assert f"iq: known of {after.scans['iq'].notna().sum()} of {len(after.scans)} scans" in capsys.readouterr().out
+    assert f"iq: {after.scans['iq'].notna().sum()} of {len(after.scans)} scans have a value" in capsys.readouterr().out
     expected = {person: 90.0 + n for n, person in enumerate(people[1:]) if n != 2}
     for person, found in zip(after.scans["participant_id"], after.scans["iq"], strict=True):
         assert found == expected[person] if person in expected else np.isnan(found)

@@ -112,7 +112,7 @@ def test_bad_scans_are_quarantined_with_their_reason_and_the_build_goes_on(tmp_p
     table = (cohort / "participants.tsv").read_text().splitlines()
     (cohort / "participants.tsv").write_text("\n".join(line for line in table if "sub-004" not in line) + "\n")
     assert cli.run(["shards", "build", str(cohort), str(tmp_path / "out")]) == 0
-    assert "5 scans were left out; the reasons are in" in capsys.readouterr().out
+    assert "5 scans were excluded; the reasons are in" in capsys.readouterr().out
     quarantine = pd.read_csv(tmp_path / "out" / "quarantine.tsv", sep="\t").set_index("key")["reason"]
     texts = [
         "unreadable",

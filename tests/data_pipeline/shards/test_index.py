@@ -229,7 +229,7 @@ def test_what_cannot_be_used_is_quarantined_with_its_reason(tmp_path, capsys):
     assert "no member ends in" in whole["masks.tar"]
     assert "cannot be read beyond" in whole["cut.tar"]
     assert "cannot be read beyond its beginning" in whole["none.tar"]
-    assert f"{len(quarantine)} were left out" in capsys.readouterr().out
+    assert f"{len(quarantine)} samples were excluded" in capsys.readouterr().out
     found = Manifest.load(tmp_path / "index")
     assert len(found.scans) + len(quarantine) == found.settings["scans_found"]
     assert all(found.read_volume(row).shape == GRID.shape for row in range(len(found.scans)))

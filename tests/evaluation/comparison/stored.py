@@ -1,4 +1,4 @@
-"""Evaluations as `yaware evaluate` leaves them in a store, made up of simulated answers: quick, and rich."""
+"""Small simulated evaluations, logged to a store as ``yaware evaluate`` logs them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PEOPLE = 130  # every third has a second scan
 
 
 def people(seed: int = 0) -> pd.DataFrame:
-    """A row per scan: key, participant, age, sex, site, diagnosis and what the simulated brain shows of it."""
+    """A row per scan: key, participant, age, sex, site, diagnosis, and a normal trait that predictions depend on."""
     generator = np.random.default_rng(seed)
     table = pd.DataFrame(
         {
@@ -30,7 +30,7 @@ def people(seed: int = 0) -> pd.DataFrame:
 
 
 def predictions(scans: pd.DataFrame, skill: float, seed: int, tasks: tuple[str, ...]) -> pd.DataFrame:
-    """What a probe of some skill would have answered, with probabilities and folds."""
+    """Predictions of a probe, with probabilities and folds; the classes are 2 ``skill`` standard deviations apart."""
     generator, parts = np.random.default_rng(seed), []
     count = len(scans)
     codes = pd.Categorical(scans["participant"]).codes
@@ -53,44 +53,40 @@ def predictions(scans: pd.DataFrame, skill: float, seed: int, tasks: tuple[str, 
     return pd.concat(parts, ignore_index=True)
 
 
-def evaluation(
-    uri: str, folder, name: str, step: int, skill: float, *, scans: pd.DataFrame, tasks=tuple(TITLES), experiment="kept",
+def log_evaluation(
+    uri: str, folder, name: str, *, step: int, skill: float, scans: pd.DataFrame, tasks=tuple(TITLES), experiment="kept",
     simulated=True, tags=None, params=None, metrics=None, saliency=False, sizes=(20, 40, 80),
 ) -> str:  # fmt: skip
-    """Log one evaluation; its run id. Without ``metrics`` nothing but tables is left: compare makes the figures of them."""
+    """Log one evaluation and return its run id. Without ``metrics`` only its tables are logged, no metric."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng([step, len(name)])
     table = predictions(scans, skill, step + len(name), tasks)
     table.to_parquet(folder / "predictions.parquet", index=False)
     curve = [
         {
-            "task": task,
-            "n_train": size,
-            "draw": draw,
+            "task": task, "n_train": size, "draw": draw,
             "auc": 0.5 + 0.3 * skill * (size / 100) ** 0.3 + 0.03 * generator.normal(),
         }
-        for task in tasks
-        if task in ("scz", "ad")
-        for size in sizes
-        for draw in range(10)
-    ]
+        for task in tasks if task in ("scz", "ad") for size in sizes for draw in range(10)
+    ]  # fmt: skip
     pd.DataFrame(curve, columns=["task", "n_train", "draw", "auc"]).to_csv(folder / "curve.csv", index=False)
-    shown = scans[["age", "sex", "site", "diagnosis"]].assign(
+    embedding = scans[["age", "sex", "site", "diagnosis"]].assign(
         x=(scans["age"] - 47) / 10 * skill + generator.normal(size=len(scans)),
         y=scans["trait"] + (scans["site"] == "south"),
     )
-    shown.to_parquet(folder / "embedding.parquet", index=False)
+    embedding.to_parquet(folder / "embedding.parquet", index=False)
     if saliency:
         grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (20, 24, 20)), indexing="ij"))
         brain = ((grid**2).sum(0) < 0.8).astype(np.float16)
-        hot = np.exp(-((grid - np.array([0.3, 0, 0])[:, None, None, None]) ** 2).sum(0) * 8).astype(np.float16)
-        np.savez(folder / "saliency_scz.npz", background=brain, map=hot * brain)
-    about = {
+        centre = np.array([0.3, 0, 0])[:, None, None, None]
+        change = np.exp(-((grid - centre) ** 2).sum(0) * 8).astype(np.float16)
+        np.savez(folder / "saliency_scz.npz", background=brain, map=change * brain)
+    all_tags = {
         "yaware.kind": "evaluation", "yaware.run_name": name, "yaware.method": name, "yaware.step": str(step),
         "yaware.weights_sha256": "5" * 64, "yaware.manifest_digest": "a" * 64, "yaware.simulated": str(simulated),
         "yaware.version": "0.1.0", "yaware.encoder": "resnet18", "yaware.pretraining_run": "", **(tags or {}),
     }  # fmt: skip
-    tracker = Tracker.open(uri, experiment, f"evaluate {name} step {step}", tags=about)
+    tracker = Tracker.open(uri, experiment, f"evaluate {name} step {step}", tags=all_tags)
     tracker.log_params({"folds": 5, "draws": 10, "seed": 0, **(params or {})})
     tracker.log_metrics([(key, value, step) for key, value in (metrics or {}).items()])
     for path in sorted(folder.iterdir()):

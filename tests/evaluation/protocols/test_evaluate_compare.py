@@ -193,7 +193,7 @@ def test_saliency_needs_an_evaluation(shards, tmp_path, capsys):
     for more, text in (
         (["--task", "ad"], r"has no evaluation of task ad on these shards in experiment 'test'; run yaware evaluate"),
         (["--task", "site"], "task site is multiclass and has no single score"),
-        (["--task", "ad", "--cubes", "1"], "--cubes=1: at least 2 are needed"),
+        (["--task", "ad", "--cubes", "1"], "--cubes=1 is too small; give at least 2"),
     ):
         assert cli.run(["saliency", *base, *more]) == 2
         assert re.search(text, capsys.readouterr().err)

@@ -18,8 +18,8 @@ from infra import ray_cluster
 from infra.errors import UserError
 from pretrain.config import load_recipe
 from pretrain.encoders import build_encoder
+from pretrain.run.loop import scans_seen
 from pretrain.run.plan import Plan
-from pretrain.train import scans_seen
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.seen_scans import participants_of, read, source_of, to_json
 from pretrain.weights.write import export, write_encoder
@@ -174,7 +174,7 @@ def test_a_resumed_run_has_seen_the_scans_of_the_run_it_started_from(world, shar
     recipe = load_recipe(
         "demo-cpu", [f"--run.output={tmp_path}/new", f"--run.resume={folder}", "--monitor.every_epochs=1"]
     )
-    plan = Plan(recipe, manifest, manifest.rows(split="pretrain"), SimpleNamespace(length=40), 5)
+    plan = Plan.build(recipe, manifest, manifest.rows(split="pretrain"), SimpleNamespace(length=40))
     seen = scans_seen(plan, 3)
     assert [source.role for source in seen[:2]] == ["trained", "trained"]
     assert seen[0] == read(folder)[0]

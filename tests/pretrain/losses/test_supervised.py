@@ -10,7 +10,7 @@ from infra.errors import UserError
 from pretrain.config import load_recipe
 from pretrain.losses.supervised import regression, target_scale
 from pretrain.run.folder import method_of
-from pretrain.run.step import loss_options
+from pretrain.run.objective import loss_options
 
 
 def naive(views, proxies, center, scale):

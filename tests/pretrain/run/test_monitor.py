@@ -21,11 +21,10 @@ from pretrain.model import build_model
 from pretrain.run import checkpoint
 from pretrain.run.monitor import OnlineMonitor, encode
 from pretrain.run.online_probes import Task, Watched, check_held_out, probe_figures, view_figures, watched_scans
-from pretrain.run.plan import Plan
+from pretrain.run.plan import Plan, make_plan
 from pretrain.run.skips import Skips
 from pretrain.run.step import lr_factor, train_step
 from pretrain.run.stop import StopRequest
-from pretrain.train import make_plan
 
 SMALL = ["--encoder.options={width: 0.25, norm: group}", "--batch.global=4"]
 
@@ -146,8 +145,8 @@ def test_a_split_to_watch_that_is_not_there_is_named_and_one_that_nobody_asked_f
         check_held_out(Monitor(every_epochs=5), manifest, rows)
     check_held_out(Monitor(every_epochs=0, split="nowhere"), manifest, rows)
     check_held_out(Monitor(), manifest, rows)
-    recipe = load_recipe("demo-cpu", [*SMALL, f"--run.output={tmp_path}", "--monitor.every_epochs=1"])
-    plan = Plan(recipe, manifest, rows, EveryScan(40, 0, 4), 30)
+    given = [*SMALL, f"--run.output={tmp_path}", "--monitor.every_epochs=1", "--train.steps=30"]
+    plan = Plan.build(load_recipe("demo-cpu", given), manifest, rows, EveryScan(40, 0, 4))
     monitor = OnlineMonitor(plan, trained, None, torch.device("cpu"), torch.float32, "cpu")
     assert not monitor(30, None)
     assert "pretrain: no monitor: monitor.split=monitor is not in " in capsys.readouterr().out
@@ -214,8 +213,9 @@ def test_a_look_keeps_the_best_and_alarms_at_a_collapse(trained, manifest, tmp_p
     recipe = load_recipe("demo-cpu", [
         *SMALL, f"--run.output={tmp_path}", "--monitor.every_epochs=0.5", "--monitor.split=downstream",
         "--monitor.tasks=[sex, age]", "--monitor.max_scans=24", "--monitor.view_scans=7", "--monitor.batch=3",
+        "--train.steps=30",
     ])  # fmt: skip
-    plan = Plan(recipe, manifest, manifest.rows(split="pretrain"), EveryScan(40, 0, 4), 30)
+    plan = Plan.build(recipe, manifest, manifest.rows(split="pretrain"), EveryScan(40, 0, 4))
     monitor, log = OnlineMonitor(plan, trained, None, torch.device("cpu"), torch.float32, "cpu"), Listening()
     trained.train()
     random = torch.get_rng_state()
@@ -247,8 +247,8 @@ def test_a_look_keeps_the_best_and_alarms_at_a_collapse(trained, manifest, tmp_p
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_skipped_step_leaves_the_next_as_it_would_have_been(trained, manifest, tmp_path, what):
     """Weights, optimiser and gradient are as if the bad step had not been; the schedule has gone on."""
-    recipe = load_recipe("demo-cpu", [f"--run.output={tmp_path}", "--train.max_skipped_steps=1"])
-    skips = Skips(Plan(recipe, manifest, manifest.rows(), EveryScan(72, 0, 4), 30), 0)
+    recipe = load_recipe("demo-cpu", [*SMALL, f"--run.output={tmp_path}", "--train.max_skipped_steps=1"])
+    skips = Skips(Plan.build(recipe, manifest, manifest.rows(), EveryScan(72, 0, 4)), 0)
     trained.train()
     generator = torch.Generator().manual_seed(0)
     batch = {"views": torch.randn(2, 4, 1, 12, 12, 12, generator=generator), "scan": torch.arange(4)}
@@ -263,7 +263,7 @@ def test_a_skipped_step_leaves_the_next_as_it_would_have_been(trained, manifest,
     lr = trained.lr_scheduler.get_last_lr()[0]
     with pytest.raises(NotFinite) as found:
         train_step(trained, bad, batch, 3, torch.float32)
-    said = skips.leave_out(trained, 3, batch, found.value)
+    said = skips.skip(trained, 3, batch, found.value)
     assert f"step skipped (1 of at most 1), its scans are in {tmp_path}/not-finite-step-00000003.json" in said
     assert trained.lr_scheduler.get_last_lr()[0] != lr
     assert all(torch.equal(before[name], value) for name, value in engine.encoder_state(trained).items())
@@ -277,7 +277,7 @@ def test_a_skipped_step_leaves_the_next_as_it_would_have_been(trained, manifest,
     assert first["grad_norm"] == pytest.approx(again["grad_norm"], rel=1e-6)
     assert np.isfinite(first["grad_norm"])
     with pytest.raises(NotFinite, match=r"after 1 skipped steps \(train.max_skipped_steps=1\)"):
-        skips.leave_out(trained, 6, batch, found.value)
+        skips.skip(trained, 6, batch, found.value)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

@@ -1,4 +1,4 @@
-"""An exported encoder gives the features it was trained to give, and nothing half written is ever loaded."""
+"""An exported encoder gives the features of the network it was written from; damaged folders are refused."""
 
 from __future__ import annotations
 
@@ -13,27 +13,20 @@ from pretrain import Encoder
 from pretrain.encoders import build_encoder
 from pretrain.weights.folder import find_encoder
 from pretrain.weights.write import export, write_encoder
+from tests.pretrain.weights.encoders import CONFIG, write_small_encoder
 
-OPTIONS = {"width": 0.25, "norm": "group"}
-CONFIG = {
-    "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 128, "step": 5, "run_id": None,
-    "run_name": "y-aware", "method": "y-aware", "manifest_digest": "0" * 64, "split": ["pretrain"],
-    "version": "0.1.0", "simulated": True, "experiment": "test",
-}  # fmt: skip
-PREPROCESSING = {"grid": {"shape": [16, 16, 16], "spacing": 6.0}, "normalisation": "zscore", "modality": "vbm"}
+GRID = {"shape": [16, 16, 16], "spacing": 6.0}
 
 
 @pytest.fixture
 def written(tmp_path):
-    torch.manual_seed(0)
-    network = build_encoder("resnet18", OPTIONS).eval()
     folder = tmp_path / "run" / "checkpoints" / "step-00000005" / "encoder"
-    write_encoder(folder, network.state_dict(), CONFIG, PREPROCESSING)
+    network = write_small_encoder(folder, GRID)
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000005\n")
     return network, folder, tmp_path
 
 
-def test_loaded_encoder_gives_the_same_features(written):
+def test_a_loaded_encoder_gives_the_same_features(written):
     network, folder, _ = written
     encoder = Encoder.from_pretrained(folder)
     volumes = torch.randn(2, 1, 16, 16, 16)
@@ -43,11 +36,11 @@ def test_loaded_encoder_gives_the_same_features(written):
     assert encoder.preprocessing["grid"]["spacing"] == 6.0
 
 
-def test_found_from_run_checkpoints_step_and_itself(written):
+def test_an_encoder_is_found_from_its_run_its_checkpoint_and_its_own_folder(written):
     _, folder, root = written
     checkpoints = root / "run" / "checkpoints"
-    for given in (folder, folder.parent, root / "run", checkpoints, checkpoints / "latest"):
-        assert find_encoder(given) == folder
+    for path in (folder, folder.parent, root / "run", checkpoints, checkpoints / "latest"):
+        assert find_encoder(path) == folder
     best = shutil.copytree(folder.parent, checkpoints / "step-00000003") / "encoder"
     (checkpoints / "best").write_text("step-00000003\n")
     assert find_encoder(checkpoints / "best") == best
@@ -70,13 +63,13 @@ def test_a_changed_or_missing_file_is_refused(written, name):
 def test_weights_of_another_encoder_are_refused_in_one_line(written):
     root = written[2]
     other = build_encoder("resnet18", {"width": 0.5}).state_dict()
-    write_encoder(root / "other", other, CONFIG, PREPROCESSING)
+    write_encoder(root / "other", other, CONFIG, {"grid": GRID})
     with pytest.raises(UserError, match="weights do not fit resnet18") as caught:
         Encoder.from_pretrained(root / "other")
     assert "\n" not in str(caught.value)
 
 
-def test_export_copies_whole_and_refuses_to_overwrite(written):
+def test_export_copies_the_whole_folder_and_refuses_to_overwrite(written):
     _, _, root = written
     out = export(root / "run", root / "deep" / "exported")
     assert Encoder.from_pretrained(out).config["step"] == 5
@@ -86,7 +79,7 @@ def test_export_copies_whole_and_refuses_to_overwrite(written):
         export(root / "run", out)
 
 
-def test_model_id_is_read_from_the_file_beside(written):
+def test_the_model_id_is_read_from_mlflow_json(written):
     _, folder, _ = written
     (folder / "mlflow.json").write_text(json.dumps({"model_id": "m-1"}))
     assert Encoder.from_pretrained(folder).config["model_id"] == "m-1"

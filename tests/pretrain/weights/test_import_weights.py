@@ -1,4 +1,4 @@
-"""Published weights: a file in the published layout gives the published network's features, and says what did not fit."""
+"""Published weights: the imported encoder gives the published network's features, and unknown layouts are refused."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from data_pipeline.storage.manifest import Manifest
 from infra import cli
 from infra.errors import UserError
 from pretrain import Encoder
-from pretrain.weights.import_weights import ARCHITECTURES, import_weights, match_keys
+from pretrain.weights.import_weights import ARCHITECTURES, import_weights, match_keys, preprocessing_from
 from tests.cohorts import write_cohort
 
 BLOCKS, GROWTH = (6, 12, 24, 16), 32
 
 
 def published_shapes(dotted: bool = False) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor of the published DenseNet121 in encoder mode, by torchvision's rule."""
+    """Return name and shape of each tensor of the published DenseNet121 in encoder mode, as torchvision names them."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def norm(name: str, channels: int) -> None:
@@ -53,13 +54,13 @@ def published_state(dotted: bool = False) -> dict[str, torch.Tensor]:
             state[name] = torch.tensor(7)
         elif len(shape) == 5:
             state[name] = torch.randn(shape, generator=source) * (2 / (shape[1] * shape[2] ** 3)) ** 0.5
-        else:  # far from what a layer starts with, so that two swapped tensors show
+        else:  # far from the initial values, so that swapped tensors show
             state[name] = 0.5 + torch.rand(shape, generator=source)
     return state
 
 
 def naive_features(state: dict[str, torch.Tensor], volumes: torch.Tensor) -> torch.Tensor:
-    """The published network in evaluation, written out: (N, 1, D, H, W) -> (N, 1024)."""
+    """The published network in evaluation mode, in plain torch functions: (N, 1, D, H, W) -> (N, 1024)."""
 
     def norm_relu(x: torch.Tensor, name: str) -> torch.Tensor:
         weight, bias, mean, var = (state[f"{name}.{p}"] for p in ("weight", "bias", "running_mean", "running_var"))
@@ -116,7 +117,7 @@ def test_imported_weights_give_the_published_networks_features(tmp_path, capsys)
     assert "Imported from `DenseNet121_BHB-10K.pth`" in (out / "README.md").read_text()
 
 
-def test_oldest_names_no_prefix_and_no_counters_are_read_too(tmp_path):
+def test_files_with_torchvisions_oldest_names_without_prefix_or_counters_are_read(tmp_path):
     state = {key: value for key, value in published_state(dotted=True).items() if not key.endswith("tracked")}
     out, match = import_weights(write(tmp_path / "old.pth", state, prefix=""), "densenet121-yaware", tmp_path / "out")
     assert match.missing == []
@@ -131,19 +132,17 @@ def test_oldest_names_no_prefix_and_no_counters_are_read_too(tmp_path):
     assert encoder.preprocessing["grid"]["shape"] == [121, 145, 121]
 
 
-def test_shards_lend_their_grid(tmp_path, shards):
-    from data_pipeline.storage.manifest import Manifest
-    from pretrain.weights.import_weights import scans_of
-
+def test_shards_give_the_whole_preprocessing(shards):
     manifest = Manifest.load(shards)
-    scans = scans_of(str(shards))
-    assert scans["grid"].to_dict() == manifest.grid
-    assert scans["scaling"] == manifest.settings["scaling"]
-    with pytest.raises(UserError, match="--grid=100 is not in 0.5..20 mm"):
-        scans_of("100")
+    preprocessing = preprocessing_from(str(shards))
+    assert preprocessing["grid"] == manifest.grid
+    names = ("modality", "scaling", "crop", "intensity")
+    assert [preprocessing[name] for name in names] == [manifest.settings[name] for name in names]
+    with pytest.raises(UserError, match="--grid=100 is neither a voxel size of 0.5..20 mm nor a folder of shards"):
+        preprocessing_from("100")
 
 
-def test_a_missing_weight_is_an_error_unless_allowed(tmp_path):
+def test_a_missing_weight_raises_unless_allowed(tmp_path):
     state = published_state()
     del state["features.denseblock2.denselayer3.conv2.weight"]
     file = write(tmp_path / "part.pth", state)
@@ -158,22 +157,30 @@ def test_a_missing_weight_is_an_error_unless_allowed(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_no_match_at_all_and_other_shapes_are_errors(tmp_path):
+def test_unknown_layouts_raise(tmp_path):
     other = write(tmp_path / "other.pth", {"backbone.conv1.weight": torch.zeros(3)})
     with pytest.raises(
         UserError, match="none of its 1 keys fits .such as module.backbone.conv1.weight.; is --arch right"
     ):
         import_weights(other, "densenet121-yaware", tmp_path / "out", allow_missing=True)
+    densenet = ARCHITECTURES["densenet121-yaware"]
     state = {"module.features.conv0.weight": torch.zeros(64, 2, 7, 7, 7)}
     ours = {"trunk.conv0.weight": torch.zeros(64, 1, 7, 7, 7)}
     with pytest.raises(
         UserError, match=r"conv0.weight has shape \[64, 2, 7, 7, 7\], the encoder's .* \[64, 1, 7, 7, 7\]"
     ):
-        match_keys(state, ours, ARCHITECTURES["densenet121-yaware"].rename, other)
+        match_keys(state, ours, densenet, other)
+    known = {"module.features.conv0.weight": torch.zeros(64, 1, 7, 7, 7)}
+    with pytest.raises(UserError, match=r"module.features.denseblock5.x are no weights of densenet121 and none of its"):
+        match_keys({**known, "module.features.denseblock5.x": torch.zeros(1)}, ours, densenet, other)
+    with pytest.raises(UserError, match=r"two keys mean trunk.conv0.weight, one of them features.conv0.weight"):
+        match_keys({**known, "features.conv0.weight": torch.zeros(64, 1, 7, 7, 7)}, ours, densenet, other)
+    match = match_keys({**known, "module.head_projection.bias": torch.zeros(1)}, ours, densenet, other)
+    assert match.unexpected == ["module.head_projection.bias"]
 
 
 class Trap:
-    """What a hostile file would hold: reading it with code allowed makes a file."""
+    """A hostile object: unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -183,7 +190,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("kind", ["torch", "bare pickle", "text", "empty", "no tensors", "nothing"])
-def test_files_that_are_not_plain_tensors_are_refused_in_one_line(tmp_path, kind, capsys):
+def test_a_file_that_is_not_plain_tensors_is_refused_in_one_line(tmp_path, kind, capsys):
     file, sprung = tmp_path / "file.pth", tmp_path / "sprung"
     if kind == "torch":
         write(file, published_state(), note=Trap(sprung))
@@ -201,16 +208,16 @@ def test_files_that_are_not_plain_tensors_are_refused_in_one_line(tmp_path, kind
     printed = capsys.readouterr().err
     assert printed.startswith(f"yaware: error: {file} ")
     assert printed.count("\n") == 1
-    expected = {"torch": "never run", "no tensors": "expected {epoch, model, optimizer}", "nothing": "is not there"}
+    expected = {"torch": "never run", "no tensors": "is neither {epoch, model, optimizer}", "nothing": "is missing"}
     assert expected.get(kind, "file.pth") in printed
     assert not sprung.exists()
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_layouts_and_folders_that_are_there_are_refused(tmp_path):
+def test_unknown_architectures_and_existing_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"--arch=densenet121 is not known \(did you mean 'densenet121-yaware'\?\)"):
         import_weights(tmp_path / "x.pth", "densenet121", tmp_path / "out")
-    with pytest.raises(UserError, match="is there already; choose a folder that does not exist"):
+    with pytest.raises(UserError, match="exists already; choose a folder that does not exist"):
         import_weights(tmp_path / "x.pth", "densenet121-yaware", tmp_path)
 
 

@@ -1,0 +1,265 @@
+"""Evaluations of checkpoints as MLflow stores them."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from evaluation.protocols.variant import ProtocolVariant
+from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, Statistic
+from infra.errors import UserError
+from infra.tracking import runs as store
+
+Run = dict[str, Any]  # a row of infra.tracking.runs
+DIGITS = 8  # of a run id or checksum, where names are equal without it
+
+
+@dataclass
+class CheckpointEvaluation:
+    """A checkpoint evaluated by one protocol: the results of one evaluation run, or of several on different tasks.
+
+    Attributes:
+        name: unique name in the comparison.
+        run: the newest evaluation run.
+        predictions: a row per scan and task; columns as ``yaware evaluate`` stores them in predictions.parquet.
+        curve: learning-curve draws; columns task, n_train, draw, auc.
+        embedding: a row per scan; first two principal components x and y, and the scan's age, sex, site, diagnosis.
+        saliency: task -> arrays of its occlusion map (``map``, ``background``, ...).
+        pretraining: name of the pretraining, shared by its checkpoints and unique among pretrainings.
+        earlier: task -> its evaluation run, for tasks whose results are not from ``run``.
+    """
+
+    name: str
+    run: Run
+    predictions: pd.DataFrame
+    curve: pd.DataFrame
+    embedding: pd.DataFrame
+    saliency: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pretraining: str = ""
+    earlier: dict[str, Run] = field(default_factory=dict)
+
+    def run_of(self, task: str) -> Run:
+        """Return the evaluation run that a task's results are from."""
+        return self.earlier.get(task, self.run)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All evaluation runs with results in use, newest first."""
+        return list({run["run_id"]: run for run in (self.run, *self.earlier.values())}.values())
+
+    @property
+    def weights(self) -> str:
+        """SHA-256 of the weights; empty for voxels and networks from scratch."""
+        return str(self.run["tags"].get("yaware.weights_sha256", ""))
+
+    @property
+    def variant(self) -> ProtocolVariant:
+        """The protocol with its options."""
+        return ProtocolVariant.from_tags(self.run["tags"])
+
+    @property
+    def protocol(self) -> str:
+        """The protocol's label, for example ``linear`` or ``paper, sites left out``."""
+        return self.variant.label
+
+    @property
+    def simulated(self) -> bool:
+        """Whether any of the scans are simulated."""
+        return any(run["tags"].get("yaware.simulated") == "True" for run in self.runs)
+
+    @property
+    def step(self) -> int:
+        """The pretraining step of the checkpoint."""
+        return int(self.run["tags"]["yaware.step"])
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order of the evaluation."""
+        return list(dict.fromkeys(self.predictions["task"]))
+
+    def of(self, task: str) -> pd.DataFrame:
+        """Return the predictions of a task."""
+        return self.predictions[self.predictions["task"] == task]
+
+    def kind(self, task: str) -> str:
+        """Return binary, multiclass or regression."""
+        return str(self.of(task)["kind"].iloc[0])
+
+
+def labels_of(predictions: pd.DataFrame) -> NDArray[Any]:
+    """Return one task's labels (N,): int64 classes, or float64 numbers of a regression."""
+    return predictions["label"].to_numpy(float if predictions["kind"].iloc[0] == "regression" else np.int64)
+
+
+def probabilities_of(predictions: pd.DataFrame) -> NDArray[Any] | None:
+    """Return one task's probabilities, or None if the evaluation stored none.
+
+    (N,) of the positive class, or (N, K) of every class of a multiclass task.
+    """
+    if predictions["kind"].iloc[0] == "multiclass":
+        columns = [name for name in predictions if re.fullmatch(r"p\d+", str(name)) and predictions[name].notna().all()]
+        return predictions[sorted(columns, key=lambda name: int(str(name)[1:]))].to_numpy() if columns else None
+    stored = "probability" in predictions and predictions["probability"].notna().all()
+    return predictions["probability"].to_numpy() if stored else None
+
+
+def metrics_of(predictions: pd.DataFrame) -> Iterator[tuple[str, Statistic, NDArray[Any]]]:
+    """Yield name, function and input of every metric of one task; the first is the task's primary metric.
+
+    The input is the answers (N,), or the probabilities for metrics of probabilities. Those are left out if no
+    probabilities were stored.
+    """
+    kind = str(predictions["kind"].iloc[0])
+    for name, statistic in METRICS[kind].items():
+        yield name, statistic, predictions["answer"].to_numpy()
+    probabilities = probabilities_of(predictions)
+    for name, statistic in PROBABILITY_METRICS[kind].items():
+        if probabilities is not None:
+            yield name, statistic, probabilities
+
+
+def last_steps(evaluations: list[CheckpointEvaluation]) -> list[CheckpointEvaluation]:
+    """Return the evaluations of the last step of each pretraining and protocol, in the given order."""
+    last: dict[tuple[str, str], int] = {}
+    for evaluation in evaluations:
+        key = evaluation.pretraining, evaluation.protocol
+        last[key] = max(evaluation.step, last.get(key, -1))
+    return [each for each in evaluations if each.step == last[each.pretraining, each.protocol]]
+
+
+def read_evaluations(uri: str, experiment: str, filter: str) -> tuple[list[CheckpointEvaluation], list[str]]:
+    """Read the newest results of every checkpoint, protocol and task of an experiment.
+
+    ``filter`` is an MLflow filter over the evaluation runs. Also returns a line for each evaluation with results that
+    newer ones supersede. Raises UserError if the store has no such experiment, or no finished evaluation in it.
+    """
+    runs_of = _finished_runs(uri, experiment, filter)
+    names = _names(runs_of)
+    evaluations, superseded = [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        for identity, runs in runs_of.items():
+            pretraining, name = names[identity]
+            evaluation, lines = _read(uri, runs, pretraining, name, Path(temporary))
+            evaluations.append(evaluation)
+            superseded += lines
+    return evaluations, superseded
+
+
+class _Identity(NamedTuple):
+    """Identifies a row of the comparison: the same weights of the same pretraining, evaluated by the same protocol."""
+
+    name: str
+    pretraining: str  # id of the MLflow run, or empty
+    step: str
+    weights: str  # SHA-256, or empty
+    variant: ProtocolVariant
+
+
+def _finished_runs(uri: str, experiment: str, filter: str) -> dict[_Identity, list[Run]]:
+    """Group the finished evaluation runs by checkpoint and protocol, newest first."""
+    runs_of: dict[_Identity, list[Run]] = {}
+    for run in store.runs(uri, experiment, "evaluation", filter):  # newest first
+        if run["status"] == "FINISHED":
+            tags = run["tags"]
+            identity = _Identity(
+                tags["yaware.run_name"], tags.get("yaware.pretraining_run", ""), tags["yaware.step"],
+                tags.get("yaware.weights_sha256", ""), ProtocolVariant.from_tags(tags),
+            )  # fmt: skip
+            runs_of.setdefault(identity, []).append(run)
+    if not runs_of:
+        matching = f" that matches --filter {filter!r}" if filter else ""
+        raise UserError(
+            f"experiment {experiment!r} in {uri} has no finished evaluation{matching}; run `yaware evaluate` first"
+        )
+    return runs_of
+
+
+def _names(identities: Collection[_Identity]) -> dict[_Identity, tuple[str, str]]:
+    """Return unique names of each row's pretraining and of the row itself, as short as they can be."""
+    several_protocols = len({identity.variant for identity in identities}) > 1
+    names = {}
+    for identity in identities:
+        same_name = [other for other in identities if other.name == identity.name]
+        same_run = [other for other in same_name if other.pretraining == identity.pretraining]
+        pretraining = identity.name
+        if len({other.pretraining for other in same_name}) > 1 and identity.pretraining:
+            pretraining += f" ({identity.pretraining[:DIGITS]})"
+        parts = [pretraining]
+        if len({other.step for other in same_run}) > 1:
+            parts.append(f"step {identity.step}")
+        if len({other.weights for other in same_run if other.step == identity.step}) > 1:
+            parts.append(f"weights {identity.weights[:DIGITS]}")
+        if several_protocols and identity.variant.is_baseline:  # a baseline's name holds its protocol already
+            parts += identity.variant.options
+        elif several_protocols and identity.variant.label:
+            parts.append(identity.variant.label)
+        names[identity] = pretraining, ", ".join(parts)
+    return names
+
+
+def _read(
+    uri: str, runs: list[Run], pretraining: str, name: str, folder: Path
+) -> tuple[CheckpointEvaluation, list[str]]:
+    """Merge the runs of one checkpoint and protocol (newest first); the newest results of each task are used.
+
+    Also returns a line for each run with superseded results.
+    """
+    predictions, curves, superseded = [], [], []
+    saliency: dict[str, dict[str, Any]] = {}
+    source: dict[str, Run] = {}  # task -> the run that its results are from
+    embedding = pd.DataFrame()
+    for run in runs:
+        tasks = {Path(task).stem for task in run["params"].get("tasks", "").split(",") if task}
+        done = set(source)
+        if not tasks or tasks - done:
+            path = store.download(uri, run["run_id"], "evaluation", folder / run["run_id"])
+            table = pd.read_parquet(path / "predictions.parquet")
+            tasks = set(table["task"])
+            source |= {task: run for task in dict.fromkeys(table["task"]) if task not in done}
+            predictions.append(table[~table["task"].isin(done)])
+            if (path / "curve.csv").stat().st_size > 1:
+                curve = pd.read_csv(path / "curve.csv")
+                curves.append(curve[~curve["task"].isin(done)])
+            saliency = {**_read_saliency(path), **saliency}
+            embedding = embedding if len(embedding) else pd.read_parquet(path / "embedding.parquet")
+        if tasks & done:
+            superseded.append(
+                _superseded_line(name, run, {task: source[task] for task in source if task in tasks & done})
+            )
+    evaluation = CheckpointEvaluation(
+        name=name, run=runs[0], predictions=_concatenate(predictions), curve=_concatenate(curves), embedding=embedding,
+        saliency=saliency, pretraining=pretraining,
+        earlier={task: run for task, run in source.items() if run is not runs[0]},
+    )  # fmt: skip
+    return evaluation, superseded
+
+
+def _concatenate(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """Concatenate the tables that have rows; an empty one may lack columns or have other dtypes."""
+    tables = [table for table in tables if len(table)]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _superseded_line(name: str, run: Run, newer: dict[str, Run]) -> str:
+    """Say which tasks of a run are superseded, and by which runs."""
+    digests = {each["tags"].get("yaware.manifest_digest") for each in (run, *newer.values())}
+    other_shards = " on other shards" if len(digests) > 1 else ""
+    newer_ids = ", ".join(dict.fromkeys(each["run_id"][:10] for each in newer.values()))
+    return f"{name}: {', '.join(newer)} of evaluation {run['run_id'][:10]}{other_shards}, by {newer_ids}"
+
+
+def _read_saliency(path: Path) -> dict[str, dict[str, Any]]:
+    """Return task -> arrays of its stored map."""
+    maps = {}
+    for file in sorted(path.glob("saliency_*.npz")):
+        with np.load(file) as stored:
+            maps[file.stem.removeprefix("saliency_")] = {key: stored[key] for key in stored.files}
+    return maps

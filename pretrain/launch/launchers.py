@@ -1,0 +1,135 @@
+"""``LAUNCHERS``: the ways to start the ranks of a job. One entry says how a command line is built and a job is stopped."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.distributed import free_port
+from infra.errors import UserError
+from pretrain.launch.processes import stop_local_ranks, stop_over_pdsh
+
+# Characters that a shell on another host would interpret: pdsh passes the command line on as text.
+SHELL = set("{}[]()*?$&|;<>~`'\"\\ \t")
+SBATCH = Path("infra/launch/pretrain.sbatch")
+DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be started: a recipe on hosts.
+
+    Attributes:
+        recipe: what follows ``--config``: the recipe's name or path, then its overrides.
+        hosts: ranks of each host, by name; the first host is the master.
+        hostfile: the file that names the hosts, for the launchers that read one.
+        node_rank: number of this host among ``hosts``, for a launcher that starts only this host.
+        master_addr: address of the first host; None takes its name.
+        master_port: port of the first host; None takes a free port of this host.
+    """
+
+    recipe: Sequence[str]
+    hosts: dict[str, int]
+    hostfile: Path | None = None
+    node_rank: int | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """One way to start the ranks.
+
+    Attributes:
+        command: the command line for a job; raises UserError if the job cannot be started in this way.
+        stop: ask a running job to save a checkpoint and end, given the started process.
+        examples: lines that ``yaware plan`` prints for (hosts, ranks per host, recipe and overrides).
+    """
+
+    command: Callable[[Job], list[str]]
+    stop: Callable[[subprocess.Popen[bytes]], None] = stop_local_ranks
+    examples: Callable[[int, int, str], list[str]] = lambda hosts, ranks, recipe: []
+
+
+def one_host(job: Job) -> list[str]:
+    """Return the command that starts all ranks on this host."""
+    (ranks,) = job.hosts.values()
+    return [
+        *DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", str(job.master_port or free_port()),
+        "--log_level", "error", *_training(job),
+    ]  # fmt: skip
+
+
+def over_pdsh(job: Job) -> list[str]:
+    """Return the command that starts all hosts of the hostfile from this one, over pdsh and ssh."""
+    for word in job.recipe:
+        if SHELL & set(word):
+            raise UserError(
+                f"the shells of the other hosts would split or expand {word!r}; write it into a recipe file and give its path"
+            )
+    return [*DEEPSPEED, "--hostfile", str(job.hostfile), *_master(job), *_training(job)]
+
+
+def this_host(job: Job) -> list[str]:
+    """Return the command that starts this host alone; the same is done on each other host."""
+    if job.node_rank is None or not 0 <= job.node_rank < len(job.hosts):
+        raise UserError(
+            f"--node_rank={job.node_rank} is no host of {job.hostfile}; it names {len(job.hosts)}: 0 to {len(job.hosts) - 1}"
+        )
+    alone = ["--no_ssh", "--node_rank", str(job.node_rank)]
+    return [*DEEPSPEED, "--hostfile", str(job.hostfile), *alone, *_master(job), *_training(job)]
+
+
+def slurm(job: Job) -> list[str]:
+    """Return the command that submits the job to SLURM, which chooses the hosts."""
+    if not SBATCH.is_file():
+        raise UserError(f"{SBATCH} is not here; submit from the checkout, which all hosts must see under the same path")
+    counts = set(job.hosts.values())
+    if len(counts) > 1:
+        raise UserError(f"{job.hostfile} gives its hosts {sorted(counts)} slots; SLURM takes the same number on each")
+    return _sbatch(len(job.hosts), counts.pop(), job.recipe)
+
+
+def _sbatch(hosts: int, ranks: int, recipe: Sequence[str]) -> list[str]:
+    counts = [f"--nodes={hosts}", f"--ntasks-per-node={ranks}", f"--gpus-per-node={ranks}"]
+    return ["sbatch", *counts, str(SBATCH), *recipe]
+
+
+def _master(job: Job) -> list[str]:
+    address = job.master_addr or next(iter(job.hosts))
+    return ["--master_addr", address, "--master_port", str(job.master_port or free_port())]
+
+
+def _training(job: Job) -> list[str]:
+    return ["--module", "pretrain.train", "--config", *job.recipe]
+
+
+def _examples_one_host(hosts: int, ranks: int, recipe: str) -> list[str]:
+    if hosts > 1:
+        return []
+    return [
+        f"yaware pretrain --config {recipe} --launch.ranks={ranks}",
+        f"deepspeed --num_accelerators {ranks} --module pretrain.train --config {recipe}",
+    ]
+
+
+def _examples_pdsh(hosts: int, ranks: int, recipe: str) -> list[str]:
+    if hosts == 1:
+        return []
+    return [f"yaware launch --hostfile HOSTS --config {recipe}     # HOSTS: {hosts} lines `name slots={ranks}`"]
+
+
+def _examples_slurm(hosts: int, ranks: int, recipe: str) -> list[str]:
+    return [] if hosts == 1 else [shlex.join(_sbatch(hosts, ranks, [])) + f" {recipe}"]
+
+
+LAUNCHERS: dict[str, Launcher] = {
+    "one-host": Launcher(one_host, examples=_examples_one_host),
+    "pdsh": Launcher(over_pdsh, stop_over_pdsh, _examples_pdsh),
+    "node": Launcher(this_host),
+    "slurm": Launcher(slurm, examples=_examples_slurm),
+}

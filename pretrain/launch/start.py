@@ -1,0 +1,129 @@
+"""Start the ranks of a job and wait for its end: shared by ``yaware pretrain``, ``yaware launch`` and the Python API."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.distributed import unchanged_environment
+from infra.extensions import extensions_folder
+from infra.watchdog.exit_note import read_notes, remove_notes
+from pretrain.launch.launchers import LAUNCHERS, Job, Launcher
+from pretrain.launch.postmortem import explain
+from pretrain.launch.processes import LOOK_SECONDS, RankObserver
+
+if TYPE_CHECKING:
+    from pretrain.config import Recipe
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended.
+
+    Attributes:
+        status: exit status of the launcher: 0 done or stopped and saved, 1 failed, 2 wrong input, 75 ended by the watchdog.
+        reason: one line that names the lost rank; empty if none was lost.
+        stopped_by: the signal to this process that stopped the job; None if there was none.
+    """
+
+    status: int
+    reason: str = ""
+    stopped_by: signal.Signals | None = None
+
+
+def start_recipe(recipe: Recipe, ranks: int) -> JobEnd:
+    """Train ``recipe`` on ``ranks`` processes of this host and wait for the end.
+
+    The ranks read the recipe from a temporary file. Raises UserError if ``ranks`` does not divide the batch.
+    """
+    from pretrain.config import check_world_size
+
+    check_world_size(recipe.batch.global_, ranks)
+    with tempfile.TemporaryDirectory(prefix="yaware-") as folder:
+        path = Path(folder) / "recipe.yaml"
+        recipe.save(path)
+        return start_on_this_host([str(path)], ranks, Path(recipe.run.output))
+
+
+def start_on_this_host(recipe: Sequence[str], ranks: int, run_folder: Path) -> JobEnd:
+    """Start ``ranks`` ranks on this host; ``recipe`` is a recipe's name or path and its overrides."""
+    device = os.environ.get("DS_ACCELERATOR", accelerator())
+    defaults = {"DS_ACCELERATOR": device}
+    if ranks > 1 and device == "cpu":
+        defaults["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    launcher, job = LAUNCHERS["one-host"], Job(recipe, {"localhost": ranks})
+    return start(launcher, launcher.command(job), run_folder=run_folder, defaults=defaults)
+
+
+def start(
+    launcher: Launcher, command: Sequence[str], *, run_folder: Path | None = None, host: str | None = None,
+    defaults: Mapping[str, str] = {},
+) -> JobEnd:  # fmt: skip
+    """Run a launcher's ``command`` to its end.
+
+    In the main thread SIGTERM and SIGUSR1 to this process are passed on by ``launcher.stop``, and all handlers are restored
+    afterwards. Ctrl-C is not passed on, because a terminal sends it to the ranks as well.
+
+    Args:
+        launcher: the entry of LAUNCHERS that built ``command``.
+        command: program and arguments.
+        run_folder: where the ranks leave their exit notes; None if this is not known.
+        host: look only at the notes of this host's ranks, if the other hosts have launchers of their own.
+        defaults: environment variables for the ranks, if they are not set.
+    """
+    with unchanged_environment():
+        extensions_folder()
+        environment = {**defaults, **os.environ}
+    if run_folder:
+        remove_notes(run_folder, host)
+    process = subprocess.Popen(list(command), env=environment)
+    observer, received = RankObserver(process.pid), list[signal.Signals]()
+
+    def pass_on(number: int, _: Any) -> None:
+        received.append(signal.Signals(number))
+        if number != signal.SIGINT:
+            launcher.stop(process)
+
+    with _handled(pass_on):
+        while process.poll() is None:
+            observer.look()
+            time.sleep(LOOK_SECONDS)
+    observer.look()
+    received_first = received[0] if received else None
+    if process.returncode == 0 and observer.running:
+        return JobEnd(1, f"the launcher ended before its ranks; still running: {observer.running}", received_first)
+    notes = [note for note in (read_notes(run_folder) if run_folder else []) if host in (None, note.host)]
+    reason = explain(notes, observer.deaths, process.returncode)
+    return JobEnd(process.returncode, reason, received_first)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle SIGNALS by ``handler`` in the main thread; elsewhere Python allows no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, before in old.items():
+            signal.signal(number, before)
+
+
+def accelerator() -> str:
+    """Return the device that DeepSpeed uses on this host: "cuda" or "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,119 @@
+"""The loss of a recipe on its scans: kernel, options and masked participants, checked once.
+
+B = scans of this rank, P = size of the projector's output.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_pipeline.storage.manifest import Manifest
+from infra import distributed
+from infra.errors import UserError, nearest
+from pretrain.config import Loss, Recipe
+from pretrain.kernels import Kernel
+from pretrain.losses.contrastive import LOSSES
+from pretrain.losses.diagnostics import effective_positives
+from pretrain.losses.gather import AllGather
+from pretrain.losses.proxies import build_kernel, proxy_columns
+from pretrain.losses.supervised import SUPERVISED, target_scale
+from pretrain.losses.temperature import Temperature
+
+ALL_LOSSES = {**LOSSES, **SUPERVISED}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss over the scans of all ranks.
+
+    Attributes:
+        name: a key of ALL_LOSSES.
+        kernel: weights of pairs by their proxies.
+        options: further arguments of the loss.
+        subjects: participant number of each row of the manifest; None if sessions of one participant are not masked.
+        cross_view: whether only pairs of different views are compared.
+    """
+
+    name: str
+    kernel: Kernel
+    options: dict[str, Any]
+    subjects: torch.Tensor | None
+    cross_view: bool
+
+    def loss(
+        self, views_2BP: torch.Tensor, temperature: torch.Tensor | None, batch: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return this rank's scalar; the mean over the ranks is the loss of the whole batch. Collective.
+
+        Args:
+            views_2BP: embeddings of both views, (2, B, P).
+            temperature: the learned temperature, a scalar; None takes the recipe's.
+            batch: the loader's batch, with ``proxies`` (B, number of proxies) and ``scan`` (B,).
+        """
+        learned = {} if temperature is None else {"temperature": temperature}
+        return ALL_LOSSES[self.name](
+            views_2BP, batch["proxies"], kernel=self.kernel, gather=_gather(), subjects=self._subjects_of(batch),
+            **{**self.options, **learned},
+        )  # fmt: skip
+
+    def effective_positives(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the effective number of positives (B,) of this rank's scans, by the loss's own kernel. Collective."""
+        return effective_positives(
+            batch["proxies"], self.kernel, gather=_gather(), subjects=self._subjects_of(batch),
+            cross_view=self.cross_view,
+        )  # fmt: skip
+
+    def _subjects_of(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        if self.subjects is None:
+            return None
+        return self.subjects[batch["scan"].cpu()].to(batch["proxies"].device)
+
+
+def build_objective(recipe: Recipe, manifest: Manifest, rows: NDArray[np.int64]) -> Objective:
+    """Return the recipe's objective; bandwidth rules such as ``scott`` use the proxies of ``rows``, the training scans.
+
+    Raises UserError if the loss, its options, the kernel or a proxy's column is wrong.
+    """
+    kernel, options = recipe_kernel(recipe, manifest, rows), loss_options(recipe.loss)
+    if recipe.loss.name in SUPERVISED:
+        options |= target_scale(torch.from_numpy(manifest.proxies(proxy_columns(recipe.loss.proxies), rows)))
+    subjects = torch.from_numpy(manifest.subjects()) if recipe.loss.mask_subjects else None
+    return Objective(recipe.loss.name, kernel, options, subjects, recipe.loss.cross_view)
+
+
+def recipe_kernel(recipe: Recipe, manifest: Manifest, rows: NDArray[np.int64]) -> Kernel:
+    """Return the kernel over the recipe's proxies; bandwidth rules use the proxies of ``rows``."""
+    proxies = {name: proxy.options() for name, proxy in recipe.loss.proxies.items()}
+    columns = proxy_columns(proxies)
+    values = manifest.proxies(columns, rows)
+    return build_kernel(proxies, {name: torch.from_numpy(values[:, index]) for index, name in enumerate(columns)})
+
+
+def loss_options(section: Loss) -> dict[str, Any]:
+    """Return the arguments that the recipe's loss takes from ``loss:``.
+
+    Raises UserError if the loss is not known or does not take an option that the recipe sets.
+    """
+    if section.name not in ALL_LOSSES:
+        hint = nearest(section.name, ALL_LOSSES)
+        raise UserError(f"loss.name={section.name!r} is not known{hint}; allowed: {', '.join(ALL_LOSSES)}")
+    names, default = ("temperature", "normalization", "cross_view", "tile"), Loss()
+    parameters = inspect.signature(ALL_LOSSES[section.name]).parameters
+    for name in names:
+        if name not in parameters and getattr(section, name) != getattr(default, name):
+            raise UserError(f"loss.{name} is no option of the loss {section.name}; leave it out")
+    if section.temperature_bounds is not None:
+        if "temperature" not in parameters:
+            raise UserError(f"loss.temperature_bounds is no option of the loss {section.name}; leave it out")
+        Temperature(section.temperature, *section.temperature_bounds)
+    return {name: getattr(section, name) for name in names if name in parameters}
+
+
+def _gather() -> AllGather | None:
+    return AllGather() if distributed.world_size() > 1 else None

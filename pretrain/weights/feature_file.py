@@ -1,0 +1,171 @@
+"""Features of many scans written to one table, in a way that a killed process can continue.
+
+While the work goes on, each batch's features are appended to a hidden file beside the table; a second start reads them
+back and embeds only what is missing. The table itself appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from infra.errors import UserError
+from infra.files import atomic_write, sha256_of
+from pretrain.weights.embedding import embed_source, feature_table
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.folder import find_encoder
+from pretrain.weights.scan_source import ScanSource
+
+FORMATS = (".tsv", ".parquet")
+IMAGES = (".nii", ".nii.gz")
+TABLES = {".tsv": "\t", ".csv": ","}
+# Scan -> its stamp (see ScanSource.stamp) and its features (F,).
+Entries = dict[str, tuple[list[Any], NDArray[np.float32]]]
+
+
+class PartialFile:
+    """The features so far: JSON lines, the first of which says which encoder and options they belong to."""
+
+    def __init__(self, out: Path, header: dict[str, Any]) -> None:
+        self.path = out.with_name(f".{out.name}.partial")
+        self.header = header
+
+    def read(self) -> Entries:
+        """Return stamp and features by name; empty if the file belongs to another encoder or other options."""
+        lines = list(_json_lines(self.path))
+        if not lines or lines[0] != self.header:
+            return {}
+        return {
+            entry["name"]: (entry["stamp"], np.frombuffer(base64.b64decode(entry["features"]), "<f4"))
+            for entry in lines[1:]
+        }
+
+    def start(self, entries: Entries) -> None:
+        """Write the file anew with these entries: a last line that a kill cut short is gone."""
+        with atomic_write(self.path, "w") as stream:
+            stream.write(json.dumps(self.header) + "\n")
+            stream.writelines(_entry(name, stamp, features) for name, (stamp, features) in entries.items())
+
+    def append(self, entries: Entries) -> None:
+        """Add the features of a batch."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.writelines(_entry(name, stamp, features) for name, (stamp, features) in entries.items())
+
+
+def embed_to_file(
+    encoder: str | Path, source: ScanSource, out: Path, *, loaded: Encoder | None = None, **options: Any
+) -> tuple[pd.DataFrame, dict[str, str], int]:
+    """Embed scans into a table, going on past scans that cannot be read and continuing a killed run.
+
+    Args:
+        encoder: an exported encoder, a checkpoint or a run folder.
+        source: the scans.
+        out: the table to write, ``.tsv`` or ``.parquet``; not written if no scan can be read.
+        loaded: the encoder, if it has been loaded already.
+        options: those of ``embed_source``; ``layer`` and ``pooling`` must be those of the killed run to continue it.
+
+    Returns:
+        The table, the reason of each scan that cannot be read, and the number of scans taken from a killed run.
+    """
+    check_format(out)
+    network = loaded or Encoder.from_pretrained(encoder)
+    header = {
+        "encoder": sha256_of(find_encoder(encoder) / "checksums.json"), "layer": options.get("layer"),
+        "pooling": list(options.get("pooling", ["mean"])),
+    }  # fmt: skip
+    partial = PartialFile(out, header)
+    stamps = [source.stamp(position) for position in range(len(source.names))]
+    known = partial.read()
+    known = {n: known[n] for n, stamp in zip(source.names, stamps, strict=True) if n in known and known[n][0] == stamp}
+    partial.start(known)
+    continued, unreadable = len(known), dict[str, str]()
+    missing = [position for position, name in enumerate(source.names) if name not in known]
+    for batch in embed_source(network.network, source, missing, **options) if missing else ():
+        entries = {
+            source.names[position]: (stamps[position], features)
+            for position, features in zip(batch.positions, batch.features, strict=True)
+        }
+        partial.append(entries)
+        known |= entries
+        unreadable |= {source.names[position]: reason for position, reason in batch.unreadable.items()}
+    readable = [name for name in source.names if name in known]
+    features = np.stack([known[name][1] for name in readable]) if readable else np.empty((0, 0), np.float32)
+    table = feature_table(readable, features, source.index)
+    if readable:
+        write_table(table, out)
+    partial.path.unlink()
+    return table, unreadable, continued
+
+
+def check_format(out: Path) -> None:
+    """Raise UserError unless a table's name ends in .tsv or .parquet."""
+    if out.suffix not in FORMATS:
+        raise UserError(f"--out={out}: the name must end in {' or '.join(FORMATS)}")
+
+
+def write_table(table: pd.DataFrame, out: Path) -> None:
+    """Write a table of features; the first column is the scan's path or key."""
+    with atomic_write(out) as stream:
+        if out.suffix == ".parquet":
+            table.reset_index().to_parquet(stream, index=False)
+        else:
+            stream.write(to_tsv(table).encode())
+
+
+def to_tsv(table: pd.DataFrame) -> str:
+    """Return a table of features as tab-separated text with six significant digits."""
+    return str(table.to_csv(sep="\t", float_format="%.6g"))
+
+
+def find_scans(places: Sequence[Path]) -> pd.DataFrame:
+    """Return a table with a column ``path``, and ``tiv`` if a table has it, of the scans at some places.
+
+    Args:
+        places: image files; folders, searched for .nii and .nii.gz files in all their subfolders (hidden ones left
+            out); and .tsv or .csv tables with a column ``path``, relative to the table's folder.
+
+    Raises:
+        UserError: if a folder holds no image, or a table has no column ``path``.
+    """
+    return pd.concat([_scans_at(place) for place in places], ignore_index=True)
+
+
+def _scans_at(place: Path) -> pd.DataFrame:
+    if place.is_dir():
+        paths = sorted(path for path in place.rglob("*") if path.name.endswith(IMAGES) and path.is_file())
+        paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(place).parts)]
+        if not paths:
+            raise UserError(f"{place} holds no {' or '.join(IMAGES)} file")
+        return pd.DataFrame({"path": [str(path) for path in paths]})
+    if place.suffix not in TABLES:
+        return pd.DataFrame({"path": [str(place)]})
+    try:
+        table = pd.read_csv(place, sep=TABLES[place.suffix], dtype={"path": str})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place} cannot be read as a table: {' '.join(str(error).split())[:120]}") from None
+    if "path" not in table:
+        raise UserError(f"{place} has no column 'path'; its columns: {', '.join(map(str, table))}")
+    table["path"] = [str(place.parent / path) for path in table["path"]]
+    return table[[name for name in ("path", "tiv") if name in table]]
+
+
+def _entry(name: str, stamp: list[Any], features: NDArray[np.float32]) -> str:
+    encoded = base64.b64encode(features.astype("<f4").tobytes()).decode()
+    return json.dumps({"name": name, "stamp": stamp, "features": encoded}) + "\n"
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    """The lines of a file up to the first that a kill cut short; none if there is no file."""
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return

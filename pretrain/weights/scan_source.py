@@ -1,0 +1,179 @@
+"""The scans to embed: files, rows of a table, or scans of shards, each read as the encoder's training scans were."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import zstandard
+from numpy.typing import NDArray
+
+from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.reader import VolumeReader
+from data_pipeline.volume.errors import BadScan
+from data_pipeline.volume.intensity import to_float16, zscore
+from data_pipeline.volume.load import DEFAULT_CHECKS, read_voxels
+from data_pipeline.volume.preparation import DEFAULT_PREPARATION, Preparation, scale_factor
+from infra.errors import UserError
+
+# What Encoder.embed takes: paths, a manifest, a table of paths or of a manifest's scans, or row numbers of a manifest.
+Scans = Sequence[str | os.PathLike[str]] | Manifest | pd.DataFrame | NDArray[np.integer[Any]]
+
+
+class ScanSource(Protocol):
+    """Scans by position 0..n-1."""
+
+    names: list[str]  # the scan's path or key
+    index: str  # what the names are: "path" or "key"
+
+    def read(self, position: int) -> NDArray[np.float32]:
+        """Return z-scored voxels (D, H, W). Raises BadScan, with the reason, if the scan cannot be used."""
+
+    def stamp(self, position: int) -> list[Any]:
+        """Return values that change when the scan's features would change."""
+
+
+class FileSource:
+    """Image files, brought to the encoder's grid, scaled and z-scored as preprocessing.json says."""
+
+    index = "path"
+
+    def __init__(
+        self, paths: Sequence[str], preprocessing: Mapping[str, Any], tiv: Sequence[float] | None = None
+    ) -> None:
+        settings = {name: value for name, value in preprocessing.items() if value is not None}
+        self.names = list(paths)
+        self._preparation = Preparation.of(settings["grid"], {"scaling": "none", **settings})
+        # A data set built with `quality.nonfinite: zero` has zeros in place of NaN and infinite voxels.
+        zeroed = settings.get("nonfinite") == "zero"
+        self._checks = DEFAULT_CHECKS - {"nonfinite"} if zeroed else DEFAULT_CHECKS
+        self._tiv = tiv
+        if self._preparation.scaling == "tiv" and (tiv is None or len(tiv) != len(paths)):
+            found = "none" if tiv is None else f"{len(tiv)}"
+            raise UserError(
+                f"the encoder's training scans were scaled by total intracranial volume (scaling: tiv): {len(paths)} values "
+                f"in ml are needed, found {found}; give tiv=[...] (--tiv), or a table with a column tiv"
+            )
+
+    def read(self, position: int) -> NDArray[np.float32]:
+        """Return z-scored voxels (D, H, W). Raises BadScan if the file cannot be read or fails a check."""
+        preparation = self._preparation
+        factor = scale_factor(preparation.scaling, {"tiv": self._tiv[position] if self._tiv is not None else None})
+        voxels = read_voxels(
+            Path(self.names[position]), preparation.grid, self._checks, crop=preparation.crop,
+            intensity=preparation.intensity,
+        )  # fmt: skip
+        return zscore(to_float16(voxels, factor))  # rounded to float16, as in the shards
+
+    def stamp(self, position: int) -> list[Any]:
+        """Return the file's size, its time of change and its TIV; empty if there is no file."""
+        try:
+            status = Path(self.names[position]).stat()
+        except OSError:
+            return []
+        return [status.st_size, status.st_mtime_ns, self._tiv[position] if self._tiv is not None else None]
+
+
+class ShardSource:
+    """Scans of shards. Threads may read at the same time: each has its own reader."""
+
+    index = "key"
+
+    def __init__(self, manifest: Manifest, rows: NDArray[np.integer[Any]], preprocessing: Mapping[str, Any]) -> None:
+        check_preprocessing(preprocessing, manifest, "the encoder")
+        self.names = manifest.scans["key"].iloc[rows].astype(str).tolist()
+        self._manifest, self._rows = manifest, rows
+        self._readers = threading.local()
+
+    def read(self, position: int) -> NDArray[np.float32]:
+        """Return z-scored voxels (D, H, W). Raises BadScan if the shard is damaged."""
+        if not hasattr(self._readers, "reader"):
+            self._readers.reader = self._manifest.reader()
+        reader: VolumeReader = self._readers.reader
+        try:
+            return zscore(reader.read(int(self._rows[position])))
+        except (OSError, ValueError, zstandard.ZstdError) as error:
+            raise BadScan(" ".join(str(error).split())) from None
+
+    def stamp(self, position: int) -> list[Any]:
+        """Return the checksum of the scan's bytes."""
+        return [int(self._manifest.scans["crc32c"].iloc[int(self._rows[position])])]
+
+
+def scan_source(
+    scans: Scans, preprocessing: Mapping[str, Any], manifest: Manifest | str | Path | None = None,
+    tiv: Sequence[float] | None = None,
+) -> ScanSource:  # fmt: skip
+    """Return the source of the scans to embed.
+
+    Args:
+        scans: paths; a manifest (all its scans); a DataFrame with a column ``path``, and ``tiv`` if the encoder's scans
+            were scaled by it; or, with ``manifest``, rows of its table ``scans`` or row numbers (n,).
+        preprocessing: the encoder's preprocessing.json.
+        manifest: the data set, or its folder or URL, that ``scans`` are rows of.
+        tiv: total intracranial volumes in ml, one per path.
+
+    Raises:
+        UserError: if a column or a TIV is missing, a row is not in the manifest, or the shards were prepared otherwise
+            than the encoder's.
+    """
+    if isinstance(scans, Manifest):
+        return ShardSource(scans, np.arange(len(scans.scans)), preprocessing)
+    if manifest is not None:
+        manifest = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
+        return ShardSource(manifest, _rows_of(scans, manifest), preprocessing)
+    if isinstance(scans, pd.DataFrame):
+        return _table_source(scans, preprocessing, tiv)
+    if isinstance(scans, str | os.PathLike):
+        raise UserError(f"scans={str(scans)!r} is one path; give a list of paths: [{str(scans)!r}]")
+    for scan in scans:
+        if not isinstance(scan, str | os.PathLike):
+            raise UserError(
+                f"scans has {scan!r}, which is not a path; row numbers and keys of shards need manifest=..."
+            )
+    return FileSource([os.fspath(scan) for scan in scans], preprocessing, tiv)
+
+
+def check_preprocessing(preprocessing: Mapping[str, Any], manifest: Manifest, name: str) -> None:
+    """Raise UserError if shards differ from an encoder's preprocessing in grid, modality, scaling, crop or intensity."""
+    expected, found = (
+        {**DEFAULT_PREPARATION, **preprocessing},
+        {**DEFAULT_PREPARATION, "grid": manifest.grid, **manifest.settings},
+    )
+    for key in ("grid", "modality", "scaling", *DEFAULT_PREPARATION):
+        if expected.get(key) is not None and expected[key] != found.get(key):
+            raise UserError(
+                f"{name}: the encoder was trained on {key} {expected[key]!r}, {manifest.root} has {found.get(key)!r}; "
+                "build shards with the encoder's own"
+            )
+
+
+def _table_source(scans: pd.DataFrame, preprocessing: Mapping[str, Any], tiv: Sequence[float] | None) -> FileSource:
+    if "path" not in scans:
+        hint = "; rows of a manifest need manifest=..." if "key" in scans and "shard" in scans else ""
+        raise UserError(f"the table of scans has no column 'path'; its columns: {', '.join(map(str, scans))}{hint}")
+    if tiv is None and "tiv" in scans:
+        tiv = [float(value) for value in pd.to_numeric(scans["tiv"])]
+    return FileSource([os.fspath(path) for path in scans["path"]], preprocessing, tiv)
+
+
+def _rows_of(scans: Any, manifest: Manifest) -> NDArray[np.int64]:
+    """Row numbers in a manifest: those given, or those of a table's keys."""
+    if not isinstance(scans, pd.DataFrame):
+        rows, count = np.asarray(scans), len(manifest.scans)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu" or ((rows < 0) | (rows >= count)).any():
+            raise UserError(f"scans must be rows of the scans of {manifest.url}, or row numbers from 0 to {count - 1}")
+        return rows.astype(np.int64)
+    if "key" not in scans:
+        raise UserError(f"the table of scans has no column 'key'; its columns: {', '.join(map(str, scans))}")
+    rows_by_key = pd.Series(np.arange(len(manifest.scans)), index=manifest.scans["key"].astype(str))
+    keys = scans["key"].astype(str)
+    unknown = keys[~keys.isin(rows_by_key.index)]
+    if len(unknown):
+        raise UserError(f"{len(unknown)} of {len(keys)} scans are not in {manifest.url}, such as {unknown.iloc[0]}")
+    return rows_by_key.loc[keys].to_numpy(dtype=np.int64)

@@ -1,0 +1,102 @@
+"""The comparison from Python: ``from evaluation import compare``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+import evaluation
+from evaluation.comparison.tables import METRIC_COLUMNS
+from infra import cli
+
+NAMES_ARE_RIGHT = """
+import evaluation
+assert callable(evaluation.compare) and evaluation.compare.__name__ == "compare", evaluation.compare
+assert callable(evaluation.evaluate) and evaluation.evaluate.__name__ == "evaluate", evaluation.evaluate
+assert isinstance(evaluation.Comparison, type), evaluation.Comparison
+assert "paper" in evaluation.PROTOCOLS
+"""
+IMPORTS = {
+    "the functions": "from evaluation import compare, Comparison, evaluate\nassert compare.__name__ == 'compare'",
+    "their modules": "import evaluation.comparison.comparison, evaluation.protocols.evaluate, evaluation.compare_cli",
+    "compare, used": (
+        "import evaluation\ntry: evaluation.compare('none', tracking_uri='sqlite:////nonexistent/mlflow.db')\n"
+        "except ValueError: pass\nelse: raise AssertionError"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "program", [*IMPORTS.values(), "\n".join([NAMES_ARE_RIGHT, *IMPORTS.values()])], ids=[*IMPORTS, "all"]
+)
+def test_public_names_are_functions_and_classes_whatever_is_imported_first(program):
+    done = subprocess.run(
+        [sys.executable, "-c", program + NAMES_ARE_RIGHT], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_loads_no_heavy_library():
+    heavy = ("mlflow", "sklearn", "torch", "ray", "pandas", "matplotlib")
+    program = f"import sys, evaluation; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_unknown_names_are_attribute_errors_and_dir_lists_the_public_ones():
+    with pytest.raises(AttributeError, match="has no attribute 'comparee'"):
+        _ = evaluation.comparee
+    assert {"compare", "Comparison", "evaluate", "PROTOCOLS"} <= set(dir(evaluation))
+
+
+def test_every_table_of_a_comparison_is_a_data_frame_with_its_documented_columns(comparison):
+    documented = {
+        "metrics": METRIC_COLUMNS,
+        "differences": ["task", "metric", "first", "second", "difference", "low", "high", "p", "p_holm", "test",
+                        "boot_low", "boot_high"],
+        "curves": ["checkpoint", "task", "n_train", "draws", "auc", "low", "high"],
+        "curve_differences": ["task", "n_train", "first", "second", "draws", "difference", "low", "high", "p", "p_holm"],
+        "subgroups": ["checkpoint", "task", "metric", "by", "group", "participants", "scans", "value", "low", "high", "note"],
+        "calibration": ["checkpoint", "task", "predicted", "observed", "low", "high", "scans"],
+        "site_leakage": ["checkpoint", "sites", "bacc", "chance", "leakage", "external_mae", "openbhb"],
+        "brain_age": ["checkpoint", "task", "mae", "slope", "r_raw", "gap_sd", "r_corrected"],
+    }  # fmt: skip
+    assert {name: list(table.columns) for name, table in comparison.tables.items()} == documented
+    for name, table in comparison.tables.items():
+        assert isinstance(table, pd.DataFrame)
+        assert len(table), name
+        assert getattr(comparison, name) is table
+
+
+def test_a_comparison_shows_its_primary_metrics(comparison):
+    summary = comparison.summary()
+    assert list(summary.columns) == ["scz AUC", "age MAE", "site balanced accuracy"]
+    assert summary.loc["SimCLR, linear", "scz AUC"] == "0.700 [0.60, 0.80]"
+    assert summary.loc["random, linear", "age MAE"] == "-"
+    shown, page = repr(comparison), comparison._repr_html_()
+    for text in ("experiment kept, simulated data", "SimCLR, linear", "0.700 [0.60, 0.80]"):
+        assert text in shown
+        assert text in page
+    assert "<table" in page
+
+
+def test_the_command_writes_what_python_writes(comparison, store, tmp_path, capsys):
+    paths = comparison.report(str(tmp_path / "python" / "report.html"))
+    command = [
+        "compare",
+        "--experiment",
+        "kept",
+        "--tracking-uri",
+        store,
+        "--out",
+        str(tmp_path / "cli" / "report.html"),
+    ]
+    assert cli.run(command) == 0
+    printed = capsys.readouterr().out
+    for path in paths:
+        assert path.read_bytes() == (tmp_path / "cli" / path.name).read_bytes(), path.name
+        assert path.name in printed
+    assert len(paths) == len(list((tmp_path / "cli").iterdir()))

@@ -1,0 +1,218 @@
+"""The comparison's tables: metrics, differences, learning curves, subgroups, calibration, site leakage, brain age."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from evaluation.comparison.age_and_site import age_correlation, brain_age_table, site_leakage_table
+from evaluation.comparison.curves import curve_differences
+from evaluation.comparison.evaluations import CheckpointEvaluation
+from evaluation.comparison.tables import subgroups_table
+from evaluation.protocols.variant import ProtocolVariant
+from evaluation.statistics.metrics import auc, brier, site_leakage, with_interval
+from evaluation.statistics.paired import delong_difference, holm
+from tests.evaluation.comparison.stored import PEOPLE, people, predictions
+
+T_OF_9 = 2.2621571628540993  # Student's t at 0.975 with 9 degrees of freedom, for 10 draws
+Y_AWARE, SIMCLR, RANDOM = "y-aware, step 200, linear", "SimCLR, linear", "random, linear"
+
+
+def evaluation_named(comparison, name):
+    return next(evaluation for evaluation in comparison.evaluations if evaluation.name == name)
+
+
+def test_metrics_are_those_logged_or_computed_from_stored_predictions(comparison):
+    table = comparison.metrics.set_index(["checkpoint", "task", "metric"])
+    logged = table.loc[(SIMCLR, "scz", "auc")]
+    assert (logged["value"], logged["low"], logged["high"]) == (0.7, 0.6, 0.8)
+    scz = evaluation_named(comparison, Y_AWARE).of("scz")
+    labels, participants = scz["label"].to_numpy(int), scz["participant"].to_numpy()
+    computed = table.loc[(Y_AWARE, "scz", "auc")]
+    expected = with_interval(auc, labels, scz["answer"].to_numpy(), participants)
+    assert tuple(computed[["value", "low", "high"]]) == expected
+    assert table.loc[(Y_AWARE, "scz", "brier"), "value"] == brier(labels, scz["probability"].to_numpy())
+
+
+def test_chance_level_and_p_are_given_for_the_primary_metric_only(comparison):
+    table = comparison.metrics.set_index(["checkpoint", "task", "metric"])
+    assert table.loc[(Y_AWARE, "scz", "auc"), "p_chance"] < 0.01
+    assert table.loc[(RANDOM, "scz", "auc"), "p_chance"] > 0.05
+    assert table.loc[(RANDOM, "scz", "ap"), ["chance", "p_chance"]].isna().all()
+    ages = people()["age"]
+    chance = [table.loc[(Y_AWARE, *key), "chance"] for key in (("scz", "auc"), ("site", "bacc"), ("age", "mae"))]
+    assert chance == pytest.approx([0.5, 1 / 3, (ages - ages.median()).abs().mean()])
+
+
+def test_differences_are_between_last_steps_on_the_same_scans(comparison):
+    table = comparison.differences
+    assert {(r.task, r.first, r.second) for r in table.itertuples()} == {
+        (task, Y_AWARE, SIMCLR) for task in ("scz", "age", "site")
+    }
+    assert sorted(comparison.unpaired) == [
+        f"scz: {SIMCLR} and {RANDOM} were evaluated on different scans or labels",
+        f"scz: {Y_AWARE} and {RANDOM} were evaluated on different scans or labels",
+    ]
+    row = table[table["task"] == "scz"].iloc[0]
+    first, second = (evaluation_named(comparison, row[name]).of("scz") for name in ("first", "second"))
+    expected = delong_difference(
+        first["label"].to_numpy(), first["answer"].to_numpy(), second["answer"].to_numpy(), first["participant"].to_numpy()
+    )  # fmt: skip
+    values = tuple(row[["difference", "low", "high", "p"]])
+    assert values == (expected.value, expected.low, expected.high, expected.p)
+    assert table["p_holm"].to_numpy() == pytest.approx(holm(table["p"].to_numpy()))
+    assert set(table.loc[table["task"] != "scz", "test"]) == {"bootstrap"}
+
+
+def test_learning_curves_have_intervals_corrected_for_overlapping_draws(comparison):
+    table = comparison.curves[comparison.curves["checkpoint"] == Y_AWARE]
+    assert table["n_train"].tolist() == [20, 40, 80]
+    curve = evaluation_named(comparison, Y_AWARE).curve
+    values = curve.loc[curve["n_train"] == 20, "auc"]
+    test_people = PEOPLE / 5  # of one fold
+    half = T_OF_9 * np.sqrt((1 / 10 + test_people / 20) * values.var(ddof=1))
+    assert (table["high"] - table["low"]).iloc[0] / 2 == pytest.approx(half)
+
+
+def test_learning_curve_differences_are_paired_by_draw(comparison):
+    table = comparison.curve_differences
+    assert set(zip(table["first"], table["second"], strict=True)) == {(Y_AWARE, SIMCLR)}
+    first, second = (evaluation_named(comparison, name).curve for name in (Y_AWARE, SIMCLR))
+    differences = (first["auc"] - second["auc"])[first["n_train"] == 80]
+    row = table[table["n_train"] == 80].iloc[0]
+    assert row["difference"] == pytest.approx(differences.mean())
+    half = T_OF_9 * np.sqrt((1 / 10 + PEOPLE / 5 / 80) * differences.var(ddof=1))
+    assert (row["high"] - row["low"]) / 2 == pytest.approx(half)
+    assert table["p_holm"].to_numpy() == pytest.approx(holm(table["p"].to_numpy()))
+
+
+def with_curve(name, *, shift_folds=0, first_label=0.0, **params):
+    """An evaluation of 40 scans in five folds with three draws of 20 training scans."""
+    number = np.arange(40)
+    table = pd.DataFrame(
+        {"task": "scz", "kind": "binary", "key": number.astype(str), "participant": number.astype(str),
+         "label": np.where(number == 0, first_label, number % 2), "fold": (number + shift_folds) % 5}
+    )  # fmt: skip
+    curve = pd.DataFrame({"task": "scz", "n_train": 20, "draw": [0, 1, 2], "auc": [0.6, 0.7, 0.65]})
+    run = {"tags": {}, "params": {"seed": "0", "folds": "5", **params}}
+    return CheckpointEvaluation(name, run, table, curve, pd.DataFrame())
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (with_curve("b", seed="1"), "--seed was 0 and 1, so the draws differ"),
+        (with_curve("b", folds="10"), "--folds was 5 and 10, so the draws differ"),
+        (with_curve("b", leave_site_out="True"), "--leave-site-out was False and True, so the draws differ"),
+        (with_curve("b", shift_folds=1), "the folds or labels of their scans differ, so the draws differ"),
+        (with_curve("b", first_label=1.0), "the folds or labels of their scans differ, so the draws differ"),
+    ],
+)  # fmt: skip
+def test_draws_with_other_seeds_or_folds_are_not_paired(other, reason):
+    table, unpaired = curve_differences([with_curve("a"), other])
+    assert len(table) == 0
+    assert unpaired == [f"scz: learning curves of a and b: {reason}"]
+
+
+def test_common_draws_are_paired_if_the_numbers_of_draws_differ():
+    more_draws = with_curve("b", draws="20", leave_site_out="False")
+    table, unpaired = curve_differences([with_curve("a", draws="3"), more_draws])
+    assert (len(table), unpaired) == (1, [])
+
+
+def test_subgroups_hold_the_primary_metric_of_their_scans(comparison):
+    table = comparison.subgroups.set_index(["checkpoint", "task", "by", "group"])
+    scz = evaluation_named(comparison, Y_AWARE).of("scz")
+    women = scz[scz["sex"] == "F"]
+    row = table.loc[(Y_AWARE, "scz", "sex", "F")]
+    assert row["value"] == auc(women["label"].to_numpy(int), women["answer"].to_numpy())
+    assert (row["participants"], row["scans"]) == (women["participant"].nunique(), len(women))
+    assert (Y_AWARE, "site", "site", "north") not in table.index  # the site task has no subgroups by site
+
+
+def test_subgroups_below_the_minimum_keep_their_row_without_a_value(comparison):
+    island = comparison.subgroups.query("task == 'scz' and group == 'island'").set_index("checkpoint").loc[Y_AWARE]
+    assert island["participants"] < 20
+    assert np.isnan(island["value"])
+    assert island["note"] == "fewer than 20 participants"
+    table = subgroups_table(comparison.last, minimum=5).query("task == 'scz' and group == 'island'")
+    assert table.set_index("checkpoint").loc[Y_AWARE, "note"] != "fewer than 20 participants"
+
+
+def test_calibration_bins_hold_all_scans_and_rise_with_the_probability(comparison):
+    table = comparison.calibration.query("checkpoint == @Y_AWARE and task == 'scz'")
+    scz = evaluation_named(comparison, Y_AWARE).of("scz")
+    assert len(table) == PEOPLE // 20
+    assert table["scans"].sum() == len(scz)
+    assert np.average(table["observed"], weights=table["scans"]) == pytest.approx(scz["label"].mean())
+    assert np.average(table["predicted"], weights=table["scans"]) == pytest.approx(scz["probability"].mean())
+    assert table["predicted"].is_monotonic_increasing
+    assert table["low"].le(table["observed"]).all()
+    assert table["high"].ge(table["observed"]).all()
+
+
+def test_site_leakage_is_computed_from_the_site_task(comparison):
+    row = comparison.site_leakage.set_index("checkpoint").loc[Y_AWARE]
+    site = evaluation_named(comparison, Y_AWARE).of("site")
+    assert row["leakage"] == site_leakage(site["label"].to_numpy(np.int64), site["answer"].to_numpy())
+    assert row["leakage"] == pytest.approx((row["bacc"] - row["chance"]) / (1 - row["chance"]))
+    assert (row["sites"], row["chance"]) == (3, 1 / 3)
+
+
+def test_the_openbhb_score_needs_an_age_error_on_sites_left_out(comparison):
+    table = comparison.site_leakage.set_index("checkpoint")
+    row = table.loc[Y_AWARE]
+    assert row["external_mae"] == 5.5
+    assert row["openbhb"] == pytest.approx(row["bacc"] ** 0.3 * 5.5)
+    assert table.loc[SIMCLR, ["external_mae", "openbhb"]].isna().all()
+
+
+LINEAR = ProtocolVariant("linear", model="linear")
+PAPER = ProtocolVariant("paper", model="linear")
+LAYER3 = replace(LINEAR, layer="layer3", pooling=("mean",))
+KNN = ProtocolVariant("knn", model="knn")
+
+
+@pytest.mark.parametrize(
+    ("site_variant", "age_variant", "scored"),
+    [(LINEAR, LINEAR, True), (PAPER, LINEAR, True), (LAYER3, LAYER3, True), (LINEAR, KNN, False), (LAYER3, LINEAR, False)],
+)  # fmt: skip
+def test_the_openbhb_score_needs_both_values_from_one_model(site_variant, age_variant, scored):
+    scans = people()
+
+    def evaluation(task, variant):
+        tags = {"yaware.step": "1", **variant.to_tags()}
+        run = {"run_id": task, "tags": tags, "params": {}, "metrics": {"age.mae": 5.0} if task == "age" else {}}
+        table = predictions(scans, 0.5, 0, (task,))
+        return CheckpointEvaluation(task, run, table, pd.DataFrame(), pd.DataFrame())
+
+    age = evaluation("age", replace(age_variant, leave_site_out=True))
+    table = site_leakage_table([age, evaluation("site", site_variant)])
+    assert np.isfinite(table["openbhb"]).tolist() == [scored]
+
+
+def test_corrected_brain_age_gaps_do_not_depend_on_age(comparison):
+    table = comparison.brain_age.set_index("checkpoint")
+    assert (table["r_raw"] < -0.4).all()
+    assert (table["r_corrected"].abs() < 0.1).all()
+    age = evaluation_named(comparison, Y_AWARE).of("age")
+    assert table.loc[Y_AWARE, "mae"] == pytest.approx((age["answer"] - age["label"]).abs().mean())
+
+
+def test_brain_age_is_corrected_for_people_scanned_at_two_sites_in_different_folds():
+    table = predictions(people(), 0.5, 0, ("age",))
+    table = table.assign(fold=np.arange(len(table)) % 4)
+    assert table.groupby("participant")["fold"].nunique().max() == 2
+    evaluation = CheckpointEvaluation("x", {"tags": {}, "params": {}}, table, pd.DataFrame(), pd.DataFrame())
+    (row,) = brain_age_table([evaluation]).itertuples()
+    assert abs(row.r_corrected) < 0.1
+
+
+def test_the_correlation_of_an_embedding_with_age_has_no_sign_and_needs_ages():
+    table = pd.DataFrame({"x": [3.0, 2.0, 1.0, 0.0], "age": [20.0, 40.0, 60.0, np.nan]})
+    assert age_correlation(table, "x") == pytest.approx(1.0)
+    assert np.isnan(age_correlation(table.assign(age=50.0), "x"))
+    assert np.isnan(age_correlation(table[["x"]], "x"))

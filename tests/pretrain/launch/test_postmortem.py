@@ -1,0 +1,128 @@
+"""A lost rank is named even if the launcher ends all other ranks before they can report it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+
+import pytest
+
+from infra.watchdog.exit_note import RUNNING, TERMINATED, ExitNote, read_notes, remove_notes
+from pretrain.launch.launchers import Launcher
+from pretrain.launch.postmortem import explain
+from pretrain.launch.processes import Death
+from pretrain.launch.start import start
+from tests.runs import ROOT
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from infra.watchdog import RankNote
+with RankNote(Path(sys.argv[1])):
+    Path(f"ready-{os.environ['RANK']}").touch()
+    if sys.argv[3:] == ["clean"]:
+        sys.exit(0)
+    time.sleep(0.5 if sys.argv[3:] == ["fail"] else 60)
+    raise ValueError("bad")
+"""
+# Starts three ranks as DeepSpeed's launcher does; kills rank 2, and then ends the others without any delay.
+LAUNCHER = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+how, run = sys.argv[1:3]
+kind = [how] if how in ("clean", "fail") else []
+ranks = [subprocess.Popen([sys.executable, "rank.py", run, f"--local_rank={rank}", *kind],
+                          env={**os.environ, "RANK": str(rank)}) for rank in range(3)]
+while not all(Path(f"ready-{rank}").exists() for rank in range(3)):
+    time.sleep(0.02)
+if not kind:
+    time.sleep(float(sys.argv[3]))
+    ranks[2].kill()
+    while Path(f"/proc/{ranks[2].pid}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.01)
+    time.sleep(float(sys.argv[4]))
+    for rank in ranks[:2]:
+        rank.send_signal(getattr(signal, how))
+sys.exit([rank.wait() for rank in reversed(ranks)][0])
+"""
+
+
+@pytest.fixture
+def launched(tmp_path, monkeypatch):
+    """Run the launcher with three light ranks; returns how the job ended."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+
+    def launch(how, seconds=1.5, gap=0.0):
+        command = [sys.executable, "launcher.py", how, str(tmp_path / "run"), str(seconds), str(gap)]
+        return start(Launcher(lambda job: command), command, run_folder=tmp_path / "run")
+
+    return launch
+
+
+def test_survivors_that_the_launcher_terminates_at_once_do_not_hide_the_killed_rank(launched):
+    end = launched("SIGTERM")
+    assert end.status == 256 - signal.SIGKILL
+    assert end.reason.startswith(
+        f"rank 2 ({socket.gethostname()}) was killed by SIGKILL (out of memory, perhaps: see dmesg)"
+    )
+
+
+def test_survivors_that_the_launcher_kills_do_not_hide_the_rank_that_was_killed_first(launched):
+    # DeepSpeed's launcher waits 30 s before it sends SIGKILL.
+    end = launched("SIGKILL", gap=3.0)
+    assert end.reason.startswith(f"rank 2 ({socket.gethostname()}) was killed by SIGKILL")
+    assert "rank 0" not in end.reason
+
+
+def test_the_notes_suffice_if_the_observer_never_saw_the_ranks(launched, monkeypatch):
+    monkeypatch.setattr("pretrain.launch.processes.local_ranks", lambda launcher: [])
+    assert launched("SIGTERM").reason.startswith(f"rank 2 ({socket.gethostname()}) was killed by SIGKILL")
+
+
+def test_ranks_that_end_by_themselves_are_not_lost(launched, tmp_path):
+    assert launched("clean").reason == ""
+    assert not (tmp_path / "run/ranks").exists(), "a clean end leaves no notes"
+    end = launched("fail")
+    assert (end.status, end.reason) == (1, "")
+    assert {note.ending for note in read_notes(tmp_path / "run")} == {"failed: ValueError: bad"}
+
+
+def test_a_verdict_of_the_watchdog_is_repeated():
+    notes = [
+        ExitNote(0, "a", 1, "ended by the watchdog", "watchdog: rank 1 (b) has died"),
+        ExitNote(1, "b", 2, RUNNING),
+    ]
+    assert explain(notes, [], 75) == "rank 1 (b) has died"
+    assert explain(notes, [], 0) == ""
+
+
+def test_without_notes_the_first_rank_that_a_signal_ended_is_named():
+    deaths = [Death(1, 4, "SIGSEGV"), Death(0, 9, "SIGKILL"), Death(2, 9, "SIGTERM")]
+    assert explain([], deaths, 256 - signal.SIGSEGV).startswith("rank 1 was killed by SIGSEGV")
+    assert explain([], [Death(0, 3), Death(1, 3, "SIGTERM")], 1) == ""
+
+
+def test_ranks_that_died_in_one_look_are_all_named_unless_their_notes_tell_them_apart():
+    deaths = [Death(0, 5), Death(1, 5)]
+    notes = [ExitNote(0, "a", 1, RUNNING), ExitNote(1, "a", 2, RUNNING)]
+    assert explain(notes, deaths, 1).startswith("rank 0 (a) was killed; rank 1 (a) was killed (")
+    notes[0].ending = TERMINATED
+    assert explain(notes, deaths, 256 - signal.SIGBUS).startswith("rank 1 (a) was killed by SIGBUS (")
+
+
+def test_old_notes_are_removed_only_for_the_given_host(tmp_path):
+    from dataclasses import asdict
+
+    from infra.files import write_json
+
+    for rank, host in enumerate("ab"):
+        write_json(tmp_path / f"ranks/rank-{rank:05d}.json", asdict(ExitNote(rank, host, os.getpid())))
+    remove_notes(tmp_path, "a")
+    assert [note.host for note in read_notes(tmp_path)] == ["b"]
+    remove_notes(tmp_path)
+    assert read_notes(tmp_path) == []
