@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.image import imread
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from evaluation.comparison.plots import pyplot
 from evaluation.protocols import embedding
 from evaluation.protocols.embedding import embedding_table
 from evaluation.protocols.saliency import boxes_of, occlusion
@@ -121,8 +121,8 @@ def test_compare_reads_only_the_store_and_writes_the_report(evaluated, capsys):
     assert "Simulated data" not in page
     pictures = {
         "auc": ("first", "second", "AUC", "MAE (years)"),
-        "learning_curve": ("first", "second", "training scans"),
-        "calibration": ("first", "second", "probability given"),
+        "learning_curve": ("first", "second", "number of training scans"),
+        "calibration": ("first", "second", "predicted probability"),
         "training_curves": ("first", "gradient norm"),
     }
     for name, texts in pictures.items():
@@ -132,7 +132,7 @@ def test_compare_reads_only_the_store_and_writes_the_report(evaluated, capsys):
     for name in ("embedding_age", "saliency"):
         assert embedded(page, name, "png") == (root / "out" / f"report_{name}.png").read_bytes()
     for name in (*pictures, "embedding_age", "saliency"):
-        pixels = pyplot().imread(root / "out" / f"report_{name}.png")
+        pixels = imread(root / "out" / f"report_{name}.png")
         assert (pixels[..., :3] < 0.9).any(axis=2).mean() > 0.01  # not an empty page
     table = pd.read_csv(root / "out" / "report_metrics.csv")
     logged = {row["tags"]["yaware.run_name"]: row["metrics"] for row in runs.runs(uri, "test", "evaluation")}
