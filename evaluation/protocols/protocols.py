@@ -34,7 +34,7 @@ class Protocol:
     Args:
         description: one line for people.
         evaluates: ``checkpoint``: every given checkpoint; ``architecture``: the architecture of each of them, with random
-            weights; ``shards``: the scans, whatever the checkpoints. The last two are baselines.
+            weights; ``shards``: the scans themselves, without any checkpoint. The last two are baselines.
         model: name of what is fitted. Protocols that fit the same model to the same inputs share it.
         inputs: returns the features (N, F) of the scans ``context.rows``; F is 0 if the search reads the scans itself.
         search: fits the model on all folds and draws, with nothing chosen on test scans.

@@ -136,7 +136,7 @@ def participant_codes(groups: NDArray[Any]) -> NDArray[np.int64]:
 def bootstrap_weights(codes: NDArray[Any], count: int = RESAMPLES, seed: int = 0) -> Iterator[NDArray[np.float64]]:
     """Yield blocks (r, N) of how often each scan is in a sample of participants with replacement, ``count`` rows in all.
 
-    Equal codes and seeds give equal rows, whatever the size of the blocks.
+    Equal codes and seeds give equal rows for every size of the blocks.
     """
     participants = int(codes.max()) + 1
     generator = random_streams.generator(seed, random_streams.BOOTSTRAP)

@@ -179,7 +179,7 @@ def test_a_resumed_run_has_seen_the_scans_of_the_run_it_started_from(world, shar
     assert [source.role for source in seen[:2]] == ["trained", "trained"]
     assert seen[0] == read(folder)[0]
     assert seen[1] == source_of(manifest, plan.rows)
-    # Its own checkpoint hands both on, whatever becomes of the old run.
+    # Its own checkpoint passes both records on, even if the old run is deleted.
     encoder = tmp_path / "new" / "checkpoints" / "step-00000003" / "encoder"
     old = Encoder.from_pretrained(folder)
     write_encoder(encoder, old.network.state_dict(), old.config, old.preprocessing, seen)
