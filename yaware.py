@@ -11,12 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data_pipeline import AUGMENTATIONS as AUGMENTATIONS
     from data_pipeline import Manifest as Manifest
     from data_pipeline import TwoViewLoader as TwoViewLoader
     from data_pipeline import build_shards as build_shards
     from data_pipeline import read_cohort as read_cohort
     from data_pipeline import simulate_cohort as simulate_cohort
-    from evaluation import Comparison as Comparison
+    from evaluation import PROTOCOLS as PROTOCOLS
     from evaluation import compare as compare
     from evaluation import evaluate as evaluate
     from pretrain import ENCODERS as ENCODERS
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
     from pretrain import Embedder as Embedder
     from pretrain import Encoder as Encoder
     from pretrain import Recipe as Recipe
+    from pretrain import Run as Run
     from pretrain import embed as embed
     from pretrain import export as export
+    from pretrain import pretrain as pretrain
 
 # Public name -> its package, imported at the first use: `import yaware` needs no other library.
 _PACKAGES = {
+    "AUGMENTATIONS": "data_pipeline",
     "Comparison": "evaluation",
     "ENCODERS": "pretrain",
     "Embedder": "pretrain",
@@ -37,13 +41,16 @@ _PACKAGES = {
     "KERNELS": "pretrain",
     "LOSSES": "pretrain",
     "Manifest": "data_pipeline",
+    "PROTOCOLS": "evaluation",
     "Recipe": "pretrain",
+    "Run": "pretrain",
     "TwoViewLoader": "data_pipeline",
     "build_shards": "data_pipeline",
     "compare": "evaluation",
     "embed": "pretrain",
     "evaluate": "evaluation",
     "export": "pretrain",
+    "pretrain": "pretrain",
     "read_cohort": "data_pipeline",
     "simulate_cohort": "data_pipeline",
 }

@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pretrain.api import Run as Run
+    from pretrain.api import pretrain as pretrain
     from pretrain.config import Recipe as Recipe
     from pretrain.encoders import ENCODERS as ENCODERS
     from pretrain.kernels import KERNELS as KERNELS
@@ -23,8 +25,10 @@ _MODULES = {
     "KERNELS": "pretrain.kernels",
     "LOSSES": "pretrain.losses",
     "Recipe": "pretrain.config",
+    "Run": "pretrain.api",
     "embed": "pretrain.weights.encoder",
     "export": "pretrain.weights.write",
+    "pretrain": "pretrain.api",
 }
 __all__ = list(_MODULES)
 

@@ -1,9 +1,9 @@
-"""Kernels over proxies: how related two scans are, judged by their meta-data.
+"""Kernels: how related two scans are, computed from their proxies.
 
-A kernel maps ``(proxies_a (A, P), proxies_b (B, P))`` to weights (A, B) in [0, 1]: 1 for equal proxies, falling with
-their distance, symmetric, and 0 for any pair in which a proxy is missing (NaN). It judges *different* scans; the two
-views of one scan are always positives of each other with weight 1, which the losses see to
-(`pretrain.losses.contrastive`). A scan with a missing proxy therefore keeps its own other view as its one positive.
+A kernel maps ``(proxies_a (A, P), proxies_b (B, P))`` to weights (A, B) in [0, 1]. The weights are symmetric, 1 for equal
+proxies, decrease with the distance of the proxies, and are 0 if a proxy of either scan is missing (NaN). A kernel compares
+*different* scans. The losses (`pretrain.losses.contrastive`) give the two views of one scan weight 1; a scan with a missing
+proxy therefore has its own other view as its only positive.
 
 A, B = scans, P = proxies.
 """
@@ -27,17 +27,17 @@ def _check_proxies(proxies_a: Tensor, proxies_b: Tensor) -> None:
     if proxies_a.ndim != 2 or proxies_b.ndim != 2 or shapes[0][1] != shapes[1][1] or shapes[0][1] == 0:
         raise UserError(
             f"proxies have the shapes {shapes[0]} and {shapes[1]}; a kernel takes (A, P) and (B, P) with P >= 1: "
-            "give a column per proxy, proxies[:, None] for a single one"
+            "give one column per proxy, proxies[:, None] for a single proxy"
         )
 
 
-def _present(proxies_a: Tensor, proxies_b: Tensor) -> Tensor:
-    """(A, B) bool: no proxy of either scan is missing."""
+def _all_present(proxies_a: Tensor, proxies_b: Tensor) -> Tensor:
+    """Return (A, B) bool: whether no proxy of either scan is missing."""
     return ~proxies_a.isnan().any(dim=1)[:, None] & ~proxies_b.isnan().any(dim=1)[None, :]
 
 
-# Profiles take squared distances in bandwidths, infinite for a missing proxy, and may overwrite them: a loss spends
-# as long on passes over its kernel as on exp itself.
+# A profile takes squared distances in units of the bandwidth, infinite for a missing proxy. It works in place, since a loss
+# spends as much time on passes over the kernel matrix as on the exponential.
 def _gaussian(square: Tensor) -> Tensor:
     return square.mul_(-0.5).exp_()
 
@@ -59,16 +59,21 @@ def _linear(square: Tensor) -> Tensor:
 
 
 def _cosine(square: Tensor) -> Tensor:
-    # cos(π/2) is 6e-17, not 0: pairs beyond the bandwidth would still be ranked.
+    # cos(π/2) is 6e-17, not 0, and losses that rank weights would still rank pairs beyond the bandwidth.
     beyond = square >= 1.0
     return square.sqrt_().mul_(0.5 * math.pi).cos_().masked_fill_(beyond, 0.0)
 
 
 @dataclass(frozen=True)
 class DistanceKernel:
-    """w = profile(d²), d = Euclidean length of (a - b) / bandwidth; see the functions that make one for the formulas.
+    """w = profile(d²) with d the Euclidean length of (a - b) / bandwidth. The functions below give the formulas.
 
-    ``bandwidth``: one number in the proxies' unit, or one per proxy. 0 relates no two scans.
+    Attributes:
+        profile: squared distances (A, B) -> weights (A, B), in place.
+        bandwidth: one number in the proxies' unit, or one per proxy; 0 gives weight 0 to every pair of scans.
+
+    Raises:
+        UserError: when called, if the shapes are wrong or there is not one bandwidth per proxy.
     """
 
     profile: Callable[[Tensor], Tensor]
@@ -82,14 +87,14 @@ class DistanceKernel:
         widths = self.bandwidth if isinstance(self.bandwidth, tuple) else (self.bandwidth,) * proxies_a.shape[1]
         if len(widths) != proxies_a.shape[1]:
             raise UserError(
-                f"bandwidth has {len(widths)} values, the proxies {proxies_a.shape[1]}; give one number, or one each"
+                f"bandwidth has {len(widths)} values for {proxies_a.shape[1]} proxies; give one number, or one per proxy"
             )
-        # One proxy after the other: the (A, B, P) tensor of all differences is never held. Differences come before
-        # the division, so that equal and close proxies lose no digits.
+        # One proxy at a time avoids an (A, B, P) tensor of differences. The differences are taken before the division, so
+        # that close proxies lose no digits.
         square: Tensor | None = None
         for column, width in enumerate(widths):
             a, b = proxies_a[:, column], proxies_b[:, column]
-            # Infinitely far from everything, each other included: the weight is 0 with no further pass.
+            # A missing proxy is infinitely far from all others, so that its weights are 0 without a further pass.
             a, b = a.masked_fill(~a.isfinite(), math.inf), b.masked_fill(~b.isfinite(), -math.inf)
             term = (a[:, None] - b[None, :]).square_().mul_(width**-2)
             square = term if square is None else square.add_(term)
@@ -112,41 +117,42 @@ def _distance_kernel(profile: Callable[[Tensor], Tensor], bandwidth: float | Seq
 
 
 def gaussian(bandwidth: float | Sequence[float]) -> DistanceKernel:
-    """w = exp(-d²/2), d = |a - b| / bandwidth: the paper's kernel (Eq. 3 of arXiv:2106.08808), bandwidth = σ.
+    """Gaussian kernel of the paper (Eq. 3 of arXiv:2106.08808): w = exp(-d²/2), d = |a - b| / bandwidth.
 
-    The bandwidth is the standard deviation in the proxy's unit (5.0 years in the paper), not its square.
+    The bandwidth is the standard deviation σ in the proxy's unit (5.0 years in the paper), not its square. Raises UserError
+    if the bandwidth is not a finite number of at least 0, or one above 0 per proxy; so do the kernels below.
     """
     return _distance_kernel(_gaussian, bandwidth)
 
 
 def epanechnikov(bandwidth: float | Sequence[float]) -> DistanceKernel:
-    """w = max(0, 1 - d²), d = |a - b| / bandwidth: no weight beyond one bandwidth."""
+    """Epanechnikov kernel: w = max(0, 1 - d²), d = |a - b| / bandwidth; 0 beyond one bandwidth."""
     return _distance_kernel(_epanechnikov, bandwidth)
 
 
 def exponential(bandwidth: float | Sequence[float]) -> DistanceKernel:
-    """w = exp(-d), d = |a - b| / bandwidth."""
+    """Exponential kernel: w = exp(-d), d = |a - b| / bandwidth."""
     return _distance_kernel(_exponential, bandwidth)
 
 
 def cauchy(bandwidth: float | Sequence[float]) -> DistanceKernel:
-    """w = 1 / (1 + d²), d = |a - b| / bandwidth: heavy tails; never 0, so it ranks scans at any distance."""
+    """Cauchy kernel: w = 1 / (1 + d²), d = |a - b| / bandwidth; never 0, so it ranks scans at any distance."""
     return _distance_kernel(_cauchy, bandwidth)
 
 
 def linear(bandwidth: float | Sequence[float]) -> DistanceKernel:
-    """w = max(0, 1 - d), d = |a - b| / bandwidth (the triangular kernel of density estimation)."""
+    """Linear (triangular) kernel: w = max(0, 1 - d), d = |a - b| / bandwidth."""
     return _distance_kernel(_linear, bandwidth)
 
 
 def cosine(bandwidth: float | Sequence[float]) -> DistanceKernel:
-    """w = cos(π d / 2) for d < 1, else 0, d = |a - b| / bandwidth."""
+    """Cosine kernel: w = cos(π d / 2) for d < 1, else 0, d = |a - b| / bandwidth."""
     return _distance_kernel(_cosine, bandwidth)
 
 
 @dataclass(frozen=True)
 class CategoryKernel:
-    """w = ``same`` where every proxy is equal, ``different`` elsewhere."""
+    """w = ``same`` if all proxies of two scans are equal, else ``different``."""
 
     same: float
     different: float
@@ -157,28 +163,34 @@ class CategoryKernel:
         for column in range(proxies_a.shape[1]):
             equal &= proxies_a[:, column, None] == proxies_b[None, :, column]
         weights = torch.where(equal, self.same, self.different).to(proxies_a.dtype)
-        return weights.masked_fill(~_present(proxies_a, proxies_b), 0.0)
+        return weights.masked_fill(~_all_present(proxies_a, proxies_b), 0.0)
 
 
-def _share(name: str, value: float) -> float:
+def _check_weight(name: str, value: float) -> float:
     if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise UserError(f"{name}={value!r} is not allowed; a weight lies between 0 and 1")
+        raise UserError(f"{name}={value!r} is not allowed; give a weight from 0 to 1")
     return float(value)
 
 
 def same(otherwise: float = 0.0) -> CategoryKernel:
-    """w = 1 where all proxies are equal, else ``otherwise`` (0: supervised contrastive learning, arXiv:2004.11362)."""
-    return CategoryKernel(same=1.0, different=_share("otherwise", otherwise))
+    """Kernel of categories: w = 1 if all proxies are equal, else ``otherwise``.
+
+    ``otherwise`` = 0 gives supervised contrastive learning (arXiv:2004.11362). Raises UserError if it is not in [0, 1].
+    """
+    return CategoryKernel(same=1.0, different=_check_weight("otherwise", otherwise))
 
 
 def different(same: float = 0.0) -> CategoryKernel:
-    """w = 1 where a proxy differs, else ``same``: a penalty, such as 0.5 for positives of the anchor's own site."""
-    return CategoryKernel(same=_share("same", same), different=1.0)
+    """Penalty for equal categories: w = 1 if a proxy differs, else ``same``, such as 0.5 for positives of the same site.
+
+    Raises UserError if ``same`` is not in [0, 1].
+    """
+    return CategoryKernel(same=_check_weight("same", same), different=1.0)
 
 
 @dataclass(frozen=True)
 class WhitenedKernel:
-    """``kernel`` on proxies turned by ``matrix`` (P, P), so that Euclidean distance there is Mahalanobis' here."""
+    """``kernel`` of proxies that are multiplied by ``matrix`` (P, P), so that it uses the Mahalanobis distance."""
 
     kernel: Kernel
     matrix: tuple[tuple[float, ...], ...]
@@ -186,17 +198,22 @@ class WhitenedKernel:
     def __call__(self, proxies_a: Tensor, proxies_b: Tensor) -> Tensor:
         _check_proxies(proxies_a, proxies_b)
         if len(self.matrix) != proxies_a.shape[1]:
-            raise UserError(f"covariance is for {len(self.matrix)} proxies, the scans have {proxies_a.shape[1]}")
-        turn = torch.tensor(self.matrix, dtype=proxies_a.dtype, device=proxies_a.device)
-        # A missing proxy makes its scan's whole row NaN, as it should.
-        return self.kernel(proxies_a @ turn.T, proxies_b @ turn.T)
+            raise UserError(
+                f"covariance has {len(self.matrix)} rows for {proxies_a.shape[1]} proxies; give one row per proxy"
+            )
+        whitening = torch.tensor(self.matrix, dtype=proxies_a.dtype, device=proxies_a.device)
+        # A missing proxy makes the whole row of its scan NaN, so that its weights are 0.
+        return self.kernel(proxies_a @ whitening.T, proxies_b @ whitening.T)
 
 
 def multivariate_gaussian(covariance: Sequence[Sequence[float]]) -> WhitenedKernel:
-    """w = exp(-(a - b)ᵀ Σ⁻¹ (a - b) / 2) over all P proxies, ``covariance`` Σ (P, P) in the products of their units."""
+    """Gaussian kernel of all P proxies together: w = exp(-(a - b)ᵀ Σ⁻¹ (a - b) / 2).
+
+    ``covariance`` is Σ (P, P), in products of the proxies' units. Raises UserError if it is not symmetric positive definite.
+    """
     sigma = torch.as_tensor(covariance, dtype=torch.float64)
     square = sigma.ndim == 2 and sigma.shape[0] == sigma.shape[1] and len(sigma) > 0
-    # Estimated covariances are symmetric but for rounding.
+    # Estimated covariances are symmetric up to rounding.
     symmetric = square and torch.allclose(sigma, sigma.T, rtol=1e-9)
     factor, failed = torch.linalg.cholesky_ex(sigma) if symmetric else (sigma, torch.ones(()))
     if failed:
@@ -207,15 +224,21 @@ def multivariate_gaussian(covariance: Sequence[Sequence[float]]) -> WhitenedKern
 
 @dataclass(frozen=True)
 class ProductKernel:
-    """w = Π_f k_f(a_f, b_f): every factor judges its own ``columns`` of the proxies. One missing proxy, and w = 0."""
+    """w = Π_f k_f(a_f, b_f): each factor is a kernel and the columns of the proxies that it compares.
+
+    If any proxy is missing, w = 0. Raises UserError, when called, if the factors do not cover each column exactly once.
+    """
 
     factors: tuple[tuple[Kernel, tuple[int, ...]], ...]
 
     def __call__(self, proxies_a: Tensor, proxies_b: Tensor) -> Tensor:
         _check_proxies(proxies_a, proxies_b)
-        judged = sorted(column for _, columns in self.factors for column in columns)
-        if judged != list(range(proxies_a.shape[1])):
-            raise UserError(f"the kernels judge the proxy columns {judged}, the scans have {proxies_a.shape[1]}")
+        compared = sorted(column for _, columns in self.factors for column in columns)
+        if compared != list(range(proxies_a.shape[1])):
+            raise UserError(
+                f"the kernels compare the proxy columns {compared}, the scans have {proxies_a.shape[1]} columns; give one "
+                "kernel per column"
+            )
         weights = proxies_a.new_ones(len(proxies_a), len(proxies_b))
         for kernel, columns in self.factors:
             weights *= kernel(proxies_a[:, list(columns)], proxies_b[:, list(columns)])
@@ -223,7 +246,7 @@ class ProductKernel:
 
 
 def product(kernels: Sequence[Kernel]) -> ProductKernel:
-    """One kernel per proxy column, multiplied: age x sex, or age x a penalty for the anchor's own site."""
+    """Multiply kernels, one per proxy column, such as age x sex, or age x a penalty for the same site."""
     return ProductKernel(tuple((kernel, (column,)) for column, kernel in enumerate(kernels)))
 
 

@@ -1,4 +1,4 @@
-"""The trained network: encoder and projector. Legend: B scans on this rank, F encoder features, P projected size."""
+"""The trained network: encoder and projector. B = scans of this rank, F = encoder features, P = size of the projection."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from pretrain.losses.temperature import Temperature
 
 
 class Projector(nn.Sequential):
-    """Linear, ReLU, Linear: (N, F) -> (N, P), as in the paper (512, then 128)."""
+    """Linear, ReLU, Linear: (N, F) -> (N, P). The paper's sizes are 512 hidden units and P = 128."""
 
     def __init__(self, features: int, hidden: int, out: int) -> None:
         super().__init__(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
 class ContrastiveModel(nn.Module):
-    """Encodes both views in one pass: (2, B, 1, D, H, W) -> embeddings (2, B, P), and the temperature if it is learned.
+    """Encoder and projector: (2, B, 1, D, H, W) -> embeddings (2, B, P), and the temperature if it is learned.
 
-    One pass, so that batch normalisation sees both views of the batch, as in the published code.
+    Both views go through the encoder in one pass, so that the statistics of batch normalisation cover both, as in the
+    published code.
     """
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, temperature: Temperature | None = None) -> None:
@@ -30,13 +31,14 @@ class ContrastiveModel(nn.Module):
         self.temperature = temperature
 
     def forward(self, views_2B1DHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the embeddings (2, B, P) and the learned temperature, or None."""
         embeddings: torch.Tensor = self.projector(self.encoder(views_2B1DHW.flatten(0, 1)))
         learned = None if self.temperature is None else self.temperature()
         return embeddings.view(2, -1, embeddings.shape[-1]), learned
 
 
 def build_model(recipe: Recipe) -> ContrastiveModel:
-    """The recipe's encoder and projector, initialised from ``run.seed`` alone: every rank builds the same weights."""
+    """Build the recipe's encoder and projector. The weights depend only on ``run.seed`` and are the same on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
         encoder = build_encoder(recipe.encoder.name, recipe.encoder.options)

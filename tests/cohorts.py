@@ -1,7 +1,8 @@
-"""Real NIfTI cohorts, small enough for tests: smooth asymmetric blobs whose size follows age."""
+"""Small cohorts of NIfTI files for tests: smooth asymmetric blobs that fade with age."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel
@@ -9,11 +10,12 @@ import numpy as np
 
 from data_pipeline.volume.grid import Grid
 
+DIAGNOSES = ("control", "control", "AD")
 GRID = Grid.of((14, 16, 12), np.array([[6.0, 0, 0, -39], [0, 6, 0, -60], [0, 0, 6, -30], [0, 0, 0, 1]]))
 
 
 def blob(seed: int, age: float, shape=GRID.shape) -> np.ndarray:
-    """A bright ellipsoid off the midline, smaller with age, on a smooth background of its own."""
+    """(D, H, W) float32: a bright ellipsoid off the midline that fades with age, on a smooth background drawn from ``seed``."""
     generator = np.random.default_rng(seed)
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     radius = sum(((a - c) / s) ** 2 for a, c, s in zip(axes, (0.25, -0.1, 0.1), (0.6, 0.8, 0.7), strict=True))
@@ -23,15 +25,17 @@ def blob(seed: int, age: float, shape=GRID.shape) -> np.ndarray:
     return (np.exp(-2 * radius) * (1.2 - age / 150) + 0.05 * waves + 0.2).astype(np.float32)
 
 
-def write_cohort(root: Path, participants: int = 24, sessions: int = 1, seed: int = 0, **table) -> Path:
-    """A BIDS-like folder: ages 20..80 over three sites, every third participant a patient."""
+def write_cohort(
+    root: Path, participants: int = 24, sessions: int = 1, seed: int = 0, diagnosis: Sequence[str] = DIAGNOSES
+) -> Path:
+    """Write a BIDS folder: ages 20 to 80, three sites, and the diagnoses repeated in turn."""
     generator = np.random.default_rng(seed)
     lines = ["participant_id\tage\tsex\tsite\tdiagnosis\ttiv"]
     for number in range(participants):
         age = 20 + 60 * number / max(1, participants - 1)
-        diagnosis = table.get("diagnosis", ["control", "control", "AD"])[number % 3]
         sex, site = "FM"[number % 2], f"site{number % 3}"
-        lines.append(f"sub-{number:03d}\t{age:.1f}\t{sex}\t{site}\t{diagnosis}\t{1400 + 10 * (number % 20)}")
+        label, tiv = diagnosis[number % len(diagnosis)], 1400 + 10 * (number % 20)
+        lines.append(f"sub-{number:03d}\t{age:.1f}\t{sex}\t{site}\t{label}\t{tiv}")
         for session in range(1, sessions + 1):
             folder = root / f"sub-{number:03d}" / f"ses-{session}" / "anat"
             folder.mkdir(parents=True)

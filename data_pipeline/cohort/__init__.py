@@ -1,1 +1,1 @@
-"""Cohorts: layouts, tables, declared columns, splits."""
+"""Cohorts: layouts, tables, declared columns, pseudonyms, splits."""

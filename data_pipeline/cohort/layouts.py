@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from data_pipeline.cohort.declarations import DataSet, typed_values
+from data_pipeline.cohort.declarations import DataSet
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.cohort.tables import (
     SESSION_COLUMNS,
@@ -20,6 +20,7 @@ from data_pipeline.cohort.tables import (
     read_rows,
     read_sessions,
 )
+from data_pipeline.cohort.values import typed_values
 from infra.errors import UserError
 
 # The file names of each modality. Grey-matter maps are CAT12's, as BIDS derivatives or under CAT12's own names; quasi-raw

@@ -1,1 +1,1 @@
-"""Quality: rules for one scan, outliers of a cohort, the quality page."""
+"""Quality: rules for single scans, outliers and duplicates, the survey and its page."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from data_pipeline.cohort.declarations import MISSING
+from data_pipeline.cohort.values import MISSING
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.storage.manifest import Manifest, write_manifest

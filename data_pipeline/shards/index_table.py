@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from data_pipeline.cohort.declarations import MISSING, SEX_WORDS, TEXT_COLUMNS
+from data_pipeline.cohort.values import MISSING, SEX_WORDS, TEXT_COLUMNS
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError

@@ -1,1 +1,1 @@
-"""Volumes: reading, checking, grids and decoders."""
+"""Volumes: grids, file formats, resampling, intensities."""

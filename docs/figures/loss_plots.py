@@ -1,7 +1,7 @@
-"""The figures and the numbers of docs/loss.md: `python docs/figures/loss_plots.py`. A minute on two cores.
+"""Draw the figures of docs/loss.md and print its numbers: `python docs/figures/loss_plots.py`, a minute on two cores.
 
-Ages are simulated after the published description of the pretraining cohort (7,764 healthy people of 74 sites, age
-32 ± 19 years): every site has a mean and a spread of its own. Nothing here is measured on real scans.
+Ages are simulated from the published description of the pretraining cohort (7,764 healthy people of 74 sites, age
+32 ± 19 years). Each site has its own mean and spread. Nothing here is measured on real scans.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH = 256
 
 
 def site_ages(people: int = 7764, sites: int = 74, seed: int = 0) -> np.ndarray:
-    """Ages 6 to 88 of people of many sites: most sites young adults, some children, some elderly; mean 32, SD 19."""
+    """Simulate ages from 6 to 88, mean 32, SD 19: most sites have young adults, some children, some elderly people."""
     rng = np.random.default_rng(seed)
     kinds = rng.choice(3, size=sites, p=[0.16, 0.60, 0.24])
     means = np.choose(kinds, [rng.normal(11, 2, sites), rng.normal(25, 4, sites), rng.normal(62, 9, sites)])
@@ -38,19 +38,20 @@ def site_ages(people: int = 7764, sites: int = 74, seed: int = 0) -> np.ndarray:
 
 
 def batch_of(ages: np.ndarray, scans: int, seed: int) -> Tensor:
+    """Draw the ages (B, 1) of a batch."""
     rng = np.random.default_rng(seed)
     return torch.from_numpy(rng.choice(ages, size=scans, replace=False))[:, None]
 
 
 def column_row_sums(ages: Tensor, sigma: float) -> Tensor:
-    """(B,): what the published normalisation gives an anchor in all, where the paper's formula gives 1."""
+    """Return (B,): the sum of an anchor's weights with the published normalisation; with the paper's formula it is 1."""
     weights = KERNELS["gaussian"](bandwidth=sigma)(ages, ages)
     sums = 2.0 * weights.sum(dim=0) - 1.0
     return 2.0 * (weights / sums).sum(dim=1) - 1.0 / sums
 
 
 def age_embeddings(ages: Tensor, seed: int, depth: int = 128) -> Tensor:
-    """(2, B, D): random, with a smooth trace of age, as a half-trained encoder's."""
+    """Return random embeddings (2, B, D) that depend partly and smoothly on age, like those of a half-trained encoder."""
     source = torch.Generator().manual_seed(seed)
     phase = torch.outer(ages[:, 0], torch.linspace(0.02, 0.2, depth, dtype=torch.float64))
     noise = torch.randn(2, len(ages), depth, generator=source, dtype=torch.float64)
@@ -58,7 +59,7 @@ def age_embeddings(ages: Tensor, seed: int, depth: int = 128) -> Tensor:
 
 
 def gradient_difference(ages: Tensor, seed: int) -> tuple[float, float]:
-    """Cosine, and relative difference, of the two normalisations' gradients, the column form halved (1/N to 1/2N)."""
+    """Return the cosine and the relative difference of the gradients of both normalisations, with the column form halved."""
     views, kernel = age_embeddings(ages, seed), KERNELS["gaussian"](bandwidth=5.0)
     row, column = (
         torch.autograd.grad(y_aware_infonce(views, ages, kernel=kernel, normalization=form), views)[0].flatten()
@@ -69,6 +70,7 @@ def gradient_difference(ages: Tensor, seed: int) -> tuple[float, float]:
 
 
 def style(axes: plt.Axes, title: str, x: str, y: str) -> None:
+    """Set title and labels, and remove the upper and right border."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -76,13 +78,14 @@ def style(axes: plt.Axes, title: str, x: str, y: str) -> None:
 
 
 def save(figure: plt.Figure, name: str) -> None:
+    """Save a figure beside this file and close it."""
     figure.tight_layout()
     figure.savefig(FOLDER / name, dpi=130)
     plt.close(figure)
 
 
 def plot_kernels() -> None:
-    """Every continuous kernel over the difference of two proxies."""
+    """Draw every continuous kernel as a function of the difference of two proxies."""
     figure, axes = plt.subplots(figsize=(7.2, 3.4))
     difference = torch.linspace(0.0, 25.0, 501, dtype=torch.float64)[:, None]
     zero = torch.zeros(1, 1, dtype=torch.float64)
@@ -98,7 +101,7 @@ def plot_kernels() -> None:
 
 
 def plot_normalisation(ages: np.ndarray) -> None:
-    """What an anchor weighs, by its age, with weights divided by rows and by columns."""
+    """Draw the weight of an anchor by its age, for row and column normalisation; print the gradients' difference."""
     batches = [batch_of(ages, BATCH, seed) for seed in range(20)]
     sums = torch.cat([column_row_sums(batch, 5.0) for batch in batches])
     flat = torch.cat(batches)[:, 0]
@@ -119,7 +122,7 @@ def plot_normalisation(ages: np.ndarray) -> None:
 
 
 def plot_positives(ages: np.ndarray) -> None:
-    """Effective positives over bandwidth and batch size."""
+    """Draw the effective positives by bandwidth and batch size, and print them for σ = 5."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.4))
     widths = np.geomspace(0.1, 30, 25)
     for scans, colour in ((16, GREY), (64, GREEN), (256, BLUE), (1024, ORANGE)):
@@ -148,6 +151,7 @@ def plot_positives(ages: np.ndarray) -> None:
 
 
 def main() -> None:
+    """Draw all figures."""
     ages = site_ages()
     plot_kernels()
     plot_normalisation(ages)

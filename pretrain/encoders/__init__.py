@@ -1,4 +1,4 @@
-"""3D encoders: (N, 1, D, H, W) -> (N, feature_size), behind one dictionary."""
+"""3D encoders: `ENCODERS` maps a name to a function that builds a module (N, 1, D, H, W) -> (N, feature_size)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "vit-large": networks.vit_large,
     "swin-unetr": networks.swin_unetr,
 }
-# Options that say how to train, not what the network computes: an encoder read for use is built without them.
+# Options of training that do not change what the network computes; an exported encoder is built without them.
 TRAINING_ONLY = ("checkpointing", "compile")
 
 _POOLINGS = [pooling for pooling in POOLINGS if pooling != "class"]
@@ -47,7 +47,7 @@ def _is_grid(value: Any) -> bool:
 
 _SWITCH = (lambda value: isinstance(value, bool), "true, false")
 _RATE = (lambda value: _is_number(value) and 0 <= value < 1, "0 to below 1")
-# What the other options may be: a test, and in words.
+# Option -> (check of its value, the allowed values in words).
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("checkpointing", "channels_last", "compile", "max_pool"), _SWITCH),
     **dict.fromkeys(("dropout", "drop_path"), _RATE),
@@ -59,9 +59,16 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 def check_encoder(
     name: str, options: dict[str, Any], *, grid: Sequence[int] | None = None, training: bool = False
 ) -> None:
-    """UserError where an encoder or an option is unknown or out of bounds; quick, MONAI is not imported.
+    """Check an encoder's name and options without importing MONAI.
 
-    ``grid``: the shape of the volumes, to be large enough. ``training``: on this machine, so that it must be able to.
+    Args:
+        name: a key of `ENCODERS`.
+        options: keyword arguments of that encoder.
+        grid: shape of the volumes, to check that they are large enough; None skips the check.
+        training: check also that this machine can train the encoder.
+
+    Raises:
+        UserError: if the name or an option is unknown, or a value is not allowed.
     """
     if name not in ENCODERS:
         raise UserError(f"encoder.name={name!r} is not known{nearest(name, ENCODERS)}; allowed: {', '.join(ENCODERS)}")
@@ -69,13 +76,15 @@ def check_encoder(
     for option, value in options.items():
         if option not in defaults:
             hint = nearest(option, defaults)
-            raise UserError(f"encoder.options.{option} is no option of {name}{hint}; allowed: {', '.join(defaults)}")
+            raise UserError(
+                f"encoder.options.{option} is not an option of {name}{hint}; allowed: {', '.join(defaults)}"
+            )
         _check_value(name, option, value)
     norm = options.get("norm", defaults["norm"])
     if options.get("compile") and options.get("checkpointing") and norm in ("batch", "sync-batch"):
         raise UserError(
-            f"encoder.options.compile and .checkpointing do not go together with norm={norm!r} (torch.compile cannot hold "
-            "the running statistics still in the second pass); choose norm group or instance, or one of the two"
+            f"encoder.options.compile and .checkpointing cannot be combined with norm={norm!r} (torch.compile cannot keep "
+            "the running statistics unchanged in the second pass); use norm group or instance, or only one of the two"
         )
     if norm == "sync-batch" and training and not torch.cuda.is_available():
         raise UserError(NO_SYNC_ON_CPU)
@@ -86,16 +95,16 @@ def check_encoder(
 def _check_value(name: str, option: str, value: Any) -> None:
     choices = _CHOICES.get(name, _CONVOLUTIONAL).get(option)
     if choices is None:
-        fits, words = _ALLOWED[option]
-        if not fits(value):
-            raise UserError(f"encoder.options.{option}={value!r} is not possible; allowed: {words}")
+        is_allowed, allowed = _ALLOWED[option]
+        if not is_allowed(value):
+            raise UserError(f"encoder.options.{option}={value!r} is not possible; allowed: {allowed}")
     elif value not in choices:
-        near = nearest(str(value), choices)
-        of = "" if len(choices) > 1 else f" of {name}, a transformer"
-        raise UserError(f"encoder.options.{option}={value!r} is not known{near}; allowed{of}: {', '.join(choices)}")
+        hint = nearest(str(value), choices)
+        whose = "" if len(choices) > 1 else f" for {name}, a transformer"
+        raise UserError(f"encoder.options.{option}={value!r} is not known{hint}; allowed{whose}: {', '.join(choices)}")
 
 
 def build_encoder(name: str, options: dict[str, Any]) -> nn.Module:
-    """The encoder ``name`` with ``options``; UserError as ``check_encoder``."""
+    """Build the encoder ``name`` with ``options``; raises UserError as `check_encoder` does."""
     check_encoder(name, options)
     return ENCODERS[name](**options)

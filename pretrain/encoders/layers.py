@@ -1,4 +1,4 @@
-"""What all encoders share: normalisation, recomputation, padding, pooling. Legend: N scans, C channels, F features."""
+"""The parts that all encoders share: normalisation, recomputation, padding, pooling. N = scans, C = channels."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from infra.errors import UserError
+from infra.internals import library_changed
 
-# channels -> layer. torch's InstanceNorm3d (and so MONAI's "instance") has no weights unless asked.
+# Number of channels -> layer. By default torch's InstanceNorm3d, and so MONAI's "instance", has no weights.
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm3d,
     "sync-batch": nn.SyncBatchNorm,
     "group": lambda channels: _group_norm(channels),
     "instance": lambda channels: nn.InstanceNorm3d(channels, affine=True),
 }
-# (N, C, ...) -> (N, C), or (N, 2C) for "mean+max". mean(), not AdaptiveAvgPool3d: it has a CPU kernel in bfloat16.
+# (N, C, ...) -> (N, C), or (N, 2C) for "mean+max". AdaptiveAvgPool3d has no CPU kernel for bfloat16; mean() has one.
 POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean": lambda features: features.flatten(2).mean(dim=2),
     "max": lambda features: features.flatten(2).amax(dim=2),
@@ -38,57 +39,70 @@ def _group_norm(channels: int, groups: int = 8) -> nn.Module:
     return nn.GroupNorm(groups, channels)
 
 
-def renorm(network: nn.Module, norm: str) -> None:
-    """Put ``norm`` in the place of every batch normalisation of a network that was built with it.
+def replace_norms(network: nn.Module, norm: str) -> None:
+    """Replace every batch normalisation of one of MONAI's networks by ``norm``, a key of `NORMS`.
 
-    MONAI 1.6's ResNet gives its own ``norm`` argument to the first layer alone.
+    Raises:
+        LibraryChanged: if the network has no batch normalisation.
     """
-    if norm == "batch":
-        return
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm3d):
-                setattr(module, name, NORMS[norm](child.num_features))
+    norms = [
+        (module, name, child)
+        for module in network.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.BatchNorm3d)
+    ]
+    if not norms:
+        raise library_changed("monai", f"{type(network).__name__} has no batch normalisation")
+    if norm != "batch":
+        for module, name, child in norms:
+            setattr(module, name, NORMS[norm](child.num_features))
 
 
 def run_block(block: nn.Module, features: torch.Tensor, recompute: bool, statistics: bool = False) -> torch.Tensor:
-    """``block(features)``; with ``recompute`` its inner activations are not kept but made again in the backward pass.
+    """Return ``block(features)``, with or without keeping the inner activations.
 
-    ``statistics``: the block has running ones (batch normalisation). They move in the first pass alone; by itself torch
-    would move them twice. torch.compile cannot trace this, so it is done only where it is needed.
+    Args:
+        block: any module.
+        features: its input.
+        recompute: do not keep the inner activations; compute them again in the backward pass.
+        statistics: whether the block has running statistics (batch normalisation). They are then updated in the first pass
+            only; torch by itself updates them twice. torch.compile cannot trace this, so it is done only if needed.
     """
     result: torch.Tensor
     if not (recompute and torch.is_grad_enabled()):
         result = block(features)
     elif statistics:
-        held = lambda: (nullcontext(), _held_statistics(block))  # noqa: E731
-        result = checkpoint(block, features, use_reentrant=False, context_fn=held)
+        contexts = lambda: (nullcontext(), _frozen_statistics(block))  # noqa: E731
+        result = checkpoint(block, features, use_reentrant=False, context_fn=contexts)
     else:
         result = checkpoint(block, features, use_reentrant=False)
     return result
 
 
 def has_statistics(block: nn.Module) -> bool:
-    """Whether a batch normalisation is among the block's layers."""
+    """Whether the block contains a batch normalisation."""
     return any(isinstance(module, _BatchNorm) for module in block.modules())
 
 
 @contextmanager
-def _held_statistics(block: nn.Module) -> Iterator[None]:
-    """A forward pass that leaves running statistics where they are and yet saves what any other pass saves."""
-    held = [(m, m.momentum, m.num_batches_tracked.clone()) for m in block.modules() if isinstance(m, _BatchNorm)]  # type: ignore[union-attr]
-    for module, _, _ in held:
+def _frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """Keep the running statistics unchanged in a forward pass that saves the same tensors as any other pass."""
+    before = [(m, m.momentum, m.num_batches_tracked.clone()) for m in block.modules() if isinstance(m, _BatchNorm)]  # type: ignore[union-attr]
+    for module, _, _ in before:
         module.momentum = 0.0
     try:
         yield
     finally:
-        for module, momentum, batches in held:
+        for module, momentum, batches in before:
             module.momentum = momentum
             module.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
 
 
 class Trunk(nn.Sequential):
-    """Convolutional blocks in order: (N, 1, D, H, W) -> (N, C, d, h, w). ``recompute`` names blocks, see ``run_block``."""
+    """Convolutional blocks in sequence: (N, 1, D, H, W) -> (N, C, d, h, w).
+
+    ``recompute`` names the blocks whose activations are recomputed in the backward pass, see `run_block`.
+    """
 
     def __init__(
         self, blocks: dict[str, nn.Module], recompute: Collection[str] = (), channels_last: bool = False
@@ -98,19 +112,34 @@ class Trunk(nn.Sequential):
         self.channels_last = channels_last
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the last feature map (N, C, d, h, w) of volumes (N, 1, D, H, W)."""
         for name, block in self.named_children():
             features = run_block(block, features, name in self.recompute, self.recompute.get(name, False))
-            if self.channels_last:  # free where the block kept the layout; on CPU pooling and instance norm lose it
+            if self.channels_last:  # copies only if the block lost the layout, as pooling and instance norm do on a CPU
                 features = features.contiguous(memory_format=torch.channels_last_3d)
         return features
 
 
 class PooledEncoder(nn.Module):
-    """A trunk and the pooling of its last feature map: (N, 1, D, H, W) float -> (N, feature_size).
+    """A trunk followed by pooling of its last feature map: (N, 1, D, H, W) float -> (N, feature_size).
 
-    Volumes whose sides are no multiples of ``multiple`` are padded on both sides with copies of their outermost voxels
-    (background in a brain scan), as evenly as can be. UserError where a side is below ``smallest``, and for SyncBatchNorm
-    trained on the CPU, which torch does not have.
+    Volumes whose sides are not multiples of ``multiple`` are padded as evenly as possible on both sides with copies of
+    their outermost voxels (background in a brain scan).
+
+    Args:
+        trunk: (N, 1, D, H, W) -> (N, channels, ...).
+        channels: channels of the trunk's output.
+        name: the encoder's name, for messages.
+        norm: a key of `NORMS`, or "layer".
+        pooling: a key of `POOLINGS`.
+        smallest: smallest side of a volume, in voxels.
+        multiple: sides are padded to a multiple of it.
+        channels_last: use torch's channels-last memory layout.
+        compile: compile the trunk with torch.compile.
+
+    Raises:
+        UserError: in the forward pass, if a side is below ``smallest``, or if a SyncBatchNorm is trained on a CPU, for which
+            torch has no implementation.
     """
 
     def __init__(
@@ -125,15 +154,16 @@ class PooledEncoder(nn.Module):
         if channels_last:
             self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         if compile:
-            trunk.compile()  # in place: the names of the weights stay as they are
+            trunk.compile()  # in place, which keeps the names of the weights
 
     def forward(self, volumes_N1DHW: torch.Tensor) -> torch.Tensor:
+        """Return the features (N, feature_size) of volumes (N, 1, D, H, W)."""
         check_sides(self.name, self.norm, self.smallest, tuple(volumes_N1DHW.shape[2:]))
         if self.norm == "sync-batch" and self.training and not volumes_N1DHW.is_cuda:
             raise UserError(NO_SYNC_ON_CPU)
         volumes = pad_to(volumes_N1DHW, self.multiple)
         if self.channels_last:
-            # With one channel .contiguous() would change nothing: both layouts have the same voxels in the same order.
+            # With one channel both layouts have the same order in memory, so that .contiguous() would change nothing.
             volumes = torch.empty_like(volumes, memory_format=torch.channels_last_3d).copy_(volumes)
         return POOLINGS[self.pooling](self.trunk(volumes))
 
@@ -145,10 +175,10 @@ NO_SYNC_ON_CPU = (
 
 
 def check_sides(name: str, norm: str, smallest: int, sides: tuple[int, ...]) -> None:
-    """UserError naming the smallest grid where a side of the volumes is below ``smallest``."""
+    """Raise UserError, naming the smallest grid, if a side of the volumes (in voxels) is below ``smallest``."""
     if min(sides) < smallest:
         found, least = "x".join(map(str, sides)), "x".join([str(smallest)] * 3)
-        # Over one voxel an instance norm is undefined, over a few it leaves little but signs.
+        # An instance norm over one voxel is undefined; over a few voxels it keeps little more than their signs.
         hint = "a norm that works on smaller ones (group), " if norm == "instance" else ""
         raise UserError(
             f"scans of {found} voxels are too small for {name} with norm {norm}, whose smallest grid is {least}; "
@@ -157,9 +187,9 @@ def check_sides(name: str, norm: str, smallest: int, sides: tuple[int, ...]) -> 
 
 
 def pad_to(volumes: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Volumes (N, 1, D, H, W) with every side brought to the next multiple; the outermost voxels are repeated.
+    """Pad every side of volumes (N, 1, D, H, W) to the next multiple by repeating the outermost voxels.
 
-    Not padded with the minimum: in a view with noise that is an outlier, and another one in the other view.
+    The minimum would not do as padding: in a view with noise it is an outlier, and it differs between the two views.
     """
     padding: list[int] = []
     for side in reversed(volumes.shape[2:]):

@@ -1,32 +1,46 @@
 """MONAI's networks as encoders. The only module that imports MONAI.
 
-What MONAI 1.6 does that an encoder must not, and what is done about it here:
-- ResNet gives ``norm`` to its first layer alone: every norm is put in by ``renorm``
-- ``instance`` norms have no weights: ``NORMS`` has ones that do
-- the ViT's blocks hold a norm for cross-attention that is never used, so its weights never get a gradient: taken out
-- the ViT's fast attention applies its dropout in evaluation too: used only where there is no dropout
-- the ViT takes one size of volume alone: positions are interpolated to any other
-- SwinTransformer normalises and keeps the features of all five scales: only the deepest are
+MONAI 1.6 differs from what an encoder needs in these points, which are corrected here:
+
+- Its ResNet passes ``norm`` to its first layer only. Networks are built with batch normalisation and `replace_norms`
+  replaces every layer.
+- Its instance norms have no weights. `NORMS` has instance norms with weights.
+- A ViT block has a norm for cross-attention that is never used, so its weights never get a gradient. It is removed.
+- The ViT's fast attention applies dropout in evaluation too. It is used only without dropout.
+- The ViT accepts one size of volume only. The positions are interpolated to any other size.
+- SwinTransformer normalises and returns the features of all five scales. Only the deepest are normalised here.
+
+The names of MONAI's layers are internal to it: a missing name raises LibraryChanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
-from pretrain.encoders.layers import PooledEncoder, Trunk, renorm, run_block
+from infra.internals import internal, library_changed, set_internal
+from pretrain.encoders.layers import PooledEncoder, Trunk, replace_norms, run_block
 from pretrain.encoders.residual import FEATURES, resenc_trunk
 
 VBM = (121, 145, 121)
 PATCH = 16
-# name -> (smallest side of a volume, the same with instance normalisation, which wants two voxels a side at the end)
+# Encoder -> (smallest side of a volume, smallest side with instance normalisation, which needs two voxels at the end).
 SMALLEST = {"densenet121": (29, 61), "resnet18": (1, 33), "resnet50": (1, 33), "unet": (16, 32), "resenc-l": (17, 33)}
+# MONAI's layers of DenseNet121 and ResNet, in order.
+DENSENET_LAYERS = (
+    "conv0", "norm0", "relu0", "pool0", "denseblock1", "transition1", "denseblock2", "transition2", "denseblock3",
+    "transition3", "denseblock4", "norm5",
+)  # fmt: skip
+RESNET_LAYERS = ("conv1", "bn1", "act", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
+monai_internal = partial(internal, "monai")
 
 
 def smallest_side(name: str, norm: str, max_pool: bool = True) -> int:
-    """The fewest voxels that a side of a volume may have."""
+    """Return the smallest number of voxels that a side of a volume may have."""
     plain, instance = SMALLEST.get(name, (1, 1))
     side = instance if norm == "instance" else plain
     return side if max_pool else (side + 1) // 2
@@ -36,16 +50,20 @@ def densenet121(
     *, norm: str = "batch", pooling: str = "mean", dropout: float = 0.0, checkpointing: bool = False,
     channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """DenseNet121 in 3D as in Dufumier et al. 2021: growth 32, blocks 6/12/24/16, no final norm5; 1024 features.
+    """Build the 3D DenseNet121 of Dufumier et al. 2021: growth 32, blocks 6/12/24/16, no final norm5; 1024 features.
 
-    Built from MONAI's DenseNet121, whose layers are the paper's but for ``norm5``, left out here. ``dropout`` drops whole
-    channels of what each dense layer adds.
+    It is MONAI's DenseNet121 without its last norm, ``norm5``, which the paper's encoder does not have. ``dropout`` drops
+    whole channels of the output of each dense layer.
     """
     from monai.networks.nets import DenseNet121
 
     features = DenseNet121(spatial_dims=3, in_channels=1, out_channels=1, dropout_prob=dropout).features
-    renorm(features, norm)
+    replace_norms(features, norm)
     blocks = dict(features.named_children())
+    if tuple(blocks) != DENSENET_LAYERS:
+        raise library_changed(
+            "monai", f"DenseNet121 has the layers {', '.join(blocks)}; expected {', '.join(DENSENET_LAYERS)}"
+        )
     del blocks["norm5"]
     blocks["relu5"] = nn.ReLU()
     recompute = [block for block in blocks if block.startswith("denseblock")] if checkpointing else []
@@ -59,23 +77,30 @@ def resnet18(
     *, norm: str = "batch", pooling: str = "mean", width: float = 1.0, max_pool: bool = True, checkpointing: bool = False,
     channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """ResNet18 in 3D (He et al. 2016), MONAI's; ``512 * width`` features.
+    """Build MONAI's 3D ResNet18 (He et al. 2016); ``512 * width`` features.
 
-    ``width`` scales every layer's channels; ``max_pool=False`` keeps twice the resolution, for coarse grids.
+    ``width`` scales the channels of every layer. ``max_pool=False`` leaves out the max-pooling after the first layer and so
+    keeps twice the resolution, for coarse grids.
     """
-    return _resnet("resnet18", 512, norm, pooling, width, max_pool, checkpointing, channels_last, compile)
+    return _resnet(
+        "resnet18", 512, norm=norm, pooling=pooling, width=width, max_pool=max_pool, checkpointing=checkpointing,
+        channels_last=channels_last, compile=compile,
+    )  # fmt: skip
 
 
 def resnet50(
     *, norm: str = "batch", pooling: str = "mean", width: float = 1.0, max_pool: bool = True, checkpointing: bool = False,
     channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """ResNet50 in 3D (He et al. 2016), MONAI's; ``2048 * width`` features. Options as of ``resnet18``."""
-    return _resnet("resnet50", 2048, norm, pooling, width, max_pool, checkpointing, channels_last, compile)
+    """Build MONAI's 3D ResNet50 (He et al. 2016); ``2048 * width`` features. Options as in `resnet18`."""
+    return _resnet(
+        "resnet50", 2048, norm=norm, pooling=pooling, width=width, max_pool=max_pool, checkpointing=checkpointing,
+        channels_last=channels_last, compile=compile,
+    )  # fmt: skip
 
 
 def _resnet(
-    name: str, channels: int, norm: str, pooling: str, width: float, max_pool: bool, checkpointing: bool,
+    name: str, channels: int, *, norm: str, pooling: str, width: float, max_pool: bool, checkpointing: bool,
     channels_last: bool, compile: bool,
 ) -> nn.Module:  # fmt: skip
     from monai.networks import nets
@@ -83,9 +108,8 @@ def _resnet(
     network = getattr(nets, name)(
         spatial_dims=3, n_input_channels=1, feed_forward=False, conv1_t_stride=2, widen_factor=width, shortcut_type="B"
     )
-    renorm(network, norm)
-    wanted = ["conv1", "bn1", "act", *["maxpool"] * max_pool, "layer1", "layer2", "layer3", "layer4"]
-    blocks = {block: getattr(network, block) for block in wanted}
+    replace_norms(network, norm)
+    blocks = {layer: monai_internal(network, layer) for layer in RESNET_LAYERS if max_pool or layer != "maxpool"}
     recompute = [block for block in blocks if block.startswith("layer")] if checkpointing else []
     return PooledEncoder(
         Trunk(blocks, recompute, channels_last), int(512 * width) * (channels // 512), name=name, norm=norm, pooling=pooling,
@@ -97,9 +121,9 @@ def unet(
     *, norm: str = "batch", pooling: str = "mean", dropout: float = 0.0, checkpointing: bool = False,
     channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """The contracting half of a 3D U-Net (Cicek et al. 2016), of MONAI's blocks; 512 features.
+    """Build the contracting half of a 3D U-Net (Cicek et al. 2016) from MONAI's blocks; 512 features.
 
-    Two convolutions at each of five scales with 32, 64, 128, 256, 512 channels and max-pooling between them.
+    It has two convolutions at each of five scales, with 32, 64, 128, 256 and 512 channels, and max-pooling between the scales.
     """
     from monai.networks.nets.basic_unet import Down, TwoConv
 
@@ -107,7 +131,7 @@ def unet(
     blocks: dict[str, nn.Module] = {"conv_0": TwoConv(3, 1, widths[0], *common, dropout)}
     for level in range(1, 5):
         blocks[f"down_{level}"] = Down(3, widths[level - 1], widths[level], *common, dropout)
-    renorm(nn.ModuleDict(blocks), norm)
+    replace_norms(nn.ModuleDict(blocks), norm)
     trunk = Trunk(blocks, tuple(blocks) if checkpointing else (), channels_last)
     return PooledEncoder(
         trunk, widths[-1], name="unet", norm=norm, pooling=pooling, smallest=smallest_side("unet", norm),
@@ -119,7 +143,7 @@ def resenc_l(
     *, norm: str = "instance", pooling: str = "mean", checkpointing: bool = False, channels_last: bool = False,
     compile: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """A residual encoder of the class of nnU-Net's ResEnc-L (Isensee et al. 2024): 6 stages, 320 features."""
+    """Build a residual encoder like nnU-Net's ResEnc-L (Isensee et al. 2024): 6 stages, 320 features."""
     return PooledEncoder(
         resenc_trunk(norm, checkpointing, channels_last), FEATURES[-1], name="resenc-l", norm=norm, pooling=pooling,
         smallest=smallest_side("resenc-l", norm), channels_last=channels_last, compile=compile,
@@ -130,12 +154,22 @@ def vit_small(
     *, norm: str = "layer", pooling: str = "class", grid: Sequence[int] = VBM, dropout: float = 0.0, drop_path: float = 0.0,
     checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """ViT-S (12 blocks of 384 channels, 6 heads) on patches of 16 x 16 x 16 voxels; 384 features.
+    """Build a ViT-S (12 blocks of 384 channels, 6 heads) on patches of 16 x 16 x 16 voxels; 384 features.
 
-    ``pooling: class`` takes the class token; the others the tokens of the patches, and there is no class token then.
-    ``grid``: the volumes that positions are learned for; on other ones they are interpolated.
+    Args:
+        norm: only "layer".
+        pooling: "class" returns the class token. The other poolings use the patches' tokens; the network then has no class
+            token.
+        grid: shape of the volumes for which positions are learned; they are interpolated for volumes of other shapes.
+        dropout: rate of dropout in attention, MLP and embedding.
+        drop_path: rate of stochastic depth at the last block, rising linearly from 0 at the first.
+        checkpointing: recompute activations in the backward pass.
+        channels_last: use torch's channels-last memory layout.
+        compile: compile the trunk with torch.compile.
     """
-    trunk = _ViT(384, 6, grid, pooling == "class", dropout, drop_path, checkpointing)
+    trunk = _ViT(
+        384, 6, grid, class_token=pooling == "class", dropout=dropout, drop_path=drop_path, checkpointing=checkpointing
+    )
     return PooledEncoder(
         trunk, 384, name="vit-small", norm=norm, pooling=pooling, multiple=PATCH, channels_last=channels_last,
         compile=compile,
@@ -146,8 +180,10 @@ def vit_base(
     *, norm: str = "layer", pooling: str = "class", grid: Sequence[int] = VBM, dropout: float = 0.0, drop_path: float = 0.0,
     checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """ViT-B (12 blocks of 768 channels, 12 heads) on patches of 16 x 16 x 16 voxels; 768 features. Options as ViT-S."""
-    trunk = _ViT(768, 12, grid, pooling == "class", dropout, drop_path, checkpointing)
+    """Build a ViT-B (12 blocks of 768 channels, 12 heads); 768 features. Options and patches as in `vit_small`."""
+    trunk = _ViT(
+        768, 12, grid, class_token=pooling == "class", dropout=dropout, drop_path=drop_path, checkpointing=checkpointing
+    )
     return PooledEncoder(
         trunk, 768, name="vit-base", norm=norm, pooling=pooling, multiple=PATCH, channels_last=channels_last,
         compile=compile,
@@ -158,8 +194,11 @@ def vit_large(
     *, norm: str = "layer", pooling: str = "class", grid: Sequence[int] = VBM, dropout: float = 0.0, drop_path: float = 0.0,
     checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """ViT-L (24 blocks of 1024 channels, 16 heads) on patches of 16 x 16 x 16 voxels; 1024 features. Options as ViT-S."""
-    trunk = _ViT(1024, 16, grid, pooling == "class", dropout, drop_path, checkpointing, blocks=24)
+    """Build a ViT-L (24 blocks of 1024 channels, 16 heads); 1024 features. Options and patches as in `vit_small`."""
+    trunk = _ViT(
+        1024, 16, grid, class_token=pooling == "class", dropout=dropout, drop_path=drop_path, checkpointing=checkpointing,
+        blocks=24,
+    )  # fmt: skip
     return PooledEncoder(
         trunk, 1024, name="vit-large", norm=norm, pooling=pooling, multiple=PATCH, channels_last=channels_last,
         compile=compile,
@@ -170,7 +209,7 @@ def swin_unetr(
     *, norm: str = "layer", pooling: str = "mean", dropout: float = 0.0, drop_path: float = 0.0, checkpointing: bool = False,
     channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """The encoder of SwinUNETR (Hatamizadeh et al. 2022), MONAI's, 48 channels at first; 768 features."""
+    """Build MONAI's encoder of SwinUNETR (Hatamizadeh et al. 2022) with 48 channels at the first scale; 768 features."""
     return PooledEncoder(
         _Swin(48, dropout, drop_path, checkpointing), 768, name="swin-unetr", norm=norm, pooling=pooling, multiple=32,
         channels_last=channels_last, compile=compile,
@@ -178,35 +217,37 @@ def swin_unetr(
 
 
 class _ViT(nn.Module):
-    """(N, 1, D, H, W), sides multiples of 16, -> tokens (N, C, T), the class token first where there is one."""
+    """(N, 1, D, H, W), sides multiples of 16, -> tokens (N, C, T), with the class token, if there is one, first."""
 
     def __init__(
-        self, width: int, heads: int, grid: Sequence[int], class_token: bool, dropout: float, drop_path: float,
+        self, width: int, heads: int, grid: Sequence[int], *, class_token: bool, dropout: float, drop_path: float,
         checkpointing: bool, blocks: int = 12,
     ) -> None:  # fmt: skip
         from monai.networks.layers import DropPath
         from monai.networks.nets import ViT
 
         super().__init__()
-        self.patches_a_side = tuple(-(-side // PATCH) for side in grid)
+        self.patches_per_side = tuple(-(-side // PATCH) for side in grid)
         network = ViT(
-            in_channels=1, img_size=[n * PATCH for n in self.patches_a_side], patch_size=PATCH, hidden_size=width,
+            in_channels=1, img_size=[n * PATCH for n in self.patches_per_side], patch_size=PATCH, hidden_size=width,
             mlp_dim=4 * width, num_layers=blocks, num_heads=heads, dropout_rate=dropout, qkv_bias=True,
         )  # fmt: skip
-        self.patches = network.patch_embedding.patch_embeddings
-        self.position: nn.Parameter = network.patch_embedding.position_embeddings
+        embedding = monai_internal(network, "patch_embedding")
+        self.patches = monai_internal(embedding, "patch_embeddings")
+        self.position: nn.Parameter = monai_internal(embedding, "position_embeddings")
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         self.dropout = nn.Dropout(dropout)
-        self.blocks = network.blocks
-        self.norm = network.norm
+        self.blocks = monai_internal(network, "blocks")
+        self.norm = monai_internal(network, "norm")
         self.checkpointing = checkpointing
-        for number, block in enumerate(self.blocks):
-            block.norm_cross_attn = nn.Identity()
-            block.attn.use_flash_attention = dropout == 0
-            rate = drop_path * number / (len(self.blocks) - 1)
+        for index, block in enumerate(self.blocks):
+            attention, mlp = monai_internal(block, "attn"), monai_internal(block, "mlp")
+            set_internal("monai", block, "norm_cross_attn", nn.Identity())
+            set_internal("monai", attention, "use_flash_attention", dropout == 0)
+            rate = drop_path * index / (len(self.blocks) - 1)
             if rate > 0:
-                block.attn.drop_output = nn.Sequential(block.attn.drop_output, DropPath(rate))
-                block.mlp.drop2 = nn.Sequential(block.mlp.drop2, DropPath(rate))
+                for part, last in ((attention, "drop_output"), (mlp, "drop2")):
+                    setattr(part, last, nn.Sequential(monai_internal(part, last), DropPath(rate)))
         for layer in self.blocks.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -214,6 +255,7 @@ class _ViT(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Return the tokens (N, C, T) of volumes (N, 1, D, H, W)."""
         patches_NCdhw = self.patches(volumes)
         tokens_NTC = patches_NCdhw.flatten(2).transpose(1, 2) + self._position(tuple(patches_NCdhw.shape[2:]))
         if self.class_token is not None:
@@ -224,17 +266,18 @@ class _ViT(nn.Module):
         normed: torch.Tensor = self.norm(tokens_NTC)
         return normed.transpose(1, 2)
 
-    def _position(self, patches_a_side: tuple[int, ...]) -> torch.Tensor:
-        if patches_a_side == self.patches_a_side:
+    def _position(self, patches_per_side: tuple[int, ...]) -> torch.Tensor:
+        """Return the positions (1, T, C) for a volume of so many patches, interpolated if its shape is not ``grid``."""
+        if patches_per_side == self.patches_per_side:
             return self.position
-        learned_1Cdhw = self.position.transpose(1, 2).reshape(1, -1, *self.patches_a_side)
+        learned_1Cdhw = self.position.transpose(1, 2).reshape(1, -1, *self.patches_per_side)
         return (
-            nn.functional.interpolate(learned_1Cdhw, size=patches_a_side, mode="trilinear").flatten(2).transpose(1, 2)
+            nn.functional.interpolate(learned_1Cdhw, size=patches_per_side, mode="trilinear").flatten(2).transpose(1, 2)
         )
 
 
 class _Swin(nn.Module):
-    """(N, 1, D, H, W), sides multiples of 32, -> the deepest features (N, 16 width, D/32, H/32, W/32), layer-normed."""
+    """(N, 1, D, H, W), sides multiples of 32, -> the layer-normed deepest features (N, 16 width, D/32, H/32, W/32)."""
 
     def __init__(self, width: int, dropout: float, drop_path: float, checkpointing: bool) -> None:
         from monai.networks.nets.swin_unetr import SwinTransformer
@@ -247,6 +290,7 @@ class _Swin(nn.Module):
         )  # fmt: skip
 
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Return the deepest features of volumes (N, 1, D, H, W)."""
         deepest_NCdhw: torch.Tensor = self.transformer(volumes, normalize=False)[-1]
         tokens_NTC = deepest_NCdhw.flatten(2).transpose(1, 2)
         normed: torch.Tensor = nn.functional.layer_norm(tokens_NTC, tokens_NTC.shape[-1:])

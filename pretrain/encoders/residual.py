@@ -1,4 +1,4 @@
-"""A residual encoder of the class of nnU-Net's ResEnc-L."""
+"""A residual encoder like nnU-Net's ResEnc-L (Isensee et al. 2024, arXiv:2404.09556)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ BLOCKS = (1, 3, 4, 6, 6, 6)
 
 
 class ResidualBlock(nn.Module):
-    """conv, norm, LeakyReLU, conv, norm, plus the input, LeakyReLU: (N, C, d, h, w) -> (N, C', d/stride, ...).
+    """Residual block (N, C, d, h, w) -> (N, C', d/stride, h/stride, w/stride).
 
-    Where the stride is 2 the input is averaged over 2 x 2 x 2 voxels, then brought to C' channels by a 1 x 1 x 1
-    convolution and a norm (ResNet-D). Odd sides are rounded up, as the strided convolution does.
+    It computes conv, norm, LeakyReLU, conv, norm, adds the input, and applies LeakyReLU. With stride 2, the input is first
+    averaged over 2 x 2 x 2 voxels; if C' differs from C, a 1 x 1 x 1 convolution and a norm bring it to C' channels
+    (ResNet-D). Odd sides are rounded up, as in the strided convolution.
     """
 
     def __init__(self, channels: int, out: int, stride: int, norm: str) -> None:
@@ -35,6 +36,7 @@ class ResidualBlock(nn.Module):
         self.act = nn.LeakyReLU(0.01, inplace=True)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the block's output for features (N, C, d, h, w)."""
         out = self.act(self.norm1(self.conv1(features)))
         out = self.norm2(self.conv2(out)) + self.skip(features)
         activated: torch.Tensor = self.act(out)
@@ -42,7 +44,7 @@ class ResidualBlock(nn.Module):
 
 
 def resenc_trunk(norm: str, checkpointing: bool, channels_last: bool) -> Trunk:
-    """Six stages of residual blocks, each but the first at half the resolution of the one before."""
+    """Build six stages of residual blocks; each after the first halves the resolution."""
     trunk: dict[str, nn.Module] = {
         "stem": nn.Sequential(
             OrderedDict(

@@ -1,1 +1,1 @@
-"""DeepSpeed: engine, configuration, optimizers."""
+"""The training engine: DeepSpeed with its configuration, optimisers, weight average, gradient cache and resharding."""

@@ -1,9 +1,9 @@
 """An exponential moving average of the encoder's weights, for evaluation (Polyak & Juditsky 1992).
 
-Each rank averages what it holds of the weights: all of them under ZeRO 0 to 2, its part under ZeRO 3, so a step costs no
-communication. The average is what a checkpoint exports as its encoder (``encoder/model.safetensors``, float32, whole), and
-from there a run goes on, on any number of ranks. Buffers (the running statistics of batch normalisation) are averages
-already and are taken as they are.
+Each rank averages the weights that it holds: all of them under ZeRO 0 to 2, its part of each under ZeRO 3, so a step needs
+no communication. A checkpoint exports the average as its encoder (``encoder/model.safetensors``, float32, whole). A resumed
+run reads it back from there, on any number of ranks. Buffers (the running statistics of batch normalisation) are averages
+already and are copied from the encoder.
 """
 
 from __future__ import annotations
@@ -21,71 +21,87 @@ from infra.errors import UserError
 from pretrain.config import Encoder
 from pretrain.encoders import TRAINING_ONLY, build_encoder
 from pretrain.engine.engine import encoder_state
+from pretrain.engine.partitions import deepspeed_internal, is_partitioned
 
 
 class Average:
-    """The moving average of ``engine``'s encoder in float32; ``decay`` a step, less in the first steps."""
+    """The moving average, in float32, of the encoder that ``engine`` trains.
+
+    Args:
+        engine: the DeepSpeed engine; its module has the ``encoder``.
+        decay: weight of the old average in each step, below 1; smaller in the first steps (see `update`).
+    """
 
     def __init__(self, engine: Any, decay: float) -> None:
         self._engine, self._decay = engine, decay
-        self._pieces = {name: _piece(p).detach().float().clone() for name, p in self._parameters()}
+        self._partitioned = is_partitioned(engine)
+        self._averages = {name: self._local(p).detach().float().clone() for name, p in self._parameters()}
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self._engine.module.encoder.named_parameters())
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after ``step`` steps. The first weigh more: after one step the average is its weights."""
+        """Include the weights after ``step`` steps.
+
+        The decay is at most (step - 1) / (step + 9), so that the first weights do not dominate: after one step the average
+        equals the weights.
+        """
         decay = min(self._decay, (step - 1) / (step + 9))
         for name, parameter in self._parameters():
-            self._pieces[name].lerp_(_piece(parameter).detach().float(), 1.0 - decay)
+            self._averages[name].lerp_(self._local(parameter).detach().float(), 1.0 - decay)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The averaged encoder as ``engine.encoder_state`` gives the encoder: whole, float32, on the CPU. Collective."""
+        """Return the averaged encoder in the form of ``engine.encoder_state``: whole, float32, on the CPU. Collective."""
         state = encoder_state(self._engine)
         for name, parameter in self._parameters():
-            state[name] = _whole(self._pieces[name], parameter).cpu().contiguous()
+            state[name] = self._gather(self._averages[name], parameter).cpu().contiguous()
         return state
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint's encoder: its average, or its plain weights where the run had no average until now."""
+        """Start from a checkpoint's encoder: its average, or its plain weights if that run kept no average.
+
+        Raises:
+            UserError: if the checkpoint is of another encoder.
+        """
         path = checkpoint / "encoder" / "model.safetensors"
         saved = load_file(path)
-        for name, parameter in self._parameters():
+        for name, average in self._averages.items():
             if name not in saved:
                 raise UserError(f"{path} lacks {name}; it is of another encoder")
-            self._pieces[name].copy_(_part(saved[name], parameter, self._pieces[name]))
+            average.copy_(_part_of_rank(saved[name], average.numel()) if self._partitioned else saved[name])
 
     def network(self, settings: Encoder, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The averaged encoder as a network of its own, in evaluation mode, for the monitor. Collective."""
+        """Return the averaged encoder as a separate network in evaluation mode, for the monitor. Collective."""
         options = {name: value for name, value in settings.options.items() if name not in TRAINING_ONLY}
         with torch.random.fork_rng(devices=[]):
             network = build_encoder(settings.name, options)
         network.load_state_dict(self.state())
         return network.to(device, dtype).eval()
 
+    def _local(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return what this rank holds of a parameter.
 
-def _piece(parameter: nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a parameter: under ZeRO 3 a flat part, as long on every rank, the last one padded."""
-    piece: torch.Tensor = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
-    return piece
+        Under ZeRO 3 that is a flat part, of the same length on every rank; the last ranks' parts may be padded.
+        """
+        local: torch.Tensor = deepspeed_internal(parameter, "ds_tensor") if self._partitioned else parameter
+        return local
+
+    def _gather(self, average: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the whole average of a parameter from the parts of all ranks. Collective under ZeRO 3."""
+        if not self._partitioned:
+            return average.clone()
+        shared = average.cuda() if dist.get_backend() == "nccl" else average  # off-loaded weights are on the CPU
+        parts = [torch.empty_like(shared) for _ in range(distributed.world_size())]
+        dist.all_gather(parts, shared)
+        size, shape = deepspeed_internal(parameter, "ds_numel"), deepspeed_internal(parameter, "ds_shape")
+        return torch.cat(parts)[:size].view(shape)
 
 
-def _whole(piece: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    if not hasattr(parameter, "ds_tensor"):
-        return piece.clone()
-    shared = piece.cuda() if dist.get_backend() == "nccl" else piece  # off-loaded weights are on the CPU
-    parts = [torch.empty_like(shared) for _ in range(distributed.world_size())]
-    dist.all_gather(parts, shared)
-    whole: torch.Tensor = torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
-    return whole
-
-
-def _part(whole: torch.Tensor, parameter: nn.Parameter, piece: torch.Tensor) -> torch.Tensor:
-    if not hasattr(parameter, "ds_tensor"):
-        return whole
-    size, rank = piece.numel(), distributed.rank()
+def _part_of_rank(whole: torch.Tensor, size: int) -> torch.Tensor:
+    """Return this rank's part, ``size`` entries, of a flattened parameter; entries beyond its end are 0."""
     part = torch.zeros(size, dtype=whole.dtype)
-    mine = whole.flatten()[rank * size : (rank + 1) * size]
-    part[: len(mine)] = mine
+    first = distributed.rank() * size
+    values = whole.flatten()[first : first + size]
+    part[: len(values)] = values
     return part

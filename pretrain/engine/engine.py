@@ -1,4 +1,4 @@
-"""DeepSpeed behind one door: process group, engine, its checkpoint files. The only module that imports deepspeed."""
+"""DeepSpeed: process group, engine, optimisation step and checkpoint files. The only module that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -21,27 +21,26 @@ from torch import nn
 from infra import distributed
 from infra.errors import UserError
 from infra.extensions import exclusive_build, extensions_folder
+from infra.internals import library_changed, replaced_internal, set_internal
 from pretrain.config import Recipe
 from pretrain.engine.deepspeed_config import deepspeed_config, zero_stage
 from pretrain.engine.optimizers import LayerWise, build_optimizer, parameter_groups
-from pretrain.engine.partitions import held
+from pretrain.engine.partitions import deepspeed_internal, keeps_float32_copies, local_shards
 
-# More steps left out in a row than the scaler needs to come down from 2^24 to 1: not an overflow but a NaN.
-LEFT_OUT = 30
-
-
-# Of malloc.h.
+# The loss scaler needs 24 skipped steps to come down from 2^24 to 1. More than this many in a row mean a NaN.
+MAX_SKIPPED_IN_A_ROW = 30
+# Options of mallopt, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 class NotFinite(RuntimeError):
-    """The loss or its gradient is NaN or infinite; the run stops and its last checkpoint stays as it is."""
+    """The loss or its gradient is NaN or infinite. The weights have not been changed by the step."""
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, told where to compile and which accelerator to take, and without its INFO lines."""
+    """Import DeepSpeed with the build directory and the accelerator set, and with its INFO messages off."""
     extensions_folder()
-    # The environment's own ninja first, however the command was started: another ninja would compile all over again.
+    # Put this environment's ninja first on PATH: DeepSpeed compiles its extensions again if it finds another ninja.
     binaries = str(Path(sys.executable).parent)
     if os.environ["PATH"].split(os.pathsep)[0] != binaries:
         os.environ["PATH"] = os.pathsep.join((binaries, os.environ["PATH"]))
@@ -50,13 +49,13 @@ def import_deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed and gloo go by names that torch 2.13 calls deprecated; nothing a user could change.
+    # DeepSpeed uses names that torch 2.13 has deprecated; a user cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
 
 
 def warm() -> None:
-    """Compile (or load, 0.1 s) DeepSpeed's CPU collectives, one process at a time; nothing to do on a GPU."""
+    """Compile DeepSpeed's CPU collectives, or load them (0.1 s), one process at a time. Does nothing on a GPU."""
     import_deepspeed()
     from deepspeed.accelerator import get_accelerator
 
@@ -66,20 +65,20 @@ def warm() -> None:
 
 
 def start_ranks() -> torch.device:
-    """Join the process group that the launcher prepared (or make one of one rank) and give this rank its device."""
+    """Join the launcher's process group, or create one of a single rank; return this rank's device."""
     os.environ.update(distributed.single_process_environment())
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(distributed.local_rank())
     else:
-        # Ranks on one host share its cores; torch alone would give every rank all of them.
+        # The ranks of a host share its cores; by default torch would use all of them in every rank.
         local_ranks = int(
             os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world_size()
         )
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         _keep_freed_memory()
     warm()
-    # Every rank would report that the collectives were built.
+    # Otherwise every rank prints that the collectives were built.
     with redirect_stdout(io.StringIO()), _no_shared_buffers():
         import_deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
@@ -87,10 +86,10 @@ def start_ranks() -> torch.device:
 
 @contextmanager
 def _no_shared_buffers() -> Iterator[None]:
-    """Without LOCAL_SIZE, by which DeepSpeed gives every rank on a host 69 MB of /dev/shm.
+    """Unset LOCAL_SIZE within the block; otherwise DeepSpeed allocates 69 MB of /dev/shm per rank.
 
-    They are for its inference alone, and it never removes them: each run, killed or not, would take that much of the
-    machine's memory until it is started anew.
+    Only its inference uses these buffers, and it never removes them: every run, killed or not, would occupy that much of
+    the machine's memory until the next reboot.
     """
     size = os.environ.pop("LOCAL_SIZE", None)
     try:
@@ -101,13 +100,13 @@ def _no_shared_buffers() -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed activations for the next step, instead of giving it back page by page.
+    """Let glibc keep the memory of freed activations for the next step instead of returning it to the kernel.
 
-    A step of DenseNet121 with two scans at 121 x 145 x 121 otherwise has the kernel clear ten gigabytes anew, 7.2 s in
-    place of 4.2 s on two cores (tests/benchmarks/bench_training.py). A rank's memory stays at its peak.
+    Otherwise the kernel clears ten gigabytes of pages in each step of DenseNet121 with two scans at 121 x 145 x 121: 7.2 s
+    instead of 4.2 s on two cores (tests/benchmarks/bench_training.py). The memory of a rank stays at its peak.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc alone has it
+    if mallopt is not None:  # only glibc has it
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
 
@@ -115,30 +114,39 @@ def _keep_freed_memory() -> None:
 def stop_ranks() -> None:
     """Destroy the process group, so that ``start_ranks`` can be called again in this process.
 
-    Raises RuntimeError if this version of DeepSpeed keeps its communication backend elsewhere.
+    Raises:
+        LibraryChanged: if this version of DeepSpeed keeps its communication backend elsewhere.
     """
     if torch.distributed.is_initialized():
         communication = import_deepspeed().comm.comm
         if not hasattr(communication, "cdb"):
             torch.distributed.destroy_process_group()
-            raise RuntimeError(
-                "deepspeed.comm.comm has no `cdb` in this version of DeepSpeed; stop_ranks must clear it"
-            )
+            raise library_changed("deepspeed", "comm.comm has no attribute 'cdb', which stop_ranks must clear")
         communication.destroy_process_group()  # also forgets DeepSpeed's subgroups
         communication.cdb = None  # with a backend, init_distributed would not create a new group
 
 
 def build_engine(
-    recipe: Recipe, model: nn.Module, lr_at: Callable[[int], float], config: dict[str, Any] | None = None
+    recipe: Recipe, model: nn.Module, lr_factor: Callable[[int], float], config: dict[str, Any] | None = None
 ) -> Any:
-    """The DeepSpeed engine of ``model``. ``lr_at(step)`` is the factor on the learning rate at a step."""
+    """Build the DeepSpeed engine that trains ``model``.
+
+    Args:
+        recipe: the whole recipe.
+        model: encoder and projector.
+        lr_factor: step -> factor on the learning rate.
+        config: DeepSpeed's configuration; None builds it from the recipe.
+
+    Raises:
+        UserError: if the recipe's configuration is not possible, or DeepSpeed refuses a key of ``deepspeed:``.
+    """
     make_contiguous(model)
     _check_fp16(recipe)
     groups = parameter_groups(model, recipe.optimizer)
     optimizer = build_optimizer(recipe.optimizer, groups)
     if zero_stage(recipe) == 0:
-        optimizer.register_step_pre_hook(_refuse_not_finite)  # the other stages look by themselves, see update
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_at)
+        optimizer.register_step_pre_hook(_refuse_not_finite)  # the other stages check by themselves, see update
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
     deepspeed = import_deepspeed()
     try:
         engine, _, _, _ = deepspeed.initialize(
@@ -153,23 +161,23 @@ def build_engine(
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"deepspeed: DeepSpeed refuses {key}={first['input']!r}: {first['msg']}") from None
     engine.parameter_order = [name for group in groups for name in group["names"]]
-    engine.left_out_in_a_row = 0
-    if hasattr(engine.optimizer, "refresh_fp32_params") and zero_stage(recipe) == 0:
-        # DeepSpeed's 16-bit optimiser of stage 0 has made a step with gradients of 0 by now, weight decay and all.
-        engine.optimizer.refresh_fp32_params()
+    engine.skipped_in_a_row = 0
+    if keeps_float32_copies(engine):
+        # When it is built, this optimiser takes a step with gradients of 0, which applies weight decay. Undo that step.
+        deepspeed_internal(engine.optimizer, "refresh_fp32_params")()
         optimizer.state.clear()
     if isinstance(optimizer, LayerWise) and zero_stage(recipe) > 0:
-        optimizer.learn_parts(held(engine), engine.parameter_order)
+        optimizer.set_shards(local_shards(engine), engine.parameter_order)
     return engine
 
 
 def make_contiguous(model: nn.Module) -> None:
-    """Give weights torch's usual strides, where they were channels-last.
+    """Give channels-last weights torch's default strides.
 
-    DeepSpeed's first broadcast sees weights as bytes, which wants a last stride of 1; ZeRO lays them flat in any case.
+    DeepSpeed's first broadcast views the weights as bytes, which requires a last stride of 1. ZeRO flattens them anyway.
     """
     for p in model.parameters():
-        # `contiguous` alone leaves the strides of a channels-last kernel of one voxel as they are.
+        # `contiguous` does not change the strides of a channels-last kernel of one voxel; flattening does.
         p.data = p.data.contiguous().flatten().view(p.shape)
 
 
@@ -185,7 +193,7 @@ def _has_fp16() -> bool:
 
 
 def _refuse_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """NotFinite on every rank before the weights change, where any rank's part of the gradient is not finite. Collective."""
+    """Raise NotFinite on every rank, before the weights change, if the gradient of any rank is not finite. Collective."""
     gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
     bad = any(not bool(torch.isfinite(gradient).all()) for gradient in gradients)
     if distributed.reduce_scalars([float(bad)])[0]:
@@ -193,7 +201,7 @@ def _refuse_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def encoder_state(engine: Any) -> dict[str, torch.Tensor]:
-    """The encoder's weights and buffers in float32 on the CPU, whole on every rank whatever the ZeRO stage."""
+    """Return the encoder's weights and buffers in float32 on the CPU, whole on every rank under any ZeRO stage. Collective."""
     encoder = engine.module.encoder
     if engine.zero_optimization_stage() == 3:
         deepspeed = import_deepspeed()
@@ -210,101 +218,118 @@ def _to_float32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def update(engine: Any) -> dict[str, float]:
-    """Step the optimiser on the gradient that ``engine.backward`` left; what to log of it.
+    """Let the optimiser take a step with the gradient of ``engine.backward``; return the metrics to log. Collective.
 
-    ``grad_norm``: the gradient's L2 norm before clipping. In fp16 also ``loss_scale`` and ``skipped_steps``, how many steps
-    the scaler has left out because their gradient overflowed; such a step has no norm and changes no weight, but the
-    schedule of the learning rate goes on. Raises NotFinite where the gradient is not finite for another reason.
+    Returns:
+        ``grad_norm``: L2 norm of the gradient before clipping. In fp16 also ``loss_scale`` and ``skipped_steps``, the number
+        of steps that the loss scaler has skipped because the gradient overflowed. A skipped step has no ``grad_norm`` and
+        changes no weight, but the learning-rate schedule advances.
+
+    Raises:
+        NotFinite: if the gradient is not finite for another reason than an overflow of fp16.
     """
-    scale, norm = _loss_scale(engine), None
+    scale, exhausted, norm = _loss_scale(engine), _at_smallest_scale(engine), None
     if engine.zero_optimization_stage() == 0:
-        # Stage 0 keeps no norm of its own. The gradients are averaged over the ranks by now, the same on each.
+        # Stage 0 does not compute a norm. The gradients are already averaged over the ranks, the same on each.
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
         norm = norm / (scale or 1.0)
-    try:
-        engine.step()
-    except Exception as error:
-        if "loss scale already at minimum" not in str(error):
-            raise
-        raise NotFinite("the gradient is not finite at the smallest loss scale") from None
+    engine.step()
     applied = bool(engine.was_step_applied())
-    if engine.torch_autocast_z0_gradscaler is not None:  # torch's scaler tells by its scale alone
+    if engine.torch_autocast_z0_gradscaler is not None:  # torch's scaler shows a skipped step only by a smaller scale
         applied = _loss_scale(engine) >= scale
-    if scale is None and not applied:  # ZeRO leaves out a step whose gradient overflowed on any rank
+    if scale is None and not applied:  # ZeRO skips a step if the gradient is not finite on any rank
         raise NotFinite("the gradient is not finite")
-    figures = {}
+    if exhausted and not applied:
+        raise NotFinite("the gradient is not finite at the smallest loss scale")
+    metrics = {}
     if applied:
-        engine.left_out_in_a_row = 0
-        figures["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
+        engine.skipped_in_a_row = 0
+        metrics["grad_norm"] = float(engine.get_global_grad_norm() if norm is None else norm)
     else:
-        _left_out(engine)
+        _count_skipped_step(engine)
     if scale is not None:
-        figures |= {"loss_scale": scale, "skipped_steps": float(engine.skipped_steps)}
-    return figures
+        metrics |= {"loss_scale": scale, "skipped_steps": float(engine.skipped_steps)}
+    return metrics
 
 
 def _loss_scale(engine: Any) -> Any:
-    """The factor on the loss; None in precisions that need none."""
+    """Return the factor on the loss; None in precisions without loss scaling."""
     if engine.torch_autocast_z0_gradscaler is not None:
         return float(engine.torch_autocast_z0_gradscaler.get_scale())
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
-def _left_out(engine: Any) -> None:
-    """Count a step that the scaler left out; NotFinite where there were too many in a row."""
+def _at_smallest_scale(engine: Any) -> bool:
+    """Whether fp16's loss scaler would have to go below its minimum if the coming step overflowed.
+
+    DeepSpeed then raises a bare Exception. That is switched off here, so that the step is skipped like any other.
+    """
+    if not engine.fp16_enabled():
+        return False
+    scaler = deepspeed_internal(engine.optimizer, "loss_scaler")
+    if not deepspeed_internal(scaler, "dynamic"):
+        return False
+    set_internal("deepspeed", scaler, "raise_error_at_min_scale", False)
+    scale, smallest = deepspeed_internal(scaler, "cur_scale"), deepspeed_internal(scaler, "min_scale")
+    # Overflows that are tolerated before the scale is lowered: in all, and still left.
+    tolerated, left = deepspeed_internal(scaler, "delayed_shift"), deepspeed_internal(scaler, "cur_hysteresis")
+    return bool(scale == smallest and (tolerated == 1 or left == 1))
+
+
+def _count_skipped_step(engine: Any) -> None:
+    """Count a step that the loss scaler skipped; raise NotFinite after too many in a row."""
     if engine.torch_autocast_z0_gradscaler is None:
         engine.lr_scheduler.step()
     else:
         engine.skipped_steps += 1
-    engine.left_out_in_a_row += 1
-    if engine.left_out_in_a_row > LEFT_OUT:
+    engine.skipped_in_a_row += 1
+    if engine.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
         raise NotFinite(
-            f"the gradient was not finite in {engine.left_out_in_a_row} steps in a row, whatever the loss scale"
+            f"the gradient was not finite in {engine.skipped_in_a_row} steps in a row, whatever the loss scale"
         )
 
 
 def scaler_state(engine: Any) -> dict[str, Any] | None:
-    """The state of autocast-fp16's loss scaler, which DeepSpeed does not save; None for the other precisions."""
+    """Return the state of autocast-fp16's loss scaler, which DeepSpeed does not save; None in other precisions."""
     scaler = engine.torch_autocast_z0_gradscaler
     return None if scaler is None else dict(scaler.state_dict())
 
 
 def load_scaler_state(engine: Any, state: dict[str, Any] | None) -> None:
-    """Go on with what ``scaler_state`` gave."""
+    """Restore what ``scaler_state`` returned."""
     scaler = engine.torch_autocast_z0_gradscaler
     if scaler is not None and state:
         scaler.load_state_dict(state)
 
 
 def save_engine(engine: Any, folder: Path, tag: str) -> None:
-    """Write DeepSpeed's files to ``folder/tag``; its own ``latest`` is not used, see pretrain.run.checkpoint. Collective.
+    """Write DeepSpeed's files to ``folder/tag``, without its pointer ``latest`` (see pretrain.run.checkpoint). Collective.
 
-    OSError where a file of this rank could not be written, once all ranks are through: DeepSpeed has its ranks wait for
-    each other within, so that one whose disk is full must not leave early.
+    Raises:
+        OSError: if a file of this rank could not be written. It is raised after all ranks have finished, since DeepSpeed's
+            ranks wait for each other in between.
     """
-    writer, problems = engine.checkpoint_engine, list[Exception]()
-    write = writer.save
+    writer = deepspeed_internal(engine, "checkpoint_engine")
+    write, problems = deepspeed_internal(writer, "save"), list[Exception]()
 
-    def save(state_dict: Any, path: str) -> None:
+    def save_or_note(state_dict: Any, path: str) -> None:
+        """Write a file; note an error instead of raising it."""
         try:
             write(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError if the disk is full
             problems.append(error)
 
-    writer.save = save
-    # DeepSpeed's own export scripts, which it would copy beside the checkpoints at each, between its barriers.
-    engine._copy_recovery_script = lambda folder: None
-    try:
+    # DeepSpeed would also copy its export scripts beside every checkpoint, where a full disk would raise between barriers.
+    no_scripts = replaced_internal("deepspeed", engine, "_copy_recovery_script", lambda folder: None)
+    with replaced_internal("deepspeed", writer, "save", save_or_note), no_scripts:
         order = {"parameter_order": engine.parameter_order}
         engine.save_checkpoint(str(folder), tag=tag, client_state=order, save_latest=False)
-    finally:
-        writer.save = write
     if problems:
         raise OSError(str(problems[0])) from problems[0]
 
 
 def load_engine(engine: Any, folder: Path, tag: str) -> None:
-    """Read what ``save_engine`` wrote, at the same world size and ZeRO stage."""
+    """Load what ``save_engine`` wrote at the same world size and ZeRO stage; raises UserError if DeepSpeed cannot."""
     path, _ = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
         raise UserError(f"checkpoint {folder / tag} could not be loaded by DeepSpeed; is it of another world size?")

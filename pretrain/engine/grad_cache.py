@@ -62,6 +62,7 @@ def cached_pass(engine: Any, views: Tensor, loss: EmbeddingLoss, micro: int) -> 
     value = loss(leaves[0], leaves[1] if temperature is not None else None)
 
     def backward() -> None:
+        """Embed the micro-batches again and back-propagate the gradient of their embeddings."""
         # The gathered loss gives these embeddings the gradient of the losses of all ranks; no further factor is needed.
         embedding_gradient, *temperature_gradient = torch.autograd.grad(value, leaves)
         gradients = torch.split(embedding_gradient, micro, dim=1)

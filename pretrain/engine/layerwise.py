@@ -1,7 +1,7 @@
-"""LAMB and LARS: optimisers for large batches that scale each layer's step to the size of its weights.
+"""LAMB and LARS: optimisers for large batches that scale each layer's step to the norm of its weights.
 
-Under ZeRO a rank's optimiser holds parts of layers, laid end to end. Told which (``learn_parts``), it takes the norms of
-whole layers all the same, added up over the ranks in one small collective a group of parameters.
+Under ZeRO the optimiser of a rank holds parts of layers, end to end in flat tensors. After ``set_shards`` it still uses the
+norms of whole layers: it sums the squares over the ranks, in one small collective per group of parameters.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.engine.partitions import Piece
+from pretrain.engine.partitions import Segment, Shard
 
 EPSILON = 1e-6
 
 
 class LayerWise(torch.optim.Optimizer):
-    """What both share. A group with ``scaled: False`` (biases and norms) keeps the plain step, as in both papers."""
+    """The base of LAMB and LARS. A group with ``scaled: False`` (biases and norms) takes the plain step, as in both papers."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
         super().__init__(groups, {"scaled": True, **defaults})
-        self._parts: dict[torch.Tensor, list[Piece]] = {}
-        self._numbers: dict[str, int] = {}
+        self._segments: dict[torch.Tensor, list[Segment]] = {}
+        self._layer_numbers: dict[str, int] = {}
 
-    def learn_parts(self, parts: Sequence[tuple[torch.Tensor, list[Piece]]], names: Sequence[str]) -> None:
-        """The layers in each tensor that is stepped here, other ranks holding the rest of them; ``names``: every layer."""
-        self._parts = dict(parts)
-        self._numbers = {name: number for number, name in enumerate(names)}
+    def set_shards(self, shards: Sequence[Shard], names: Sequence[str]) -> None:
+        """Set the segments of layers in each tensor of this rank; other ranks hold the rest. ``names`` lists every layer."""
+        self._segments = dict(shards)
+        self._layer_numbers = {name: number for number, name in enumerate(names)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step on the gradients that are there; a collective where layers are cut over ranks."""
+        """Take one step for every parameter that has a gradient. Collective if layers are cut over ranks."""
         assert closure is None
         for group in self.param_groups:
             if not group["params"]:
-                continue  # ZeRO steps one group at a time and hides the others
+                continue  # ZeRO updates one group at a time and empties the others
             tensors = [p for p in group["params"] if p.grad is not None]
             steps = [self.direction(p, group) for p in tensors]
             if group["scaled"]:
@@ -48,51 +48,52 @@ class LayerWise(torch.optim.Optimizer):
                 self.apply(tensor, step, group)
 
     def direction(self, tensor: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """The step along ``tensor`` whose size by layer counts, to be changed in place."""
+        """Return the unscaled step for ``tensor``, a new tensor of its shape. Its norm per layer goes into `ratio`."""
         raise NotImplementedError
 
     def ratio(self, weights: torch.Tensor, steps: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """The scale of each layer (L,) from the norms (L,) of its weights and of its direction."""
+        """Return the scale (L,) of each layer from the norms (L,) of its weights and of its unscaled step."""
         raise NotImplementedError
 
     def rescale(
         self, step: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor | float, group: dict[str, Any]
     ) -> None:
-        """Scale the step of a layer, in place."""
+        """Scale the step of a layer in place."""
         step.mul_(scale)
 
     def apply(self, tensor: torch.Tensor, step: torch.Tensor, group: dict[str, Any]) -> None:
-        """Move the weights."""
+        """Subtract the scaled step from the weights ``tensor`` in place."""
         raise NotImplementedError
 
     def _scale(self, tensors: list[torch.Tensor], steps: list[torch.Tensor], group: dict[str, Any]) -> None:
-        weights, moves, layers = [], [], []
+        weight_parts, step_parts, layers = [], [], []
         for tensor, step in zip(tensors, steps, strict=True):
-            for piece in self._parts.get(tensor, [Piece("", 0, tensor.numel(), 0)]):
-                weights.append(tensor.view(-1).narrow(0, piece.offset, piece.size))
-                moves.append(step.view(-1).narrow(0, piece.offset, piece.size))
-                layers.append(piece.name)
-        sizes = torch.stack([_norms(weights), _norms(moves)])
-        if self._numbers:
-            sizes = self._over_ranks(sizes, layers)
-        for move, part, scale in zip(moves, weights, self.ratio(sizes[0], sizes[1], group), strict=True):
-            self.rescale(move, part, scale, group)
+            for segment in self._segments.get(tensor, [Segment("", 0, tensor.numel(), 0)]):
+                weight_parts.append(tensor.view(-1).narrow(0, segment.offset, segment.size))
+                step_parts.append(step.view(-1).narrow(0, segment.offset, segment.size))
+                layers.append(segment.name)
+        norms = torch.stack([_norms(weight_parts), _norms(step_parts)])
+        if self._layer_numbers:
+            norms = self._norms_of_whole_layers(norms, layers)
+        scales = self.ratio(norms[0], norms[1], group)
+        for step_part, weight_part, scale in zip(step_parts, weight_parts, scales, strict=True):
+            self.rescale(step_part, weight_part, scale, group)
 
-    def _over_ranks(self, sizes: torch.Tensor, layers: list[str]) -> torch.Tensor:
-        """Norms (2, pieces) of the whole layers from those of the pieces. Collective."""
-        squares = torch.zeros(2, len(self._numbers), device=sizes.device)
-        mine = torch.tensor([self._numbers[name] for name in layers], dtype=torch.long, device=sizes.device)
-        squares[:, mine] = sizes.square()
+    def _norms_of_whole_layers(self, norms: torch.Tensor, layers: list[str]) -> torch.Tensor:
+        """Return the norms (2, S) of the whole layers from those of this rank's S segments. Collective."""
+        squares = torch.zeros(2, len(self._layer_numbers), device=norms.device)
+        columns = torch.tensor([self._layer_numbers[name] for name in layers], dtype=torch.long, device=norms.device)
+        squares[:, columns] = norms.square()
         shared = squares.cuda() if dist.get_backend() == "nccl" else squares  # an off-loaded optimiser is on the CPU
         dist.all_reduce(shared)
-        whole: torch.Tensor = shared.to(sizes.device).sqrt()[:, mine]
+        whole: torch.Tensor = shared.to(norms.device).sqrt()[:, columns]
         return whole
 
 
 class Lamb(LayerWise):
     """LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2): Adam's step plus weight decay, scaled by |w| / |step|.
 
-    φ is the identity; a layer whose weights or step are 0 keeps the step as it is.
+    The paper's φ is the identity. The step of a layer is not scaled if its weights or its step are 0.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Lamb(LayerWise):
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def direction(self, tensor: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """m / (√v + ε) + λ w, both moments corrected for their start at 0."""
+        """Return m / (√v + ε) + λ w, with both moments corrected for their start at 0."""
         state, gradient, (beta1, beta2) = self.state[tensor], tensor.grad, group["betas"]
         assert gradient is not None
         if not state:
@@ -116,18 +117,18 @@ class Lamb(LayerWise):
         return step.add_(tensor, alpha=group["weight_decay"])
 
     def ratio(self, weights: torch.Tensor, steps: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """|w| / |step|."""
+        """Return |w| / |step|, or 1 if either is 0."""
         return torch.where((weights > 0) & (steps > 0), weights / steps, 1.0)
 
     def apply(self, tensor: torch.Tensor, step: torch.Tensor, group: dict[str, Any]) -> None:
-        """w <- w - lr scale step."""
+        """Update w <- w - lr scale step."""
         tensor.sub_(step, alpha=group["lr"])
 
 
 class Lars(LayerWise):
-    """LARS (You et al. 2017, arXiv:1708.03888, algorithm 1): gradient plus weight decay, scaled, under momentum 0.9.
+    """LARS (You et al. 2017, arXiv:1708.03888, algorithm 1): scaled gradient plus weight decay, with momentum 0.9.
 
-    A layer's scale is 0.001 |w| / (|g| + λ |w|); a layer whose weights or gradient are 0 is not scaled.
+    The scale of a layer is 0.001 |w| / (|g| + λ |w|). A layer is not scaled if its weights or its gradient are 0.
     """
 
     def __init__(
@@ -141,23 +142,23 @@ class Lars(LayerWise):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
 
     def direction(self, tensor: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """g."""
+        """Return a copy of the gradient g."""
         assert tensor.grad is not None
         return tensor.grad.clone()
 
     def ratio(self, weights: torch.Tensor, steps: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """0.001 |w| / (|g| + λ |w|)."""
+        """Return 0.001 |w| / (|g| + λ |w|), or 1 if |w| or |g| is 0."""
         scales = group["trust"] * weights / (steps + group["weight_decay"] * weights)
         return torch.where((weights > 0) & (steps > 0), scales, 1.0)
 
     def rescale(
         self, step: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor | float, group: dict[str, Any]
     ) -> None:
-        """scale (g + λ w)."""
+        """Replace g by scale (g + λ w) in place."""
         step.add_(weights, alpha=group["weight_decay"]).mul_(scale)
 
     def apply(self, tensor: torch.Tensor, step: torch.Tensor, group: dict[str, Any]) -> None:
-        """v <- 0.9 v + lr scale (g + λ w); w <- w - v."""
+        """Update v <- 0.9 v + lr scale (g + λ w), then w <- w - v."""
         state = self.state[tensor]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(tensor)

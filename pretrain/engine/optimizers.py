@@ -1,4 +1,4 @@
-"""The optimiser of a recipe: groups of parameters with rates of their own, and the choice of algorithm."""
+"""The optimiser of a recipe: groups of parameters, each with its own learning rate, and the algorithm."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import nn
 from pretrain.config import Optimizer
 from pretrain.engine.layerwise import Lamb, Lars, LayerWise
 
-# Blocks of the encoders, deeper with the number; ViT's `blocks.` count from 0, the others from 1.
+# Names of the encoders' blocks; the number grows with the depth. ViT's `blocks.` count from 0, all others from 1.
 _BLOCK = re.compile(r"^trunk\.(?:transformer\.)?(?:denseblock|transition|layers?|stage|down_|blocks\.)(\d+)\.")
-# Behind the last block, at the full rate: the ViT's last norm.
-_BEHIND = "trunk.norm."
+# The ViT's last norm comes after the last block and trains at the full rate.
+_AFTER_BLOCKS = "trunk.norm."
 
 
 def depth_of(name: str) -> int | None:
-    """How deep in the encoder its parameter ``name`` lies: 0 the stem, then the blocks in order; None behind the last."""
+    """Return the depth of an encoder's parameter: 0 for the stem, then 1, 2, … for the blocks, None after the last block."""
     block = _BLOCK.match(name)
     if block is None:
-        return None if name.startswith(_BEHIND) else 0
+        return None if name.startswith(_AFTER_BLOCKS) else 0
     return int(block[1]) + ("blocks." in block[0])
 
 
 def parameter_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
-    """The model's parameters by learning rate, the full rate first: groups of ``lr``, ``params`` and their ``names``.
+    """Group the model's parameters by learning rate, the full rate first; each group has ``lr``, ``params`` and ``names``.
 
-    With ``layer_decay`` d the projector trains at the full rate, the encoder's last block at d times it, the one before
-    at d squared, and so on down to the stem (Clark et al. 2020; BEiT and MAE fine-tune so). LAMB and LARS leave biases
-    and norms unscaled and without decay. A learned temperature is a group of its own without decay, which would pull it
-    towards 1.
+    With ``layer_decay`` d, the projector trains at the full rate, the encoder's last block at d times that rate, the block
+    before it at d squared times, and so on down to the stem (Clark et al. 2020; BEiT and MAE use it for fine-tuning). LAMB
+    and LARS do not scale biases and norms and do not decay them. A learned temperature is in a group without weight decay,
+    which would pull it towards 1.
     """
     depths = {name: depth_of(name) for name, _ in model.encoder.named_parameters()}  # type: ignore[union-attr]
     deepest = max((depth for depth in depths.values() if depth is not None), default=0)
@@ -44,31 +44,34 @@ def parameter_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, An
         depth = depths.get(name.removeprefix("encoder.")) if name.startswith("encoder.") else None
         power = 0 if settings.layer_decay is None or depth is None else deepest + 1 - depth
         learned = name.startswith("temperature.")
-        plain = layer_wise and parameter.ndim <= 1
-        group = groups.setdefault((power, learned, plain), {"params": [], "names": []})
+        unscaled = layer_wise and parameter.ndim <= 1
+        group = groups.setdefault((power, learned, unscaled), {"params": [], "names": []})
         group["params"].append(parameter)
         group["names"].append(name)
-    for (power, learned, plain), group in groups.items():
+    for (power, learned, unscaled), group in groups.items():
         group["lr"] = settings.lr * (settings.layer_decay or 1.0) ** power
-        if learned or plain:
+        if learned or unscaled:
             group["weight_decay"] = 0.0
         if layer_wise:
-            group["scaled"] = not plain
+            group["scaled"] = not unscaled
     return [groups[key] for key in sorted(groups)]
 
 
 def build_optimizer(settings: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """torch's own optimisers, and LAMB and LARS, which it lacks; DeepSpeed's would be compiled a second time."""
+    """Build the optimiser: one of torch's, or LAMB or LARS of this package, which torch lacks.
+
+    DeepSpeed's own optimisers are not used, since they need a second compilation.
+    """
     parameters = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
+    constructors: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "adam": lambda: torch.optim.Adam(parameters, betas=settings.betas, **common),
         "adamw": lambda: torch.optim.AdamW(parameters, betas=settings.betas, **common),
         "sgd": lambda: torch.optim.SGD(parameters, momentum=0.9, **common),
         "lamb": lambda: Lamb(parameters, betas=settings.betas, **common),
         "lars": lambda: Lars(parameters, **common),
     }
-    return kinds[settings.name]()
+    return constructors[settings.name]()
 
 
 __all__ = ["LayerWise", "build_optimizer", "depth_of", "parameter_groups"]

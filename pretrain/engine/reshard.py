@@ -1,9 +1,9 @@
-"""A checkpoint on another number of ranks, under another ZeRO stage, precision or off-load, than it was written with.
+"""Load a checkpoint on another number of ranks, or under another ZeRO stage, precision or off-load, than it was written.
 
-DeepSpeed's files are cut by rank, each stage in its own way, and its universal checkpoint joins Adam's state alone and
-loads it into the same family of stages alone (1 and 2, or 3). Here rank 0 joins the parts into whole parameters, with
-whatever state the optimiser keeps of each (one safetensors file, removed afterwards), and every rank takes from it what
-its own optimiser is to hold.
+DeepSpeed cuts its files by rank, differently in each stage. Its universal checkpoint joins the state of Adam only, and
+loads it only into the same family of stages (1 and 2, or 3). Here rank 0 joins the parts into whole parameters, with all
+state that the optimiser keeps of each, in one temporary safetensors file; every rank then reads from it what its own
+optimiser holds. Files of an unknown form raise UserError, naming what is unknown.
 """
 
 from __future__ import annotations
@@ -23,168 +23,227 @@ from safetensors.torch import save_file
 
 from infra import distributed
 from infra.errors import UserError
-from pretrain.engine.partitions import Piece, held, off_loaded, part_of, show_weights
+from infra.internals import set_internal
+from pretrain.engine.partitions import (
+    Segment,
+    deepspeed_internal,
+    is_partitioned,
+    local_shards,
+    offload_devices,
+    stage3_range,
+    write_back_weights,
+)
 
-# Names in the joined file: state of a parameter, a scalar of it (Adam's step), and a buffer of the network.
+# First part of a name in the joined file: state of a parameter, a scalar state (Adam's step), or a buffer of the network.
 STATE, SCALAR, BUFFER = "state", "scalar", "buffer"
 WEIGHTS = "fp32"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-Stored = tuple[dict[str, Any], list[Piece]]
+# The state of each kind of DeepSpeed's loss scaler; "NoneType" is an optimiser without one.
+SCALER_STATE: dict[str, tuple[str, ...]] = {
+    "NoneType": (),
+    "LossScaler": ("cur_scale",),
+    "DynamicLossScaler": ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"),
+}
+# The state of one tensor of an optimiser by name (weights under WEIGHTS), and the segments of parameters in the tensor.
+Stored = tuple[dict[str, Any], list[Segment]]
+
+
+class _UnknownForm(Exception):
+    """A file of a checkpoint is not of a form that is known here."""
 
 
 def load_resharded(folder: Path, stage: int, engine: Any) -> None:
-    """Load checkpoint ``folder``, written under ZeRO ``stage``, whatever this run's ranks and stage. Collective."""
-    if "nvme" in off_loaded(engine):
+    """Load checkpoint ``folder``, written under ZeRO ``stage``, into an engine of any ranks and stage. Collective.
+
+    Raises:
+        UserError: if this run off-loads to nvme, or the checkpoint cannot be read or is of another network.
+    """
+    if "nvme" in offload_devices(engine):
         raise UserError(
             f"{folder} was written on other ranks or under another ZeRO stage, which does not go with off-load to nvme; "
             "resume with device cpu in deepspeed.zero_optimization.offload_optimizer and offload_param"
         )
-    joined = folder.parent / f".unfinished-whole-{folder.name}"
-    rest: list[Any] = [None]
+    temporary = folder.parent / f".unfinished-whole-{folder.name}"
+    joined: list[Any] = [None]
     if distributed.is_main():
-        shutil.rmtree(joined, ignore_errors=True)
-        joined.mkdir()
-        rest = [_join(folder, stage, engine.parameter_order, joined / "state.safetensors")]
-    dist.broadcast_object_list(rest, src=0)
-    if isinstance(rest[0], str):
-        raise UserError(rest[0])
-    _take(engine, joined / "state.safetensors", folder)
-    _take_rest(engine, rest[0])
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        joined = [_join(folder, stage, engine.parameter_order, temporary / "state.safetensors")]
+    dist.broadcast_object_list(joined, src=0)
+    if isinstance(joined[0], str):
+        raise UserError(joined[0])
+    _load_tensors(engine, temporary / "state.safetensors", folder)
+    _load_remaining(engine, joined[0])
     dist.barrier()
     if distributed.is_main():
-        shutil.rmtree(joined, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _join(folder: Path, stage: int, order: Sequence[str], out: Path) -> dict[str, Any] | str:
-    """Write the whole parameters of a checkpoint; what else the engine goes on with, or what is wrong with the files."""
+    """Write the whole parameters of a checkpoint to ``out``; return the remaining state, or an error message."""
     try:
         model = _read(next(iter(sorted(folder.glob("*model_states.pt")))))
-        stored, scaler = _parts(folder, stage, model, order)
-        tensors = dict(_whole(stored))
+        stored, scaler = _read_optimizers(folder, stage, model, order)
+        tensors = dict(_join_segments(stored))
         tensors |= {f"{BUFFER}/{name}": model["module"][name].contiguous() for name in model["buffer_names"]}
-    except (StopIteration, KeyError, IndexError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        counters = {name: model[name] for name in COUNTERS}
+        remaining = {"counters": counters, "schedule": model["lr_scheduler"], "scaler": scaler}
+    except (StopIteration, KeyError, IndexError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
+            _UnknownForm) as error:  # fmt: skip
         return f"checkpoint {folder} cannot be read as one of ZeRO stage {stage}: {type(error).__name__}: {error}"
     save_file(tensors, out)
-    counters = {name: model[name] for name in COUNTERS if name in model}
-    return {"counters": counters, "schedule": model["lr_scheduler"], "scaler": scaler}
+    return remaining
 
 
-def _parts(folder: Path, stage: int, model: dict[str, Any], order: Sequence[str]) -> tuple[Iterator[Stored], Any]:
-    """What each rank's optimiser held, rank by rank, and the state of the loss scaler."""
+def _read_optimizers(
+    folder: Path, stage: int, model: dict[str, Any], order: Sequence[str]
+) -> tuple[Iterator[Stored], dict[str, Any]]:
+    """Return what the optimiser of each rank held, rank by rank, and the state of the loss scaler."""
     if stage == 0:
-        return _kept_whole(model, model.get("parameter_order", order)), {}
+        return _read_stage0(model, model.get("parameter_order", order)), {}
     paths = sorted(folder.glob("*optim_states.pt"), key=lambda path: int(path.name.split("_pp_rank_")[1].split("_")[0]))
-    read = _kept_by_parameter if stage == 3 else _kept_by_row
+    read = _read_stage3 if stage == 3 else _read_stages1_2
     scaler = _read(paths[0])["optimizer_state_dict"].get("loss_scaler")
-    return read(paths, model), {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)}
+    return read(paths, model), _scaler_state(scaler)
 
 
-def _kept_whole(model: dict[str, Any], order: Sequence[str]) -> Iterator[Stored]:
+def _scaler_state(scaler: Any) -> dict[str, Any]:
+    """Return the state of a loss scaler, with its class under "kind"."""
+    kind = type(scaler).__name__
+    if kind not in SCALER_STATE:
+        raise _UnknownForm(f"unknown loss scaler {kind}; known are {', '.join(SCALER_STATE)}")
+    return {"kind": kind, **{name: getattr(scaler, name) for name in SCALER_STATE[kind]}}
+
+
+def _read_stage0(model: dict[str, Any], order: Sequence[str]) -> Iterator[Stored]:
     optimizer = model["optimizer"]
-    base = optimizer.get("optimizer_state_dict", optimizer)
-    masters = [master for group in optimizer.get("fp32_groups", []) for master in group]
-    for number, name in enumerate(order):
-        weights = masters[number] if masters else model["module"][name]
-        yield {**base["state"].get(number, {}), WEIGHTS: weights}, [Piece(name, 0, weights.numel(), 0)]
+    if set(optimizer) == {"state", "param_groups"}:  # torch's own optimiser on float32 parameters
+        states, weights = optimizer["state"], [model["module"][name] for name in order]
+    elif {"optimizer_state_dict", "fp32_groups"} <= set(optimizer):  # float32 copies of 16-bit parameters
+        states = optimizer["optimizer_state_dict"]["state"]
+        weights = [copy for group in optimizer["fp32_groups"] for copy in group]
+    else:
+        raise _UnknownForm(f"unknown optimiser state with the keys {', '.join(map(str, optimizer))}")
+    _check_numbers(states, len(order))
+    for number, (name, values) in enumerate(zip(order, weights, strict=True)):
+        yield {**states.get(number, {}), WEIGHTS: values}, [Segment(name, 0, values.numel(), 0)]
 
 
-def _kept_by_row(paths: Sequence[Path], model: dict[str, Any]) -> Iterator[Stored]:
-    """Stages 1 and 2: the ranks' parts of a parameter follow each other."""
-    so_far: dict[str, int] = {}
+def _read_stages1_2(paths: Sequence[Path], model: dict[str, Any]) -> Iterator[Stored]:
+    """The parts of one parameter follow each other in the order of the ranks."""
+    entries_read: dict[str, int] = {}
     for path in paths:
         saved = _read(path)["optimizer_state_dict"]
         flats, states = saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"]
+        _check_numbers(states, len(flats))
         for number, fragments in enumerate(saved["param_slice_mappings"]):
-            pieces = []
+            segments = []
             for name, fragment in fragments.items():
-                pieces.append(Piece(name, so_far.get(name, 0), fragment.numel, fragment.start))
-                so_far[name] = so_far.get(name, 0) + fragment.numel
-            yield {**states.get(number, {}), WEIGHTS: flats[number]}, pieces
+                start = entries_read.get(name, 0)
+                segments.append(Segment(name, start, fragment.numel, fragment.start))
+                entries_read[name] = start + fragment.numel
+            yield {**states.get(number, {}), WEIGHTS: flats[number]}, segments
 
 
-def _kept_by_parameter(paths: Sequence[Path], model: dict[str, Any]) -> Iterator[Stored]:
+def _read_stage3(paths: Sequence[Path], model: dict[str, Any]) -> Iterator[Stored]:
     for rank, path in enumerate(paths):
         saved = _read(path)["optimizer_state_dict"]
-        states = saved["optimizer_state_dict"]["state"]
+        states, flats = saved["optimizer_state_dict"]["state"], saved["fp32_flat_groups"]
+        _check_numbers(states, len(flats))
         for number, shapes in enumerate(model["param_shapes"]):
             sizes = [prod(shape) for shape in shapes.values()]
-            offsets = accumulate((-(-size // len(paths)) for size in sizes), initial=0)
-            pieces = [
-                Piece(name, *part_of(size, len(paths), rank), offset)
-                for name, size, offset in zip(shapes, sizes, offsets, strict=False)
+            offsets = list(accumulate((-(-size // len(paths)) for size in sizes), initial=0))[:-1]
+            segments = [
+                Segment(name, *stage3_range(size, len(paths), rank), offset)
+                for name, size, offset in zip(shapes, sizes, offsets, strict=True)
             ]
-            yield {**states.get(number, {}), WEIGHTS: saved["fp32_flat_groups"][number]}, pieces
+            yield {**states.get(number, {}), WEIGHTS: flats[number]}, segments
+
+
+def _check_numbers(states: dict[Any, Any], count: int) -> None:
+    """States are found by the number of their tensor; under other keys all of them would be lost."""
+    unknown = [key for key in states if key not in range(count)]
+    if unknown:
+        raise _UnknownForm(f"optimiser state under {unknown[0]!r}, not under the numbers of its {count} tensors")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    # The run's own files, checked against their sums; DeepSpeed pickles objects of its own in them.
+    # Files of the user's own run, already checked against their checksums; DeepSpeed pickles its own objects in them.
     saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
     return saved
 
 
-def _whole(stored: Iterator[Stored]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name in the joined file, tensor): every state of every parameter, flat and whole, or a scalar."""
+def _join_segments(stored: Iterator[Stored]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name in the joined file, tensor) for every state of every parameter, flat and whole, or a scalar."""
     parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for state, pieces in stored:
+    for state, segments in stored:
         for key, value in state.items():
-            for piece in pieces:
+            for segment in segments:
                 if not torch.is_tensor(value) or value.ndim == 0:
                     if value is not None:
-                        parts[f"{SCALAR}/{key}/{piece.name}"] = [(0, torch.as_tensor(value))]
+                        parts[f"{SCALAR}/{key}/{segment.name}"] = [(0, torch.as_tensor(value))]
                     continue
-                part = value.detach().reshape(-1)[piece.offset : piece.offset + piece.size]
-                parts.setdefault(f"{STATE}/{key}/{piece.name}", []).append((piece.start, part))
+                part = value.detach().reshape(-1)[segment.offset : segment.offset + segment.size]
+                parts.setdefault(f"{STATE}/{key}/{segment.name}", []).append((segment.start, part))
     for name, pairs in parts.items():
         ordered = [part for _, part in sorted(pairs, key=lambda pair: pair[0])]
         yield name, (ordered[0].clone() if name.startswith(SCALAR) else torch.cat(ordered))
 
 
 @torch.no_grad()
-def _take(engine: Any, path: Path, folder: Path) -> None:
-    """Fill this rank's optimiser, and the network from it. Collective."""
-    optimizer = engine.basic_optimizer
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters()}
+def _load_tensors(engine: Any, path: Path, folder: Path) -> None:
+    """Fill this rank's optimiser from the joined file, and the network from the optimiser. Collective."""
+    optimizer, whole_sizes = engine.basic_optimizer, _whole_sizes(engine)
     with safe_open(path, framework="pt") as joined:
-        known: dict[str, list[tuple[str, str]]] = {}
+        stored_states: dict[str, list[tuple[str, str]]] = {}
         for name in joined.keys():  # noqa: SIM118
-            kind, *middle = name.split("/")
+            kind, *rest = name.split("/")
             if kind != BUFFER:
-                known.setdefault(middle[1], []).append((kind, middle[0]))
-        for tensor, pieces in held(engine):
+                stored_states.setdefault(rest[1], []).append((kind, rest[0]))
+        for tensor, segments in local_shards(engine):
             state: dict[str, torch.Tensor] = {}
-            for piece in pieces:
-                if piece.name not in known:
-                    raise UserError(f"checkpoint {folder} lacks {piece.name}; it is of another network")
-                for kind, key in known[piece.name]:
-                    stored = joined.get_tensor(f"{kind}/{key}/{piece.name}")
+            for segment in segments:
+                if segment.name not in stored_states:
+                    raise UserError(f"checkpoint {folder} lacks {segment.name}; it is of another network")
+                for kind, key in stored_states[segment.name]:
+                    stored = joined.get_tensor(f"{kind}/{key}/{segment.name}")
                     if kind == SCALAR:
                         state[key] = stored.clone()
                         continue
-                    if stored.numel() != sizes[piece.name]:
+                    if stored.numel() != whole_sizes[segment.name]:
                         raise UserError(
-                            f"checkpoint {folder} has {stored.numel()} entries of {piece.name}, this run's network has "
-                            f"{sizes[piece.name]}; it is of another network"
+                            f"checkpoint {folder} has {stored.numel()} entries of {segment.name}, this run's network has "
+                            f"{whole_sizes[segment.name]}; it is of another network"
                         )
-                    into = state.setdefault(key, torch.zeros_like(tensor, dtype=torch.float32))
-                    into.view(-1)[piece.offset : piece.offset + piece.size] = stored[piece.start :][: piece.size].to(
-                        into
-                    )
+                    target = state.setdefault(key, torch.zeros_like(tensor, dtype=torch.float32))
+                    values = stored[segment.start :][: segment.size].to(target)
+                    target.view(-1)[segment.offset : segment.offset + segment.size] = values
             tensor.copy_(state.pop(WEIGHTS, tensor))
             optimizer.state[tensor] = state
         for name, buffer in engine.module.named_buffers():
             if f"{BUFFER}/{name}" in joined.keys():  # noqa: SIM118
                 buffer.copy_(joined.get_tensor(f"{BUFFER}/{name}"))
-    show_weights(engine)
+    write_back_weights(engine)
 
 
-def _take_rest(engine: Any, rest: dict[str, Any]) -> None:
-    for name, value in rest["counters"].items():
-        setattr(engine, name, value)
-    engine.lr_scheduler.load_state_dict(rest["schedule"])
+def _whole_sizes(engine: Any) -> dict[str, int]:
+    """Return the number of entries of every whole parameter of the network."""
+    parameters = dict(engine.module.named_parameters())
+    if is_partitioned(engine):
+        return {name: int(deepspeed_internal(parameter, "ds_numel")) for name, parameter in parameters.items()}
+    return {name: parameter.numel() for name, parameter in parameters.items()}
+
+
+def _load_remaining(engine: Any, remaining: dict[str, Any]) -> None:
+    """Restore the counters, the learning-rate schedule and, in fp16, the loss scale."""
+    for name, value in remaining["counters"].items():
+        set_internal("deepspeed", engine, name, value)
+    engine.lr_scheduler.load_state_dict(remaining["schedule"])
     for group, lr in zip(engine.basic_optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = lr
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    for name, value in rest["scaler"].items():
-        if hasattr(scaler, name) and engine.fp16_enabled():
-            setattr(scaler, name, value)
+    state = dict(remaining["scaler"])
+    kind = state.pop("kind", None)
+    scaler = deepspeed_internal(engine.optimizer, "loss_scaler") if engine.fp16_enabled() else None
+    if scaler is not None and type(scaler).__name__ == kind:
+        for name, value in state.items():
+            set_internal("deepspeed", scaler, name, value)

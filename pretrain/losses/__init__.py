@@ -1,4 +1,4 @@
-"""Contrastive losses: ``LOSSES`` by name, with the gather and the tiles that they use."""
+"""Contrastive losses. `LOSSES` maps a name to a loss function; the other modules are the parts that they share."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The pairs that a contrastive loss compares: this rank's views (rows) against the views of all ranks (columns).
+"""The pairs that a contrastive loss compares: this rank's views (rows) with the views of all ranks (columns).
 
-Anchor i = (view v, scan b) is row v·B + b; column j = (view u, scan g) is u·G + g. With two views of four scans on two
-ranks, rank 1 holds the rows of scans c and d (s: the anchor itself, left out; o: its other view, weight 1; w: the
-kernel's weight, the same for the four pairs of views of two scans):
+Anchor i = (view v, scan b) is row v·B + b; column j = (view u, scan g) is u·G + g. With two views of four scans a to d on
+two ranks, rank 1 holds the rows of scans c and d. In the matrix below, s is the anchor itself, which is excluded; o is
+its other view, with weight 1; w is the kernel's weight, the same for all four pairs of views of two scans:
 
                  columns, view 0      columns, view 1
                   a   b   c   d        a   b   c   d
@@ -26,49 +26,52 @@ from torch import Tensor
 
 from infra.errors import UserError
 from pretrain.kernels import Kernel
-from pretrain.losses.gather import Alone, Gather
+from pretrain.losses.gather import Gather, SingleProcess
 
-# A vector whose largest entry is smaller than this counts as zero: dividing by it would overflow float32.
+# A vector counts as zero if its largest entry is smaller than this; dividing by it would overflow float32.
 ZERO = 1e-30
-# Values of the scans' kernel that are held at a time where all of it is walked through.
+# Entries of the kernel matrix in memory at a time, in computations that go over the whole matrix.
 KERNEL_BLOCK = 2**20
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
 
 def full_precision(loss: Loss) -> Loss:
-    """The loss out of reach of autocast, which would take its similarities in half precision."""
+    """Decorate a loss so that it is computed outside autocast, which would compute similarities in half precision."""
 
     @functools.wraps(loss)
-    def guarded(*arguments: Any, **options: Any) -> Tensor:
+    def without_autocast(*arguments: Any, **options: Any) -> Tensor:
+        """Compute the loss with autocast off."""
         devices = (value.device.type for value in (*arguments, *options.values()) if isinstance(value, Tensor))
         with torch.autocast(next(devices, "cpu"), enabled=False):
             return loss(*arguments, **options)
 
-    return cast(Loss, guarded)
+    return cast(Loss, without_autocast)
 
 
 def normalised(views: Tensor) -> Tensor:
-    """Embeddings (..., D) of any floating type -> unit vectors, float32 (float64 stays).
+    """Scale embeddings (..., D) of any floating type to unit length, in float32 (float64 for float64).
 
-    A zero vector stays zero: its similarity to everything is 0, and it gets no gradient, since it has no direction.
-    Every other vector is normalised exactly, however short or long: it is scaled by its largest entry first.
+    A zero vector stays zero: it has no direction, so its similarity to everything is 0 and it gets no gradient. Every other
+    vector is first divided by its largest entry, so that very short and very long vectors are normalised exactly.
     """
     z = views if views.dtype == torch.float64 else views.float()
-    # Normalising forgets the scale, so the scale may be held constant and the gradient is still exact.
+    # The unit vector does not depend on the scale, so the gradient is exact with the scale detached.
     largest = z.detach().abs().amax(dim=-1, keepdim=True)
-    # False for NaN: it must stay one, and be seen by the check on the loss.
-    dead = largest < ZERO
-    z = z / torch.where(dead, 1.0, largest)
+    # The comparison is False for NaN, which must stay NaN so that the check of the loss sees it.
+    is_zero = largest < ZERO
+    z = z / torch.where(is_zero, 1.0, largest)
     length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    return torch.where(dead, 0.0, z / torch.where(dead, 1.0, length))
+    return torch.where(is_zero, 0.0, z / torch.where(is_zero, 1.0, length))
 
 
 class Block(NamedTuple):
     """A block of rows against all columns.
 
-    ``logits`` (2R, 2G): <z_i, z_j> / τ. ``weights`` (2R, 2G): the kernel, 1 for the other view of the anchor's scan,
-    0 where not kept. ``keep`` (2R, 2G) bool: False for the anchor itself and for pairs that are left out altogether.
+    Attributes:
+        logits: (2R, 2G), <z_i, z_j> / τ.
+        weights: (2R, 2G), the kernel; 1 for the other view of the anchor's scan, 0 for excluded pairs.
+        keep: (2R, 2G) bool, False for the anchor itself and for other excluded pairs.
     """
 
     logits: Tensor
@@ -78,7 +81,18 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs:
-    """This rank's rows and everyone's columns, with what relates them. Made by `gather_pairs`."""
+    """The rows of this rank and the columns of all ranks, with their proxies and subjects. Made by `gather_pairs`.
+
+    Attributes:
+        z_2BD, z_2GD: unit embeddings of the rows and of the columns.
+        proxies_BP, proxies_GP: their proxies, NaN if missing.
+        subjects_B, subjects_G: their subjects, or None if scans of one subject are not excluded.
+        start: index of this rank's first scan among the columns.
+        world_size: number of ranks.
+        kernel: weight of two scans.
+        temperature: τ.
+        cross_view: whether an anchor is compared only with the other kind of view.
+    """
 
     z_2BD: Tensor
     z_2GD: Tensor
@@ -94,71 +108,70 @@ class Pairs:
 
     @property
     def scans(self) -> int:
-        """B."""
+        """Number of scans of this rank, B."""
         return self.z_2BD.shape[1]
 
     @property
     def total(self) -> int:
-        """G."""
+        """Number of scans of all ranks, G."""
         return self.z_2GD.shape[1]
 
     @property
-    def alone(self) -> bool:
-        """No other rank holds a scan: the columns are the rows."""
+    def columns_are_rows(self) -> bool:
+        """Whether no other rank holds a scan."""
         return self.total == self.scans
 
     @property
-    def share(self) -> float:
-        """W / 2G, the factor on this rank's sum over anchors.
+    def anchor_factor(self) -> float:
+        """The factor W / 2G on this rank's sum over its anchors.
 
-        Data parallelism averages gradients over the W ranks. Each rank's sum over its own anchors times W / 2G
-        averages to the sum over all anchors divided by 2G: the mean of one process, even where the ranks hold
-        different numbers of scans.
+        Data parallelism averages gradients over the W ranks. The average of the ranks' sums times W / 2G is the sum over
+        all anchors divided by 2G, which is the mean of a single process, even if the ranks hold different numbers of scans.
         """
         return self.world_size / (2 * self.total)
 
     def with_columns(self, columns_GD: Tensor) -> Pairs:
-        """The same with one vector per scan, such as a centroid, in place of the views' columns."""
+        """Return these pairs with one vector per scan (G, D), such as a centroid, as columns instead of the views."""
         return replace(self, z_2GD=columns_GD[None])
 
-    def crossing(self, rows: range, columns: range) -> int | None:
-        """Which diagonal of the (R, C) tile of these scans holds them against themselves; None if none does."""
+    def own_diagonal(self, rows: range, columns: range) -> int | None:
+        """Return the diagonal of the (R, C) tile on which scans meet themselves, as in torch.diagonal; None if none do."""
         offset = self.start + rows.start - columns.start
         return offset if -len(rows) < offset < len(columns) else None
 
-    def related(self, rows: range, columns: range) -> Tensor | None:
-        """(R, C) bool: which of this rank's scans and which columns are not left out; None: nothing is.
+    def comparable(self, rows: range, columns: range) -> Tensor | None:
+        """Return (R, C) bool, False for pairs of scans that are excluded; None if no pair is excluded.
 
-        Two scans of one subject are neither positives nor negatives of each other; a scan is kept with itself.
+        Two scans of one subject are neither positives nor negatives of each other. A scan is not excluded with itself.
         """
         if self.subjects_B is None or self.subjects_G is None:
             return None
         keep = self.subjects_B[rows.start : rows.stop, None] != self.subjects_G[None, columns.start : columns.stop]
-        diagonal = self.crossing(rows, columns)
+        diagonal = self.own_diagonal(rows, columns)
         if diagonal is not None:
             keep.diagonal(diagonal).fill_(True)
         return keep
 
     def kernel_weights(self, rows: range, columns: range) -> Tensor:
-        """(R, C): the kernel between scans, 1 for a scan with itself (that is, with its other view)."""
+        """Return the kernel (R, C) between scans; 1 for a scan with itself (its other view), 0 for excluded pairs."""
         weights = self.kernel(self.proxies_BP[rows.start : rows.stop], self.proxies_GP[columns.start : columns.stop])
-        keep = self.related(rows, columns)
+        keep = self.comparable(rows, columns)
         if keep is not None:
             weights = weights.masked_fill(~keep, 0.0)
-        diagonal = self.crossing(rows, columns)
+        diagonal = self.own_diagonal(rows, columns)
         if diagonal is not None:
             weights.diagonal(diagonal).fill_(1.0)
         return weights
 
     def block(self, rows: range) -> Block:
-        """These scans' rows, both views, against all columns."""
+        """Return the rows of these scans, both views, against all columns."""
         columns, count, total = range(self.total), len(rows), self.total
         z_RD, z_CD = self.z_2BD[:, rows.start : rows.stop].flatten(0, 1), self.z_2GD.flatten(0, 1)
         logits = (z_RD @ z_CD.T) / self.temperature
         keep = torch.ones(2, count, 2, total, dtype=torch.bool, device=z_RD.device)
-        related, diagonal = self.related(rows, columns), self.crossing(rows, columns)
-        if related is not None:
-            keep &= related[None, :, None]
+        comparable, diagonal = self.comparable(rows, columns), self.own_diagonal(rows, columns)
+        if comparable is not None:
+            keep &= comparable[None, :, None]
         for view in (0, 1):
             if self.cross_view:
                 keep[view, :, view] = False
@@ -168,17 +181,17 @@ class Pairs:
         return Block(logits, weights.view(2 * count, 2 * total), keep.view(2 * count, 2 * total))
 
     def column_sums(self) -> Tensor:
-        """(G,): the sum of the weights in the column of either view of each scan, over all 2G anchors of all ranks.
+        """Return (G,): the sum of the weights in a scan's column (of either view) over all 2G anchors of all ranks.
 
-        Computed from the gathered proxies, a block of anchors at a time, so that it needs no further collective.
+        It is computed from the gathered proxies, a block of anchors at a time, and needs no further collective.
         """
-        everyone = replace(
+        all_rows = replace(
             self, z_2BD=self.z_2GD, proxies_BP=self.proxies_GP, subjects_B=self.subjects_G, start=0, world_size=1
         )
         columns, step = range(self.total), max(1, KERNEL_BLOCK // self.total)
         sums = self.z_2GD.new_zeros(self.total)
         for first in columns[::step]:
-            sums += everyone.kernel_weights(columns[first : first + step], columns).sum(dim=0)
+            sums += all_rows.kernel_weights(columns[first : first + step], columns).sum(dim=0)
         return sums if self.cross_view else 2.0 * sums - 1.0
 
 
@@ -192,21 +205,34 @@ def gather_pairs(
     subjects: Tensor | None = None,
     cross_view: bool = False,
 ) -> Pairs:
-    """Check what a loss was given, normalise the embeddings and gather the columns of all ranks."""
+    """Check the arguments of a loss, normalise the embeddings and gather the columns of all ranks.
+
+    Args:
+        views: (2, B, D) embeddings of any floating type.
+        proxies: (B, P), NaN if missing.
+        kernel: (A, P), (B, P) -> (A, B).
+        temperature: τ > 0.
+        gather: how to reach the other ranks; None is a single process.
+        subjects: (B,) integers, or None.
+        cross_view: whether an anchor is compared only with the other kind of view.
+
+    Raises:
+        UserError: if a shape or type is wrong, the temperature is not above 0, or no rank holds a scan.
+    """
     _check(views, proxies, temperature, subjects)
     z_2BD = normalised(views)
     proxies_BP = proxies.detach().to(z_2BD.device, z_2BD.dtype)
-    sides = [proxies_BP] if subjects is None else [proxies_BP, subjects.to(z_2BD.device)]
-    columns = (gather or Alone())(z_2BD, sides)
+    metadata = [proxies_BP] if subjects is None else [proxies_BP, subjects.to(z_2BD.device)]
+    columns = (gather or SingleProcess())(z_2BD, metadata)
     if columns.z_2GD.shape[1] == 0:
         raise UserError("views holds no scan on any rank; a loss needs at least one")
     return Pairs(
         z_2BD=z_2BD,
         z_2GD=columns.z_2GD,
         proxies_BP=proxies_BP,
-        proxies_GP=columns.sides[0],
-        subjects_B=None if subjects is None else sides[1],
-        subjects_G=None if subjects is None else columns.sides[1],
+        proxies_GP=columns.metadata[0],
+        subjects_B=None if subjects is None else metadata[1],
+        subjects_G=None if subjects is None else columns.metadata[1],
         start=columns.start,
         world_size=columns.world_size,
         kernel=kernel,

@@ -1,6 +1,6 @@
-"""Pretraining with the proxies as labels: the paper's baseline "age supervision", in a contrastive loss's place.
+"""Pretraining with the proxies as labels, such as the paper's baseline "age supervision".
 
-`SUPERVISED` stands beside `pretrain.losses.LOSSES`; the same recipe, data and engine serve both.
+A recipe chooses a loss of `SUPERVISED` by name like one of `pretrain.losses.LOSSES`; data and engine are the same.
 B = scans of this rank, D = size of the projector's output, P = proxies, W = ranks.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infra.errors import UserError
 from pretrain.kernels import Kernel
-from pretrain.losses.gather import Alone, Gather
+from pretrain.losses.gather import Gather, SingleProcess
 
 
 def regression(
@@ -27,15 +27,25 @@ def regression(
     gather: Gather | None = None,
     subjects: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of the proxies, standardised, predicted by the projector's first P outputs.
+    """Return the mean squared error of the standardised proxies, predicted by the first P outputs of the projector.
 
-        L = 1/(2 K) Σ_v Σ_b Σ_p (z_vbp - (y_bp - center_p) / scale_p)²        K = known proxies of all ranks
+        L = 1/(2 K) Σ_v Σ_b Σ_p (z_vbp - (y_bp - center_p) / scale_p)²        K = number of known proxies of all ranks
 
-    ``views`` (2, B, D) and ``proxies`` (B, P), NaN where missing, which gives no error. ``center`` and ``scale`` (P,) are
-    those of the scans trained on. Kernel and subjects play no part. The mean of the ranks' values, and of their gradients,
-    is that of the whole batch, as of the contrastive losses. UserError where D < P.
+    As for the contrastive losses, the mean over the ranks of the values, and of the gradients, is that of the whole batch.
+
+    Args:
+        views: (2, B, D) outputs of the projector.
+        proxies: (B, P), NaN if missing; a missing proxy adds no error.
+        center: (P,) means of the proxies over the training scans, see `target_scale`.
+        scale: (P,) their standard deviations.
+        kernel: not used.
+        gather: how to reach the other ranks; None is a single process.
+        subjects: not used.
+
+    Raises:
+        UserError: if D < P.
     """
-    ranks, count = gather or Alone(), proxies.shape[1]
+    ranks, count = gather or SingleProcess(), proxies.shape[1]
     if views.shape[-1] < count:
         raise UserError(f"projector.out={views.shape[-1]} is too small for {count} proxies; give at least {count}")
     targets = (proxies - center.to(proxies)) / scale.to(proxies)
@@ -45,7 +55,11 @@ def regression(
 
 
 def target_scale(values: Tensor) -> dict[str, Any]:
-    """``center`` and ``scale`` of the proxies (N, P) of the scans to be trained on, NaN left out."""
+    """Return ``center`` and ``scale`` (P,) of `regression` from the proxies (N, P) of the training scans, ignoring NaN.
+
+    Raises:
+        UserError: if a proxy does not have at least two different values.
+    """
     known = [column[~column.isnan()].double() for column in values.T]
     if any(len(column) < 2 or float(column.std()) == 0.0 for column in known):
         raise UserError("loss.name=regression needs scans with different values of every proxy in loss.proxies")

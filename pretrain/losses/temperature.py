@@ -1,4 +1,4 @@
-"""A temperature that is learned with the encoder, within bounds."""
+"""A temperature that is learned together with the encoder, within bounds."""
 
 from __future__ import annotations
 
@@ -12,29 +12,37 @@ from infra.errors import UserError
 
 
 class _Clamp(torch.autograd.Function):
-    """Clamp whose gradient leads back inside: at a bound only a step further out is stopped, so it cannot get stuck."""
+    """A clamp whose gradient leads back inside: at a bound, only a gradient that leads further out is set to 0."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, low: float, high: float) -> Tensor:
+        """Clamp a tensor to [low, high]."""
         ctx.save_for_backward(value)
         ctx.bounds = low, high
         return value.clamp(low, high)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient, with 0 where a descent step would leave the bounds."""
         (value,), (low, high), gradient = ctx.saved_tensors, ctx.bounds, gradients[0]
-        # A descent step goes against the gradient.
+        # A descent step goes against the gradient, so a positive gradient lowers the value.
         outward = ((value <= low) & (gradient > 0)) | ((value >= high) & (gradient < 0))
         return gradient.masked_fill(outward, 0.0), None, None
 
 
 class Temperature(nn.Module):
-    """τ = exp(log τ), clamped to [low, high]; log τ is the one parameter, (1,) float32.
+    """A learned temperature τ, clamped to [low, high].
 
-    (DeepSpeed cannot broadcast a parameter of no dimension.)
+    The only parameter is log τ, (1,) float32; DeepSpeed cannot broadcast a parameter without dimensions. Like the encoder's,
+    its gradient is exact under data parallelism, since every rank contributes the gradient of its own anchors. Exclude it
+    from weight decay, which would pull τ towards 1.
 
-    Its gradient is exact under data parallelism like the encoder's: every rank holds its own anchors' share.
-    Weight decay would pull it towards 1: leave it out of decay.
+    Args:
+        start: first τ.
+        low, high: bounds of τ.
+
+    Raises:
+        UserError: unless 0 < low <= start <= high.
     """
 
     def __init__(self, start: float = 0.1, low: float = 0.01, high: float = 1.0) -> None:
@@ -47,7 +55,7 @@ class Temperature(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor([math.log(start)]))
 
     def forward(self) -> Tensor:
-        """τ, a scalar tensor to be given to a loss."""
+        """Return τ, a scalar tensor for a loss."""
         wide = self.log_temperature.to(torch.promote_types(self.log_temperature.dtype, torch.float32))
         clamped: Tensor = _Clamp.apply(wide, *self.bounds)  # type: ignore[no-untyped-call]
         return clamped.exp()[0]

@@ -5,7 +5,6 @@ B = scans of this rank, P = size of the projector's output.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +14,15 @@ from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
 from infra import distributed
-from infra.errors import UserError, nearest
+from infra.errors import UserError
 from pretrain.config import Loss, Recipe
 from pretrain.kernels import Kernel
-from pretrain.losses.contrastive import LOSSES
 from pretrain.losses.diagnostics import effective_positives
 from pretrain.losses.gather import AllGather
+from pretrain.losses.options import SHARED_OPTIONS, check_own_options, find_loss, takes
 from pretrain.losses.proxies import build_kernel, proxy_columns
 from pretrain.losses.supervised import SUPERVISED, target_scale
 from pretrain.losses.temperature import Temperature
-
-ALL_LOSSES = {**LOSSES, **SUPERVISED}
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Objective:
     """The loss over the scans of all ranks.
 
     Attributes:
-        name: a key of ALL_LOSSES.
+        name: a key of LOSSES or SUPERVISED.
         kernel: weights of pairs by their proxies.
         options: further arguments of the loss.
         subjects: participant number of each row of the manifest; None if sessions of one participant are not masked.
@@ -57,7 +54,7 @@ class Objective:
             batch: the loader's batch, with ``proxies`` (B, number of proxies) and ``scan`` (B,).
         """
         learned = {} if temperature is None else {"temperature": temperature}
-        return ALL_LOSSES[self.name](
+        return find_loss(self.name)(
             views_2BP, batch["proxies"], kernel=self.kernel, gather=_gather(), subjects=self._subjects_of(batch),
             **{**self.options, **learned},
         )  # fmt: skip
@@ -100,19 +97,16 @@ def loss_options(section: Loss) -> dict[str, Any]:
 
     Raises UserError if the loss is not known or does not take an option that the recipe sets.
     """
-    if section.name not in ALL_LOSSES:
-        hint = nearest(section.name, ALL_LOSSES)
-        raise UserError(f"loss.name={section.name!r} is not known{hint}; allowed: {', '.join(ALL_LOSSES)}")
-    names, default = ("temperature", "normalization", "cross_view", "tile"), Loss()
-    parameters = inspect.signature(ALL_LOSSES[section.name]).parameters
-    for name in names:
-        if name not in parameters and getattr(section, name) != getattr(default, name):
+    loss, default = find_loss(section.name), Loss()
+    for name in SHARED_OPTIONS:
+        if not takes(loss, name) and getattr(section, name) != getattr(default, name):
             raise UserError(f"loss.{name} is no option of the loss {section.name}; leave it out")
     if section.temperature_bounds is not None:
-        if "temperature" not in parameters:
+        if not takes(loss, "temperature"):
             raise UserError(f"loss.temperature_bounds is no option of the loss {section.name}; leave it out")
         Temperature(section.temperature, *section.temperature_bounds)
-    return {name: getattr(section, name) for name in names if name in parameters}
+    shared = {name: getattr(section, name) for name in SHARED_OPTIONS if takes(loss, name)}
+    return {**shared, **check_own_options(section.name, section.options)}
 
 
 def _gather() -> AllGather | None:

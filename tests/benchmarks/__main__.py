@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other: `python -m tests.benchmarks [--device cpu|gpu] [--quick]`, or `make bench`."""
+"""Run all benchmarks one after another: `python -m tests.benchmarks [--device cpu|gpu] [--quick]`, or `make bench`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that each runs")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that each benchmark runs")
     options = parser.parse_args()
     if options.device == "gpu":
         import torch

@@ -1,9 +1,9 @@
 """Cost of augmentation: `python -m tests.benchmarks.bench_augment [--device cpu|cuda] [--quick]`.
 
-Two views of preset `default` at 121x145x121, one thread: CPU seconds per view (seconds on the clock with --device cuda)
-of the DALI graph with its drawing of parameters and cutting of noise, against MONAI's transforms for the same operators
-with the same probabilities, and TorchIO's where it is installed. Reading is left out, the z-score is in, for all of
-them. Then each operator alone, applied to every view, and what it comes to at the preset's probability.
+Measures CPU seconds per view (wall-clock seconds with --device cuda) for two views of the preset `default` at 121x145x121 in
+one thread. The DALI graph, including the sampling of parameters and noise, is compared with MONAI's transforms, and with
+TorchIO's if it is installed, for the same operators with the same probabilities. All include the z-score; none includes
+reading. A second table gives each operator alone, applied to every view, and its cost at the preset's probability.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 def single(settings: Augmentation, operator: str, p: float) -> Augmentation:
-    """One operator of ``settings`` alone, with probability ``p``."""
+    """Return ``settings`` with one operator only, with probability ``p``."""
     return Augmentation(**{operator: replace(settings[operator], p=p)})
 
 
@@ -40,12 +40,13 @@ OPERATORS = ("flip", "affine", "crop", "blur", "noise", "cutout")
 
 
 def volume() -> Any:
-    """A smooth head-like volume, (D, H, W) float16."""
+    """Return a smooth random volume (D, H, W), float16."""
     source = np.random.default_rng(0).random(SHAPE, dtype=np.float32)
     return ndimage.gaussian_filter(source, 3).astype(np.float16)
 
 
 def clock(device: str) -> float:
+    """Return CPU seconds of this process, or wall-clock seconds on a GPU after all its work is done."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -53,16 +54,16 @@ def clock(device: str) -> float:
 
 
 def ours(settings: Augmentation, scans: int, device: str) -> float:
-    """Seconds per view of the DALI graph."""
+    """Return the seconds per view of the DALI graph."""
     voxels, sampler, batch = volume(), ViewSampler(settings, SHAPE, 0), 2
-    noise_bank(SHAPE, 0)  # made once in a run, not once a view
+    noise_bank(SHAPE, 0)  # built once per run, so it is not measured
 
     def source(step: int) -> list[list[Any]]:
-        return [sampler.arrays(voxels, batch * step + place, 0) for place in range(batch)]
+        return [sampler.arrays(voxels, batch * step + index, 0) for index in range(batch)]
 
     kind = "gpu" if device == "cuda" else "cpu"
     pipeline = AugmentPipeline(source, settings, shape=SHAPE, batch=batch, device=kind, threads=1, prefetch=1)
-    for _ in range(3):  # libraries load, buffers are touched for the first time
+    for _ in range(3):  # not measured: loads libraries and allocates buffers
         pipeline.run()
     started = clock(device)
     for _ in range(scans // batch):
@@ -73,7 +74,7 @@ def ours(settings: Augmentation, scans: int, device: str) -> float:
 
 
 def by_transforms(build: Callable[[Augmentation], Transform], settings: Augmentation, scans: int, device: str) -> float:
-    """Seconds per view of transforms that take one (1, D, H, W) float32 volume."""
+    """Return the seconds per view of transforms of one (1, D, H, W) float32 volume."""
     voxels, transform = torch.from_numpy(volume().astype(np.float32))[None], build(settings)
 
     def two_views() -> None:
@@ -90,7 +91,7 @@ def by_transforms(build: Callable[[Augmentation], Transform], settings: Augmenta
 
 
 def monai_transform(settings: Augmentation) -> Transform:
-    """MONAI's transforms for the operators in use."""
+    """Return MONAI's transforms for the operators in ``settings``."""
     from monai import transforms as m
     from monai.utils import set_determinism
 
@@ -121,7 +122,7 @@ def monai_transform(settings: Augmentation) -> Transform:
 
 
 def torchio_transform(settings: Augmentation) -> Transform:
-    """TorchIO's transforms for the operators in use; it has no cutout."""
+    """Return TorchIO's transforms for the operators in ``settings``; TorchIO has no cutout."""
     import torchio as t
 
     torch.manual_seed(0)
@@ -161,10 +162,10 @@ def torchio_transform(settings: Augmentation) -> Transform:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="few scans, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="few scans, to check that it runs")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    scans, each, device = (4, 2, chosen.device) if chosen.quick else (30, 8, chosen.device)
+    scans, scans_per_operator, device = (4, 2, chosen.device) if chosen.quick else (30, 8, chosen.device)
     name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
     kinds: dict[str, Callable[[Augmentation, int], float]] = {
         "DALI graph": lambda settings, n: ours(settings, n, device),
@@ -186,13 +187,11 @@ def main() -> None:
         print("             TorchIO has no cutout: without it")
 
     def best(cost: Callable[[Augmentation, int], float], settings: Augmentation) -> float:
-        return 1e3 * min(cost(settings, each) for _ in range(2))  # other work on the machine only adds
+        return 1e3 * min(cost(settings, scans_per_operator) for _ in range(2))  # other load can only add time
 
     nothing = {kind: best(cost, Augmentation()) for kind, cost in kinds.items()}
     header = "".join(f"{kind:>12}{'x p':>8}" for kind in kinds)
-    print(
-        "\nWhere the time goes: each operator alone on every view, above z-score and copies; x p: at its share of views"
-    )
+    print("\nEach operator alone on every view, above z-score and copies; x p: times its probability")
     print(f"{'operator':<12}{'p':>6}{header}")
     print(f"{'z-score':<12}{'':>6}" + "".join(f"{nothing[kind]:>12.1f}{nothing[kind]:>8.1f}" for kind in kinds))
     for operator in OPERATORS:

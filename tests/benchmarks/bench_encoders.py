@@ -1,9 +1,9 @@
-"""Encoders, measured: `python -m tests.benchmarks.bench_encoders [--device cuda] [--quick]`.
+"""Time and memory of the encoders: `python -m tests.benchmarks.bench_encoders [--device cuda] [--quick]`.
 
-Forward and backward of two views of one scan at 121 x 145 x 121, each encoder in a process of its own, so
-that the peak of memory is its own; one that would take more than is free says so and is left out. Core-seconds (the
-process's own CPU time) stay comparable while other programs use the machine. `--grid 61x73x61` for another grid, `--only
-NAME` for one encoder. What training costs beyond the encoder is bench_training's.
+Measures the forward and backward pass of two views of one scan at 121 x 145 x 121. Each encoder runs in its own process, so
+that its peak memory can be measured; an encoder that needs more than the free memory is reported and skipped. Core-seconds
+(CPU time of the process) stay comparable while other programs use the machine. `--grid 61x73x61` chooses another grid, `--only
+NAME` one encoder. bench_training measures the other costs of training.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from tests.benchmarks.bench_loss import MIB, peak_bytes
 
 VBM = (121, 145, 121)
 QUICK = (61, 73, 61)
-SMALL = (33, 33, 33)  # a first pass that loads libraries and starts threads, outside the measurement
+SMALL = (33, 33, 33)  # grid of a first pass, not measured, that loads libraries and starts threads
 
 
 def free_bytes() -> int:
+    """Return the available memory of the machine in bytes."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
 
 
 def timed(work: Callable[[], Any], device: str) -> tuple[float, float]:
-    """Wall-clock seconds and CPU seconds of all threads."""
+    """Return the wall-clock seconds and the CPU seconds of all threads."""
     started, cpu = time.perf_counter(), time.process_time()
     work()
     if device == "cuda":
@@ -47,7 +48,7 @@ def timed(work: Callable[[], Any], device: str) -> tuple[float, float]:
 
 
 def measure(name: str, sides: tuple[int, ...], device: str, repeats: int) -> dict[str, Any]:
-    """Parameters, features, and best time and peak memory (above weights, gradients and input) of two views of one scan."""
+    """Measure two views of one scan: best time, and peak memory above weights, gradients and input."""
     options = {"grid": list(sides)} if name.startswith("vit") else {}
     encoder = build_encoder(name, options).to(device).train()
     found: dict[str, Any] = {
@@ -57,9 +58,9 @@ def measure(name: str, sides: tuple[int, ...], device: str, repeats: int) -> dic
     encoder(torch.randn(2, 1, *SMALL, device=device)).sum().backward()
     views = torch.randn(2, 1, *sides, device=device)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else int(0.9 * free_bytes())
-    if device == "cpu":  # rather an error here than the kernel ending some other process
+    if device == "cpu":  # raise an error here before the kernel kills another process for lack of memory
         resource.setrlimit(resource.RLIMIT_DATA, (free, free))
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the first pass freed goes back before the memory is taken down
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # return the memory of the first pass before the measurement
         engine._keep_freed_memory()  # as ranks do
     before = peak_bytes(device, reset=True)
     seconds = []
@@ -76,7 +77,7 @@ def measure(name: str, sides: tuple[int, ...], device: str, repeats: int) -> dic
 
 
 def apart(*case: Any) -> Any:
-    """A case in a fresh process."""
+    """Measure a case in a new process."""
     command = [sys.executable, "-m", "tests.benchmarks.bench_encoders", "--case", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -84,7 +85,8 @@ def apart(*case: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def over_encoders(names: list[str], sides: tuple[int, ...], device: str, repeats: int) -> None:
+def report_encoders(names: list[str], sides: tuple[int, ...], device: str, repeats: int) -> None:
+    """Measure the encoders and print the table."""
     print(f"\nForward and backward of two views of one scan, {'x'.join(map(str, sides))}, float32, default options")
     print(f"{'encoder':<14}{'parameters':>12}{'features':>10}{'MiB':>9}{'seconds':>9}{'core-s':>9}")
     for name in names:
@@ -99,9 +101,11 @@ def over_encoders(names: list[str], sides: tuple[int, ...], device: str, repeats
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="half the resolution and fewer rounds")
-    parser.add_argument("--grid", help="sides in voxels, as 61x73x61")
-    parser.add_argument("--only", choices=tuple(ENCODERS), action="append", help="one of them; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="half the resolution, fewer rounds")
+    parser.add_argument("--grid", help="sides in voxels, such as 61x73x61")
+    parser.add_argument(
+        "--only", choices=tuple(ENCODERS), action="append", help="measure this encoder only; may be repeated"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case:
@@ -114,7 +118,7 @@ def main() -> None:
     load = "" if cuda else f", load average {os.getloadavg()[0]:.1f} at the start"
     print(f"{hardware}, torch {torch.__version__}, {torch.get_num_threads()} threads{load}")
     names = [name for name in ENCODERS if not chosen.only or name in chosen.only]
-    over_encoders(names, sides, chosen.device, repeats=5 if cuda else 1 if chosen.quick else 3)
+    report_encoders(names, sides, chosen.device, repeats=5 if cuda else 1 if chosen.quick else 3)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Speed, memory and traffic of y-Aware InfoNCE: `python -m tests.benchmarks.bench_loss [--device cuda] [--quick]`.
 
-Three tables: the tiled loss against the published way of computing it and against the plain form; memory over the
-batch; bytes that each of 2, 4 and 8 ranks sends in a step. Every case runs in a process of its own, so that a peak of
-memory is its own. About two minutes on two cores.
+Prints three tables: the tiled form compared with the published implementation and with the plain form; memory for growing
+batches; and the bytes that each of 2, 4 and 8 ranks sends per step. Each case runs in its own process, so that its peak
+memory can be measured. Takes about two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ MIB = 2**20
 
 
 def inputs(scans: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return views (2, B, D) and ages (B, 1)."""
     source = torch.Generator().manual_seed(scans)
     views = torch.randn(2, scans, DEPTH, generator=source).to(device).requires_grad_()
     return views, (6.0 + 82.0 * torch.rand(scans, 1, generator=source)).to(device)
 
 
 def published(views: Tensor, ages: Tensor) -> Tensor:
-    """The published way: (2N, 2N) weights in float64 by scikit-learn on the CPU, column sums, full log-softmax."""
+    """The published implementation: (2N, 2N) float64 weights by scikit-learn on the CPU, column sums, full log-softmax."""
     from sklearn.metrics.pairwise import rbf_kernel
 
     count = 2 * views.shape[1]
@@ -54,6 +55,7 @@ def published(views: Tensor, ages: Tensor) -> Tensor:
 
 
 def ours(tile: Any, normalization: Any = "row") -> Callable[[Tensor, Tensor], Tensor]:
+    """Return this package's loss as a function of views and ages."""
     kernel = KERNELS["gaussian"](bandwidth=SIGMA)
     return lambda views, ages: y_aware_infonce(
         views, ages, kernel=kernel, temperature=TAU, normalization=normalization, tile=tile
@@ -69,7 +71,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def peak_bytes(device: str, reset: bool = False) -> int:
-    """The largest memory of this process since the last reset; on the CPU resident memory, from the kernel's books."""
+    """Return the peak memory of this process since the last reset; on the CPU, its resident memory in /proc."""
     if device == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -81,9 +83,9 @@ def peak_bytes(device: str, reset: bool = False) -> int:
 
 
 def measure(form: str, scans: int, device: str, repeats: int) -> dict[str, float]:
-    """Forward and backward: best seconds, and peak bytes above the inputs."""
+    """Measure the forward and backward pass: best seconds, and peak bytes above the inputs."""
     views, ages = inputs(scans, device)
-    # Libraries load and threads start outside the measurement.
+    # A first pass, not measured, loads libraries and starts threads.
     small, small_ages = inputs(16, device)
     FORMS[form](small, small_ages).backward()
     before = peak_bytes(device, reset=True)
@@ -100,7 +102,7 @@ def measure(form: str, scans: int, device: str, repeats: int) -> dict[str, float
 
 
 def apart(form: str, scans: int, device: str, repeats: int) -> dict[str, float]:
-    """`measure` in a fresh process."""
+    """Run `measure` in a new process."""
     case = json.dumps([form, scans, device, repeats])
     command = [sys.executable, "-m", "tests.benchmarks.bench_loss", "--case", case]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -108,7 +110,8 @@ def apart(form: str, scans: int, device: str, repeats: int) -> dict[str, float]:
     return result
 
 
-def against_published(scans: int, device: str, repeats: int) -> None:
+def compare_with_published(scans: int, device: str, repeats: int) -> None:
+    """Print time and memory of every form."""
     print(f"\nForward and backward, 2N = {2 * scans}, D = {DEPTH}")
     print(f"{'form':<16}{'seconds':>10}{'faster':>9}{'MiB':>10}{'smaller':>9}{'loss':>12}")
     base: dict[str, float] = {}
@@ -122,7 +125,8 @@ def against_published(scans: int, device: str, repeats: int) -> None:
         )
 
 
-def over_batches(sizes: list[int], device: str) -> None:
+def report_batches(sizes: list[int], device: str) -> None:
+    """Print time and memory of the tiled form for growing batches."""
     print(f"\nTiled, forward and backward, D = {DEPTH}: time is quadratic in the batch, memory linear")
     print(f"{'2N':>8}{'seconds':>10}{'MiB':>8}{'MiB per 1000':>14}")
     for scans in sizes:
@@ -132,13 +136,13 @@ def over_batches(sizes: list[int], device: str) -> None:
 
 
 def sent_bytes() -> int:
-    """Bytes that this process has written to files and sockets."""
+    """Return the bytes that this process has written to files and sockets."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("wchar")).split()[1])
 
 
 def traffic(group: Any, rank: int, scans: int) -> tuple[int, int, float]:
-    """Bytes this rank sent in the forward and in the backward pass, and seconds."""
+    """Return the bytes that this rank sent in the forward pass and in the backward pass, and the seconds."""
     views, ages = inputs(scans, "cpu")
     gather = AllGather(group)
     counts = []
@@ -163,7 +167,8 @@ def traffic(group: Any, rank: int, scans: int) -> tuple[int, int, float]:
     return counts[-1]
 
 
-def over_ranks(worlds: list[int], total: int) -> None:
+def report_ranks(worlds: list[int], total: int) -> None:
+    """Print the bytes that a rank sends per step, beside the formula of pretrain.losses.gather."""
     print(f"\nBytes sent per rank and step, G = {total} scans in all, D = {DEPTH} (gloo, all ranks on this machine)")
     print(f"{'ranks':>6}{'forward':>12}{'formula':>12}{'backward':>12}{'formula':>12}{'over':>8}{'seconds':>9}")
     with Ranks(max(worlds)) as pool:
@@ -181,7 +186,7 @@ def over_ranks(worlds: list[int], total: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="an eighth of the batch, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="an eighth of the batch, to check that it runs")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case:
@@ -190,9 +195,9 @@ def main() -> None:
     part = 8 if chosen.quick else 1
     name = torch.cuda.get_device_name() if chosen.device == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    against_published(4096 // part, chosen.device, repeats=6)
-    over_batches([4096 // part, 8192 // part, 16384 // part, 32768 // part], chosen.device)
-    over_ranks([2, 4, 8], 2048 // part)
+    compare_with_published(4096 // part, chosen.device, repeats=6)
+    report_batches([4096 // part, 8192 // part, 16384 // part, 32768 // part], chosen.device)
+    report_ranks([2, 4, 8], 2048 // part)
 
 
 if __name__ == "__main__":

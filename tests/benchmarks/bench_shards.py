@@ -1,10 +1,10 @@
 """Speed of building, reading, verifying and describing shards: `python -m tests.benchmarks.bench_shards [--quick]`.
 
-Simulated grey-matter maps of 121 x 145 x 121 voxels at 1.5 mm. The build is held against the bare loop (nibabel load,
-float16, zstd, tar) in one run, both on one core and in turn, so that a loaded machine slows both: at the build's own
-zstd level, and at zstd's default. Memory is the largest resident size of a Ray worker. Reading is one pread, crc32c and
-decode, against nibabel on the same scans as .nii.gz. `info` is the whole command for a manifest of a million scans, which
-is written here without volumes. One to three minutes on two cores.
+Uses simulated grey-matter maps of 121 x 145 x 121 voxels at 1.5 mm. The build is compared with a plain loop (nibabel load,
+float16, zstd, tar), at the build's zstd level and at zstd's default. Both run on one core and alternate, so that other load
+slows both. Memory is the largest resident size of a Ray worker. Reading is one pread, crc32c and decoding, compared with
+nibabel on the same scans as .nii.gz. `info` is measured as a whole command, for a manifest of a million scans that is written
+here without volumes. Takes one to three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BUILD = "yaware shards build"
 
 
 def bare_loop(paths: list[Path], out: Path, level: int) -> float:
-    """Seconds of the least that any build must do, at one of zstd's levels."""
+    """Return the seconds of the least work that a build must do, at one zstd level."""
     started = time.perf_counter()
     with tarfile.open(out, "w") as tar:
         for path in paths:
@@ -59,7 +59,7 @@ def bare_loop(paths: list[Path], out: Path, level: int) -> float:
 
 
 def bench_build(cohort: Path, work: Path, rounds: int) -> Manifest:
-    """Build and bare loop in turn; prints both, their ratio, and the memory of the worker."""
+    """Alternate the build and the plain loop; print both, their ratio, and the memory of the worker."""
     paths = sorted(cohort.rglob("*.nii.gz"))
     levels = {f"bare loop, zstd {level}": level for level in (ZSTD_LEVEL, 3)}
     seconds: dict[str, list[float]] = {**{name: [] for name in levels}, BUILD: []}
@@ -91,18 +91,18 @@ def bench_build(cohort: Path, work: Path, rounds: int) -> Manifest:
         print(f"{name:<24}{len(paths) / best:>10.1f}{1000 * best / len(paths):>10.1f}")
     for name in levels:
         ratios = [a / b for a, b in zip(seconds[name], seconds[BUILD], strict=True)]
-        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
         best = min(seconds[name]) / min(seconds[BUILD])
-        print(f"build / {name}: best rounds {best:.2f}, median {statistics.median(ratios):.2f} ({each}); goal 0.90")
+        print(f"build / {name}: best rounds {best:.2f}, median {statistics.median(ratios):.2f} ({shown}); goal 0.90")
     print(
-        f"ratio of processor seconds, driver and worker together, {statistics.median(cpu):.2f} (a loaded machine leaves it)"
+        f"ratio of processor seconds, driver and worker together, {statistics.median(cpu):.2f} (depends little on other load)"
     )
     print(f"worker's largest resident size {peak[0] / MIB:.0f} MiB; goal below 1000")
     return built
 
 
 def _cpu_seconds() -> float:
-    """Processor time of this process and of its Ray workers."""
+    """Return the CPU seconds of this process and of its Ray workers."""
     spent = time.process_time()
     for process in psutil.Process().children(recursive=True):
         try:
@@ -115,7 +115,7 @@ def _cpu_seconds() -> float:
 
 
 def _watch_workers(peak: list[int], stop: threading.Event) -> None:
-    """The largest VmHWM among this process's Ray workers that have built a shard."""
+    """Record the largest peak memory (VmHWM) of this process's Ray workers that have built a shard."""
     while not stop.wait(0.1):
         for process in psutil.Process().children(recursive=True):
             try:
@@ -128,7 +128,7 @@ def _watch_workers(peak: list[int], stop: threading.Event) -> None:
 
 
 def bench_read(cohort: Path, manifest: Manifest, repeats: int) -> None:
-    """Voxels of every scan from the shards and from .nii.gz, in turn, one thread."""
+    """Alternate reading the scans from the shards and from .nii.gz, in one thread; print both."""
     paths = sorted(cohort.rglob("*.nii.gz"))
     some = paths[: max(1, len(paths) // 4)]
     readers: dict[str, tuple[Sequence[Any], Callable[[Any], Any]]] = {
@@ -154,7 +154,7 @@ def bench_read(cohort: Path, manifest: Manifest, repeats: int) -> None:
 
 
 def bench_verify(manifest: Manifest) -> None:
-    """Every byte of the shards, from the page cache."""
+    """Print the speed of verifying all bytes of the shards, read from the page cache."""
     size = sum(int(row["bytes"]) for row in manifest.shards)
     seconds = []
     for _ in range(5):
@@ -165,7 +165,7 @@ def bench_verify(manifest: Manifest) -> None:
 
 
 def write_large_manifest(root: Path, scans: int) -> Manifest:
-    """The manifest of a data set that is not there: 13 data sets, 74 sites, 256 scans a shard, ids of seven digits."""
+    """Write a manifest without volumes: 13 data sets, 74 sites, 256 scans per shard, ids of seven digits."""
     generator = np.random.default_rng(0)
     person = generator.integers(0, max(1, int(scans * 0.74)), scans)
     ids = np.char.mod("%07d", person)
@@ -194,7 +194,7 @@ def write_large_manifest(root: Path, scans: int) -> Manifest:
 
 
 def bench_info(work: Path, scans: int) -> None:
-    """The whole command, Python's start included."""
+    """Print the seconds of the whole command, including the start of Python."""
     root = work / "large"
     root.mkdir()
     write_large_manifest(root, scans)
@@ -215,9 +215,9 @@ def bench_info(work: Path, scans: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--device", choices=("cpu", "cuda", "gpu"), default="cpu", help="accepted; all of it is CPU work"
+        "--device", choices=("cpu", "cuda", "gpu"), default="cpu", help="has no effect: all work is done on the CPU"
     )
-    parser.add_argument("--quick", action="store_true", help="few scans, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="few scans, to check that it runs")
     chosen = parser.parse_args()
     scans, rounds, large = (8, 1, 100_000) if chosen.quick else (96, 3, 1_000_000)
     load = os.getloadavg()[0]

@@ -1,16 +1,16 @@
-"""What training costs beyond its encoder: `python -m tests.benchmarks.bench_training [--device cuda] [--quick]`.
+"""The costs of training beyond the encoder: `python -m tests.benchmarks.bench_training [--device cuda] [--quick]`.
 
-step        a training step of DenseNet121 with two scans at 121 x 145 x 121 through recipe, DeepSpeed and `train_step`, against
-            MONAI's own DenseNet121 in a bare torch loop with the same loss and Adam, in turns in one process. Core-seconds
-            (the process's own CPU time) stay comparable while other programs use the machine.
-checkpoint  seconds and bytes of a checkpoint of `paper-bhb10k` (DenseNet121, Adam), and its share of the training time at
-            the recipe's interval, for step times that are named.
-stall       share of the time that the demo's ranks waited for data after warm-up, from its metrics.jsonl (`--run FOLDER`).
-recipes     (--device cuda, or --quick) scans/s, MFU, data stall and memory of real runs on simulated scans made on the spot:
-            `paper-bhb10k` in fp32, tf32, bf16 + channels-last + compile beside a bare fp32 loop; the large
-            recipes cut to one GPU.
-`--only PART` for one of them. MFU: operations counted by torch.utils.flop_counter, without what is done again to save
-memory, over the peak of the data sheet that is printed.
+step        Time of a training step of DenseNet121 with two scans at 121 x 145 x 121 through recipe, DeepSpeed and `train_step`,
+            compared with MONAI's DenseNet121 in a plain torch loop with the same loss and Adam; both alternate in one
+            process. Core-seconds (CPU time of the process) stay comparable while other programs use the machine.
+checkpoint  Seconds and bytes of a checkpoint of `paper-bhb10k` (DenseNet121, Adam), and its share of the training time at the
+            recipe's interval, for several step times.
+stall       Share of the time after warm-up in which the demo's ranks waited for data, from metrics.jsonl (`--run FOLDER`).
+recipes     (--device cuda, or --quick) Scans/s, MFU, data stall and memory of real runs on simulated scans: `paper-bhb10k` in
+            fp32, tf32, and bf16 + channels-last + compile, beside a plain fp32 loop; and the large recipes, reduced to one GPU.
+
+`--only PART` runs one part. MFU is the number of operations counted by torch.utils.flop_counter, without recomputation,
+divided by the peak of the data sheet that is printed.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from pretrain.run.folder import read_metrics
 from tests.benchmarks.bench_encoders import QUICK, SMALL, VBM, timed
 from tests.benchmarks.bench_loss import MIB
 
-WARM_UP = 10  # steps that a run's figures leave out: first batches, threads, compilation
-# Dense peaks of the data sheets, TFLOP/s: float32, tf32, bf16. The first name that the device's name holds.
+WARM_UP = 10  # first steps of a run, not counted: first batches, threads, compilation
+# Dense peaks of the data sheets in TFLOP/s: float32, tf32, bf16. The first key that is part of the device's name counts.
 PEAKS = {
     "H100 PCIe": (51, 378, 756), "H100": (67, 495, 989), "H200": (67, 495, 989), "A100": (19.5, 156, 312),
     "RTX 4090": (82.6, 82.6, 165),
 }  # fmt: skip
 FAST = "--encoder.options={norm: batch, channels_last: true, compile: true}"
-# name -> recipe, column of PEAKS, tf32 allowed, overrides
+# Run -> recipe, column of PEAKS, whether tf32 is allowed, overrides.
 RUNS: dict[str, tuple[str, int, bool, list[str]]] = {
     "fp32": ("paper-bhb10k", 0, False, []),
     "tf32": ("paper-bhb10k", 1, True, []),
@@ -57,19 +57,20 @@ RUNS: dict[str, tuple[str, int, bool, list[str]]] = {
 }
 
 
-def compared_loss() -> Callable[[Tensor, Tensor], Tensor]:
+def benchmark_loss() -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss that both steps use: y-Aware InfoNCE with the paper's settings."""
     kernel = KERNELS["gaussian"](bandwidth=5.0)
     return lambda views_2BP, ages_B1: y_aware_infonce(views_2BP, ages_B1, kernel=kernel, temperature=0.1)
 
 
 def bare_step(device: torch.device) -> Callable[[dict[str, Tensor]], float]:
-    """MONAI's DenseNet121 with the same projector, torch's Adam and nothing else."""
+    """Return a step of MONAI's DenseNet121 with the same projector and torch's Adam, without an engine."""
     from monai.networks.nets import DenseNet121
 
     encoder = DenseNet121(spatial_dims=3, in_channels=1, out_channels=512)
     network = nn.Sequential(encoder, nn.ReLU(), nn.Linear(512, 128)).to(device).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, weight_decay=5e-5)
-    loss = compared_loss()
+    loss = benchmark_loss()
 
     def step(batch: dict[str, Tensor]) -> float:
         optimizer.zero_grad()
@@ -83,7 +84,7 @@ def bare_step(device: torch.device) -> Callable[[dict[str, Tensor]], float]:
 
 
 def engine_step(scans: int) -> tuple[torch.device, Callable[[dict[str, Tensor]], float]]:
-    """Our DenseNet121 as a recipe trains it: model, DeepSpeed engine, train_step with its checks and figures."""
+    """Return a step as a recipe trains it: model, DeepSpeed engine, and train_step with its checks and metrics."""
     from pretrain.engine import engine
     from pretrain.model import build_model
     from pretrain.run.step import train_step
@@ -92,17 +93,17 @@ def engine_step(scans: int) -> tuple[torch.device, Callable[[dict[str, Tensor]],
     device = engine.start_ranks()
     trained = engine.build_engine(recipe, build_model(recipe).to(device), lambda step: 1.0)
     trained.train()
-    loss = compared_loss()
+    loss = benchmark_loss()
 
     def step(batch: dict[str, Tensor]) -> float:
-        figures, _ = train_step(trained, lambda z, _, b: loss(z, b["proxies"]), batch, 0, torch.float32)
-        return figures["loss"]
+        metrics, _ = train_step(trained, lambda z, _, b: loss(z, b["proxies"]), batch, 0, torch.float32)
+        return metrics["loss"]
 
     return device, step
 
 
 def engine_cost(sides: tuple[int, ...], scans: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each step, ours and bare in turns; who begins alternates too."""
+    """Return the seconds of each step; the two steps alternate, and so does the order within a pair."""
     device, ours = engine_step(scans)
     steps = {"engine": ours, "bare": bare_step(device)}
     source = torch.Generator().manual_seed(0)
@@ -113,11 +114,11 @@ def engine_cost(sides: tuple[int, ...], scans: int, rounds: int) -> dict[str, An
 
     for step in steps.values():
         step(batch(SMALL))
-        step(batch(sides))  # the first at this size also asks the system for its memory
-    given, taken = batch(sides), {name: [] for name in steps}  # type: dict[str, Tensor], dict[str, list[tuple[float, float]]]
+        step(batch(sides))  # the first step of this size also allocates memory
+    measured_batch, taken = batch(sides), {name: [] for name in steps}  # type: dict[str, Tensor], dict[str, list[tuple[float, float]]]
     for number in range(rounds):
         for name in list(steps)[:: 1 if number % 2 else -1]:
-            taken[name].append(timed(lambda name=name: steps[name](given), device.type))
+            taken[name].append(timed(lambda name=name: steps[name](measured_batch), device.type))
     from pretrain.engine.engine import stop_ranks
 
     stop_ranks()
@@ -125,7 +126,7 @@ def engine_cost(sides: tuple[int, ...], scans: int, rounds: int) -> dict[str, An
 
 
 def apart(*case: Any) -> Any:
-    """A case in a fresh process."""
+    """Measure a case in a new process."""
     command = [sys.executable, "-m", "tests.benchmarks.bench_training", "--case", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -133,7 +134,8 @@ def apart(*case: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def against_bare(sides: tuple[int, ...], scans: int, rounds: int) -> None:
+def compare_with_bare(sides: tuple[int, ...], scans: int, rounds: int) -> None:
+    """Print the times of both steps and their ratios."""
     taken = apart("engine", sides, scans, rounds)
     shape = "x".join(map(str, sides))
     print(f"\nTraining step of DenseNet121, {scans} scans (two views each) of {shape}, {rounds} rounds in turns")
@@ -149,7 +151,7 @@ def against_bare(sides: tuple[int, ...], scans: int, rounds: int) -> None:
 
 
 def checkpoint_cost(repeats: int) -> dict[str, Any]:
-    """Seconds and bytes of checkpoints of the recipe's real model and optimiser, as training writes them."""
+    """Measure seconds and bytes of checkpoints of the recipe's real model and optimiser, written as in training."""
     from pretrain.engine import engine
     from pretrain.model import build_model
     from pretrain.run import checkpoint
@@ -159,20 +161,20 @@ def checkpoint_cost(repeats: int) -> dict[str, Any]:
     device = engine.start_ranks()
     trained = engine.build_engine(recipe, build_model(recipe).to(device), lambda step: 1.0)
     trained.train()
-    embeddings, _ = trained(torch.randn(2, 2, 1, *SMALL, device=device))  # the optimiser's state must be there
+    embeddings, _ = trained(torch.randn(2, 2, 1, *SMALL, device=device))  # a step creates the optimiser's state
     trained.backward(embeddings.square().mean())
     engine.update(trained)
     seconds, core_seconds, size = [], [], 0
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        for step in range(repeats + 1):  # the first makes folders and threads
+        for step in range(repeats + 1):  # the first checkpoint creates folders and threads and is not counted
 
-            def rest(temporary: Path, step: int = step) -> None:
+            def write_rest(temporary: Path, step: int = step) -> None:
                 config = {"encoder": to_dict(recipe)["encoder"], "run_name": "benchmark", "step": step, "method": "y-aware",
                           "feature_size": 1024, "manifest_digest": "", "split": [], "version": "", "run_id": None}  # fmt: skip
                 write_encoder(temporary / "encoder", engine.encoder_state(trained), config, {})
 
             started, cpu = time.perf_counter(), time.process_time()
-            written = checkpoint.save_checkpoint(Path(folder), step, trained, {"loader": {}}, rest)
+            written = checkpoint.save_checkpoint(Path(folder), step, trained, {"loader": {}}, write_rest)
             seconds.append(time.perf_counter() - started)
             core_seconds.append(time.process_time() - cpu)
             size = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
@@ -180,19 +182,23 @@ def checkpoint_cost(repeats: int) -> dict[str, Any]:
     return {"seconds": seconds[1:], "cpu": core_seconds[1:], "bytes": size}
 
 
-def over_checkpoints(repeats: int, step_seconds: dict[str, float]) -> None:
+def report_checkpoints(repeats: int, step_seconds: dict[str, float]) -> None:
+    """Print the cost of a checkpoint and its share of the time at the recipe's interval."""
     found, settings = apart("checkpoint", repeats), load_recipe("paper-bhb10k", []).checkpoint
     middle = statistics.median(found["seconds"])
-    shown = ", ".join(f"{each:.2f}" for each in found["seconds"])
+    shown = ", ".join(f"{seconds:.2f}" for seconds in found["seconds"])
     print(f"\nCheckpoint of paper-bhb10k: {found['bytes'] / MIB:,.0f} MiB, median {middle:.2f} s ({shown}),")
-    print(f"of which {statistics.median(found['cpu']):.2f} core-seconds; the rest is waiting for disk and cores")
+    print(
+        f"of which {statistics.median(found['cpu']):.2f} core-seconds; in the rest it waits for the disk and for cores"
+    )
     print(f"interval: {settings.every_steps} steps or {settings.every_minutes:g} minutes, whichever comes first")
     for what, seconds in step_seconds.items():
         interval = min(settings.every_steps * seconds, 60 * (settings.every_minutes or float("inf")))
         print(f"  step of {seconds:.3g} s ({what}): every {interval:,.0f} s, {middle / interval:.2%} of the time")
 
 
-def over_stall(run: Path) -> None:
+def report_stall(run: Path) -> None:
+    """Print the share of the time in which a run waited for data."""
     rows = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] >= WARM_UP]
     if not rows:
         print(
@@ -207,7 +213,7 @@ def over_stall(run: Path) -> None:
 
 
 def simulated_shards(folder: Path, scans: int, spacing: float) -> Path:
-    """Shards of simulated people, all for pretraining."""
+    """Build shards of simulated participants, all in the split for pretraining."""
     yaware = [sys.executable, "-m", "infra.cli"]
     make = ["cohort", "simulate", str(folder / "cohort"), "--participants", str(scans), "--spacing", str(spacing)]
     build = ["shards", "build", str(folder / "cohort"), str(folder / "shards"), "--splits", "pretrain=1"]
@@ -217,7 +223,7 @@ def simulated_shards(folder: Path, scans: int, spacing: float) -> Path:
 
 
 def train_case(recipe: str, tf32: bool, overrides: list[str]) -> dict[str, Any]:
-    """A run of the real loop in this process; its peak of GPU memory and its network's operations a scan."""
+    """Train in this process; return the peak GPU memory and the network's operations per scan."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     from data_pipeline.storage.manifest import Manifest
     from pretrain.launch.estimate import plain_model, scan_flops
@@ -231,7 +237,7 @@ def train_case(recipe: str, tf32: bool, overrides: list[str]) -> dict[str, Any]:
 
 
 def bare_case(sides: tuple[int, ...], scans: int, rounds: int, device: str) -> float:
-    """Scans a second of MONAI's network in a bare float32 loop, without tf32."""
+    """Return the scans per second of MONAI's network in a plain float32 loop without tf32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     step = bare_step(torch.device(device))
     batch = {"views": torch.randn(2, scans, 1, *sides, device=device), "proxies": torch.rand(scans, 1, device=device)}
@@ -239,7 +245,8 @@ def bare_case(sides: tuple[int, ...], scans: int, rounds: int, device: str) -> f
     return scans / statistics.median(timed(lambda: step(batch), device)[0] for _ in range(rounds))
 
 
-def over_recipes(device: str, quick: bool, folder: Path) -> None:
+def report_recipes(device: str, quick: bool, folder: Path) -> None:
+    """Train the recipes of RUNS and print their speed and memory."""
     cuda = device == "cuda"
     shards = simulated_shards(folder, 24 if quick else 192, 5.0 if quick else 1.5)
     from data_pipeline.storage.manifest import Manifest
@@ -251,17 +258,17 @@ def over_recipes(device: str, quick: bool, folder: Path) -> None:
         f"\nRuns on simulated scans of {'x'.join(map(str, sides))}, one rank; bare fp32 loop of MONAI's: {bare:.3g} scans/s"
     )
     print(f"{'run':<34}{'scans/s':>9}{'x bare':>8}{'MFU':>8}{'peak':>8}{'stall':>8}{'MiB':>9}")
-    for name, (recipe, kind, tf32, given) in RUNS.items():
+    for name, (recipe, kind, tf32, overrides) in RUNS.items():
         if quick and recipe != "paper-bhb10k":
             continue
-        run = folder / recipe / str(len(given) + kind)
+        run = folder / recipe / str(len(overrides) + kind)
         common = [f"--data.shards={shards}", f"--run.output={run}", f"--train.steps={4 if quick else WARM_UP + 20}",
                   f"--run.tracking_uri=sqlite:///{folder}/mlflow.db", "--monitor.every_epochs=0"]  # fmt: skip
         if quick:
             common += ["--batch.global=4", "--batch.micro=2", "--data.workers=0"]
-        if not cuda:  # neither compiler nor bf16 kernels are what is rehearsed
-            given = [each.replace("compile: true", "compile: false").replace("autocast", "fp32") for each in given]
-        found = apart("train", recipe, tf32, [*given, *common])
+        if not cuda:  # a rehearsal on the CPU needs neither the compiler nor bf16 kernels
+            overrides = [o.replace("compile: true", "compile: false").replace("autocast", "fp32") for o in overrides]
+        found = apart("train", recipe, tf32, [*overrides, *common])
         rows = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] >= (1 if quick else WARM_UP)]
         rate = statistics.median(row["scans_per_second"] for row in rows)
         stall = sum(row["wait_seconds"] for row in rows) / sum(row["seconds"] for row in rows)
@@ -281,9 +288,11 @@ CASES: dict[str, Callable[..., Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small scans and few rounds, to see that each runs")
+    parser.add_argument("--quick", action="store_true", help="small scans and few rounds, to check that each part runs")
     parser.add_argument("--only", choices=("step", "checkpoint", "stall", "recipes"), action="append")
-    parser.add_argument("--run", type=Path, default=Path("demo/runs/y-aware"), help="whose data stall is wanted")
+    parser.add_argument(
+        "--run", type=Path, default=Path("demo/runs/y-aware"), help="run folder whose data stall is reported"
+    )
     parser.add_argument("--cpu-step", type=float, default=12.0, help="seconds of a step of two scans, for `checkpoint`")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -292,22 +301,22 @@ def main() -> None:
         print("\n" + json.dumps(CASES[name](*rest)))
         return
     cuda = chosen.device == "cuda"
-    wanted = chosen.only or ["step", "checkpoint", "stall", *["recipes"] * (cuda or chosen.quick)]
+    parts = chosen.only or ["step", "checkpoint", "stall", *["recipes"] * (cuda or chosen.quick)]
     hardware = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} cores {platform.machine()}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "monai"))
     print(
         f"{hardware}, {versions}, {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} at the start"
     )
-    if "step" in wanted:
-        against_bare(QUICK if chosen.quick else VBM, 2, rounds=10 if cuda else 3 if chosen.quick else 6)
-    if "checkpoint" in wanted:
+    if "step" in parts:
+        compare_with_bare(QUICK if chosen.quick else VBM, 2, rounds=10 if cuda else 3 if chosen.quick else 6)
+    if "checkpoint" in parts:
         assumed = {"32 of --cpu-step, on a CPU": 32 * chosen.cpu_step, "estimate for a GPU": 0.6, "the same, slow": 2.2}
-        over_checkpoints(2 if chosen.quick else 5, assumed)
-    if "stall" in wanted:
-        over_stall(chosen.run)
-    if "recipes" in wanted:
+        report_checkpoints(2 if chosen.quick else 5, assumed)
+    if "stall" in parts:
+        report_stall(chosen.run)
+    if "recipes" in parts:
         with tempfile.TemporaryDirectory() as folder:
-            over_recipes(chosen.device, chosen.quick, Path(folder))
+            report_recipes(chosen.device, chosen.quick, Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A cohort and its shards, built once for all tests of the pipeline."""
+"""A cohort and its shards, built once per session for all tests of the pipeline."""
 
 from __future__ import annotations
 

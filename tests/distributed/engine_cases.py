@@ -115,7 +115,7 @@ def plain_steps(options: Sequence[str], last: int) -> list[dict[str, float]]:
 
 
 def _steps(rank: int, run: Run) -> dict[str, Any]:
-    _allow_fp16()
+    allow_fp16()
     recipe = load_recipe("demo-cpu", [*GIVEN, *run.options])
     world, figures = torch.distributed.get_world_size(), []
     trained = engine.build_engine(recipe, build(recipe), lr_factor(recipe.optimizer, TOTAL, 10))
@@ -180,7 +180,7 @@ class _Overflow(torch.autograd.Function):
         return gradients[0] * (float("inf") if ctx.here else 1.0), None
 
 
-def _allow_fp16() -> None:
+def allow_fp16() -> None:
     """Let the CPU compute in fp16, which it can where layers are linear; and forget the autocast of an earlier engine."""
     engine.import_deepspeed()
     from deepspeed.accelerator import get_accelerator

@@ -55,6 +55,6 @@ def test_an_unknown_layout_of_deepspeeds_communication_is_an_error(monkeypatch):
     monkeypatch.delattr(communication, "cdb")
     monkeypatch.setattr(engine.torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(engine.torch.distributed, "destroy_process_group", lambda: destroyed.append(True))
-    with pytest.raises(RuntimeError, match="has no `cdb` in this version of DeepSpeed"):
+    with pytest.raises(RuntimeError, match="deepspeed .* has no attribute 'cdb'"):
         engine.stop_ranks()
     assert destroyed

@@ -1,3 +1,5 @@
+"""Kernels: formulas, symmetry, missing proxies, products, and wrong arguments."""
+
 from __future__ import annotations
 
 import math
@@ -45,7 +47,7 @@ def test_a_gaussian_bandwidth_is_the_standard_deviation_not_its_square() -> None
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
-def test_weights_are_symmetric_one_at_no_distance_and_fall_with_it(name: str) -> None:
+def test_weights_are_symmetric_and_fall_from_1_with_the_distance(name: str) -> None:
     ages = torch.linspace(20.0, 60.0, 41, dtype=torch.float64)[:, None]
     weights = KERNELS[name](bandwidth=8.0)(ages, ages)
     torch.testing.assert_close(weights, weights.T, rtol=0, atol=0)
@@ -55,13 +57,13 @@ def test_weights_are_symmetric_one_at_no_distance_and_fall_with_it(name: str) ->
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
-def test_bandwidth_zero_relates_no_two_scans_even_of_one_age(name: str) -> None:
+def test_bandwidth_zero_gives_weight_0_even_at_equal_ages(name: str) -> None:
     ages = torch.tensor([[30.0], [30.0], [50.0]])
     assert (KERNELS[name](bandwidth=0)(ages, ages) == 0).all()
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_missing_proxy_relates_to_nothing(name: str) -> None:
+def test_a_missing_proxy_has_weight_0_with_every_scan(name: str) -> None:
     kernel = make(name, 2)
     a = torch.tensor([[30.0, 1.0], [math.nan, 1.0], [31.0, math.nan]])
     weights = kernel(a, a)
@@ -70,7 +72,7 @@ def test_a_missing_proxy_relates_to_nothing(name: str) -> None:
     assert torch.isfinite(weights).all()
 
 
-def test_categories() -> None:
+def test_kernels_of_categories_compare_for_equality() -> None:
     sex = torch.tensor([[0.0], [1.0], [0.0]])
     equal = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
     torch.testing.assert_close(KERNELS["same"]()(sex, sex), equal)
@@ -81,14 +83,14 @@ def test_categories() -> None:
     torch.testing.assert_close(KERNELS["same"]()(both, both), torch.eye(2))
 
 
-def test_a_bandwidth_per_proxy_scales_each() -> None:
+def test_a_bandwidth_per_proxy_scales_each_proxy() -> None:
     a = proxies(6, 2)
     scaled = a / torch.tensor([5.0, 20.0], dtype=torch.float64)
     found = KERNELS["gaussian"](bandwidth=[5.0, 20.0])(a, a)
     torch.testing.assert_close(found, KERNELS["gaussian"](bandwidth=1.0)(scaled, scaled))
 
 
-def test_multivariate_gaussian_is_its_formula() -> None:
+def test_the_multivariate_gaussian_equals_its_formula() -> None:
     covariance = torch.tensor([[25.0, 30.0], [30.0, 100.0]], dtype=torch.float64)
     a, b = proxies(6, 2), proxies(4, 2, seed=1)
     found = KERNELS["multivariate-gaussian"](covariance=covariance.tolist())(a, b)
@@ -115,12 +117,12 @@ def test_a_product_multiplies_one_kernel_per_proxy() -> None:
     found = product([age, sex])(scans, scans)
     torch.testing.assert_close(found, age(scans[:, :1], scans[:, :1]) * sex(scans[:, 1:], scans[:, 1:]))
     assert (found[5] == 0).all()
-    with pytest.raises(UserError, match=r"judge the proxy columns \[0, 1\]"):
+    with pytest.raises(UserError, match=r"compare the proxy columns \[0, 1\]"):
         product([age, sex])(scans[:, :1], scans[:, :1])
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_type_device_and_input_are_kept(name: str) -> None:
+def test_a_kernel_keeps_the_type_and_does_not_change_its_input(name: str) -> None:
     kernel = make(name, 1)
     a = proxies(4).float()
     before = a.clone()
@@ -143,7 +145,7 @@ def test_wrong_shapes_are_refused() -> None:
         kernel(torch.ones(3), torch.ones(3))
     with pytest.raises(UserError, match=r"\(A, P\) and \(B, P\)"):
         kernel(torch.ones(3, 1), torch.ones(3, 2))
-    with pytest.raises(UserError, match="2 values, the proxies 1"):
+    with pytest.raises(UserError, match="2 values for 1 proxies"):
         KERNELS["gaussian"](bandwidth=[5.0, 5.0])(torch.ones(3, 1), torch.ones(3, 1))
     with pytest.raises(UserError, match="otherwise=2"):
         KERNELS["same"](otherwise=2)

@@ -1,6 +1,6 @@
-"""Naive twins: every loss as the loops of its formula, pair by pair, in float64 scalars that autograd follows.
+"""Naive versions of the losses: loops over the pairs of each formula, in float64 scalars with autograd.
 
-They share nothing with the package but the contract. Slow on purpose: a handful of scans only.
+They share no code with the package. They are slow and meant for a few scans.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _distance(a: Sequence[float], b: Sequence[float], bandwidth: float) -> float
 
 
 def pair_weight(name: str, bandwidth: float = 1.0, otherwise: float = 0.0, same: float = 0.0) -> PairWeight:
-    """The weight of two different scans, from the formula of its kernel."""
+    """Return the function that gives the weight of two different scans by the formula of the kernel ``name``."""
     formulas: dict[str, Callable[[float], float]] = {
         "gaussian": lambda d: math.exp(-(d**2) / 2),
         "epanechnikov": lambda d: 1 - d**2 if d < 1 else 0.0,
@@ -44,7 +44,7 @@ def pair_weight(name: str, bandwidth: float = 1.0, otherwise: float = 0.0, same:
 
 @dataclass
 class Table:
-    """All 2N views against each other: s_ij / τ, w_ij, and the columns j that anchor i is compared with."""
+    """All 2N views against each other: s_ij (divided by τ), w_ij, and ``others``, the columns j compared with anchor i."""
 
     s: list[list[Tensor]]
     w: list[list[float]]
@@ -68,21 +68,21 @@ def table(
     cross_view: bool = False,
 ) -> Table:
     count = views.shape[1]
-    place = [(view, scan) for view in (0, 1) for scan in range(count)]
-    z = [unit(views[view, scan]) for view, scan in place]
+    positions = [(view, scan) for view in (0, 1) for scan in range(count)]
+    z = [unit(views[view, scan]) for view, scan in positions]
     ages = proxies.tolist()
     others = []
-    for view, scan in place:
-        mine = []
-        for j, (other_view, other_scan) in enumerate(place):
-            myself = (view, scan) == (other_view, other_scan)
-            relative = subjects is not None and scan != other_scan and subjects[scan] == subjects[other_scan]
-            if not myself and not relative and not (cross_view and view == other_view):
-                mine.append(j)
-        others.append(mine)
+    for view, scan in positions:
+        compared = []
+        for j, (other_view, other_scan) in enumerate(positions):
+            is_anchor = (view, scan) == (other_view, other_scan)
+            same_subject = subjects is not None and scan != other_scan and subjects[scan] == subjects[other_scan]
+            if not is_anchor and not same_subject and not (cross_view and view == other_view):
+                compared.append(j)
+        others.append(compared)
     return Table(
         s=[[(z_i * z_j).sum() / temperature for z_j in z] for z_i in z],
-        w=[[1.0 if a == b else weight(ages[a], ages[b]) for _, b in place] for _, a in place],
+        w=[[1.0 if a == b else weight(ages[a], ages[b]) for _, b in positions] for _, a in positions],
         others=others,
     )
 
@@ -101,10 +101,10 @@ def y_aware(
         denominator = log_sum(t.s[i][k] for k in t.others[i])
         for j in t.others[i]:
             if normalization == "row":
-                share = t.w[i][j] / sum(t.w[i][k] for k in t.others[i])
+                weight_ij = t.w[i][j] / sum(t.w[i][k] for k in t.others[i])
             else:
-                share = t.w[i][j] / sum(t.w[k][j] for k in t.anchors if j in t.others[k])
-            total = total - share * (t.s[i][j] - denominator)
+                weight_ij = t.w[i][j] / sum(t.w[k][j] for k in t.anchors if j in t.others[k])
+            total = total - weight_ij * (t.s[i][j] - denominator)
     return total / (len(t.s) if normalization == "row" else len(t.s) / 2)
 
 
@@ -113,11 +113,11 @@ def threshold(views: Tensor, proxies: Tensor, weight: PairWeight, **options: obj
     t = table(views, proxies, weight, **options)
     total = views.new_zeros(())
     for i in t.anchors:
-        whole = sum(t.w[i][k] for k in t.others[i])
+        row_sum = sum(t.w[i][k] for k in t.others[i])
         for k in t.others[i]:
             less = [t.s[i][j] for j in t.others[i] if t.w[i][j] < t.w[i][k]]
             if less:
-                total = total - t.w[i][k] / whole * (t.s[i][k] - log_sum(less))
+                total = total - t.w[i][k] / row_sum * (t.s[i][k] - log_sum(less))
     return total / len(t.s)
 
 
@@ -126,10 +126,10 @@ def exp(views: Tensor, proxies: Tensor, weight: PairWeight, **options: object) -
     t = table(views, proxies, weight, **options)
     total = views.new_zeros(())
     for i in t.anchors:
-        whole = sum(t.w[i][k] for k in t.others[i])
+        row_sum = sum(t.w[i][k] for k in t.others[i])
         denominator = log_sum(t.s[i][j] * (1 - t.w[i][j]) for j in t.others[i])
         for k in t.others[i]:
-            total = total - t.w[i][k] / whole * (t.s[i][k] - denominator)
+            total = total - t.w[i][k] / row_sum * (t.s[i][k] - denominator)
     return total / len(t.s)
 
 

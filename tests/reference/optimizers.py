@@ -1,4 +1,4 @@
-"""LAMB and LARS in plain NumPy, one layer at a time, as their papers write them."""
+"""LAMB and LARS in plain NumPy, one layer at a time, as in their papers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def lamb(weights, gradients, lr, betas=(0.9, 0.999), decay=0.0, scaled=True, epsilon=1e-6):
-    """Weights after one step for each of ``gradients``: algorithm 2 of arXiv:1904.00962, φ the identity."""
+    """Return the weights after one step per gradient: algorithm 2 of arXiv:1904.00962 with φ the identity."""
     w = np.array(weights, dtype=np.float64)
     m, v = np.zeros_like(w), np.zeros_like(w)
     for t, gradient in enumerate(gradients, start=1):
@@ -21,7 +21,7 @@ def lamb(weights, gradients, lr, betas=(0.9, 0.999), decay=0.0, scaled=True, eps
 
 
 def lars(weights, gradients, lr, decay=0.0, scaled=True, momentum=0.9, trust=1e-3):
-    """Weights after one step for each of ``gradients``: algorithm 1 of arXiv:1708.03888."""
+    """Return the weights after one step per gradient: algorithm 1 of arXiv:1708.03888."""
     w = np.array(weights, dtype=np.float64)
     velocity = np.zeros_like(w)
     for gradient in gradients:

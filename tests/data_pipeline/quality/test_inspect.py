@@ -1,4 +1,4 @@
-"""The survey says what a build would do, the page stands on its own, and the cohort's folder stays as it was."""
+"""The survey predicts what a build excludes, the page needs no other file, and the cohort is not changed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def snapshot(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
-def test_the_command_prints_tables_and_writes_a_page_that_needs_nothing_else(faulty, tmp_path, capsys):
+def test_the_command_prints_tables_and_writes_a_self_contained_page(faulty, tmp_path, capsys):
     before = snapshot(faulty)
     assert cli.run(["cohort", "inspect", str(faulty), "--out", str(tmp_path / "out")]) == 0
     assert snapshot(faulty) == before
@@ -53,11 +53,11 @@ def test_the_command_prints_tables_and_writes_a_page_that_needs_nothing_else(fau
     for scan, rule in PLANTED.items():
         if rule in ("outlier", "duplicate", "cat12", "nonfinite"):
             assert re.search(rf"<figure class='excluded'><img [^>]*><figcaption><strong>faulty_{scan}</strong>", page)
-    # What cannot be read has a card without a picture.
+    # An unreadable scan has a thumbnail without a picture.
     assert "<figure class='excluded'><figcaption><strong>faulty_sub-002_ses-1" in page
 
 
-def test_the_survey_and_the_build_leave_out_the_same_scans_for_the_same_reasons(faulty, tmp_path):
+def test_the_survey_and_the_build_exclude_the_same_scans_for_the_same_reasons(faulty, tmp_path):
     rules = ["--quality.outlier.robust_z=-1.2", "--quality.limits.tiv.max=1560"]
     arguments = ["cohort", "inspect", str(faulty), "--out", str(tmp_path / "inspected"), "--scaling", "tiv", *rules]
     assert cli.run(arguments) == 0
@@ -74,7 +74,7 @@ def test_the_survey_and_the_build_leave_out_the_same_scans_for_the_same_reasons(
     assert list((tmp_path / "parts").iterdir()) == []
 
 
-def test_a_small_cohort_says_that_outliers_are_not_judged(tmp_path):
+def test_the_tables_of_a_small_cohort_state_that_outliers_are_not_judged(tmp_path):
     cohort = write_cohort(tmp_path / "cohort", participants=5)
     table = (cohort / "participants.tsv").read_text().replace("site0", "<b>0</b>").replace("\tF\t", "\tn/a\t")
     (cohort / "participants.tsv").write_text("\n".join(table.splitlines()[:-1]) + "\n")
@@ -90,8 +90,8 @@ def test_a_small_cohort_says_that_outliers_are_not_judged(tmp_path):
 
 
 def far_away(tmp_path: Path) -> Path:
-    """Two data sets with the same ids, heads 400 mm off the origin, no ages; the last image is a coloured one."""
-    colour = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+    """Two data sets with the same ids, without ages, heads 400 mm off the origin; the last image is an RGB image."""
+    rgb = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
     affine = np.array(GRID.affine)
     affine[:3, 3] += 400
     for number, name in enumerate(("one", "two")):
@@ -101,13 +101,14 @@ def far_away(tmp_path: Path) -> Path:
             nibabel.save(nibabel.Nifti1Image(np.where(voxels > 0.5, voxels, 0), affine), path)
         table = tmp_path / name / "participants.tsv"
         table.write_text(re.sub(r"(sub-\d+)\t[\d.]+\t", r"\1\tn/a\t", table.read_text()))
-    nibabel.save(nibabel.Nifti1Image(np.zeros(GRID.shape, colour), affine), paths[-1])
+    nibabel.save(nibabel.Nifti1Image(np.zeros(GRID.shape, rgb), affine), paths[-1])
     (tmp_path / "all.yaml").write_text("datasets: [{path: one}, {path: two}]")
     (tmp_path / "key").write_bytes(b"0123456789abcdef")
     return tmp_path / "all.yaml"
 
 
 def pictures(page: str) -> list[np.ndarray]:
+    """The pictures of a page as RGB arrays."""
     return [
         matplotlib.image.imread(io.BytesIO(base64.b64decode(png)))[..., :3]
         for png in re.findall(r"src=\"data:image/png;base64,([^\"]+)", page)
@@ -115,7 +116,7 @@ def pictures(page: str) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("key", [None, "key"])
-def test_people_of_several_data_sets_are_counted_and_drawn_where_the_build_finds_them(tmp_path, key):
+def test_participants_of_several_data_sets_are_counted_and_drawn_on_the_grid_of_the_build(tmp_path, key):
     grid = Grid.centred(GRID.shape, 6.0)
     key_file = key and tmp_path / key
     survey = survey_cohort(far_away(tmp_path), parts=tmp_path / "parts", grid=grid, crop="brain", key_file=key_file)
@@ -128,13 +129,13 @@ def test_people_of_several_data_sets_are_counted_and_drawn_where_the_build_finds
     page = write_page(survey, tmp_path / "page.html").read_text()
     assert ("sub-000" in page) == (key is None)
     ages, _, _, *cards = pictures(page)
-    assert len(cards) == 6  # the most typical scan once more; none of the coloured image
+    assert len(cards) == 6  # five scans, one of them also as the most typical; none of the RGB image
     assert all((card > 0.5).mean() > 0.05 for card in cards)  # the head is in the picture
-    for colour in ((0xCC, 0x79, 0xA7), (0x56, 0xB4, 0xE9)):  # women and men are shown although no age is known
+    for colour in ((0xCC, 0x79, 0xA7), (0x56, 0xB4, 0xE9)):  # both sexes are drawn although no age is known
         assert (np.abs(ages - np.array(colour) / 255).max(axis=-1) < 0.01).sum() > 500
 
 
-def test_the_page_is_not_written_into_the_cohort(faulty, capsys):
+def test_a_page_inside_the_cohort_is_refused(faulty, capsys):
     assert cli.run(["cohort", "inspect", str(faulty), "--out", str(faulty / "report")]) == 2
     assert "is inside the cohort, which is never written to" in capsys.readouterr().err
     assert not (faulty / "report").exists()
@@ -162,12 +163,12 @@ def test_wrong_options_are_refused(faulty, tmp_path, capsys):
         ((8, 15, 6), 0, True, None),  # front: right in the sagittal slice, x = 14 / 2 + 14 // 12
     ],
 )
-def test_thumbnails_show_left_at_the_left_and_up_at_the_top(corner, panel, right, top):
+def test_thumbnails_show_left_on_the_left_and_up_at_the_top(corner, panel, right, top):
     volume = np.zeros((14, 16, 12), np.float32)
     i, j, k = corner
     volume[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2, max(k - 1, 0) : k + 2] = 1.0
     picture = matplotlib.image.imread(io.BytesIO(slices(volume, (6.0, 6.0, 6.0))))[..., 0]
-    # The three planes side by side: widths in proportion to columns / rows of each.
+    # The width of each of the three panels is proportional to its columns / rows.
     widths = np.array([16 / 12, 14 / 12, 14 / 16])
     edges = np.round(np.concatenate([[0], np.cumsum(widths / widths.sum())]) * picture.shape[1]).astype(int)
     part = picture[:, edges[panel] : edges[panel + 1]]

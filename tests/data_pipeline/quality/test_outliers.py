@@ -1,4 +1,4 @@
-"""The rules that compare scans, on tables and coarse volumes alone: exact, monotone, and blind to how the cohort was cut."""
+"""The rules that compare scans: exact, monotone in the threshold, and independent of the division into parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
-from data_pipeline.quality import outliers as quality_cohort
+from data_pipeline.quality import outliers
 from data_pipeline.quality.outliers import judge, save_coarse
 from data_pipeline.quality.rules import Outlier, Quality
 from data_pipeline.shards.build import build_shards
@@ -21,7 +21,7 @@ from tests.data_pipeline.shards.faults import write_faulty_cohort
 SCANS, VOXELS = 30, 64
 
 
-def cohort_of(digests: list[str], datasets: list[str] | None = None) -> pd.DataFrame:
+def table_of(digests: list[str], datasets: list[str] | None = None) -> pd.DataFrame:
     names = datasets or ["a"] * len(digests)
     keys = [f"{name}_sub-{n:02d}_ses-1" for n, name in enumerate(names)]
     return pd.DataFrame(
@@ -31,13 +31,14 @@ def cohort_of(digests: list[str], datasets: list[str] | None = None) -> pd.DataF
 
 
 def volumes(seed: int) -> np.ndarray:
-    """Scans ever less like a common pattern, (SCANS, VOXELS), float16 as the files hold them."""
+    """(SCANS, VOXELS) scans of decreasing similarity to a common pattern, rounded to float16 as in the files."""
     generator = np.random.default_rng(seed)
     noise = np.geomspace(0.05, 3.0, SCANS)[:, None] * generator.standard_normal((SCANS, VOXELS))
     return (generator.standard_normal(VOXELS) + noise).astype(np.float16).astype(np.float64)
 
 
-def parts(folder: Path, content: np.ndarray, cuts: list[int]) -> list[Path]:
+def write_parts(folder: Path, content: np.ndarray, cuts: list[int]) -> list[Path]:
+    """Write the coarse volumes in parts that begin at the given rows."""
     edges = [0, *sorted(set(cuts)), len(content)]
     files = []
     for number, (left, right) in enumerate(pairwise(edges)):
@@ -54,39 +55,39 @@ def paths(table: pd.DataFrame) -> dict[str, Path]:
 @given(seed=st.integers(0, 50), first=st.floats(-20, -0.1), second=st.floats(-20, -0.1))
 @settings(max_examples=30, deadline=None)
 def test_a_stricter_threshold_removes_a_superset(tmp_path_factory, seed, first, second):
-    table = cohort_of([str(n) for n in range(SCANS)])
-    files = parts(tmp_path_factory.mktemp("parts"), volumes(seed), [11, 20])
+    table = table_of([str(n) for n in range(SCANS)])
+    files = write_parts(tmp_path_factory.mktemp("parts"), volumes(seed), [11, 20])
     loose, strict = sorted((first, second))
-    gone = []
+    removed = []
     for limit in (loose, strict):
         verdict = judge(table, files, Quality(outlier=Outlier(robust_z=limit, least_drop=0.0)), paths(table))
-        gone.append({each.key for each in verdict.removals})
-        assert gone[-1] == set(table["key"][verdict.z < limit])
-        assert all(each.figure < limit == each.threshold for each in verdict.removals)
-    assert gone[0] <= gone[1]
+        removed.append({removal.key for removal in verdict.removals})
+        assert removed[-1] == set(table["key"][verdict.z < limit])
+        assert all(removal.figure < limit == removal.threshold for removal in verdict.removals)
+    assert removed[0] <= removed[1]
 
 
-def test_low_but_near_stays_and_far_goes(tmp_path):
-    """A thinned cortex: many robust deviations below a homogeneous cohort, yet nearly the same picture."""
+def test_a_small_drop_is_kept_and_a_large_one_is_excluded(tmp_path):
+    """A scan like that of a thinned cortex: a low robust z in a homogeneous cohort, but a high correlation."""
     generator = np.random.default_rng(0)
     base = generator.random(500)
     content = base + 0.01 * generator.random((40, 500))
-    content[7] += 0.12 * generator.random(500)  # changed a little
-    content[9] = generator.random(500)  # another picture
-    table = cohort_of([str(n) for n in range(40)])
-    verdict = judge(table, parts(tmp_path, content.astype(np.float32), []), Quality(), paths(table))
+    content[7] += 0.12 * generator.random(500)  # slightly changed
+    content[9] = generator.random(500)  # unrelated
+    table = table_of([str(n) for n in range(40)])
+    verdict = judge(table, write_parts(tmp_path, content.astype(np.float32), []), Quality(), paths(table))
     assert verdict.z[7] < -5
     assert verdict.location - verdict.correlation[7] < 0.05
-    assert [each.key for each in verdict.removals] == [table["key"][9]]
+    assert [removal.key for removal in verdict.removals] == [table["key"][9]]
 
 
 @given(seed=st.integers(0, 50), cuts=st.lists(st.integers(1, SCANS - 1), max_size=6), block=st.integers(1, 40_000))
 @settings(max_examples=30, deadline=None)
-def test_the_verdict_is_the_naive_one_however_the_cohort_is_cut(tmp_path_factory, seed, cuts, block):
-    table, content = cohort_of([str(n) for n in range(SCANS)]), volumes(seed)
+def test_the_verdict_equals_a_naive_one_for_any_division_and_block_size(tmp_path_factory, seed, cuts, block):
+    table, content = table_of([str(n) for n in range(SCANS)]), volumes(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality_cohort, "MEMORY_BYTES", block)
-        verdict = judge(table, parts(tmp_path_factory.mktemp("parts"), content, cuts), Quality(), paths(table))
+        patch.setattr(outliers, "MEMORY_BYTES", block)
+        verdict = judge(table, write_parts(tmp_path_factory.mktemp("parts"), content, cuts), Quality(), paths(table))
     median = np.median(content, axis=0)
     expected = np.array([np.corrcoef(volume, median)[0, 1] for volume in content])
     np.testing.assert_allclose(verdict.correlation, expected, atol=1e-6)
@@ -99,69 +100,69 @@ def test_the_verdict_is_the_naive_one_however_the_cohort_is_cut(tmp_path_factory
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_of_each_group_of_copies_the_first_key_stays_whatever_the_order_of_rows(tmp_path_factory, groups, data):
+def test_the_first_key_of_each_group_of_copies_is_kept_for_any_order_of_rows(tmp_path_factory, groups, data):
     datasets = [data.draw(st.sampled_from("ab")) for _ in groups]
-    table = cohort_of([f"digest{group}" for group in groups], datasets)
+    table = table_of([f"digest{group}" for group in groups], datasets)
     order = data.draw(st.permutations(range(len(groups))))
     shuffled = table.iloc[order].reset_index(drop=True)
-    files = parts(tmp_path_factory.mktemp("parts"), volumes(0)[: len(groups)], [])
+    files = write_parts(tmp_path_factory.mktemp("parts"), volumes(0)[: len(groups)], [])
     rules = Quality(outlier=Outlier(use=False))
     verdict = judge(shuffled, files, rules, paths(shuffled))
     first = table.sort_values("key").drop_duplicates("voxels_sha256").set_index("voxels_sha256")["key"]
-    removed = {each.key for each in verdict.removals}
+    removed = {removal.key for removal in verdict.removals}
     assert set(table["key"]) - removed == set(first)
     digest = table.set_index("key")["voxels_sha256"]
-    for each in verdict.removals:
-        assert f"same voxels as {first[digest[each.key]]}," in each.reason
-        assert "listed as two participants" in each.reason
-        assert each.figure == (digest == digest[each.key]).sum()
+    for removal in verdict.removals:
+        assert f"same voxels as {first[digest[removal.key]]}," in removal.reason
+        assert "listed as two participants" in removal.reason
+        assert removal.figure == (digest == digest[removal.key]).sum()
 
 
-def test_a_copy_in_another_data_set_is_a_copy(tmp_path):
-    table = cohort_of(["x", "y", "x"], ["openbhb", "openbhb", "abide"])
-    verdict = judge(table, parts(tmp_path, volumes(0)[:3], []), Quality(), paths(table))
+def test_a_copy_in_another_data_set_is_a_duplicate(tmp_path):
+    table = table_of(["x", "y", "x"], ["openbhb", "openbhb", "abide"])
+    verdict = judge(table, write_parts(tmp_path, volumes(0)[:3], []), Quality(), paths(table))
     (removal,) = verdict.removals
     assert removal.key == "openbhb_sub-00_ses-1"
     assert "same voxels as abide_sub-02_ses-1" in removal.reason
 
 
-def test_a_scan_that_the_shards_hold_already_comes_first(tmp_path):
-    table = cohort_of(["x", "y", "z"])
-    held = {"y": "old_sub-9_ses-1"}
-    verdict = judge(table, parts(tmp_path, volumes(0)[:3], []), Quality(), paths(table), held)
-    assert [(each.key, each.rule) for each in verdict.removals] == [("a_sub-01_ses-1", "duplicate")]
+def test_a_copy_of_a_scan_in_the_shards_is_a_duplicate(tmp_path):
+    table = table_of(["x", "y", "z"])
+    known = {"y": "old_sub-9_ses-1"}
+    verdict = judge(table, write_parts(tmp_path, volumes(0)[:3], []), Quality(), paths(table), known)
+    assert [(removal.key, removal.rule) for removal in verdict.removals] == [("a_sub-01_ses-1", "duplicate")]
     assert "old_sub-9_ses-1, which the shards hold already" in verdict.removals[0].reason
 
 
-def test_copies_do_not_move_the_median(tmp_path):
+def test_duplicates_do_not_count_in_the_median(tmp_path):
     content = volumes(3)
     odd = np.random.default_rng(9).standard_normal(VOXELS).astype(np.float16)
-    many = np.concatenate([content, [odd] * 40])  # one odd scan, copied forty times, is no majority
-    table = cohort_of([*(str(n) for n in range(SCANS)), *["odd"] * 40])
-    verdict = judge(table, parts(tmp_path, many, [25]), Quality(), paths(table))
+    with_copies = np.concatenate([content, [odd] * 40])  # forty copies of one odd scan
+    table = table_of([*(str(n) for n in range(SCANS)), *["odd"] * 40])
+    verdict = judge(table, write_parts(tmp_path, with_copies, [25]), Quality(), paths(table))
     median = np.median([*content, odd], axis=0)
-    expected = [np.corrcoef(volume, median)[0, 1] for volume in many]
+    expected = [np.corrcoef(volume, median)[0, 1] for volume in with_copies]
     np.testing.assert_allclose(verdict.correlation, expected, atol=1e-6)
 
 
-def test_nearly_equal_scans_are_no_outliers_of_each_other(tmp_path):
+def test_nearly_equal_scans_are_not_outliers(tmp_path):
     pattern = np.random.default_rng(0).standard_normal(VOXELS)
     content = np.tile(pattern, (SCANS, 1))
-    content[4, 0] += 0.05  # the deviation of all others is 0
-    table = cohort_of([str(n) for n in range(SCANS)])
-    assert judge(table, parts(tmp_path, content, []), Quality(), paths(table)).removals == []
+    content[4, 0] += 0.05  # all others are equal, so the median absolute deviation is 0
+    table = table_of([str(n) for n in range(SCANS)])
+    assert judge(table, write_parts(tmp_path, content, []), Quality(), paths(table)).removals == []
 
 
 def test_a_constant_volume_has_no_correlation_and_is_not_judged(tmp_path):
     content = volumes(1)
     content[2] = 0.5
-    table = cohort_of([str(n) for n in range(SCANS)])
-    verdict = judge(table, parts(tmp_path, content, [3]), Quality(), paths(table))
+    table = table_of([str(n) for n in range(SCANS)])
+    verdict = judge(table, write_parts(tmp_path, content, [3]), Quality(), paths(table))
     assert np.isnan(verdict.correlation[2])
-    assert "a_sub-02_ses-1" not in {each.key for each in verdict.removals}
+    assert "a_sub-02_ses-1" not in {removal.key for removal in verdict.removals}
 
 
-def test_one_worker_or_two_give_the_same_bytes(tmp_path):
+def test_the_number_of_workers_does_not_change_any_file(tmp_path):
     cohort = write_faulty_cohort(tmp_path / "faulty")
     built = [build_shards(cohort, tmp_path / f"out{workers}", scans_per_shard=5, workers=workers) for workers in (1, 2)]
     assert built[0].digest == built[1].digest

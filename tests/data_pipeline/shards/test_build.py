@@ -245,7 +245,7 @@ def test_wrong_options_are_one_clear_line(cohort, tmp_path, capsys):
     for option, text in (
         (["--modality", "t1"], "modality='t1' is not known"),
         (["--modality", "t1w"], "has no t1w scan of a listed participant"),
-        (["--scaling", "icv"], "scaling='icv' is not known; allowed: none, tiv"),
+        (["--scaling", "icv"], "scaling='icv' is not known (did you mean 'tiv'?); allowed: none, tiv"),
         (["--codec", "gz"], "codec='gz' is not known"),
         (["--splits", "a=.5,b=.1"], "the shares sum to 0.6"),
         (["--scans-per-shard", "0"], "must be at least 1"),

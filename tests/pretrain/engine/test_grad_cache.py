@@ -1,4 +1,4 @@
-"""GradCache in one process: dropout, batch normalisation, and the real engine."""
+"""Gradient caching in a single process: dropout, batch normalisation, and the real engine."""
 
 from __future__ import annotations
 
@@ -32,58 +32,58 @@ def views() -> torch.Tensor:
     return torch.randn(2, 5, 1, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def compare(embeddings: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
+def batch_loss(embeddings: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
     return y_aware_infonce(embeddings, AGES, kernel=KERNEL)
 
 
 def reference(model: nn.Module, micro: int) -> torch.Tensor:
-    """Micro-batches with their graphs kept, all at once: what the cache saves the memory of."""
+    """The same micro-batches with all their graphs in memory at once, which the cache avoids."""
     torch.manual_seed(9)
     parts = [model(part)[0] for part in torch.split(views(), micro, dim=1)]
-    loss = compare(torch.cat(parts, dim=1), None)
+    loss = batch_loss(torch.cat(parts, dim=1), None)
     loss.backward()
     return loss
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_dropout_and_batch_statistics_are_those_of_one_forward_pass(micro: int) -> None:
-    mine, plain = network(), network()
+def test_dropout_and_batch_statistics_equal_those_of_one_forward_pass(micro: int) -> None:
+    cached, plain = network(), network()
     expected = reference(plain, micro)
     torch.manual_seed(9)
-    value, _, backward = cached_pass(PlainEngine(mine), views(), compare, micro)
+    value, _, backward = cached_pass(PlainEngine(cached), views(), batch_loss, micro)
     backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
-    for (name, p), q in zip(mine.named_parameters(), plain.parameters(), strict=True):
+    for (name, p), q in zip(cached.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12, msg=name)
-    # Running statistics moved once a micro-batch, by the same values.
-    for (name, p), q in zip(mine.named_buffers(), plain.buffers(), strict=True):
+    # The running statistics were updated once per micro-batch, with the same values.
+    for (name, p), q in zip(cached.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(p, q, msg=name)
-    assert mine.network[1].num_batches_tracked == -(-5 // micro)
-    assert mine.network[1].track_running_stats
+    assert cached.network[1].num_batches_tracked == -(-5 // micro)
+    assert cached.network[1].track_running_stats
 
 
-def test_other_masks_in_the_second_pass_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, plain = network(), network()
+def test_different_dropout_masks_in_the_second_pass_change_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached, plain = network(), network()
     reference(plain, 2)
     monkeypatch.setattr("pretrain.engine.grad_cache._set_random_state", lambda part, state: None)
     torch.manual_seed(9)
-    _, _, backward = cached_pass(PlainEngine(mine), views(), compare, 2)
+    _, _, backward = cached_pass(PlainEngine(cached), views(), batch_loss, 2)
     backward()
-    worst = max((p.grad - q.grad).abs().max() for p, q in zip(mine.parameters(), plain.parameters(), strict=True))
+    worst = max((p.grad - q.grad).abs().max() for p, q in zip(cached.parameters(), plain.parameters(), strict=True))
     assert worst > 1e-3
 
 
 def test_embeddings_reach_the_loss_in_float32_or_better() -> None:
-    for given, wanted in (
+    for dtype, expected in (
         (torch.bfloat16, torch.float32),
         (torch.float32, torch.float32),
         (torch.float64, torch.float64),
     ):
-        assert at_least_float32(torch.zeros(2, dtype=given)).dtype is wanted
+        assert at_least_float32(torch.zeros(2, dtype=dtype)).dtype is expected
 
 
 def test_the_real_engine_trains_the_same_from_micro_batches(one_rank) -> None:
-    """Three steps of Adam with group normalisation: losses and weights as of whole batches."""
+    """Three steps of Adam with group normalisation give the losses and weights of whole batches."""
     batches = []
     for seed in range(3):
         source = torch.Generator().manual_seed(seed)
@@ -115,7 +115,7 @@ def test_the_real_engine_trains_the_same_from_micro_batches(one_rank) -> None:
             torch.testing.assert_close(state[name], value, rtol=1e-3, atol=2e-4, msg=name)
 
 
-def test_a_micro_batch_that_does_not_fit_is_one_line() -> None:
+def test_a_micro_batch_that_does_not_divide_the_batch_is_refused() -> None:
     assert check_micro_batch(Batch(global_=64, micro=8), 4) == 2
     assert check_micro_batch(Batch(global_=64), 4) == 1
     with pytest.raises(UserError, match=r"batch.micro=6 does not divide the 16 scans of a rank .* use 4"):

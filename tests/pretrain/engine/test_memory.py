@@ -1,4 +1,4 @@
-"""A rank's memory on the CPU: what is freed stays for the next step, and nothing outlives the process."""
+"""Memory of a rank on the CPU: freed memory is kept for the next step, and no shared memory is left behind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from infra.distributed import free_port
 
-TWICE = """
+ALLOCATE_TWICE = """
 import resource
 import torch
 from pretrain.engine import engine
@@ -28,14 +28,16 @@ print(first, second)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is what is set")
-def test_a_second_step_finds_the_memory_of_the_first():
-    said = subprocess.run([sys.executable, "-c", TWICE.format(keep=True)], capture_output=True, text=True, check=True)
-    first, second = map(int, said.stdout.split())
-    assert second < first / 8, said.stdout  # one part in sixteen may not fit where it was
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the options of glibc's malloc are set")
+def test_a_second_step_reuses_the_memory_of_the_first():
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOCATE_TWICE.format(keep=True)], capture_output=True, text=True, check=True
+    )
+    first, second = map(int, done.stdout.split())
+    assert second < first / 8, done.stdout  # one block of sixteen may need new memory
 
 
-STARTED = """
+START_AND_STOP = """
 from pretrain.engine import engine
 engine.start_ranks()
 print(engine.distributed.world_size())
@@ -44,11 +46,13 @@ engine.stop_ranks()
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm")
-def test_a_rank_leaves_nothing_in_shared_memory():
-    """DeepSpeed would leave 69 MB a rank, from every run, until the machine is started anew."""
+def test_a_rank_leaves_no_file_in_shared_memory():
+    """By default DeepSpeed leaves 69 MB per rank in /dev/shm after every run, until the next reboot."""
     port = str(free_port())
-    given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    environment = {**os.environ, **given, "MASTER_PORT": port}
-    said = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, check=True, env=environment)
-    assert said.stdout.split()[-1] == "1"
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**os.environ, **variables, "MASTER_PORT": port}
+    done = subprocess.run(
+        [sys.executable, "-c", START_AND_STOP], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.split()[-1] == "1"
     assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))

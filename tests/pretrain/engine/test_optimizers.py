@@ -1,4 +1,4 @@
-"""Which parameter trains at which rate, and LAMB and LARS against NumPy."""
+"""The learning rate of each parameter; LAMB and LARS against NumPy; saved optimisers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEPTHS = {"densenet121": 4, "resnet18": 4, "resnet50": 4, "unet": 4, "resenc-l":
 
 
 def network(name: str, **options: object) -> ContrastiveModel:
-    """An encoder of any size, without memory for its weights where it can be built so."""
+    """A model on the meta device, without memory for its weights, if the encoder can be built there."""
     with torch.device("cpu" if name == "swin-unetr" else "meta"):
         encoder = build_encoder(name, dict(options))
         return ContrastiveModel(encoder, Projector(int(encoder.feature_size), 8, 4), Temperature())
@@ -34,7 +34,7 @@ def test_layer_decay_reaches_every_block_of_every_encoder_in_order(name):
     depths = [depth_of(parameter) for parameter, _ in model.encoder.named_parameters()]
     counted = {depth for depth in depths if depth is not None}
     assert counted == set(range(DEPTHS[name] + 1))
-    # The blocks follow each other in the network, and each is far smaller than the whole.
+    # The blocks are in order, and none holds most of the parameters.
     inside = [depth for depth in depths if depth]
     assert inside == sorted(inside)
     assert max(inside.count(depth) for depth in counted) < len(depths) * 0.75
@@ -58,7 +58,7 @@ def test_the_vits_last_norm_trains_at_the_full_rate():
 
 
 @pytest.mark.parametrize("name", ["adam", "lamb"])
-def test_groups_without_layer_decay(name):
+def test_without_layer_decay_all_groups_have_the_same_rate(name):
     groups = parameter_groups(network("resnet18", norm="group"), Optimizer(name=name, weight_decay=0.1))
     assert {group["lr"] for group in groups} == {Optimizer().lr}
     plain = {n for group in groups if group.get("weight_decay") == 0.0 for n in group["names"]}
@@ -68,7 +68,7 @@ def test_groups_without_layer_decay(name):
     assert [group.get("scaled", True) for group in groups].count(False) == (2 if name == "lamb" else 0)
 
 
-def walk(optimizer, weights, gradients):
+def train(optimizer, weights, gradients):
     for step in range(len(gradients[0])):
         for parameter, series in zip(weights, gradients, strict=True):
             parameter.grad = torch.from_numpy(series[step]).float()
@@ -78,16 +78,16 @@ def walk(optimizer, weights, gradients):
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize(("kind", "twin", "lr"), [(Lamb, naive.lamb, 0.05), (Lars, naive.lars, 3.0)])
-def test_lamb_and_lars_are_their_papers(kind, twin, lr, decay):
+def test_lamb_and_lars_follow_their_papers(kind, twin, lr, decay):
     source = np.random.default_rng(0)
     shapes = [(4, 3), (2, 3, 1, 2), (5,)]
     start = [source.normal(size=shape) for shape in shapes]
-    start[1][:] = 0.0  # a layer that begins at 0 keeps the plain step
+    start[1][:] = 0.0  # the step of a layer whose weights are 0 is not scaled
     gradients = [source.normal(size=(6, *shape)) for shape in shapes]
     weights = [nn.Parameter(torch.from_numpy(w).float()) for w in start]
     more = {"betas": (0.9, 0.999)} if kind is Lamb else {}
     groups = [{"params": weights[:2]}, {"params": weights[2:], "scaled": False, "weight_decay": 0.0}]
-    found = walk(kind(groups, lr=lr, weight_decay=decay, **more), weights, gradients)
+    found = train(kind(groups, lr=lr, weight_decay=decay, **more), weights, gradients)
     for number, (w, g) in enumerate(zip(start, gradients, strict=True)):
         scaled = number < 2
         expected = twin(w, g, lr, decay=decay if scaled else 0.0, scaled=scaled)
@@ -96,7 +96,7 @@ def test_lamb_and_lars_are_their_papers(kind, twin, lr, decay):
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lamb", "lars"])
-def test_a_saved_optimiser_goes_on_the_same(name):
+def test_an_optimiser_restored_from_its_state_takes_the_same_steps(name):
     def start():
         torch.manual_seed(1)
         model = ContrastiveModel(nn.Linear(3, 4), Projector(4, 5, 2))
@@ -118,5 +118,5 @@ def test_a_saved_optimiser_goes_on_the_same(name):
     again.load_state_dict(saved[1])
     for number in range(3, 6):
         step(other, again, number)
-    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    for restored, original in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(restored, original)

@@ -1,4 +1,4 @@
-"""Every loss with every kernel, option and tile size against its naive twin, in float64."""
+"""Every loss with every kernel, option and size of tiles, against its naive version, in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SUBJECTS = (0, 1, 0, 2, 3, 2)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "warm": {"temperature": 0.7},
-    # Beyond the span in which one constant serves as every row's maximum.
+    # 1/τ is above SAFE_LOGIT, so that the tiled form needs the maximum of each row.
     "cold": {"temperature": 0.002},
     "column": {"normalization": "column"},
     "subjects": {"subjects": SUBJECTS},
@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 TILES = [None, 1, 2, 4, "auto"]
 
 
-def suits(loss: str, option: str) -> bool:
+def has_option(loss: str, option: str) -> bool:
     if "column" in option:
         return loss == "y-aware"
     if loss == "decoupled-uniformity":
@@ -53,11 +53,11 @@ def suits(loss: str, option: str) -> bool:
     return option != "ridge"
 
 
-CASES = [(loss, option) for loss in LOSSES for option in OPTIONS if suits(loss, option)]
+CASES = [(loss, option) for loss in LOSSES for option in OPTIONS if has_option(loss, option)]
 
 
 def batch(scans: int = 6, depth: int = 5, missing: bool = True) -> tuple[Tensor, Tensor]:
-    """Ages with a tie (scans 0 and 1) and one missing (scan 4)."""
+    """Views (2, B, D) and ages (B, 1): scans 0 and 1 have the same age; the age of scan 4 is missing."""
     rng = np.random.default_rng(scans)
     views = torch.from_numpy(rng.standard_normal((2, scans, depth)))
     ages = torch.from_numpy(np.round(rng.uniform(6.0, 88.0, (scans, 1)), 1))
@@ -84,7 +84,7 @@ def assert_equal(found: tuple[float, Tensor], expected: tuple[float, Tensor], rt
 
 @pytest.mark.parametrize("case", KERNEL_OPTIONS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_with_every_kernel(loss: str, case: str) -> None:
+def test_every_loss_with_every_kernel_equals_the_naive_loops(loss: str, case: str) -> None:
     name, options = KERNEL_OPTIONS[case]
     views, ages = batch()
     twin = naive.TWINS[loss](views, ages, naive.pair_weight(name, **options))
@@ -96,7 +96,9 @@ def test_every_loss_with_every_kernel(loss: str, case: str) -> None:
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(("loss", "option"), CASES)
-def test_every_loss_with_every_option_and_tile_size(loss: str, option: str, tile: Any) -> None:
+def test_every_loss_with_every_option_and_size_of_tiles_equals_the_naive_loops(
+    loss: str, option: str, tile: Any
+) -> None:
     views, ages = batch()
     twin = naive.TWINS[loss](views, ages, naive.pair_weight("gaussian", 8.0), **OPTIONS[option])
     kernel = KERNELS["gaussian"](bandwidth=8.0)
@@ -106,7 +108,7 @@ def test_every_loss_with_every_option_and_tile_size(loss: str, option: str, tile
 
 @pytest.mark.parametrize("tile", [1, 7, 16, 64, "auto"], ids=str)
 @pytest.mark.parametrize(("loss", "option"), CASES)
-def test_tiled_is_plain_to_1e_12(loss: str, option: str, tile: Any) -> None:
+def test_the_tiled_form_equals_the_plain_form_to_1e_12(loss: str, option: str, tile: Any) -> None:
     views, ages = batch(scans=45, depth=16)
     options = {**arguments(option), "kernel": KERNELS["gaussian"](bandwidth=8.0)}
     if "subjects" in options:
@@ -118,7 +120,7 @@ def test_tiled_is_plain_to_1e_12(loss: str, option: str, tile: Any) -> None:
 
 @pytest.mark.parametrize("tile", [None, 2])
 @pytest.mark.parametrize(("loss", "option"), CASES)
-def test_gradcheck(loss: str, option: str, tile: int | None) -> None:
+def test_the_gradient_in_the_embeddings_passes_gradcheck(loss: str, option: str, tile: int | None) -> None:
     views, ages = batch()
     kernel = KERNELS["gaussian"](bandwidth=8.0)
     options = {"temperature": 0.3, **arguments(option)}
@@ -130,8 +132,8 @@ def test_gradcheck(loss: str, option: str, tile: int | None) -> None:
 @pytest.mark.parametrize("tile", [None, 2, "auto"])
 @pytest.mark.parametrize("option", ["plain", "column", "cross-view", "subjects-cross-view"])
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "decoupled-uniformity"])
-def test_gradient_in_the_temperature(loss: str, option: str, tile: Any) -> None:
-    if not suits(loss, option):
+def test_the_gradient_in_the_temperature_passes_gradcheck(loss: str, option: str, tile: Any) -> None:
+    if not has_option(loss, option):
         return
     views, ages = batch()
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -143,7 +145,7 @@ def test_gradient_in_the_temperature(loss: str, option: str, tile: Any) -> None:
 @pytest.mark.parametrize("tile", [None, 1, "auto"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_odd_batches_are_finite(loss: str, dtype: torch.dtype, tile: Any) -> None:
+def test_unusual_batches_give_finite_values_and_gradients(loss: str, dtype: torch.dtype, tile: Any) -> None:
     _, ages = batch(6)
     single = torch.ones(2, 1, 5, dtype=dtype)
     zeros = torch.zeros(2, 6, 5, dtype=dtype)
@@ -163,7 +165,7 @@ def test_odd_batches_are_finite(loss: str, dtype: torch.dtype, tile: Any) -> Non
 @pytest.mark.parametrize("tile", [None, 4, "auto"], ids=str)
 @pytest.mark.parametrize("temperature", [1e-4, 1e-2, 1e3])
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "decoupled-uniformity"])
-def test_huge_and_tiny_logits(loss: str, temperature: float, tile: Any) -> None:
+def test_huge_and_tiny_logits_give_the_exact_value(loss: str, temperature: float, tile: Any) -> None:
     views, ages = batch(9)
     kernel = KERNELS["gaussian"](bandwidth=8.0)
     exact = LOSSES[loss](views, ages, kernel=kernel, temperature=temperature).item()
@@ -175,7 +177,7 @@ def test_huge_and_tiny_logits(loss: str, temperature: float, tile: Any) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_autocast_and_half_precision_views(loss: str) -> None:
+def test_half_precision_views_are_compared_in_float32_also_under_autocast(loss: str) -> None:
     views, ages = batch(9)
     kernel = KERNELS["gaussian"](bandwidth=8.0)
     half = views.detach().bfloat16()
@@ -188,7 +190,7 @@ def test_autocast_and_half_precision_views(loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_scans_may_come_in_any_order(loss: str) -> None:
+def test_the_order_of_the_scans_does_not_matter(loss: str) -> None:
     views, ages = batch(9)
     order = torch.tensor([3, 1, 8, 5, 0, 2, 7, 4, 6])
     kernel = KERNELS["gaussian"](bandwidth=8.0)
@@ -196,7 +198,7 @@ def test_scans_may_come_in_any_order(loss: str) -> None:
     assert LOSSES[loss](views[:, order], ages[order], kernel=kernel).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_rank_n_contrast_needs_no_kernel_and_no_bandwidth() -> None:
+def test_rank_n_contrast_depends_only_on_the_order_of_the_weights() -> None:
     views, ages = batch()
     expected = naive.rank_n_contrast(views, ages, naive.pair_weight("cauchy", 1.0))
     assert LOSSES["rank-n-contrast"](views, ages).item() == pytest.approx(expected.item(), rel=1e-12)
@@ -211,7 +213,7 @@ def test_a_wrong_tile_is_refused(tile: Any) -> None:
         LOSSES["y-aware"](views, ages, kernel=KERNELS["gaussian"](bandwidth=8.0), tile=tile)
 
 
-def test_wrong_subjects_are_refused() -> None:
+def test_wrong_subjects_and_a_negative_ridge_are_refused() -> None:
     views, ages = batch()
     with pytest.raises(UserError, match="subjects has shape"):
         LOSSES["y-aware"](views, ages, kernel=KERNELS["gaussian"](bandwidth=8.0), subjects=torch.ones(3))

@@ -1,3 +1,5 @@
+"""y-Aware InfoNCE: naive loops, closed forms, and numerics."""
+
 from __future__ import annotations
 
 import math
@@ -28,7 +30,7 @@ KERNEL_CASES = {
 
 
 def batch(scans: int, depth: int = 6, seed: int = 0, missing: bool = False) -> tuple[Tensor, Tensor]:
-    """(2, B, D) embeddings of any length and (B, 1) ages, some of them equal."""
+    """Embeddings (2, B, D) of different lengths and ages (B, 1), some of them equal."""
     rng = np.random.default_rng(seed)
     views = torch.from_numpy(rng.standard_normal((2, scans, depth)) * rng.uniform(0.1, 10.0, (2, scans, 1)))
     ages = torch.from_numpy(np.round(rng.uniform(6.0, 88.0, (scans, 1)), 1))
@@ -40,7 +42,7 @@ def batch(scans: int, depth: int = 6, seed: int = 0, missing: bool = False) -> t
 
 @pytest.mark.parametrize("case", KERNEL_CASES)
 @pytest.mark.parametrize("normalization", ["row", "column"])
-def test_equals_the_naive_loops_with_every_kernel(case: str, normalization: str) -> None:
+def test_the_value_and_the_gradient_equal_the_naive_loops_with_every_kernel(case: str, normalization: str) -> None:
     name, options = KERNEL_CASES[case]
     views, ages = batch(7, missing=True)
     views.requires_grad_()
@@ -55,7 +57,9 @@ def test_equals_the_naive_loops_with_every_kernel(case: str, normalization: str)
 @pytest.mark.parametrize("depth", [2, 9])
 @pytest.mark.parametrize("temperature", [0.02, 0.1, 1.0])
 @pytest.mark.parametrize("bandwidth", [0.0, 2.0, 30.0])
-def test_equals_the_naive_loops_over_sizes(scans: int, depth: int, temperature: float, bandwidth: float) -> None:
+def test_the_value_equals_the_naive_loops_for_all_sizes(
+    scans: int, depth: int, temperature: float, bandwidth: float
+) -> None:
     views, ages = batch(scans, depth, seed=scans)
     found = y_aware_infonce(views, ages, kernel=KERNELS["gaussian"](bandwidth=bandwidth), temperature=temperature)
     expected = naive.y_aware(views, ages, naive.pair_weight("gaussian", bandwidth), temperature=temperature)
@@ -63,14 +67,14 @@ def test_equals_the_naive_loops_over_sizes(scans: int, depth: int, temperature: 
 
 
 @pytest.mark.parametrize("normalization", ["row", "column"])
-def test_gradcheck(normalization: str) -> None:
+def test_the_gradient_in_the_embeddings_passes_gradcheck(normalization: str) -> None:
     views, ages = batch(4, missing=True)
     views.requires_grad_()
     options = {"kernel": GAUSSIAN, "temperature": 0.3, "normalization": normalization}
     assert torch.autograd.gradcheck(lambda z: y_aware_infonce(z, ages, **options), views)
 
 
-def test_gradient_in_the_temperature() -> None:
+def test_the_gradient_in_the_temperature_passes_gradcheck() -> None:
     views, ages = batch(4)
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     loss = lambda tau: y_aware_infonce(views, ages, kernel=GAUSSIAN, temperature=tau)  # noqa: E731
@@ -98,7 +102,7 @@ def test_equal_ages_make_every_pair_positive() -> None:
     assert found.item() == pytest.approx(-log_p[off_diagonal].mean().item(), rel=1e-12)
 
 
-def test_a_scan_with_a_missing_age_is_a_simclr_anchor() -> None:
+def test_missing_ages_give_simclr() -> None:
     views, ages = batch(5)
     all_missing = y_aware_infonce(views, torch.full_like(ages, math.nan), kernel=GAUSSIAN)
     simclr = y_aware_infonce(views, ages, kernel=KERNELS["gaussian"](bandwidth=0.0))
@@ -161,7 +165,7 @@ def test_the_order_of_scans_and_of_views_does_not_matter() -> None:
     assert y_aware_infonce(views.flip(0), ages, kernel=GAUSSIAN).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_column_normalisation_is_twice_row_normalisation_where_the_sums_agree() -> None:
+def test_column_normalisation_is_twice_row_normalisation_if_the_sums_are_equal() -> None:
     views, ages = batch(5)
     simclr = KERNELS["gaussian"](bandwidth=0.0)
     row = y_aware_infonce(views, ages, kernel=simclr)
@@ -169,13 +173,13 @@ def test_column_normalisation_is_twice_row_normalisation_where_the_sums_agree() 
     assert column.item() == pytest.approx(2 * row.item(), rel=1e-12)
 
 
-def test_embeddings_with_nan_are_not_hidden() -> None:
+def test_embeddings_with_nan_give_nan() -> None:
     views, ages = batch(4)
     views[0, 0, 0] = math.nan
     assert y_aware_infonce(views, ages, kernel=GAUSSIAN).isnan()
 
 
-def test_the_logged_loss_of_one_process_is_its_loss() -> None:
+def test_the_global_loss_of_a_single_process_is_its_loss() -> None:
     views, ages = batch(4)
     loss = y_aware_infonce(views.requires_grad_(), ages, kernel=GAUSSIAN)
     assert global_loss(loss).item() == loss.item()

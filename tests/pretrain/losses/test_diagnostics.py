@@ -1,3 +1,5 @@
+"""Effective positives of an anchor: perplexity, closed forms, and their summary."""
+
 from __future__ import annotations
 
 import math
@@ -23,7 +25,7 @@ def ages(scans: int = 8) -> Tensor:
     [{}, {"cross_view": True}, {"subjects": torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])}],
     ids=["plain", "cross", "subj"],
 )
-def test_is_the_perplexity_of_the_anchor_s_row(options: dict[str, Any]) -> None:
+def test_effective_positives_are_the_perplexity_of_the_row_of_weights(options: dict[str, Any]) -> None:
     proxies = ages()
     found = effective_positives(proxies, KERNELS["gaussian"](bandwidth=8.0), **options)
     table = naive.table(
@@ -32,20 +34,20 @@ def test_is_the_perplexity_of_the_anchor_s_row(options: dict[str, Any]) -> None:
     for view in (0, 1):
         for scan in range(8):
             row = [table.w[8 * view + scan][j] for j in table.others[8 * view + scan]]
-            shares = [w / sum(row) for w in row if w > 0]
-            assert found[scan].item() == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-10)
+            normalised = [w / sum(row) for w in row if w > 0]
+            assert found[scan].item() == pytest.approx(math.exp(-sum(p * math.log(p) for p in normalised)), rel=1e-10)
 
 
-def test_closed_forms() -> None:
+def test_effective_positives_have_closed_forms_for_simclr_and_equal_ages() -> None:
     proxies = ages()
-    alone = effective_positives(proxies, KERNELS["gaussian"](bandwidth=0))
-    torch.testing.assert_close(alone, torch.ones(8, dtype=torch.float64))
+    simclr = effective_positives(proxies, KERNELS["gaussian"](bandwidth=0))
+    torch.testing.assert_close(simclr, torch.ones(8, dtype=torch.float64))
     equal = effective_positives(torch.full((8, 1), 40.0), KERNELS["gaussian"](bandwidth=5.0))
     torch.testing.assert_close(equal, torch.full((8,), 15.0, dtype=torch.float64))
     assert effective_positives(proxies[:1], KERNELS["gaussian"](bandwidth=5.0)).tolist() == [1.0]
 
 
-def test_summary_over_batches() -> None:
+def test_the_summary_covers_all_batches() -> None:
     batches = [torch.tensor([1.0, 1.5, 2.0, 3.9]), torch.tensor([4.0, 5000.0])]
     proxies = [torch.tensor([[1.0], [math.nan], [2.0], [3.0]]), torch.tensor([[1.0], [2.0]])]
     found = positive_statistics([batch.double() for batch in batches], proxies)
@@ -54,7 +56,7 @@ def test_summary_over_batches() -> None:
     assert found.below_two == pytest.approx(2 / 6)
     assert found.missing == pytest.approx(1 / 6)
     assert found.histogram == (2, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1)
-    figures = found.metrics()
-    assert figures["positives/from_1"] == pytest.approx(2 / 6)
-    assert figures["positives/from_4096"] == pytest.approx(1 / 6)
+    metrics = found.metrics()
+    assert metrics["positives/from_1"] == pytest.approx(2 / 6)
+    assert metrics["positives/from_4096"] == pytest.approx(1 / 6)
     assert math.isnan(positive_statistics([], []).mean)

@@ -15,7 +15,8 @@ from pretrain.engine import engine
 from pretrain.losses import LOSSES
 from pretrain.losses.contrastive import decoupled_uniformity
 from pretrain.model import build_model
-from pretrain.run.step import build_loss, loss_options, lr_factor, train_step
+from pretrain.run.objective import build_objective, loss_options
+from pretrain.run.step import lr_factor, train_step
 
 UNIFORMITY = ("--loss.name=decoupled-uniformity",)
 
@@ -39,11 +40,11 @@ def test_a_loss_added_to_the_table_trains_from_a_recipe(one_rank, shards, monkey
     monkeypatch.setitem(LOSSES, "toy", toy)
     recipe = recipe_of("--loss.name=toy", "--loss.options.margin=0.25", "--optimizer.lr=0.01")
     manifest = Manifest.load(str(shards))
-    loss = build_loss(recipe, manifest, manifest.rows(split=recipe.data.split))
+    objective = build_objective(recipe, manifest, manifest.rows(split=recipe.data.split))
     trained = engine.build_engine(recipe, build_model(recipe), lr_factor(recipe.optimizer, 20, 10))
     trained.train()
     before = trained.module.projector[0].weight.detach().clone()
-    values = [train_step(trained, loss, batch_of_four(), step, torch.float32)[0]["loss"] for step in range(3)]
+    values = [train_step(trained, objective.loss, batch_of_four(), step, torch.float32)[0]["loss"] for step in range(3)]
     assert calls == [0.25] * 3
     assert values[2] < values[0]
     assert not torch.equal(trained.module.projector[0].weight, before)
@@ -58,8 +59,8 @@ def test_the_options_of_a_loss_reach_its_value(shards):
     recipe = recipe_of(*UNIFORMITY, "--loss.options={scale: 3.0, ridge: 0.1}")
     kernel = lambda a, b: torch.exp(-(((a - b.T) / 5.0) ** 2) / 2)  # noqa: E731
     expected = decoupled_uniformity(views, batch["proxies"], kernel=kernel, scale=3.0, ridge=0.1)
-    torch.testing.assert_close(build_loss(recipe, manifest, rows)(views, None, batch), expected)
-    plain = build_loss(recipe_of(*UNIFORMITY), manifest, rows)(views, None, batch)
+    torch.testing.assert_close(build_objective(recipe, manifest, rows).loss(views, None, batch), expected)
+    plain = build_objective(recipe_of(*UNIFORMITY), manifest, rows).loss(views, None, batch)
     assert abs(plain - expected) > 1e-2
 
 

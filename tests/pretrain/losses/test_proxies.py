@@ -1,3 +1,5 @@
+"""A recipe's proxies section becomes a kernel: one kernel per proxy, products, and bandwidths by rule."""
+
 from __future__ import annotations
 
 import math
@@ -15,13 +17,13 @@ def scans() -> torch.Tensor:
     return torch.rand(8, 3, generator=rng, dtype=torch.float64) * 40
 
 
-def test_one_proxy_is_its_kernel() -> None:
+def test_a_single_proxy_gives_its_own_kernel() -> None:
     ages = scans()[:, :1]
     kernel = build_kernel({"age": {"kernel": "gaussian", "bandwidth": 5.0}})
     assert torch.equal(kernel(ages, ages), KERNELS["gaussian"](bandwidth=5.0)(ages, ages))
 
 
-def test_several_proxies_multiply_in_the_recipe_s_order() -> None:
+def test_the_kernels_of_several_proxies_are_multiplied_in_the_order_of_the_recipe() -> None:
     both = scans()[:, :2].round(decimals=-1)
     recipe = {"age": {"kernel": "gaussian", "bandwidth": 5.0}, "site": {"kernel": "different", "same": 0.5}}
     expected = product([KERNELS["gaussian"](bandwidth=5.0), KERNELS["different"](same=0.5)])
@@ -29,7 +31,7 @@ def test_several_proxies_multiply_in_the_recipe_s_order() -> None:
     assert torch.equal(build_kernel(recipe)(both, both), expected(both, both))
 
 
-def test_joint_proxies_share_a_covariance() -> None:
+def test_two_columns_joined_by_plus_share_a_covariance() -> None:
     values = scans()
     recipe = {
         "sex": {"kernel": "same", "otherwise": 0.5},
@@ -42,7 +44,7 @@ def test_joint_proxies_share_a_covariance() -> None:
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("scott", 1.0), ("silverman", 0.75)])
-def test_bandwidth_rules_of_one_proxy(rule: str, factor: float) -> None:
+def test_the_bandwidth_rules_of_one_proxy_follow_their_formulas(rule: str, factor: float) -> None:
     ages = torch.tensor([20.0, 30.0, 45.0, 60.0, math.nan], dtype=torch.float64)
     expected = float(ages[:4].std()) * (4 * factor) ** (-1 / 5)
     assert bandwidth_by_rule(rule, ages) == pytest.approx(expected, rel=1e-12)
@@ -51,14 +53,14 @@ def test_bandwidth_rules_of_one_proxy(rule: str, factor: float) -> None:
 
 
 @pytest.mark.parametrize("rule", ["scott", "silverman"])
-def test_bandwidth_rules_are_scipy_s(rule: str) -> None:
+def test_the_bandwidth_rules_of_several_proxies_agree_with_scipy(rule: str) -> None:
     from scipy.stats import gaussian_kde
 
     values = scans()
     density = gaussian_kde(values.T.numpy(), bw_method=rule)
     torch.testing.assert_close(torch.tensor(covariance_by_rule(rule, values)), torch.tensor(density.covariance).float())
-    known = {"age": values[:, 0], "tiv": values[:, 1], "iqr": values[:, 2]}
-    kernel = build_kernel({"age+tiv+iqr": {"kernel": "multivariate-gaussian", "covariance": rule}}, known)
+    columns = {"age": values[:, 0], "tiv": values[:, 1], "iqr": values[:, 2]}
+    kernel = build_kernel({"age+tiv+iqr": {"kernel": "multivariate-gaussian", "covariance": rule}}, columns)
     assert kernel == KERNELS["multivariate-gaussian"](covariance=covariance_by_rule(rule, values))
 
 
@@ -78,6 +80,6 @@ def test_bandwidth_rules_are_scipy_s(rule: str) -> None:
         ({"tiv": {"kernel": "gaussian", "bandwidth": "scott"}}, "needs scans with different values"),
     ],
 )
-def test_a_wrong_recipe_gets_one_clear_line(recipe: dict[str, dict[str, object]], text: str) -> None:
+def test_a_wrong_proxies_section_is_refused(recipe: dict[str, dict[str, object]], text: str) -> None:
     with pytest.raises(UserError, match=text):
         build_kernel(recipe, {"sex": [0.0, 1.0], "tiv": [1.4, 1.4]})

@@ -1,4 +1,4 @@
-"""Regression in a loss's place: a naive loop's value, missing proxies, exact gradients on ranks, and the real command."""
+"""Regression of the proxies as a loss: value of a naive loop, missing proxies, and the choice in a recipe."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batch(scans, seed=0):
     return views, proxies
 
 
-def test_equals_a_naive_loop():
+def test_the_value_is_that_of_a_naive_loop():
     views, proxies = batch(7)
     moments = target_scale(proxies)
     found = regression(views, proxies, **moments)
@@ -41,7 +41,7 @@ def test_equals_a_naive_loop():
     assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
-def test_only_the_first_outputs_learn_and_a_missing_proxy_teaches_nothing():
+def test_only_the_first_outputs_get_a_gradient_and_a_missing_proxy_gives_none():
     views, proxies = batch(4)
     views.requires_grad_()
     regression(views, proxies, **target_scale(proxies)).backward()
@@ -52,7 +52,7 @@ def test_only_the_first_outputs_learn_and_a_missing_proxy_teaches_nothing():
     assert float(nothing.detach()) == 0.0
 
 
-def test_wrong_requests_are_refused():
+def test_too_small_a_projector_and_constant_proxies_are_refused():
     views, proxies = batch(4)
     with pytest.raises(UserError, match="projector.out=1 is too small for 2 proxies"):
         regression(views[..., :1], proxies, **target_scale(proxies))
@@ -60,7 +60,7 @@ def test_wrong_requests_are_refused():
         target_scale(torch.ones(3, 1))
 
 
-def test_a_recipe_chooses_it_by_name():
+def test_a_recipe_chooses_regression_by_name():
     recipe = load_recipe("demo-cpu", ["--loss.name=regression"])
     assert method_of(recipe) == "age regression"
     assert loss_options(recipe.loss) == {}

@@ -1,3 +1,5 @@
+"""The learned temperature: its gradient and its bounds."""
+
 from __future__ import annotations
 
 import math
@@ -11,7 +13,7 @@ from pretrain.losses.contrastive import y_aware_infonce
 from pretrain.losses.temperature import Temperature
 
 
-def test_the_gradient_is_that_of_the_loss_in_log_temperature() -> None:
+def test_the_gradient_is_that_of_the_loss_with_respect_to_log_temperature() -> None:
     views = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
     ages = torch.linspace(20, 60, 6)[:, None]
     kernel = KERNELS["gaussian"](bandwidth=5.0)
@@ -26,7 +28,7 @@ def test_the_gradient_is_that_of_the_loss_in_log_temperature() -> None:
 
 
 @pytest.mark.parametrize(("start", "sign"), [(0.01, 1.0), (1.0, -1.0)])
-def test_it_stops_at_its_bounds_and_comes_back(start: float, sign: float) -> None:
+def test_the_temperature_stops_at_its_bounds_and_can_return(start: float, sign: float) -> None:
     learned = Temperature(start, low=0.01, high=1.0)
     (sign * learned()).backward()
     assert learned.log_temperature.grad.item() == 0.0

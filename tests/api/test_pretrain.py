@@ -1,0 +1,158 @@
+"""``pretrain(recipe) -> Run`` from Python, with one rank in the process and with several started ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from infra.errors import UserError
+from pretrain import Encoder, Recipe, Run, pretrain
+from pretrain.weights.folder import find_encoder
+from tests.runs import ROOT, environment
+
+pytestmark = pytest.mark.distributed
+HEAD = """
+import json, os, signal, threading, time
+import yaware
+
+def sections(steps):
+    return {{
+        "data": {{"shards": {shards!r}, "workers": 0}}, "train": {{"steps": steps}}, "batch": {{"global": 8}},
+        "encoder": {{"options": {{"width": 0.25, "norm": "batch"}}}}, "checkpoint": {{"every_steps": 2}},
+    }}
+"""
+
+
+def python(code, folder, shards):
+    """Run a user's script in a folder; return its last printed line as JSON, and all that it printed."""
+    env = {**environment(folder), "PYTHONPATH": str(ROOT)}
+    script = HEAD.format(shards=str(shards)) + code
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=280
+    )
+    print(done.stdout[-3000:], done.stderr[-3000:])
+    assert done.returncode == 0
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory, shards):
+    """A run of one rank that is stopped by Ctrl-C, called again to its end, and called once more."""
+    folder = tmp_path_factory.mktemp("one-rank")
+    code = """
+def state():
+    handlers = [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    return [handlers, dict(os.environ), threading.active_count()]
+
+def interrupt():
+    while not os.path.exists("run/metrics.jsonl") or not open("run/metrics.jsonl").read():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def train():
+    return yaware.pretrain("demo-cpu", ranks=1, output="run", **sections(30))
+
+before = state()
+threading.Thread(target=interrupt).start()
+try:
+    train()
+    message = "was not interrupted"
+except KeyboardInterrupt as error:
+    message = str(error)
+steps = [len(yaware.Run("run").metrics)]
+run = train()
+steps.append(len(run.metrics))
+same = state()[:2] == before[:2]
+assert len(train().metrics) == 30
+print(json.dumps({"message": message, "steps": steps, "same": same, "run": repr(run)}))
+"""
+    return folder, *python(code, folder, shards)
+
+
+def test_a_stopped_run_continues_at_the_second_call_and_is_complete_at_the_third(stopped_run):
+    _, result, printed = stopped_run
+    first, second = result["steps"]
+    assert result["message"] == f"pretraining was stopped and saved after step {first}; the same call continues it"
+    assert 0 < first < 30
+    assert second == 30
+    assert printed.count("pretrain: starting:") == printed.count(f"pretrain: resuming after step {first}") == 1
+    assert printed.count("pretrain: y-aware is already complete: 30 steps") == 1
+
+
+def test_signal_handlers_and_environment_are_as_before(stopped_run):
+    assert stopped_run[1]["same"]
+
+
+def test_a_run_gives_metrics_checkpoints_and_encoders(stopped_run):
+    folder, result, _ = stopped_run
+    run = Run(folder / "run")
+    assert result["run"].startswith("Run('run': 30 steps saved, loss ")
+    metrics = run.metrics
+    assert metrics["step"].tolist() == list(range(30))
+    assert metrics[["loss", "lr", "grad_norm"]].notna().all(axis=None)
+    assert [path.name for path in run.checkpoints] == ["step-00000028", "step-00000030"]
+    assert run.encoder().config["step"] == run.encoder(30).config["step"] == 30
+    assert run.encoder(28).config["step"] == 28
+    with pytest.raises(UserError, match=r"has no checkpoint of step 5; its steps: 28, 30$"):
+        run.encoder(5)
+    assert run.recipe.batch.global_ == 8
+    assert find_encoder(run) == run.checkpoints[-1] / "encoder"
+    assert Encoder.from_pretrained(run).config["step"] == 30
+    loss, rate = run.plot().axes
+    assert loss.lines[0].get_ydata().tolist() == metrics["loss"].tolist()
+    assert (loss.get_ylabel(), rate.get_ylabel(), rate.get_xlabel()) == ("loss", "learning rate", "step")
+
+
+def test_metrics_of_a_run_without_steps_are_an_empty_table(tmp_path):
+    Recipe().save(tmp_path / "recipe.yaml")
+    run = Run(tmp_path)
+    assert run.metrics.empty
+    assert {"step", "loss", "lr"} <= set(run.metrics)
+    assert run.checkpoints == []
+    assert repr(run) == f"Run('{tmp_path}': 0 steps saved)"
+    assert len(run.plot().axes) == 2
+    with pytest.raises(UserError, match="no encoder in"):
+        run.encoder()
+    assert isinstance(run.metrics, pd.DataFrame)
+    with pytest.raises(UserError, match=r"nowhere is no run: it has no recipe.yaml"):
+        Run(tmp_path / "nowhere")
+
+
+def test_several_ranks_are_started_and_a_failed_rank_raises_its_reason(tmp_path, shards):
+    code = """
+run = yaware.pretrain("demo-cpu", ranks=2, output="good", **sections(2))
+recipe = yaware.Recipe.load("demo-cpu").with_(**sections(4)).with_(optimizer={"lr": 1e30, "warmup_steps": 0})
+try:
+    yaware.pretrain(recipe, output="bad", ranks=2)
+    reason = "no error"
+except RuntimeError as error:
+    reason = f"{type(error).__name__}: {error}"
+print(json.dumps({"steps": len(run.metrics), "reason": reason}))
+"""
+    result, printed = python(code, tmp_path, shards)
+    assert result["steps"] == 2
+    assert "over 2 ranks" in printed
+    assert result["reason"].startswith("PretrainingFailed: NotFinite: ")
+    assert "\n" not in result["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recipe": "demo-cpuu"}, "recipe 'demo-cpuu' is not known"),
+        ({"recipe": "demo-cpu", "ranks": 5}, "batch.global=32 is not divisible by world_size=5"),
+        ({"recipe": "demo-cpu", "trian": {"steps": 1}}, "unknown key 'trian'"),
+        ({"recipe": "demo-cpu", "train": {"stepz": 1}}, "unknown key 'train.stepz'"),
+        ({"recipe": "demo-cpu", "train": 5}, "train=5 must be a mapping"),
+        ({"recipe": "demo-cpu", "data": {"shards": "nowhere"}}, "nowhere/manifest.json is missing"),
+    ],
+)
+def test_wrong_arguments_raise_before_anything_is_started(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        pretrain(**arguments, output=tmp_path / "run")
+    assert not Path(tmp_path / "run").exists()
