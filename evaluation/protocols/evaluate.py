@@ -36,7 +36,7 @@ COLUMNS = ["checkpoint", "step", "protocol", "task", "metric", "value", "low", "
 
 
 def evaluate(
-    checkpoints: Any, shards: str | os.PathLike[str], *, tasks: str | Sequence[str],
+    checkpoints: Any, shards: str | os.PathLike[str] | Manifest, *, tasks: str | Sequence[str],
     protocols: str | Sequence[str] = ("paper",), folds: int = 5, n_train: Sequence[int] = (100, 300, 500), draws: int = 10,
     seed: int = 0, inner_repeats: int = 1, leave_site_out: bool = False, layer: str | None = None,
     pooling: str | Sequence[str] = ("mean",), mlp_trials: int = 12,
@@ -53,7 +53,7 @@ def evaluate(
     Args:
         checkpoints: one checkpoint or several: paths of run folders (their latest checkpoint), ``checkpoints/step-*`` or
             exports, or objects with a ``folder``, such as ``pretrain.Run`` and ``pretrain.Encoder``.
-        shards: folder or URL of built shards.
+        shards: folder or URL of built shards, or their manifest.
         tasks: names of shipped tasks or paths of YAML files.
         protocols: keys of ``PROTOCOLS``.
         folds: number of outer folds.
@@ -97,8 +97,9 @@ def evaluate(
     )  # fmt: skip
     settings.check()
     check_protocols(settings.protocols)
+    manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
     context = _make_context(
-        settings, Manifest.load(os.fspath(shards)), tracking_uri or default_uri(), experiment,
+        settings, manifest, tracking_uri or default_uri(), experiment,
         cache=None if cache is None else Path(cache), storage=default_storage() if storage is None else Path(storage),
     )  # fmt: skip
     candidates = [_load_candidate(path, context) for path in checkpoint_paths(checkpoints, all_steps=all_steps)]

@@ -88,7 +88,9 @@ def test_the_table_holds_the_logged_metrics_and_two_calls_in_one_process_agree(s
         assert (row.value, row.low, row.high) == tuple(
             logged[row.run_id][name] for name in (key, f"{key}.low", f"{key}.high")
         )
-    again = evaluation.evaluate([exports["first"], as_object], shards, experiment="two", **SMALL, **given)
+    again = evaluation.evaluate(
+        [exports["first"], as_object], Manifest.load(shards), experiment="two", **SMALL, **given
+    )
     assert not ray_is_running()
     pd.testing.assert_frame_equal(again.drop(columns="run_id"), table.drop(columns="run_id"))
     assert not set(again["run_id"]) & set(table["run_id"])
