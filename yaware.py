@@ -11,12 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data_pipeline import AUGMENTATIONS as AUGMENTATIONS
     from data_pipeline import Manifest as Manifest
     from data_pipeline import TwoViewLoader as TwoViewLoader
     from data_pipeline import build_shards as build_shards
     from data_pipeline import read_cohort as read_cohort
     from data_pipeline import simulate_cohort as simulate_cohort
-    from evaluation import Comparison as Comparison
+    from evaluation import PROTOCOLS as PROTOCOLS
     from evaluation import compare as compare
     from evaluation import evaluate as evaluate
     from pretrain import ENCODERS as ENCODERS
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 # Public name -> its package, imported at the first use: `import yaware` needs no other library.
 _PACKAGES = {
+    "AUGMENTATIONS": "data_pipeline",
     "Comparison": "evaluation",
     "ENCODERS": "pretrain",
     "Embedder": "pretrain",
@@ -39,6 +41,7 @@ _PACKAGES = {
     "KERNELS": "pretrain",
     "LOSSES": "pretrain",
     "Manifest": "data_pipeline",
+    "PROTOCOLS": "evaluation",
     "Recipe": "pretrain",
     "Run": "pretrain",
     "TwoViewLoader": "data_pipeline",

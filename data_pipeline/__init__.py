@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_pipeline.cohort.read import read_cohort as read_cohort
+    from data_pipeline.loading.augment import AUGMENTATIONS as AUGMENTATIONS
     from data_pipeline.loading.loader import TwoViewLoader as TwoViewLoader
     from data_pipeline.shards.build import build_shards as build_shards
     from data_pipeline.simulation.cohort import simulate_cohort as simulate_cohort
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # Public name -> the module that holds it, imported at the first use: `import data_pipeline` needs neither pandas nor DALI.
 _MODULES = {
+    "AUGMENTATIONS": "data_pipeline.loading.augment",
     "Manifest": "data_pipeline.storage.manifest",
     "TwoViewLoader": "data_pipeline.loading.loader",
     "build_shards": "data_pipeline.shards.build",

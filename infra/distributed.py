@@ -1,4 +1,4 @@
-"""Who am I among the ranks: read from the launcher's environment, with no import of torch until a group is needed."""
+"""Rank and world size from the launcher's environment, and small collectives. torch is imported only by the latter."""
 
 from __future__ import annotations
 
@@ -16,57 +16,57 @@ FIRST_PORT, PORTS = 20000, 10000  # below the ports that the system gives to out
 
 
 def rank() -> int:
-    """Global rank, 0 outside a launcher."""
+    """Return the global rank; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """Rank on this host, 0 outside a launcher."""
+    """Return the rank on this host; 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of ranks, 1 outside a launcher."""
+    """Return the number of ranks; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """True on global rank 0, the one that prints, logs and moves pointers."""
+    """Return whether this is global rank 0, which prints, logs and moves pointers."""
     return rank() == 0
 
 
 def adopt_slurm() -> None:
-    """Where ``srun`` started this process and no launcher of torch's kind did, make its variables those of torch."""
+    """Set torch's environment variables from SLURM's if ``srun`` started this process and no other launcher did."""
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
         os.environ.update(slurm_environment(os.environ))
 
 
-def slurm_environment(given: Mapping[str, str]) -> dict[str, str]:
-    """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task that ``srun`` started.
+def slurm_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of ``srun``.
 
-    The master is the first host of the step, its port follows from the job's number; MASTER_ADDR and MASTER_PORT that
-    are already set win. UserError names the variable that is missing or cannot be read.
+    The master is the first host of the job step, and its port is derived from the job's number, unless MASTER_ADDR and
+    MASTER_PORT are set. Raises UserError, naming the variable, if one is missing or cannot be read.
     """
 
     def of_step(name: str) -> str:
-        # The step's figures, where srun was asked for a part of the job; the job's otherwise.
+        # A job step on a part of the job has its own numbers; otherwise the job's are used.
         for candidate in (name.replace("SLURM_", "SLURM_STEP_", 1), *SLURM_OTHER_NAMES.get(name, ()), name):
-            if given.get(candidate):
-                return given[candidate]
+            if variables.get(candidate):
+                return variables[candidate]
         raise UserError(f"{name} is not set although SLURM_PROCID is; start with srun, or set RANK and WORLD_SIZE")
 
     try:
         tasks = int(of_step("SLURM_NTASKS"))
-        node = int(given.get("SLURM_NODEID") or 0)
-        job = int(given.get("SLURM_JOB_ID") or 0)
-        rank, local = int(given["SLURM_PROCID"]), int(of_step("SLURM_LOCALID"))
+        node = int(variables.get("SLURM_NODEID") or 0)
+        job = int(variables.get("SLURM_JOB_ID") or 0)
+        rank, local = int(variables["SLURM_PROCID"]), int(of_step("SLURM_LOCALID"))
     except ValueError as error:
         raise UserError(f"a variable of SLURM is no number: {error}; start with srun") from None
     environment = {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(tasks)}
-    if "SLURM_TASKS_PER_NODE" in given or "SLURM_STEP_TASKS_PER_NODE" in given:
+    if "SLURM_TASKS_PER_NODE" in variables or "SLURM_STEP_TASKS_PER_NODE" in variables:
         environment["LOCAL_WORLD_SIZE"] = str(expand_counts(of_step("SLURM_TASKS_PER_NODE"))[node])
-    environment["MASTER_ADDR"] = given.get("MASTER_ADDR") or expand_hosts(of_step("SLURM_NODELIST"))[0]
-    environment["MASTER_PORT"] = given.get("MASTER_PORT") or str(FIRST_PORT + job % PORTS)
+    environment["MASTER_ADDR"] = variables.get("MASTER_ADDR") or expand_hosts(of_step("SLURM_NODELIST"))[0]
+    environment["MASTER_PORT"] = variables.get("MASTER_PORT") or str(FIRST_PORT + job % PORTS)
     return environment
 
 
@@ -77,7 +77,7 @@ SLURM_OTHER_NAMES = {
 
 
 def expand_hosts(text: str) -> list[str]:
-    """SLURM's short form of a list of hosts, in order: ``a[1-2,09],b`` -> a1, a2, a09, b."""
+    """Expand SLURM's short form of a list of hosts: ``a[1-2,09],b`` -> a1, a2, a09, b. Raises UserError if it is wrong."""
     hosts: list[str] = []
     for pattern in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
         names = [""]
@@ -86,7 +86,7 @@ def expand_hosts(text: str) -> list[str]:
             names = [name + choice for name in names for choice in choices]
         hosts += names
     if not hosts or text.count("[") != text.count("]") or any(not name.strip() for name in hosts):
-        raise UserError(f"SLURM_JOB_NODELIST={text!r} cannot be read; give hosts as in node[01-03,07],gpu5")
+        raise UserError(f"SLURM_JOB_NODELIST={text!r} cannot be read; it looks like node[01-03,07],gpu5")
     return hosts
 
 
@@ -101,20 +101,20 @@ def _numbers(ranges: str) -> list[str]:
 
 
 def expand_counts(text: str) -> list[int]:
-    """SLURM's short form of tasks per host: ``2(x3),1`` -> 2, 2, 2, 1."""
+    """Expand SLURM's short form of tasks per host: ``2(x3),1`` -> 2, 2, 2, 1. Raises UserError if it is wrong."""
     counts: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if not found:
+    for entry in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry.strip())
+        if not match:
             raise UserError(f"SLURM_TASKS_PER_NODE={text!r} cannot be read; it looks like 8(x4),2")
-        counts += [int(found[1])] * int(found[2] or 1)
+        counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
 
 def free_port() -> int:
-    """A TCP port that was free on loopback a moment ago, at random from ``FIRST_PORT`` on.
+    """Return a random TCP port from ``FIRST_PORT`` on that is free on loopback. Raises UserError if there is none.
 
-    One of the system's own choice may be taken, before it is used, by any connection that any process opens.
+    A port that the system chooses could be taken by any outgoing connection before it is used.
     """
     draw = random.SystemRandom()
     for _ in range(1000):
@@ -126,7 +126,7 @@ def free_port() -> int:
 
 
 def single_process_environment() -> dict[str, str]:
-    """What torch.distributed needs to make a group of one, where no launcher set it."""
+    """Return the variables that torch.distributed needs; those that no launcher set are those of a single rank."""
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     values = {name: os.environ.get(name, default) for name, default in defaults.items()}
     values["MASTER_PORT"] = os.environ.get("MASTER_PORT") or str(free_port())
@@ -146,7 +146,7 @@ def unchanged_environment() -> Iterator[None]:
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's ``value`` (whatever pickles) on every rank. Collective."""
+    """Return rank 0's ``value``, which must be picklable, on every rank. Collective."""
     import torch.distributed as dist
 
     box = [value]
@@ -155,7 +155,7 @@ def broadcast(value: Any) -> Any:
 
 
 def reduce_scalars(values: list[float], operation: str = "sum") -> list[float]:
-    """Reduce a few float64 figures over all ranks (``sum``, ``max`` or ``min``); one collective."""
+    """Reduce a few numbers in float64 over all ranks by ``sum``, ``max`` or ``min``, in one collective."""
     import torch
     import torch.distributed as dist
 

@@ -9,13 +9,16 @@ from pathlib import Path
 
 
 def pretrain(arguments: list[str]) -> int:
-    """Check the recipe here, where an error is one line, then hand it to the deepspeed launcher."""
+    """Check a recipe, so that an error is one line, then start its ranks on this host with DeepSpeed's launcher."""
     parser = argparse.ArgumentParser(
         prog="yaware pretrain",
-        description="Pretrain an encoder: `deepspeed --num_accelerators N --module pretrain.train --config ...`.",
-        epilog="Any key of the recipe is overridden by --section.key=value, as in --optimizer.lr=3e-4.",
+        description="Pretrain an encoder from a recipe. The same command continues a run from its last checkpoint. "
+        "This checks the recipe and runs `deepspeed --num_accelerators N --module pretrain.train --config ...`.",
+        epilog="--section.key=value overrides any key of the recipe, for example --optimizer.lr=3e-4.",
     )
-    parser.add_argument("--config", required=True, help="a shipped recipe (demo-cpu, ...) or a YAML file")
+    parser.add_argument(
+        "--config", required=True, help="name of a shipped recipe (demo-cpu, ...) or path of a YAML file"
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument("--resume", metavar="auto|never|PATH", help="short for --run.resume (default: auto)")
     options, overrides = parser.parse_known_args(arguments)

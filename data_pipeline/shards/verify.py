@@ -81,7 +81,7 @@ def _wrong_tables(manifest: Manifest) -> dict[str, str]:
 def _problem(manifest: Manifest, number: int) -> str | None:
     """What is wrong with a shard."""
     shard = manifest.shards[number]
-    place = manifest.shard_place(str(shard["name"]))
+    place = manifest.shard_url(str(shard["name"]))
     if is_remote(place):
         return _remote_problem(manifest, place, shard)
     path = Path(place)

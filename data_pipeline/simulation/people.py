@@ -34,10 +34,8 @@ PATTERN: dict[str, dict[str, float]] = {
 }  # fmt: skip
 ACCELERATION = {"AD": 7.0, "SCZ": 5.0}  # years by which the brain is older, at severity 1 and acceleration 1
 VENTRICLES = {"AD": 0.12, "SCZ": 0.12}  # growth of the ventricles at severity 1, in log units
-MILDER = {
-    "MCI": ("AD", 0.5),
-    "BD": ("SCZ", 0.5),
-}  # the disease of which it is a milder form, and its share of the effect
+# Milder form -> its disease, and its share of that disease's effect.
+MILDER = {"MCI": ("AD", 0.5), "BD": ("SCZ", 0.5)}
 # Torque and language asymmetry, the same in everybody: right frontal, left occipital and left planum temporale are larger.
 ASYMMETRY = {
     "lateral_frontal_right": 0.04, "occipital_left": 0.04, "superior_temporal_left": 0.06, "hippocampus_right": 0.03,

@@ -1,7 +1,7 @@
-"""A folder that keeps whole remote shards, filled by any number of processes of a node at once.
+"""A folder that keeps whole remote shards. Several processes of a machine can fill it at the same time.
 
-A shard lies under its SHA-256, so data sets share what they have in common and nothing stale is ever read. It is written
-as ``<sha256>.part``, which the writing process holds locked, and renamed when its content is verified.
+A shard is stored under its SHA-256, so data sets share equal shards and no outdated shard is ever read. It is written to
+``<sha256>.part``, which the writing process keeps locked, and renamed once its content is verified.
 """
 
 from __future__ import annotations
@@ -17,30 +17,37 @@ from typing import IO
 
 @dataclass(frozen=True)
 class ShardCache:
-    """``folder`` holds at most ``limit`` bytes of shards (None: no limit)."""
+    """A cache in ``folder`` that holds at most ``limit`` bytes of shards; None for no limit."""
 
     folder: Path
     limit: int | None = None
 
     def path(self, sha256: str) -> Path:
-        """Where a shard lies, if it is there."""
+        """Return the path that a shard has in the cache, whether or not it is there."""
         return self.folder / f"{sha256}.tar"
 
     def fetch(
         self, sha256: str, size: int, keep: Collection[str], download: Callable[[IO[bytes]], None]
     ) -> Path | None:
-        """A shard's local copy, which ``download(stream)`` fills where it is missing; None where it does not fit.
+        """Return the path of a shard's local copy, downloading it if it is missing; None if it does not fit.
 
-        To make room, the least recently used shards that are not in ``keep`` (those of the same data set) are removed.
-        Those of the same data set stay: scans are drawn at random, so the shard removed is as soon needed as the shard
-        fetched, and a cache smaller than the data would fetch whole shards for ever. What does not fit is read by range.
-        One process downloads; others that need the same shard wait for it.
+        Other shards are removed to make room, the least recently used first, but none of ``keep``. One process downloads;
+        others that need the same shard wait for it.
+
+        Args:
+            sha256: of the shard.
+            size: of the shard, in bytes.
+            keep: SHA-256 of the shards of this data set. Scans are drawn at random, so a removed shard would be needed as
+                soon as the new one, and a cache smaller than the data set would download whole shards for ever. Scans of a
+                shard that does not fit are read by range instead.
+            download: ``download(stream)`` writes the shard; what it raises is passed on.
         """
         final = self.path(sha256)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._own_part(final) as part:
+        with self._locked_part(final) as part:
             if part is None:
-                return _touched(final)
+                os.utime(final)  # the time of last use
+                return final
             try:
                 if not self._make_room(part, size, keep):
                     return None
@@ -53,14 +60,14 @@ class ShardCache:
         return final
 
     @contextmanager
-    def _own_part(self, final: Path) -> Iterator[IO[bytes] | None]:
-        """The locked, empty part file of a shard; None once the shard is there."""
+    def _locked_part(self, final: Path) -> Iterator[IO[bytes] | None]:
+        """Yield the locked, empty part file of a shard; None if the shard is there."""
         name = final.with_suffix(".part")
         while not final.exists():
             with open(name, "r+b", opener=_create) as part:
-                # The kernel gives the lock up when its process dies, so a killed download blocks nobody.
+                # The kernel releases the lock when its process dies, so a killed download blocks no other process.
                 fcntl.flock(part, fcntl.LOCK_EX)
-                if not _is_at(part, name):
+                if not _has_name(part, name):
                     continue  # renamed or removed by the process that held the lock
                 if final.exists():
                     name.unlink()
@@ -71,7 +78,7 @@ class ShardCache:
         yield None
 
     def _make_room(self, part: IO[bytes], size: int, keep: Collection[str]) -> bool:
-        """Reserve ``size`` bytes for ``part``, under the cache's own lock, so that the limit holds for all processes."""
+        """Reserve ``size`` bytes for ``part`` and return whether they fit. The cache's lock makes the limit exact."""
         with open(self.folder / ".lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.limit is not None:
@@ -89,21 +96,16 @@ class ShardCache:
                 return False
             return True
 
-    def _used(self, mine: IO[bytes]) -> int:
+    def _used(self, own_part: IO[bytes]) -> int:
         for path in self.folder.glob("*.part"):
-            if str(path) != mine.name:
-                _remove_if_dead(path)
-        # Parts first: one that is renamed meanwhile counts twice rather than not at all.
+            if str(path) != own_part.name:
+                _remove_if_unlocked(path)
+        # Parts are counted first: one that is renamed meanwhile is counted twice rather than not at all.
         return sum(_size(path) for pattern in ("*.part", "*.tar") for path in self.folder.glob(pattern))
 
     def _removable(self, keep: Collection[str]) -> list[Path]:
         shards = [path for path in self.folder.glob("*.tar") if path.stem not in keep]
         return sorted(shards, key=_last_used)
-
-
-def _touched(path: Path) -> Path:
-    os.utime(path)  # when it was last used
-    return path
 
 
 def _create(path: str, flags: int) -> int:
@@ -124,15 +126,16 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _is_at(part: IO[bytes], name: Path) -> bool:
+def _has_name(part: IO[bytes], name: Path) -> bool:
+    """Return whether the open file is the one that has this name now."""
     try:
         return os.path.samestat(os.fstat(part.fileno()), name.stat())
     except FileNotFoundError:
         return False
 
 
-def _remove_if_dead(path: Path) -> None:
-    """Remove what a killed download left: nobody holds its lock."""
+def _remove_if_unlocked(path: Path) -> None:
+    """Remove the part file of a killed download, whose lock no process holds."""
     try:
         with open(path, "rb") as part:
             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)

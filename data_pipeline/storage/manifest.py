@@ -1,8 +1,8 @@
-"""The manifest: the one thing that readers of a data set trust.
+"""The manifest: the only description of a data set that readers trust.
 
-``manifest.json`` holds the grid, the build settings, a row per shard with its SHA-256, and a digest of the whole;
-``scans.parquet`` holds a row per scan: where its bytes lie, their checksum, and every column of the participants' table.
-Proxies and labels are looked up here and never baked into the tensors, so a new proxy needs no rebuild.
+``manifest.json`` holds the grid, the build settings, a row per shard with its SHA-256, and a digest of its whole content.
+``scans.parquet`` holds a row per scan: the location of its bytes, their checksum, and every column of the participants' table.
+Proxies and labels are read from this table and are not part of the shards, so a new proxy needs no rebuild.
 """
 
 from __future__ import annotations
@@ -31,7 +31,19 @@ from infra.files import atomic_write, flush_folder, sha256_of, write_json
 
 
 class Manifest:
-    """A built data set: ``scans`` (a row per scan; the row number is the scan's index everywhere) and its shards."""
+    """A built data set.
+
+    Attributes:
+        scans: the scan table, a row per scan. The row number identifies a scan everywhere.
+        shards: a dict per shard: ``name``, ``bytes``, ``sha256``, ``scans``.
+        grid: ``shape``, ``spacing`` in mm and ``affine`` of all volumes.
+        settings: the settings of the build, and what was appended and annotated later.
+        digest: SHA-256 of the manifest's content.
+        url: folder or URL from which the manifest was read.
+        root: local folder that holds manifest.json and the scan table, or copies of them.
+        table: path of the scan table.
+        access: how remote shards are read.
+    """
 
     def __init__(
         self,
@@ -41,7 +53,7 @@ class Manifest:
         url: str | None = None,
         access: Access | None = None,
     ) -> None:
-        self.root = root  # the local folder that holds manifest.json and scans.parquet, or copies of them
+        self.root = root
         self.url = url or str(root)
         self.access = access or Access()
         self.digest: str = content["digest"]
@@ -53,10 +65,14 @@ class Manifest:
 
     @classmethod
     def load(cls, url: str | Path, access: Access | None = None) -> Manifest:
-        """Read and check ``manifest.json`` and ``scans.parquet`` of a folder of shards; UserError where they disagree.
+        """Read and check ``manifest.json`` and the scan table of a data set.
 
-        ``url`` is a path, ``s3://bucket/prefix``, ``http(s)://host/prefix`` or whatever else fsspec knows; ``access``
-        says how remote shards are read.
+        Args:
+            url: a path, ``s3://bucket/prefix``, ``http(s)://host/prefix``, or any other URL that fsspec knows.
+            access: how remote shards are read; None for the defaults.
+
+        Raises:
+            UserError: if a file is missing, cannot be read, or was changed.
         """
         url, access = str(url), access or Access()
         root = fetch(url, access) if is_remote(url) else Path(url)
@@ -65,43 +81,59 @@ class Manifest:
 
     @property
     def shards_root(self) -> str:
-        """The folder or URL that the shards' names are relative to: the manifest's own, unless they were indexed."""
+        """Folder or URL of the shards: that of the manifest, unless the manifest is an index of shards made elsewhere."""
         return join(self.url, str(self.settings.get("root", ".")))
 
-    def shard_place(self, name: str) -> str:
-        """Path or URL of a shard."""
+    def shard_url(self, name: str) -> str:
+        """Return the path or URL of a shard."""
         return join(self.shards_root, name)
 
-    def rows(
-        self, split: str | Sequence[str] | None = None, query: str | None = None
-    ) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Row numbers of the scans in some splits that fulfil a pandas query over the columns, ascending."""
+    def rows(self, split: str | Sequence[str] | None = None, query: str | None = None) -> NDArray[np.int64]:
+        """Return the row numbers of the scans in some splits that match a query, ascending.
+
+        Args:
+            split: name or names of splits; None for all scans.
+            query: expression of ``pandas.DataFrame.query`` over the columns, as in ``"age >= 18"``.
+
+        Raises:
+            UserError: if a split is not in the data set or the query fails.
+        """
         scans = self.scans
         if split is not None:
-            wanted = [split] if isinstance(split, str) else list(split)
-            known = sorted(set(scans["split"]))
-            for name in wanted:
-                if name not in known:
+            names = [split] if isinstance(split, str) else list(split)
+            existing = sorted(set(scans["split"]))
+            for name in names:
+                if name not in existing:
                     raise UserError(
-                        f"split {name!r} is not in {self.url}{nearest(name, known)}; there: {', '.join(known)}"
+                        f"split {name!r} is not in {self.url}{nearest(name, existing)}; available: {', '.join(existing)}"
                     )
-            scans = scans[scans["split"].isin(wanted)]
+            scans = scans[scans["split"].isin(names)]
         if query:
             try:
                 scans = scans.query(query)
-            except Exception as error:  # pandas passes on whatever its parser or the columns raise
-                raise UserError(f"query {query!r} does not work on {SCANS}: {' '.join(str(error).split())}") from None
+            except Exception as error:  # pandas raises the many kinds of errors of its parser and of the columns
+                raise UserError(f"query {query!r} fails on {SCANS}: {' '.join(str(error).split())}") from None
         return scans.index.to_numpy(dtype=np.int64)
 
-    def proxies(
-        self, names: Sequence[str], rows: NDArray[np.int_] | None = None
-    ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Columns as (N, P) float32, NaN where missing; text columns become codes in the sorted order of their values."""
+    def proxies(self, names: Sequence[str], rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Return columns of the scan table as (N, P) float32, NaN where missing.
+
+        The values of a text column become codes 0, 1, ... in sorted order.
+
+        Args:
+            names: P names of columns.
+            rows: N row numbers; None for all scans.
+
+        Raises:
+            UserError: if a column does not exist.
+        """
         columns = []
         for name in names:
             if name not in self.scans.columns:
-                known = [str(c) for c in self.scans.columns]
-                raise UserError(f"proxy {name!r} is no column of {join(self.url, SCANS)}{nearest(name, known)}")
+                columns_there = [str(column) for column in self.scans.columns]
+                raise UserError(
+                    f"proxy {name!r} is not a column of {join(self.url, SCANS)}{nearest(name, columns_there)}"
+                )
             column = self.scans[name]
             if pd.api.types.is_numeric_dtype(column):
                 values = column.to_numpy(dtype=np.float32, na_value=np.nan)
@@ -111,47 +143,52 @@ class Manifest:
             columns.append(values if rows is None else values[rows])
         return np.stack(columns, axis=1)
 
-    def subjects(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """A number for the participant of every scan, (N,)."""
+    def subjects(self) -> NDArray[np.int64]:
+        """Return a number for the participant of every scan, (N,)."""
         people = self.scans["dataset"].astype(str) + "/" + self.scans["participant_id"].astype(str)
         return pd.Categorical(people).codes.astype(np.int64)
 
     def reader(self) -> VolumeReader:
-        """What reads the scans' voxels, small enough to be sent to worker processes."""
+        """Return a reader of the scans' voxels, which can be pickled to worker processes."""
         shard, offset, size, crc = (
             self.scans[name].to_numpy(dtype=np.int64) for name in ("shard", "offset", "size", "crc32c")
         )
         names = [str(row["name"]) for row in self.shards]
         store = None
         if is_remote(self.shards_root):
-            sizes, sums = [int(row["bytes"]) for row in self.shards], [str(row["sha256"]) for row in self.shards]
-            store = ShardStore(self.shards_root, names, sizes, sums, self.access)
+            sizes, digests = [int(row["bytes"]) for row in self.shards], [str(row["sha256"]) for row in self.shards]
+            store = ShardStore(self.shards_root, names, sizes, digests, self.access)
         codecs = [str(row.get("codec", self.settings["codec"])) for row in self.shards]
-        turn = str(self.settings.get("orientation", "RAS"))
-        return VolumeReader(self.shards_root, names, shard, offset, size, crc, codecs, str(self.table), turn, store)
+        return VolumeReader(
+            root=self.shards_root, names=names, shard=shard, offset=offset, size=size, crc32c=crc, codecs=codecs,
+            table=str(self.table), orientation=str(self.settings.get("orientation", "RAS")), store=store,
+        )  # fmt: skip
 
     @cached_property
     def _reader(self) -> VolumeReader:
         return self.reader()
 
     def read_volume(self, row: int) -> NDArray[np.float16]:
-        """One scan's (D, H, W) float16 voxels, checksum verified."""
+        """Return a scan's voxels, (D, H, W) float16. Raises OSError if they are missing or fail their checksum."""
         return self._reader.read(row)
 
     @property
     def simulated(self) -> bool:
-        """Whether scans come from the simulator."""
+        """Whether any scan comes from the simulator."""
         return is_simulated(self.settings)
 
 
-def check_shards(manifest: Manifest, rows: NDArray[np.int_]) -> None:
-    """LoaderError where local shards that hold these scans are missing or cut short; looks at names and sizes alone."""
+def check_shards(manifest: Manifest, rows: NDArray[np.int64]) -> None:
+    """Raise LoaderError if local shards that hold the scans ``rows`` are missing or have the wrong size.
+
+    Only file names and sizes are looked at. Remote shards are not checked.
+    """
     if is_remote(manifest.shards_root):
         return
     wrong = []
     used = sorted({int(shard) for shard in manifest.scans["shard"].to_numpy()[rows]})
     for row in (manifest.shards[number] for number in used):
-        path = Path(manifest.shard_place(str(row["name"])))
+        path = Path(manifest.shard_url(str(row["name"])))
         if not path.is_file():
             wrong.append(f"{row['name']} is missing")
         elif path.stat().st_size != int(row["bytes"]):
@@ -160,34 +197,40 @@ def check_shards(manifest: Manifest, rows: NDArray[np.int_]) -> None:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise LoaderError(
             f"{len(wrong)} of {len(used)} shards in {manifest.shards_root} cannot be used ({', '.join(wrong[:3])}{more}); "
-            f"bring them back, or build them again: yaware shards verify {manifest.url} --repair COHORT"
+            f"restore them, or build them again: yaware shards verify {manifest.url} --repair COHORT"
         )
 
 
 def fetch(url: str, access: Access) -> Path:
-    """A local folder with copies of a remote manifest.json, fetched anew each time, and of the scan table it names."""
+    """Download a remote manifest and return the local folder with the copies.
 
-    def manifest() -> tuple[bytes, dict[str, Any]]:
+    manifest.json is downloaded every time, the scan table only if there is no intact copy of it. Raises UserError if one of
+    them cannot be read or is damaged.
+    """
+
+    def read_manifest() -> tuple[bytes, dict[str, Any]]:
+        """Read manifest.json: its bytes and its content."""
         text = read_whole(join(url, MANIFEST), access)
         return text, check_content(text, join(url, MANIFEST))
 
-    def scans() -> bytes:
-        found = read_whole(table, access)
-        if hashlib.sha256(found).hexdigest() != content["scans"]["sha256"]:
+    def read_scans() -> bytes:
+        """Read the scan table."""
+        downloaded = read_whole(table, access)
+        if hashlib.sha256(downloaded).hexdigest() != content["scans"]["sha256"]:
             raise UserError(f"{table} differs from manifest.json; build the shards again")
-        return found
+        return downloaded
 
     try:
-        text, content = with_retries(manifest, lambda: join(url, MANIFEST), access)
+        text, content = with_retries(read_manifest, lambda: join(url, MANIFEST), access)
         name = str(content["scans"]["name"])
         table = join(url, name)
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         base = Path(access.cache) if access.cache else Path(home) / "yaware"
         folder = base / "manifests" / str(content["digest"])[:32]
         if not (folder / name).is_file() or sha256_of(folder / name) != content["scans"]["sha256"]:
-            fetched = with_retries(scans, lambda: table, access)
+            downloaded = with_retries(read_scans, lambda: table, access)
             with atomic_write(folder / name) as stream:
-                stream.write(fetched)
+                stream.write(downloaded)
     except OSError as error:
         raise UserError(f"shards {url} cannot be read: {error}") from None
     with atomic_write(folder / MANIFEST) as stream:
@@ -204,10 +247,16 @@ def write_manifest(
     *,
     replaces: bool = False,
 ) -> Manifest:
-    """Write the scan table, then manifest.json, which alone makes the folder a data set.
+    """Write the scan table, then manifest.json, which makes the folder a data set; return the manifest.
 
-    ``replaces``: the folder holds a manifest that others may be reading. The table then gets a name of its own, made of
-    its checksum, and the old one goes only after the new manifest has taken its place.
+    Args:
+        root: the folder of the manifest.
+        grid: of all volumes.
+        settings: of the build.
+        shards: a dict per shard.
+        scans: the scan table.
+        replaces: the folder holds a manifest that other processes may be reading. The new table is then named after its
+            checksum, and the old one is removed only after the new manifest has replaced the old.
     """
     stream = io.BytesIO()
     scans.to_parquet(stream, index=False)
@@ -231,7 +280,7 @@ def write_manifest(
 
 
 def remove_old_tables(root: Path, name: str) -> None:
-    """Remove the scan tables that no manifest names any more."""
+    """Remove all scan tables but ``name``, which the manifest names."""
     for path in (root / SCANS, *root.glob("scans-????????.parquet")):
         if path.name != name:
             path.unlink(missing_ok=True)

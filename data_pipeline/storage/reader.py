@@ -1,4 +1,4 @@
-"""Reads single scans out of shards, local ones by one pread, remote ones through ``data_pipeline.storage.remote``."""
+"""Reads single scans from shards: local ones with one pread, remote ones through ``data_pipeline.storage.remote``."""
 
 from __future__ import annotations
 
@@ -17,28 +17,40 @@ from data_pipeline.storage.remote import ShardStore
 from data_pipeline.volume.decoders import decode
 
 
-@dataclass
+@dataclass(kw_only=True)
 class VolumeReader:
-    """Reads single scans: bytes, checksum, decode. Small enough to be sent to worker processes.
+    """Reads, verifies and decodes single scans. It is small and can be pickled to worker processes.
 
-    ``root`` is the folder or URL of the shards ``names``; ``shard``, ``offset``, ``size`` and ``crc32c`` have a value per
-    scan, ``codecs`` one per shard. ``table`` is the local scans.parquet, from which an error takes the scan's key.
+    Attributes:
+        root: folder or URL of the shards.
+        names: file name of each shard.
+        shard: number of each scan's shard, (N,).
+        offset: of each scan's payload in its shard, in bytes, (N,).
+        size: of each scan's payload in bytes, (N,).
+        crc32c: of each scan's payload, (N,).
+        codecs: codec of each shard.
+        table: path of the local scan table, from which an error message takes the scan's key.
+        orientation: in which arrays without a header are stored.
+        store: reads remote shards; None for local ones.
     """
 
     root: str
     names: list[str]
-    shard: NDArray[np.int_]
-    offset: NDArray[np.int_]
-    size: NDArray[np.int_]
-    crc32c: NDArray[np.int_]
+    shard: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    crc32c: NDArray[np.int64]
     codecs: list[str]
     table: str
-    orientation: str = "RAS"  # of arrays without a header, as they are stored
-    store: ShardStore | None = None  # how remote shards are read; None: local ones
+    orientation: str = "RAS"
+    store: ShardStore | None = None
     _open: OpenFiles = field(default_factory=OpenFiles, repr=False)
 
     def read(self, row: int) -> NDArray[np.float16]:
-        """(D, H, W) float16. OSError naming shard and key where the bytes are not those that the manifest lists."""
+        """Return a scan's voxels, (D, H, W) float16.
+
+        Raises OSError, naming shard and key, if its bytes are missing or differ from the manifest's checksum.
+        """
         number, offset, size = int(self.shard[row]), int(self.offset[row]), int(self.size[row])
         if self.store is None:
             descriptor = self._open.get(number, lambda: Path(self.root) / self.names[number])
@@ -52,9 +64,9 @@ class VolumeReader:
         return decode(payload, self.codecs[number], self.orientation)
 
     def _fault(self, row: int, payload: bytes) -> str | None:
-        """What is wrong with a scan's bytes, if anything."""
+        """Return what is wrong with a scan's bytes, None if they are intact."""
         if len(payload) != self.size[row]:
-            return "is cut short"
+            return "is truncated"
         return None if google_crc32c.value(payload) == self.crc32c[row] else "fails its checksum"
 
     def _name(self, row: int) -> str:

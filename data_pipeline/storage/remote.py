@@ -1,4 +1,7 @@
-"""Shards in object stores and on web servers, through fsspec: range reads, retries, and a local cache. Imports it lazily."""
+"""Shards in object stores and on web servers: range reads, retries, and a local cache.
+
+Uses fsspec, which is imported lazily.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +23,25 @@ from data_pipeline.storage.open_files import OpenFiles
 from infra.errors import UserError
 
 Result = TypeVar("Result")
-BLOCK = 16 * 2**20  # bytes asked for at once where a whole shard is wanted
-LONGEST_WAIT = 30.0
-# A request that the server understood and refused; asking again changes nothing (408 and 429 ask to come back later).
+BLOCK = 16 * 2**20  # bytes per request when a whole shard is read
+MAX_WAIT = 30.0  # seconds between two attempts
+# The server understood and refused the request, so repeating it is useless (408 and 429 ask to try again later).
 REFUSED = frozenset(range(400, 500)) - {408, 425, 429}
 FULL = (errno.ENOSPC, errno.EDQUOT)
-_jitter = random.SystemRandom()  # a generator of its own: the training's random state is not touched
+_jitter = random.SystemRandom()  # a separate generator, so that the training's random state does not change
 
 
 @dataclass(frozen=True)
 class Access:
     """How remote shards are read.
 
-    Args:
-        cache: folder that keeps whole shards once read; None reads each scan by range, every time.
-        cache_gb: the most that the cache may hold, in 10^9 bytes; None for no limit.
-        retries: how often a failed read is tried again, after ``first_wait`` seconds, then twice that, and so on.
+    Attributes:
+        cache: folder that keeps whole shards once they are read; None reads each scan by range, every time.
+        cache_gb: largest size of the cache in 10^9 bytes; None for no limit.
+        retries: how often a failed read is repeated, the first time after ``first_wait`` seconds, then after twice as long,
+            and so on.
         timeout: seconds without an answer or a byte after which a read has failed.
+        first_wait: seconds before the first retry.
     """
 
     cache: str | None = None
@@ -47,16 +52,16 @@ class Access:
 
 
 class ReadFailed(OSError):
-    """A read that failed for good; the text names what was read and at which attempt it was given up."""
+    """A read that failed at every attempt; the message names what was read and the number of attempts."""
 
 
 def is_remote(url: str | Path) -> bool:
-    """Whether this is a URL rather than a path."""
+    """Return whether this is a URL rather than a path."""
     return "://" in str(url)
 
 
 def join(folder: str, name: str) -> str:
-    """``name`` in ``folder``, both a path or a URL; an absolute ``name`` stands for itself."""
+    """Return the path or URL of ``name`` in ``folder``; an absolute ``name`` is returned as it is."""
     if is_remote(name) or name.startswith("/") or not is_remote(folder):
         return name if is_remote(name) else str(Path(folder, name))
     scheme, separator, rest = folder.rpartition("://")
@@ -64,39 +69,49 @@ def join(folder: str, name: str) -> str:
 
 
 def with_retries(action: Callable[[], Result], name: Callable[[], str], access: Access) -> Result:
-    """``action()``, tried again where it fails; then ReadFailed, its text begun by ``name()``, or action's own UserError."""
+    """Return ``action()``, repeated as ``access`` says if it fails.
+
+    Args:
+        action: one attempt.
+        name: returns what is read, for the error message.
+        access: number of retries and waiting times.
+
+    Raises:
+        ReadFailed: after the last attempt, or at once for an error that a retry cannot mend.
+        UserError: after the last attempt, if ``action`` raised it.
+    """
     for attempt in range(1, access.retries + 2):
         try:
             return action()
-        except Exception as error:  # every store's client raises kinds of its own
+        except Exception as error:  # every store's client has its own exceptions
             if isinstance(error, ReadFailed) or (isinstance(error, UserError) and attempt > access.retries):
                 raise
             if attempt > access.retries or _is_final(error):
                 raise ReadFailed(
                     f"{name()}: attempt {attempt} of {access.retries + 1} failed: {_reason(error)}"
                 ) from error
-        time.sleep(min(LONGEST_WAIT, access.first_wait * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1.5))
+        time.sleep(min(MAX_WAIT, access.first_wait * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1.5))
     raise AssertionError("the last attempt returns or raises")
 
 
 def read_whole(url: str, access: Access) -> bytes:
-    """A remote file's content; one attempt."""
+    """Return a remote file's content; one attempt."""
     content: bytes = filesystem(url, access).cat_file(url)
     return content
 
 
 def read_range(url: str, start: int, stop: int, access: Access) -> bytes:
-    """Bytes ``start`` to ``stop`` of a remote file; one attempt. OSError where the answer has another length."""
+    """Return bytes ``start`` to ``stop`` of a remote file; one attempt. Raises OSError if the answer has another length."""
     payload: bytes = filesystem(url, access).cat_file(url, start=start, end=stop)
     if len(payload) > stop - start:
-        raise OSError(f"asked for {stop - start} bytes, got {len(payload)}: the server does not know range requests")
+        raise OSError(f"requested {stop - start} bytes, got {len(payload)}: the server does not support range requests")
     if len(payload) < stop - start:
-        raise OSError(f"is cut short: asked for {stop - start} bytes, got {len(payload)}")
+        raise OSError(f"is truncated: requested {stop - start} bytes, got {len(payload)}")
     return payload
 
 
 def filesystem(url: str, access: Access) -> Any:
-    """fsspec's file system for a URL. UserError for a protocol that is not known or whose package is missing."""
+    """Return fsspec's file system for a URL. Raises UserError if the protocol is unknown or its package is missing."""
     import fsspec
 
     protocol = url.partition("://")[0]
@@ -108,7 +123,7 @@ def filesystem(url: str, access: Access) -> Any:
     except ValueError as error:
         raise UserError(f"{url}: {error}; use a path, s3://, http:// or https://") from None
     if protocol in ("s3", "s3a"):
-        store.retries = 1  # its own retries would multiply ours
+        store.retries = 1  # its retries would multiply with ours
     return store
 
 
@@ -116,12 +131,12 @@ def _http_options(timeout: float) -> dict[str, Any]:
     import aiohttp
 
     limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-    # Bytes as stored: a server that compresses on the way would shift every range.
+    # Without transfer compression, which would shift every range.
     return {"client_kwargs": {"timeout": limits, "headers": {"Accept-Encoding": "identity"}}}
 
 
 def _s3_options(timeout: float) -> dict[str, Any]:
-    # Credentials, region and AWS_ENDPOINT_URL come from the environment, as botocore reads them.
+    # botocore reads credentials, region and AWS_ENDPOINT_URL from the environment.
     limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"total_max_attempts": 1}}
     return {"config_kwargs": limits}
 
@@ -144,7 +159,10 @@ def _reason(error: Exception) -> str:
 
 @dataclass
 class ShardStore:
-    """The shards of one manifest in a remote folder; goes to worker processes with the reader."""
+    """Reads the shards of a manifest in a remote folder; pickled to worker processes with the reader.
+
+    ``names``, ``sizes`` (bytes) and ``sha256`` have a value for each shard.
+    """
 
     root: str
     names: list[str]
@@ -157,16 +175,27 @@ class ShardStore:
     def read(
         self, number: int, offset: int, size: int, fault: Callable[[bytes], str | None], name: Callable[[], str]
     ) -> bytes:
-        """``size`` bytes of a shard in which ``fault`` finds none, from the cache or by a range read.
+        """Return bytes of a shard, from the cache or with a range read.
 
-        ReadFailed (an OSError) naming ``name()``, the offset and the attempt where no attempt gave them.
+        Args:
+            number: of the shard.
+            offset: first byte.
+            size: number of bytes.
+            fault: returns what is wrong with the bytes, or None; faulty bytes are read again.
+            name: returns what is read, for the error message.
+
+        Raises:
+            ReadFailed: (an OSError) if no attempt gave intact bytes.
         """
+        url = join(self.root, self.names[number])
 
         def described() -> str:
-            return f"{name()}, offset {offset} in {join(self.root, self.names[number])}"
+            """Name what is read, with its location."""
+            return f"{name()}, offset {offset} in {url}"
 
-        def once() -> bytes:
-            payload = read_range(join(self.root, self.names[number]), offset, offset + size, self.access)
+        def read_once() -> bytes:
+            """Read the range and check it."""
+            payload = read_range(url, offset, offset + size, self.access)
             problem = fault(payload)
             if problem:
                 raise OSError(problem)
@@ -176,10 +205,10 @@ class ShardStore:
             payload = self._from_cache(number, offset, size, described)
             if payload is not None and fault(payload) is None:
                 return payload
-            if payload is not None:  # the local disk has lost what was verified when it was written
+            if payload is not None:  # the copy was verified when it was written and is damaged now
                 self._open.close(number)
                 self._cache.path(self.sha256[number]).unlink(missing_ok=True)
-        return with_retries(once, described, self.access)
+        return with_retries(read_once, described, self.access)
 
     @property
     def _cache(self) -> ShardCache:
@@ -189,7 +218,7 @@ class ShardStore:
     def _from_cache(self, number: int, offset: int, size: int, described: Callable[[], str]) -> bytes | None:
         try:
             descriptor = self._open.get(number, partial(self._cached, number, described))
-        except FileNotFoundError:  # another data set's process made room just now
+        except FileNotFoundError:  # a process with another data set has just removed it to make room
             return None
         return None if descriptor is None else os.pread(descriptor, size, offset)
 
@@ -198,56 +227,58 @@ class ShardStore:
         if number in self._did_not_fit and not cache.path(sha256).exists():
             return None
         url, size = join(self.root, self.names[number]), self.sizes[number]
-        found = cache.fetch(
+        path = cache.fetch(
             sha256,
             size,
             frozenset(self.sha256),
             lambda part: _download(url, size, sha256, part, described, self.access),
         )
-        if found is None:
+        if path is None:
             self._did_not_fit.add(number)
-        return found
+        return path
 
 
 def _download(url: str, size: int, sha256: str, part: IO[bytes], described: Callable[[], str], access: Access) -> None:
-    """Write a whole shard to ``part``, block by block, each retried by itself; its SHA-256 is checked at the end."""
+    """Write a whole shard to ``part``, block by block with retries for each block, and verify its SHA-256."""
 
-    def block(start: int) -> bytes:
+    def read_block(start: int) -> bytes:
+        """Read one block; a server without range requests sends the whole shard, which is accepted."""
         stop = min(start + BLOCK, size)
         payload: bytes = filesystem(url, access).cat_file(url, start=start, end=stop)
         if start == 0 and len(payload) == size:
-            return payload  # a server that does not know ranges; the whole is what is wanted
+            return payload
         if len(payload) != stop - start:
-            raise OSError(f"asked for {stop - start} bytes of the shard, got {len(payload)}")
+            raise OSError(f"requested {stop - start} bytes of the shard, got {len(payload)}")
         return payload
 
-    def whole() -> None:
+    def download_once() -> None:
+        """Write the shard from its beginning."""
         part.seek(0)
         digest, done = hashlib.sha256(), 0
         while done < size:
-            payload = with_retries(partial(block, done), described, access)
+            payload = with_retries(partial(read_block, done), described, access)
             part.write(payload)
             digest.update(payload)
             done += len(payload)
         if digest.hexdigest() != sha256:
             raise OSError("the shard's content differs from its SHA-256 in manifest.json")
 
-    with_retries(whole, described, access)
+    with_retries(download_once, described, access)
 
 
 class RemoteFile(io.RawIOBase):
-    """A remote file read from its beginning to its end, by blocks, each retried."""
+    """A remote file, read forward in blocks with retries for each block."""
 
     def __init__(self, url: str, access: Access) -> None:
         self.url, self.access, self.done = url, access, 0
         self.size: int = with_retries(lambda: int(filesystem(url, access).info(url)["size"]), lambda: url, access)
 
     def readable(self) -> bool:
-        """True, as io asks."""
+        """Return True: this is a readable stream."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer`` as far as the file goes."""
+        """Read the next bytes into ``buffer``; return how many, 0 at the end of the file."""
         stop = min(self.done + len(buffer), self.size)
         if stop == self.done:
             return 0
@@ -260,15 +291,15 @@ class RemoteFile(io.RawIOBase):
         return len(payload)
 
 
-def open_file(place: str, access: Access) -> IO[bytes]:
-    """A local file or a remote one, to be read once from the beginning."""
-    if is_remote(place):
-        return io.BufferedReader(RemoteFile(place, access), BLOCK)
-    return open(place, "rb")
+def open_file(url: str, access: Access) -> IO[bytes]:
+    """Open a local or remote file for one forward read."""
+    if is_remote(url):
+        return io.BufferedReader(RemoteFile(url, access), BLOCK)
+    return open(url, "rb")
 
 
 def remote_sum(url: str, access: Access) -> tuple[int, str]:
-    """Size and SHA-256 of a remote file, read once."""
+    """Read a remote file once and return its size in bytes and its SHA-256."""
     digest, size = hashlib.sha256(), 0
     with open_file(url, access) as stream:
         while block := stream.read(BLOCK):
@@ -278,10 +309,10 @@ def remote_sum(url: str, access: Access) -> tuple[int, str]:
 
 
 def list_tars(folder: str, access: Access) -> list[str]:
-    """Names of the tars below a local or remote folder, relative to it, in order."""
+    """Return the sorted names of all tars below a local or remote folder, relative to it."""
     if not is_remote(folder):
         return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*.tar"))
     store = filesystem(folder, access)
     base = store._strip_protocol(folder.rstrip("/")) + "/"
-    found = with_retries(lambda: list(store.find(folder.rstrip("/") + "/")), lambda: folder, access)
-    return sorted(path.removeprefix(base) for path in found if path.endswith(".tar"))
+    paths = with_retries(lambda: list(store.find(folder.rstrip("/") + "/")), lambda: folder, access)
+    return sorted(path.removeprefix(base) for path in paths if path.endswith(".tar"))

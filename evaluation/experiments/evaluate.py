@@ -40,7 +40,7 @@ FeaturesOfTask = tuple[Method, str, NDArray[Any]]  # method, task, features of t
 def evaluate_clinic(out: Path, plan: ExperimentPlan, clinic: str, uri: str) -> None:
     """Fit linear probes to every encoder, the voxels and the brain-age score on a clinic's tasks; store and log the answers.
 
-    A clinic whose answers are stored already is left alone.
+    Does nothing if the answers are stored already.
     """
     target = out / "results" / f"{clinic}.npz"
     if target.is_file():

@@ -29,7 +29,7 @@ PRETRAINED = "y-aware-main-0"  # run whose weights are fine-tuned; networks from
 def train_networks(out: Path, plan: ExperimentPlan, uri: str) -> None:
     """Train all weights for a fixed number of epochs, from y-aware weights and from random ones; store and log the answers.
 
-    Networks whose answers are stored already are left alone.
+    Does nothing if the answers are stored already.
     """
     target = out / "results" / f"{NETWORKS}.npz"
     if target.is_file():

@@ -1,4 +1,4 @@
-"""``yaware plan`` and ``yaware launch``: before a run, and on several hosts."""
+"""``yaware plan`` (forecast a run) and ``yaware launch`` (start it on several hosts)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from infra.errors import UserError, nearest
 
 
 def plan(arguments: list[str]) -> int:
-    """Say what a run comes to before it is started: ranks, steps, memory, checkpoints, and the line to start it."""
+    """Print the ranks, steps, memory and checkpoints of a run, and the command lines that start it. Trains nothing."""
     parser = argparse.ArgumentParser(
         prog="yaware plan",
         description=plan.__doc__,
-        epilog="Any key of the recipe is overridden by --section.key=value.",
+        epilog="--section.key=value overrides any key of the recipe.",
     )
-    parser.add_argument("--config", required=True, help="a shipped recipe (demo-cpu, ...) or a YAML file")
-    parser.add_argument("--nodes", type=int, default=1, help="hosts (default: 1)")
-    parser.add_argument("--gpus", type=int, help="ranks on each, one a GPU (default: the recipe's launch.ranks)")
-    parser.add_argument("--scans", type=int, help="plan for so many scans, without looking at data.shards")
-    parser.add_argument("--grid", default="121x145x121", help="with --scans: their sides (default: 121x145x121)")
     parser.add_argument(
-        "--tflops", type=float, help="10^12 operations a second that a rank sustains: estimates the time"
+        "--config", required=True, help="name of a shipped recipe (demo-cpu, ...) or path of a YAML file"
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="number of hosts (default: 1)")
+    parser.add_argument("--gpus", type=int, help="ranks per host, one per GPU (default: the recipe's launch.ranks)")
+    parser.add_argument(
+        "--scans", type=int, help="number of training scans to plan for, instead of reading data.shards"
+    )
+    parser.add_argument("--grid", default="121x145x121", help="with --scans: voxels of a scan (default: 121x145x121)")
+    parser.add_argument(
+        "--tflops", type=float, help="10^12 operations per second that a rank sustains; prints an estimate of the time"
     )
     options, overrides = parser.parse_known_args(arguments)
     from pretrain.config import load_recipe
@@ -36,8 +40,8 @@ def plan(arguments: list[str]) -> int:
 
     recipe = load_recipe(options.config, overrides)
     for name in ("nodes", "gpus", "scans", "tflops"):
-        if (given := getattr(options, name)) is not None and given <= 0:
-            raise UserError(f"--{name}={given} must be more than 0")
+        if (value := getattr(options, name)) is not None and value <= 0:
+            raise UserError(f"--{name}={value} must be more than 0")
     machine = Machine(options.nodes, options.gpus or recipe.launch.ranks)
     if options.scans:
         if not re.fullmatch(r"\d+x\d+x\d+", options.grid):
@@ -48,8 +52,8 @@ def plan(arguments: list[str]) -> int:
     else:
         from pretrain.run.plan import make_plan
 
-        made = make_plan(recipe, machine.ranks)
-        grid, scans, steps = made.manifest.grid["shape"], made.order.length, made.total_steps
+        checked = make_plan(recipe, machine.ranks)
+        grid, scans, steps = checked.manifest.grid["shape"], checked.order.length, checked.total_steps
     command = [options.config, *overrides]
     print(
         "\n".join(
@@ -60,25 +64,29 @@ def plan(arguments: list[str]) -> int:
 
 
 def launch(arguments: list[str]) -> int:
-    """Check a recipe against a hostfile and its shards, then start it on all hosts through the deepspeed launcher."""
+    """Check a recipe against its shards and a hostfile, then start it on the hosts with one of the launchers."""
     parser = argparse.ArgumentParser(
         prog="yaware launch",
         description=launch.__doc__,
-        epilog="Any key of the recipe is overridden by --section.key=value.",
+        epilog="--section.key=value overrides any key of the recipe.",
     )
-    parser.add_argument("--config", required=True, help="a shipped recipe (demo-cpu, ...) or a YAML file")
+    parser.add_argument(
+        "--config", required=True, help="name of a shipped recipe (demo-cpu, ...) or path of a YAML file"
+    )
     parser.add_argument(
         "--hostfile", type=Path, required=True, help="lines `name slots=8`; the first host is the master"
     )
     parser.add_argument(
-        "--node_rank", type=int, help="start this host alone, as its N-th line; without it all, over pdsh"
+        "--node_rank",
+        type=int,
+        help="start only this host, line N of the hostfile (from 0); default: all hosts, over pdsh",
     )
     parser.add_argument("--master_addr", help="address of the first host (default: its name)")
     parser.add_argument("--master_port", type=int, default=29500)
     parser.add_argument(
         "--launcher", help="pdsh (default), node (default with --node_rank) or slurm (submits with sbatch)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check, print the line and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check and print the command line, start nothing")
     options, overrides = parser.parse_known_args(arguments)
     from pretrain.config import load_recipe
     from pretrain.launch.hosts import read_hostfile

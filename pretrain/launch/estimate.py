@@ -1,9 +1,8 @@
-"""What a step of a recipe asks for: arithmetic, counted; memory of weights, gradients and optimiser, estimated."""
+"""The cost of a step: operations, counted; memory of weights, gradients and optimiser, estimated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,12 +11,12 @@ from pretrain.config import Recipe
 from pretrain.encoders import TRAINING_ONLY
 from pretrain.model import ContrastiveModel, build_model
 
-# Tensors of a parameter's size in an optimiser's state; others have two, as Adam.
+# Tensors per parameter in an optimiser's state; the others have two, as Adam does.
 MOMENTS = {"sgd": 1, "lars": 1}
 
 
 def plain_model(recipe: Recipe) -> ContrastiveModel:
-    """The recipe's network without storage and without what only makes it faster or smaller (recomputation, compile)."""
+    """Return the recipe's network on the meta device, without recomputation and compilation."""
     options = {name: value for name, value in recipe.encoder.options.items() if name not in TRAINING_ONLY}
     encoder = type(recipe.encoder)(name=recipe.encoder.name, options=options)
     plain = type(recipe)(
@@ -27,10 +26,11 @@ def plain_model(recipe: Recipe) -> ContrastiveModel:
 
 
 def scan_flops(model: ContrastiveModel, grid: Sequence[int]) -> int:
-    """Floating-point operations of forward and backward of one scan's two views, a multiplication and an addition being two.
+    """Return the floating-point operations of forward and backward pass of one scan (two views) on a grid (D, H, W).
 
-    Counted by torch.utils.flop_counter on shapes alone: convolutions and matrix products, which are nearly all. What
-    recomputation and GradCache do again is not in it, as is the custom for the utilisation of a device (MFU).
+    torch.utils.flop_counter counts them from the shapes: convolutions and matrix products, which are nearly all. A
+    multiply-add counts as two. Recomputation and GradCache's second pass are not included, as usual for model FLOPs
+    utilisation (MFU).
     """
     views_2B1DHW = torch.empty(2, 1, 1, *grid, device="meta")
     with FlopCounterMode(display=False) as counter:
@@ -40,10 +40,10 @@ def scan_flops(model: ContrastiveModel, grid: Sequence[int]) -> int:
 
 
 def memory_of_a_rank(recipe: Recipe, parameters: int, ranks: int) -> dict[str, float]:
-    """Bytes of weights, gradients and optimiser on a rank, as ZeRO cuts them (Rajbhandari et al. 2020, arXiv:1910.02054).
+    """Return the bytes of weights, gradients and optimiser per rank under ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
 
-    An estimate: DeepSpeed's buffers, activations and the libraries' own memory come on top. ZeRO keeps a float32 copy of
-    the weights with the optimiser, as does any shorter type; plain float32 under stage 0 has none.
+    This is an estimate without activations, DeepSpeed's buffers and the libraries' own memory. The optimiser holds a float32
+    copy of the weights under ZeRO stages 1 to 3 and with 16-bit weights, but not in float32 under stage 0.
     """
     stage = int((recipe.deepspeed.get("zero_optimization") or {}).get("stage", 0))
     width = 2 if recipe.train.precision in ("bf16", "fp16") else 4
@@ -56,6 +56,6 @@ def memory_of_a_rank(recipe: Recipe, parameters: int, ranks: int) -> dict[str, f
 
 
 def checkpoint_bytes(recipe: Recipe, parameters: int, encoder_parameters: int) -> float:
-    """Bytes of a checkpoint over all ranks: weights, optimiser with its float32 copy, and the encoder as safetensors."""
-    parts: dict[str, Any] = memory_of_a_rank(recipe, parameters, 1)
-    return float(parts["weights"] + parts["optimizer"] + 4 * encoder_parameters)
+    """Return the bytes of a checkpoint of all ranks: weights, optimiser with its float32 copy, encoder as safetensors."""
+    memory = memory_of_a_rank(recipe, parameters, 1)
+    return memory["weights"] + memory["optimizer"] + 4 * encoder_parameters

@@ -1,4 +1,4 @@
-"""What a run comes to before it is started: ``yaware plan`` prints it, nothing is trained and nothing written."""
+"""The forecast of ``yaware plan``: ranks, steps, memory and time of a run. Nothing is trained and nothing is written."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MIB, GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class Machine:
-    """Hosts of one kind."""
+    """Equal hosts."""
 
     nodes: int
     gpus: int
 
     @property
     def ranks(self) -> int:
-        """Processes over all hosts, one a GPU (on a CPU: one each)."""
+        """Processes on all hosts, one per GPU."""
         return self.nodes * self.gpus
 
 
@@ -30,43 +30,48 @@ def forecast(
     recipe: Recipe, machine: Machine, *, scans: int, steps: int, grid: Sequence[int], command: Sequence[str],
     tflops: float | None = None,
 ) -> list[str]:  # fmt: skip
-    """The lines of ``yaware plan``.
+    """Return the lines of ``yaware plan``.
 
     Args:
-        scans: positions of an epoch.
-        steps: of the whole run.
-        grid: sides of a scan in voxels.
-        command: recipe and overrides, as given.
-        tflops: 10^12 operations a second that a rank is taken to sustain; None: no time is estimated.
+        recipe: the recipe.
+        machine: the hosts.
+        scans: scans shown per epoch.
+        steps: steps of the whole run.
+        grid: voxels of a scan, (D, H, W).
+        command: name of the recipe and overrides, as typed.
+        tflops: 10^12 operations per second that a rank sustains; None estimates no time.
+
+    Raises UserError if the batch cannot be divided by the ranks.
     """
     passes, ranks = check_micro_batch(recipe.batch, machine.ranks), machine.ranks
     share = recipe.batch.global_ // ranks
     model = plain_model(recipe)
     parameters = sum(p.numel() for p in model.parameters())
-    inside = sum(p.numel() for p in model.encoder.parameters())
+    in_encoder = sum(p.numel() for p in model.encoder.parameters())
     sides = "x".join(map(str, grid))
     stage = int((recipe.deepspeed.get("zero_optimization") or {}).get("stage", 0))
     in_passes = "in one pass" if passes == 1 else f"in {passes} passes of {share // passes} (GradCache)"
     epochs = steps * recipe.batch.global_ / scans
     rows = {
-        "model": f"{recipe.encoder.name}, {parameters:,} parameters ({inside:,} in the encoder), {recipe.train.precision}",
-        "data": f"{scans:,} scans an epoch of {sides} voxels, two views each",
-        "ranks": f"{ranks} ({machine.nodes} x {machine.gpus}); {share} scans a rank and step, {in_passes}",
+        "model": f"{recipe.encoder.name}, {parameters:,} parameters ({in_encoder:,} in the encoder), {recipe.train.precision}",
+        "data": f"{scans:,} scans per epoch of {sides} voxels, two views each",
+        "ranks": f"{ranks} ({machine.nodes} x {machine.gpus}); {share} scans per rank and step, {in_passes}",
         "steps": f"{steps:,} of {recipe.batch.global_} scans: {epochs:.1f} epochs of {scans / recipe.batch.global_:.1f} steps",
-        "checkpoints": _checkpoints(recipe, steps, checkpoint_bytes(recipe, parameters, inside)),
+        "checkpoints": _checkpoints(recipe, steps, checkpoint_bytes(recipe, parameters, in_encoder)),
         f"ZeRO {stage}": _memory(memory_of_a_rank(recipe, parameters, ranks)),
     }
     flops = scan_flops(model, grid)
-    again = (1 / 3 if passes > 1 else 0) + (1 / 3 if recipe.encoder.options.get("checkpointing") else 0)
-    step_tflop = share * flops * (1 + again) / 1e12
-    rows["arithmetic"] = f"{flops / 1e12:.3g} TFLOP a scan (counted); {step_tflop:.3g} a rank and step" + (
-        f", of which {again / (1 + again):.0%} done again to save memory" if again else ""
+    repeated = (1 / 3 if passes > 1 else 0) + (1 / 3 if recipe.encoder.options.get("checkpointing") else 0)
+    step_tflop = share * flops * (1 + repeated) / 1e12
+    rows["operations"] = f"{flops / 1e12:.3g} TFLOP per scan (counted); {step_tflop:.3g} per rank and step" + (
+        f", {repeated / (1 + repeated):.0%} of them repeated to save memory" if repeated else ""
     )
     if tflops:
         seconds = step_tflop / tflops
         rows["time"] = (
-            f"at {tflops:g} TFLOP/s a rank (assumed): {seconds:.3g} s a step, {recipe.batch.global_ / seconds:,.0f} scans/s, "
-            f"{seconds * steps / 3600:.2g} h; data, network and checkpoints come on top"
+            f"at {tflops:g} TFLOP/s per rank (assumed): {seconds:.3g} s per step, "
+            f"{recipe.batch.global_ / seconds:,.0f} scans/s, {seconds * steps / 3600:.2g} h; "
+            "without data loading, network and checkpoints"
         )
     lines = [f"{name:<12} {text}" for name, text in rows.items()]
     return [*lines, "start it with", *(f"  {line}" for line in launch_lines(machine, command))]
@@ -74,19 +79,19 @@ def forecast(
 
 def _checkpoints(recipe: Recipe, steps: int, size: float) -> str:
     settings = recipe.checkpoint
-    often = f"every {settings.every_steps:,} steps" + (
+    interval = f"every {settings.every_steps:,} steps" + (
         f" and every {settings.every_minutes:g} minutes" if settings.every_minutes else ""
     )
     count = -(-steps // settings.every_steps) or 1
     best = " and the best by the monitor" if recipe.monitor.every_epochs else ""
     return (
-        f"{often}: {count} by steps; the last {settings.keep}{best} are kept, some {size / GIB:.2f} GiB each (estimate)"
+        f"{interval}: {count} by steps; the last {settings.keep}{best} are kept, {size / GIB:.2f} GiB each (estimate)"
     )
 
 
-def _memory(parts: dict[str, float]) -> str:
-    shown = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in parts.items())
-    return f"{shown}; together {sum(parts.values()) / MIB:,.0f} MiB a rank (estimate); activations on top (docs/encoders.md)"
+def _memory(sizes: dict[str, float]) -> str:
+    shown = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in sizes.items())
+    return f"{shown}; together {sum(sizes.values()) / MIB:,.0f} MiB per rank (estimate), plus activations (docs/encoders.md)"
 
 
 def launch_lines(machine: Machine, command: Sequence[str]) -> list[str]:

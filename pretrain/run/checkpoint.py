@@ -1,9 +1,9 @@
 """Checkpoints that survive a kill at any moment.
 
-A checkpoint is a folder ``step-XXXXXXXX``. It is written under a temporary name by all ranks, flushed and summed
-(checksums.json), and renamed by rank 0 once every rank is done; only then does the pointer ``latest`` move, by an
-atomic replace. DeepSpeed's own pointer is not used: rank 0 moves it without waiting for the others (measured: a rank
-killed in mid-write leaves it naming a truncated shard).
+A checkpoint is a folder ``step-XXXXXXXX``. All ranks write it under a temporary name, flush it and compute its checksums
+(checksums.json). Rank 0 renames it when every rank is done, and then replaces the pointer ``latest`` atomically.
+DeepSpeed's own pointer is not used, because its rank 0 moves it without waiting for the others: in a test, a rank killed
+in the middle of a write left the pointer on a truncated file.
 """
 
 from __future__ import annotations
@@ -30,25 +30,32 @@ from pretrain.engine.partitions import layout
 from pretrain.engine.reshard import load_resharded
 
 PREFIX, BEST = "step-", "best"
-UNFINISHED, DAMAGED = ".unfinished-", "damaged-"
+UNFINISHED, DAMAGED = ".unfinished-", "damaged-"  # before a checkpoint's name
 
 
 class CheckpointFailed(RuntimeError):
-    """A checkpoint could not be written; raised on every rank, with the last good one as it was."""
+    """A checkpoint could not be written. Raised on every rank; the last good checkpoint is unchanged."""
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """``checkpoints/step-00000120``."""
+    """Return the folder of a step's checkpoint: ``checkpoints/step-00000120``."""
     return checkpoints / f"{PREFIX}{step:08d}"
 
 
 def save_checkpoint(
-    checkpoints: Path, step: int, engine: Any, state: dict[str, Any], write_rest: Callable[[Path], None]
+    checkpoints: Path, step: int, engine: Any, state: dict[str, Any], write_encoder: Callable[[Path], None]
 ) -> Path:
-    """Write the state after ``step`` steps; collective. ``write_rest(folder)`` adds rank 0's files (the encoder).
+    """Write the state after ``step`` steps and return its folder. Collective.
 
-    ``state`` (plain JSON values, the same on every rank) comes back from ``load_checkpoint``. CheckpointFailed where any
-    rank cannot write (a full disk): what was written of it is removed, older checkpoints stay.
+    Args:
+        checkpoints: the run's folder of checkpoints.
+        step: steps done.
+        engine: the DeepSpeed engine.
+        state: JSON values, the same on every rank; ``load_checkpoint`` returns them.
+        write_encoder: called on rank 0 with the folder, to add the encoder's files.
+
+    Raises CheckpointFailed if any rank cannot write, for example to a full disk. The unfinished checkpoint is removed, older
+    ones stay.
     """
     final = step_folder(checkpoints, step)
     temporary = checkpoints / f"{UNFINISHED}{final.name}"
@@ -60,15 +67,15 @@ def save_checkpoint(
         save_engine(engine, checkpoints, temporary.name)
         _write_random_state(temporary)
         if distributed.is_main():
-            shape = {"world_size": distributed.world_size(), "zero_stage": int(engine.zero_optimization_stage())}
-            form = {"layout": layout(engine), "loss_scaler": scaler_state(engine)}
-            write_json(temporary / "state.json", {**state, **shape, **form, "step": step})
-            write_rest(temporary)
+            ranks = {"world_size": distributed.world_size(), "zero_stage": int(engine.zero_optimization_stage())}
+            engine_state = {"layout": layout(engine), "loss_scaler": scaler_state(engine)}
+            write_json(temporary / "state.json", {**state, **ranks, **engine_state, "step": step})
+            write_encoder(temporary)
     _write_checksums(temporary)
     with _on_all_ranks(temporary):
         if distributed.is_main():
             if final.exists():
-                # Left by a run that was stopped after this step and resumed from an earlier one; the new one is the same.
+                # An earlier attempt wrote this step before the run was resumed from an older one; both are equal.
                 shutil.rmtree(final)
             temporary.rename(final)
             flush_folder(checkpoints)
@@ -79,7 +86,7 @@ def save_checkpoint(
 
 @contextmanager
 def _on_all_ranks(temporary: Path) -> Iterator[None]:
-    """A barrier behind what is done within; what any rank cannot write stops all of them. Collective."""
+    """Run the block, then a barrier; if any rank could not write, raise CheckpointFailed on all of them. Collective."""
     problem = ""
     try:
         yield
@@ -90,7 +97,7 @@ def _on_all_ranks(temporary: Path) -> Iterator[None]:
         checkpoints, name = temporary.parent, temporary.name.removeprefix(UNFINISHED)
         newest = newest_step(checkpoints)
         free = _free_space(checkpoints)
-        dist.barrier()  # no rank looks at the disk while it is cleaned
+        dist.barrier()  # all ranks have read the folder before it is cleaned
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointFailed(
@@ -101,10 +108,10 @@ def _on_all_ranks(temporary: Path) -> Iterator[None]:
 
 
 def _gather(text: str) -> list[str]:
-    """Every rank's text, by rank. Collective."""
-    every: list[Any] = [None] * distributed.world_size()
-    dist.all_gather_object(every, text)
-    return every
+    """Return the texts of all ranks, ordered by rank. Collective."""
+    texts: list[Any] = [None] * distributed.world_size()
+    dist.all_gather_object(texts, text)
+    return texts
 
 
 def _free_space(folder: Path) -> str:
@@ -117,11 +124,16 @@ def _free_space(folder: Path) -> str:
 def resume(
     checkpoints: Path, engine: Any, how: str = "auto", fits: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, Any] | None:
-    """What ``run.resume`` asks for: the run's own newest checkpoint, none, or one of another run. Collective.
+    """Load the checkpoint that ``run.resume`` names; return its state, or None if the run starts anew. Collective.
 
-    ``auto``: the run's own. ``never``: UserError where there is one. A path (a run's folder or one of its checkpoints) is
-    where a new run begins; once it has checkpoints of its own, these go before. ``fits(state)`` raises UserError where
-    another run's checkpoint is of no use to this one.
+    Args:
+        checkpoints: the run's own folder of checkpoints.
+        engine: the DeepSpeed engine.
+        how: "auto" loads the run's own newest checkpoint. "never" refuses a folder that has one. A path (a run's folder or
+            one of its checkpoints) is where a new run starts; checkpoints of its own take precedence.
+        fits: called with the state of another run's checkpoint; raises UserError if this run cannot use it.
+
+    Raises UserError if there is no such checkpoint, or if "never" finds one.
     """
     own = newest_step(checkpoints)
     if how == "never" and own is not None:
@@ -130,12 +142,12 @@ def resume(
         )
     if how in ("auto", "never") or own is not None:
         return load_checkpoint(checkpoints, engine)
-    given = Path(how)
-    folder = given if (given / "state.json").is_file() else None
-    state = load_checkpoint(given.parent if folder else given / "checkpoints", engine, folder, own=False, fits=fits)
+    path = Path(how)
+    folder = path if (path / "state.json").is_file() else None
+    state = load_checkpoint(path.parent if folder else path / "checkpoints", engine, folder, own=False, fits=fits)
     if state is None:
         raise UserError(
-            f"run.resume={how} is no checkpoint; give auto, never, a run's folder or its checkpoints/step-*"
+            f"run.resume={how} is no checkpoint; use auto, never, a run's folder or one of its checkpoints/step-*"
         )
     return state
 
@@ -144,11 +156,19 @@ def load_checkpoint(
     checkpoints: Path, engine: Any, only: Path | None = None, own: bool = True,
     fits: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Load the newest checkpoint that verifies on every rank (or ``only`` that); None where there is none. Collective.
+    """Load the newest intact checkpoint and return its state; None if there is no checkpoint. Collective.
 
-    Written on another number of ranks, or under another ZeRO stage, it is converted first (pretrain.engine.reshard). Damaged
-    ones are passed over, and set aside where they are this run's ``own``; UserError where there are no others. The state
-    comes back with ``folder``, where it was read.
+    A checkpoint of another number of ranks or another ZeRO stage is converted (pretrain.engine.reshard). ``folder`` in the
+    returned state is where it was read.
+
+    Args:
+        checkpoints: a folder of checkpoints.
+        engine: the DeepSpeed engine.
+        only: load this checkpoint and no other.
+        own: whether the folder is this run's own; damaged checkpoints are then renamed to ``damaged-*``.
+        fits: called with the state before loading; raises UserError if this run cannot use the checkpoint.
+
+    Raises UserError if all checkpoints are damaged.
     """
     damaged: dict[Path, str] = {}
     for folder in [only] if only else _newest_first(checkpoints):
@@ -164,33 +184,33 @@ def load_checkpoint(
         if fits:
             fits(state)
         state["folder"] = str(folder)
-        form, here = layout(engine), int(engine.zero_optimization_stage())
-        stage, world_size = int(state.get("zero_stage", here)), int(state["world_size"])
+        own_layout, own_stage = layout(engine), int(engine.zero_optimization_stage())
+        stage, world_size = int(state.get("zero_stage", own_stage)), int(state["world_size"])
         load_scaler_state(engine, state.get("loss_scaler"))
         same_ranks = world_size == distributed.world_size()
-        if same_ranks and state.get("layout", form) == form and stage == here:
+        if same_ranks and state.get("layout", own_layout) == own_layout and stage == own_stage:
             load_engine(engine, folder.parent, folder.name)
             _read_random_state(folder)
             return state
         if distributed.is_main():
             print(f"checkpoint {folder.name} of {world_size} ranks under ZeRO {stage} is converted for "
-                  f"{distributed.world_size()} under ZeRO {here}", flush=True)  # fmt: skip
+                  f"{distributed.world_size()} under ZeRO {own_stage}", flush=True)  # fmt: skip
         load_resharded(folder, stage, engine)
         if same_ranks:
             _read_random_state(folder)
-        else:  # the old ranks' generators do not fit: new ones, the same whenever this resume is repeated
+        else:  # the old ranks' random states do not fit; seed new ones, equal in every repetition of this resume
             torch.manual_seed(1_000_003 * int(state["step"]) + distributed.rank())
         return state
     if damaged:
         raise UserError(
-            f"{only or checkpoints} holds no checkpoint that is whole ({'; '.join(damaged.values())}); bring one back from a "
-            "copy, or choose another run.output to begin anew"
+            f"{only or checkpoints} holds no intact checkpoint ({'; '.join(damaged.values())}); restore one from a copy, or "
+            "choose another run.output to start anew"
         )
     return None
 
 
 def _set_aside(damaged: Iterable[Path], good: Path) -> None:
-    """Out of the way of those that count, but not removed; ``latest`` names the good one. Rank 0 only."""
+    """Rename damaged checkpoints and point ``latest`` to the good one. Rank 0 only."""
     for folder in damaged:
         aside = folder.with_name(f"{DAMAGED}{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -204,13 +224,16 @@ def _point_to(checkpoints: Path, name: str, folder: Path) -> None:
 
 
 def newest_step(checkpoints: Path) -> int | None:
-    """The step that ``latest`` names, without verifying it; None where there is no checkpoint."""
+    """Return the step that ``latest`` names, unverified; None if there is no checkpoint."""
     pointer = checkpoints / "latest"
     return int(pointer.read_text().strip().removeprefix(PREFIX)) if pointer.is_file() else None
 
 
 def verify_checkpoint(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with every ``parts``-th file of a checkpoint, from ``part`` on; None where nothing is."""
+    """Compare files with their checksums; return the first problem, or None.
+
+    With ``parts`` ranks each one checks its ``part``: every ``parts``-th file.
+    """
     try:
         checksums: dict[str, str] = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -224,7 +247,7 @@ def verify_checkpoint(folder: Path, part: int = 0, parts: int = 1) -> str | None
 
 
 def clean_checkpoints(checkpoints: Path, keep: int) -> None:
-    """Remove what a killed run left unfinished and all but the ``keep`` newest checkpoints and the best. Rank 0 only."""
+    """Remove unfinished folders and all checkpoints but the ``keep`` newest and the best. Rank 0 only."""
     for folder in checkpoints.glob(f"{UNFINISHED}*"):
         shutil.rmtree(folder, ignore_errors=True)
     pointer = checkpoints / BEST
@@ -232,48 +255,48 @@ def clean_checkpoints(checkpoints: Path, keep: int) -> None:
     for folder in _newest_first(checkpoints)[keep:]:
         if folder.name == best:
             continue
-        # Renamed first: a kill in mid-removal must not leave a folder that looks like a checkpoint.
-        doomed = folder.with_name(f"{UNFINISHED}{folder.name}")
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        # Rename first: a kill during the removal must not leave a folder that looks like a checkpoint.
+        renamed = folder.with_name(f"{UNFINISHED}{folder.name}")
+        folder.rename(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
 def read_best(checkpoints: Path) -> dict[str, Any] | None:
-    """Step and score of the best encoder so far, as ``note_best`` wrote them."""
+    """Return step, metric and score of the best encoder so far, as ``note_best`` wrote them; None if there is none."""
     path = checkpoints / f"{BEST}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def note_best(checkpoints: Path, step: int, figure: str, score: float) -> None:
-    """Keep the score (of ``figure``) of the encoder after ``step`` steps, the best so far. Rank 0 only."""
-    write_json(checkpoints / f"{BEST}.json", {"step": step, "figure": figure, "score": score})
+def note_best(checkpoints: Path, step: int, metric: str, score: float) -> None:
+    """Write the score of the encoder after ``step`` steps, the best so far by ``metric``. Rank 0 only."""
+    write_json(checkpoints / f"{BEST}.json", {"step": step, "figure": metric, "score": score})
 
 
 def point_to_best(checkpoints: Path, step: int) -> None:
-    """Let the pointer ``best`` name a finished checkpoint. Rank 0 only."""
+    """Point ``best`` to a finished checkpoint. Rank 0 only."""
     _point_to(checkpoints, BEST, step_folder(checkpoints, step))
 
 
 class Clock:
-    """Says when ``minutes`` have gone by since the last checkpoint; None: never."""
+    """Tells when ``minutes`` have passed since the last checkpoint; None: never."""
 
     def __init__(self, minutes: float | None) -> None:
         self._seconds = None if minutes is None else 60.0 * minutes
         self.restart()
 
     def restart(self) -> None:
-        """A checkpoint was written."""
-        self._began = time.monotonic()
+        """Start again: a checkpoint was written."""
+        self._start = time.monotonic()
 
     def due(self) -> bool:
-        """Whether the next is due."""
-        return self._seconds is not None and time.monotonic() - self._began >= self._seconds
+        """Return whether the next checkpoint is due."""
+        return self._seconds is not None and time.monotonic() - self._start >= self._seconds
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
-    """Finished checkpoints, the one that ``latest`` names first, then older ones; newer ones than it last of all.
+    """Return the finished checkpoints: first the one that ``latest`` names, then older ones, then newer ones.
 
-    A newer one than ``latest`` is whole but its pointer never moved; the pointer decides while it can be read.
+    A checkpoint newer than ``latest`` is complete, but its pointer was never moved.
     """
     folders = sorted(checkpoints.glob(f"{PREFIX}*"), reverse=True)
     newest = newest_step(checkpoints)
@@ -287,9 +310,9 @@ def _write_random_state(folder: Path) -> None:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    written = io.BytesIO()  # torch.save makes a RuntimeError of a full disk
-    torch.save(states, written)
-    (folder / f"random-{distributed.rank():05d}.pt").write_bytes(written.getbuffer())
+    content = io.BytesIO()  # into memory, because torch.save reports a full disk as a RuntimeError
+    torch.save(states, content)
+    (folder / f"random-{distributed.rank():05d}.pt").write_bytes(content.getbuffer())
 
 
 def _read_random_state(folder: Path) -> None:
@@ -300,22 +323,22 @@ def _read_random_state(folder: Path) -> None:
 
 
 def _write_checksums(folder: Path) -> None:
-    """Every rank flushes and sums its share of the files; rank 0 writes the list. Collective."""
-    listed: list[list[str]] = [[]]
+    """Flush all files and write their checksums, each rank a share of the files. Collective."""
+    names: list[list[str]] = [[]]
     if distributed.is_main():
-        listed = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())]
-    dist.broadcast_object_list(listed, src=0)
-    share = listed[0][distributed.rank() :: distributed.world_size()]
-    sums: dict[str, str] = {}
+        names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())]
+    dist.broadcast_object_list(names, src=0)
+    own_names = names[0][distributed.rank() :: distributed.world_size()]
+    own_sums: dict[str, str] = {}
     with _on_all_ranks(folder):
-        sums = {name: _flush_and_sum(folder / name) for name in share}
-    gathered: list[Any] = [None] * distributed.world_size()
-    dist.all_gather_object(gathered, sums)
+        own_sums = {name: _flush_and_sum(folder / name) for name in own_names}
+    all_sums: list[Any] = [None] * distributed.world_size()
+    dist.all_gather_object(all_sums, own_sums)
     with _on_all_ranks(folder):
         if distributed.is_main():
-            write_json(folder / "checksums.json", {name: digest for part in gathered for name, digest in part.items()})
-            for inner in (path for path in folder.rglob("*") if path.is_dir()):
-                flush_folder(inner)
+            write_json(folder / "checksums.json", {name: digest for sums in all_sums for name, digest in sums.items()})
+            for subfolder in (path for path in folder.rglob("*") if path.is_dir()):
+                flush_folder(subfolder)
             flush_folder(folder)
 
 

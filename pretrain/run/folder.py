@@ -1,4 +1,4 @@
-"""The folder of one pretraining run: recipe.yaml, run.json, metrics.jsonl, checkpoints/. Written by rank 0 only."""
+"""The folder of a pretraining run: recipe.yaml, run.json, metrics.jsonl, checkpoints/. Only rank 0 writes them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from infra.files import atomic_write, write_json
 from infra.settings import flatten, to_dict, to_yaml
 from pretrain.config import Recipe
 
-# Keys that change where and how fast a run goes, not what it computes: a resumed run may set them anew.
-FREE_TO_CHANGE = (
+# Keys that change where and how fast a run computes, but not what: a resumed run may change them.
+CHANGEABLE = (
     "run.output", "run.tracking_uri",
     "data.shards", "data.workers", "data.threads", "data.prefetch", "data.device", "data.max_bad_share",
     "data.cache", "data.retries", "data.timeout", "deepspeed.zero_optimization.", "checkpoint.", "launch.",
     "train.watchdog_seconds", "train.max_skipped_steps", "run.resume", "monitor.",
 )  # fmt: skip
-# Keys without which another run's checkpoint does not fit into the model and optimiser (`run.resume: PATH`).
-OF_THE_NETWORK = (
+# Keys that must be equal for another run's checkpoint to fit the model and the optimiser (`run.resume: PATH`).
+NETWORK_KEYS = (
     "encoder.name", "encoder.options.", "projector.", "optimizer.name", "train.precision", "loss.temperature_bounds",
 )  # fmt: skip
-NAMED_BY_USERS = ("loss.proxies.", "encoder.options.", "augmentation.", "deepspeed.")
+# Sections whose keys the user chooses: they have no defaults.
+USER_KEYS = ("loss.proxies.", "encoder.options.", "augmentation.", "deepspeed.")
 
 
 def method_of(recipe: Recipe) -> str:
-    """What the recipe trains, in the field's words."""
+    """Return the name of the method that the recipe trains: random, SimCLR, "age regression" or the loss's name."""
     if recipe.train.steps == 0:
         return "random"
     if recipe.loss.name == "y-aware" and all(proxy.bandwidth == 0 for proxy in recipe.loss.proxies.values()):
@@ -43,12 +44,12 @@ def method_of(recipe: Recipe) -> str:
 
 
 def check_same_recipe(recipe: Recipe) -> None:
-    """UserError where ``run.output`` already holds a run that computes something else; nothing is overwritten."""
+    """Raise UserError if ``run.output`` already holds a run that computes something else."""
     path = Path(recipe.run.output) / "recipe.yaml"
     if not path.is_file():
         return
     changed = _changes(recipe, OmegaConf.to_container(OmegaConf.load(path)))
-    changed = {key: values for key, values in changed.items() if not key.startswith(FREE_TO_CHANGE)}
+    changed = {key: values for key, values in changed.items() if not key.startswith(CHANGEABLE)}
     if changed:
         raise UserError(
             f"run.output={recipe.run.output} holds a run of another recipe ({_shown(changed)}); "
@@ -57,31 +58,31 @@ def check_same_recipe(recipe: Recipe) -> None:
 
 
 def check_same_network(recipe: Recipe, other: dict[str, Any]) -> None:
-    """UserError where the checkpoint of a run of recipe ``other`` does not fit into this one's model and optimiser."""
-    changed = {key: v for key, v in _changes(recipe, other).items() if key.startswith(OF_THE_NETWORK)}
+    """Raise UserError if a checkpoint of recipe ``other`` (nested dicts) does not fit this recipe's model and optimiser."""
+    changed = {key: v for key, v in _changes(recipe, other).items() if key.startswith(NETWORK_KEYS)}
     if changed:
         raise UserError(
             f"run.resume={recipe.run.resume} is a checkpoint of another network ({_shown(changed)}); set the old values, or "
-            "resume=never to begin anew"
+            "resume=never to start anew"
         )
 
 
 def check_writable(output: Path) -> None:
-    """UserError where nothing can be written to a run's folder; makes nothing."""
+    """Raise UserError if a run's folder cannot be written to. Creates nothing."""
     for folder in (output, output / "checkpoints"):
-        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(
-                f"run.output={output} cannot be written: {place} is read-only or no folder; choose another --run.output"
+                f"run.output={output} cannot be written: {existing} is read-only or no folder; choose another --run.output"
             )
 
 
 def _changes(recipe: Recipe, content: Any) -> dict[str, tuple[Any, Any]]:
-    """Keys with another value in ``content`` (an older recipe, nested), each with that and the recipe's own."""
+    """Return the keys whose value differs in ``content`` (an older recipe, nested dicts), with old and new value."""
     old, new = flatten(content), flatten(to_dict(recipe))
-    # A key that came with a later version was at its default; not so in sections that hold what the user names.
+    # The old recipe may lack a key that a later version added; it then had the default.
     defaults = flatten(to_dict(Recipe()))
-    old = {**{key: defaults.get(key) for key in new if not key.startswith(NAMED_BY_USERS)}, **old}
+    old = {**{key: defaults.get(key) for key in new if not key.startswith(USER_KEYS)}, **old}
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return {key: (old.get(key), new.get(key)) for key in keys}
 
@@ -92,17 +93,17 @@ def _shown(changed: dict[str, tuple[Any, Any]]) -> str:
 
 
 def check_same_manifest(output: Path, manifest: Manifest) -> None:
-    """UserError where the shards are not those that the run began with."""
-    known = read_run(output).get("manifest_digest")
-    if known not in (None, manifest.digest):
+    """Raise UserError if the shards are not those that the run started with."""
+    digest = read_run(output).get("manifest_digest")
+    if digest not in (None, manifest.digest):
         raise UserError(
-            f"{output} was begun on shards with digest {str(known)[:12]}, data.shards now has {manifest.digest[:12]}; "
-            "bring the old shards back, or choose another --run.output"
+            f"the run in {output} started on shards with digest {str(digest)[:12]}, data.shards now has "
+            f"{manifest.digest[:12]}; restore the old shards, or choose another --run.output"
         )
 
 
 def read_run(output: Path) -> dict[str, Any]:
-    """The content of run.json; empty where the run has not begun."""
+    """Return the content of run.json; empty if the run has not started."""
     path = output / "run.json"
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return content
@@ -117,7 +118,7 @@ def begin_run(recipe: Recipe, manifest: Manifest, run_id: str | None) -> None:
 
 
 def describe_run(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
-    """What a checkpoint tells about where it comes from."""
+    """Return the run's origin, which its checkpoints and its MLflow run record."""
     return {
         "run_name": recipe.run.name,
         "experiment": recipe.run.experiment,
@@ -130,7 +131,7 @@ def describe_run(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one line a step, cut back to the step from which a run resumes."""
+    """metrics.jsonl: one line per step. On resume, the steps that will be repeated are cut off."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] < resume_step]
@@ -139,7 +140,7 @@ class MetricsFile:
         self._stream: IO[str] = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one step's figures."""
+        """Append the metrics of a step."""
         self._stream.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
@@ -148,7 +149,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The steps of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """Yield the steps of a metrics.jsonl, without a last line that a kill has truncated."""
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:

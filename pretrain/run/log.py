@@ -1,4 +1,4 @@
-"""Rank 0's voice: the console, metrics.jsonl and MLflow."""
+"""The log of a run on rank 0: console, metrics.jsonl and MLflow."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from pretrain.run.plan import Plan
 
 SPOOL = "mlflow-spool.jsonl"
 STEPS_PER_MLFLOW_CALL = 20
-STEPS_SHOWN = 20  # the console's rate and stall are means over so many steps
+STEPS_SHOWN = 20  # the console shows means of rate and stall over this many steps
 
 
 class RunLog:
-    """Rank 0's voice: the console, metrics.jsonl and MLflow."""
+    """Logs a run to the console, to metrics.jsonl and to MLflow. Only rank 0 has one."""
 
     def __init__(self, plan: Plan, state: dict[str, Any] | None) -> None:
         recipe, self.plan = plan.recipe, plan
@@ -44,11 +44,11 @@ class RunLog:
         self.tracker.log_artifact(output / "recipe.yaml", "recipe")
         self.metrics = run_folder.MetricsFile(output / "metrics.jsonl", first)
         self.weights_sha256 = ""
-        self._positives_said = False
+        self._positives_printed = False
         self._pending: list[tuple[str, float, int]] = []
         self._recent: deque[tuple[float, float]] = deque(maxlen=STEPS_SHOWN)
         self._started = time.monotonic()
-        system_metrics(output)  # the use of the CPU is counted from here
+        system_metrics(output)  # CPU use is measured from here
         self._announce(state, first)
         title = f"pretraining {recipe.run.name}"
         self.progress = Progress(plan.total_steps, "steps", title, done=first)
@@ -60,53 +60,53 @@ class RunLog:
     def _announce(self, state: dict[str, Any] | None, first: int) -> None:
         recipe, plan = self.plan.recipe, self.plan
         simulated = " simulated" if self._description()["simulated"] else ""
-        begun = f"resuming after step {first}" if state else "starting"
+        start = f"resuming after step {first}" if state else "starting"
         print(
-            f"pretrain: {begun}: {recipe.run.name} ({run_folder.method_of(recipe)}), {recipe.encoder.name}, "
+            f"pretrain: {start}: {recipe.run.name} ({run_folder.method_of(recipe)}), {recipe.encoder.name}, "
             f"{len(plan.rows)}{simulated} scans, batch {recipe.batch.global_} over {distributed.world_size()} ranks, "
             f"{plan.total_steps} steps ({plan.total_steps / plan.steps_per_epoch:.1f} epochs), "
             f"MLflow run {self.tracker.run_id}",
             flush=True,
         )
 
-    def step(self, step: int, figures: dict[str, float], seconds: float, loader: TwoViewLoader) -> None:
-        """Log one step; what is said of data is rank 0's."""
+    def step(self, step: int, metrics: dict[str, float], seconds: float, loader: TwoViewLoader) -> None:
+        """Log one step that took ``seconds``. The metrics of the data loading are those of rank 0."""
         rate, stall = self.plan.recipe.batch.global_ / seconds, loader.wait_seconds / seconds
-        row = {**figures, "seconds": seconds, "wait_seconds": loader.wait_seconds, "data_stall": stall,
+        row = {**metrics, "seconds": seconds, "wait_seconds": loader.wait_seconds, "data_stall": stall,
                "bad_scans": float(loader.bad_scans), "scans_per_second": rate, "memory_gb": memory_gb()}  # fmt: skip
         line = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self.metrics.write({"step": step, "epoch": step / self.plan.steps_per_epoch, **line})
         self._note(row, step)
         if (step + 1) % STEPS_PER_MLFLOW_CALL == 0:
             self.flush()
-        self._show(figures, seconds, loader)
+        self._show(metrics, seconds, loader)
 
-    def _note(self, figures: Mapping[str, float], step: int) -> None:
-        self._pending += [(name, value, step) for name, value in figures.items() if math.isfinite(value)]
+    def _note(self, metrics: Mapping[str, float], step: int) -> None:
+        self._pending += [(name, value, step) for name, value in metrics.items() if math.isfinite(value)]
 
-    def _show(self, figures: dict[str, float], seconds: float, loader: TwoViewLoader) -> None:
+    def _show(self, metrics: dict[str, float], seconds: float, loader: TwoViewLoader) -> None:
         self._recent.append((seconds, loader.wait_seconds))
         took, waited = (sum(column) for column in zip(*self._recent, strict=True))
         rate = self.plan.recipe.batch.global_ * len(self._recent) / took
-        shown: dict[str, Any] = {"scans/s": f"{rate:.3g}", "loss": figures["loss"]}
-        shown |= {name.replace("_", " "): figures[name] for name in ("lr", "grad_norm") if name in figures}
+        shown: dict[str, Any] = {"scans/s": f"{rate:.3g}", "loss": metrics["loss"]}
+        shown |= {name.replace("_", " "): metrics[name] for name in ("lr", "grad_norm") if name in metrics}
         shown |= {"stall": f"{100 * waited / took:.0f}%", "memory": f"{memory_gb():.1f} GB"}
         if loader.bad_scans:
             shown["bad scans"] = loader.bad_scans
-        if figures.get("skipped_steps"):
-            shown["skipped"] = int(figures["skipped_steps"])
+        if metrics.get("skipped_steps"):
+            shown["skipped"] = int(metrics["skipped_steps"])
         self.progress.advance(**shown)
 
-    def skipped(self, step: int, said: str, count: int) -> None:
-        """Say and count a step that was left out."""
-        print(f"pretrain: {said}", flush=True)
+    def skipped(self, step: int, message: str, count: int) -> None:
+        """Print the message about a skipped step and log how many there were."""
+        print(f"pretrain: {message}", flush=True)
         self._pending.append(("not_finite_steps", float(count), step))
 
     def epoch(self, step: int, positives: Positives) -> None:
-        """Log an epoch's effective positives, and say the first."""
+        """Log the effective positives of an epoch; print those of the first."""
         self._note(positives.metrics(), step)
-        if not self._positives_said:
-            self._positives_said = True
+        if not self._positives_printed:
+            self._positives_printed = True
             print(
                 f"pretrain: effective positives per anchor: {positives.mean:.1f} of {2 * self.plan.recipe.batch.global_ - 1}; "
                 f"{100 * positives.below_two:.0f}% of anchors have fewer than 2, {100 * positives.missing:.0f}% of scans a "
@@ -115,7 +115,7 @@ class RunLog:
             )
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """Enter a finished checkpoint in MLflow as a logged model and note its id beside the encoder."""
+        """Register a finished checkpoint in MLflow as a logged model, and write the model's id beside the encoder."""
         self.flush()
         encoder = folder / "encoder"
         name = f"{self.plan.recipe.run.name}-step-{step:08d}"
@@ -123,23 +123,23 @@ class RunLog:
         write_json(encoder / "mlflow.json", {"model_id": model_id, "run_id": self.tracker.run_id})
 
     def flush(self) -> None:
-        """Send what is pending to MLflow, with the system's figures of now."""
+        """Send the pending metrics to MLflow, with the current system metrics."""
         if self._pending:
             self._note(system_metrics(Path(self.plan.recipe.run.output)), step=self._pending[-1][2])
         self.tracker.log_metrics(self._pending)
         self._pending = []
 
-    def monitor(self, step: int, figures: dict[str, float], alarm: str = "") -> None:
-        """Log what the probes on held-out participants found, and say it; ``alarm`` is said too, and tags the run."""
-        self._note(figures, step)
-        shown = ", ".join(f"{name.removeprefix('monitor/')} {value:.3g}" for name, value in figures.items())
+    def monitor(self, step: int, metrics: dict[str, float], alarm: str = "") -> None:
+        """Log and print the monitor's metrics. An ``alarm`` is printed too, and set as a tag of the MLflow run."""
+        self._note(metrics, step)
+        shown = ", ".join(f"{name.removeprefix('monitor/')} {value:.3g}" for name, value in metrics.items())
         print(f"pretrain: monitor after {step + 1} steps: {shown}", flush=True)
         if alarm:
             print(f"pretrain: ALARM after {step + 1} steps: {alarm}", flush=True)
             self.tracker.set_tags({"yaware.collapse": f"after {step + 1} steps: {alarm}"})
 
     def close(self, status: str, stopped: str = "") -> None:
-        """End the MLflow run and say where everything lies; ``stopped``: the signal that ended it early."""
+        """End the MLflow run and print where the results are. ``stopped``: the signal that ended the run early."""
         self.flush()
         self.progress.__exit__(None, None, None)
         self.metrics.close()

@@ -1,8 +1,11 @@
-"""How good the encoder is while it trains: probes on held-out participants, and signs of collapse.
+"""The online monitor: probes on held-out participants during training, and signs of collapse.
 
-Every so many epochs the ranks encode the monitor split's scans, unaugmented, each its share, and embed two augmented
-views of some of them, the same views each time. Rank 0 fits the probes (pretrain.run.online_probes). The best checkpoint by
-the first task is kept (``checkpoints/best``). Nothing here moves the training: no random state is drawn from.
+Every ``monitor.every_epochs`` epochs the ranks encode the unaugmented scans of the monitor split, each rank a share, and
+embed two augmented views of some of them, always the same views. Rank 0 fits the probes (pretrain.run.online_probes). The
+checkpoint that is best by the first task is kept (``checkpoints/best``). The monitor does not influence the training: it
+draws no random numbers from the training's generators.
+
+n = watched scans, F = encoder features, P = size of the projector's output.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import nn
 
 from data_pipeline.loading.loader import TwoViewLoader, volumes
@@ -22,14 +26,12 @@ from pretrain.engine.ema import Average
 from pretrain.losses.proxies import proxy_columns
 from pretrain.run import checkpoint
 from pretrain.run.log import RunLog
-from pretrain.run.online_probes import Watched, missing_split, probe_figures, score_of, view_figures
+from pretrain.run.online_probes import Watched, missing_split, probe_metrics, score_of, view_metrics
 from pretrain.run.plan import Plan
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class OnlineMonitor:
-    """``monitor(steps done, log)``: whether the encoder is the best so far. Collective: every rank calls it."""
+    """``monitor(steps_done, log)`` returns whether the encoder is the best so far. Collective."""
 
     def __init__(
         self,
@@ -40,7 +42,7 @@ class OnlineMonitor:
         dtype: torch.dtype,
         augment_on: str,
     ) -> None:
-        # Where there is a moving average it is the encoder that is judged, as it is the one that is exported.
+        # A moving average, if there is one, is monitored instead of the encoder, because it is what is exported.
         self._plan, self._engine, self._average, self._augment_on = plan, engine, average, augment_on
         self._device, self._dtype = device, dtype
         self._watched = plan.watched
@@ -50,54 +52,57 @@ class OnlineMonitor:
             for text in notes + (self._watched.left_out if self._watched else []):
                 print(f"pretrain: {text}", flush=True)
 
-    def __call__(self, done: int, log: RunLog | None) -> bool:
-        """Look where it is time, tell ``log`` (rank 0's) what was found."""
+    def __call__(self, steps_done: int, log: RunLog | None) -> bool:
+        """If it is time, evaluate the encoder and report to ``log`` (rank 0's; None elsewhere)."""
         watched, settings = self._watched, self._plan.recipe.monitor
         if watched is None or not watched.tasks:
             return False
-        if done % watched.every_steps and done != self._plan.total_steps:
+        if steps_done % watched.every_steps and steps_done != self._plan.total_steps:
             return False
-        watchdog.phase(f"the monitor's look after {done} steps", slow=True)
+        watchdog.phase(f"the monitor's look after {steps_done} steps", slow=True)
         averaged = (
             self._average.network(self._plan.recipe.encoder, self._device, self._dtype) if self._average else None
         )
         features = encode(
-            self._engine, self._plan.manifest, watched.rows, self._device, self._dtype, settings.batch, averaged
-        )
+            self._engine, self._plan.manifest, watched.rows, device=self._device, dtype=self._dtype,
+            batch=settings.batch, encoder=averaged,
+        )  # fmt: skip
         views = self._embed_views(watched)
         better = False
         if log:
-            figures = {**probe_figures(features, watched), **({} if views is None else view_figures(views))}
-            log.monitor(done - 1, figures, self._alarm(figures))
-            better = self._keep_best(done, watched, figures)
+            metrics = {**probe_metrics(features, watched), **({} if views is None else view_metrics(views))}
+            log.monitor(steps_done - 1, metrics, self._alarm(metrics))
+            better = self._keep_best(steps_done, watched, metrics)
         return distributed.reduce_scalars([float(better)])[0] > 0
 
-    def _alarm(self, figures: dict[str, float]) -> str:
-        limit, found = self._plan.recipe.monitor.collapse_below, figures.get("monitor/embedding_std")
-        if found is None or found >= limit:
+    def _alarm(self, metrics: dict[str, float]) -> str:
+        limit, spread = self._plan.recipe.monitor.collapse_below, metrics.get("monitor/embedding_std")
+        if spread is None or spread >= limit:
             return ""
         return (
-            f"the embeddings of all scans are nearly the same (embedding_std {found:.3g}, monitor.collapse_below {limit:g}); "
-            "lower optimizer.lr, or look at loss.temperature and the augmentation"
+            f"the embeddings of all scans are nearly equal (embedding_std {spread:.3g}, monitor.collapse_below {limit:g}); "
+            "lower optimizer.lr, or check loss.temperature and the augmentation"
         )
 
-    def _keep_best(self, done: int, watched: Watched, figures: dict[str, float]) -> bool:
-        """Rank 0 only. A best by another task (the recipe's may be changed) counts no more."""
+    def _keep_best(self, steps_done: int, watched: Watched, metrics: dict[str, float]) -> bool:
+        """Note the encoder's score if it is the best so far by the first task, and return whether it is. Rank 0 only.
+
+        A score of another task is ignored: the recipe's tasks may have changed since.
+        """
         folder = Path(self._plan.recipe.run.output) / "checkpoints"
-        name, sign = score_of(watched.tasks[0])
-        known = checkpoint.read_best(folder)
-        if (
-            known
-            and known.get("figure") == name
-            and known["step"] < done
-            and sign * (figures[name] - known["score"]) <= 0
-        ):
+        metric, sign = score_of(watched.tasks[0])
+        best = checkpoint.read_best(folder)
+        comparable = best if best and best.get("figure") == metric and best["step"] < steps_done else None
+        if comparable and sign * (metrics[metric] - comparable["score"]) <= 0:
             return False
-        checkpoint.note_best(folder, done, name, figures[name])
+        checkpoint.note_best(folder, steps_done, metric, metrics[metric])
         return True
 
     def _embed_views(self, watched: Watched) -> torch.Tensor | None:
-        """Embeddings (2, n, P) of two views of some watched scans, float32 on the CPU, the same on all ranks. Collective."""
+        """Return embeddings (2, n, P) of two views of some watched scans, float32 on the CPU, on all ranks. Collective.
+
+        None if there are fewer than two such scans.
+        """
         recipe, world = self._plan.recipe, distributed.world_size()
         scans = min(recipe.monitor.view_scans, len(watched.rows))
         batch = min(recipe.monitor.batch, scans // world)
@@ -110,47 +115,53 @@ class OnlineMonitor:
             seed=recipe.run.seed, augmentation=self._plan.augmentation, device=self._augment_on,
             proxies=proxy_columns(recipe.loss.proxies), threads=recipe.data.threads,
         )  # fmt: skip
-        module, parts = self._engine.module, []
+        module, embeddings = self._engine.module, []
         training = module.training
         module.eval()
         try:
             with torch.no_grad():
                 for _ in range(steps):
                     views = next(loader)["views"].to(self._device, self._dtype)
-                    parts.append(module(views)[0].float().transpose(0, 1))
+                    embeddings.append(module(views)[0].float().transpose(0, 1))
         finally:
             module.train(training)
             loader.close()
-        return gather_rows(torch.cat(parts)).cpu().transpose(0, 1)
+        return gather_rows(torch.cat(embeddings)).cpu().transpose(0, 1)
 
 
 def encode(
-    engine: Any, manifest: Manifest, rows: Array, device: torch.device, dtype: torch.dtype, batch: int,
+    engine: Any, manifest: Manifest, rows: NDArray[np.int64], *, device: torch.device, dtype: torch.dtype, batch: int,
     encoder: nn.Module | None = None,
-) -> Array:  # fmt: skip
-    """Features (n, F) of the encoder in evaluation mode, the ranks encoding a share each; the same on all. Collective.
+) -> NDArray[np.float32]:  # fmt: skip
+    """Return the features (n, F) of scans from the encoder in evaluation mode, on all ranks. Collective.
 
-    ``encoder``: another network than the engine's own, as its moving average. Every rank makes as many passes: under
-    ZeRO 3 each is a collective.
+    Each rank encodes a share, in the same number of passes: under ZeRO stage 3 each pass is a collective.
+
+    Args:
+        engine: the DeepSpeed engine.
+        manifest: the manifest of the scans.
+        rows: row numbers (n,) of the scans.
+        device: this rank's device.
+        dtype: type of the network's input.
+        batch: scans per pass.
+        encoder: a network to use instead of the engine's, such as its moving average.
     """
     world, rank = distributed.world_size(), distributed.rank()
     share = -(-len(rows) // world)
     padded = np.resize(rows, share * world)[rank * share : (rank + 1) * share]
     training, encoder = engine.module.training, encoder or engine.module.encoder
     engine.module.eval()
-    parts = []
     with torch.no_grad():
-        for _, scans in volumes(manifest, padded, batch):
-            parts.append(encoder(scans.to(device, dtype)).float())
+        own = [encoder(scans.to(device, dtype)).float() for _, scans in volumes(manifest, padded, batch)]
     engine.module.train(training)
-    features: Array = gather_rows(torch.cat(parts))[: len(rows)].cpu().numpy()
+    features: NDArray[np.float32] = gather_rows(torch.cat(own))[: len(rows)].cpu().numpy()
     return features
 
 
-def gather_rows(mine: torch.Tensor) -> torch.Tensor:
-    """Every rank's rows, by rank. Collective."""
+def gather_rows(own: torch.Tensor) -> torch.Tensor:
+    """Concatenate the rows of all ranks, ordered by rank; every rank has the same number of rows. Collective."""
     if distributed.world_size() == 1:
-        return mine
-    every = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(distributed.world_size())]
-    dist.all_gather(every, mine.contiguous())
-    return torch.cat(every)
+        return own
+    all_rows = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(distributed.world_size())]
+    dist.all_gather(all_rows, own.contiguous())
+    return torch.cat(all_rows)

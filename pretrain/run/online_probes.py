@@ -1,6 +1,6 @@
-"""What the monitor asks of an encoder: probes of any column by participants' folds, and figures of two views' embeddings.
+"""Probes and metrics of the online monitor: any column predicted across folds of participants, and statistics of two views.
 
-Legend: n watched scans, F encoder features, P embedding size.
+n = watched scans, F = encoder features, P = embedding size.
 """
 
 from __future__ import annotations
@@ -13,49 +13,57 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
 from infra import random_streams
 from infra.errors import UserError, nearest
 from pretrain.config import Monitor
 
-Array = np.ndarray[Any, np.dtype[Any]]
 FOLDS = 5
-STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A column to be predicted: its labels (n,), NaN or None where ``known`` is False."""
+    """A column to predict: its labels (n,), which are valid where ``labelled`` (n,) is True."""
 
     name: str
     kind: str  # a key of PROBES
-    labels: Array
-    known: Array
+    labels: NDArray[Any]
+    labelled: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Watched:
-    """Which scans are watched, and what is asked of them; the first task's score says which checkpoint is best."""
+    """The scans that the monitor watches, and their tasks. The score of the first task decides which checkpoint is best.
 
-    rows: Array
-    groups: Array
+    Attributes:
+        rows: row numbers (n,) of the manifest.
+        groups: participant (n,) of each scan.
+        every_steps: steps between two looks.
+        tasks: the tasks that have enough labels.
+        left_out: one line for each task that has not.
+    """
+
+    rows: NDArray[np.int64]
+    groups: NDArray[np.int64]
     every_steps: int
     tasks: list[Task]
-    left_out: list[str] = field(default_factory=list)  # tasks that cannot be asked, each with the reason
+    left_out: list[str] = field(default_factory=list)
 
 
-def check_held_out(settings: Monitor, manifest: Manifest, trained: Array) -> None:
-    """UserError where the monitor's split is asked for and not there, or holds people of the scans ``trained`` on (rows).
+def check_held_out(settings: Monitor, manifest: Manifest, trained: NDArray[np.int64]) -> None:
+    """Raise UserError if the monitor's split is missing, or shares participants with the training scans (rows ``trained``).
 
-    A recipe that says nothing of the monitor asks for no split: on shards without ``monitor`` it goes on without
-    (``missing_split`` has the line to print).
+    If the recipe sets neither ``monitor.every_epochs`` nor ``monitor.split`` and the split is missing, the monitor is off
+    (``missing_split`` returns the message to print).
     """
     if settings.every_epochs == 0:
         return
     if missing := missing_split(settings, manifest):
-        usual = Monitor()
-        if (settings.every_epochs, settings.split) != (usual.every_epochs, usual.split):
+        default = Monitor()
+        if (settings.every_epochs, settings.split) != (default.every_epochs, default.split):
             raise UserError(missing)
         return
     subjects, rows = manifest.subjects(), manifest.rows(split=settings.split)
@@ -68,12 +76,12 @@ def check_held_out(settings: Monitor, manifest: Manifest, trained: Array) -> Non
 
 
 def missing_split(settings: Monitor, manifest: Manifest) -> str:
-    """One line where the shards lack the monitor's split; empty where they have it, or the monitor is off."""
-    known = sorted(set(manifest.scans["split"]))
-    if settings.every_epochs == 0 or settings.split in known:
+    """Return one line if the shards lack the monitor's split; empty if they have it or the monitor is off."""
+    splits = sorted(set(manifest.scans["split"]))
+    if settings.every_epochs == 0 or settings.split in splits:
         return ""
     return (
-        f"monitor.split={settings.split} is not in {manifest.url}{nearest(settings.split, known)}; there: "
+        f"monitor.split={settings.split} is not in {manifest.url}{nearest(settings.split, splits)}; there: "
         f"{_splits_of(manifest)}; name one that is not trained on, or set monitor.every_epochs=0 to train without the monitor"
     )
 
@@ -83,12 +91,15 @@ def _splits_of(manifest: Manifest) -> str:
 
 
 def watched_scans(settings: Monitor, manifest: Manifest, steps_per_epoch: float, seed: int) -> Watched | None:
-    """The monitor's scans and tasks; None where it is off or the split is not there. UserError for a column that is not."""
+    """Return the monitor's scans and tasks; None if it is off or the split is missing.
+
+    Raises UserError for a task whose column is missing or does not fit its kind.
+    """
     if settings.every_epochs == 0 or settings.split not in set(manifest.scans["split"]):
         return None
     rows, subjects = manifest.rows(split=settings.split), manifest.subjects()
     tasks = [_read_task(entry, manifest, rows) for entry in settings.tasks]
-    labelled = np.any([task.known for task in tasks], axis=0)
+    labelled = np.any([task.labelled for task in tasks], axis=0)
     chosen = np.flatnonzero(labelled)
     if len(chosen) > settings.max_scans:
         generator = random_streams.generator(seed, random_streams.MONITORED_SCANS)
@@ -96,9 +107,9 @@ def watched_scans(settings: Monitor, manifest: Manifest, steps_per_epoch: float,
     rows, groups = rows[chosen], subjects[rows[chosen]]
     usable, left_out = [], []
     for task in tasks:
-        task = _common_classes(Task(task.name, task.kind, task.labels[chosen], task.known[chosen]), groups)
-        people = len(np.unique(groups[task.known]))
-        if people < 2 * FOLDS or len(set(task.labels[task.known])) < 2:
+        task = _common_classes(Task(task.name, task.kind, task.labels[chosen], task.labelled[chosen]), groups)
+        people = len(np.unique(groups[task.labelled]))
+        if people < 2 * FOLDS or len(set(task.labels[task.labelled])) < 2:
             left_out.append(
                 f"monitor task {task.name} is left out: too few labels ({people} participants of split {settings.split})"
             )
@@ -107,17 +118,17 @@ def watched_scans(settings: Monitor, manifest: Manifest, steps_per_epoch: float,
     return Watched(rows, groups, max(1, round(settings.every_epochs * steps_per_epoch)), usable, left_out)
 
 
-def _read_task(entry: str, manifest: Manifest, rows: Array) -> Task:
+def _read_task(entry: str, manifest: Manifest, rows: NDArray[np.int64]) -> Task:
     name, _, kind = entry.partition(":")
     if name not in manifest.scans.columns:
-        known = [str(column) for column in manifest.scans.columns]
-        raise UserError(f"monitor.tasks: {name!r} is no column of the scan table{nearest(name, known)}")
+        columns = [str(column) for column in manifest.scans.columns]
+        raise UserError(f"monitor.tasks: {name!r} is no column of the scan table{nearest(name, columns)}")
     column = manifest.scans[name].iloc[rows]
-    number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-    kind = kind or ("regression" if number and column.nunique() > 2 else "classes")
-    if kind not in PROBES or (kind == "regression" and not number):
-        what = "holds no numbers" if kind in PROBES else "is of a kind that is not known"
-        raise UserError(f"monitor.tasks: {entry!r} {what}; write {name}, or {name}:classes, or name another column")
+    numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+    kind = kind or ("regression" if numeric and column.nunique() > 2 else "classes")
+    if kind not in PROBES or (kind == "regression" and not numeric):
+        problem = "holds no numbers" if kind in PROBES else "has an unknown kind"
+        raise UserError(f"monitor.tasks: {entry!r} {problem}; write {name}, or {name}:classes, or name another column")
     if kind == "regression":
         labels = column.to_numpy(dtype=np.float64, na_value=np.nan)
         return Task(name, kind, labels, np.isfinite(labels))
@@ -125,57 +136,58 @@ def _read_task(entry: str, manifest: Manifest, rows: Array) -> Task:
     return Task(name, kind, text, text != "")
 
 
-def _common_classes(task: Task, groups: Array) -> Task:
-    """Without the classes of fewer participants than there are folds."""
+def _common_classes(task: Task, groups: NDArray[np.int64]) -> Task:
+    """Drop the classes with fewer participants than folds."""
     if task.kind != "classes":
         return task
-    known = task.known.copy()
-    for label in np.unique(task.labels[known]):
-        if len(np.unique(groups[known & (task.labels == label)])) < FOLDS:
-            known &= task.labels != label
-    return Task(task.name, task.kind, task.labels, known)
+    labelled = task.labelled.copy()
+    for label in np.unique(task.labels[labelled]):
+        if len(np.unique(groups[labelled & (task.labels == label)])) < FOLDS:
+            labelled &= task.labels != label
+    return Task(task.name, task.kind, task.labels, labelled)
 
 
-def probe_figures(features: Array, watched: Watched) -> dict[str, float]:
-    """Each task's scores out of fold, and the spread of the features (n, F).
+def probe_metrics(features: NDArray[np.float32], watched: Watched) -> dict[str, float]:
+    """Return the out-of-fold scores of each task, and the spread of the features (n, F).
 
-    The spread is the mean over features of their standard deviation across scans, divided by their root mean square:
-    near 0, all scans look alike to the encoder.
+    The spread is the standard deviation of a feature across scans, averaged over features and divided by the features'
+    root mean square. Near 0 the encoder maps all scans to the same features.
     """
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for task in watched.tasks:
-        found = PROBES[task.kind](features[task.known], task.labels[task.known], watched.groups[task.known])
-        figures |= {f"monitor/{task.name}_{name}": value for name, value in found.items()}
+        chosen = task.labelled
+        scores = PROBES[task.kind](features[chosen], task.labels[chosen], watched.groups[chosen])
+        metrics |= {f"monitor/{task.name}_{name}": score for name, score in scores.items()}
     size = float(np.sqrt(np.square(features).mean())) or 1.0
-    return {**figures, "monitor/spread": float(features.std(axis=0).mean()) / size}
+    return {**metrics, "monitor/spread": float(features.std(axis=0).mean()) / size}
 
 
 def score_of(task: Task) -> tuple[str, int]:
-    """The figure by which a task's best checkpoint is told, and 1 where more of it is better, else -1."""
+    """Return the metric that decides which checkpoint is best for a task, and 1 if more is better, else -1."""
     name, sign = {"regression": ("mae", -1), "classes": ("balanced_accuracy", 1)}[task.kind]
     return f"monitor/{task.name}_{name}", sign
 
 
-def _regression(features: Array, labels: Array, groups: Array) -> dict[str, float]:
-    """Mean absolute error and R² of ridge regression; the penalty is chosen inside each fold."""
+def _regression(features: NDArray[np.float32], labels: NDArray[Any], groups: NDArray[np.int64]) -> dict[str, float]:
+    """Return mean absolute error and R² of ridge regression; the penalty is chosen within each training fold."""
     from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import GroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    answers = np.empty(len(labels))
-    for fit, ask in GroupKFold(FOLDS, shuffle=True, random_state=0).split(features, labels, groups):
-        model = make_pipeline(StandardScaler(), RidgeCV(STRENGTHS))
-        answers[ask] = model.fit(features[fit], labels[fit]).predict(features[ask])
-    residual = labels - answers
+    predicted = np.empty(len(labels))
+    for train, test in GroupKFold(FOLDS, shuffle=True, random_state=0).split(features, labels, groups):
+        model = make_pipeline(StandardScaler(), RidgeCV(PENALTIES))
+        predicted[test] = model.fit(features[train], labels[train]).predict(features[test])
+    residual = labels - predicted
     return {
         "mae": float(np.abs(residual).mean()),
         "r2": float(1.0 - np.square(residual).mean() / labels.var()),
     }
 
 
-def _classes(features: Array, labels: Array, groups: Array) -> dict[str, float]:
-    """Balanced accuracy of logistic regression, chance at 1 / classes; for two classes also the area under the ROC."""
+def _classes(features: NDArray[np.float32], labels: NDArray[Any], groups: NDArray[np.int64]) -> dict[str, float]:
+    """Return the balanced accuracy of logistic regression (chance: 1 / classes); for two classes also the ROC AUC."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score, roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold
@@ -183,32 +195,36 @@ def _classes(features: Array, labels: Array, groups: Array) -> dict[str, float]:
     from sklearn.preprocessing import StandardScaler
 
     classes = np.unique(labels)
-    answers, chances = np.empty(len(labels), dtype=labels.dtype), np.zeros(len(labels))
-    for fit, ask in StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0).split(features, labels, groups):
-        # One strength that suits some hundred scans of some hundred features: a look is to be short.
+    predicted, scores = np.empty(len(labels), dtype=labels.dtype), np.zeros(len(labels))
+    for train, test in StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0).split(features, labels, groups):
+        # A fixed penalty that suits some hundred scans with some hundred features keeps a look short.
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000))
-        model.fit(features[fit], labels[fit])
-        answers[ask] = model.predict(features[ask])
+        model.fit(features[train], labels[train])
+        predicted[test] = model.predict(features[test])
         if len(classes) == 2:
-            chances[ask] = model.decision_function(features[ask])
-    figures = {"balanced_accuracy": float(balanced_accuracy_score(labels, answers))}
+            scores[test] = model.decision_function(features[test])
+    metrics = {"balanced_accuracy": float(balanced_accuracy_score(labels, predicted))}
     if len(classes) == 2:
-        figures["auc"] = float(roc_auc_score(labels == classes[1], chances))
-    return figures
+        metrics["auc"] = float(roc_auc_score(labels == classes[1], scores))
+    return metrics
 
 
-PROBES: dict[str, Callable[[Array, Array, Array], dict[str, float]]] = {
+# (features, labels, groups) -> scores, by kind of task
+PROBES: dict[str, Callable[[NDArray[np.float32], NDArray[Any], NDArray[np.int64]], dict[str, float]]] = {
     "regression": _regression, "classes": _classes,
 }  # fmt: skip
 
 
-def view_figures(views_2nP: torch.Tensor) -> dict[str, float]:
-    """Alignment and uniformity (Wang & Isola 2020, arXiv:2005.10242, α = 2, t = 2) and the spread of embeddings.
+def view_metrics(views_2nP: torch.Tensor) -> dict[str, float]:
+    """Return alignment, uniformity and standard deviation of the embeddings (2, n, P) after L2 normalisation.
 
-    Of the embeddings' directions on the sphere: alignment is the mean squared distance of a scan's two views (0: the
-    same), uniformity the logarithm of the mean of exp(-2 d²) over pairs of scans, the mean of both views (0: all in one
-    point; about -4 at most for an even spread), ``embedding_std`` the standard deviation over scans, averaged over
-    dimensions and multiplied by √P (1: even spread; 0: all in one point).
+    - ``alignment``: mean squared distance between the two views of a scan; 0 if they are equal.
+    - ``uniformity``: logarithm of the mean of exp(-2 d²) over pairs of scans, averaged over both views; 0 if all
+      embeddings are equal, about -4 if they are spread evenly over the sphere.
+    - ``embedding_std``: standard deviation over scans, averaged over dimensions and multiplied by √P; 1 for an even
+      spread, 0 if all embeddings are equal.
+
+    Wang & Isola 2020, arXiv:2005.10242, with α = 2 and t = 2.
     """
     z = torch.nn.functional.normalize(views_2nP.double(), dim=-1)
     alignment = (z[0] - z[1]).square().sum(dim=1).mean()

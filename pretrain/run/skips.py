@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: the scans are written down, the step is left out or the run stops."""
+"""Steps whose loss or gradient is not finite: their scans are listed in a file; the step is skipped or the run stops."""
 
 from __future__ import annotations
 
@@ -15,38 +15,41 @@ from pretrain.run.plan import Plan
 
 
 class Skips:
-    """Counts the steps that were left out; ``train.max_skipped_steps`` in a whole run, restarts included."""
+    """Counts the skipped steps of a run, restarts included; ``train.max_skipped_steps`` is the most."""
 
     def __init__(self, plan: Plan, count: int) -> None:
         self.count, self._plan = count, plan
 
     def skip(self, engine: Any, step: int, batch: dict[str, torch.Tensor], error: NotFinite) -> str:
-        """What to say of the step left out; NotFinite, with the file that lists its scans, once the run stops. Collective.
+        """Skip a step and return the message to print. Collective.
 
-        The weights are as they were before the step on every rank; the learning rate's schedule goes on.
+        The weights are those before the step on every rank; the learning rate's schedule advances. Raises NotFinite, naming
+        the file that lists the batch's scans, if the run may skip no further step.
         """
         path = self._write_scans(step, batch, error)
-        most = self._plan.recipe.train.max_skipped_steps
-        if self.count >= most:
-            after = f" after {self.count} skipped steps (train.max_skipped_steps={most})" if most else ""
+        limit = self._plan.recipe.train.max_skipped_steps
+        if self.count >= limit:
+            after = f" after {self.count} skipped steps (train.max_skipped_steps={limit})" if limit else ""
             raise NotFinite(
-                f"{error}{after}; no weight was changed, its scans are in {path}; lower optimizer.lr, or look at them"
+                f"{error}{after}; no weight was changed; check the batch's scans, listed in {path}, or lower optimizer.lr"
             )
         self.count += 1
-        engine.module.zero_grad()  # under ZeRO 0 the gradient is still there
+        engine.module.zero_grad()  # ZeRO stage 0 has not cleared the gradient
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch wonders at a schedule whose first step was left out
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # silence torch's warning about the order of scheduler and optimizer
             engine.lr_scheduler.step()
-        return f"{error}; step skipped ({self.count} of at most {most}), its scans are in {path}"
+        return f"{error}; step skipped ({self.count} of at most {limit}); its scans are listed in {path}"
 
     def _write_scans(self, step: int, batch: dict[str, torch.Tensor], error: NotFinite) -> Path:
-        mine = self._plan.manifest.scans["key"].iloc[batch["scan"].cpu().numpy()].tolist()
-        keys: list[Any] = [mine]
+        own_keys = self._plan.manifest.scans["key"].iloc[batch["scan"].cpu().numpy()].tolist()
+        keys: list[Any] = [own_keys]
         if distributed.world_size() > 1:
             keys = [None] * distributed.world_size()
-            torch.distributed.all_gather_object(keys, mine)
+            torch.distributed.all_gather_object(keys, own_keys)
         path = Path(self._plan.recipe.run.output) / f"not-finite-step-{step:08d}.json"
         if distributed.is_main():
-            scans = {f"rank {rank}": of_rank for rank, of_rank in enumerate(keys)}
+            scans = {f"rank {rank}": rank_keys for rank, rank_keys in enumerate(keys)}
             write_json(path, {"step": step, "error": str(error), "scans": scans})
         return path

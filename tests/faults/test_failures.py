@@ -148,7 +148,7 @@ def test_shards_that_changed_since_the_run_began_are_refused(shards, store, tmp_
     before = content(tmp_path)
     assert cli.run(["pretrain", *arguments(shards, tmp_path / "run", store)]) == 2
     text = capsys.readouterr().err
-    assert "was begun on shards with digest 000000000000, data.shards now has" in text
+    assert "started on shards with digest 000000000000, data.shards now has" in text
     assert text.count("\n") == 1
     assert content(tmp_path) == before
 
@@ -176,13 +176,13 @@ def test_a_store_that_is_down_costs_the_run_nothing_and_gets_everything_later(sh
     assert said(tmp_path).count("tracking store http://127.0.0.1:9 does not answer") == 1
     spool = tmp_path / "run/mlflow-spool.jsonl"
     assert spool.is_file()
-    assert "pretrain: ALARM after 4 steps: the embeddings of all scans are nearly the same" in said(tmp_path)
+    assert "pretrain: ALARM after 4 steps: the embeddings of all scans are nearly equal" in said(tmp_path)
     line = [line for line in said(tmp_path).splitlines() if line.startswith("pretraining y-aware: 8/8 steps")][-1]
     assert re.search(r"scans/s [\d.]+, loss [\d.]+, lr [\de.-]+, grad norm [\d.]+, stall \d+%, memory [\d.]+ GB$", line)
     later = arguments(shards, tmp_path / "run", store, run__experiment="down", **watched)
     assert cli.run(["pretrain", *later]) == 0
     printed = capsys.readouterr().out
-    assert "sent to MLflow what waited" in printed
+    assert "sent to MLflow the metrics that had been waiting" in printed
     assert "is already complete" in printed
     assert not spool.exists()
     (row,) = runs.runs(store, "down", "pretraining")
@@ -217,7 +217,7 @@ def test_a_server_that_goes_down_in_mid_run_gets_everything_later(shards, tmp_pa
     uri, server = mlflow_server(tmp_path)
     try:
         assert cli.run(["pretrain", *arguments(shards, tmp_path / "run", uri, run__experiment="mid-run")]) == 0
-        assert "sent to MLflow what waited" in capsys.readouterr().out
+        assert "sent to MLflow the metrics that had been waiting" in capsys.readouterr().out
         (row,) = runs.runs(uri, "mid-run", "pretraining")
         assert row["status"] == "FINISHED"
         assert runs.metric_history(uri, row["run_id"], "loss") == losses(tmp_path / "run")
@@ -294,7 +294,9 @@ def test_a_loss_that_is_not_finite_is_skipped_so_often_and_then_stops_the_run(sh
     command = arguments(shards, tmp_path / "run", store, train__max_skipped_steps=1, **often)
     assert wait(start(command, tmp_path, WORLD, harm=bad_loss_on_rank_1)) == [1, 1], said(tmp_path)
     first, second = BAD_STEPS
-    assert f"pretrain: step {first}: the loss is nan; step skipped (1 of at most 1), its scans are in" in said(tmp_path)
+    assert f"pretrain: step {first}: the loss is nan; step skipped (1 of at most 1); its scans are listed in" in said(
+        tmp_path
+    )
     (line,) = error_lines(tmp_path)
     assert f"step {second}: the loss is nan after 1 skipped steps (train.max_skipped_steps=1)" in line
     found = losses(tmp_path / "run")

@@ -151,7 +151,7 @@ def test_another_recipe_in_the_same_folder_is_refused(job):
         ("--batch.global=9", "batch.global=9 is not divisible by world_size=2; use 1 or 3 ranks"),
         ("--batch.global=4096", "fewer than batch.global=4096"),
         ("--data.shards=nowhere", "nowhere/manifest.json is missing"),
-        ("--loss.proxies={aeg: {kernel: gaussian, bandwidth: 5}}", "proxy 'aeg' is no column of"),
+        ("--loss.proxies={aeg: {kernel: gaussian, bandwidth: 5}}", "proxy 'aeg' is not a column of"),
         ("--encoder.name=densenet", "encoder.name='densenet' is not known (did you mean 'densenet121'?)"),
         ("--deepspeed.train_batch_size=4", "deepspeed.train_batch_size contradicts the recipe's own keys"),
     ],

@@ -300,9 +300,9 @@ def test_volumes_give_every_row_once_in_order(manifest):
 def test_invalid_arguments_are_named(manifest):
     with pytest.raises(UserError, match="split 'pretrian' is not in"):
         manifest.rows(split="pretrian")
-    with pytest.raises(UserError, match="query 'agee > 3' does not work"):
+    with pytest.raises(UserError, match="query 'agee > 3' fails on"):
         manifest.rows(query="agee > 3")
-    with pytest.raises(UserError, match=r"proxy 'agee' is no column of .*\(did you mean 'age'\?\)"):
+    with pytest.raises(UserError, match=r"proxy 'agee' is not a column of .*\(did you mean 'age'\?\)"):
         manifest.proxies(["agee"])
     with pytest.raises(UserError, match="no scan is selected"):
         TwoViewLoader(manifest, rows=manifest.rows()[:0], global_batch=2)

@@ -105,14 +105,14 @@ def test_indexed_shards_read_as_webdataset_itself_reads_them(tmp_path, ending):
     assert set(found.scans["key"]) == set(voxels)
     assert found.grid["shape"] == list(GRID.shape)
     assert found.grid["spacing"] == [6.0, 6.0, 6.0]
-    urls = [found.shard_place(row["name"]) for row in found.shards]
+    urls = [found.shard_url(row["name"]) for row in found.shards]
     theirs = {sample["__key__"]: sample[ending] for sample in webdataset.WebDataset(urls, shardshuffle=False)}
     for row, key in enumerate(found.scans["key"]):
         mine = found.read_volume(row)
         assert (mine.shape, mine.dtype) == (GRID.shape, np.float16)
         assert np.array_equal(mine, voxels[key].astype(np.float16))
         payload, at = theirs[key], found.scans.loc[row]
-        with open(found.shard_place(found.shards[at["shard"]]["name"]), "rb") as tar:
+        with open(found.shard_url(found.shards[at["shard"]]["name"]), "rb") as tar:
             tar.seek(at["offset"])
             assert tar.read(at["size"]) == payload
 

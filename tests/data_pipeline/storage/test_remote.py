@@ -103,7 +103,7 @@ def test_a_server_that_hangs_is_left_after_the_timeout(manifest, server):
     ("how", "reason"),
     [
         ("fail", "503"),
-        ("short", "is cut short"),
+        ("short", "is truncated"),
         ("cut", "ClientPayloadError"),
         ("corrupt", "fails its checksum"),
         ("drop", "Disconnected"),
@@ -133,7 +133,7 @@ def test_a_request_that_is_refused_is_not_repeated(manifest, server):
 def test_a_server_without_ranges_is_named_as_the_reason(manifest, server):
     found = Manifest.load(server.url, Access(retries=0))
     server.ranges = False
-    with pytest.raises(OSError, match="the server does not know range requests"):
+    with pytest.raises(OSError, match="the server does not support range requests"):
         found.read_volume(7)
 
 

@@ -19,31 +19,23 @@ assert callable(evaluation.evaluate) and evaluation.evaluate.__name__ == "evalua
 assert isinstance(evaluation.Comparison, type), evaluation.Comparison
 assert "paper" in evaluation.PROTOCOLS
 """
-IMPORTS = {
-    "the functions": "from evaluation import compare, Comparison, evaluate\nassert compare.__name__ == 'compare'",
-    "their modules": "import evaluation.comparison.comparison, evaluation.protocols.evaluate, evaluation.compare_cli",
-    "compare, used": (
-        "import evaluation\ntry: evaluation.compare('none', tracking_uri='sqlite:////nonexistent/mlflow.db')\n"
-        "except ValueError: pass\nelse: raise AssertionError"
-    ),
-}
+USE = """
+from evaluation import compare, Comparison, evaluate
+try:
+    compare("none", tracking_uri="sqlite:////nonexistent/mlflow.db")
+except ValueError as error:
+    assert "does not exist" in str(error), error
+else:
+    raise AssertionError("a store that does not exist was read")
+import evaluation.comparison.comparison, evaluation.protocols.evaluate, evaluation.compare_cli
+"""
 
 
-@pytest.mark.parametrize(
-    "program", [*IMPORTS.values(), "\n".join([NAMES_ARE_RIGHT, *IMPORTS.values()])], ids=[*IMPORTS, "all"]
-)
-def test_public_names_are_functions_and_classes_whatever_is_imported_first(program):
-    done = subprocess.run(
-        [sys.executable, "-c", program + NAMES_ARE_RIGHT], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_importing_the_package_loads_no_heavy_library():
-    heavy = ("mlflow", "sklearn", "torch", "ray", "pandas", "matplotlib")
-    program = f"import sys, evaluation; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=True)
-    assert done.stdout.strip() == "[]"
+def test_public_names_are_functions_and_classes_before_and_after_their_use():
+    """Other orders of imports are tested in tests/api/test_names.py."""
+    for program in (USE + NAMES_ARE_RIGHT, NAMES_ARE_RIGHT + USE + NAMES_ARE_RIGHT):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
 
 
 def test_unknown_names_are_attribute_errors_and_dir_lists_the_public_ones():

@@ -165,7 +165,7 @@ def test_the_main_plot_draws_the_values_of_its_table_and_names_what_was_not_meas
     assert [[text.get_text() for text in axis.texts] for axis in figure.axes] == [[], ["not measured"]]
 
 
-def test_a_folder_belongs_to_one_plan(tmp_path, capsys):
+def test_a_folder_belongs_to_one_plan(tmp_path):
     check_plan_file(tmp_path / "e", PLAN)
     check_plan_file(tmp_path / "e", PLAN)
     with pytest.raises(

@@ -13,8 +13,8 @@ from pretrain.launch.estimate import memory_of_a_rank, plain_model, scan_flops
 P = 1000
 
 
-def test_flops_are_those_of_the_layers():
-    """Two convolutions by hand: 2 operations a weight and output voxel, thrice with the backward pass but for the input."""
+def test_counted_operations_equal_those_of_two_layers_by_hand():
+    """Two convolutions by hand: 2 operations per weight and output voxel, three times that with the backward pass."""
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -26,10 +26,10 @@ def test_flops_are_those_of_the_layers():
 
     views, voxels = 2, 5 * 6 * 7
     first, second = 2 * 27 * 4 * voxels * views, 2 * 4 * 2 * voxels * views
-    assert scan_flops(Two().to("meta"), (5, 6, 7)) == 2 * first + 3 * second  # the volume itself needs no gradient
+    assert scan_flops(Two().to("meta"), (5, 6, 7)) == 2 * first + 3 * second  # no gradient for the input volume
 
 
-def test_recomputation_is_left_out_of_the_count():
+def test_recomputation_is_not_counted():
     small = "--encoder.options={width: 0.25, norm: group"
     plain, saving = (load_recipe("demo-cpu", [small + end]) for end in ("}", ", checkpointing: true}"))
     assert scan_flops(plain_model(saving), (30, 36, 30)) == scan_flops(plain_model(plain), (30, 36, 30))
@@ -38,19 +38,19 @@ def test_recomputation_is_left_out_of_the_count():
 @pytest.mark.parametrize(
     ("precision", "stage", "expected"),
     [
-        ("fp32", 0, (4, 4, 8)),  # no copy of the weights
+        ("fp32", 0, (4, 4, 8)),  # no float32 copy of the weights
         ("fp32", 1, (4, 4, 12 / 4)),
         ("fp32", 2, (4, 4 / 4, 12 / 4)),
         ("bf16", 2, (2, 2 / 4, 12 / 4)),
         ("bf16", 3, (2 / 4, 2 / 4, 12 / 4)),
     ],
 )
-def test_zero_cuts_optimizer_then_gradients_then_weights(precision, stage, expected):
+def test_zero_divides_optimizer_then_gradients_then_weights(precision, stage, expected):
     recipe = load_recipe("demo-cpu", [f"--train.precision={precision}", f"--deepspeed.zero_optimization.stage={stage}"])
     assert tuple(memory_of_a_rank(recipe, P, 4).values()) == tuple(P * share for share in expected)
 
 
-def test_plan_says_what_a_run_comes_to(capsys):
+def test_plan_prints_ranks_steps_memory_time_and_the_command(capsys):
     given = [
         "plan",
         "--config",
@@ -67,11 +67,11 @@ def test_plan_says_what_a_run_comes_to(capsys):
     assert cli.run([*given, "--encoder.name=resnet18"]) == 0
     printed = capsys.readouterr().out
     for text in (
-        "ranks        64 (8 x 8); 32 scans a rank and step, in 4 passes of 8 (GradCache)",
+        "ranks        64 (8 x 8); 32 scans per rank and step, in 4 passes of 8 (GradCache)",
         "steps        509 of 2048 scans: 100.0 epochs of 5.1 steps",
         "ZeRO 2       weights",
         "(estimate)",
-        "at 100 TFLOP/s a rank (assumed)",
+        "at 100 TFLOP/s per rank (assumed)",
         "sbatch --nodes=8 --ntasks-per-node=8 --gpus-per-node=8 infra/launch/pretrain.sbatch large-batch-64gpu "
         "--encoder.name=resnet18",
     ):
@@ -87,11 +87,11 @@ def test_plan_says_what_a_run_comes_to(capsys):
         (["--grid", "20x20x20"], "smallest grid is 29x29x29"),
     ],
 )
-def test_a_plan_that_cannot_be_is_one_line(given, text, capsys):
+def test_an_impossible_plan_is_one_line(given, text, capsys):
     assert cli.run(["plan", "--config", "paper-bhb10k", "--batch.micro=null", "--scans", "100", *given]) == 2
     assert text in capsys.readouterr().err
 
 
-def test_plan_without_shards_says_so(capsys):
+def test_plan_names_missing_shards(capsys):
     assert cli.run(["plan", "--config", "paper-bhb10k", "--data.shards=nowhere"]) == 2
     assert "nowhere/manifest.json is missing" in capsys.readouterr().err

@@ -95,9 +95,7 @@ def test_where_all_are_damaged_nothing_begins_anew(trained, two):
     folder, _ = two
     for step in (1, 2):
         (checkpoint.step_folder(folder, step) / "encoder" / "note").write_text("y")
-    with pytest.raises(
-        UserError, match=r"holds no checkpoint that is whole \(encoder/note differs.*choose another run"
-    ):
+    with pytest.raises(UserError, match=r"holds no intact checkpoint \(encoder/note differs.*choose another run"):
         checkpoint.load_checkpoint(folder, trained)
     assert sorted(path.name for path in folder.glob("*step*")) == ["step-00000001", "step-00000002"]
 

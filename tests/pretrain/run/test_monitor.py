@@ -20,12 +20,13 @@ from pretrain.engine.engine import NotFinite
 from pretrain.model import build_model
 from pretrain.run import checkpoint
 from pretrain.run.monitor import OnlineMonitor, encode
-from pretrain.run.online_probes import Task, Watched, check_held_out, probe_figures, view_figures, watched_scans
+from pretrain.run.online_probes import Task, Watched, check_held_out, probe_metrics, view_metrics, watched_scans
 from pretrain.run.plan import Plan, make_plan
 from pretrain.run.skips import Skips
 from pretrain.run.step import lr_factor, train_step
 from pretrain.run.stop import StopRequest
 
+CPU = torch.device("cpu")
 SMALL = ["--encoder.options={width: 0.25, norm: group}", "--batch.global=4"]
 
 
@@ -43,7 +44,7 @@ def trained(one_rank, request):
 def test_features_are_those_of_the_encoder_in_the_order_of_the_scans(trained, manifest):
     trained.train()
     rows = np.array([5, 0, 9, 3, 7])
-    found = encode(trained, manifest, rows, torch.device("cpu"), torch.float32, batch=2)
+    found = encode(trained, manifest, rows, device=CPU, dtype=torch.float32, batch=2)
     assert trained.module.training
     trained.module.eval()
     with torch.no_grad():
@@ -58,7 +59,7 @@ def test_the_monitor_judges_the_average_where_there_is_one(trained, manifest):
         views = torch.randn(2, 4, 1, 12, 12, 12, generator=torch.Generator().manual_seed(step))
         train_step(trained, lambda z, temperature, batch: z.square().mean(), {"views": views}, step, torch.float32)
         average.update(step)
-    network = average.network(load_recipe("demo-cpu", SMALL).encoder, torch.device("cpu"), torch.float32)
+    network = average.network(load_recipe("demo-cpu", SMALL).encoder, CPU, torch.float32)
     assert not network.training
     averaged, now = average.state(), engine.encoder_state(trained)
     name = "trunk.conv1.weight"
@@ -66,11 +67,11 @@ def test_the_monitor_judges_the_average_where_there_is_one(trained, manifest):
     assert not torch.equal(averaged[name], before[name])
     assert all(torch.equal(value, averaged[name]) for name, value in network.state_dict().items())
     rows = np.array([5, 0, 9])
-    found = encode(trained, manifest, rows, torch.device("cpu"), torch.float32, 2, network)
+    found = encode(trained, manifest, rows, device=CPU, dtype=torch.float32, batch=2, encoder=network)
     with torch.no_grad():
         expected = torch.cat([network(part) for _, part in volumes(manifest, rows, 1)])
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
-    plain = encode(trained, manifest, rows, torch.device("cpu"), torch.float32, 2)
+    plain = encode(trained, manifest, rows, device=CPU, dtype=torch.float32, batch=2)
     assert not np.allclose(found, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -91,7 +92,7 @@ def test_the_probe_finds_a_signal_and_no_other():
     for labels in (sick, sites):
         for label in np.unique(labels):
             signal = signal + 2.0 * (labels == label)[:, None] * generator.normal(size=30)
-    told, untold = probe_figures(noise + signal, watched), probe_figures(noise, watched)
+    told, untold = probe_metrics(noise + signal, watched), probe_metrics(noise, watched)
     assert told["monitor/age_mae"] < 3 < 10 < untold["monitor/age_mae"]
     assert told["monitor/age_r2"] > 0.9
     assert untold["monitor/age_r2"] < 0.2
@@ -99,7 +100,7 @@ def test_the_probe_finds_a_signal_and_no_other():
     assert told["monitor/diagnosis_balanced_accuracy"] > 0.9
     assert told["monitor/site_balanced_accuracy"] > 0.9 > 0.5 > untold["monitor/site_balanced_accuracy"]
     assert "monitor/site_auc" not in told
-    assert probe_figures(np.ones((200, 4)), watched)["monitor/spread"] == 0.0
+    assert probe_metrics(np.ones((200, 4)), watched)["monitor/spread"] == 0.0
 
 
 def test_which_scans_are_watched(manifest):
@@ -147,7 +148,7 @@ def test_a_split_to_watch_that_is_not_there_is_named_and_one_that_nobody_asked_f
     check_held_out(Monitor(), manifest, rows)
     given = [*SMALL, f"--run.output={tmp_path}", "--monitor.every_epochs=1", "--train.steps=30"]
     plan = Plan.build(load_recipe("demo-cpu", given), manifest, rows, EveryScan(40, 0, 4))
-    monitor = OnlineMonitor(plan, trained, None, torch.device("cpu"), torch.float32, "cpu")
+    monitor = OnlineMonitor(plan, trained, None, CPU, torch.float32, "cpu")
     assert not monitor(30, None)
     assert "pretrain: no monitor: monitor.split=monitor is not in " in capsys.readouterr().out
 
@@ -160,7 +161,7 @@ def test_any_column_is_a_task(manifest):
     sex = manifest.scans["sex"]
     tasks, left_out = tasks_of("age", "sex")
     assert (tasks["age"].kind, tasks["sex"].kind, left_out) == ("regression", "classes", [])
-    assert set(tasks["sex"].labels[tasks["sex"].known]) == set(sex.unique())
+    assert set(tasks["sex"].labels[tasks["sex"].labelled]) == set(sex.unique())
     tasks, left_out = tasks_of("age:classes", "sex")
     # No age is shared by as many people as there are folds.
     assert set(tasks) == {"sex"}
@@ -172,7 +173,7 @@ def test_any_column_is_a_task(manifest):
     [
         ("agee", r"'agee' is no column of the scan table \(did you mean 'age'\?\)"),
         ("sex:regression", "'sex:regression' holds no numbers; write sex, or sex:classes"),
-        ("sex:clases", "'sex:clases' is of a kind that is not known"),
+        ("sex:clases", "'sex:clases' has an unknown kind"),
     ],
 )
 def test_a_task_that_cannot_be_asked_is_named(manifest, task, text):
@@ -183,18 +184,18 @@ def test_a_task_that_cannot_be_asked_is_named(manifest, task, text):
 def test_alignment_uniformity_and_spread_of_known_embeddings():
     # Four scans on the corners of a square, both views the same: four sides of squared length 2, two diagonals of 4.
     corners = torch.tensor([[1.0, 0], [0, 2.0], [-3.0, 0], [0, -1.0]])
-    found = view_figures(torch.stack([corners, corners]))
+    found = view_metrics(torch.stack([corners, corners]))
     assert found["monitor/alignment"] == 0.0
     assert found["monitor/uniformity"] == pytest.approx(np.log((4 * np.exp(-4) + 2 * np.exp(-8)) / 6))
     assert found["monitor/embedding_std"] == pytest.approx(1.0)
     # The second view turned by a right angle.
-    turned = view_figures(torch.stack([corners, corners.roll(1, 0)]))
+    turned = view_metrics(torch.stack([corners, corners.roll(1, 0)]))
     assert turned["monitor/alignment"] == pytest.approx(2.0)
     generator = torch.Generator().manual_seed(0)
-    even = view_figures(torch.randn(2, 400, 128, generator=generator))
+    even = view_metrics(torch.randn(2, 400, 128, generator=generator))
     assert even["monitor/embedding_std"] == pytest.approx(1.0, abs=0.01)
     assert even["monitor/uniformity"] == pytest.approx(-4.0, abs=0.1)
-    point = view_figures(torch.ones(2, 10, 8) + 1e-3 * torch.randn(2, 10, 8, generator=generator))
+    point = view_metrics(torch.ones(2, 10, 8) + 1e-3 * torch.randn(2, 10, 8, generator=generator))
     assert point["monitor/embedding_std"] < 0.01
     assert point["monitor/uniformity"] == pytest.approx(0.0, abs=1e-3)
 
@@ -216,7 +217,7 @@ def test_a_look_keeps_the_best_and_alarms_at_a_collapse(trained, manifest, tmp_p
         "--train.steps=30",
     ])  # fmt: skip
     plan = Plan.build(recipe, manifest, manifest.rows(split="pretrain"), EveryScan(40, 0, 4))
-    monitor, log = OnlineMonitor(plan, trained, None, torch.device("cpu"), torch.float32, "cpu"), Listening()
+    monitor, log = OnlineMonitor(plan, trained, None, CPU, torch.float32, "cpu"), Listening()
     trained.train()
     random = torch.get_rng_state()
     assert monitor(5, log)
@@ -240,7 +241,7 @@ def test_a_look_keeps_the_best_and_alarms_at_a_collapse(trained, manifest, tmp_p
     assert monitor(10, log), "the best by another task counts no more"
     recipe.monitor.collapse_below = 0.999
     assert not monitor(15, log)
-    assert log.looks[-1][2].startswith("the embeddings of all scans are nearly the same (embedding_std ")
+    assert log.looks[-1][2].startswith("the embeddings of all scans are nearly equal (embedding_std ")
     assert log.looks[0][2] == ""
 
 
@@ -264,7 +265,7 @@ def test_a_skipped_step_leaves_the_next_as_it_would_have_been(trained, manifest,
     with pytest.raises(NotFinite) as found:
         train_step(trained, bad, batch, 3, torch.float32)
     said = skips.skip(trained, 3, batch, found.value)
-    assert f"step skipped (1 of at most 1), its scans are in {tmp_path}/not-finite-step-00000003.json" in said
+    assert f"step skipped (1 of at most 1); its scans are listed in {tmp_path}/not-finite-step-00000003.json" in said
     assert trained.lr_scheduler.get_last_lr()[0] != lr
     assert all(torch.equal(before[name], value) for name, value in engine.encoder_state(trained).items())
     # A step of rate 0 shows the gradient alone: nothing of the bad one is left in it.
