@@ -24,8 +24,8 @@ from pretrain.losses.gather import AllGather
 from pretrain.losses.temperature import Temperature
 from pretrain.model import ContrastiveModel, Projector
 from pretrain.run import checkpoint
+from pretrain.run.loop import DTYPES
 from pretrain.run.step import lr_factor, train_step
-from pretrain.train import DTYPES
 
 BATCH, SIDE, TOTAL = 12, 4, 40
 COMMON = (f"--batch.global={BATCH}", "--optimizer.warmup_steps=2", "--optimizer.lr=5e-3")
