@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from data_pipeline import read_cohort as read_cohort
     from data_pipeline import simulate_cohort as simulate_cohort
     from evaluation import PROTOCOLS as PROTOCOLS
+    from evaluation import Comparison as Comparison
     from evaluation import compare as compare
     from evaluation import evaluate as evaluate
     from pretrain import ENCODERS as ENCODERS

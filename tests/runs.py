@@ -1,4 +1,4 @@
-"""Starts the real training command the way a user would, on tiny scans."""
+"""Starts the real training command on tiny scans, as a user would."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ SMALL = ["--encoder.options={width: 0.25, norm: batch}", "--batch.global=8", "--
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Two ranks on two cores, an MLflow store of the test's own."""
+    """Return the environment of a run: CPU, one thread per rank, and an MLflow store in ``folder``."""
     store = f"sqlite:///{folder}/mlflow.db"
     return {**os.environ, "MLFLOW_TRACKING_URI": store, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def pretrain_command(shards: Path, output: Path, steps: int, *more: str) -> list[str]:
-    """``yaware pretrain`` on tiny scans."""
-    given = [f"--data.shards={shards}", f"--run.output={output}", f"--train.steps={steps}", *SMALL, *more]
-    return [sys.executable, "-m", "infra.cli", "pretrain", "--config", "demo-cpu", *given]
+    """Return the command ``yaware pretrain`` for tiny scans."""
+    overrides = [f"--data.shards={shards}", f"--run.output={output}", f"--train.steps={steps}", *SMALL, *more]
+    return [sys.executable, "-m", "infra.cli", "pretrain", "--config", "demo-cpu", *overrides]
 
 
 def run(command: list[str], folder: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    """Run to its end; the output of both streams is kept for a failing test to show."""
+    """Run a command to its end and print its output, which pytest shows if the test fails."""
     done = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=timeout)
     print(done.stdout[-4000:], done.stderr[-4000:])
     return done
 
 
 def losses(output: Path) -> list[tuple[int, float]]:
-    """(step, loss) of metrics.jsonl, to the last digit."""
+    """Return (step, loss) of metrics.jsonl, to the last digit; a line that is still being written is left out."""
     rows = []
     path = output / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -47,14 +47,14 @@ def losses(output: Path) -> list[tuple[int, float]]:
 
 
 def kill_ranks_when(command: list[str], folder: Path, ready: Callable[[], bool], timeout: float = 150) -> None:
-    """Start ``command``; once ``ready()``, SIGKILL every training process it started, then wait for the launcher."""
+    """Start ``command``; once ``ready()``, send SIGKILL to both training processes, then wait for the launcher."""
     log = (folder / "killed.log").open("w")
     started = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=log, stderr=log)
     limit = time.monotonic() + timeout
     try:
         while not ready():
             assert started.poll() is None, (folder / "killed.log").read_text()[-3000:]
-            assert time.monotonic() < limit, "the run never came so far"
+            assert time.monotonic() < limit, "the run did not get that far"
             time.sleep(0.02)
         family = psutil.Process(started.pid).children(recursive=True)
         ranks = [

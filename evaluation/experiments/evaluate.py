@@ -21,6 +21,7 @@ from evaluation.experiments.answers import Method, MethodAnswers, log_answers, s
 from evaluation.experiments.plan import DISEASES, MAIN_CLINIC, PRETRAINED_ON, TASKS, ExperimentPlan, encoders_for
 from evaluation.protocols.features import cache_name, features_of
 from evaluation.protocols.nested_cv import PreparedTask, prepare, search_grid
+from evaluation.protocols.probes import LINEAR
 from evaluation.protocols.voxels import gram_matrix, voxel_coordinates
 from evaluation.statistics.metrics import mae
 from evaluation.tasks.leakage import check_copies, check_leakage
@@ -105,7 +106,7 @@ class _ClinicData:
                 self.tasks[name], features, folds=5, sizes=sizes, draws=self.plan.draws, seed=self.plan.seed, scale=scale
             )  # fmt: skip
             sources[key] = method, name
-        results = search_grid(prepared, "linear", self.out / "searches" / self.name / title, f"{self.name}: {title}")
+        results = search_grid(prepared, LINEAR, self.out / "searches" / self.name / title, f"{self.name}: {title}")
         answers = []
         for key, ((kind, variant, seed), name) in sources.items():
             result, test, task = results[key], prepared[key].folds[0][1], self.tasks[name]

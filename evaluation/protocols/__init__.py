@@ -1,1 +1,1 @@
-"""Protocols: how an encoder is judged on a task."""
+"""Protocols: how checkpoints, architectures and voxels are evaluated on tasks."""

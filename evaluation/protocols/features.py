@@ -1,4 +1,4 @@
-"""Frozen features of scans, computed once a checkpoint and kept: of the encoder's end, or of any block inside it."""
+"""Frozen features of scans: those of the encoder or of a block inside it, computed once per checkpoint and cached."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.storage.manifest import Manifest
@@ -16,38 +17,51 @@ from infra.progress import Progress
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.layers import intermediate_features
 
-Array = np.ndarray[Any, np.dtype[Any]]
 BATCH = 16
 
 
 def features_of(
-    encoder: Encoder, manifest: Manifest, rows: Array, cache: Path, title: str, layer: str | None = None,
+    encoder: Encoder, manifest: Manifest, rows: NDArray[Any], cache: Path, title: str, layer: str | None = None,
     pooling: Sequence[str] = ("mean",),
-) -> Array:  # fmt: skip
-    """(len(rows), F) float32 features of scans, read from ``cache`` (an .npz) where it holds all of them."""
+) -> NDArray[np.float32]:  # fmt: skip
+    """Return features (len(rows), F) of scans; those that are missing in the cache are computed, on a GPU if there is one.
+
+    Args:
+        encoder: in evaluation mode afterwards, on the device that computed.
+        manifest: of the shards.
+        rows: rows of the scans in the manifest.
+        cache: .npz file that keeps the features; see ``cache_name``.
+        title: of the progress bar.
+        layer: block to take the features from; None: the encoder's own.
+        pooling: of the block's output over its voxels; see ``pretrain.weights.layers.POOLINGS``.
+
+    Raises:
+        UserError: if the encoder has no such block or the pooling is unknown.
+    """
     compute = intermediate_features(encoder.network, layer, pooling)
-    known = _read(cache)
-    missing = np.array([row for row in rows if int(row) not in known], dtype=np.int64)
+    features_of_row = _read(cache)
+    missing = np.array([row for row in rows if int(row) not in features_of_row], dtype=np.int64)
     if len(missing):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         encoder.eval().to(device)
         with torch.no_grad(), Progress(len(missing), "scans", title) as progress:
-            for part, batch in volumes(manifest, missing, BATCH):
-                for row, vector in zip(part, compute(batch.to(device)).float().cpu().numpy(), strict=True):
-                    known[int(row)] = vector
-                progress.advance(len(part))
+            for batch_rows, batch in volumes(manifest, missing, BATCH):
+                for row, features in zip(batch_rows, compute(batch.to(device)).float().cpu().numpy(), strict=True):
+                    features_of_row[int(row)] = features
+                progress.advance(len(batch_rows))
         with atomic_write(cache) as stream:
-            np.savez(stream, rows=np.array(list(known), dtype=np.int64), features=np.stack(list(known.values())))
-    return np.stack([known[int(row)] for row in rows])
+            stored_rows = np.array(list(features_of_row), dtype=np.int64)
+            np.savez(stream, rows=stored_rows, features=np.stack(list(features_of_row.values())))
+    return np.stack([features_of_row[int(row)] for row in rows])
 
 
 def cache_name(weights: str, digest: str, layer: str | None, pooling: Sequence[str]) -> str:
-    """The cache file of an encoder's features on a manifest."""
+    """Return the name of the cache file for weights (SHA-256), a manifest digest, a layer and its pooling."""
     tail = "" if layer is None else f"-{layer}-{'+'.join(pooling)}"
     return f"{weights[:16]}-{digest[:16]}{tail}.npz"
 
 
-def _read(cache: Path) -> dict[int, Array]:
+def _read(cache: Path) -> dict[int, NDArray[np.float32]]:
     if not cache.is_file():
         return {}
     with np.load(cache) as stored:

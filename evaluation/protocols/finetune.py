@@ -1,4 +1,4 @@
-"""Trains all weights of an encoder, with a head, on a task's training scans. Legend: B scans, C covariates, K outputs."""
+"""Training of all weights of an encoder and a linear head on a task. Shapes: B scans, C covariates, K outputs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings
 from scipy.special import expit
@@ -17,64 +18,62 @@ from torch.nn import functional
 
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.intensity import zscore
-from evaluation.protocols.probes import Predictions, log_odds, score, standardised
+from evaluation.protocols.probes import Params, Predictions, inner_metric, log_odds, standardised
 from evaluation.tasks.folds import inner_folds
 from infra import random_streams
 from pretrain.encoders import build_encoder
 from pretrain.engine.optimizers import depth_of
 from pretrain.weights.encoder import Encoder
 
-Array = np.ndarray[Any, np.dtype[Any]]
-Point = dict[str, Any]
-HEAD_LR = 10.0  # the new head learns so many times faster than the last block
+HEAD_LR = 10.0  # learning rate of the new head over that of the last block
 
 
 @settings(config=ConfigDict(extra="forbid", validate_default=True))
 class FineTuning:
-    """How networks are trained on a task: ``--finetune.KEY=VALUE``."""
+    """Settings of the training of networks on a task: ``--finetune.KEY=VALUE``."""
 
-    epochs: int = Field(default=30, ge=1)  # at most; how many is chosen on inner folds
-    patience: int = Field(default=5, ge=1)  # epochs without a better inner score, after which a trial ends
-    batch: int = Field(default=8, ge=2)
-    trials: int = Field(default=8, ge=0)  # points that Optuna tries for each fold; 0: the three below as they are
+    epochs: int = Field(default=30, ge=1)  # maximum; the number is chosen on inner folds
+    patience: int = Field(default=5, ge=1)  # epochs without a better inner score after which a trial stops
+    batch: int = Field(default=8, ge=2)  # scans per step, over all ranks
+    trials: int = Field(default=8, ge=0)  # settings that Optuna tries for each fold; 0: only those given below
     halving: int = Field(default=3, ge=1)  # epochs after which ASHA may stop a trial
-    lr: float = Field(default=1e-4, gt=0)
-    layer_decay: float = Field(default=0.75, gt=0, le=1)  # a block's learning rate over that of the next one
+    lr: float = Field(default=1e-4, gt=0)  # of the last block
+    layer_decay: float = Field(default=0.75, gt=0, le=1)  # learning rate of a block over that of the next block
     weight_decay: float = Field(default=5e-5, ge=0)
-    freeze_epochs: int = Field(default=0, ge=0)  # epochs at first in which only the head learns
-    inner_folds: int = Field(default=1, ge=1, le=3)  # of three, on which a trial is judged, trained side by side
+    freeze_epochs: int = Field(default=0, ge=0)  # first epochs, in which only the head is trained
+    inner_folds: int = Field(default=1, ge=1, le=3)  # number of the three inner folds on which a trial is scored
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
-    ranks: int = Field(default=1, ge=1)  # processes that share the batch of the final fits (Ray Train)
-    curve: bool = False  # learning curves too, at --n-train
+    ranks: int = Field(default=1, ge=1)  # data-parallel processes of the final fits (Ray Train)
+    curve: bool = False  # also compute learning curves, at the sizes of --n-train
     cpus_per_trial: float = Field(default=1, gt=0)
-    gpus_per_trial: float | None = Field(default=None, ge=0, le=1)  # null: a whole one where there are any
-    memory_gb: float = Field(default=4.0, ge=0)  # scans that a trial keeps decoded
+    gpus_per_trial: float | None = Field(default=None, ge=0, le=1)  # null: 1 if the cluster has a GPU
+    memory_gb: float = Field(default=4.0, ge=0)  # decoded scans that a trial keeps in memory
     seed: int = Field(default=0, ge=0)
 
 
 @dataclass
 class TrainingJob:
-    """All that a worker needs to train on one task: N scans of a manifest, and the encoder's folder (None: random weights)."""
+    """Everything that a worker needs to train a network on the N scans of a task."""
 
-    shards: str
-    folder: str | None
-    encoder: dict[str, Any]
-    rows: Array  # (N,) rows of the manifest
-    labels: Array
-    groups: Array
-    kind: str
-    covariates: Array  # (N, C)
+    shards: str  # URL or absolute path
+    folder: str | None  # of the exported encoder; None: random weights
+    encoder: dict[str, Any]  # name and options of the architecture
+    rows: NDArray[Any]  # (N,) rows of the manifest
+    labels: NDArray[Any]  # (N,)
+    groups: NDArray[Any]  # (N,)
+    kind: str  # binary, multiclass or regression
+    covariates: NDArray[Any]  # (N, C)
     settings: FineTuning
     device: str
 
     @property
     def outputs(self) -> int:
-        """K: logits of a multi-class task, else 1."""
+        """Number of outputs K: the classes of a multiclass task, else 1."""
         return int(self.labels.max()) + 1 if self.kind == "multiclass" else 1
 
 
-class Network(nn.Module):
-    """An encoder and a linear head on its features and the covariates: (B, 1, D, H, W), (B, C) -> (B, K)."""
+class EncoderWithHead(nn.Module):
+    """An encoder with a linear head on its features and the covariates: (B, 1, D, H, W), (B, C) -> (B, K)."""
 
     def __init__(self, encoder: nn.Module, features: int, covariates: int, outputs: int) -> None:
         super().__init__()
@@ -83,21 +82,22 @@ class Network(nn.Module):
         self.frozen = False
 
     def forward(self, volumes: torch.Tensor, covariates: torch.Tensor) -> torch.Tensor:
+        """Return logits, or the standardised prediction of a regression, (B, K) float32."""
         with torch.no_grad() if self.frozen else nullcontext():
             features = self.encoder(volumes)
-        answer: torch.Tensor = self.head(torch.cat([features.float(), covariates], dim=1))
-        return answer
+        outputs: torch.Tensor = self.head(torch.cat([features.float(), covariates], dim=1))
+        return outputs
 
-    def train(self, mode: bool = True) -> Network:
-        """Training mode; a frozen encoder stays in evaluation mode."""
+    def train(self, mode: bool = True) -> EncoderWithHead:
+        """Set training mode; a frozen encoder stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
         return self
 
 
-def build(job: TrainingJob, seed: int) -> Network:
-    """The job's network; the head, and without a folder all weights, drawn from ``seed``."""
+def build(job: TrainingJob, seed: int) -> EncoderWithHead:
+    """Return the network of a job; the head, and without a pretrained folder all weights, are drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if job.folder is None:
@@ -106,13 +106,14 @@ def build(job: TrainingJob, seed: int) -> Network:
         else:
             pretrained = Encoder.from_pretrained(job.folder)
             encoder, features = pretrained.network, pretrained.feature_size
-        return Network(encoder, features, job.covariates.shape[1], job.outputs)
+        return EncoderWithHead(encoder, features, job.covariates.shape[1], job.outputs)
 
 
-def parameter_groups(network: Network, lr: float, layer_decay: float) -> list[dict[str, Any]]:
-    """The last block learns at ``lr``, each before it at ``layer_decay`` times the next one's, the head ten times faster.
+def parameter_groups(network: EncoderWithHead, lr: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW parameter groups with a learning rate for each block.
 
-    The blocks are those of pretraining's layer decay (``depth_of``): stem first, what is behind the last block as that.
+    The last block and the layers after it learn at ``lr``, every other block at ``layer_decay`` times the rate of the next
+    one, and the head at ten times ``lr``. Blocks are those of the layer decay of pretraining (``depth_of``), stem first.
     """
     depths = {name: depth_of(name) for name, _ in network.encoder.named_parameters()}
     deepest = max((depth for depth in depths.values() if depth is not None), default=0)
@@ -124,65 +125,69 @@ def parameter_groups(network: Network, lr: float, layer_decay: float) -> list[di
     return [*groups, {"params": list(network.head.parameters()), "lr": HEAD_LR * lr}]
 
 
-class Scans:
-    """The job's scans as training takes them: z-scored volumes, covariates and targets, by their place in the task."""
+class TaskScans:
+    """Inputs and targets of a job's scans, by position in the task; training scans scale covariates and labels."""
 
-    def __init__(self, job: TrainingJob, fit: Array) -> None:
+    def __init__(self, job: TrainingJob, train: NDArray[Any]) -> None:
         manifest = Manifest.load(job.shards)
         self._job, self._reader = job, manifest.reader()
-        self._kept: dict[int, Array] = {}
-        self._room = job.settings.memory_gb * 1e9
-        self._covariates = standardised(job.covariates[fit], job.covariates)[1]
+        self._decoded: dict[int, NDArray[Any]] = {}
+        self._free_bytes = job.settings.memory_gb * 1e9
+        self._covariates = standardised(job.covariates[train], job.covariates)[1]
         self.mean, self.deviation = 0.0, 1.0
         if job.kind == "regression":
-            self.mean, self.deviation = float(job.labels[fit].mean()), float(job.labels[fit].std()) or 1.0
+            self.mean, self.deviation = float(job.labels[train].mean()), float(job.labels[train].std()) or 1.0
 
-    def inputs(self, places: Array) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 1, D, H, W) float32 and (B, C) float32 on the job's device."""
-        volumes = np.stack([zscore(self._read(int(place)))[None] for place in places])
-        covariates = torch.from_numpy(self._covariates[places].astype(np.float32))
+    def inputs(self, positions: NDArray[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return z-scored volumes (B, 1, D, H, W) and covariates (B, C), float32, on the job's device."""
+        volumes = np.stack([zscore(self._read(int(position)))[None] for position in positions])
+        covariates = torch.from_numpy(self._covariates[positions].astype(np.float32))
         return torch.from_numpy(volumes).to(self._job.device), covariates.to(self._job.device)
 
-    def targets(self, places: Array) -> torch.Tensor:
-        """(B,) class codes, or numbers less their mean over their standard deviation."""
-        labels = self._job.labels[places]
+    def targets(self, positions: NDArray[Any]) -> torch.Tensor:
+        """Return targets (B,): int64 class codes of a multiclass task, else float32 0/1 or standardised numbers."""
+        labels = self._job.labels[positions]
         if self._job.kind == "multiclass":
             return torch.from_numpy(labels.astype(np.int64)).to(self._job.device)
         return torch.from_numpy(((labels - self.mean) / self.deviation).astype(np.float32)).to(self._job.device)
 
-    def _read(self, place: int) -> Array:
-        if place not in self._kept:
-            voxels = self._reader.read(int(self._job.rows[place]))
-            if self._room < voxels.nbytes:
+    def _read(self, position: int) -> NDArray[Any]:
+        if position not in self._decoded:
+            voxels = self._reader.read(int(self._job.rows[position]))
+            if self._free_bytes < voxels.nbytes:
                 return voxels
-            self._room -= voxels.nbytes
-            self._kept[place] = voxels
-        return self._kept[place]
+            self._free_bytes -= voxels.nbytes
+            self._decoded[position] = voxels
+        return self._decoded[position]
 
 
 def epochs(
-    job: TrainingJob, point: Point, fit: Array, scans: Scans, rank: int = 0, world_size: int = 1
-) -> Iterator[Network]:  # fmt: skip
-    """The network after one, two, three … epochs on the scans ``fit``; with several ranks each takes its part of a batch."""
+    job: TrainingJob, params: Params, train: NDArray[Any], scans: TaskScans, rank: int = 0, world_size: int = 1
+) -> Iterator[EncoderWithHead]:  # fmt: skip
+    """Yield the network after each epoch of training on the scans at the positions ``train``, without end.
+
+    ``params`` holds lr, layer_decay and weight_decay. With several ranks each batch is divided among them.
+    """
     network = build(job, job.settings.seed).to(job.device)
     optimizer = torch.optim.AdamW(
-        parameter_groups(network, point["lr"], point["layer_decay"]), weight_decay=point["weight_decay"]
+        parameter_groups(network, params["lr"], params["layer_decay"]), weight_decay=params["weight_decay"]
     )
     model: nn.Module = network
     if world_size > 1:
         model = nn.parallel.DistributedDataParallel(network, find_unused_parameters=job.settings.freeze_epochs > 0)
-    weights = _class_weights(job, fit)
+    weights = _class_weights(job, train)
     epoch = 0
     while True:
         network.frozen = epoch < job.settings.freeze_epochs
         network.train()
-        for batch in _batches(fit, job.settings, epoch):
-            mine = batch[rank::world_size]
-            volumes, covariates = scans.inputs(mine)
+        for batch in _batches(train, job.settings, epoch):
+            local = batch[rank::world_size]
+            volumes, covariates = scans.inputs(local)
             with _autocast(job):
-                answers = model(volumes, covariates)
-            # Data parallelism averages over the ranks, whose parts may differ by a scan: the sum over the batch's size.
-            loss = _losses(job, answers.float(), scans.targets(mine), weights).sum() * world_size / len(batch)
+                outputs = model(volumes, covariates)
+            # DDP averages gradients over the ranks, whose parts of a batch may differ by one scan; dividing the sum by the
+            # size of the batch makes the result that of one rank.
+            loss = _losses(job, outputs.float(), scans.targets(local), weights).sum() * world_size / len(batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -190,87 +195,101 @@ def epochs(
         epoch += 1
 
 
-def _batches(fit: Array, given: FineTuning, epoch: int) -> list[Array]:
-    """The scans in a new order, cut into nearly equal batches: none is so small that its statistics are none."""
-    generator = random_streams.generator(given.seed, random_streams.FINE_TUNING_ORDER, (0, 0, 0, epoch))
-    return np.array_split(generator.permutation(fit), max(1, round(len(fit) / given.batch)))
+def _batches(train: NDArray[Any], settings: FineTuning, epoch: int) -> list[NDArray[Any]]:
+    """Shuffle the scans and split them into nearly equal batches, so that no batch is too small for batch statistics."""
+    generator = random_streams.generator(settings.seed, random_streams.FINE_TUNING_ORDER, (0, 0, 0, epoch))
+    return np.array_split(generator.permutation(train), max(1, round(len(train) / settings.batch)))
 
 
 def _autocast(job: TrainingJob) -> Any:
-    half = job.settings.precision == "bf16" or (job.settings.precision == "auto" and job.device != "cpu")
-    return torch.autocast(job.device.partition(":")[0], torch.bfloat16) if half else nullcontext()
+    bf16 = job.settings.precision == "bf16" or (job.settings.precision == "auto" and job.device != "cpu")
+    return torch.autocast(job.device.partition(":")[0], torch.bfloat16) if bf16 else nullcontext()
 
 
-def _class_weights(job: TrainingJob, fit: Array) -> torch.Tensor | None:
-    """By which all classes of the training scans count alike."""
+def _class_weights(job: TrainingJob, train: NDArray[Any]) -> torch.Tensor | None:
+    """Return weights (classes,) that give all classes of the training scans equal influence; None for a regression."""
     if job.kind == "regression":
         return None
-    counts = np.bincount(job.labels[fit].astype(np.int64), minlength=max(2, job.outputs))
-    weights = np.where(counts > 0, len(fit) / (np.maximum(counts, 1) * (counts > 0).sum()), 0.0)
+    counts = np.bincount(job.labels[train].astype(np.int64), minlength=max(2, job.outputs))
+    weights = np.where(counts > 0, len(train) / (np.maximum(counts, 1) * (counts > 0).sum()), 0.0)
     return torch.from_numpy(weights.astype(np.float32)).to(job.device)
 
 
 def _losses(
-    job: TrainingJob, answers: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+    job: TrainingJob, outputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """(B,): squared error, or cross-entropy times the class's weight."""
+    """Return the loss of each scan (B,): squared error, or cross-entropy times the weight of the class."""
     if weights is None:
-        return functional.mse_loss(answers[:, 0], targets, reduction="none")
+        return functional.mse_loss(outputs[:, 0], targets, reduction="none")
     if job.kind == "multiclass":
-        return functional.cross_entropy(answers, targets, reduction="none") * weights[targets]
+        return functional.cross_entropy(outputs, targets, reduction="none") * weights[targets]
     return (
-        functional.binary_cross_entropy_with_logits(answers[:, 0], targets, reduction="none") * weights[targets.long()]
+        functional.binary_cross_entropy_with_logits(outputs[:, 0], targets, reduction="none") * weights[targets.long()]
     )
 
 
-def predict(job: TrainingJob, network: Network, scans: Scans, fit: Array, ask: Array) -> Predictions:
-    """What a network fitted to the scans ``fit`` says of the scans ``ask``."""
+def predict(
+    job: TrainingJob, network: EncoderWithHead, scans: TaskScans, train: NDArray[Any], test: NDArray[Any]
+) -> Predictions:
+    """Return the predictions for the scans ``test`` of a network that was trained on the scans ``train``."""
     network.eval()
-    parts = []
+    batches = []
     with torch.no_grad(), _autocast(job):
-        for first in range(0, len(ask), 2 * job.settings.batch):
-            parts.append(network(*scans.inputs(ask[first : first + 2 * job.settings.batch])).float().cpu().numpy())
-    values = np.concatenate(parts).astype(np.float64)
+        for first in range(0, len(test), 2 * job.settings.batch):
+            batches.append(network(*scans.inputs(test[first : first + 2 * job.settings.batch])).float().cpu().numpy())
+    values = np.concatenate(batches).astype(np.float64)
     if job.kind == "regression":
-        return Predictions(values[:, 0] * scans.deviation + scans.mean, np.full(len(ask), np.nan))
+        return Predictions(values[:, 0] * scans.deviation + scans.mean, np.full(len(test), np.nan))
     if job.kind == "multiclass":
-        shares = np.exp(values - values.max(1, keepdims=True))
-        shares /= shares.sum(1, keepdims=True)
-        return Predictions(shares.argmax(1).astype(np.float64), shares)
-    return Predictions(values[:, 0], expit(values[:, 0] + log_odds(job.labels[fit])))
+        probabilities = np.exp(values - values.max(1, keepdims=True))
+        probabilities /= probabilities.sum(1, keepdims=True)
+        return Predictions(probabilities.argmax(1).astype(np.float64), probabilities)
+    return Predictions(values[:, 0], expit(values[:, 0] + log_odds(job.labels[train])))
 
 
-def trial(point: Point, data: dict[str, Any]) -> Iterator[dict[str, float]]:
-    """The score on inner folds of the training scans ``fit`` after every epoch, until it has not risen for a while."""
-    job, fit = data["job"], data["train"]
+def trial(params: Params, data: dict[str, Any]) -> Iterator[dict[str, float]]:
+    """Yield the mean score on inner folds of the training scans after each epoch; stop when it has not risen for a while.
+
+    ``data`` holds job and train (positions of the training scans).
+    """
+    job, train = data["job"], data["train"]
     torch.set_num_threads(max(1, int(job.settings.cpus_per_trial)))
-    folds = inner_folds(job.labels[fit], job.groups[fit], job.kind, job.settings.seed)[: job.settings.inner_folds]
-    inner = [(fit[known], fit[asked]) for known, asked in folds]
-    scans = [Scans(job, known) for known, _ in inner]
-    running = [epochs(job, point, known, given) for (known, _), given in zip(inner, scans, strict=True)]
-    best, since = -np.inf, 0
+    folds = inner_folds(job.labels[train], job.groups[train], job.kind, job.settings.seed)[: job.settings.inner_folds]
+    inner = [(train[inner_train], train[inner_test]) for inner_train, inner_test in folds]
+    scans = [TaskScans(job, inner_train) for inner_train, _ in inner]
+    runs = [epochs(job, params, inner_train, given) for (inner_train, _), given in zip(inner, scans, strict=True)]
+    best, epochs_since_best = -np.inf, 0
     for _ in range(job.settings.epochs):
-        found = []
-        for steps, given, (known, asked) in zip(running, scans, inner, strict=True):
-            answers = predict(job, next(steps), given, known, asked).predicted
-            found.append(score(job.labels[asked], answers, job.kind))
-        now = float(np.mean(found))
-        yield {"score": now if np.isfinite(now) else -1e9}
-        best, since = (now, 0) if now > best else (best, since + 1)
-        if since >= job.settings.patience:
+        scores = []
+        for run, fold_scans, (inner_train, inner_test) in zip(runs, scans, inner, strict=True):
+            predicted = predict(job, next(run), fold_scans, inner_train, inner_test).predicted
+            scores.append(inner_metric(job.labels[inner_test], predicted, job.kind))
+        score = float(np.mean(scores))
+        yield {"score": score if np.isfinite(score) else -1e9}
+        best, epochs_since_best = (score, 0) if score > best else (best, epochs_since_best + 1)
+        if epochs_since_best >= job.settings.patience:
             return
 
 
 def final_fit(data: dict[str, Any], rank: int = 0, world_size: int = 1) -> dict[str, Any]:
-    """Fit to all training scans for the number of epochs that the inner folds chose; the asked scans' answers."""
-    job, fit, ask = data["job"], data["train"], data["test"]
+    """Train on all training scans of a fold for a fixed number of epochs and predict its test scans.
+
+    Args:
+        data: job, params, epochs, train and test (positions).
+        rank: of this process; only rank 0 returns predictions.
+        world_size: number of processes.
+
+    Returns:
+        predicted and probabilities for the test scans; empty on other ranks.
+    """
+    job, train, test = data["job"], data["train"], data["test"]
     torch.set_num_threads(max(1, int(job.settings.cpus_per_trial)))
-    scans = Scans(job, fit)
-    steps = epochs(job, data["params"], fit, scans, rank, world_size)
-    network = next(steps)
+    scans = TaskScans(job, train)
+    run = epochs(job, data["params"], train, scans, rank, world_size)
+    network = next(run)
     for _ in range(data["epochs"] - 1):
-        network = next(steps)
+        network = next(run)
     if rank:
         return {}
-    answers, probabilities = predict(job, network, scans, fit, ask)
-    return {"predicted": answers, "probabilities": probabilities}
+    predicted, probabilities = predict(job, network, scans, train, test)
+    return {"predicted": predicted, "probabilities": probabilities}

@@ -1,8 +1,8 @@
-"""The search over a probe's settings by Ray Tune, in nested cross-validation.
+"""Nested cross-validation of probes with Ray Tune.
 
-A grid (penalties, neighbours): one trial is one task with one point, on every fold and every draw; which point a fold uses is
-decided afterwards, by its inner scores alone. A search by Optuna (networks), whose next point depends on the last scores: one
-for every outer fold, on its training scans alone.
+For a grid (penalties, numbers of neighbours) one trial fits one task with one entry of the grid on every fold and every
+draw; afterwards each fold takes the entry with the best score on its inner folds. For a perceptron Optuna proposes the
+settings from earlier scores, so every outer fold has a search of its own on its training scans.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from evaluation.protocols.probes import GRIDS, FeatureTable, Point, fit_predict, score
+from evaluation.protocols.probes import FeatureTable, Params, Probe, ProbeModel, fit_predict, inner_metric, perceptron
 from evaluation.statistics.metrics import auc
 from evaluation.tasks.folds import Draw, Fold, curve_draws, inner_folds, outer_folds
 from evaluation.tasks.tasks import Task
 from infra import tuning
 
-Array = np.ndarray[Any, np.dtype[Any]]
-# What Optuna draws a small network's settings from.
-NETWORK_SPACE: dict[str, tuple[Any, ...]] = {
+# Search space of the perceptron for Optuna.
+PERCEPTRON_SPACE: dict[str, tuple[Any, ...]] = {
     "hidden": ("choice", [16, 64, 256]), "alpha": ("loguniform", 1e-4, 1e2), "lr": ("loguniform", 1e-4, 1e-2),
     "epochs": ("choice", [10, 30, 100]),
 }  # fmt: skip
@@ -31,170 +31,204 @@ NETWORK_SPACE: dict[str, tuple[Any, ...]] = {
 
 @dataclass
 class PreparedTask:
-    """What the trials of one task share; small enough to be sent to each."""
+    """The data that all trials of one task share; small enough to be sent to each of them."""
 
     table: FeatureTable
     folds: list[Fold]
     draws: list[Draw]
     seed: int
-    repeats: int = 1
+    repeats: int = 1  # of the inner folds
 
 
 @dataclass
 class NestedCVResult:
-    """One task's answers out of fold, NaN where a scan was never asked about, and how they came about."""
+    """Out-of-fold predictions for the N scans of a task, NaN for scans that are in no test fold, and the trials behind them."""
 
-    predicted: Array
-    probabilities: Array  # (N,), or (N, K) of a multiclass task
-    fold: Array  # (N,) which fold asked, -1: none
-    chosen: list[Point]
+    predicted: NDArray[Any]  # (N,)
+    probabilities: NDArray[Any]  # (N,), or (N, K) for a multiclass task
+    fold: NDArray[Any]  # (N,) the test fold of each scan, -1: none
+    chosen: list[Params]  # of each outer fold
     curve: list[tuple[int, int, float]] = field(default_factory=list)  # size, draw, AUC
-    draw_predicted: list[Array] = field(
+    draw_predicted: list[NDArray[Any]] = field(
         default_factory=list
-    )  # of each row of the curve: of the scans that its draw asks
+    )  # predictions for the test scans of each row of curve
     trials: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, table: FeatureTable, chosen: list[Point]) -> NestedCVResult:
-        """Nothing asked yet."""
+    def empty(cls, table: FeatureTable, chosen: list[Params]) -> NestedCVResult:
+        """Return a result in which no scan is predicted yet."""
         count = len(table.labels)
         shape = (count, table.classes) if table.kind == "multiclass" else (count,)
         return cls(np.full(count, np.nan), np.full(shape, np.nan), np.full(count, -1), chosen)
 
 
 def prepare(
-    task: Task, features: Array, *, folds: int, sizes: list[int], draws: int, seed: int, repeats: int = 1,
+    task: Task, features: NDArray[Any], *, folds: int, sizes: list[int], draws: int, seed: int, repeats: int = 1,
     by_site: bool = False, scale: str = "each",
 ) -> PreparedTask:  # fmt: skip
-    """Features (float64), labels, folds and learning-curve draws of a task."""
-    nothing = np.empty((len(task.rows), 0))
-    covariates, confounds = (nothing if part is None else part for part in (task.covariates, task.confounds))
-    table = FeatureTable(features.astype(np.float64), task.labels, task.groups, task.kind, covariates, confounds, scale)
+    """Combine a task with its features (N, F) and make its outer folds and learning-curve draws.
+
+    Args:
+        task: with N scans.
+        features: (N, F); F is 0 for networks, which read the scans themselves.
+        folds: number of outer folds.
+        sizes: training-set sizes of the learning curve; none if empty.
+        draws: training sets of each size.
+        seed: of folds and draws.
+        repeats: how often the inner folds are shuffled anew.
+        by_site: leave out whole sites.
+        scale: ``each`` or ``all``; see ``probes.split_features``.
+    """
+    none = np.empty((len(task.rows), 0))
+    table = FeatureTable(
+        features.astype(np.float64), task.labels, task.groups, task.kind,
+        covariates=none if task.covariates is None else task.covariates,
+        confounds=none if task.confounds is None else task.confounds,
+        scale=scale,
+    )  # fmt: skip
     outer = outer_folds(task, folds, seed, by_site)
     return PreparedTask(table, outer, curve_draws(task, outer, sizes, draws, seed), seed, repeats)
 
 
-def inner_score(model: str, point: Point, given: PreparedTask, fit: Array) -> float:
-    """Mean score over the inner folds of the training rows ``fit`` alone."""
-    table, scores = given.table, []
-    for inner, ask in inner_folds(table.labels[fit], table.groups[fit], table.kind, given.seed, given.repeats):
-        found = fit_predict(model, point, table, fit[inner], fit[ask], given.seed).predicted
-        scores.append(score(table.labels[fit[ask]], found, table.kind))
+def inner_score(model: ProbeModel, params: Params, prepared: PreparedTask, train: NDArray[Any]) -> float:
+    """Return the mean score over the inner folds of the training rows ``train``; NaN if it is undefined on all of them."""
+    table, scores = prepared.table, []
+    folds = inner_folds(table.labels[train], table.groups[train], table.kind, prepared.seed, prepared.repeats)
+    for inner, test in folds:
+        predicted = fit_predict(model, params, table, train[inner], train[test], prepared.seed).predicted
+        scores.append(inner_metric(table.labels[train[test]], predicted, table.kind))
     return float(np.nanmean(scores)) if np.isfinite(scores).any() else float("nan")
 
 
-def trial(point: Point, data: dict[str, Any]) -> dict[str, Any]:
-    """Predictions of one task's model at one point of its grid; whether they are used is decided later (``choose``).
+def trial(point: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Fit one task's model with one entry of its grid on every fold and draw; ``choose`` decides later which are used.
 
-    ``inner`` (folds,) scores on training rows, ``answers`` and ``probabilities`` (N,) for the asked rows of each outer
-    fold, and per learning-curve draw the inner score, the AUC on its test rows and the answers there.
+    Args:
+        point: task (its name) and params.
+        data: tasks (name -> PreparedTask) and model (ProbeModel).
+
+    Returns:
+        ``point`` with inner (folds,), the scores on the training rows of each outer fold; predicted (N,) and probabilities
+        for the test rows of each outer fold; curve, for each draw its size, number, inner score, AUC and predictions.
     """
     started = time.monotonic()
-    given, model, at = data["tasks"][point["task"]], point["model"], point["params"]
-    table, empty, inner = given.table, NestedCVResult.empty(given.table, []), []
-    answers, probabilities = empty.predicted, empty.probabilities
-    for fit, ask in given.folds:
-        inner.append(inner_score(model, at, given, fit))
-        answers[ask], probabilities[ask] = fit_predict(model, at, table, fit, ask, given.seed)
+    prepared, model, params = data["tasks"][point["task"]], data["model"], point["params"]
+    table, result, inner = prepared.table, NestedCVResult.empty(prepared.table, []), []
+    for train, test in prepared.folds:
+        inner.append(inner_score(model, params, prepared, train))
+        predictions = fit_predict(model, params, table, train, test, prepared.seed)
+        result.predicted[test], result.probabilities[test] = predictions
     curve = []
-    for draw in given.draws:
-        mine = inner_score(model, at, given, draw.train)
-        found = fit_predict(model, at, table, draw.train, draw.test, given.seed).predicted
-        curve.append((draw.size, draw.number, mine, auc(table.labels[draw.test], found), found.astype(np.float32)))
+    for draw in prepared.draws:
+        score = inner_score(model, params, prepared, draw.train)
+        predicted = fit_predict(model, params, table, draw.train, draw.test, prepared.seed).predicted
+        value = auc(table.labels[draw.test], predicted)
+        curve.append((draw.size, draw.number, score, value, predicted.astype(np.float32)))
     return {
-        **point, "inner": np.array(inner), "predicted": answers, "probabilities": probabilities, "curve": curve,
-        "seconds": time.monotonic() - started,
+        **point, "inner": np.array(inner), "predicted": result.predicted, "probabilities": result.probabilities,
+        "curve": curve, "seconds": time.monotonic() - started,
     }  # fmt: skip
 
 
-def search_grid(prepared: dict[str, PreparedTask], model: str, storage: Path, title: str) -> dict[str, NestedCVResult]:
-    """Every task with every point of a model's grid, and what nested cross-validation makes of it."""
-    points = [{"task": task, "model": model, "params": at} for task in prepared for at in GRIDS[model]]
-    results = tuning.tune_grid(trial, points, data={"tasks": prepared}, storage=storage, name="grid", title=title)
-    return {task: choose([row for row in results if row["task"] == task], given) for task, given in prepared.items()}
+def search_grid(
+    prepared: dict[str, PreparedTask], probe: Probe, storage: Path, title: str
+) -> dict[str, NestedCVResult]:  # fmt: skip
+    """Run nested cross-validation of a probe for every task, with one Ray trial per task and entry of the probe's grid.
+
+    Args:
+        prepared: tasks by name.
+        probe: the model and its grid.
+        storage: folder of the search; a search in it is continued.
+        title: of the progress bar.
+    """
+    points = [{"task": task, "params": params} for task in prepared for params in probe.grid]
+    data = {"tasks": prepared, "model": probe.model}
+    rows = tuning.tune_grid(trial, points, data=data, storage=storage, name="grid", title=title)
+    return {name: choose([row for row in rows if row["task"] == name], task) for name, task in prepared.items()}
 
 
-def choose(results: list[dict[str, Any]], given: PreparedTask) -> NestedCVResult:
-    """Nested cross-validation's last step: per outer fold, and per draw, the answers of the best inner score."""
-    inner = np.nan_to_num(np.stack([result["inner"] for result in results]), nan=-np.inf)
+def choose(rows: list[dict[str, Any]], prepared: PreparedTask) -> NestedCVResult:
+    """Take, for each outer fold and each draw, the predictions of the grid entry with the best inner score."""
+    inner = np.nan_to_num(np.stack([row["inner"] for row in rows]), nan=-np.inf)
     best = inner.argmax(0)
-    found = NestedCVResult.empty(given.table, [results[winner]["params"] for winner in best])
-    for number, ((_, ask), winner) in enumerate(zip(given.folds, best, strict=True)):
-        found.predicted[ask] = results[winner]["predicted"][ask]
-        found.probabilities[ask] = results[winner]["probabilities"][ask]
-        found.fold[ask] = number
-    for rows in zip(*(result["curve"] for result in results), strict=True):
-        winner = int(np.nan_to_num([row[2] for row in rows], nan=-np.inf).argmax())
-        found.curve.append((rows[0][0], rows[0][1], rows[winner][3]))
-        found.draw_predicted.append(rows[winner][4])
-    for result in results:
-        for number, value in enumerate(result["inner"]):
-            found.trials.append(
-                {"part": f"fold {number}", "point": result["params"], "inner_score": float(value),
-                 "seconds": result["seconds"] / max(1, len(result["inner"]))}
+    result = NestedCVResult.empty(prepared.table, [rows[winner]["params"] for winner in best])
+    for number, ((_, test), winner) in enumerate(zip(prepared.folds, best, strict=True)):
+        result.predicted[test] = rows[winner]["predicted"][test]
+        result.probabilities[test] = rows[winner]["probabilities"][test]
+        result.fold[test] = number
+    for draws in zip(*(row["curve"] for row in rows), strict=True):
+        winner = int(np.nan_to_num([draw[2] for draw in draws], nan=-np.inf).argmax())
+        result.curve.append((draws[0][0], draws[0][1], draws[winner][3]))
+        result.draw_predicted.append(draws[winner][4])
+    for row in rows:
+        for number, value in enumerate(row["inner"]):
+            result.trials.append(
+                {"part": f"fold {number}", "point": row["params"], "inner_score": float(value),
+                 "seconds": row["seconds"] / max(1, len(row["inner"]))}
             )  # fmt: skip
-    return found
+    return result
 
 
-def network_trial(point: Point, data: dict[str, Any]) -> Iterator[dict[str, float]]:
-    """The inner score of a small network's settings on one fold's training rows."""
-    yield {"score": inner_score("mlp", point, data["given"], data["train"])}
+def perceptron_trial(params: Params, data: dict[str, Any]) -> Iterator[dict[str, float]]:
+    """Yield the inner score of a perceptron's settings on the training rows of one fold."""
+    yield {"score": inner_score(perceptron, params, data["task"], data["train"])}
 
 
-def network_answers(point: Point, data: dict[str, Any]) -> dict[str, Any]:
-    """The asked rows' answers of a fold by its chosen settings."""
-    given = data["tasks"][point["task"]]
-    fit, ask = given.folds[point["fold"]]
-    answers, probabilities = fit_predict("mlp", point["params"], given.table, fit, ask, given.seed)
-    return {**point, "predicted": answers, "probabilities": probabilities}
+def perceptron_predictions(point: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Fit a perceptron with a fold's chosen params and predict the test rows of the fold."""
+    prepared = data["tasks"][point["task"]]
+    train, test = prepared.folds[point["fold"]]
+    predicted, probabilities = fit_predict(perceptron, point["params"], prepared.table, train, test, prepared.seed)
+    return {**point, "predicted": predicted, "probabilities": probabilities}
 
 
-def search_networks(
+def search_perceptrons(
     prepared: dict[str, PreparedTask], samples: int, storage: Path, title: str
-) -> dict[str, NestedCVResult]:
-    """A small network for every task and outer fold, its settings by Optuna on the fold's training rows."""
-    points, trials = [], {task: list[dict[str, Any]]() for task in prepared}
-    for task, given in prepared.items():
-        for number, (fit, _) in enumerate(given.folds):
+) -> dict[str, NestedCVResult]:  # fmt: skip
+    """Fit a perceptron for every task and outer fold; Optuna tries ``samples`` settings on the fold's training rows."""
+    points, trials = [], {name: list[dict[str, Any]]() for name in prepared}
+    for name, task in prepared.items():
+        for number, (train, _) in enumerate(task.folds):
             records = tuning.tune_search(
-                network_trial, NETWORK_SPACE, data={"given": given, "train": fit}, samples=samples, storage=storage,
-                name=f"{task}-{number}", seed=given.seed + number, title=f"{title}: {task}, fold {number + 1}",
+                perceptron_trial, PERCEPTRON_SPACE, data={"task": task, "train": train}, samples=samples, storage=storage,
+                name=f"{name}-{number}", seed=task.seed + number, title=f"{title}: {name}, fold {number + 1}",
             )  # fmt: skip
-            points.append({"task": task, "fold": number, "params": best_of(records)["point"]})
-            trials[task] += [trial_row(f"fold {number}", record) for record in records]
-    results = tuning.tune_grid(
-        network_answers, points, data={"tasks": prepared}, storage=storage, name="answers", title=f"{title}: answers"
-    )
-    return {task: assemble(task, given, results, trials[task]) for task, given in prepared.items()}
+            points.append({"task": name, "fold": number, "params": best_of(records)["point"]})
+            trials[name] += [trial_row(f"fold {number}", record) for record in records]
+    rows = tuning.tune_grid(
+        perceptron_predictions, points, data={"tasks": prepared}, storage=storage, name="answers",
+        title=f"{title}: predictions",
+    )  # fmt: skip
+    return {name: assemble(name, task, rows, trials[name]) for name, task in prepared.items()}
 
 
 def best_of(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The record with the highest score; of equals the first in the order of their points."""
-    return max(sorted(records, key=lambda record: str(record["point"])), key=_highest)
+    """Return the record with the highest score; ties are broken by the params."""
+    return max(sorted(records, key=lambda record: str(record["point"])), key=_highest_score)
 
 
-def _highest(record: dict[str, Any]) -> float:
+def _highest_score(record: dict[str, Any]) -> float:
     finite = [value for value in record["scores"] if np.isfinite(value)]
     return max(finite, default=-np.inf)
 
 
 def trial_row(part: str, record: dict[str, Any]) -> dict[str, Any]:
-    """What goes to MLflow of a trial: a row of the table, and ``scores`` by epoch for its own run."""
+    """Return what MLflow keeps of a trial of ``tuning.tune_search``; ``part`` names the fold or draw."""
     return {
-        "part": part, "point": record["point"], "inner_score": _highest(record), "steps": len(record["scores"]),
+        "part": part, "point": record["point"], "inner_score": _highest_score(record), "steps": len(record["scores"]),
         "stopped": not record["done"], "scores": record["scores"],
     }  # fmt: skip
 
 
 def assemble(
-    task: str, given: PreparedTask, results: list[dict[str, Any]], trials: list[dict[str, Any]]
+    name: str, prepared: PreparedTask, rows: list[dict[str, Any]], trials: list[dict[str, Any]]
 ) -> NestedCVResult:  # fmt: skip
-    """One task's answers from those of its folds."""
-    mine = [row for row in results if row["task"] == task and "fold" in row]
-    found = NestedCVResult.empty(given.table, [row["params"] for row in mine])
-    for row in mine:
-        ask = given.folds[row["fold"]][1]
-        found.predicted[ask], found.probabilities[ask] = row["predicted"], row["probabilities"]
-        found.fold[ask] = row["fold"]
-    found.trials = trials
-    return found
+    """Combine the predictions of one task's outer folds."""
+    folds = [row for row in rows if row["task"] == name and "fold" in row]
+    result = NestedCVResult.empty(prepared.table, [row["params"] for row in folds])
+    for row in folds:
+        test = prepared.folds[row["fold"]][1]
+        result.predicted[test], result.probabilities[test] = row["predicted"], row["probabilities"]
+        result.fold[test] = row["fold"]
+    result.trials = trials
+    return result

@@ -1,4 +1,4 @@
-"""Models on features: linear, nearest neighbours, a small network. Everything is fitted to the training scans alone."""
+"""Models on frozen features: linear, nearest neighbours and a small perceptron; all are fitted to training scans only."""
 
 from __future__ import annotations
 
@@ -8,131 +8,146 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from evaluation.statistics.metrics import auc, balanced_accuracy, mae
 
-Array = np.ndarray[Any, np.dtype[Any]]
-Point = dict[str, Any]
+Params = dict[str, Any]
 
-# Strength of the L2 penalty on standardised features; a probe tries each.
-STRENGTHS = [float(s) for s in 10.0 ** np.arange(-1, 6)]
-NEIGHBOURS = [1, 3, 7, 15, 31, 63]
-# A column so many times as wide is penalised by 1e-8 of the strength: as good as not at all.
+# A column scaled by 1e4 is penalised by 1e-8 of the penalty: effectively unpenalised.
 UNPENALISED = 1e4
 
 
 class Predictions(NamedTuple):
-    """What a model says of m scans.
+    """Predictions for m test scans.
 
-    ``answer`` (m,): binary, a score, 0 where both classes are as likely if they were equally common; multiclass, the
-    class; regression, the number. ``probability``: binary (m,), of the positive class at the training scans' proportion;
-    multiclass (m, K), of every class; regression (m,), NaN.
+    ``predicted`` (m,) is a score for a binary task (0 where both classes would be equally likely if they were equally
+    common), a class code for a multiclass task and a number for a regression. ``probability`` is that of the positive class
+    (m,) or of every class (m, K), for classes as common as in the training scans; NaN (m,) for a regression.
     """
 
-    predicted: Array
-    probability: Array
+    predicted: NDArray[Any]
+    probability: NDArray[Any]
 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Features (N, F) of a task's scans with what models are given beside them; ``scale`` each or all: see ``sides``."""
+    """Features (N, F) of the N scans of a task, with everything else that a model needs.
 
-    features: Array
-    labels: Array
-    groups: Array
+    ``covariates`` (N, C) are given to the model beside the features, ``confounds`` (N, D) are regressed out of them. ``scale``
+    is ``each`` or ``all``; see ``split_features``.
+    """
+
+    features: NDArray[Any]
+    labels: NDArray[Any]
+    groups: NDArray[Any]
     kind: str
-    covariates: Array
-    confounds: Array
+    covariates: NDArray[Any]
+    confounds: NDArray[Any]
     scale: str = "each"
 
     @property
     def classes(self) -> int:
-        """K: a multiclass task's, else 1."""
+        """Number of classes K of a multiclass task, else 1."""
         return int(self.labels.max()) + 1 if self.kind == "multiclass" else 1
 
 
-class Sides(NamedTuple):
-    """Training (n) and asked (m) scans, ready for a model."""
+class TrainTestSplit(NamedTuple):
+    """Scaled features and covariates of n training and m test scans."""
 
-    fit: Array
-    labels: Array
-    ask: Array
-    fit_covariates: Array
-    ask_covariates: Array
+    train: NDArray[Any]  # (n, F)
+    labels: NDArray[Any]  # (n,) of the training scans
+    test: NDArray[Any]  # (m, F)
+    train_covariates: NDArray[Any]  # (n, C)
+    test_covariates: NDArray[Any]  # (m, C)
     classes: int  # K of a multiclass task
 
-    def of_classes(self, known: Array, shares: Array) -> Predictions:
-        """Predictions from the shares (m, k) of the classes that training scans have."""
-        every = np.zeros((len(shares), self.classes))
-        every[:, known.astype(np.int64)] = shares
+    def multiclass(self, present: NDArray[Any], probabilities: NDArray[Any]) -> Predictions:
+        """Return predictions over all K classes from probabilities (m, k) of the ``present`` (k,) training classes."""
+        every = np.zeros((len(probabilities), self.classes))
+        every[:, present.astype(np.int64)] = probabilities
         return Predictions(every.argmax(1), every)
 
 
-def sides(table: FeatureTable, fit: Array, ask: Array) -> Sides:
-    """Confounds regressed out, then features scaled; both fitted to the rows ``fit`` alone.
+def split_features(table: FeatureTable, train: NDArray[Any], test: NDArray[Any]) -> TrainTestSplit:
+    """Regress confounds out of the features and scale them, fitting both to the training rows only.
 
-    ``scale`` each: every feature to variance 1 over the training scans. all: one factor for all features, which keeps
-    their proportions (for coordinates of voxels).
+    ``scale`` ``each`` gives every feature variance 1 over the training scans. ``all`` divides all features by one number,
+    which keeps their proportions (needed for the coordinates of voxels).
     """
-    x, y = table.features[fit], table.features[ask]
+    x, y = table.features[train], table.features[test]
     if table.confounds.shape[1]:
-        known, asked = standardised(table.confounds[fit], table.confounds[ask])
-        known, asked = (np.column_stack([np.ones(len(part)), part]) for part in (known, asked))
-        weights = np.linalg.lstsq(known, x, rcond=None)[0]
-        x, y = x - known @ weights, y - asked @ weights
+        x, y = _without_confounds(x, y, table.confounds[train], table.confounds[test])
     mean, deviation = x.mean(0), x.std(0)
     if table.scale == "all":
         deviation = np.full_like(deviation, np.sqrt(np.square(deviation).mean()))
     deviation[deviation < 1e-8] = 1.0
-    covariates = standardised(table.covariates[fit], table.covariates[ask])
-    return Sides((x - mean) / deviation, table.labels[fit], (y - mean) / deviation, *covariates, table.classes)
+    train_covariates, test_covariates = standardised(table.covariates[train], table.covariates[test])
+    return TrainTestSplit(
+        (x - mean) / deviation, table.labels[train], (y - mean) / deviation, train_covariates, test_covariates, table.classes
+    )  # fmt: skip
 
 
-def standardised(fit: Array, ask: Array) -> tuple[Array, Array]:
-    """Columns to mean 0 and variance 1, a missing value to the mean; by the training scans."""
-    if not fit.shape[1]:
-        return fit, ask
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a column of which no training scan has a value
-        mean, deviation = np.nan_to_num(np.nanmean(fit, axis=0)), np.nan_to_num(np.nanstd(fit, axis=0))
-    deviation[deviation < 1e-8] = np.inf  # constant in training: nothing can be said of other values
-    return np.nan_to_num((fit - mean) / deviation), np.nan_to_num((ask - mean) / deviation)
+def _without_confounds(
+    train: NDArray[Any], test: NDArray[Any], train_confounds: NDArray[Any], test_confounds: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Subtract the linear prediction of the features from the confounds, fitted to the training scans."""
+    designs = (
+        np.column_stack([np.ones(len(confounds)), confounds])
+        for confounds in standardised(train_confounds, test_confounds)
+    )
+    train_design, test_design = designs
+    weights = np.linalg.lstsq(train_design, train, rcond=None)[0]
+    return train - train_design @ weights, test - test_design @ weights
 
 
-def linear(given: Sides, kind: str, point: Point, seed: int) -> Predictions:
-    """Logistic or ridge regression with L2 penalty ``strength``; covariates are not penalised.
+def standardised(train: NDArray[Any], test: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Scale columns to mean 0 and variance 1 over the training scans; a missing value becomes the mean.
 
-    Features are rotated onto the training scans' principal axes first: an L2 penalty gives the same answers there, in
-    min(n, F) dimensions.
+    A column that is constant in training becomes 0 in training and in test.
     """
-    axes = _axes(given.fit)
-    fit, ask = (
+    if not train.shape[1]:
+        return train, test
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # raised for a column without a value in the training scans
+        mean, deviation = np.nan_to_num(np.nanmean(train, axis=0)), np.nan_to_num(np.nanstd(train, axis=0))
+    deviation[deviation < 1e-8] = np.inf
+    return np.nan_to_num((train - mean) / deviation), np.nan_to_num((test - mean) / deviation)
+
+
+def linear(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predictions:
+    """Fit logistic or ridge regression with the L2 penalty ``params["penalty"]``; covariates are not penalised.
+
+    The features are rotated onto the principal axes of the training scans, which leaves the predictions of an L2-penalised
+    model unchanged and needs only min(n, F) dimensions.
+    """
+    axes = _principal_axes(split.train)
+    train, test = (
         np.column_stack([features @ axes, UNPENALISED * covariates])
-        for features, covariates in ((given.fit, given.fit_covariates), (given.ask, given.ask_covariates))
+        for features, covariates in ((split.train, split.train_covariates), (split.test, split.test_covariates))
     )
     if kind == "regression":
-        return _numbers(Ridge(alpha=point["penalty"]).fit(fit, given.labels).predict(ask))
+        return _numbers(Ridge(alpha=params["penalty"]).fit(train, split.labels).predict(test))
     model = LogisticRegression(
-        C=1.0 / point["penalty"], max_iter=300, class_weight="balanced", solver="newton-cholesky"
+        C=1.0 / params["penalty"], max_iter=300, class_weight="balanced", solver="newton-cholesky"
     )
     if kind == "multiclass":
-        # All classes at once; newton-cholesky would fit each against the others.
-        model.set_params(solver="lbfgs")
+        model.set_params(solver="lbfgs")  # multinomial; newton-cholesky fits one class against the rest
     with warnings.catch_warnings():
-        # Of convergence: a penalty with which a fit ends early is judged like the others.
+        # A fit that stops before convergence is scored on the inner folds like any other.
         warnings.simplefilter("ignore")
-        model.fit(fit, given.labels)
+        model.fit(train, split.labels)
     if kind == "multiclass":
-        return given.of_classes(model.classes_, model.predict_proba(ask))
-    # The classes were weighted to be equally common; their proportion moves the intercept by its log odds.
-    score = np.asarray(model.decision_function(ask))
-    return Predictions(score, expit(score + log_odds(given.labels)))
+        return split.multiclass(model.classes_, model.predict_proba(test))
+    # The classes were weighted to be equally common; the log odds of their proportion shift the intercept back.
+    score = np.asarray(model.decision_function(test))
+    return Predictions(score, expit(score + log_odds(split.labels)))
 
 
-def _axes(features: Array) -> Array:
-    """(F, r) orthonormal axes that hold all of the training scans."""
+def _principal_axes(features: NDArray[Any]) -> NDArray[Any]:
+    """Return (F, r) orthonormal axes that span the training scans."""
     if features.shape[0] >= features.shape[1]:
         return np.eye(features.shape[1])
     values, vectors = np.linalg.eigh(features @ features.T)
@@ -140,84 +155,104 @@ def _axes(features: Array) -> Array:
     return np.asarray(features.T @ (vectors[:, kept] / np.sqrt(values[kept])))
 
 
-def log_odds(labels: Array) -> float:
+def log_odds(labels: NDArray[Any]) -> float:
+    """Return the log odds of the positive class among labels 0 and 1."""
     share = float(np.mean(labels))
     return float(np.log(share / (1.0 - share)))
 
 
-def _numbers(answer: Array) -> Predictions:
-    return Predictions(np.asarray(answer, dtype=np.float64), np.full(len(answer), np.nan))
+def _numbers(predicted: NDArray[Any]) -> Predictions:
+    """Return the predictions of a regression."""
+    return Predictions(np.asarray(predicted, dtype=np.float64), np.full(len(predicted), np.nan))
 
 
-def neighbours(given: Sides, kind: str, point: Point, seed: int) -> Predictions:
-    """The ``k`` training scans nearest by cosine, each weighing exp(similarity / 0.1); classes count by their rarity."""
-    fit, ask = (features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-                for features in (given.fit, given.ask))  # fmt: skip
-    similarity = ask @ fit.T
-    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : point["k"]]
+def nearest_neighbours(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predictions:
+    """Predict from the ``params["k"]`` training scans with the highest cosine similarity.
+
+    A neighbour has the weight exp(similarity / 0.1); votes for a class are divided by its number of training scans.
+    """
+    train, test = (features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+                   for features in (split.train, split.test))  # fmt: skip
+    similarity = test @ train.T
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : params["k"]]
     weights = np.exp((np.take_along_axis(similarity, nearest, axis=1) - 1.0) / 0.1)
-    labels = given.labels[nearest]
+    labels = split.labels[nearest]
     if kind == "regression":
         return _numbers((weights * labels).sum(1) / weights.sum(1))
-    classes, counts = np.unique(given.labels, return_counts=True)
+    classes, counts = np.unique(split.labels, return_counts=True)
     votes = np.stack([(weights * (labels == name)).sum(1) for name in classes], axis=1)
-    rarity = votes / counts
+    balanced = votes / counts
     if kind == "multiclass":
-        return given.of_classes(classes, rarity / rarity.sum(1, keepdims=True))
-    # Half a vote for either class, at their proportion: one neighbour is no certainty.
+        return split.multiclass(classes, balanced / balanced.sum(1, keepdims=True))
+    # One mean vote is added, split by the proportion of the classes, so that one neighbour does not give certainty.
     prior = counts / counts.sum()
     share = (votes + prior * weights.mean(1, keepdims=True)) / (votes.sum(1) + weights.mean(1))[:, None]
     odds = np.log(share[:, 1]) - np.log(share[:, 0])
-    return Predictions(odds - log_odds(given.labels), share[:, 1])
+    return Predictions(odds - log_odds(split.labels), share[:, 1])
 
 
-def network(given: Sides, kind: str, point: Point, seed: int) -> Predictions:
-    """A perceptron with one hidden layer (scikit-learn's), covariates beside the features."""
+def perceptron(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predictions:
+    """Fit scikit-learn's perceptron with one hidden layer to the features and the covariates.
+
+    ``params``: hidden (units), alpha (L2 penalty), lr and epochs.
+    """
     from sklearn.neural_network import MLPClassifier, MLPRegressor
 
-    axes = _axes(given.fit)
-    fit, ask = (
+    axes = _principal_axes(split.train)
+    train, test = (
         np.column_stack([features @ axes, covariates])
-        for features, covariates in ((given.fit, given.fit_covariates), (given.ask, given.ask_covariates))
+        for features, covariates in ((split.train, split.train_covariates), (split.test, split.test_covariates))
     )
     options = {
-        "hidden_layer_sizes": (point["hidden"],), "alpha": point["alpha"], "learning_rate_init": point["lr"],
-        "max_iter": point["epochs"], "batch_size": min(32, len(fit)), "random_state": seed,
+        "hidden_layer_sizes": (params["hidden"],), "alpha": params["alpha"], "learning_rate_init": params["lr"],
+        "max_iter": params["epochs"], "batch_size": min(32, len(train)), "random_state": seed,
     }  # fmt: skip
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that so many epochs were not enough: they are a choice here
+        warnings.simplefilter("ignore")  # raised if training has not converged; the number of epochs is a setting here
         if kind == "regression":
-            mean, deviation = given.labels.mean(), given.labels.std() or 1.0
-            model = MLPRegressor(**options).fit(fit, (given.labels - mean) / deviation)
-            return _numbers(model.predict(ask) * deviation + mean)
-        shares = MLPClassifier(**options).fit(fit, given.labels).predict_proba(ask)
+            mean, deviation = split.labels.mean(), split.labels.std() or 1.0
+            model = MLPRegressor(**options).fit(train, (split.labels - mean) / deviation)
+            return _numbers(model.predict(test) * deviation + mean)
+        probabilities = MLPClassifier(**options).fit(train, split.labels).predict_proba(test)
     if kind == "multiclass":
-        return given.of_classes(np.unique(given.labels), shares)
-    bounded = np.clip(shares[:, 1], 1e-9, 1 - 1e-9)
-    return Predictions(np.log(bounded / (1 - bounded)) - log_odds(given.labels), shares[:, 1])
+        return split.multiclass(np.unique(split.labels), probabilities)
+    bounded = np.clip(probabilities[:, 1], 1e-9, 1 - 1e-9)
+    return Predictions(np.log(bounded / (1 - bounded)) - log_odds(split.labels), probabilities[:, 1])
 
 
-Model = Callable[[Sides, str, Point, int], Predictions]
-MODELS: dict[str, Model] = {"linear": linear, "knn": neighbours, "mlp": network}
-# What each is tried with; the network's are drawn by Optuna (evaluation.search).
-GRIDS: dict[str, list[Point]] = {
-    "linear": [{"penalty": strength} for strength in STRENGTHS],
-    "knn": [{"k": k} for k in NEIGHBOURS],
-}
+# (split, kind of task, params, seed) -> predictions for the test scans. Ray sends the function to its workers by name, so
+# it must be importable there.
+ProbeModel = Callable[[TrainTestSplit, str, Params, int], Predictions]
 
 
-def fit_predict(model: str, point: Point, table: FeatureTable, fit: Array, ask: Array, seed: int = 0) -> Predictions:
-    """Fit a model of ``MODELS`` to the rows ``fit`` of a table and ask it about the rows ``ask``."""
-    if table.kind != "regression" and len(np.unique(table.labels[fit])) < 2:
-        known = float(table.labels[fit][0])
+class Probe(NamedTuple):
+    """A model and the params that a grid search tries; equal scores are decided by the order of the grid."""
+
+    model: ProbeModel
+    grid: list[Params]
+
+
+LINEAR = Probe(linear, [{"penalty": float(penalty)} for penalty in 10.0 ** np.arange(-1, 6)])
+NEAREST_NEIGHBOURS = Probe(nearest_neighbours, [{"k": k} for k in (1, 3, 7, 15, 31, 63)])
+
+
+def fit_predict(
+    model: ProbeModel, params: Params, table: FeatureTable, train: NDArray[Any], test: NDArray[Any], seed: int = 0
+) -> Predictions:
+    """Fit a model to the rows ``train`` of a table and predict the rows ``test``.
+
+    If all training labels are equal, that label is predicted with probability 1.
+    """
+    if table.kind != "regression" and len(np.unique(table.labels[train])) < 2:
+        label = float(table.labels[train][0])
         if table.kind == "multiclass":
-            return Predictions(np.full(len(ask), known), np.eye(table.classes)[np.full(len(ask), int(known))])
-        return Predictions(np.full(len(ask), 2 * known - 1), np.full(len(ask), known))
-    return MODELS[model](sides(table, fit, ask), table.kind, point, seed)
+            return Predictions(np.full(len(test), label), np.eye(table.classes)[np.full(len(test), int(label))])
+        return Predictions(np.full(len(test), 2 * label - 1), np.full(len(test), label))
+    return model(split_features(table, train, test), table.kind, params, seed)
 
 
-def score(labels: Array, predicted: Array, kind: str) -> float:
-    """The figure by which a point is chosen; higher is better."""
+def inner_metric(labels: NDArray[Any], predicted: NDArray[Any], kind: str) -> float:
+    """Return the score by which params are chosen, higher is better: AUC, balanced accuracy or minus the MAE."""
     if kind == "binary":
         return auc(labels, predicted)
     return balanced_accuracy(labels, predicted) if kind == "multiclass" else -mae(labels, predicted)

@@ -1,107 +1,172 @@
-"""How checkpoints are judged: the protocols by name, and the settings of an evaluation."""
+"""The table of protocols. A new protocol, also one with a new model, is one entry of ``PROTOCOLS``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from evaluation.protocols.finetune import FineTuning
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.protocols.context import Candidate, EvaluationContext
+from evaluation.protocols.features import cache_name, features_of
+from evaluation.protocols.nested_cv import NestedCVResult, PreparedTask, search_grid, search_perceptrons
+from evaluation.protocols.probes import LINEAR, NEAREST_NEIGHBOURS, Probe
+from evaluation.protocols.settings import EvaluationSettings
+from evaluation.protocols.tune_networks import search_fine_tuning, training_jobs
 from evaluation.protocols.variant import ProtocolVariant
-from evaluation.tasks.published import PUBLISHED, SOURCE
+from evaluation.protocols.voxels import voxel_coordinates
 from infra.errors import UserError, nearest
 
-
-@dataclass(frozen=True)
-class Kind:
-    """A protocol: what it looks at, the model on it, and whether it gives learning curves.
-
-    ``subject`` checkpoint: every checkpoint given; architecture: each of their architectures, with random weights; shards:
-    the scans themselves, whatever the checkpoints.
-    """
-
-    subject: Literal["checkpoint", "architecture", "shards"]
-    model: Literal["linear", "knn", "mlp", "network"]
-    curve: bool
-    says: str
-
-
-PROTOCOLS: dict[str, Kind] = {
-    "paper": Kind(
-        "checkpoint", "linear", True, "frozen features, logistic regression (ridge for numbers), learning curves"
-    ),
-    "linear": Kind("checkpoint", "linear", False, "the same without learning curves"),
-    "knn": Kind("checkpoint", "knn", False, "frozen features, nearest neighbours by cosine"),
-    "mlp": Kind("checkpoint", "mlp", False, "frozen features, a perceptron with one hidden layer"),
-    "finetune": Kind("checkpoint", "network", False, "all weights trained on the task"),
-    "scratch": Kind("architecture", "network", False, "the same network from random weights"),
-    "voxels": Kind("shards", "linear", True, "the linear model on the voxels themselves"),
-}
-ELSEWHERE = {
-    "age-supervised": "is a pretraining: yaware pretrain --config RECIPE --loss.name=regression, then evaluate it like any "
-    "other checkpoint",
-}
+Inputs = Callable[[EvaluationContext, Candidate], NDArray[Any]]
+# (context, candidate, prepared tasks by name, folder of unfinished searches, title of progress bars) -> results by task
+Search = Callable[
+    [EvaluationContext, Candidate, dict[str, PreparedTask], Path, str], dict[str, NestedCVResult]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How checkpoints are judged; logged as the run's parameters."""
+    """How candidates are evaluated on tasks.
 
-    tasks: tuple[str, ...]
-    folds: int = 5
-    n_train: tuple[int, ...] = (100, 300, 500)
-    draws: int = 10
-    seed: int = 0
-    protocols: tuple[str, ...] = ("paper",)
-    inner_repeats: int = 1
-    leave_site_out: bool = False
-    layer: str | None = None
-    pooling: tuple[str, ...] = ("mean",)
-    mlp_trials: int = 12
-    finetune: FineTuning = field(default_factory=FineTuning)
+    Args:
+        description: one line for people.
+        evaluates: ``checkpoint``: every given checkpoint; ``architecture``: the architecture of each of them, with random
+            weights; ``shards``: the scans themselves, without any checkpoint. The last two are baselines.
+        model: name of what is fitted. Protocols that fit the same model to the same inputs share it.
+        inputs: returns the features (N, F) of the scans ``context.rows``; F is 0 if the search reads the scans itself.
+        search: fits the model on all folds and draws, with nothing chosen on test scans.
+        settings: the fields of ``EvaluationSettings``, beyond those of every protocol, on which results depend.
+        learning_curve: whether these settings ask for learning curves.
+        uses_layer: whether ``layer`` and ``pooling`` select the features.
+        scale: of the features; see ``probes.split_features``.
+        plain_names: log metrics on the checkpoint's own page in MLflow as ``TASK.METRIC``, not ``PROTOCOL/TASK.METRIC``.
+        map_features: the columns of the inputs from which the map of the scans is made.
+    """
 
-    def variant(self, name: str) -> ProtocolVariant:
-        """A protocol with the options that apply to it."""
-        kind = PROTOCOLS[name]
-        layer = self.layer if kind.subject == "checkpoint" and kind.model != "network" else None
-        return ProtocolVariant(
-            protocol=name, model=kind.model, evaluates=kind.subject, leave_site_out=self.leave_site_out,
-            layer=layer or "", pooling=self.pooling if layer else (),
-        )  # fmt: skip
+    description: str
+    evaluates: Literal["checkpoint", "architecture", "shards"]
+    model: str
+    inputs: Inputs
+    search: Search
+    settings: tuple[str, ...] = ("inner_repeats",)
+    learning_curve: Callable[[EvaluationSettings], bool] = lambda settings: False
+    uses_layer: bool = False
+    scale: Literal["each", "all"] = "each"
+    plain_names: bool = False
+    map_features: slice = field(default_factory=lambda: slice(None))
 
-    def settings_of(self, name: str) -> dict[str, Any]:
-        """The settings that a protocol's answers depend on."""
-        kind = PROTOCOLS[name]
-        given: dict[str, Any] = {"folds": self.folds, "seed": self.seed, "leave_site_out": self.leave_site_out}
-        if kind.model == "network":
-            given |= {f"finetune.{key}": value for key, value in vars(self.finetune).items() if not key.startswith("_")}
-        else:
-            given |= {"inner_repeats": self.inner_repeats}
-        if kind.curve or (kind.model == "network" and self.finetune.curve):
-            given |= {"n_train": list(self.n_train), "draws": self.draws}
-        if kind.model == "mlp":
-            given |= {"mlp_trials": self.mlp_trials}
-        if kind.subject == "checkpoint" and kind.model != "network":
-            given |= {"layer": self.layer, "pooling": list(self.pooling)}
-        return given
+    def params(self, settings: EvaluationSettings) -> dict[str, Any]:
+        """Return the settings on which results of this protocol depend, as MLflow parameters."""
+        curve = ("n_train", "draws") if self.learning_curve(settings) else ()
+        layer = ("layer", "pooling") if self.uses_layer else ()
+        return settings.as_params(("folds", "seed", "leave_site_out", *self.settings, *curve, *layer))
+
+
+def frozen_features(context: EvaluationContext, candidate: Candidate) -> NDArray[np.float32]:
+    """Return the features (N, F) of the candidate's encoder, or of the configured layer, from the cache if they are there."""
+    assert candidate.encoder is not None
+    layer, pooling = context.settings.layer, context.settings.pooling
+    cache = context.cache / cache_name(candidate.weights, context.manifest.digest, layer, pooling)
+    title = f"features of {candidate.name} step {candidate.step}"
+    return features_of(candidate.encoder, context.manifest, context.rows, cache, title, layer=layer, pooling=pooling)
+
+
+def voxel_features(context: EvaluationContext, candidate: Candidate) -> NDArray[np.float64]:
+    """Return coordinates (N, N) of the scans with the inner products of their voxels."""
+    cache = context.cache / f"voxels-{context.manifest.digest[:16]}.npz"
+    return voxel_coordinates(context.manifest, context.rows, cache)
+
+
+def no_features(context: EvaluationContext, candidate: Candidate) -> NDArray[np.float32]:
+    """Return an empty matrix (N, 0), for models that read the scans themselves."""
+    return np.empty((len(context.rows), 0), dtype=np.float32)
+
+
+def grid_of(probe: Probe) -> Search:
+    """Return the search over a probe's grid."""
+
+    def search(
+        context: EvaluationContext, candidate: Candidate, prepared: dict[str, PreparedTask], folder: Path, title: str
+    ) -> dict[str, NestedCVResult]:
+        """Try every entry of the grid on every task."""
+        return search_grid(prepared, probe, folder, title)
+
+    return search
+
+
+def _perceptrons(
+    context: EvaluationContext, candidate: Candidate, prepared: dict[str, PreparedTask], folder: Path, title: str
+) -> dict[str, NestedCVResult]:
+    return search_perceptrons(prepared, context.settings.mlp_trials, folder, title)
+
+
+def _networks(
+    context: EvaluationContext, candidate: Candidate, prepared: dict[str, PreparedTask], folder: Path, title: str
+) -> dict[str, NestedCVResult]:
+    return search_fine_tuning(training_jobs(context, candidate), prepared, folder, title)
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "paper": Protocol(
+        "logistic regression (ridge for a regression) on frozen features, with learning curves",
+        "checkpoint", "linear", frozen_features, grid_of(LINEAR),
+        learning_curve=lambda settings: True, uses_layer=True, plain_names=True,
+    ),
+    "linear": Protocol(
+        "the model of paper, without learning curves",
+        "checkpoint", "linear", frozen_features, grid_of(LINEAR), uses_layer=True, plain_names=True,
+    ),
+    "knn": Protocol(
+        "nearest neighbours by cosine similarity on frozen features",
+        "checkpoint", "knn", frozen_features, grid_of(NEAREST_NEIGHBOURS), uses_layer=True,
+    ),
+    "mlp": Protocol(
+        "a perceptron with one hidden layer on frozen features",
+        "checkpoint", "mlp", frozen_features, _perceptrons, settings=("inner_repeats", "mlp_trials"), uses_layer=True,
+    ),
+    "finetune": Protocol(
+        "all weights trained on the task, from the checkpoint's",
+        "checkpoint", "network", no_features, _networks, settings=("finetune",),
+        learning_curve=lambda settings: settings.finetune.curve,
+    ),
+    "scratch": Protocol(
+        "the same network trained from random weights",
+        "architecture", "network", no_features, _networks, settings=("finetune",),
+        learning_curve=lambda settings: settings.finetune.curve,
+    ),
+    "voxels": Protocol(
+        "the model of paper on voxels",
+        "shards", "linear", voxel_features, grid_of(LINEAR), learning_curve=lambda settings: True, scale="all",
+        map_features=slice(-2, None),
+    ),
+}  # fmt: skip
+NOT_PROTOCOLS = {
+    "age-supervised": "is a pretraining: run yaware pretrain --config RECIPE --loss.name=regression and evaluate the result "
+    "like any other checkpoint",
+}
 
 
 def check_protocols(names: tuple[str, ...]) -> None:
-    """UserError for a protocol that is not there."""
+    """Raise UserError if there is no protocol or one is unknown."""
     if not names:
-        raise UserError(f"no protocol given; name some with --protocols: {', '.join(PROTOCOLS)}")
+        raise UserError(f"protocols is empty; allowed: {', '.join(PROTOCOLS)}")
     for name in names:
-        if name in ELSEWHERE:
-            raise UserError(f"--protocols={name} {ELSEWHERE[name]}")
+        if name in NOT_PROTOCOLS:
+            raise UserError(f"protocol {name} {NOT_PROTOCOLS[name]}")
         if name not in PROTOCOLS:
             raise UserError(
-                f"--protocols={name} is not known{nearest(name, PROTOCOLS)}; allowed: {', '.join(PROTOCOLS)}"
+                f"protocol {name!r} is not known{nearest(name, PROTOCOLS)}; allowed: {', '.join(PROTOCOLS)}"
             )
 
 
-def published_lines(task: str) -> list[str]:
-    """The published figures of a task, a line a training size, named as what they are."""
-    return [
-        f"published ({SOURCE}; other scans than these), {task}, {size} training scans: "
-        + ", ".join(f"{method} {value:.3f}" for method, value in row.items())
-        for size, row in PUBLISHED.get(task, {}).items()
-    ]
+def variant_of(name: str, settings: EvaluationSettings) -> ProtocolVariant:
+    """Return a protocol with the options that apply to it."""
+    protocol = PROTOCOLS[name]
+    layer = settings.layer if protocol.uses_layer else None
+    return ProtocolVariant(
+        protocol=name, model=protocol.model, evaluates=protocol.evaluates, leave_site_out=settings.leave_site_out,
+        layer=layer or "", pooling=settings.pooling if layer else (),
+    )  # fmt: skip

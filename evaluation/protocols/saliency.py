@@ -1,4 +1,4 @@
-"""Where in the brain a probe's answer comes from: hide a cube at a time and see how far the score moves."""
+"""Occlusion maps: hide one cube of the scan at a time and measure how far the score of a probe moves."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.storage.manifest import Manifest
 from evaluation.protocols.features import cache_name, features_of
-from evaluation.protocols.probes import FeatureTable, Point, fit_predict
-from evaluation.protocols.record import PLAIN
+from evaluation.protocols.probes import FeatureTable, Params, fit_predict, linear
 from evaluation.protocols.variant import ProtocolVariant
 from evaluation.tasks.leakage import check_leakage
 from evaluation.tasks.tasks import Task, load_task
@@ -29,21 +29,36 @@ from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
 from pretrain.weights.scan_source import check_preprocessing
 
-Array = np.ndarray[Any, np.dtype[Any]]
 BATCH = 16
 SCANS = 16  # held-out scans over which the map is averaged
-CUBES = 6  # along the longest side
+CUBES = 6  # along the longest side of the volume
 Box = tuple[slice, slice, slice]
 
 
 def add_saliency(
     checkpoint: str | Path, shards: str | Path, task_name: str, *, experiment: str = "yaware",
     tracking_uri: str | None = None, scans: int = SCANS, cubes: int = CUBES, seed: int = 0,
-) -> dict[str, Array]:  # fmt: skip
-    """Compute the map of an evaluated checkpoint and task and add it to its evaluation's run; the map.
+) -> dict[str, NDArray[Any]]:  # fmt: skip
+    """Compute the occlusion map of an evaluated checkpoint and task, and add it to the evaluation's MLflow run.
 
-    The probe is that of the evaluation's first fold: the penalty chosen there, fitted to the scans outside that fold. The
-    scans looked at are in it, so they were held out. UserError where the checkpoint was not evaluated on the task.
+    The probe is that of the evaluation's first fold: the penalty that was chosen there, fitted to the scans outside the fold.
+    The map is averaged over scans of the fold, which are therefore held out.
+
+    Args:
+        checkpoint: run folder, checkpoint or export.
+        shards: that the checkpoint was evaluated on.
+        task_name: a shipped task or the path of a YAML file.
+        experiment: MLflow experiment of the evaluation.
+        tracking_uri: MLflow store; by default MLFLOW_TRACKING_URI, else mlruns/mlflow.db.
+        scans: number of held-out scans.
+        cubes: number of cubes along the longest side of the volume.
+        seed: of the choice of scans.
+
+    Returns:
+        The arrays of ``occlusion``.
+
+    Raises:
+        UserError: if the checkpoint was not evaluated on the task by a linear probe, or the task is multiclass.
     """
     manifest, uri = Manifest.load(shards), tracking_uri or default_uri()
     folder, encoder = find_encoder(checkpoint), Encoder.from_pretrained(checkpoint)
@@ -51,14 +66,16 @@ def add_saliency(
     task = load_task(task_name, manifest)
     check_leakage(encoder, checkpoint, manifest, task.rows, str(checkpoint))
     if task.kind == "multiclass":
-        raise UserError(f"task {task.name} has several classes and so no one score; choose a binary task or a number")
+        raise UserError(f"task {task.name} is multiclass and has no single score; choose a binary task or a regression")
     weights = sha256_of(folder / "model.safetensors")
-    run, predictions, point = _evaluation(uri, experiment, task, weights, manifest, str(checkpoint))
+    run, predictions, params = _find_evaluation(uri, experiment, task, weights, manifest, str(checkpoint))
     cache = manifest.root / ".features" / cache_name(weights, manifest.digest, None, ("mean",))
     features = features_of(encoder, manifest, task.rows, cache, f"features of {encoder.config['run_name']}")
-    fit, ask = _sides(task, manifest, predictions)
-    ask = _some(ask, task, scans, seed)
-    maps = occlusion(encoder, manifest, task, features, fit, ask, point, cubes)
+    train, test = _first_fold(task, manifest, predictions)
+    test = _sample(test, task, scans, seed)
+    maps = occlusion(
+        encoder, manifest, task, features=features, train=train, test=test, params=params, cubes=cubes
+    )  # fmt: skip
     tracker = Tracker.open(uri, experiment, str(run["name"]), run_id=run["run_id"])
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / f"saliency_{task.name}.npz"
@@ -69,34 +86,58 @@ def add_saliency(
 
 
 def occlusion(
-    encoder: Encoder, manifest: Manifest, task: Task, features: Array, fit: Array, ask: Array, point: Point, cubes: int
-) -> dict[str, Array]:
-    """map (D, H, W): mean over the scans ``ask`` of |change of score| when the cube around a voxel is set to 0.
+    encoder: torch.nn.Module,
+    manifest: Manifest,
+    task: Task,
+    *,
+    features: NDArray[Any],
+    train: NDArray[Any],
+    test: NDArray[Any],
+    params: Params,
+    cubes: int,
+) -> dict[str, NDArray[Any]]:
+    """Return how much the score of a linear probe changes when a cube is hidden.
 
-    0 is a scan's mean, and what the cutout of pretraining writes. Also ``background`` (D, H, W), the mean of these scans,
-    and ``scans``, ``side`` (voxels). Features (N, F) are those of the task's scans; fit and ask are places among them.
+    A hidden cube is set to 0, the mean of a z-scored scan and the value that the cutout of pretraining writes.
+
+    Args:
+        encoder: volumes (N, 1, D, H, W) -> features (N, F).
+        manifest: of the shards.
+        task: binary or regression.
+        features: (N, F) of the task's scans.
+        train: positions in the task of the scans that the probe is fitted to.
+        test: positions of the scans over which the map is averaged.
+        params: of the probe.
+        cubes: number along the longest side of the volume.
+
+    Returns:
+        map (D, H, W), the mean |change of the score| over the test scans; background (D, H, W), the mean of these scans;
+        scans, their number; side, that of the cubes in voxels.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.eval().to(device)
-    background = torch.cat([batch for _, batch in volumes(manifest, task.rows[ask], BATCH)]).mean(0)[0].numpy()
+    background = torch.cat([batch for _, batch in volumes(manifest, task.rows[test], BATCH)]).mean(0)[0].numpy()
     boxes, side = boxes_of(background, cubes)
     total = np.zeros(len(boxes))
-    with torch.no_grad(), Progress(len(ask), "scans", f"occlusion for {task.name}") as progress:
-        for place, (_, batch) in zip(ask, volumes(manifest, task.rows[ask], 1), strict=True):
-            hidden = [encoder(part.to(device)).float().cpu().numpy() for part in _hidden(batch[0], boxes)]
-            variants = np.concatenate([features[place][None], *hidden])
-            scores = _scores(task, features, fit, place, variants, point)
+    with torch.no_grad(), Progress(len(test), "scans", f"occlusion for {task.name}") as progress:
+        for position, (_, batch) in zip(test, volumes(manifest, task.rows[test], 1), strict=True):
+            occluded = [encoder(part.to(device)).float().cpu().numpy() for part in _occluded(batch[0], boxes)]
+            variants = np.concatenate([features[position][None], *occluded])
+            scores = _scores(task, features, train, position, variants, params)
             total += np.abs(scores[1:] - scores[0])
             progress.advance(1)
     change = np.zeros(background.shape, np.float16)
-    for box, value in zip(boxes, total / len(ask), strict=True):
+    for box, value in zip(boxes, total / len(test), strict=True):
         change[box] = value
     shown = (background - background.min()).astype(np.float16)
-    return {"map": change, "background": shown, "scans": np.array(len(ask)), "side": np.array(side)}
+    return {"map": change, "background": shown, "scans": np.array(len(test)), "side": np.array(side)}
 
 
-def boxes_of(background: Array, cubes: int) -> tuple[list[Box], int]:
-    """Cubes that tile a volume, those of air left out, and their side in voxels; ``cubes`` along the longest axis."""
+def boxes_of(background: NDArray[Any], cubes: int) -> tuple[list[Box], int]:
+    """Return cubes that tile the brain of a volume (D, H, W) and their side in voxels; cubes that hold only air are left out.
+
+    ``cubes`` is the number of cubes along the longest axis.
+    """
     side = -(-max(background.shape) // cubes)
     brain = background > background.min() + 0.1 * (background.max() - background.min())
     starts = np.stack(np.meshgrid(*(np.arange(0, n, side) for n in background.shape), indexing="ij"), -1).reshape(-1, 3)
@@ -104,56 +145,57 @@ def boxes_of(background: Array, cubes: int) -> tuple[list[Box], int]:
     return [box for box in boxes if brain[box].any()], side
 
 
-def _hidden(volume_1DHW: torch.Tensor, boxes: list[Box]) -> Iterator[torch.Tensor]:
-    """Batches (n, 1, D, H, W) of a scan with one cube hidden in each."""
+def _occluded(volume_1DHW: torch.Tensor, boxes: list[Box]) -> Iterator[torch.Tensor]:
+    """Yield batches (n, 1, D, H, W) of a scan, each copy with one cube hidden."""
     for start in range(0, len(boxes), BATCH):
-        some = boxes[start : start + BATCH]
-        copies = volume_1DHW.repeat(len(some), 1, 1, 1, 1)
-        for number, box in enumerate(some):
-            copies[number, 0][box] = 0.0
+        batch_boxes = boxes[start : start + BATCH]
+        copies = volume_1DHW.repeat(len(batch_boxes), 1, 1, 1, 1)
+        for copy, box in zip(copies, batch_boxes, strict=True):
+            copy[0][box] = 0.0
         yield copies
 
 
-def _scores(task: Task, features: Array, fit: Array, place: int, variants: Array, point: Point) -> Array:
-    """The probe's scores of one scan's variants (M, F), which keep that scan's covariates and confounds."""
-    asked = np.full(len(variants), place)
-
-    def beside(values: Array | None) -> Array:
-        return np.empty((len(fit) + len(asked), 0)) if values is None else values[np.concatenate([fit, asked])]
-
-    both = np.concatenate([fit, asked])
+def _scores(
+    task: Task, features: NDArray[Any], train: NDArray[Any], position: int, variants: NDArray[Any], params: Params
+) -> NDArray[Any]:
+    """Return the probe's scores (M,) of variants (M, F) of one scan, with the covariates and confounds of that scan."""
+    rows = np.concatenate([train, np.full(len(variants), position)])
+    none = np.empty((len(rows), 0))
     table = FeatureTable(
-        np.concatenate([features[fit], variants]).astype(np.float64), task.labels[both], task.groups[both], task.kind,
-        beside(task.covariates), beside(task.confounds),
+        np.concatenate([features[train], variants]).astype(np.float64), task.labels[rows], task.groups[rows], task.kind,
+        covariates=none if task.covariates is None else task.covariates[rows],
+        confounds=none if task.confounds is None else task.confounds[rows],
     )  # fmt: skip
-    return fit_predict("linear", point, table, np.arange(len(fit)), np.arange(len(fit), len(both))).predicted
+    return fit_predict(linear, params, table, np.arange(len(train)), np.arange(len(train), len(rows))).predicted
 
 
-def _evaluation(
+def _find_evaluation(
     uri: str, experiment: str, task: Task, weights: str, manifest: Manifest, name: str
-) -> tuple[dict[str, Any], pd.DataFrame, Point]:
-    """The newest evaluation by the linear probe: its run, the task's predictions, and the penalty of its first fold."""
+) -> tuple[dict[str, Any], pd.DataFrame, Params]:
+    """Return the newest evaluation of weights by a linear probe: its run, the task's predictions, the params of fold 0."""
     for run in runs.runs(uri, experiment, "evaluation", f"tags.`yaware.weights_sha256` = '{weights}'"):
-        tags = run["tags"]
-        same = tags.get("yaware.manifest_digest") == manifest.digest and run["status"] == "FINISHED"
-        variant = ProtocolVariant.from_tags(tags)
-        if not same or variant.protocol not in PLAIN or variant.options:
+        variant = ProtocolVariant.from_tags(run["tags"])
+        if run["tags"].get("yaware.manifest_digest") != manifest.digest or run["status"] != "FINISHED":
+            continue
+        if variant.model != "linear" or variant.options:
             continue
         with tempfile.TemporaryDirectory() as temporary:
             path = runs.download(uri, run["run_id"], "evaluation", Path(temporary))
             predictions, trials = pd.read_parquet(path / "predictions.parquet"), pd.read_csv(path / "trials.csv")
         if task.name in set(predictions["task"]):
-            mine = trials[(trials["task"] == task.name) & (trials["part"] == "fold 0")]
-            point: Point = json.loads(mine["point"].to_list()[int(mine["inner_score"].argmax())])
-            return run, predictions[predictions["task"] == task.name], point
+            fold = trials[(trials["task"] == task.name) & (trials["part"] == "fold 0")]
+            params: Params = json.loads(fold["point"].to_list()[int(fold["inner_score"].argmax())])
+            return run, predictions[predictions["task"] == task.name], params
     raise UserError(
         f"{name} has no evaluation of task {task.name} on these shards in experiment {experiment!r}; run yaware evaluate "
         f"--tasks {task.name} --protocols linear first"
     )
 
 
-def _sides(task: Task, manifest: Manifest, predictions: pd.DataFrame) -> tuple[Array, Array]:
-    """Places among the task's scans: outside the first fold, nobody of whom is in it, and in it."""
+def _first_fold(
+    task: Task, manifest: Manifest, predictions: pd.DataFrame
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the positions of the training and of the test scans of an evaluation's first fold."""
     keys = manifest.scans["key"].to_numpy()[task.rows]
     inside = np.isin(keys, predictions.loc[predictions["fold"] == 0, "key"])
     outside = ~np.isin(task.groups, task.groups[inside])
@@ -162,9 +204,10 @@ def _sides(task: Task, manifest: Manifest, predictions: pd.DataFrame) -> tuple[A
     return np.flatnonzero(outside), np.flatnonzero(inside)
 
 
-def _some(ask: Array, task: Task, count: int, seed: int) -> Array:
-    """Up to ``count`` of the scans, of a binary task as many of each class."""
-    mixed = np.random.default_rng(seed).permutation(ask)
+def _sample(test: NDArray[Any], task: Task, count: int, seed: int) -> NDArray[Any]:
+    """Return up to ``count`` of the test scans, of a binary task equally many of each class."""
+    shuffled = np.random.default_rng(seed).permutation(test)
     if task.kind != "binary":
-        return np.sort(mixed[:count])
-    return np.sort(np.concatenate([mixed[task.labels[mixed] == code][: max(1, count // 2)] for code in (0, 1)]))
+        return np.sort(shuffled[:count])
+    of_each = max(1, count // 2)
+    return np.sort(np.concatenate([shuffled[task.labels[shuffled] == code][:of_each] for code in (0, 1)]))

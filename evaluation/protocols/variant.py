@@ -46,7 +46,7 @@ class ProtocolVariant:
 
     @property
     def fitted(self) -> tuple[str, str, tuple[str, ...]]:
-        """Model, layer and pooling: equal where the same model was fitted to the same features, on whatever folds."""
+        """Model, layer and pooling: equal if the same model was fitted to the same features; the folds may differ."""
         return self.model or self.protocol, self.layer, self.pooling
 
     @property

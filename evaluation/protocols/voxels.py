@@ -1,8 +1,8 @@
-"""A linear model on the voxels, the strong classical baseline, in the dual: scans' inner products are all it needs.
+"""A linear model on voxels, a strong classical baseline, computed in the dual from inner products of scans.
 
-With K = X Xᵀ over all scans of the evaluation, coordinates Z with Z Zᵀ = K have the same inner products as the scans, so a
-model with an L2 penalty, centred by its training scans, gives on the rows of Z the very answers that it gives on the voxels.
-Z is N x N where X would be N x 2.1 million. No label and no fold enters it.
+Let K = X Xᵀ over all scans of the evaluation. Coordinates Z with Z Zᵀ = K have the same inner products as the scans X, so an
+L2-penalised model whose features are centred by the training scans makes the same predictions from Z as from the voxels. Z is
+N x N, where X is N x 2.1 million at 1.5 mm. Neither labels nor folds enter Z.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
 from infra.files import atomic_write
 from infra.progress import Progress
 
-Array = np.ndarray[Any, np.dtype[Any]]
 SLAB = 65_536  # voxels multiplied at a time
 
 
-def voxel_coordinates(manifest: Manifest, rows: Array, cache: Path) -> Array:
-    """(len(rows), len(rows)) float64 coordinates of scans as they lie in the shards: not z-scored, TIV-scaled if they are.
+def voxel_coordinates(manifest: Manifest, rows: NDArray[Any], cache: Path) -> NDArray[np.float64]:
+    """Return coordinates (N, N) of N scans whose inner products are those of the voxels, in columns of rising variance.
 
-    Their Gram matrix is read from ``cache`` (an .npz) where it is there for these rows.
+    Voxels are used as stored in the shards: not z-scored, and scaled by TIV only if the shards are. The Gram matrix is read
+    from ``cache`` (.npz) if it holds all rows, and written there otherwise.
     """
     gram = _read(cache, rows)
     if gram is None:
@@ -35,11 +36,11 @@ def voxel_coordinates(manifest: Manifest, rows: Array, cache: Path) -> Array:
     return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
-def gram_matrix(manifest: Manifest, rows: Array) -> Array:
-    """(N, N) float64 inner products of scans less their mean scan; each is read once.
+def gram_matrix(manifest: Manifest, rows: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the inner products (N, N) of scans minus their mean scan; every scan is read once.
 
-    The scans lie in a temporary file as float16 meanwhile, 4.2 MB each at 1.5 mm. Less the mean, products are small
-    numbers whose rounding does not drown what tells scans apart.
+    Meanwhile the scans are kept in a temporary file as float16, 4.2 MB each at 1.5 mm. The mean is subtracted because
+    rounding errors of the large raw products would hide the differences between scans.
     """
     reader = manifest.reader()
     voxels = int(np.prod([int(side) for side in manifest.grid["shape"]]))
@@ -49,8 +50,8 @@ def gram_matrix(manifest: Manifest, rows: Array) -> Array:
             Path(folder) / "scans.npy", mode="w+", dtype=np.float16, shape=(len(rows), voxels)
         )
         with Progress(len(rows), "scans", "voxels") as progress:
-            for place, row in enumerate(rows):
-                stack[place] = reader.read(int(row)).reshape(-1)
+            for position, row in enumerate(rows):
+                stack[position] = reader.read(int(row)).reshape(-1)
                 progress.advance()
         for first in range(0, voxels, SLAB):
             slab = stack[:, first : first + SLAB].astype(np.float32)
@@ -60,13 +61,14 @@ def gram_matrix(manifest: Manifest, rows: Array) -> Array:
     return gram
 
 
-def _read(cache: Path, rows: Array) -> Array | None:
+def _read(cache: Path, rows: NDArray[Any]) -> NDArray[np.float64] | None:
+    """Return the Gram matrix of ``rows`` from the cache, or None if it lacks some of them."""
     if not cache.is_file():
         return None
     with np.load(cache) as stored:
-        known = {int(row): place for place, row in enumerate(stored["rows"])}
-        if not all(int(row) in known for row in rows):
+        position_of = {int(row): position for position, row in enumerate(stored["rows"])}
+        if not all(int(row) in position_of for row in rows):
             return None
-        places = [known[int(row)] for row in rows]
-        # Less another mean scan: the same for every model that is centred by its training scans.
-        return np.asarray(stored["gram"][np.ix_(places, places)])
+        positions = [position_of[int(row)] for row in rows]
+        # The cached scans may have another mean; a model that is centred by its training scans does not depend on it.
+        return np.asarray(stored["gram"][np.ix_(positions, positions)])

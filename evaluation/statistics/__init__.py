@@ -1,1 +1,1 @@
-"""Metrics, intervals and paired tests."""
+"""Metrics, confidence intervals, paired tests, subgroups and brain age."""

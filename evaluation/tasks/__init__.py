@@ -1,1 +1,1 @@
-"""Tasks: labels, folds and protection against leakage."""
+"""Downstream tasks: labels, folds and guards against leakage."""

@@ -1,4 +1,4 @@
-"""Columns of scans.parquet as numbers: covariates, confounds, strata. Nothing here is fitted to any scan."""
+"""Columns of scans.parquet as numbers: covariates, confounds and strata. Nothing here is fitted to the data."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-def spelling(text: object) -> str:
-    """A value as it is compared: capitals, spaces, hyphens and underscores make no difference."""
-    return " ".join(str(text).replace("_", " ").replace("-", " ").lower().split())
+from numpy.typing import NDArray
 
 
-def as_numbers(scans: pd.DataFrame, names: Sequence[str]) -> Array:
-    """(N, C) float64: numeric columns as they are, NaN where missing; a text column as 0/1 columns, one a value but one.
+def normalise_spelling(value: object) -> str:
+    """Return a value as text in lower case, with hyphens, underscores and runs of spaces replaced by one space."""
+    return " ".join(str(value).replace("_", " ").replace("-", " ").lower().split())
 
-    Which values a text column has is taken from all scans given; a model fitted to some of them gives no weight to a value
-    that none of these has.
+
+def as_numbers(scans: pd.DataFrame, names: Sequence[str]) -> NDArray[np.float64]:
+    """Return columns of a table as a matrix (N, C) of numbers.
+
+    A numeric column is kept, with NaN where it is missing. A text column is one-hot encoded without its first value. The
+    values of a text column are those of all given scans, so a model may be fitted to scans that lack some of them; such a
+    model gives these values no weight.
     """
     columns = []
     for name in names:
@@ -33,22 +33,23 @@ def as_numbers(scans: pd.DataFrame, names: Sequence[str]) -> Array:
     return np.stack(columns, axis=1) if columns else np.empty((len(scans), 0))
 
 
-def as_strata(labels: Array, kind: str, scans: pd.DataFrame, names: Sequence[str]) -> Array:
-    """(N,) codes of the strata that folds spread alike: the label (fifths of a number's range) and some columns.
+def as_strata(labels: NDArray[Any], kind: str, scans: pd.DataFrame, names: Sequence[str]) -> NDArray[np.int64]:
+    """Return codes (N,) of the strata that stratified folds balance: the label crossed with some columns.
 
-    Of a numeric column the fifths count, of a text column the values.
+    Labels of a regression and numeric columns enter by their quintile, text columns by their value. Missing numbers take
+    the quintile of the median.
     """
-    parts = [fifths(labels) if kind == "regression" else labels.astype(np.int64)]
+    strata = [quintiles(labels) if kind == "regression" else labels.astype(np.int64)]
     for name in names:
         column = scans[name]
         if pd.api.types.is_numeric_dtype(column):
             values = column.to_numpy(dtype=np.float64, na_value=np.nan)
-            parts.append(fifths(np.where(np.isfinite(values), values, np.nanmedian(values))))
+            strata.append(quintiles(np.where(np.isfinite(values), values, np.nanmedian(values))))
         else:
-            parts.append(pd.Categorical(column.astype("string").fillna("")).codes.astype(np.int64))
-    return np.unique(np.stack(parts, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+            strata.append(pd.Categorical(column.astype("string").fillna("")).codes.astype(np.int64))
+    return np.unique(np.stack(strata, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def fifths(values: Array) -> Array:
-    """Which fifth of the values each belongs to."""
+def quintiles(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the quintile, 0 to 4, of each value among all values."""
     return np.searchsorted(np.quantile(values, np.arange(0.2, 1.0, 0.2)), values)

@@ -1,43 +1,55 @@
-"""Which scans are fitted to and which are asked about. Nobody (no group) is ever on both sides."""
+"""Group-disjoint train and test folds, and the training sets of learning curves."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
-from evaluation.tasks.columns import fifths
+from evaluation.tasks.columns import quintiles
 from evaluation.tasks.tasks import Task
 from infra import random_streams
 from infra.errors import UserError
 
-Array = np.ndarray[Any, np.dtype[Any]]
-Fold = tuple[Array, Array]  # rows to fit, rows to predict
-INNER = 3
+Fold = tuple[NDArray[np.int64], NDArray[np.int64]]  # positions of the training and of the test scans in the task
+INNER_FOLDS = 3
 
 
 class Draw(NamedTuple):
-    """A training set of ``size`` scans, and the scans of a fold that it is tested on."""
+    """One training set of a learning curve, drawn from the training scans of a fold; the fold's test scans are its test set.
+
+    ``size`` is the number of training scans and ``number`` counts the draws of one size. ``train`` and ``test`` are
+    positions in the task.
+    """
 
     size: int
     number: int
-    train: Array
-    test: Array
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
 
 
 def make_folds(
-    labels: Array, groups: Array, kind: str, count: int, seed: int, strata: Array | None = None
+    labels: NDArray[Any], groups: NDArray[Any], kind: str, count: int, seed: int, strata: NDArray[Any] | None = None
 ) -> list[Fold]:
-    """``count`` folds in which no group is on both sides; classes (or fifths of a number's range) spread alike.
+    """Return ``count`` stratified folds in which no group is both in training and in test.
 
-    ``strata`` (N,) codes are spread alike instead; of one that is too small for the folds only the class is.
+    Args:
+        labels: (N,) labels.
+        groups: (N,) codes of the groups, usually participants.
+        kind: ``binary``, ``multiclass`` or ``regression``.
+        count: number of folds.
+        seed: of the shuffling.
+        strata: (N,) codes to stratify by; by default the classes, or the quintiles of a regression's labels. A stratum
+            with fewer than ``count`` scans joins the largest stratum of its class. If a class itself is smaller than
+            that, the folds are not stratified.
     """
-    plain = fifths(labels) if kind == "regression" else labels
-    strata = plain if strata is None else _merged(strata, plain, count)
+    classes = quintiles(labels) if kind == "regression" else labels
+    strata = classes if strata is None else _merge_small_strata(strata, classes, count)
     smallest = np.bincount(np.unique(strata, return_inverse=True)[1]).min()
     if smallest >= count and len(np.unique(groups)) == len(groups):
-        # One scan a group: the same promise, thirty times as fast.
+        # With one scan per group StratifiedKFold is equivalent, and thirty times as fast.
         return list(StratifiedKFold(count, shuffle=True, random_state=seed).split(labels, strata))
     if smallest >= count:
         splitter: Any = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
@@ -46,17 +58,20 @@ def make_folds(
     return list(splitter.split(labels, strata, groups))
 
 
-def _merged(strata: Array, plain: Array, count: int) -> Array:
-    """Strata, of which one smaller than ``count`` goes into the largest of its class."""
-    classes, merged = np.unique(plain, return_inverse=True)[1], strata.copy()
+def _merge_small_strata(strata: NDArray[Any], classes: NDArray[Any], count: int) -> NDArray[Any]:
+    """Put strata with fewer than ``count`` scans into the largest stratum of their class."""
+    codes, merged = np.unique(classes, return_inverse=True)[1], strata.copy()
     small = np.bincount(strata)[strata] < count
-    for name in np.unique(classes[small]):
-        merged[small & (classes == name)] = np.argmax(np.bincount(strata[classes == name]))
+    for code in np.unique(codes[small]):
+        merged[small & (codes == code)] = np.argmax(np.bincount(strata[codes == code]))
     return merged
 
 
 def outer_folds(task: Task, count: int, seed: int, by_site: bool = False) -> list[Fold]:
-    """The folds that a task is judged by: its fixed test set, its sites, or ``count`` folds of groups."""
+    """Return the outer folds of a task: its fixed test set if it has one, else its sites or ``count`` stratified folds.
+
+    Raises UserError if ``by_site`` and the sites cannot be left out (see ``site_folds``).
+    """
     if task.test is not None:
         return [(np.flatnonzero(~task.test), np.flatnonzero(task.test))]
     if by_site:
@@ -65,53 +80,68 @@ def outer_folds(task: Task, count: int, seed: int, by_site: bool = False) -> lis
 
 
 def site_folds(task: Task, count: int, seed: int) -> list[Fold]:
-    """Whole sites left out: each a fold of its own, or dealt to ``count`` folds where there are more.
+    """Return folds that leave out whole sites: one fold per site, or ``count`` folds of several sites each.
 
-    A group that was scanned at a site left out is not fitted to anywhere.
+    A participant who was scanned at a left-out site is removed from that fold's training scans at every site.
+
+    Raises:
+        UserError: if the task has fewer than two sites, its classes are the sites, or a training set has only one class.
     """
     if task.kind == "multiclass" and task.sites is not None and len(np.unique(task.sites)) == len(task.classes):
-        raise UserError(f"task {task.name}: its classes are the sites, which --leave-site-out would leave out")
+        raise UserError(
+            f"task {task.name}: its classes are the sites, so a left-out site has no training scans; run it without "
+            "--leave-site-out"
+        )
     if task.sites is None or len(np.unique(task.sites)) < 2:
         raise UserError(
-            f"task {task.name}: --leave-site-out needs scans of two sites or more; name their column as sites"
+            f"task {task.name}: --leave-site-out needs scans of two sites or more; name the column of the sites under "
+            "sites in the task file"
         )
     codes = np.unique(task.sites, return_inverse=True)[1]
     splitter = GroupKFold(min(count, codes.max() + 1), shuffle=True, random_state=seed)
     folds = []
-    for fit, ask in splitter.split(task.labels, task.labels, codes):
-        fit = fit[~np.isin(task.groups[fit], task.groups[ask])]
-        if len(fit) < 2 or (task.kind != "regression" and len(np.unique(task.labels[fit])) < 2):
-            names = ", ".join(np.unique(task.sites[ask]))
-            raise UserError(f"task {task.name}: without {names} one class or none is left to fit; leave sites in")
-        folds.append((fit, ask))
+    for train, test in splitter.split(task.labels, task.labels, codes):
+        train = train[~np.isin(task.groups[train], task.groups[test])]
+        if len(train) < 2 or (task.kind != "regression" and len(np.unique(task.labels[train])) < 2):
+            names = ", ".join(np.unique(task.sites[test]))
+            raise UserError(
+                f"task {task.name}: without {names} the training scans have fewer than two classes; run it without "
+                "--leave-site-out"
+            )
+        folds.append((train, test))
     return folds
 
 
-def inner_folds(labels: Array, groups: Array, kind: str, seed: int, repeats: int = 1) -> list[Fold]:
-    """Three folds of training scans, ``repeats`` times dealt anew; places among these scans."""
-    return [fold for n in range(repeats) for fold in make_folds(labels, groups, kind, INNER, seed + 7919 * n)]
+def inner_folds(labels: NDArray[Any], groups: NDArray[Any], kind: str, seed: int, repeats: int = 1) -> list[Fold]:
+    """Return ``repeats`` times three folds of the training scans, each time shuffled anew; positions among these scans."""
+    return [
+        fold
+        for repeat in range(repeats)
+        for fold in make_folds(labels, groups, kind, INNER_FOLDS, seed + 7919 * repeat)
+    ]
 
 
 def curve_draws(task: Task, folds: list[Fold], sizes: list[int], draws: int, seed: int) -> list[Draw]:
-    """``draws`` training sets of each size, dealt to the folds in turn; each is tested on its fold.
+    """Return the training sets of a learning curve: ``draws`` of each size, assigned to the folds in turn.
 
-    They depend on the task, the folds and the seed alone, so that every checkpoint is judged on the same ones. A training
-    set has one scan a group and the classes in the proportion of all; sizes that a fold cannot give are left out.
+    They depend only on the task, the folds and the seed, so every checkpoint is trained on the same sets. A training set has
+    one scan per group and the classes in the proportion of its fold. Sizes for which a fold has too few scans are left out;
+    tasks that are not binary have no learning curve.
     """
     if task.kind != "binary":
         return []
-    found: list[Draw] = []
+    result: list[Draw] = []
     for size in sizes:
-        for draw in range(draws):
-            fit, ask = folds[draw % len(folds)]
-            pool = fit[np.unique(task.groups[fit], return_index=True)[1]]
+        for number in range(draws):
+            train, test = folds[number % len(folds)]
+            pool = train[np.unique(task.groups[train], return_index=True)[1]]
             classes = [pool[task.labels[pool] == code] for code in (0, 1)]
             counts = [round(size * len(members) / len(pool)) for members in classes]
-            if size > len(pool) or min(counts) < INNER or len(np.unique(task.labels[ask])) < 2:
-                found = [one for one in found if one.size != size]
+            if size > len(pool) or min(counts) < INNER_FOLDS or len(np.unique(task.labels[test])) < 2:
+                result = [draw for draw in result if draw.size != size]
                 break
-            # Keyed by size and number, so that asking for other sizes changes no draw.
-            generator = random_streams.generator(seed, random_streams.FEW_SHOT_DRAWS, (0, 0, size, draw))
-            parts = [generator.permutation(members)[:n] for members, n in zip(classes, counts, strict=True)]
-            found.append(Draw(size, draw, np.concatenate(parts), ask))
-    return found
+            # The generator is keyed by size and number, so a draw does not depend on which other sizes are drawn.
+            generator = random_streams.generator(seed, random_streams.FEW_SHOT_DRAWS, (0, 0, size, number))
+            chosen = [generator.permutation(members)[:n] for members, n in zip(classes, counts, strict=True)]
+            result.append(Draw(size, number, np.concatenate(chosen), test))
+    return result

@@ -1,7 +1,8 @@
-"""Guards: nobody in the test was in pretraining, by name or by voxels; no scan is on both sides of a fold under two names.
+"""Guards against leakage between pretraining and test scans, and between training and test folds.
 
-What an encoder has seen is read from beside its weights (``pretrain.weights.seen_scans``), so that the guard works where the
-shards that it was trained on are gone; encoders of before that file are judged by the manifest, where it is this one.
+The scans that an encoder was trained on are recorded beside its weights (``pretrain.weights.seen_scans``), so the guard
+works after the shards of the pretraining are gone. An encoder without that record is checked by its manifest, if it was
+trained on the shards that it is evaluated on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
 from evaluation.tasks.tasks import Task
@@ -20,102 +22,127 @@ from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
 from pretrain.weights.seen_scans import DIGITS, Source, participant_digest, participants_of, read, source_of
 
-Array = np.ndarray[Any, np.dtype[Any]]
 
+def check_leakage(
+    encoder: Encoder, path: str | Path, manifest: Manifest, rows: NDArray[Any], name: str
+) -> dict[str, str]:
+    """Refuse an encoder that was trained on participants, or on voxels, of the scans it is to be tested on.
 
-def check_leakage(encoder: Encoder, given: str | Path, manifest: Manifest, rows: Array, name: str) -> dict[str, str]:
-    """UserError, naming participants, where scans ``rows`` are of people, or hold voxels, that the encoder was trained on.
+    Args:
+        encoder: the encoder at ``path``.
+        path: a run folder, checkpoint or export.
+        manifest: of the shards to evaluate on.
+        rows: (N,) rows of the test scans in the manifest.
+        name: of the encoder in messages.
 
-    Returned for the record: what was compared (``leakage.checked``), and how many scans the monitor watched while the
-    encoder was trained (``leakage.watched``).
+    Returns:
+        ``leakage.checked``: what was compared; ``leakage.watched``: number of test scans of participants on whom the
+        pretraining's monitor was evaluated (left out if nothing was compared).
+
+    Raises:
+        UserError: if there is an overlap; the message names the participants.
     """
     if encoder.config.get("method") == "random":
         return {"leakage.checked": "untrained"}
-    sources = read(find_encoder(given))
+    sources = read(find_encoder(path))
     if sources is None:
-        sources = _by_manifest(encoder, manifest)
+        sources = _sources_by_manifest(encoder, manifest)
     if sources is None:
-        print(f"evaluate: {name} does not tell whom it was trained on; see to it that no participant is in both")
+        print(
+            f"evaluate: {name} has no record of the scans it was trained on; make sure that no test participant is among "
+            "them"
+        )
         return {"leakage.checked": "nothing"}
     trained = [source for source in sources if source.role == "trained"]
-    people = _people_in(trained, manifest, rows)
-    # Whoever has one scan among those seen has been seen, in every session, whether that scan is tested on or not.
-    every = np.flatnonzero(np.isin(participants_of(manifest, _all(manifest)), participants_of(manifest, rows)))
-    copies = every[_voxels_in(trained, manifest, every)]
-    voxels = np.isin(participants_of(manifest, rows), participants_of(manifest, copies))
-    if people.any() or voxels.any():
-        raise UserError(f"{name}: {_refusal(manifest, rows, people, voxels, copies)}; evaluate on other scans")
-    watched = _people_in([source for source in sources if source.role == "watched"], manifest, rows)
+    seen_people = _in_sources(trained, manifest, rows)
+    # A participant with one seen scan counts as seen in every session, even if that scan is not a test scan.
+    all_rows = np.arange(len(manifest.scans))
+    of_test_people = np.flatnonzero(np.isin(participants_of(manifest, all_rows), participants_of(manifest, rows)))
+    copies = of_test_people[_voxels_in_sources(trained, manifest, of_test_people)]
+    seen_voxels = np.isin(participants_of(manifest, rows), participants_of(manifest, copies))
+    if seen_people.any() or seen_voxels.any():
+        overlap = _describe_overlap(manifest, rows, seen_people, seen_voxels, copies)
+        raise UserError(f"{name}: {overlap}; evaluate on other scans")
+    watched = _in_sources([source for source in sources if source.role == "watched"], manifest, rows)
     if watched.any():
-        print(f"evaluate: {name}: {int(watched.sum())} test scans are of participants that pretraining watched (monitor); "
-              "do not choose among its checkpoints by them")  # fmt: skip
-    unknown = "voxels_sha256" not in manifest.scans or any(source.voxels is None for source in trained)
+        print(
+            f"evaluate: {name}: {int(watched.sum())} test scans belong to participants on whom the pretraining's monitor "
+            "was evaluated; do not choose among its checkpoints by the results on them"
+        )
+    no_voxels = "voxels_sha256" not in manifest.scans or any(source.voxels is None for source in trained)
     return {
-        "leakage.checked": "participants" if unknown else "participants, voxels",
+        "leakage.checked": "participants" if no_voxels else "participants, voxels",
         "leakage.watched": str(int(watched.sum())),
     }
 
 
 def check_copies(tasks: Iterable[Task], manifest: Manifest) -> None:
-    """UserError where two groups of a task share a scan's voxels: one would be fitted to, the other asked about."""
+    """Refuse a task in which two groups share the voxels of a scan, which could then be in training and in test.
+
+    Raises UserError naming the participants.
+    """
     if "voxels_sha256" not in manifest.scans:
         return
     for task in tasks:
         digests = manifest.scans["voxels_sha256"].iloc[task.rows]
         table = pd.DataFrame({"digest": digests.to_numpy(), "group": task.groups, "name": task.participants})
         table = table[table["digest"].notna()]
-        several = table.groupby("digest")["group"].transform("nunique") > 1
-        if several.any():
-            names = sorted(set(table.loc[several, "name"]))
+        shared = table.groupby("digest")["group"].transform("nunique") > 1
+        if shared.any():
+            names = sorted(set(table.loc[shared, "name"]))
             raise UserError(
-                f"task {task.name}: the same voxels stand under several participants ({_shown(names)}); "
-                "leave all but one out, with the task's query"
+                f"task {task.name}: several participants have the same voxels ({_first_names(names)}); exclude all but "
+                "one of them with the task's query"
             )
 
 
-def _by_manifest(encoder: Encoder, manifest: Manifest) -> list[Source] | None:
+def _sources_by_manifest(encoder: Encoder, manifest: Manifest) -> list[Source] | None:
+    """Return the pretraining split of these shards, or None if the encoder was trained on other shards."""
     if encoder.config.get("manifest_digest") != manifest.digest:
         return None
     return [source_of(manifest, np.flatnonzero(manifest.scans["split"].isin(encoder.config["split"])))]
 
 
-def _people_in(sources: Sequence[Source], manifest: Manifest, rows: Array) -> Array:
-    """(len(rows),) bool: whether a scan's participant is in one of the sources."""
+def _in_sources(sources: Sequence[Source], manifest: Manifest, rows: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return (len(rows),) whether a scan's participant is in one of the sources."""
     names = np.array(participants_of(manifest, rows), dtype=object)
-    found = np.zeros(len(rows), dtype=bool)
+    result = np.zeros(len(rows), dtype=bool)
     for source in sources:
-        known = set(source.participants)
-        seen = {name for name in set(names) if participant_digest(source.manifest_digest, name) in known}
-        found |= np.isin(names, list(seen))
-    return found
+        digests = set(source.participants)
+        seen = {name for name in set(names) if participant_digest(source.manifest_digest, name) in digests}
+        result |= np.isin(names, list(seen))
+    return result
 
 
-def _voxels_in(sources: Sequence[Source], manifest: Manifest, rows: Array) -> Array:
+def _voxels_in_sources(sources: Sequence[Source], manifest: Manifest, rows: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return (len(rows),) whether a scan's voxels are in one of the sources; False without digests of voxels."""
     if "voxels_sha256" not in manifest.scans:
         return np.zeros(len(rows), dtype=bool)
-    known = {digest for source in sources for digest in source.voxels or ()}
+    seen = {digest for source in sources for digest in source.voxels or ()}
     digests = manifest.scans["voxels_sha256"].iloc[rows].astype("string").fillna("").str[:DIGITS]
-    return digests.isin(known).to_numpy(dtype=bool)
+    return digests.isin(seen).to_numpy(dtype=bool)
 
 
-def _all(manifest: Manifest) -> Array:
-    return np.arange(len(manifest.scans))
-
-
-def _refusal(manifest: Manifest, rows: Array, people: Array, voxels: Array, copies: Array) -> str:
+def _describe_overlap(
+    manifest: Manifest,
+    rows: NDArray[Any],
+    seen_people: NDArray[np.bool_],
+    seen_voxels: NDArray[np.bool_],
+    copies: NDArray[Any],
+) -> str:
     names = np.array(participants_of(manifest, rows), dtype=object)
     parts = []
-    if people.any():
-        parts.append(f"pretrained on participants of the test scans ({_shown(sorted(set(names[people])))})")
-    renamed = sorted(set(names[voxels & ~people]))
+    if seen_people.any():
+        parts.append(f"pretrained on participants of the test scans ({_first_names(sorted(set(names[seen_people])))})")
+    renamed = sorted(set(names[seen_voxels & ~seen_people]))
     if renamed:
         keys = manifest.scans["key"].iloc[copies[np.isin(participants_of(manifest, copies), renamed)]].tolist()
         parts.append(
-            f"pretrained, under another name, on voxels of {_shown(renamed)}, who are tested on "
+            f"pretrained, under another name, on voxels of the test participants {_first_names(renamed)} "
             f"(scan {keys[0]}{' and others' if len(keys) > 1 else ''})"
         )
     return "; ".join(parts)
 
 
-def _shown(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,11 +1,11 @@
-"""What the y-Aware paper published: to be shown for reference, and never as ours."""
+"""AUCs published in the y-Aware paper, shown for reference next to the results of this code."""
 
 from __future__ import annotations
 
 SOURCE = "Dufumier et al., MICCAI 2021, arXiv:2106.08808"
 
 # AUC of a linear probe on the frozen encoder after pretraining on 10,000 scans ("supervised": fully supervised), read off
-# the published figure to about 0.001. task -> training scans -> method -> AUC.
+# the paper's plot to about 0.001. Task -> number of training scans -> method -> AUC.
 PUBLISHED: dict[str, dict[int, dict[str, float]]] = {
     "scz": {
         100: {"y-Aware": 0.737, "SimCLR": 0.586, "age supervision": 0.630, "Model Genesis": 0.600, "supervised": 0.690},

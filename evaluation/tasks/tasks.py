@@ -1,4 +1,4 @@
-"""What is asked of an encoder: a task is a YAML file naming a label, the scans, and what counts as which answer."""
+"""Downstream tasks: a YAML file names a label, the scans and the classes; applied to a manifest it becomes a ``Task``."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.cohort.split import is_healthy
 from data_pipeline.storage.manifest import Manifest
-from evaluation.tasks.columns import as_numbers, as_strata, spelling
+from evaluation.tasks.columns import as_numbers, as_strata, normalise_spelling
 from infra.errors import UserError, nearest
 from infra.settings import load_settings
 
 FILES = Path(__file__).parent / "files"
-Array = np.ndarray[Any, np.dtype[Any]]
 _strict = ConfigDict(extra="forbid")
 
 
 @dataclass(config=_strict)
 class Match:
-    """Controls matched to patients: each takes its ``ratio`` nearest free ones in ``column``, none beyond ``within``."""
+    """Match controls to patients: each patient gets the ``ratio`` controls nearest in ``column``, none twice.
+
+    A control is matched only if it differs from the patient by at most ``within``.
+    """
 
     column: str = "age"
     within: float = Field(default=5.0, gt=0)
@@ -38,63 +41,71 @@ class TaskFile:
     title: str
     kind: Literal["binary", "multiclass", "regression"]
     label: str  # a column of scans.parquet
-    positive: list[str] = field(default_factory=list)
+    positive: list[str] = field(default_factory=list)  # binary: values of the label in the positive class
     negative: list[str] = field(default_factory=list)
     splits: list[str] = field(default_factory=lambda: ["downstream"])
-    query: str | None = None  # pandas query over the columns: the scans of the task
-    test: str | None = None  # pandas query: scans that are tested on only, in place of folds (held-out sites, say)
-    groups: str = "participant_id"  # no value of it on both sides of a fold; a family's number keeps families together
-    strata: list[str] = field(default_factory=list)  # columns that folds and draws spread alike, beside the label
-    sites: str = "site"  # the column that --leave-site-out goes by
+    query: str | None = None  # pandas query over the columns that selects the scans
+    test: str | None = (
+        None  # pandas query that selects a fixed test set, in place of folds (for example held-out sites)
+    )
+    groups: str = "participant_id"  # column whose values are never split between training and test, such as a family id
+    strata: list[str] = field(default_factory=list)  # columns that folds balance in addition to the label
+    sites: str = "site"  # column of the sites that --leave-site-out leaves out
     covariates: list[str] = field(default_factory=list)  # given to the model beside the features, unpenalised
     confounds: list[str] = field(default_factory=list)  # regressed out of the features, fitted inside each fold
-    healthy: bool = False
+    healthy: bool = False  # healthy participants only
     match: Match | None = None
 
 
 @dataclass(config=ConfigDict(arbitrary_types_allowed=True))
 class Task:
-    """A task on a manifest: scan rows, labels (0/1, class codes or numbers), and what folds and models go by."""
+    """A task applied to the N scans of a manifest that it selects."""
 
     name: str
     title: str
-    kind: str
-    rows: Any  # (N,) int64
-    labels: Any  # (N,) float64 or int64
-    groups: Any  # (N,) codes of what must not be on both sides of a fold
+    kind: str  # binary, multiclass or regression
+    rows: Any  # (N,) int64 rows of the manifest
+    labels: Any  # (N,) int64 0/1 or class codes, or float64 numbers
+    groups: Any  # (N,) codes that are never split between training and test
     classes: list[str]
     participants: Any = None  # (N,) dataset/participant_id
-    strata: Any = None  # (N,) codes; None: the label alone
+    strata: Any = None  # (N,) codes; None: stratify by the label
     sites: Any = None  # (N,) names; None: the manifest has no such column
-    test: Any = None  # (N,) bool: tested on only; None: folds
+    test: Any = None  # (N,) bool, the fixed test set; None: folds
     covariates: Any = None  # (N, C) float64, NaN where missing
     confounds: Any = None  # (N, D) float64
 
 
 def load_task(name: str, manifest: Manifest, folds: int = 5) -> Task:
-    """A shipped task by name, or a YAML file by path, applied to a manifest's scans.
+    """Load a task and apply it to the scans of a manifest.
 
-    UserError, naming the file and the field, for whatever does not fit the manifest.
+    Args:
+        name: of a shipped task, or the path of a YAML file (``.yaml`` or ``.yml``).
+        manifest: of the shards.
+        folds: number of folds that every class must have participants for.
+
+    Raises:
+        UserError: if the file is missing, has an unknown key, or does not fit the manifest; the message names file and field.
     """
     path = _find(name)
-    given = _read(path)
-    keep = _select(given, manifest, path.name)
-    chosen = manifest.scans[keep]
-    labels, classes, chosen = _labels(given, chosen, path.name)
-    if given.match:
-        taken = _matched(chosen, labels, given.match)
-        chosen, labels = chosen[taken], labels[taken]
-    groups, people = _groups(given, chosen, path.name)
+    spec = _read(path)
+    scans = manifest.scans[_select(spec, manifest, path.name)]
+    labels, classes, scans = _labels(spec, scans, path.name)
+    if spec.match:
+        matched = _match_controls(scans, labels, spec.match)
+        scans, labels = scans[matched], labels[matched]
+    groups, participants = _groups(spec, scans, path.name)
     test = None
-    if given.test is not None and len(chosen):
-        test = _query(chosen, given.test, path.name, "test")
+    if spec.test is not None and len(scans):
+        test = _query(scans, spec.test, path.name, "test")
     task = Task(
-        path.stem, given.title, given.kind, chosen.index.to_numpy(np.int64), labels, groups, classes, people,
-        as_strata(labels, given.kind, chosen, given.strata) if given.strata and len(chosen) else None,
-        chosen[given.sites].astype(str).to_numpy() if given.sites in chosen else None,
-        test, as_numbers(chosen, given.covariates), as_numbers(chosen, given.confounds),
+        name=path.stem, title=spec.title, kind=spec.kind, rows=scans.index.to_numpy(np.int64), labels=labels, groups=groups,
+        classes=classes, participants=participants,
+        strata=as_strata(labels, spec.kind, scans, spec.strata) if spec.strata and len(scans) else None,
+        sites=scans[spec.sites].astype(str).to_numpy() if spec.sites in scans else None,
+        test=test, covariates=as_numbers(scans, spec.covariates), confounds=as_numbers(scans, spec.confounds),
     )  # fmt: skip
-    _check_size(task, given, path.name, folds)
+    _check_size(task, spec, path.name, folds)
     _check_test(task, path.name)
     return task
 
@@ -102,7 +113,7 @@ def load_task(name: str, manifest: Manifest, folds: int = 5) -> Task:
 def _find(name: str) -> Path:
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
-            raise UserError(f"task file {name} is not there; give a shipped task's name or the path of a YAML file")
+            raise UserError(f"task file {name} does not exist; give a shipped task's name or the path of a YAML file")
         return Path(name)
     shipped = sorted(path.stem for path in FILES.glob("*.yaml"))
     if name not in shipped:
@@ -112,94 +123,99 @@ def _find(name: str) -> Path:
 
 def _read(path: Path) -> TaskFile:
     try:
-        given = load_settings(TaskFile, path)
+        spec = load_settings(TaskFile, path)
     except UserError as error:
-        # A task has no overrides on the command line, which the recipes' message would offer.
+        # A task has no overrides on the command line, which the message for recipes offers.
         raise UserError(str(error).partition("; set it in the recipe")[0]) from None
-    for key in ("positive", "negative") if given.kind == "binary" else ():
-        if not getattr(given, key):
+    for key in ("positive", "negative") if spec.kind == "binary" else ():
+        if not getattr(spec, key):
             raise UserError(f"{path.name}: {key} is empty; a binary task needs values under positive and negative")
-    both = {spelling(value) for value in given.positive} & {spelling(value) for value in given.negative}
+    both = {normalise_spelling(v) for v in spec.positive} & {normalise_spelling(v) for v in spec.negative}
     if both:
-        raise UserError(f"{path.name}: negative: {min(both)!r} is under positive too; leave it under one of them")
-    if given.match and given.kind != "binary":
-        raise UserError(f"{path.name}: match goes with kind binary alone, found {given.kind}; leave it out")
-    return given
+        raise UserError(f"{path.name}: negative: {min(both)!r} is also under positive; remove it from one of them")
+    if spec.match and spec.kind != "binary":
+        raise UserError(f"{path.name}: match needs a task of kind binary, found {spec.kind}; remove match")
+    return spec
 
 
-def _select(given: TaskFile, manifest: Manifest, where: str) -> Any:
-    """Which scans have a label and are in the task's splits and query: (all scans,) bool."""
+def _select(spec: TaskFile, manifest: Manifest, file: str) -> Any:
+    """Return which scans have a label and are in the task's splits and query: (all scans,) bool."""
     scans = manifest.scans
-    known = [str(column) for column in scans.columns]
-    named = {"label": [given.label], "groups": [given.groups], "strata": given.strata, "covariates": given.covariates}
-    named |= {"confounds": given.confounds, "match.column": [given.match.column] if given.match else []}
-    for key, columns in named.items():
+    available = [str(column) for column in scans.columns]
+    used = {"label": [spec.label], "groups": [spec.groups], "strata": spec.strata, "covariates": spec.covariates}
+    used |= {"confounds": spec.confounds, "match.column": [spec.match.column] if spec.match else []}
+    for key, columns in used.items():
         for column in columns:
-            if column not in known:
-                raise UserError(f"{where}: {key}: {column!r} is no column of scans.parquet{nearest(column, known)}")
+            if column not in available:
+                raise UserError(f"{file}: {key}: {column!r} is no column of scans.parquet{nearest(column, available)}")
     for key in ("covariates", "confounds"):
-        if given.label in getattr(given, key):
-            raise UserError(f"{where}: {key}: {given.label!r} is the label itself; leave it out")
-    label = scans[given.label]
-    keep = scans["split"].isin(given.splits) & label.notna() & (label.astype(str) != "")
-    if given.query is not None:
-        keep &= pd.Series(_query(scans, given.query, where, "query"), scans.index)
-    if given.healthy and "diagnosis" in scans.columns:
+        if spec.label in getattr(spec, key):
+            raise UserError(f"{file}: {key}: {spec.label!r} is the label itself; remove it")
+    label = scans[spec.label]
+    keep = scans["split"].isin(spec.splits) & label.notna() & (label.astype(str) != "")
+    if spec.query is not None:
+        keep &= pd.Series(_query(scans, spec.query, file, "query"), scans.index)
+    if spec.healthy and "diagnosis" in scans.columns:
         keep &= scans["diagnosis"].map(is_healthy)
     return keep
 
 
-def _query(scans: pd.DataFrame, query: str, where: str, key: str) -> Array:
+def _query(scans: pd.DataFrame, query: str, file: str, key: str) -> NDArray[np.bool_]:
+    """Return which scans a pandas query selects: (len(scans),) bool."""
     try:
-        found = scans.query(query).index
-    except Exception as error:  # pandas passes on whatever its parser or the columns raise
+        selected = scans.query(query).index
+    except Exception as error:  # pandas raises whatever its parser or the columns raise
         raise UserError(
-            f"{where}: {key}: {query!r} does not work on scans.parquet: {' '.join(str(error).split())}"
+            f"{file}: {key}: {query!r} does not work on scans.parquet: {' '.join(str(error).split())}"
         ) from None
-    return np.asarray(scans.index.isin(found))
+    return np.asarray(scans.index.isin(selected))
 
 
-def _labels(given: TaskFile, scans: pd.DataFrame, where: str) -> tuple[Array, list[str], pd.DataFrame]:
-    column = scans[given.label]
-    if given.kind == "regression":
+def _labels(spec: TaskFile, scans: pd.DataFrame, file: str) -> tuple[NDArray[Any], list[str], pd.DataFrame]:
+    """Return the labels, the names of the classes and the scans that have one of them."""
+    column = scans[spec.label]
+    if spec.kind == "regression":
         numbers = pd.to_numeric(column, errors="coerce")
         if numbers.isna().any():
             raise UserError(
-                f"{where}: label: {given.label!r} holds text such as {column[numbers.isna()].iloc[0]!r}; "
+                f"{file}: label: {spec.label!r} holds text such as {column[numbers.isna()].iloc[0]!r}; "
                 "regression needs numbers"
             )
         return numbers.to_numpy(np.float64), [], scans
-    if given.kind == "binary":
-        positive, negative = ({spelling(v) for v in values} for values in (given.positive, given.negative))
-        text = column.map(spelling)
+    if spec.kind == "binary":
+        positive, negative = ({normalise_spelling(v) for v in values} for values in (spec.positive, spec.negative))
+        text = column.map(normalise_spelling)
         scans = scans[text.isin(positive | negative)]
         labels = text[text.isin(positive | negative)].isin(positive).to_numpy(np.int64)
-        return labels, [given.negative[0], given.positive[0]], scans
+        return labels, [spec.negative[0], spec.positive[0]], scans
     categories = pd.Categorical(column.astype(str))
     return categories.codes.astype(np.int64), [str(c) for c in categories.categories], scans
 
 
-def _groups(given: TaskFile, scans: pd.DataFrame, where: str) -> tuple[Array, Array]:
-    """Codes of the groups, and ``dataset/participant_id``; a group of participants holds each of them whole."""
-    people = (scans["dataset"].astype(str) + "/" + scans["participant_id"].astype(str)).to_numpy()
-    if given.groups == "participant_id":
-        return pd.Categorical(people).codes.astype(np.int64), people
-    names = scans["dataset"].astype(str) + "/" + scans[given.groups].astype(str)
+def _groups(spec: TaskFile, scans: pd.DataFrame, file: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Return the codes of the groups and ``dataset/participant_id`` of each scan.
+
+    Raises UserError if a participant's scans are in several groups.
+    """
+    participants = (scans["dataset"].astype(str) + "/" + scans["participant_id"].astype(str)).to_numpy()
+    if spec.groups == "participant_id":
+        return pd.Categorical(participants).codes.astype(np.int64), participants
+    names = scans["dataset"].astype(str) + "/" + scans[spec.groups].astype(str)
     codes = pd.Categorical(names).codes.astype(np.int64)
-    split = pd.Series(codes).groupby(people).nunique()
-    if (split > 1).any():
+    groups_of_participant = pd.Series(codes).groupby(participants).nunique()
+    if (groups_of_participant > 1).any():
         raise UserError(
-            f"{where}: groups: participant {split.idxmax()} has several values of {given.groups!r}; "
+            f"{file}: groups: participant {groups_of_participant.idxmax()} has several values of {spec.groups!r}; "
             "choose a column that keeps each participant's scans together"
         )
-    return codes, people
+    return codes, participants
 
 
-def _matched(scans: pd.DataFrame, labels: Array, match: Match) -> Array:
-    """Which scans stay: all patients with a match, and the controls they took.
+def _match_controls(scans: pd.DataFrame, labels: NDArray[Any], match: Match) -> NDArray[np.bool_]:
+    """Return which scans to keep: patients with at least one matching control, and these controls.
 
-    Patients choose in the order of the rows, every one its first control before any its second. Scans are matched: a
-    patient with two sessions brings controls for each.
+    Patients choose in the order of the rows; every patient gets a first control before any gets a second. Scans are
+    matched, so a patient with two sessions has controls for each.
     """
     values = scans[match.column].to_numpy(np.float64)
     patients, controls = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
@@ -218,32 +234,39 @@ def _matched(scans: pd.DataFrame, labels: Array, match: Match) -> Array:
     return keep
 
 
-def _check_size(task: Task, given: TaskFile, where: str, folds: int) -> None:
-    people = len(np.unique(task.groups))
+def _check_size(task: Task, spec: TaskFile, file: str, folds: int) -> None:
+    """Raise UserError if the task has too few participants for its folds."""
+    participants = len(np.unique(task.groups))
     if task.kind == "regression":
-        enough = people >= 2 * folds
-        found = f"{people} participants"
+        enough = participants >= 2 * folds
+        found = f"{participants} participants"
     else:
-        each = [len(np.unique(task.groups[task.labels == code])) for code in range(len(task.classes))]
-        enough = len(each) >= 2 and min(each) >= folds if task.kind == "binary" else sum(n >= folds for n in each) >= 2
-        found = ", ".join(f"{name} {count}" for name, count in zip(task.classes, each, strict=True))
+        counts = [len(np.unique(task.groups[task.labels == code])) for code in range(len(task.classes))]
+        if task.kind == "binary":
+            enough = len(counts) >= 2 and min(counts) >= folds
+        else:
+            enough = sum(count >= folds for count in counts) >= 2
+        found = ", ".join(f"{name} {count}" for name, count in zip(task.classes, counts, strict=True))
     if not enough:
         raise UserError(
-            f"task {task.name}: too few participants for {folds} folds in splits {', '.join(given.splits)} of {where} "
-            f"({found or 'none'}); build shards with more of them there, or leave the task out"
+            f"task {task.name}: too few participants for {folds} folds in splits {', '.join(spec.splits)} of {file} "
+            f"({found or 'none'}); build shards with more participants in these splits, or leave the task out"
         )
 
 
-def _check_test(task: Task, where: str) -> None:
-    """UserError where a fixed test set shares participants with the rest, or leaves either side without a class."""
+def _check_test(task: Task, file: str) -> None:
+    """Raise UserError if a fixed test set shares participants with the training set, or if either has only one class."""
     if task.test is None:
         return
     both = np.intersect1d(task.participants[task.test], task.participants[~task.test])
     if len(both):
         raise UserError(
-            f"{where}: test: {len(both)} participants are on both sides ({', '.join(map(str, both[:5]))}); "
-            "let the query keep each participant's scans together"
+            f"{file}: test: {len(both)} participants are in the training and in the test set "
+            f"({', '.join(map(str, both[:5]))}); change the query so that each participant's scans stay together"
         )
-    for side, chosen in (("tested on", task.test), ("fitted to", ~task.test)):
+    for name, chosen in (("test", task.test), ("training", ~task.test)):
         if chosen.sum() < 2 or (task.kind != "regression" and len(np.unique(task.labels[chosen])) < 2):
-            raise UserError(f"{where}: test: of one class or none is {side}; let the query leave both on either side")
+            raise UserError(
+                f"{file}: test: the {name} set has fewer than two classes or scans; change the query so that both sets "
+                "have scans of every class"
+            )

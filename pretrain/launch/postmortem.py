@@ -28,7 +28,7 @@ def explain(notes: Sequence[ExitNote], deaths: Sequence[Death], status: int) -> 
     hosts = {note.rank: f" ({note.host})" for note in notes}
     endings = {note.rank: note.ending for note in notes}
     silent = [d for d in deaths if endings.get(d.rank, RUNNING if _killed(d) else "") == RUNNING]
-    first = [d for d in silent if d.look == min(d.look for d in silent)]
+    first = [d for d in silent if d.order == min(d.order for d in silent)]
     signals = {d.rank: d.signal_name for d in first}
     ranks = sorted(signals) or [note.rank for note in notes if note.ending == RUNNING]
     # DeepSpeed's launcher exits with the negative signal of the first rank that it finds dead.

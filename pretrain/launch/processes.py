@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-LOOK_SECONDS, SEARCH_SECONDS = 0.1, 1.0
+LOOK_SECONDS, SEARCH_SECONDS = 0.1, 0.5
 
 
 @dataclass(frozen=True)
@@ -22,45 +23,70 @@ class Death:
 
     Attributes:
         rank: its global rank.
-        look: number of the look that found it dead; deaths of one look have no order.
+        order: increases from one death to the next; equal numbers have no known order.
         signal_name: the signal that ended it, as "SIGKILL"; empty if it exited or if this is not known.
     """
 
     rank: int
-    look: int
+    order: int
     signal_name: str = ""
 
 
-@dataclass
 class RankObserver:
-    """Watches the ranks below a launcher's process, so that the first to die can be named afterwards."""
+    """Watches the ranks below a launcher's process, so that the first to die can be named afterwards.
 
-    launcher: int  # process id
-    deaths: list[Death] = field(default_factory=list)
-    _alive: dict[int, psutil.Process] = field(default_factory=dict)  # by rank
-    _seen: set[int] = field(default_factory=set)  # process ids
-    _looks: int = 0
-    _next_search: float = 0.0
+    On Linux it waits for process file descriptors with epoll, which reports events in the order in which they happened,
+    even if this process could not look in between. Elsewhere, deaths between two looks have no order.
+    """
+
+    def __init__(self, launcher: int) -> None:
+        self.deaths: list[Death] = []
+        self._launcher = launcher
+        self._alive: dict[int, psutil.Process] = {}  # by rank
+        self._seen: set[int] = set()  # process ids
+        self._descriptors: dict[int, int] = {}  # pidfd -> rank
+        self._epoll = select.epoll() if hasattr(os, "pidfd_open") and hasattr(select, "epoll") else None
+        self._order, self._next_search = 0, 0.0
 
     def look(self) -> None:
         """Find new ranks and note the dead ones. Cheap enough to be called every ``LOOK_SECONDS``."""
-        self._looks += 1
         if time.monotonic() >= self._next_search:
             self._next_search = time.monotonic() + SEARCH_SECONDS
-            for process in local_ranks(self.launcher):
+            for process in local_ranks(self._launcher):
                 if process.pid not in self._seen:
                     self._seen.add(process.pid)
-                    self._alive[_rank_of(process)] = process
-        for rank, process in list(self._alive.items()):
-            dead, signal_name = _state(process)
-            if dead:
-                self.deaths.append(Death(rank, self._looks, signal_name))
-                del self._alive[rank]
+                    self._add(_rank_of(process), process)
+        for descriptor, _ in self._epoll.poll(0) if self._epoll else []:
+            self._order += 1
+            self._note_death(self._descriptors.pop(descriptor))
+            os.close(descriptor)  # also removes it from the epoll
+        self._order += 1
+        for rank in set(self._alive) - set(self._descriptors.values()):
+            if _ended(self._alive[rank]):
+                self._note_death(rank)
 
     @property
     def running(self) -> str:
         """The ranks that were alive at the last look, with their process ids; empty if there are none."""
         return ", ".join(f"rank {rank} (process {process.pid})" for rank, process in sorted(self._alive.items()))
+
+    def close(self) -> None:
+        """Close the file descriptors."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        if self._epoll:
+            self._epoll.close()
+
+    def _add(self, rank: int, process: psutil.Process) -> None:
+        self._alive[rank] = process
+        if self._epoll:
+            with suppress(OSError):  # ended already, or an old kernel: `look` asks for its state instead
+                descriptor = os.pidfd_open(process.pid)
+                self._epoll.register(descriptor, select.EPOLLIN)
+                self._descriptors[descriptor] = rank
+
+    def _note_death(self, rank: int) -> None:
+        self.deaths.append(Death(rank, self._order, _ending_signal(self._alive.pop(rank))))
 
 
 def local_ranks(launcher: int) -> list[psutil.Process]:
@@ -128,16 +154,21 @@ def _rank_of(process: psutil.Process) -> int:
     return int(numbers[0]) if numbers and numbers[0].isdigit() else 0
 
 
-def _state(process: psutil.Process) -> tuple[bool, str]:
-    """Return whether a process has ended, and the signal that ended it if its parent has not collected it yet."""
+def _ended(process: psutil.Process) -> bool:
     try:
-        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            return False, ""
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
+
+
+def _ending_signal(process: psutil.Process) -> str:
+    """Return the signal that ended a process, if its parent has not collected it yet; else an empty string."""
+    try:
         # The last field is the wait status; its low seven bits are the signal.
         status = int(Path(f"/proc/{process.pid}/stat").read_text().rsplit(None, 1)[1])
-        return True, signal_name(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else ""
-    except (psutil.Error, OSError, ValueError, IndexError):
-        return True, ""
+        return signal_name(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else ""
+    except (OSError, ValueError, IndexError):
+        return ""
 
 
 def signal_name(number: Any) -> str:

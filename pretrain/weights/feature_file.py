@@ -1,7 +1,7 @@
-"""Features of many scans written to one table, in a way that a killed process can continue.
+"""A table of the features of many scans, written so that a killed run can be continued.
 
-While the work goes on, each batch's features are appended to a hidden file beside the table; a second start reads them
-back and embeds only what is missing. The table itself appears complete or not at all.
+During the run each batch's features are appended to a hidden file beside the table. A second start reads them and embeds
+only the missing scans. The table itself appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ Entries = dict[str, tuple[list[Any], NDArray[np.float32]]]
 
 
 class PartialFile:
-    """The features so far: JSON lines, the first of which says which encoder and options they belong to."""
+    """The features computed so far, as JSON lines. The first line names the encoder and the options."""
 
     def __init__(self, out: Path, header: dict[str, Any]) -> None:
         self.path = out.with_name(f".{out.name}.partial")
@@ -48,7 +49,7 @@ class PartialFile:
         }
 
     def start(self, entries: Entries) -> None:
-        """Write the file anew with these entries: a last line that a kill cut short is gone."""
+        """Replace the file by one with these entries, without a last line that a kill cut short."""
         with atomic_write(self.path, "w") as stream:
             stream.write(json.dumps(self.header) + "\n")
             stream.writelines(_entry(name, stamp, features) for name, (stamp, features) in entries.items())
@@ -62,7 +63,7 @@ class PartialFile:
 def embed_to_file(
     encoder: str | Path, source: ScanSource, out: Path, *, loaded: Encoder | None = None, **options: Any
 ) -> tuple[pd.DataFrame, dict[str, str], int]:
-    """Embed scans into a table, going on past scans that cannot be read and continuing a killed run.
+    """Embed scans into a table. Unreadable scans are left out, and a killed run is continued.
 
     Args:
         encoder: an exported encoder, a checkpoint or a run folder.
@@ -85,16 +86,18 @@ def embed_to_file(
     known = partial.read()
     known = {n: known[n] for n, stamp in zip(source.names, stamps, strict=True) if n in known and known[n][0] == stamp}
     partial.start(known)
-    continued, unreadable = len(known), dict[str, str]()
+    continued = len(known)
     missing = [position for position, name in enumerate(source.names) if name not in known]
-    for batch in embed_source(network.network, source, missing, **options) if missing else ():
-        entries = {
-            source.names[position]: (stamps[position], features)
-            for position, features in zip(batch.positions, batch.features, strict=True)
-        }
-        partial.append(entries)
-        known |= entries
-        unreadable |= {source.names[position]: reason for position, reason in batch.unreadable.items()}
+    unreadable: dict[str, str] = {}
+    with closing(embed_source(network.network, source, missing, **options)) as batches:
+        for batch in batches if missing else ():
+            entries = {
+                source.names[position]: (stamps[position], features)
+                for position, features in zip(batch.positions, batch.features, strict=True)
+            }
+            partial.append(entries)
+            known |= entries
+            unreadable |= {source.names[position]: reason for position, reason in batch.unreadable.items()}
     readable = [name for name in source.names if name in known]
     features = np.stack([known[name][1] for name in readable]) if readable else np.empty((0, 0), np.float32)
     table = feature_table(readable, features, source.index)
@@ -162,7 +165,7 @@ def _entry(name: str, stamp: list[Any], features: NDArray[np.float32]) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    """The lines of a file up to the first that a kill cut short; none if there is no file."""
+    """Yield the lines of a file up to one that a kill cut short; nothing if there is no file."""
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:

@@ -1,9 +1,9 @@
-"""Which scans an encoder has seen, kept beside its weights as digests: ``seen_scans.json``.
+"""``seen_scans.json``: digests of the scans that an encoder was trained on, beside its weights.
 
-The shards that an encoder was trained on may be elsewhere, or gone, when it is evaluated. With this file the evaluation
-still finds out whether a participant, or a scan's very voxels, were among them. It holds digests, no names: whoever
-holds a cohort can ask whether its people are in the file, and who does not can read nothing off it. A digest is no
-secret, though: someone who guesses a name can test the guess (docs/evaluation_protocols.md).
+An encoder may be evaluated where its training shards are not available. With this file the evaluation still detects test
+participants, and scans with identical voxels, that the encoder was trained on. The file holds digests, not names: with a
+cohort one can check whether its participants are in the file; without one it reveals none. The digests are not secret:
+someone who guesses a participant's id can test the guess (docs/evaluation_protocols.md).
 """
 
 from __future__ import annotations
@@ -16,39 +16,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError
 from pretrain.weights.folder import find_encoder
 
 NAME = "seen_scans.json"
-# 64 bits: among 10^4 scans seen and 10^4 asked about, two digests meet by chance once in 10^11 times.
+# 64 bits: 10^4 training scans and 10^4 test scans share a digest by chance with a probability of about 10^-11.
 DIGITS = 16
 
 
 @dataclass(frozen=True)
 class Source:
-    """The scans of one data set that weights were fitted to (``role`` trained) or chosen by (watched: the monitor's)."""
+    """Digests of the scans of one data set that an encoder has seen.
+
+    Attributes:
+        manifest_digest: digest of the data set's manifest.
+        role: ``trained`` if the weights were fitted to the scans, ``watched`` if the monitor chose a checkpoint by them.
+        participants: ``participant_digest`` of each participant, sorted.
+        voxels: the first digits of each scan's ``voxels_sha256``, sorted; None if the manifest does not have them.
+    """
 
     manifest_digest: str
     role: str
     participants: list[str] = field(default_factory=list)
-    voxels: list[str] | None = None  # None: the shards have no digests of voxels
+    voxels: list[str] | None = None
 
 
 def participant_digest(manifest_digest: str, participant: str) -> str:
-    """The digest of ``dataset/participant_id``; salted by the manifest's, so that files of two data sets share none."""
+    """Return the digest of ``dataset/participant_id``, salted with the manifest's so that no two data sets share one."""
     return hashlib.sha256(f"{manifest_digest}:{participant}".encode()).hexdigest()[:DIGITS]
 
 
-def participants_of(manifest: Manifest, rows: np.ndarray[Any, np.dtype[Any]]) -> list[str]:
-    """``dataset/participant_id`` of scans, in the order of ``rows``."""
+def participants_of(manifest: Manifest, rows: NDArray[np.integer[Any]]) -> list[str]:
+    """Return ``dataset/participant_id`` of the scans at ``rows`` (n,), in their order."""
     scans = manifest.scans.iloc[rows]
     return (scans["dataset"].astype(str) + "/" + scans["participant_id"].astype(str)).tolist()
 
 
-def source_of(manifest: Manifest, rows: np.ndarray[Any, np.dtype[Any]], role: str = "trained") -> Source:
-    """The digests of some scans of a manifest."""
+def source_of(manifest: Manifest, rows: NDArray[np.integer[Any]], role: str = "trained") -> Source:
+    """Return the digests of the scans at ``rows`` (n,) of a manifest."""
     people = sorted({participant_digest(manifest.digest, name) for name in set(participants_of(manifest, rows))})
     voxels = None
     if "voxels_sha256" in manifest.scans and manifest.scans["voxels_sha256"].iloc[rows].notna().all():
@@ -57,7 +65,7 @@ def source_of(manifest: Manifest, rows: np.ndarray[Any, np.dtype[Any]], role: st
 
 
 def read(folder: Path) -> list[Source] | None:
-    """What is kept beside an encoder; None where nothing is. UserError where the file is damaged."""
+    """Return the scans that an encoder has seen; None if its folder has no such file. Raises UserError if it is damaged."""
     path = folder / NAME
     if not path.is_file():
         return None
@@ -67,18 +75,18 @@ def read(folder: Path) -> list[Source] | None:
         raise UserError(f"{path} is damaged ({error}); export the encoder again") from None
 
 
-def seen_before(*places: str | Path) -> list[Source]:
-    """What the encoder at the first of some places (runs, checkpoints) has seen; empty if none of them has an encoder."""
-    for place in places:
+def seen_before(*paths: str | Path) -> list[Source]:
+    """Return the scans seen by the first encoder found at ``paths`` (runs or checkpoints); empty if there is none."""
+    for path in paths:
         try:
-            return read(find_encoder(place)) or []
+            return read(find_encoder(path)) or []
         except UserError:
             continue
     return []
 
 
 def to_json(sources: Iterable[Source]) -> dict[str, Any]:
-    """The content of the file; a source that is there already is written once."""
+    """Return the content of the file; a source that occurs twice is written once."""
     entries: list[dict[str, Any]] = []
     for source in sources:
         if asdict(source) not in entries:

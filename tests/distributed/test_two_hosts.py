@@ -1,4 +1,4 @@
-"""The real launcher on two hosts (network namespaces): the losses of one host, and a cut cable that ends both."""
+"""DeepSpeed's launcher on two hosts (network namespaces): equal losses as on one host; a cut cable ends both hosts."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def pair():
 
 
 def training(shards: Path, output: Path) -> list[str]:
-    given = [f"--data.shards={shards}", f"--run.output={output}", f"--train.steps={STEPS}", *SMALL]
-    return ["--module", "pretrain.train", "--config", "demo-cpu", *given, f"--train.watchdog_seconds={SECONDS}"]
+    overrides = [f"--data.shards={shards}", f"--run.output={output}", f"--train.steps={STEPS}", *SMALL]
+    return ["--module", "pretrain.train", "--config", "demo-cpu", *overrides, f"--train.watchdog_seconds={SECONDS}"]
 
 
 def launcher() -> list[str]:
@@ -37,7 +37,7 @@ def launcher() -> list[str]:
 
 
 class Job:
-    """``deepspeed --no_ssh --node_rank k`` on each host; their output goes to ``a.log`` and ``b.log``."""
+    """``deepspeed --no_ssh --node_rank k`` on each host; the output goes to ``host-a.log`` and ``host-b.log``."""
 
     def __init__(self, pair: Pair, folder: Path, arguments: list[str], store: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -62,7 +62,7 @@ class Job:
         return (self.folder / f"{host}.log").read_text()
 
     def wait(self, timeout: float = 240) -> list[int]:
-        """Exit status on each host."""
+        """Return the exit status on each host."""
         limit = time.monotonic() + timeout
         try:
             return [process.wait(timeout=max(0.1, limit - time.monotonic())) for process in self.processes]
@@ -78,13 +78,13 @@ class Job:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """The folder of one MLflow store for all runs: to make one takes as long as a run."""
+    """The folder of one MLflow store for all runs, because creating a store takes as long as a run."""
     return tmp_path_factory.mktemp("store")
 
 
 @pytest.fixture(scope="module")
 def one_host(shards, store, tmp_path_factory):
-    """The losses of two ranks on one host. Two cores or one: a rank has one thread here as there."""
+    """The losses of two ranks on one host. A rank has one thread, as it has on two hosts."""
     folder = tmp_path_factory.mktemp("one-host")
     command = [*launcher(), "--num_accelerators", "2", "--master_port", str(free_port())]
     done = subprocess.run([*command, *training(shards, folder / "run")], cwd=ROOT, env=environment(store),
@@ -94,15 +94,15 @@ def one_host(shards, store, tmp_path_factory):
     return losses(folder / "run")
 
 
-def test_two_hosts_train_as_one(pair, shards, tmp_path, one_host, store):
+def test_two_hosts_give_the_losses_of_one(pair, shards, tmp_path, one_host, store):
     assert len({loss for _, loss in one_host}) == STEPS
     job = Job(pair, tmp_path, training(shards, tmp_path / "run"), store)
     assert job.wait() == [0, 0]
-    # To the last bit: the ranks add up the same two numbers, whichever way they travelled.
+    # Equal to the last bit: the ranks add the same two numbers.
     assert losses(tmp_path / "run") == one_host
 
 
-def test_a_cut_cable_ends_both_hosts_and_a_restart_goes_on_exactly(pair, shards, tmp_path, one_host, store):
+def test_a_cut_cable_ends_both_hosts_and_a_restart_continues_exactly(pair, shards, tmp_path, one_host, store):
     output = tmp_path / "run"
     job = Job(pair, tmp_path / "cut", training(shards, output), store)
     try:
@@ -114,14 +114,16 @@ def test_a_cut_cable_ends_both_hosts_and_a_restart_goes_on_exactly(pair, shards,
     finally:
         pair.connect()
     assert SECONDS - 2 < took < SECONDS + 12
-    for here, rank, other, lost in (("host-a", 0, "host-b", 1), ("host-b", 1, "host-a", 0)):
-        lines = [line for line in job.log(here).splitlines() if line.startswith("watchdog: ")]
-        assert len(lines) == 1, job.log(here)
-        assert lines[0].startswith(f"watchdog: rank {lost} ({other}) has sent no message for ")
-        assert f"rank {rank} ({here}) waited in the " in lines[0]
+    for host, rank, lost_host, lost_rank in (("host-a", 0, "host-b", 1), ("host-b", 1, "host-a", 0)):
+        lines = [line for line in job.log(host).splitlines() if line.startswith("watchdog: ")]
+        assert len(lines) == 1, job.log(host)
+        assert lines[0].startswith(f"watchdog: rank {lost_rank} ({lost_host}) has sent no message for ")
+        assert f"rank {rank} ({host}) waited in the " in lines[0]
     assert 6 <= len(losses(output)) < STEPS, "cut too late to show anything"
+    saved = int((output / "checkpoints/latest").read_text().strip().removeprefix("step-"))
+    assert saved in (4, 8), "a checkpoint is written every 4 steps"
     assert Job(pair, tmp_path / "again", training(shards, output), store).wait() == [0, 0]
-    assert "resuming after step 4" in (tmp_path / "again" / "host-a.log").read_text() or len(losses(output)) > 8
+    assert f"resuming after step {saved}: " in (tmp_path / "again" / "host-a.log").read_text()
     assert losses(output) == one_host
 
 
@@ -129,13 +131,13 @@ def wait_for(ready, job: Job, timeout: float = 150) -> None:
     limit = time.monotonic() + timeout
     while not ready():
         assert all(process.poll() is None for process in job.processes), job.log("host-a") + job.log("host-b")
-        assert time.monotonic() < limit, "the run never came so far"
+        assert time.monotonic() < limit, "the run did not get that far"
         time.sleep(0.02)
 
 
 @pytest.fixture
 def sshd(pair, tmp_path):
-    """An sshd on each host that lets in one key made for the test; the path of an ssh configuration that uses it."""
+    """Start an sshd on each host that accepts a key made for the test; return the path of an ssh configuration for it."""
     for tool in ("pdsh", "ssh-keygen", "/usr/sbin/sshd"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} not found (Debian: pdsh, openssh-server)")
@@ -162,14 +164,14 @@ def sshd(pair, tmp_path):
 
 
 def over_pdsh(pair: Pair, output: Path, work: Path, shards: Path, sshd: Path, store: Path, *more: str):
-    """The command that starts both hosts from ``work``, and its environment."""
+    """Return the command that starts both hosts from ``work``, and its environment."""
     work.mkdir()
     hostfile = write_hostfile(work / "hostfile", pair)
     variables = environment(store)
     carried = {"GLOO_SOCKET_IFNAME": pair.interface, "MLFLOW_TRACKING_URI": variables["MLFLOW_TRACKING_URI"],
                "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
     (work / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in carried.items()))
-    # pdsh hands the line to a shell on the other side, which would expand the braces of a key given as an override.
+    # pdsh passes the command to a shell on the other host, which would expand the braces of an override.
     recipe = (ROOT / "pretrain/recipes/demo-cpu.yaml").read_text().replace("width: 0.5", "width: 0.25")
     (work / "mine.yaml").write_text(recipe)
     arguments = [part for part in training(shards, output) if not part.startswith("--encoder.options")]
@@ -191,21 +193,21 @@ def test_pdsh_starts_both_hosts_from_one(pair, shards, tmp_path, one_host, sshd,
 
 
 def ranks_of(output: Path) -> list[psutil.Process]:
-    """The ranks of a run on both hosts."""
-    found = []
+    """Return the ranks of a run on both hosts."""
+    ranks = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if f"--run.output={output}" in words and any(word.startswith("--local_rank") for word in words):
-            found.append(process)
-    return found
+            ranks.append(process)
+    return ranks
 
 
 @pytest.mark.slow
 def test_sigterm_ends_both_hosts_of_a_launch_over_pdsh(pair, shards, tmp_path, sshd, store):
-    """`yaware launch` without its checks, which read no ssh configuration of the test's."""
+    """`yaware launch` without its checks, which would not read the test's ssh configuration."""
     output = tmp_path / "run"
     command, variables = over_pdsh(pair, output, tmp_path / "work", shards, sshd, store, "--train.steps=100000")
-    # deepspeed's launcher ends all launchers of its own python on the hosts: one by a path of its own ends no other test's.
+    # DeepSpeed's launcher ends all launchers with the same python path on the hosts. A path of its own protects other tests.
     (tmp_path / "venv").symlink_to(sys.prefix)
     command[0] = str(tmp_path / "venv/bin/python")
     code = (

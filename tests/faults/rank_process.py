@@ -1,8 +1,7 @@
-"""Ranks of the real training, forked from a process that has imported what they need, so that a start costs little; and
-faults that strike a rank at a chosen point.
+"""Ranks of the real training, forked from a process with all imports so that they start quickly, and faults at chosen points.
 
-A rank is a process of its own with its own process group, sockets and files; it runs ``pretrain.train.main`` and dies by a
-real SIGKILL. Only the imports are shared.
+Each rank is a process with its own process group, sockets and files. It runs ``pretrain.train.main``, and a fault kills it with
+a real SIGKILL.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ IMPORTED = [
 
 @dataclass(frozen=True)
 class Fault:
-    """Kills ``rank`` ``delay`` seconds after the ``nth`` time (0 = the first) that it comes to ``point``.
+    """Kills ``rank`` ``delay`` seconds after it reaches ``point`` for the ``nth`` time (0 = the first).
 
-    ``point`` is the beginning of a watchdog phase ("the forward pass"), or a key of POINTS.
+    ``point`` is how a watchdog phase begins ("the forward pass"), or a key of POINTS.
     """
 
     rank: int
@@ -50,7 +49,7 @@ def start(
 ) -> list[Any]:
     """Start the ranks of ``pretrain.train`` with these arguments; each writes ``rank-N.log`` in ``folder``.
 
-    ``harm(rank)`` is called in each before the training begins, to put faults in its way.
+    ``harm(rank)`` is called in each rank before the training starts, to inject other faults.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
@@ -60,22 +59,22 @@ def start(
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1,
         }  # fmt: skip
-        mine = fault if fault and fault.rank == rank else None
-        ranks.append(context.Process(target=_rank, args=(list(command), str(folder), environment, mine, harm)))
+        own_fault = fault if fault and fault.rank == rank else None
+        ranks.append(context.Process(target=_rank, args=(list(command), str(folder), environment, own_fault, harm)))
         ranks[-1].start()
     return ranks
 
 
 def wait(ranks: Sequence[Any], seconds: float = 150.0) -> list[int | None]:
-    """Wait for all ranks to end; their exit status (negative: the signal). What is left then is killed."""
+    """Wait for all ranks and return their exit status (negative: the signal). Ranks that still run are killed."""
     limit = time.monotonic() + seconds
     for process in ranks:
         process.join(max(0.0, limit - time.monotonic()))
-    found = [process.exitcode for process in ranks]
+    statuses = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
         process.join()
-    return found
+    return statuses
 
 
 def _rank(
@@ -92,7 +91,7 @@ def _rank(
     from pretrain import train
     from pretrain.run import loop
 
-    _note_scans(loop, Path(folder) / f"scans-{environment['RANK']}.jsonl")
+    _record_scans(loop, Path(folder) / f"scans-{environment['RANK']}.jsonl")
     if harm:
         harm(int(environment["RANK"]))
     if fault:
@@ -103,16 +102,16 @@ def _rank(
     os._exit(status)
 
 
-def _note_scans(loop: Any, path: Path) -> None:
-    """Write down which scans each step sees."""
-    step_of_training = loop.train_step
+def _record_scans(loop: Any, path: Path) -> None:
+    """Record the scans of each step in ``path``."""
+    train_step = loop.train_step
 
-    def noted(engine: Any, loss: Any, batch: dict[str, Any], step: int, *rest: Any, **options: Any) -> Any:
+    def recorded(engine: Any, loss: Any, batch: dict[str, Any], step: int, *rest: Any, **options: Any) -> Any:
         with path.open("a") as stream:
             stream.write(json.dumps([step, batch["scan"].tolist()]) + "\n")
-        return step_of_training(engine, loss, batch, step, *rest, **options)
+        return train_step(engine, loss, batch, step, *rest, **options)
 
-    loop.train_step = noted
+    loop.train_step = recorded
 
 
 def _arm(fault: Fault) -> None:
@@ -135,7 +134,7 @@ def _arm(fault: Fault) -> None:
 
 
 def at_phase(beginning: str, strike: Callable[[], None]) -> None:
-    """Call ``strike`` where this rank comes to a watchdog phase of this ``beginning``."""
+    """Call ``strike`` when this rank begins a watchdog phase whose text starts with ``beginning``."""
     from infra.watchdog import Watchdog
 
     begin = Watchdog.begin
@@ -149,7 +148,7 @@ def at_phase(beginning: str, strike: Callable[[], None]) -> None:
 
 
 def _in_shard(strike: Callable[[], None]) -> None:
-    """With half of one of DeepSpeed's files written."""
+    """When half of one of DeepSpeed's files is written."""
     import torch
 
     save = torch.save
@@ -164,40 +163,40 @@ def _in_shard(strike: Callable[[], None]) -> None:
 
 
 def _before_rename(strike: Callable[[], None]) -> None:
-    """With the checkpoint whole under its temporary name."""
+    """When the checkpoint is complete under its temporary name."""
     _around(Path, "rename", strike, before=True, which=lambda path, target: Path(target).name.startswith("step-"))
 
 
 def _before_pointer(strike: Callable[[], None]) -> None:
-    """With the checkpoint under its own name, and ``latest`` naming the one before."""
+    """When the checkpoint has its final name, and ``latest`` still names the one before."""
     _around(os, "replace", strike, before=True, which=lambda source, target: Path(target).name == "latest")
 
 
 def _after_pointer(strike: Callable[[], None]) -> None:
-    """With ``latest`` moved, before the other ranks know and MLflow is told."""
+    """When ``latest`` has moved, before the other ranks continue and MLflow is updated."""
     _around(os, "replace", strike, before=False, which=lambda source, target: Path(target).name == "latest")
 
 
 def _in_cleaning(strike: Callable[[], None]) -> None:
-    """With an old checkpoint renamed for removal, and still there."""
+    """When an old checkpoint has been renamed, before it is removed."""
     _around(
         Path, "rename", strike, before=False, which=lambda path, target: Path(target).name.startswith(".unfinished-")
     )
 
 
 def _around(owner: Any, name: str, strike: Callable[[], None], before: bool, which: Callable[..., bool]) -> None:
-    plain = getattr(owner, name)
+    original = getattr(owner, name)
 
-    def struck(*arguments: Any) -> Any:
+    def wrapped(*arguments: Any) -> Any:
         hit = which(*arguments)
         if hit and before:
             strike()
-        found = plain(*arguments)
+        result = original(*arguments)
         if hit and not before:
             strike()
-        return found
+        return result
 
-    setattr(owner, name, struck)
+    setattr(owner, name, wrapped)
 
 
 POINTS = {

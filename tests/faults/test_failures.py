@@ -1,5 +1,5 @@
-"""What can go wrong around a run, each with its one line: the disk, the output folder, the tracking store, the shards, a loss
-that is not finite. Nothing is overwritten; where a run can go on, it does."""
+"""Failures around a run: disk, output folder, tracking store, shards, a loss that is not finite. Each gives one clear line,
+overwrites nothing, and the run continues if it can."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def arguments(shards: Path, output: Path, store: str, **more: object) -> list[st
 
 @pytest.fixture(scope="module")
 def store(shards):
-    # The one that the killed runs use too: making its tables takes longer than a run.
+    # Shared with test_kill_points.py: creating the tables takes longer than a run.
     return f"sqlite:///{shards.parent}/kill-points.db"
 
 
-def said(folder: Path) -> str:
+def logs(folder: Path) -> str:
     return "\n".join(path.read_text()[-4000:] for path in sorted(folder.glob("rank-*.log")))
 
 
 def error_lines(folder: Path) -> list[str]:
-    return [line for line in said(folder).splitlines() if line.startswith("yaware: error: ")]
+    return [line for line in logs(folder).splitlines() if line.startswith("yaware: error: ")]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -61,7 +61,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def full_disk_on_rank_1(rank: int) -> None:
-    """From the second checkpoint on, the files of rank 1 end in the middle."""
+    """From the second checkpoint on, the files of rank 1 are truncated."""
     import torch
 
     save = torch.save
@@ -76,28 +76,28 @@ def full_disk_on_rank_1(rank: int) -> None:
 
 
 @pytest.mark.distributed
-def test_a_full_disk_in_a_checkpoint_stops_all_ranks_and_the_last_one_stays_good(shards, store, tmp_path):
+def test_a_full_disk_during_a_checkpoint_stops_all_ranks_and_keeps_the_checkpoint_before(shards, store, tmp_path):
     command = arguments(shards, tmp_path / "run", store)
-    assert wait(start(command, tmp_path, WORLD, harm=full_disk_on_rank_1)) == [1, 1], said(tmp_path)
+    assert wait(start(command, tmp_path, WORLD, harm=full_disk_on_rank_1)) == [1, 1], logs(tmp_path)
     (line,) = error_lines(tmp_path)
     assert "checkpoint step-00000006 cannot be written to" in line
     assert "rank 1 on " in line
     assert "No space left on device" in line
     assert "step 3 is the last good one; make room or lower checkpoint.keep, then start the same command again" in line
-    assert "Traceback" not in said(tmp_path)
+    assert "Traceback" not in logs(tmp_path)
     checkpoints = tmp_path / "run/checkpoints"
     assert sorted(path.name for path in checkpoints.glob("*step-*")) == ["step-00000003"]
     assert verify_checkpoint(checkpoints / "step-00000003") is None
     interrupted = losses(tmp_path / "run")
-    assert wait(start(command, tmp_path, WORLD)) == [0, 0], said(tmp_path)
-    assert "resuming after step 3" in said(tmp_path)
+    assert wait(start(command, tmp_path, WORLD)) == [0, 0], logs(tmp_path)
+    assert "resuming after step 3" in logs(tmp_path)
     assert losses(tmp_path / "run")[: len(interrupted)] == interrupted
     assert verify_checkpoint(checkpoints / f"step-{STEPS:08d}") is None
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A small file system of its own."""
+    """A small file system."""
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(
@@ -112,25 +112,25 @@ def small_disk(tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("megabytes", [5, 47, 60, 80])
-def test_a_disk_that_really_fills(shards, store, tmp_path, small_disk, megabytes):
-    """A checkpoint has 42 MB: model 8.6, each rank's part of the optimiser 12.9, encoder 8.3."""
+def test_a_file_system_that_fills_up(shards, store, tmp_path, small_disk, megabytes):
+    """A checkpoint has 42 MB: model 8.6, optimiser 12.9 per rank, encoder 8.3."""
     resize = ["mount", "-o", "remount,size={}m", str(small_disk)]
     subprocess.run([word.format(megabytes) for word in resize], check=True)
     command = arguments(shards, small_disk / "run", store, checkpoint__keep=9)
-    assert wait(start(command, tmp_path, WORLD)) == [1, 1], said(tmp_path)
+    assert wait(start(command, tmp_path, WORLD)) == [1, 1], logs(tmp_path)
     (line,) = error_lines(tmp_path)
     assert f"cannot be written to {small_disk}" in line
     assert ("there is none yet" if megabytes == 5 else "step 3 is the last good one") in line
-    assert "Traceback" not in said(tmp_path)
+    assert "Traceback" not in logs(tmp_path)
     checkpoints = small_disk / "run/checkpoints"
     assert not list(checkpoints.glob(".unfinished*"))
     assert all(verify_checkpoint(folder) is None for folder in checkpoints.glob("step-*"))
     subprocess.run([word.format(400) for word in resize], check=True)
-    assert wait(start(command, tmp_path, WORLD)) == [0, 0], said(tmp_path)
+    assert wait(start(command, tmp_path, WORLD)) == [0, 0], logs(tmp_path)
     assert [step for step, _ in losses(small_disk / "run")] == list(range(STEPS))
 
 
-def test_a_read_only_folder_is_refused_before_anything_starts(shards, store, tmp_path, capsys, small_disk):
+def test_a_read_only_folder_is_refused_before_the_ranks_start(shards, store, tmp_path, capsys, small_disk):
     (small_disk / "kept").write_text("x")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert cli.run(["pretrain", *arguments(shards, small_disk / "runs/new", store)]) == 2
@@ -142,7 +142,7 @@ def test_a_read_only_folder_is_refused_before_anything_starts(shards, store, tmp
     assert "is read-only or no folder" in capsys.readouterr().err
 
 
-def test_shards_that_changed_since_the_run_began_are_refused(shards, store, tmp_path, capsys):
+def test_shards_that_changed_since_the_run_started_are_refused(shards, store, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text(json.dumps({"manifest_digest": "0" * 64}))
     before = content(tmp_path)
@@ -153,7 +153,7 @@ def test_shards_that_changed_since_the_run_began_are_refused(shards, store, tmp_
     assert content(tmp_path) == before
 
 
-def test_missing_and_short_shards_are_named_before_anything_starts(shards, store, tmp_path, capsys):
+def test_missing_and_truncated_shards_are_named_before_the_ranks_start(shards, store, tmp_path, capsys):
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
     first, second = sorted(folder.glob("*.tar"))[:2]
@@ -168,16 +168,16 @@ def test_missing_and_short_shards_are_named_before_anything_starts(shards, store
 
 
 @pytest.mark.distributed
-def test_a_store_that_is_down_costs_the_run_nothing_and_gets_everything_later(shards, store, tmp_path, capsys):
+def test_a_run_trains_without_its_tracking_store_which_gets_everything_later(shards, store, tmp_path, capsys):
     watched = {"monitor__every_epochs": 1, "monitor__split": "downstream", "monitor__tasks": "[age, sex]",
                "monitor__max_scans": 20, "monitor__view_scans": 8, "monitor__collapse_below": 0.99}  # fmt: skip
     down = arguments(shards, tmp_path / "run", "http://127.0.0.1:9", run__experiment="down", **watched)
-    assert wait(start(down, tmp_path, WORLD)) == [0, 0], said(tmp_path)
-    assert said(tmp_path).count("tracking store http://127.0.0.1:9 does not answer") == 1
+    assert wait(start(down, tmp_path, WORLD)) == [0, 0], logs(tmp_path)
+    assert logs(tmp_path).count("tracking store http://127.0.0.1:9 does not answer") == 1
     spool = tmp_path / "run/mlflow-spool.jsonl"
     assert spool.is_file()
-    assert "pretrain: ALARM after 4 steps: the embeddings of all scans are nearly equal" in said(tmp_path)
-    line = [line for line in said(tmp_path).splitlines() if line.startswith("pretraining y-aware: 8/8 steps")][-1]
+    assert "pretrain: ALARM after 4 steps: the embeddings of all scans are nearly equal" in logs(tmp_path)
+    line = [line for line in logs(tmp_path).splitlines() if line.startswith("pretraining y-aware: 8/8 steps")][-1]
     assert re.search(r"scans/s [\d.]+, loss [\d.]+, lr [\de.-]+, grad norm [\d.]+, stall \d+%, memory [\d.]+ GB$", line)
     later = arguments(shards, tmp_path / "run", store, run__experiment="down", **watched)
     assert cli.run(["pretrain", *later]) == 0
@@ -201,18 +201,18 @@ def test_a_store_that_is_down_costs_the_run_nothing_and_gets_everything_later(sh
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
-def test_a_server_that_goes_down_in_mid_run_gets_everything_later(shards, tmp_path, capsys):
+def test_a_tracking_server_that_fails_during_the_run_gets_everything_later(shards, tmp_path, capsys):
     uri, server = mlflow_server(tmp_path)
     try:
         ranks = start(arguments(shards, tmp_path / "run", uri, run__experiment="mid-run"), tmp_path, WORLD)
         limit = time.monotonic() + 200
         while len(losses(tmp_path / "run")) < 2:
-            assert time.monotonic() < limit, said(tmp_path)
+            assert time.monotonic() < limit, logs(tmp_path)
             time.sleep(0.05)
     finally:
         stop(server)
-    assert wait(ranks) == [0, 0], said(tmp_path)
-    assert said(tmp_path).count("does not answer") == 1
+    assert wait(ranks) == [0, 0], logs(tmp_path)
+    assert logs(tmp_path).count("does not answer") == 1
     assert (tmp_path / "run/mlflow-spool.jsonl").is_file()
     uri, server = mlflow_server(tmp_path)
     try:
@@ -227,7 +227,7 @@ def test_a_server_that_goes_down_in_mid_run_gets_everything_later(shards, tmp_pa
 
 
 def mlflow_server(folder: Path) -> tuple[str, subprocess.Popen[bytes]]:
-    """A real server on a port of its own."""
+    """Start an MLflow server; return its address and process."""
     port = free_port()
     given = {"host": "127.0.0.1", "port": port, "backend-store-uri": f"sqlite:///{folder}/server.db", "workers": 1,
              "artifacts-destination": folder / "artifacts"}  # fmt: skip
@@ -246,28 +246,28 @@ def mlflow_server(folder: Path) -> tuple[str, subprocess.Popen[bytes]]:
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server with the processes that it started, at once."""
+    """Kill the server and the processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 
 
 @pytest.mark.parametrize(("number", "text"), [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only")])
-def test_a_disk_that_fails_elsewhere_is_one_line_too(monkeypatch, capfd, number, text):
+def test_a_disk_error_outside_checkpoints_is_one_line(monkeypatch, capfd, number, text):
     def fails(recipe):
         raise OSError(number, os.strerror(number), "run/metrics.jsonl")
 
     monkeypatch.setattr(train, "train", fails)
     assert train.main(["--config", "demo-cpu", "--train.watchdog_seconds=0"]) == 1
-    said = capfd.readouterr().err
-    assert said.startswith("yaware: error: rank 0: [Errno ")
-    assert text in said
-    assert "'run/metrics.jsonl'" in said
-    assert said.endswith("then the same command continues from the last checkpoint\n")
-    assert said.count("\n") == 1
+    error = capfd.readouterr().err
+    assert error.startswith("yaware: error: rank 0: [Errno ")
+    assert text in error
+    assert "'run/metrics.jsonl'" in error
+    assert error.endswith("then the same command continues from the last checkpoint\n")
+    assert error.count("\n") == 1
 
 
-def test_an_error_that_is_no_failure_of_the_disk_is_not_hidden(monkeypatch):
+def test_another_oserror_keeps_its_traceback(monkeypatch):
     def fails(recipe):
         raise FileNotFoundError(errno.ENOENT, "gone", "x")
 
@@ -281,20 +281,20 @@ def bad_loss_on_rank_1(rank: int) -> None:
 
     loss, calls = Objective.loss, iter(range(1000))
 
-    def spoilt(*arguments: object) -> object:
+    def corrupted(*arguments: object) -> object:
         value = loss(*arguments)
         return value * float("nan") if next(calls) in BAD_STEPS and rank == 1 else value
 
-    Objective.loss = spoilt
+    Objective.loss = corrupted
 
 
 @pytest.mark.distributed
-def test_a_loss_that_is_not_finite_is_skipped_so_often_and_then_stops_the_run(shards, store, tmp_path):
-    often = {"checkpoint__every_steps": 100, "checkpoint__every_minutes": 1e-7, "checkpoint__keep": 9}
-    command = arguments(shards, tmp_path / "run", store, train__max_skipped_steps=1, **often)
-    assert wait(start(command, tmp_path, WORLD, harm=bad_loss_on_rank_1)) == [1, 1], said(tmp_path)
+def test_steps_that_are_not_finite_are_skipped_up_to_the_limit_and_then_stop_the_run(shards, store, tmp_path):
+    by_the_clock = {"checkpoint__every_steps": 100, "checkpoint__every_minutes": 1e-7, "checkpoint__keep": 9}
+    command = arguments(shards, tmp_path / "run", store, train__max_skipped_steps=1, **by_the_clock)
+    assert wait(start(command, tmp_path, WORLD, harm=bad_loss_on_rank_1)) == [1, 1], logs(tmp_path)
     first, second = BAD_STEPS
-    assert f"pretrain: step {first}: the loss is nan; step skipped (1 of at most 1); its scans are listed in" in said(
+    assert f"pretrain: step {first}: the loss is nan; step skipped (1 of at most 1); its scans are listed in" in logs(
         tmp_path
     )
     (line,) = error_lines(tmp_path)
@@ -302,7 +302,7 @@ def test_a_loss_that_is_not_finite_is_skipped_so_often_and_then_stops_the_run(sh
     found = losses(tmp_path / "run")
     assert [step for step, _ in found] == list(range(second))
     assert [step for step, loss in found if loss is None] == [first]
-    # By the clock one is due after each step; the votes of a step that is left out are counted with the next.
+    # A checkpoint is due by the clock after each step; the votes of a skipped step count in the next.
     checkpoints = sorted((tmp_path / "run/checkpoints").glob("step-*"))
     assert [path.name for path in checkpoints] == [f"step-{step:08d}" for step in (1, 2, 4, 5)]
     skipped = [json.loads((path / "state.json").read_text())["not_finite_steps"] for path in checkpoints]
@@ -313,16 +313,16 @@ def test_a_loss_that_is_not_finite_is_skipped_so_often_and_then_stops_the_run(sh
 
 
 @pytest.mark.distributed
-def test_one_rank_alone_is_asked_to_stop_and_all_save_after_the_same_step(shards, store, tmp_path):
+def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(shards, store, tmp_path):
     command = arguments(shards, tmp_path / "run", store, train__steps=400, checkpoint__every_steps=1000)
     ranks = start(command, tmp_path, WORLD)
     limit = time.monotonic() + 150
     while len(losses(tmp_path / "run")) < 2:
-        assert time.monotonic() < limit, said(tmp_path)
+        assert time.monotonic() < limit, logs(tmp_path)
         time.sleep(0.01)
     ranks[1].terminate()
-    assert wait(ranks) == [0, 0], said(tmp_path)
+    assert wait(ranks) == [0, 0], logs(tmp_path)
     done = len(losses(tmp_path / "run"))
     assert 2 <= done < 400
-    assert f"stopped by a signal to another rank after step {done}, saved; the same command continues" in said(tmp_path)
+    assert f"stopped by a signal to another rank after step {done}, saved; the same command continues" in logs(tmp_path)
     assert verify_checkpoint(tmp_path / f"run/checkpoints/step-{done:08d}") is None

@@ -1,7 +1,6 @@
-"""Each rank dies by SIGKILL at points of every kind; started again, the run ends as if nothing had happened: the same scans
-on each rank, the same losses to the last bit, the same weights.
+"""A rank is killed by SIGKILL at chosen and random points. After a restart, scans, losses and weights are bit-identical.
 
-One run is killed again and again, each restart at another point. ``FAULT_RUNS=30 pytest -m ''`` makes 30 random kills more.
+One run is killed repeatedly, after each restart at another point. ``FAULT_RUNS=30 pytest -m ''`` makes 30 more random kills.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from tests.faults.rank_process import Fault, start, wait
 from tests.runs import losses
 
 WORLD, STEPS, EVERY = 2, 12, 3
-# Random points: a phase of the watchdog, and how long after its beginning the kill comes at most (seconds).
+# Random points: a phase of the watchdog, and the longest delay of the kill after its beginning, in seconds.
 PHASES = {
     "the building of the engine": 0.5, "the loading of the checkpoint": 0.3, "the loading of batch": 0.05,
     "the forward pass": 0.1, "the exchange of embeddings": 0.02, "the gradient reduction": 0.1, "the logging": 0.02,
     "the monitor's look": 0.3, "the writing of the checkpoint": 0.4,
 }  # fmt: skip
 ONCE = ("the building of the engine", "the loading of the checkpoint")
-# Points that a random moment rarely hits; (rank, point, the how manieth).
+# Points that a random moment rarely hits: (rank, point, number of its occurrence).
 POINTS = [
-    (1, "the exchange of embeddings", 1),  # in a collective that the other waits in, before the first checkpoint
+    (1, "the exchange of embeddings", 1),  # while the other rank waits in a collective, before the first checkpoint
     (1, "in a shard", 0), (0, "before the rename", 0), (0, "before the pointer", 0), (0, "after the pointer", 1),
     (0, "in the cleaning", 0),
 ]  # fmt: skip
@@ -42,7 +41,7 @@ def command_of(shards: Path, folder: Path) -> list[str]:
         "encoder.options": "{width: 0.25, norm: group}", "checkpoint.every_steps": EVERY, "checkpoint.keep": 2,
         "monitor.every_epochs": 1, "monitor.split": "downstream", "monitor.max_scans": 20, "monitor.view_scans": 8,
         "train.watchdog_seconds": 30,
-        # One store for all runs: making its tables takes longer than a run.
+        # One store for all runs, because creating its tables takes longer than a run.
         "run.tracking_uri": f"sqlite:///{shards.parent}/kill-points.db",
     }  # fmt: skip
     return ["--config", "demo-cpu", *(f"--{key}={value}" for key, value in given.items())]
@@ -51,32 +50,32 @@ def command_of(shards: Path, folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert wait(start(command_of(shards, folder), folder, WORLD)) == [0, 0], said(folder)
+    assert wait(start(command_of(shards, folder), folder, WORLD)) == [0, 0], logs(folder)
     assert len({loss for _, loss in losses(folder / "run")}) == STEPS
     return folder
 
 
-def said(folder: Path) -> str:
+def logs(folder: Path) -> str:
     return "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("rank-*.log")))
 
 
-def figures(folder: Path) -> list[tuple]:
-    """What a step computed, to the last digit."""
+def metrics(folder: Path) -> list[tuple]:
+    """Return step, loss, lr and gradient norm of each step, to the last digit."""
     lines = (folder / "run/metrics.jsonl").read_text().splitlines() if (folder / "run/metrics.jsonl").is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     return [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in rows]
 
 
 def scans(folder: Path) -> list[dict[int, list[int]]]:
-    """The scans of each step, by rank; of a step made twice, the later must be as the first."""
-    found = []
+    """Return the scans of each step, by rank. A repeated step must have the same scans."""
+    by_rank = []
     for path in sorted(folder.glob("scans-*.jsonl")):
         seen: dict[int, list[int]] = {}
         for line in path.read_text().splitlines():
             step, rows = json.loads(line)
             assert seen.setdefault(step, rows) == rows
-        found.append(seen)
-    return found
+        by_rank.append(seen)
+    return by_rank
 
 
 def weights(folder: Path) -> str:
@@ -86,7 +85,7 @@ def weights(folder: Path) -> str:
 
 
 def kill(shards: Path, folder: Path, fault: Fault, moments: random.Random) -> bool:
-    """Run into ``fault``; the other rank is then ended as launchers do, or its host is lost too. Whether it was hit."""
+    """Run until ``fault`` strikes, then end the other rank as launchers do; return whether the fault struck."""
     ranks = start(command_of(shards, folder), folder, WORLD, fault)
     victim, other = ranks[fault.rank], ranks[1 - fault.rank]
     limit = time.monotonic() + 150
@@ -97,13 +96,13 @@ def kill(shards: Path, folder: Path, fault: Fault, moments: random.Random) -> bo
         (other.terminate if moments.random() < 0.3 else other.kill)()
         other.join(10)
     status = wait(ranks, 60)
-    assert status[fault.rank] in (-signal.SIGKILL, 0), (fault, said(folder))
+    assert status[fault.rank] in (-signal.SIGKILL, 0), (fault, logs(folder))
     return status[fault.rank] == -signal.SIGKILL
 
 
 def assert_ends_the_same(shards, folder, uninterrupted):
-    assert wait(start(command_of(shards, folder), folder, WORLD)) == [0, 0], said(folder)
-    assert figures(folder) == figures(uninterrupted)
+    assert wait(start(command_of(shards, folder), folder, WORLD)) == [0, 0], logs(folder)
+    assert metrics(folder) == metrics(uninterrupted)
     assert scans(folder) == scans(uninterrupted)
     assert weights(folder) == weights(uninterrupted)
     checkpoints = folder / "run/checkpoints"
@@ -111,11 +110,11 @@ def assert_ends_the_same(shards, folder, uninterrupted):
     assert (checkpoints / "best.json").read_bytes() == (uninterrupted / "run/checkpoints/best.json").read_bytes()
 
 
-def test_killed_at_every_point_of_a_checkpoint_and_in_collectives(shards, uninterrupted, tmp_path):
-    expected = figures(uninterrupted)
+def test_a_run_killed_at_every_point_of_a_checkpoint_and_in_a_collective_ends_the_same(shards, uninterrupted, tmp_path):
+    expected = metrics(uninterrupted)
     for rank, point, nth in POINTS:
         assert kill(shards, tmp_path, Fault(rank, point, nth), random.Random(0)), f"{point} was never reached"
-        assert figures(tmp_path) == expected[: len(figures(tmp_path))], point
+        assert metrics(tmp_path) == expected[: len(metrics(tmp_path))], point
     assert_ends_the_same(shards, tmp_path, uninterrupted)
 
 
@@ -126,27 +125,27 @@ def random_fault(moments: random.Random) -> Fault:
 
 
 def kill_at_random(shards, folder, uninterrupted, seed: int, kills: int) -> int:
-    """A run killed so many times; how many kills came before the run had ended."""
+    """Kill a run up to ``kills`` times at random; return how many kills came before its end."""
     moments, hits = random.Random(seed), 0
     for _ in range(kills):
         fault = random_fault(moments)
         hit = kill(shards, folder, fault, moments)
-        found = figures(folder)
-        print(f"{fault}: {'hit' if hit else 'not reached'}, {len(found)} steps done", flush=True)
+        done = metrics(folder)
+        print(f"{fault}: {'hit' if hit else 'not reached'}, {len(done)} steps done", flush=True)
         hits += hit
-        assert found == figures(uninterrupted)[: len(found)], fault
-        if len(found) == STEPS:
+        assert done == metrics(uninterrupted)[: len(done)], fault
+        if len(done) == STEPS:
             break
     assert_ends_the_same(shards, folder, uninterrupted)
     return hits
 
 
-def test_killed_at_random(shards, uninterrupted, tmp_path):
+def test_a_run_killed_at_random_moments_ends_the_same(shards, uninterrupted, tmp_path):
     assert kill_at_random(shards, tmp_path, uninterrupted, seed=1, kills=2)
 
 
 @pytest.mark.slow
-def test_killed_at_random_many_times(shards, uninterrupted, tmp_path):
+def test_runs_killed_at_many_random_moments_end_the_same(shards, uninterrupted, tmp_path):
     wanted, hits, seed = int(os.environ.get("FAULT_RUNS", "30")), 0, 100
     while hits < wanted:
         folder = tmp_path / f"run-{seed}"

@@ -1,5 +1,6 @@
-"""Both ranks of the real command die by SIGKILL; the same command goes on and ends with the losses of a run that was never
-interrupted. (test_kill_points.py: one rank at any point, without the launcher.)"""
+"""SIGKILL to both ranks of the real command: the same command continues with the losses of an uninterrupted run.
+
+(test_kill_points.py kills one rank at any point, without the launcher.)"""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ pytestmark = pytest.mark.distributed
 def uninterrupted(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     assert run(pretrain_command(shards, folder / "run", STEPS), folder).returncode == 0
-    found = losses(folder / "run")
-    assert [step for step, _ in found] == list(range(STEPS))
-    assert len({loss for _, loss in found}) == STEPS
-    return found
+    expected = losses(folder / "run")
+    assert [step for step, _ in expected] == list(range(STEPS))
+    assert len({loss for _, loss in expected}) == STEPS
+    return expected
 
 
-def test_killed_run_ends_as_if_nothing_had_happened(uninterrupted, shards, tmp_path):
+def test_a_killed_run_ends_with_the_losses_of_an_uninterrupted_one(uninterrupted, shards, tmp_path):
     command = pretrain_command(shards, tmp_path / "run", STEPS)
     kill_ranks_when(command, tmp_path, lambda: len(losses(tmp_path / "run")) >= 6)
     assert len(losses(tmp_path / "run")) < STEPS, "killed too late to show anything"

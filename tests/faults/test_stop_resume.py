@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves and leaves with status 0; the same command goes on, on as many ranks or on others."""
+"""A run that is asked to stop saves and exits with status 0; the same command continues it on the same or other ranks."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def uninterrupted(shards, tmp_path_factory):
 
 
 def weights_of(run):
-    """The averaged encoder's file after the last step, as it is exported."""
+    """Return the exported file of the averaged encoder after the last step."""
     return (run / f"checkpoints/step-{STEPS:08d}/encoder/model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def stopped(shards, tmp_path_factory):
-    """A run that got SIGTERM after some steps: its folder, and what it printed."""
+    """Return the folder and the output of a run that got SIGTERM after some steps."""
     folder = tmp_path_factory.mktemp("stopped")
     command = pretrain_command(shards, folder / "run", STEPS, *GROUP)
     with (folder / "log").open("w") as log:
@@ -53,7 +53,7 @@ def stopped(shards, tmp_path_factory):
     return folder, (folder / "log").read_text()
 
 
-def test_it_saved_what_it_had_and_said_how_to_go_on(stopped):
+def test_a_stopped_run_saves_its_last_step_and_prints_how_to_continue(stopped):
     folder, text = stopped
     done = len(losses(folder / "run"))
     assert 2 <= done < STEPS
@@ -62,7 +62,7 @@ def test_it_saved_what_it_had_and_said_how_to_go_on(stopped):
     assert "Traceback" not in text
 
 
-def test_the_same_command_ends_as_if_nothing_had_happened(stopped, uninterrupted, shards, tmp_path):
+def test_the_same_command_ends_like_an_uninterrupted_run(stopped, uninterrupted, shards, tmp_path):
     shutil.copytree(stopped[0] / "run", tmp_path / "run")
     done = run(pretrain_command(shards, tmp_path / "run", STEPS, *GROUP), tmp_path)
     assert done.returncode == 0
@@ -71,21 +71,21 @@ def test_the_same_command_ends_as_if_nothing_had_happened(stopped, uninterrupted
     assert weights_of(tmp_path / "run") == weights_of(uninterrupted[1])
 
 
-def test_it_goes_on_elsewhere_within_rounding(stopped, uninterrupted, shards, tmp_path):
+def test_a_run_continued_on_other_ranks_has_equal_losses_within_rounding(stopped, uninterrupted, shards, tmp_path):
     ranks, stage = 1, 3
     shutil.copytree(stopped[0] / "run", tmp_path / "run")
     other = (f"--launch.ranks={ranks}", f"--deepspeed.zero_optimization.stage={stage}")
     done = run(pretrain_command(shards, tmp_path / "run", STEPS, *GROUP, *other), tmp_path)
     assert done.returncode == 0
     assert f"of 2 ranks under ZeRO 1 is converted for {ranks} under ZeRO {stage}" in done.stdout
-    found = losses(tmp_path / "run")
-    assert [step for step, _ in found] == [step for step, _ in uninterrupted[0]]
-    for (_, mine), (_, theirs) in zip(found, uninterrupted[0], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5)
+    continued = losses(tmp_path / "run")
+    assert [step for step, _ in continued] == [step for step, _ in uninterrupted[0]]
+    for (_, loss), (_, expected) in zip(continued, uninterrupted[0], strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
     assert not list((tmp_path / "run/checkpoints").glob(".unfinished-*"))
 
 
-def test_never_and_another_precision_are_refused_in_one_line(stopped, shards, tmp_path):
+def test_resume_never_and_another_precision_are_refused_in_one_line(stopped, shards, tmp_path):
     for option, text in (
         ("--train.precision=bf16", "train.precision was 'fp32', now 'bf16'"),
         ("--resume=never", "holds a checkpoint of step"),
@@ -97,16 +97,16 @@ def test_never_and_another_precision_are_refused_in_one_line(stopped, shards, tm
         assert "Traceback" not in done.stderr
 
 
-def ask_in_step_2(rank):
-    """Rank 1 gets SIGUSR1 when its forward pass of the third step is done."""
+def signal_in_step_2(rank):
+    """Rank 1 gets SIGUSR1 after its forward pass of the third step."""
     if rank == 1:
         at_phase("the exchange of embeddings of step 2", lambda: os.kill(os.getpid(), signal.SIGUSR1))
 
 
-def test_a_signal_during_a_step_is_acted_on_in_that_step(shards, tmp_path):
-    given = pretrain_command(shards, tmp_path / "run", STEPS, *GROUP)
-    command = [*given[given.index("--config") :], f"--run.tracking_uri=sqlite:///{tmp_path}/mlflow.db"]
-    assert wait(start(command, tmp_path, 2, harm=ask_in_step_2)) == [0, 0], (tmp_path / "rank-0.log").read_text()
-    said = (tmp_path / "rank-0.log").read_text()
-    assert "pretrain: stopped by a signal to another rank after step 3, saved; the same command continues" in said
+def test_a_signal_after_the_forward_pass_takes_effect_in_that_step(shards, tmp_path):
+    words = pretrain_command(shards, tmp_path / "run", STEPS, *GROUP)
+    command = [*words[words.index("--config") :], f"--run.tracking_uri=sqlite:///{tmp_path}/mlflow.db"]
+    assert wait(start(command, tmp_path, 2, harm=signal_in_step_2)) == [0, 0], (tmp_path / "rank-0.log").read_text()
+    output = (tmp_path / "rank-0.log").read_text()
+    assert "pretrain: stopped by a signal to another rank after step 3, saved; the same command continues" in output
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step-00000003"

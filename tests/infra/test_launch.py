@@ -1,4 +1,4 @@
-"""The files and lines of infra/launch, SLURM's variables, and the GPU kit's packing."""
+"""infra/launch: documented commands, batch scripts and container; SLURM's variables; packing of the GPU kit."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ SLURM = {
 
 
 def lines_of(word: str) -> list[list[str]]:
-    """The commands of the README's code blocks that begin with ``word``, as a shell would split them."""
+    """Return the commands in the README's code blocks that begin with ``word``, as a shell splits them."""
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [shlex.split(line, comments=True) for line in commands if line.startswith(word)]
 
 
-def test_a_task_of_srun_finds_its_rank_and_master():
+def test_rank_and_master_of_a_task_of_srun():
     assert slurm_environment(SLURM) == {
         "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "gpu07",
         "MASTER_PORT": "23456",
     }  # fmt: skip
 
 
-def test_a_step_on_a_part_of_the_job_counts_its_own_tasks_and_hosts():
+def test_a_job_step_has_its_own_number_of_tasks_and_hosts():
     step = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NODELIST": "gpu08", "SLURM_STEP_TASKS_PER_NODE": "3",
             "SLURM_NODEID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "2"}  # fmt: skip
     found = slurm_environment({**SLURM, **step})
     assert (found["WORLD_SIZE"], found["MASTER_ADDR"], found["LOCAL_WORLD_SIZE"]) == ("3", "gpu08", "3")
 
 
-def test_a_master_that_is_set_wins():
+def test_a_given_master_takes_precedence():
     found = slurm_environment({**SLURM, "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"})
     assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.7", "29500")
 
@@ -64,7 +64,7 @@ def test_a_master_that_is_set_wins():
         ({"SLURM_TASKS_PER_NODE": "2x3"}, "SLURM_TASKS_PER_NODE='2x3' cannot be read"),
     ],
 )
-def test_what_slurm_did_not_say_is_named(change, text):
+def test_a_missing_or_unreadable_variable_of_slurm_is_named(change, text):
     with pytest.raises(UserError, match=text):
         slurm_environment({**SLURM, **change})
 
@@ -78,25 +78,25 @@ def test_what_slurm_did_not_say_is_named(change, text):
         ("r[1-2]n[08,10]", ["r1n08", "r1n10", "r2n08", "r2n10"]),
     ],
 )
-def test_host_lists_in_slurms_short_form(text, hosts):
+def test_a_host_list_in_slurms_short_form_is_expanded(text, hosts):
     assert expand_hosts(text) == hosts
 
 
 @given(st.lists(st.tuples(st.integers(0, 120), st.integers(0, 12)), min_size=1, max_size=5), st.integers(1, 4))
-def test_ranges_written_short_read_back_in_order(ranges, width):
+def test_ranges_of_hosts_are_expanded_in_order(ranges, width):
     short = ",".join(f"{first:0{width}d}-{first + more:0{width}d}" for first, more in ranges)
     naive = [f"n{number:0{width}d}.ib" for first, more in ranges for number in range(first, first + more + 1)]
     assert expand_hosts(f"n[{short}].ib") == naive
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 9)), min_size=1, max_size=6))
-def test_task_counts_written_short_read_back(groups):
+def test_task_counts_are_expanded(groups):
     short = ",".join(f"{tasks}(x{hosts})" if hosts > 1 else f"{tasks}" for tasks, hosts in groups)
     assert expand_counts(short) == [tasks for tasks, hosts in groups for _ in range(hosts)]
 
 
 @pytest.mark.distributed
-def test_two_processes_with_slurms_variables_train_as_two_ranks(shards, tmp_path):
+def test_two_processes_with_slurms_variables_are_two_ranks(shards, tmp_path):
     arguments = pretrain_command(shards, tmp_path / "run", 3)[4:]
     variables = {**environment(tmp_path), "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "1",
                  "SLURM_TASKS_PER_NODE": "2", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
@@ -119,16 +119,16 @@ def test_two_processes_with_slurms_variables_train_as_two_ranks(shards, tmp_path
     assert [step for step, _ in losses(tmp_path / "run")] == [0, 1, 2]
 
 
-def test_the_hostfile_and_the_environment_are_what_deepspeed_reads():
+def test_deepspeed_reads_the_hostfile_and_the_environment_file():
     runner = pytest.importorskip("deepspeed.launcher.runner")
     assert runner.fetch_hostfile(str(LAUNCH / "hostfile")) == {"node01": 8, "node02": 8}
-    # The launcher splits each line at its first "=" and knows neither comments nor empty lines.
+    # DeepSpeed's launcher splits each line at its first "=" and supports neither comments nor empty lines.
     for line in (LAUNCH / "deepspeed_env").read_text().splitlines():
         assert re.fullmatch(r"[A-Z_]+=[^\s\"'#]+", line), line
 
 
 @pytest.mark.parametrize("word", ["deepspeed", "sbatch"])
-def test_every_documented_start_is_a_recipe_that_the_launcher_understands(word):
+def test_the_launcher_understands_every_documented_command(word):
     from deepspeed.launcher.runner import parse_args
 
     from pretrain.config import load_recipe
@@ -138,10 +138,10 @@ def test_every_documented_start_is_a_recipe_that_the_launcher_understands(word):
     assert len(commands) == {"deepspeed": 3, "sbatch": 1}[word]
     for command in commands:
         if word == "deepspeed":
-            given_to = parse_args(command[1:])
-            assert (given_to.user_script, given_to.module) == ("pretrain.train", True)
-            assert given_to.hostfile == "/job/hostfile" or (ROOT / given_to.hostfile).is_file()
-            rest = given_to.user_args
+            parsed = parse_args(command[1:])
+            assert (parsed.user_script, parsed.module) == ("pretrain.train", True)
+            assert parsed.hostfile == "/job/hostfile" or (ROOT / parsed.hostfile).is_file()
+            rest = parsed.user_args
         else:
             script = next(part for part in command if part.endswith(".sbatch"))
             assert (ROOT / script).is_file()
@@ -150,8 +150,8 @@ def test_every_documented_start_is_a_recipe_that_the_launcher_understands(word):
 
 
 @pytest.mark.parametrize("name", ["pretrain.sbatch", "pretrain-deepspeed.sbatch"])
-def test_a_batch_script_starts_what_it_says(name, tmp_path):
-    """With stand-ins for srun and scontrol that record how they were called and run what they were given."""
+def test_a_batch_script_starts_the_ranks_and_requeues_after_the_watchdog(name, tmp_path):
+    """Scripts stand in for srun and scontrol; they record their arguments, and srun runs its command."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -159,7 +159,7 @@ def test_a_batch_script_starts_what_it_says(name, tmp_path):
         "bin/srun": 'echo "srun $1 $2" >> calls; while [[ $1 == --* ]]; do shift; done; exec "$@"',
         "bin/scontrol": '[ "$1" = show ] && printf "gpu07\\ngpu08\\n" || echo "scontrol $*" >> calls',
         ".venv/bin/python": 'echo "python $*" >> calls; exit 75',
-        # USR1, which would end this shell, is ignored.
+        # The shell must ignore USR1, which would end it.
         ".venv/bin/yaware": 'echo "yaware $*" >> calls; cat "$3" >> calls; kill -USR1 $$; exit 75',
     }
     for path, body in scripts.items():
@@ -181,27 +181,49 @@ def test_a_batch_script_starts_what_it_says(name, tmp_path):
             "yaware launch --hostfile HOSTS --node_rank 1 --master_addr gpu07 --master_port 23456 "
             "--config demo-cpu --run.name=a b"
         )
-    assert "#SBATCH --signal=USR1@120\n#SBATCH --requeue\n" in (LAUNCH / name).read_text()
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (LAUNCH / name).read_text(), re.MULTILINE))
+    assert directives["signal"] == "USR1@120", "the ranks save at SIGUSR1; a B: would send it to the shell alone"
+    assert {"requeue", "nodes", "ntasks-per-node", "gpus-per-node", "time"} <= directives.keys()
+    assert directives["open-mode"] == "append", "a requeued job continues its log"
     assert not list(tmp_path.glob(".hostfile-*"))
     usage = subprocess.run(["bash", str(LAUNCH / name)], env=variables, cwd=tmp_path, capture_output=True, text=True)
     assert usage.returncode != 0
     assert "usage: sbatch" in usage.stderr
 
 
-def test_the_container_copies_what_exists_and_all_that_the_package_needs():
+def test_the_files_that_the_container_copies_are_a_working_package(tmp_path):
+    """The copied files alone resolve every subcommand, have every module that pyproject.toml names, and the pins."""
     text = (LAUNCH / "Containerfile").read_text()
-    copied = [part for line in re.findall(r"^COPY (.*) \S+$", text, flags=re.MULTILINE) for part in line.split()]
-    assert all((ROOT / part).exists() for part in copied)
-    assert {"infra", "data_pipeline", "pretrain", "evaluation", "pyproject.toml"} <= set(copied)
-    assert "-c infra/constraints.txt" in text
+    for line in re.findall(r"^COPY (.*)$", text, flags=re.MULTILINE):
+        *sources, target = line.split()
+        for source in sources:
+            into = tmp_path / target / (source if target == "./" else "")
+            (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, into)
+    pins = re.findall(r"pip install .* -c (\S+)", text)
+    assert pins
+    assert all((tmp_path / path).is_file() for path in pins)
+    modules = re.findall(
+        r'"(\w+)"', re.findall(r"^py-modules = (.*)$", (tmp_path / "pyproject.toml").read_text(), re.M)[0]
+    )
+    code = (
+        "import importlib, sys; from infra.cli import SUBCOMMANDS; "
+        "[importlib.import_module(module).COMMANDS[name] for name, (module, _) in SUBCOMMANDS.items()]; "
+        "print(*(importlib.import_module(name).__file__ for name in ['infra', *sys.argv[1:]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *modules], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(path.startswith(str(tmp_path)) for path in done.stdout.split()), "imported from elsewhere"
 
 
 @pytest.mark.slow
-def test_the_ray_lines_make_one_cluster():
+def test_the_documented_ray_commands_make_one_cluster():
     head, worker = lines_of("ray")
     port = free_port()
     binaries = Path(sys.executable).parent
-    # Two daemons share this machine: small stores, and no other change to the documented lines.
+    # Two daemons share this machine, so their stores are small; otherwise the commands are as documented.
     extra = ["--object-store-memory", "80000000", "--num-cpus", "1"]
     given_port = [str(port) if part == "6379" else part for part in head[1:]]
     given_address = [part.replace("node01:6379", f"127.0.0.1:{port}") for part in worker[1:]]
@@ -222,7 +244,7 @@ def test_the_ray_lines_make_one_cluster():
 
 
 @pytest.mark.slow
-def test_the_mlflow_line_serves_a_store(tmp_path):
+def test_the_documented_mlflow_command_serves_a_store(tmp_path):
     (command,) = lines_of("mlflow")
     port = free_port()
     arguments = [str(port) if part == "5000" else part for part in command[1:]]
@@ -251,7 +273,7 @@ def test_the_mlflow_line_serves_a_store(tmp_path):
 
 @pytest.fixture
 def packed(tmp_path):
-    """Wheels that are none, of awkward sizes, packed in small parts."""
+    """Files of awkward sizes with names of wheels, packed in small parts."""
     source = tmp_path / "given"
     source.mkdir()
     for number, size in enumerate((1, 70_001, 250_000)):
@@ -269,7 +291,7 @@ def _unpack(folder: Path, dest: Path, *arguments: str) -> subprocess.CompletedPr
     return subprocess.run(["bash", str(folder / "unpack.sh"), *arguments, str(dest)], capture_output=True, text=True)
 
 
-def test_the_kit_is_cut_and_joined_without_loss(packed, tmp_path):
+def test_the_kit_is_split_and_joined_without_loss(packed, tmp_path):
     source, out = packed
     parts = sorted(out.glob("yaware-gpu.tar.*"))
     assert len(parts) > 6
@@ -287,7 +309,7 @@ def _committed(name: str) -> bytes:
 
 
 @pytest.mark.parametrize("harm", ["cut short", "missing"])
-def test_a_damaged_part_is_named_and_nothing_unpacked(packed, tmp_path, harm):
+def test_a_damaged_part_is_named_and_nothing_is_unpacked(packed, tmp_path, harm):
     _, out = packed
     part = out / "yaware-gpu.tar.003"
     if harm == "missing":
@@ -300,13 +322,13 @@ def test_a_damaged_part_is_named_and_nothing_unpacked(packed, tmp_path, harm):
     assert not (tmp_path / "there").exists()
 
 
-def test_a_stray_part_of_an_older_pack_is_left_out(packed, tmp_path):
+def test_a_part_of_an_older_kit_is_ignored(packed, tmp_path):
     _, out = packed
     shutil.copy(out / "yaware-gpu.tar.000", out / "yaware-gpu.tar.999")
     assert _unpack(out, tmp_path / "there", "--check").returncode == 0
 
 
-def test_the_kit_holds_every_pin_but_torch_and_the_tools_of_development():
+def test_the_kit_has_every_pinned_package_except_torch_and_development_tools():
     listed = {line.split("=")[0].split(">")[0] for line in _pack("--list").stdout.splitlines()}
     assert {"deepspeed", "monai", "pytest", "hypothesis", "nvidia-dali-cuda130", "setuptools", "numpy"} <= listed
     assert not {"torch", "ruff", "mypy"} & listed

@@ -1,4 +1,4 @@
-"""Ranks that hang, die or fail end the whole job within its time, and every rank's log names the one to blame."""
+"""A rank that hangs, dies or fails ends the whole job in time, and the log of every rank names it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start(world: int, actions: dict[str, str], folder: Path, seconds: float = SE
 
 
 def statuses(ranks: list[subprocess.Popen[bytes]], timeout: float = 60) -> list[int]:
-    """Exit status of each rank; none may outlive ``timeout``."""
+    """Return the exit status of each rank; fail if one still runs after ``timeout``."""
     limit = time.monotonic() + timeout
     try:
         return [rank.wait(timeout=max(0.1, limit - time.monotonic())) for rank in ranks]
@@ -51,7 +51,7 @@ def verdict(folder: Path, rank: int) -> str:
 
 
 @pytest.mark.parametrize("culprit", [0, 2])
-def test_a_hanging_rank_is_named_by_every_rank_with_the_line_it_hangs_in(tmp_path, culprit):
+def test_every_rank_names_a_hanging_rank_and_its_source_line(tmp_path, culprit):
     ranks = start(3, {str(culprit): "hang"}, tmp_path)
     assert statuses(ranks) == [EXIT_STATUS] * 3
     for rank in range(3):
@@ -65,7 +65,7 @@ def test_a_hanging_rank_is_named_by_every_rank_with_the_line_it_hangs_in(tmp_pat
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_a_killed_rank_ends_the_others_with_its_name(tmp_path, culprit):
+def test_a_killed_rank_is_named_and_ends_the_others(tmp_path, culprit):
     ranks = start(3, {str(culprit): "hang"}, tmp_path, seconds=60)
     wait_for_text(tmp_path / f"rank{culprit}.log", "at step 3")
     time.sleep(1)  # for the others to reach the exchange
@@ -74,13 +74,13 @@ def test_a_killed_rank_ends_the_others_with_its_name(tmp_path, culprit):
     expected = [EXIT_STATUS] * 3
     expected[culprit] = -9
     assert statuses(ranks) == expected
-    assert time.monotonic() - killed < 15, "waited for the hang limit although the process was gone"
+    assert time.monotonic() - killed < 15, "the watchdog waited for the hang limit although the process was gone"
     for rank in {0, 1, 2} - {culprit}:
         assert f"rank {culprit} (" in verdict(tmp_path, rank)
         assert "has died (its connection closed) in the loading of batch 3" in verdict(tmp_path, rank)
 
 
-def test_a_launcher_that_ends_the_others_at_once_does_not_keep_them_from_saying_who_died(tmp_path):
+def test_survivors_name_the_dead_rank_although_a_launcher_sends_them_sigterm(tmp_path):
     ranks = start(3, {"1": "hang"}, tmp_path, seconds=60)
     wait_for_text(tmp_path / "rank1.log", "at step 3")
     time.sleep(1)
@@ -94,16 +94,16 @@ def test_a_launcher_that_ends_the_others_at_once_does_not_keep_them_from_saying_
         assert "rank 1 (" in verdict(tmp_path, rank)
 
 
-def test_an_exception_of_one_rank_ends_the_others_and_keeps_its_traceback(tmp_path):
+def test_an_exception_on_one_rank_ends_the_others_and_its_traceback_is_printed(tmp_path):
     ranks = start(3, {"1": "raise"}, tmp_path, seconds=60)
     assert statuses(ranks) == [EXIT_STATUS, 1, EXIT_STATUS]
     assert "Traceback" in (tmp_path / "rank1.log").read_text()
-    assert f"SIGTERM: {signal.SIG_DFL}" in (tmp_path / "rank1.log").read_text(), "it can no longer be ended"
+    assert f"SIGTERM: {signal.SIG_DFL}" in (tmp_path / "rank1.log").read_text(), "SIGTERM can no longer end the rank"
     for rank in (0, 2):
         assert "has failed in the loading of batch 3: RuntimeError: out of memory" in verdict(tmp_path, rank)
 
 
-def test_an_exception_of_all_ranks_is_left_alone(tmp_path):
+def test_the_watchdog_is_silent_about_an_exception_on_all_ranks(tmp_path):
     ranks = start(2, dict.fromkeys("01", "raise everywhere"), tmp_path)
     assert statuses(ranks) == [1, 1]
     for rank in range(2):
@@ -112,25 +112,25 @@ def test_an_exception_of_all_ranks_is_left_alone(tmp_path):
         assert "watchdog:" not in text
 
 
-def test_a_rank_that_hangs_with_pythons_lock_ends_too(tmp_path):
+def test_a_rank_that_hangs_while_holding_pythons_lock_ends(tmp_path):
     ranks = start(2, {"1": "hold python's lock"}, tmp_path)
     assert statuses(ranks) == [EXIT_STATUS, 1]
     assert "rank 1 (" in verdict(tmp_path, 0)
     assert "Thread 0x" in (tmp_path / "rank1.log").read_text()
 
 
-def test_slow_but_moving_ranks_are_let_be(tmp_path):
+def test_slow_ranks_that_make_progress_are_not_ended(tmp_path):
     ranks = start(2, {"1": "take twice as long but beat", "checkpoint": "slow"}, tmp_path)
     assert statuses(ranks) == [0, 0]
     assert all((tmp_path / f"rank{rank}.log").read_text().strip().endswith("done") for rank in range(2))
 
 
-def test_zero_seconds_turn_it_off(tmp_path):
+def test_zero_seconds_turn_the_watchdog_off(tmp_path):
     ranks = start(2, {"1": "take twice as long but beat"}, tmp_path, seconds=0)
     assert statuses(ranks) == [0, 0]
 
 
-def test_hundreds_of_ranks_still_make_one_short_line():
+def test_the_line_is_short_with_hundreds_of_ranks():
     everyone = [RankStatus(rank, f"host-{rank // 8}", "the exchange of step 7") for rank in range(256)]
     for status in everyone[100:108]:
         status.phase, status.lost_time = "the forward pass of step 7", status.phase_start

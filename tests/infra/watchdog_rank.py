@@ -1,4 +1,4 @@
-"""A rank that does nothing but load, exchange and write, under the watchdog; test_watchdog.py says what goes wrong.
+"""A rank under the watchdog that only pretends to load, exchange and write; test_watchdog.py chooses what goes wrong.
 
 usage: watchdog_rank.py SECONDS {"RANK": "what it does at step 3", ...}
 """
@@ -20,7 +20,7 @@ from infra import distributed, watchdog
 
 
 class SameEverywhere(RuntimeError):
-    """An error that every rank raises, as NotFinite."""
+    """An error that all ranks raise, as NotFinite is."""
 
 
 def fail(error: type[Exception]) -> None:
@@ -42,13 +42,13 @@ def main(seconds: float, actions: dict[str, str]) -> None:
         watched(seconds, actions)
     finally:
         print("SIGTERM:", signal.getsignal(signal.SIGTERM), flush=True)
-        dist.destroy_process_group()  # as pretrain.train does; gloo's threads may abort an exiting process otherwise
+        dist.destroy_process_group()  # as pretrain.train does; otherwise gloo's threads may abort the exiting process
     print("done", flush=True)
 
 
 @contextmanager
-def terminations_noted() -> Iterator[None]:
-    """SIGTERM does nothing while ranks train, and what it did before afterwards; as pretrain.run.stop has it."""
+def sigterm_recorded() -> Iterator[None]:
+    """Ignore SIGTERM within the block, as pretrain.run.stop does while ranks train."""
     signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         yield
@@ -57,8 +57,8 @@ def terminations_noted() -> Iterator[None]:
 
 
 def watched(seconds: float, actions: dict[str, str]) -> None:
-    """Six steps and a checkpoint."""
-    with watchdog.Watchdog(seconds), terminations_noted():
+    """Make six steps and a checkpoint."""
+    with watchdog.Watchdog(seconds), sigterm_recorded():
         watchdog.connect()
         for step in range(6):
             watchdog.phase(f"the loading of batch {step}")

@@ -1,4 +1,4 @@
-"""The main job by the real commands: NIfTI in, comparison out; and the launcher typed by hand."""
+"""The main job with the real commands, from NIfTI files to a comparison, and DeepSpeed's launcher typed by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A run through the hand-typed launcher in a folder of its own, and a random baseline by ``yaware pretrain``."""
+    """A run by the hand-typed launcher in a folder of its own, and a random baseline by ``yaware pretrain``."""
     folder = tmp_path_factory.mktemp("job")
     for command in (
         ["cohort", "simulate", str(folder / "demo/cohort"), "--participants", "150", "--spacing", "12", "--workers", "1"],
@@ -34,7 +34,7 @@ def job(tmp_path_factory):
          "--splits", "pretrain=.4,monitor=.2,downstream=.4"],
     ):  # fmt: skip
         assert cli.run(command) == 0
-    # As a user would type it; only the encoder is made smaller. Relative paths are those of the recipe.
+    # As a user types it, with a smaller encoder. The paths of the recipe are relative.
     typed = ["deepspeed", "--num_accelerators", "2", "--module", "pretrain.train", "--config", "demo-cpu"]
     small = ["--train.steps=6", "--checkpoint.every_steps=3", "--encoder.options={width: 0.25}", "--run.experiment=job"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -58,7 +58,7 @@ def store(folder: Path) -> str:
     return environment(folder)["MLFLOW_TRACKING_URI"]
 
 
-def test_the_hand_typed_launcher_trains_and_writes_what_it_should(job):
+def test_the_hand_typed_launcher_writes_metrics_and_checkpoints(job):
     output = job / "demo/runs/y-aware"
     assert [step for step, _ in losses(output)] == list(range(6))
     assert sorted(p.name for p in (output / "checkpoints").glob("step-*")) == ["step-00000003", "step-00000006"]
@@ -72,7 +72,7 @@ def test_the_hand_typed_launcher_trains_and_writes_what_it_should(job):
     assert encoder.config["simulated"] is True
 
 
-def test_a_checkpoint_keeps_what_it_has_seen(job):
+def test_a_checkpoint_records_the_scans_it_was_trained_on(job):
     manifest = Manifest.load(job / "demo/shards")
     (trained,) = read(find_encoder(job / "demo/runs/y-aware"))
     assert trained == source_of(manifest, manifest.rows(split="pretrain"))
@@ -81,7 +81,7 @@ def test_a_checkpoint_keeps_what_it_has_seen(job):
 
 
 @pytest.mark.slow
-def test_regression_of_age_is_pretrained_by_the_same_command(job):
+def test_the_same_command_trains_regression_of_age(job):
     shards, output = job / "demo/shards", job / "demo/runs/age"
     more = ["--run.name=age", "--run.experiment=job", "--loss.name=regression", "--monitor.every_epochs=1"]
     done = run(pretrain_command(shards, output, 12, *more), job)
@@ -93,7 +93,7 @@ def test_regression_of_age_is_pretrained_by_the_same_command(job):
     assert [source.role for source in read(find_encoder(output))] == ["trained", "watched"]
 
 
-def test_mlflow_holds_one_run_per_pretraining_with_its_checkpoints(job):
+def test_mlflow_has_one_run_per_pretraining_with_its_checkpoints(job):
     rows = {row["name"]: row for row in runs.runs(store(job), "job", "pretraining")}
     assert set(rows) == {"y-aware", "random"}
     trained = rows["y-aware"]
@@ -110,7 +110,7 @@ def test_mlflow_holds_one_run_per_pretraining_with_its_checkpoints(job):
     assert Encoder.from_pretrained(models[1]["path"]).config["model_id"] == models[1]["model_id"]
 
 
-def test_evaluated_and_compared_by_command(job, capsys, monkeypatch):
+def test_the_commands_evaluate_and_compare(job, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store(job))
     given = [str(job / "demo/runs/y-aware"), str(job / "demo/runs/random"), "--shards", str(job / "demo/shards")]
     protocol = ["--tasks", "scz,age", "--experiment", "job", "--n-train", "10", "--draws", "2", "--workers", "2"]
@@ -156,7 +156,7 @@ def test_another_recipe_in_the_same_folder_is_refused(job):
         ("--deepspeed.train_batch_size=4", "deepspeed.train_batch_size contradicts the recipe's own keys"),
     ],
 )
-def test_wrong_recipes_are_one_line_and_start_nothing(job, tmp_path, capsys, override, text):
+def test_a_wrong_recipe_is_one_line_and_starts_nothing(job, tmp_path, capsys, override, text):
     shards = job / "demo/shards"
     command = ["pretrain", "--config", "demo-cpu", f"--data.shards={shards}", f"--run.output={tmp_path}/run", override]
     assert cli.run(command) == 2
@@ -166,14 +166,14 @@ def test_wrong_recipes_are_one_line_and_start_nothing(job, tmp_path, capsys, ove
     assert not (tmp_path / "run").exists()
 
 
-def test_print_config_prints_a_recipe_that_reads_back(capsys, tmp_path):
+def test_print_config_prints_a_recipe_that_can_be_loaded(capsys, tmp_path):
     assert cli.run(["pretrain", "--config", "demo-cpu", "--optimizer.lr=0.25", "--print_config"]) == 0
     (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
     assert cli.run(["pretrain", "--config", str(tmp_path / "mine.yaml"), "--print_config"]) == 0
     assert "lr: 0.25" in capsys.readouterr().out
 
 
-def test_a_rank_prints_one_line_too(tmp_path):
+def test_a_rank_started_by_hand_prints_one_line_for_a_wrong_recipe(tmp_path):
     command = [sys.executable, "-m", "pretrain.train", "--config", "demo-cpu", f"--data.shards={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=100)
     assert done.returncode == 2

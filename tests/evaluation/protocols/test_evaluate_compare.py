@@ -1,15 +1,18 @@
-"""From checkpoints to the report through the real commands; the report is made from MLflow's store alone."""
+"""From checkpoints to the report by the real commands; the report is made from MLflow's store only."""
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 import sys
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.image import imread
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.shards.build import build_shards
@@ -69,7 +72,7 @@ def evaluated(shards, tmp_path_factory):
     asked = [str(root / "first"), "--shards", str(shards), "--experiment", "test", "--tracking-uri", uri]
     assert cli.run(["saliency", *asked, "--task", "ad", "--scans", "4", "--cubes", "3"]) == 0
     for name in ("first", "second"):
-        shutil.rmtree(root / name)  # from here on only MLflow knows them
+        shutil.rmtree(root / name)  # from here on they exist only in MLflow
     return root, uri, models
 
 
@@ -95,8 +98,8 @@ def test_evaluations_are_linked_to_checkpoint_and_pretraining(evaluated):
         } in model["metrics"]
 
 
-def test_mlflow_itself_sorts_checkpoints_by_a_figure(evaluated):
-    """The query behind the viewer's table of models: by a metric on a data set."""
+def test_mlflow_sorts_checkpoints_by_a_metric(evaluated):
+    """This is the query of MLflow's own table of models: by a metric on a data set."""
     _, uri, models = evaluated
     client = client_of(uri)
     order = {"field_name": "metrics.ad.auc", "ascending": False, "dataset_name": "tiny"}
@@ -114,44 +117,63 @@ def test_compare_reads_only_the_store_and_writes_the_report(evaluated, capsys):
     assert "mlflow ui --backend-store-uri" in printed
     assert re.search(r"ad AUC: (first - second|second - first) = [+-]0\.\d+ \[", printed)
     page = out.read_text()
-    assert page.count("data:image/png;base64,") == 2  # of scans
-    assert page.count("data:image/svg+xml;base64,") == 4
     assert not re.search(r"(src|href)=['\"]?https?:", page)
     assert "Simulated data" not in page
-    for name in ("auc", "learning_curve", "calibration", "embedding_age", "saliency", "training_curves"):
-        assert (root / "out" / f"report_{name}.png").read_bytes().startswith(b"\x89PNG")
+    pictures = {
+        "auc": ("first", "second", "AUC", "MAE (years)"),
+        "learning_curve": ("first", "second", "number of training scans"),
+        "calibration": ("first", "second", "predicted probability"),
+        "training_curves": ("first", "gradient norm"),
+    }
+    for name, texts in pictures.items():
+        svg = embedded(page, name, "svg+xml").decode()
+        for text in texts:
+            assert f"<!-- {text} -->" in svg, (name, text)  # matplotlib writes each text of a drawing as a comment too
+    for name in ("embedding_age", "saliency"):
+        assert embedded(page, name, "png") == (root / "out" / f"report_{name}.png").read_bytes()
+    for name in (*pictures, "embedding_age", "saliency"):
+        pixels = imread(root / "out" / f"report_{name}.png")
+        assert (pixels[..., :3] < 0.9).any(axis=2).mean() > 0.01  # not an empty page
     table = pd.read_csv(root / "out" / "report_metrics.csv")
     logged = {row["tags"]["yaware.run_name"]: row["metrics"] for row in runs.runs(uri, "test", "evaluation")}
     for row in table.itertuples():
         assert row.value == pytest.approx(logged[row.checkpoint][f"{row.task}.{row.metric}"])
 
 
+def embedded(page, section, kind):
+    """Return the bytes of the only picture in a section of the report."""
+    (part,) = re.findall(rf'<section><h2 id="{section}">.*?</section>', page, re.S)
+    (content,) = re.findall(rf'src="data:image/{re.escape(kind)};base64,([^"]+)"', part)
+    return base64.b64decode(content)
+
+
 class Region(torch.nn.Module):
-    """Features of which one sees the middle of the volume alone, and the others nothing of it."""
+    """An encoder whose first feature is the mean of the middle of the volume and whose other features are constant."""
 
     def forward(self, volumes_B1DHW):
-        seen = volumes_B1DHW[:, 0, 6:12, 6:12, 6:12].mean((1, 2, 3))
-        return torch.stack([seen, torch.ones_like(seen), torch.zeros_like(seen)], dim=1)
+        mean = volumes_B1DHW[:, 0, 6:12, 6:12, 6:12].mean((1, 2, 3))
+        return torch.stack([mean, torch.ones_like(mean), torch.zeros_like(mean)], dim=1)
 
 
-def test_occlusion_finds_the_only_voxels_that_matter(shards):
+def test_occlusion_finds_the_only_voxels_that_the_encoder_uses(shards):
     manifest = Manifest.load(shards)
     task = load_task("ad", manifest)
     encoder = Region()
     features = torch.cat([encoder(batch) for _, batch in volumes(manifest, task.rows, 16)]).numpy()
-    fit, ask = np.arange(len(task.rows))[6:], np.arange(6)
-    found = occlusion(encoder, manifest, task, features, fit, ask, {"penalty": 1.0}, 3)
-    change, side = found["map"], int(found["side"])
+    train, test = np.arange(len(task.rows))[6:], np.arange(6)
+    params = {"penalty": 1.0}
+    maps = occlusion(encoder, manifest, task, features=features, train=train, test=test, params=params, cubes=3)
+    change, side = maps["map"], int(maps["side"])
     middle = (slice(6, 12),) * 3
-    assert side == 6  # so that the region is one cube
+    assert side == 6  # the region is exactly one cube
     assert change[middle].min() > 0
     elsewhere = change.copy()
     elsewhere[middle] = 0
     assert not elsewhere.any()
-    assert found["background"].shape == change.shape == tuple(manifest.grid["shape"])
+    assert maps["background"].shape == change.shape == tuple(manifest.grid["shape"])
 
 
-def test_cubes_tile_the_brain_and_leave_out_air():
+def test_cubes_tile_the_brain_without_overlap_and_leave_out_air():
     volume = np.zeros((20, 24, 20))
     volume[5:15, 6:18, 5:15] = 1.0
     boxes, side = boxes_of(volume, 6)
@@ -170,37 +192,60 @@ def test_saliency_needs_an_evaluation(shards, tmp_path, capsys):
     base = [str(tmp_path / "ok"), "--shards", str(shards), "--tracking-uri", uri, "--experiment", "test"]
     for more, text in (
         (["--task", "ad"], r"has no evaluation of task ad on these shards in experiment 'test'; run yaware evaluate"),
-        (["--task", "site"], "task site has several classes and so no one score"),
+        (["--task", "site"], "task site is multiclass and has no single score"),
         (["--task", "ad", "--cubes", "1"], "--cubes=1 is too small; give at least 2"),
     ):
         assert cli.run(["saliency", *base, *more]) == 2
         assert re.search(text, capsys.readouterr().err)
 
 
-def test_umap_coordinates_stand_beside_the_components(shards, monkeypatch):
-    """umap-learn is optional: a stand-in for the library shows what it is given and where its answer goes."""
-    manifest = Manifest.load(shards)
-    rows = np.arange(30)
-    features = np.random.default_rng(0).normal(size=(30, 80))
-    assert "umap_x" not in embedding_table(manifest, rows[:10], features[:10])
+def distances(points):
+    """Return all pairwise Euclidean distances."""
+    return np.linalg.norm(points[:, None] - points[None], axis=2)
+
+
+def test_umap_gets_the_components_and_its_coordinates_are_stored_unchanged(shards, monkeypatch):
+    """umap-learn is optional, so a module of its name and interface takes its place.
+
+    With fewer features than components the map loses nothing: UMAP must see the distances of the standardised features.
+    """
+    manifest, rows = Manifest.load(shards), np.arange(40)
+    features = np.random.default_rng(0).normal(size=(40, 12)) * np.arange(1, 13)
+    coordinates = np.random.default_rng(1).normal(size=(40, 2))
+    inputs = []
 
     class UMAP:
-        def __init__(self, random_state):
-            assert random_state == 0
+        """The part of umap.UMAP's interface that is used."""
+
+        def __init__(self, *, random_state):
+            self.random_state = random_state
 
         def fit_transform(self, points):
-            assert points.shape[0] == 30
-            assert points.shape[1] <= 50
-            return points[:, 1::-1]
+            inputs.append((self.random_state, points))
+            return coordinates
 
+    assert "umap_x" not in embedding_table(manifest, rows, features)
     monkeypatch.setattr(embedding, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "umap", type(sys)("umap"))
+    monkeypatch.setitem(sys.modules, "umap", ModuleType("umap"))
     monkeypatch.setattr(sys.modules["umap"], "UMAP", UMAP, raising=False)
+    assert "umap_x" not in embedding_table(manifest, rows[:15], features[:15])  # too few scans
     table = embedding_table(manifest, rows, features)
-    assert np.allclose(abs(table["umap_x"]), abs(table["y"]))
+    assert np.array_equal(table[["umap_x", "umap_y"]].to_numpy(), coordinates)
+    ((seed, points),) = inputs
+    assert seed == 0
+    healthy = features[(manifest.scans["diagnosis"].iloc[rows] == "control").to_numpy()]
+    assert 2 < len(healthy) < 40
+    np.testing.assert_allclose(distances(points), distances(features / healthy.std(0)), rtol=1e-5)
+    assert np.array_equal(points[:, :2], table[["x", "y"]].to_numpy())
 
 
-def test_compare_without_evaluations_says_what_to_do(evaluated, capsys):
+def test_umap_itself_makes_a_map(shards):
+    pytest.importorskip("umap", reason="umap-learn is optional")
+    table = embedding_table(Manifest.load(shards), np.arange(40), np.random.default_rng(0).normal(size=(40, 12)))
+    assert np.isfinite(table[["umap_x", "umap_y"]]).all(axis=None)
+
+
+def test_compare_without_evaluations_names_the_command_to_run(evaluated, capsys):
     uri = evaluated[1]
     assert cli.run(["compare", "--experiment", "tset", "--tracking-uri", uri]) == 2
     assert "experiment 'tset' is not in" in capsys.readouterr().err
@@ -218,7 +263,7 @@ def test_participants_seen_in_pretraining_are_refused(shards, tmp_path, capsys):
     assert re.search(r"leaky: pretrained on participants of the test scans \(tiny/\d+, .* and \d+ more\)", printed)
 
 
-def test_wrong_requests_are_one_line(shards, tmp_path, capsys):
+def test_wrong_options_are_refused_in_one_line(shards, tmp_path, capsys):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     checkpoint(tmp_path / "ok", shards, uri, "ok", 0)
     base = ["--shards", str(shards), "--tracking-uri", uri]
@@ -226,7 +271,7 @@ def test_wrong_requests_are_one_line(shards, tmp_path, capsys):
         ([str(tmp_path / "ok"), *base, "--tasks", "add"], r"task 'add' is not known \(did you mean 'ad'\?\)"),
         ([str(tmp_path / "ok"), *base, "--tasks", "scz"], r"task scz: too few participants for 5 folds .*SCZ 0"),
         ([str(tmp_path / "none"), *base, "--tasks", "ad"], "no encoder in"),
-        ([str(tmp_path / "ok"), *base, "--tasks", "ad", "--folds", "1"], "at least 2 folds"),
+        ([str(tmp_path / "ok"), *base, "--tasks", "ad", "--folds", "1"], "folds=1 is too small; it must be at least 2"),
         ([str(tmp_path / "ok"), *base[:2], "--tracking-uri", "ftp://x", "--tasks", "ad"], "is not an MLflow store"),
     ):
         assert cli.run(["evaluate", *arguments]) == 2
@@ -234,16 +279,7 @@ def test_wrong_requests_are_one_line(shards, tmp_path, capsys):
         assert re.search(text, printed), printed
 
 
-def test_controls_are_matched_to_patients_in_age(shards):
-    manifest = Manifest.load(shards)
-    task = load_task("ad", manifest)
-    ages = manifest.scans["age"].to_numpy()[task.rows]
-    assert abs(ages[task.labels == 1].mean() - ages[task.labels == 0].mean()) < 3
-    assert len(np.unique(task.rows)) == len(task.rows)
-    assert set(manifest.scans["split"].to_numpy()[task.rows]) == {"downstream"}
-
-
-def test_a_task_file_of_ones_own(shards, tmp_path):
+def test_a_task_file_of_the_user_is_loaded(shards, tmp_path):
     path = tmp_path / "old.yaml"
     path.write_text(
         "title: site one\nkind: binary\nlabel: site\npositive: [site1]\nnegative: [site0, site2]\nhealthy: true\n"

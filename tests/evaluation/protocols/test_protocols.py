@@ -1,4 +1,4 @@
-"""Every protocol by the real command, on tiny checkpoints; voxels in the dual; features of inner blocks."""
+"""Every protocol is run by the real command on tiny checkpoints; the dual of the voxel model equals the primal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
 from evaluation.protocols.nested_cv import trial_row
-from evaluation.protocols.probes import GRIDS, FeatureTable, fit_predict
+from evaluation.protocols.probes import LINEAR, FeatureTable, fit_predict, linear
 from evaluation.protocols.record import trial_runs
 from evaluation.protocols.variant import ProtocolVariant
 from evaluation.protocols.voxels import voxel_coordinates
@@ -38,7 +38,7 @@ NETWORKS = ["--finetune.epochs=2", "--finetune.trials=2", "--finetune.halving=1"
 
 
 def write_checkpoint(run, manifest, step, seed):
-    """A run's checkpoint, as pretraining leaves it."""
+    """Write a checkpoint as pretraining does."""
     torch.manual_seed(seed)
     config = {
         "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 64, "step": step, "run_id": None,
@@ -70,12 +70,12 @@ def world(tmp_path_factory):
 
 
 def evaluate(world, name, *more):
-    """``yaware evaluate`` with a store of its own; the runs that it left, by protocol and step."""
+    """Run ``yaware evaluate`` with a store of its own; return the store and its runs by (label of the protocol, step)."""
     root, shards = world
     uri = f"sqlite:///{root}/{name}.db"
     given = ["evaluate", str(root / "runs" / "first"), "--shards", str(shards), "--experiment", name, "--workers", "2"]
     assert cli.run([*given, *SMALL, "--storage", str(root / "storage"), "--tracking-uri", uri, *more]) == 0
-    assert not list((root / "storage").iterdir())  # all that was unfinished is finished
+    assert not list((root / "storage").iterdir())  # the work folders are removed
     found = {
         (ProtocolVariant.from_tags(row["tags"]).label, row["tags"]["yaware.step"]): row
         for row in runs.runs(uri, name, "evaluation")
@@ -97,7 +97,7 @@ def test_protocols_on_frozen_features_over_all_steps(world, tmp_path):
     tasks = ["--tasks", "ad,site", "--protocols", "paper,voxels", "--all-steps"]
     uri, found = evaluate(world, "frozen", *tasks)
     assert set(found) == {("paper", "2"), ("paper", "4"), ("voxels", "0")}
-    assert not runs.runs(uri, "frozen", "trial")  # grids are in the table alone
+    assert not runs.runs(uri, "frozen", "trial")  # trials of grids have no runs of their own
     keys = []
     for (protocol, _), row in found.items():
         predictions, curve, trials = tables(uri, row, tmp_path)
@@ -111,17 +111,20 @@ def test_protocols_on_frozen_features_over_all_steps(world, tmp_path):
         assert row["tags"].get("yaware.leakage.checked") == (None if protocol == "voxels" else "participants, voxels")
         assert {"ad.auc", "ad.auc.low", "ad.brier", "site.bacc"} <= set(row["metrics"])
         keys.append(ad.sort_values("key")[["key", "fold", "label"]].to_numpy().tolist())
-    assert all(each == keys[0] for each in keys)  # the same scans in the same folds for everyone
+    assert all(scans == keys[0] for scans in keys)  # every candidate has the same scans in the same folds
 
 
-def test_a_layer_inside_and_whole_sites_left_out(world):
+def test_layer_pooling_and_left_out_sites_are_separate_tags(world):
     more = ["--tasks", "age", "--protocols", "knn", "--layer", "layer2", "--pooling", "mean,std", "--leave-site-out"]
     _, found = evaluate(world, "layer", *more, "--inner-repeats", "2")
-    ((label, _),) = found
+    (((label, _), row),) = found.items()
     assert label == "knn, layer2 mean+std, sites left out"
+    names = ("protocol", "model", "evaluates", "leave_site_out", "layer", "pooling")
+    tags = tuple(row["tags"][f"yaware.{name}"] for name in names)
+    assert tags == ("knn", "knn", "checkpoint", "True", "layer2", "mean,std")
 
 
-def test_a_trial_of_a_network_is_named_after_task_part_and_point():
+def test_a_network_trial_is_named_after_task_fold_and_params():
     point = {"lr": 0.00123456, "hidden": 16}
     row = trial_row("fold 1", {"point": point, "scores": [0.5, 0.75, float("-inf")], "done": False})
     grid = {"part": "fold 0", "point": {"penalty": 1.0}, "inner_score": 0.5, "seconds": 1.0}
@@ -133,7 +136,7 @@ def test_a_trial_of_a_network_is_named_after_task_part_and_point():
 
 
 @pytest.mark.parametrize("times", [1, 1000])
-def test_a_store_that_drops_out_loses_no_result(world, monkeypatch, capsys, times):
+def test_no_result_is_lost_if_the_store_fails(world, monkeypatch, capsys, times):
     root, shards = world
     name = f"outage-{times}"
     uri, storage = f"sqlite:///{root}/{name}.db", root / name
@@ -142,23 +145,23 @@ def test_a_store_that_drops_out_loses_no_result(world, monkeypatch, capsys, time
     given += ["--storage", str(storage), "--tracking-uri", uri]
     calls, log_artifact = [], StoredRun._artifact
 
-    def falling(self, entry):
+    def failing(self, entry):
         calls.append(entry)
         if len(calls) <= times:
             raise ConnectionError("the store is gone")
         log_artifact(self, entry)
 
-    monkeypatch.setattr(StoredRun, "_artifact", falling)
+    monkeypatch.setattr(StoredRun, "_artifact", failing)
     status = cli.run(given)
     printed = capsys.readouterr()
     (row,) = runs.runs(uri, name, "evaluation")
-    if times > 1:  # down to the end
+    if times > 1:  # the store stays down
         assert status == 2
         assert "run the same command again" in printed.err.splitlines()[-1]
         assert "logged to MLflow" not in printed.out
         assert row["status"] != "FINISHED"
         monkeypatch.setattr(StoredRun, "_artifact", log_artifact)
-        monkeypatch.setattr("evaluation.protocols.evaluate.judge", None)  # nothing is computed anew
+        monkeypatch.setattr("evaluation.protocols.evaluate.compute_result", None)  # would raise if called
         status = cli.run(given)
     assert status == 0
     assert not list(storage.iterdir())
@@ -166,8 +169,8 @@ def test_a_store_that_drops_out_loses_no_result(world, monkeypatch, capsys, time
     assert (again["run_id"], again["status"]) == (row["run_id"], "FINISHED")
     predictions, curve, trials = tables(uri, again, root / name)
     assert predictions["answer"].notna().all()
-    assert len(trials) == 2 * len(GRIDS["linear"])
-    assert curve.empty  # the linear protocol leaves learning curves out
+    assert len(trials) == 2 * len(LINEAR.grid)
+    assert curve.empty  # the protocol linear has no learning curves
     assert "ad.auc" in again["metrics"]
 
 
@@ -185,7 +188,7 @@ def test_protocols_that_search_with_optuna(world, tmp_path, protocol, subject):
     predictions, drawn, trials = tables(uri, row, tmp_path)
     assert predictions["answer"].notna().all()
     assert predictions.loc[predictions["task"] == "ad", "probability"].between(0, 1).all()
-    assert len(trials[trials["part"].str.startswith("fold")]) == 2 * 2 * 2  # tasks, folds, points
+    assert len(trials[trials["part"].str.startswith("fold")]) == 2 * 2 * 2  # tasks x folds x trials
     assert "scores" not in trials
     children = runs.runs(uri, protocol, "trial")
     assert len({child["name"] for child in children}) == len(children) == len(trials)
@@ -212,7 +215,7 @@ def test_fine_tuning_on_two_ranks(world):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
-def test_a_killed_evaluation_goes_on_in_the_same_run(world):
+def test_a_killed_evaluation_continues_in_the_same_run(world):
     root, shards = world
     uri, storage = f"sqlite:///{root}/killed.db", root / "killed"
     command = [
@@ -225,7 +228,7 @@ def test_a_killed_evaluation_goes_on_in_the_same_run(world):
     limit = time.monotonic() + 400
     while not list(storage.glob("*/ad-*-results/trial-*.json")):
         assert driver.poll() is None, (root / "killed.log").read_text()[-3000:]
-        assert time.monotonic() < limit, "the search never came so far"
+        assert time.monotonic() < limit, "the search did not reach its first trial"
         time.sleep(0.02)
     family = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
@@ -247,26 +250,28 @@ def test_a_killed_evaluation_goes_on_in_the_same_run(world):
     assert [row["status"] for row in found] == ["FINISHED", "FINISHED"]
 
 
-def test_voxels_in_the_dual_answer_as_voxels_do(world, tmp_path):
+def test_the_dual_of_the_voxel_model_makes_the_predictions_of_the_primal(world, tmp_path):
     manifest = Manifest.load(world[1])
     rows = np.arange(30)
     labels = (manifest.scans["age"].to_numpy()[rows] > 40).astype(int)
     voxels = np.stack([manifest.read_volume(int(row)).astype(np.float64).ravel() for row in rows])
     none = np.empty((30, 0))
-    answers = []
-    # The second time from the cache, for some of its rows.
-    for chosen in (rows, rows[3:28]):
+    predictions = []
+    for chosen in (rows, rows[3:28]):  # the second time from the cache, for some of its rows
         dual = voxel_coordinates(manifest, chosen, tmp_path / "gram.npz")
-        fit, ask = np.arange(len(chosen) - 8), np.arange(len(chosen) - 8, len(chosen))
-        found = []
+        train, test = np.arange(len(chosen) - 8), np.arange(len(chosen) - 8, len(chosen))
+        pair = []
         for features in (dual, voxels[chosen]):
-            scaled = features / np.sqrt(features[fit].var(0).sum())  # the one factor: where the dual's scale is its own
-            given = FeatureTable(scaled, labels[chosen], np.arange(len(chosen)), "binary", none, none, "all")
-            penalty = 1.0 * features.shape[1]
-            found.append(fit_predict("linear", {"penalty": penalty}, given, fit, ask).predicted)
-        np.testing.assert_allclose(found[0], found[1], rtol=2e-2, atol=2e-3)
-        answers.append(found[0])
-    assert np.ptp(answers[0]) > 0.1
+            scaled = features / np.sqrt(features[train].var(0).sum())  # dual and primal have different scales
+            table = FeatureTable(
+                scaled, labels[chosen], np.arange(len(chosen)), "binary",
+                covariates=none[chosen], confounds=none[chosen], scale="all",
+            )  # fmt: skip
+            params = {"penalty": 1.0 * features.shape[1]}
+            pair.append(fit_predict(linear, params, table, train, test).predicted)
+        np.testing.assert_allclose(pair[0], pair[1], rtol=2e-2, atol=2e-3)
+        predictions.append(pair[0])
+    assert np.ptp(predictions[0]) > 0.1
 
 
 def test_features_of_any_block(world):
@@ -291,16 +296,16 @@ def test_features_of_any_block(world):
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (["--protocols", "knnn"], "--protocols=knnn is not known (did you mean 'knn'?)"),
-        (["--protocols", "age-supervised"], "--protocols=age-supervised is a pretraining: yaware pretrain"),
+        (["--protocols", "knnn"], "protocol 'knnn' is not known (did you mean 'knn'?)"),
+        (["--protocols", "age-supervised"], "protocol age-supervised is a pretraining: run yaware pretrain"),
         (["--finetune.epoch=3"], "unknown key 'epoch' (did you mean 'epochs'?)"),
-        (["--finetune.batch=3", "--finetune.ranks=2"], "--finetune.batch=3 leaves 2 ranks fewer than 2 scans each"),
+        (["--finetune.batch=3", "--finetune.ranks=2"], "finetune.batch=3 is too small for 2 ranks; it must be at least 4"),
         (["--fintune.epochs=3"], "argument --fintune.epochs=3 is not known"),
         (["--layer", "layer9"], "--layer=layer9 is no block of this encoder"),
-        (["--inner-repeats", "0"], "--inner-repeats=0: at least 1"),
+        (["--inner-repeats", "0"], "inner_repeats=0 is too small; it must be at least 1"),
     ],
 )  # fmt: skip
-def test_wrong_requests_are_one_line(world, capsys, more, text):
+def test_wrong_options_are_refused_in_one_line(world, capsys, more, text):
     root, shards = world
     given = ["evaluate", str(root / "runs" / "first"), "--shards", str(shards), "--tasks", "ad", "--folds", "2"]
     assert cli.run([*given, "--tracking-uri", f"sqlite:///{root}/none.db", *more]) == 2

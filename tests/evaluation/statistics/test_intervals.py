@@ -1,4 +1,4 @@
-"""Intervals against scipy and by hand, and how often they hold the truth on simulated data."""
+"""Intervals against scipy and by hand, and their coverage on simulated data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, auc, mae
 
 
 def test_bca_limits_equal_scipy_on_the_same_samples():
-    data = np.random.default_rng(0).exponential(size=40)  # skewed, so that bias and acceleration matter
+    data = np.random.default_rng(0).exponential(size=40)  # skewed data, for which bias and acceleration matter
     found = stats.bootstrap((data,), np.mean, method="BCa", n_resamples=999, rng=np.random.default_rng(1))
     left_out = np.array([np.delete(data, i).mean() for i in range(40)])
     limits = bca_limits(data.mean(), found.bootstrap_distribution, left_out)
@@ -27,7 +27,7 @@ def test_bca_limits_equal_scipy_on_the_same_samples():
     assert limits != pytest.approx(tuple(np.quantile(found.bootstrap_distribution, [0.025, 0.975])), abs=1e-3)
 
 
-def test_participants_are_drawn_whole(monkeypatch):
+def test_all_scans_of_a_participant_are_resampled_together(monkeypatch):
     codes = participant_codes(np.array(["c", "c", "c", "a", "a", "g"]))
     weights = np.concatenate(list(bootstrap_weights(codes, 300)))
     assert weights.shape == (300, 6)
@@ -36,14 +36,14 @@ def test_participants_are_drawn_whole(monkeypatch):
     people = weights[:, [0, 3, 5]]
     assert (people.sum(1) == 3).all()
     assert people.mean(0) == pytest.approx([1, 1, 1], abs=0.15)
-    assert len(np.unique(people, axis=0)) == 10  # all the ways to draw 3 of 3
-    monkeypatch.setattr(intervals, "CELLS", 60)
+    assert len(np.unique(people, axis=0)) == 10  # all multisets of 3 out of 3
+    monkeypatch.setattr(intervals, "MOST_WEIGHTS", 60)
     assert np.array_equal(weights, np.concatenate(list(bootstrap_weights(codes, 300))))
     left = np.concatenate(list(jackknife_weights(codes)))
     assert left.tolist() == [[1, 1, 1, 0, 0, 1], [0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
 
 
-def test_an_interval_of_several_scans_a_person_is_wider_than_if_they_were_people():
+def test_treating_scans_as_participants_makes_intervals_too_narrow():
     generator = np.random.default_rng(1)
     person = np.repeat(np.arange(30), 4)
     labels = (person % 2).astype(int)
@@ -54,7 +54,7 @@ def test_an_interval_of_several_scans_a_person_is_wider_than_if_they_were_people
     assert grouped[2] - grouped[1] > 1.4 * (single[2] - single[1])
 
 
-def test_degenerate_intervals():
+def test_intervals_of_constant_and_undefined_metrics():
     labels = np.repeat([0, 1], 10)
     assert with_interval(auc, labels, labels.astype(float), np.arange(20)) == (1.0, 1.0, 1.0)
     assert all(np.isnan(with_interval(auc, np.ones(20), labels, np.arange(20))))
@@ -76,7 +76,7 @@ def test_corrected_interval_by_hand():
 
 
 def unit(generator, kind, people, scans):
-    """Labels, answers and participants; a person's scans share most of what the answer says of them."""
+    """Simulate labels, predictions and participants; most of the noise is shared by a participant's scans."""
     groups = np.repeat(np.arange(people), scans)
     shared = generator.normal(size=people)[groups] * (scans > 1) * 0.8
     noise = shared + generator.normal(size=len(groups)) * (0.6 if scans > 1 else 1.0)  # variance 1 either way
@@ -85,25 +85,27 @@ def unit(generator, kind, people, scans):
         return labels, labels + noise, groups
     labels = (generator.random(people) < 0.4).astype(int)[groups]
     decision = noise + labels
-    # The posterior of two unit normals one apart with 40 % positives: calibrated by construction.
+    # The posterior probability of two unit normals one apart with 40 % positives is calibrated by construction.
     return labels, 1 / (1 + np.exp(-(decision - 0.5 + np.log(0.4 / 0.6)))), groups
 
 
-def told(name, answers):
-    """A probability as the score that balanced accuracy asks for; other figures take it as it is."""
+def as_prediction(name, answers):
+    """Turn a probability into a score with threshold 0 for balanced accuracy; other metrics take the probability."""
     return answers - 0.5 if name == "bacc" else answers
 
 
 def coverage(kind, names, people, scans, runs, resamples, seed):
-    """Share of simulated studies whose interval holds the figure of one endless study."""
-    big = unit(np.random.default_rng(99), kind, 400_000, 1)  # the figures do not depend on scans a person
-    figures = {**METRICS[kind], **PROBABILITY_METRICS[kind]}
-    truth = {name: figures[name](big[0], told(name, big[1])) for name in names}
+    """Return the share of simulated studies whose interval contains the metric of a study of 400,000 participants."""
+    big = unit(np.random.default_rng(99), kind, 400_000, 1)  # the metrics do not depend on the scans per participant
+    statistics = {**METRICS[kind], **PROBABILITY_METRICS[kind]}
+    truth = {name: statistics[name](big[0], as_prediction(name, big[1])) for name in names}
     generator, hits = np.random.default_rng(seed), dict.fromkeys(names, 0)
     for number in range(runs):
         labels, answers, groups = unit(generator, kind, people, scans)
         for name in names:
-            _, low, high = with_interval(figures[name], labels, told(name, answers), groups, number, resamples)
+            _, low, high = with_interval(
+                statistics[name], labels, as_prediction(name, answers), groups, number, resamples
+            )
             hits[name] += low <= truth[name] <= high
     return {name: count / runs for name, count in hits.items()}
 
@@ -113,7 +115,7 @@ def coverage(kind, names, people, scans, runs, resamples, seed):
     ("kind", "names", "scans"),
     [("binary", ("auc",), 1), ("binary", ("auc",), 3), ("regression", ("mae",), 1), ("regression", ("mae",), 3)],
 )
-def test_intervals_hold_the_truth_nineteen_times_in_twenty(kind, names, scans):
+def test_intervals_cover_the_truth_nineteen_times_in_twenty(kind, names, scans):
     for share in coverage(kind, names, 100, scans, 600, 600, seed=5).values():
         assert 0.92 <= share <= 0.98
 
@@ -123,13 +125,13 @@ def test_intervals_hold_the_truth_nineteen_times_in_twenty(kind, names, scans):
 @pytest.mark.parametrize("scans", [1, 3])
 @pytest.mark.parametrize("people", [60, 150])
 @pytest.mark.parametrize("kind", ["binary", "regression"])
-def test_intervals_of_every_figure_hold_the_truth(kind, people, scans):
+def test_intervals_of_every_metric_cover_the_truth(kind, people, scans):
     found = coverage(kind, (*METRICS[kind], *PROBABILITY_METRICS[kind]), people, scans, 1000, 800, seed=6)
     print(kind, people, scans, found)
     assert all(0.92 <= share <= 0.98 for share in found.values()), found
 
 
-def test_scans_taken_for_people_would_miss_the_truth():
+def test_intervals_over_scans_miss_the_truth_too_often():
     generator, hits = np.random.default_rng(3), 0
     for number in range(200):
         labels, answers, _ = unit(generator, "binary", 100, 3)
@@ -138,8 +140,8 @@ def test_scans_taken_for_people_would_miss_the_truth():
     assert hits / 200 < 0.88
 
 
-def test_corrected_interval_holds_the_truth_where_the_uncorrected_does_not():
-    """Mean of a training set predicts a test set, over 15 overlapping splits of one sample of 60; truth by theory."""
+def test_the_corrected_interval_covers_the_truth_and_the_uncorrected_does_not():
+    """The mean of the training set predicts the test set, in 15 overlapping splits of 60 values; the truth is known."""
     generator, corrected, plain = np.random.default_rng(8), 0, 0
     n_train, n_test, splits, runs = 48, 12, 15, 600
     truth = 1 + 1 / n_train  # expected squared error of the mean of 48 unit normals
@@ -155,9 +157,9 @@ def test_corrected_interval_holds_the_truth_where_the_uncorrected_does_not():
     assert plain / runs < 0.85
 
 
-def test_pearson_interval_is_pulled_towards_zero_near_one():
+def test_the_interval_of_a_high_correlation_is_wider_towards_zero():
     generator = np.random.default_rng(2)
     labels = generator.normal(size=80)
     value, low, high = with_interval(pearson, labels, labels + generator.normal(size=80) * 0.2, np.arange(80))
-    assert value - low > high - value  # a percentile interval is that too; a symmetric one is not
+    assert value - low > high - value  # a symmetric interval is not
     assert high < 1

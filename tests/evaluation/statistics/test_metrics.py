@@ -1,4 +1,4 @@
-"""Figures against scikit-learn and naive loops; weights against samples drawn out."""
+"""Metrics against scikit-learn and naive loops; weights against explicit resamples."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def regression(seed, count=50):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_figures_equal_scikit_learn_and_naive_loops(seed):
+def test_metrics_equal_scikit_learn_and_naive_loops(seed):
     labels, answers = binary(seed)
     pairs = [(a > b) + 0.5 * (a == b) for a in answers[labels == 1] for b in answers[labels == 0]]
     called = (answers - 0.5 > 0).astype(int)
@@ -68,7 +68,7 @@ def test_figures_equal_scikit_learn_and_naive_loops(seed):
 
 
 @pytest.mark.parametrize("kind", METRICS)
-def test_weights_count_scans_as_often_as_a_sample_holds_them(kind):
+def test_weights_equal_repeated_scans(kind):
     labels, answers = {"binary": binary, "multiclass": multiclass, "regression": regression}[kind](7)
     weights = np.random.default_rng(0).integers(0, 4, (6, len(labels))).astype(float)
     given = [(*each, answers) for each in PROBABILITY_METRICS[kind].items()]
@@ -79,7 +79,7 @@ def test_weights_count_scans_as_often_as_a_sample_holds_them(kind):
         assert statistic(labels, answers, weights) == pytest.approx(drawn, abs=1e-12)
 
 
-def test_what_does_not_exist_is_not_a_number():
+def test_undefined_metrics_are_nan():
     assert np.isnan(auc(np.ones(5), np.arange(5.0)))
     assert np.isnan(average_precision(np.zeros(5), np.arange(5.0)))
     assert np.isnan(brier(np.array([0, 1]), np.array([-0.3, 2.0])))  # decision values

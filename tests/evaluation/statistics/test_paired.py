@@ -1,4 +1,4 @@
-"""DeLong against its definition and a published example, the paired bootstrap, Holm, permutations; errors by simulation."""
+"""DeLong, paired bootstrap, Holm and permutations against definitions and published examples; error rates by simulation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evaluation.statistics.paired import (
 
 
 def naive_delong(labels, answers, groups):
-    """Obuchowski's covariance by its definition, pair by pair and person by person; DeLong's with one scan a person."""
+    """Obuchowski's covariance by its definition, with loops over pairs and participants; DeLong's if each has one scan."""
     positive, negative = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
     m, n = len(positive), len(negative)
     areas, of = [], []
@@ -46,7 +46,7 @@ def naive_delong(labels, answers, groups):
 def test_delong_equals_its_definition(seed, scans):
     generator = np.random.default_rng(seed)
     groups = np.repeat(generator.permutation(20), scans)
-    labels = generator.integers(0, 2, len(groups))  # with several scans a person may be on both sides
+    labels = generator.integers(0, 2, len(groups))  # with several scans a participant may have both labels
     answers = np.round(generator.normal(size=(3, len(groups))) + labels, 1)
     areas, covariance = delong(labels, answers, groups)
     expected_areas, expected = naive_delong(labels, answers, groups)
@@ -57,7 +57,7 @@ def test_delong_equals_its_definition(seed, scans):
 
 
 def test_delong_on_the_ratings_of_hanley_and_mcneil():
-    """109 CT images rated 1 to 5 (Radiology 143, 1982, Table I); DeLong's error as statistical packages print it."""
+    """109 CT images rated 1 to 5 (Radiology 143, 1982, Table I); DeLong's standard error as statistical packages print it."""
     ratings = np.arange(1, 6)
     normal, abnormal = np.repeat(ratings, [33, 6, 6, 11, 2]), np.repeat(ratings, [3, 2, 2, 11, 33])
     labels = np.repeat([0, 1], [len(normal), len(abnormal)])
@@ -69,14 +69,14 @@ def test_delong_on_the_ratings_of_hanley_and_mcneil():
     assert areas[0] + 1.959964 * error == pytest.approx(0.95339, abs=5e-6)
 
 
-def test_delong_needs_both_classes_and_two_people_of_each():
+def test_delong_needs_both_classes_and_two_participants_of_each():
     with pytest.raises(ValueError, match="0 positive and 4 negative scans"):
         delong(np.zeros(4), np.arange(4.0))
     assert np.isnan(delong(np.array([0, 0, 1, 1]), np.arange(4.0), np.array([1, 2, 3, 3]))[1]).all()
 
 
 def two_checkpoints(generator, people, scans, gain):
-    """Two checkpoints that mostly agree on each person; the second's signal is ``gain`` stronger."""
+    """Scores of two checkpoints that mostly agree on each participant; the signal of the second is stronger by ``gain``."""
     groups = np.repeat(np.arange(people), scans)
     labels = (np.arange(people) % 2)[groups]
     person = generator.normal(size=people)[groups]
@@ -85,13 +85,13 @@ def two_checkpoints(generator, people, scans, gain):
 
 
 @pytest.mark.parametrize("scans", [1, 3])
-def test_tests_of_no_difference_are_wrong_one_time_in_twenty(scans):
+def test_tests_of_no_difference_reject_once_in_twenty(scans):
     generator, runs = np.random.default_rng(11), 600
     wrong = {"delong": 0, "bootstrap": 0, "covered": 0, "covered by bootstrap": 0}
     for number in range(runs):
         labels, first, second, groups = two_checkpoints(generator, 80, scans, 0.0)
         by_delong = delong_difference(labels, first, second, groups)
-        by_bootstrap = paired_bootstrap(auc, labels, first, second, groups, number, 400)
+        by_bootstrap = paired_bootstrap(auc, labels, first, second, groups, seed=number, resamples=400)
         wrong["delong"] += by_delong.p < 0.05
         wrong["bootstrap"] += by_bootstrap.p < 0.05
         wrong["covered"] += by_delong.low <= 0 <= by_delong.high
@@ -103,7 +103,7 @@ def test_tests_of_no_difference_are_wrong_one_time_in_twenty(scans):
     assert 0.92 <= wrong["covered by bootstrap"] / runs <= 0.98
 
 
-def test_delong_and_bootstrap_agree_and_are_sharper_than_two_intervals():
+def test_delong_and_bootstrap_agree_and_are_narrower_than_unpaired_intervals():
     labels, first, second, groups = two_checkpoints(np.random.default_rng(2), 160, 1, 0.9)
     by_delong = delong_difference(labels, second, first, groups)
     by_bootstrap = paired_bootstrap(auc, labels, second, first, groups)
@@ -143,7 +143,7 @@ def test_holm_on_a_worked_example_and_against_its_definition():
     assert found[[0, 2, 3]] == pytest.approx([0.06, 0.9, 0.06])
     assert np.isnan(found[1])
     p = np.random.default_rng(0).random(12) ** 4
-    rejected = set()  # by Holm's own words: step down until one is too large
+    rejected = set()  # Holm's definition: step down until a p value is too large
     for step, index in enumerate(np.argsort(p)):
         if p[index] > 0.05 / (12 - step):
             break
@@ -152,18 +152,18 @@ def test_holm_on_a_worked_example_and_against_its_definition():
     assert rejected == set(np.flatnonzero(holm(p) <= 0.05).tolist())
 
 
-def test_permutation_p_of_a_small_case_by_listing_every_dealing():
+def test_permutation_p_of_a_small_case_equals_the_list_of_all_permutations():
     from itertools import permutations
 
     labels, answers = np.array([0, 0, 1, 1, 1]), np.array([0.1, 0.4, 0.3, 0.8, 0.9])
-    dealt = [auc(labels[list(order)], answers) for order in permutations(range(5))]
-    exact = np.mean(np.array(dealt) >= auc(labels, answers) - 1e-12)
+    permuted = [auc(labels[list(order)], answers) for order in permutations(range(5))]
+    exact = np.mean(np.array(permuted) >= auc(labels, answers) - 1e-12)
     found = permutation_p(auc, labels, answers, np.arange(5), count=4000)
     assert found == pytest.approx(exact, abs=4 * np.sqrt(exact / 4000))
 
 
-def test_permutations_deal_labels_among_people():
-    """Twenty people scanned five times, answers that know the person, not the label: scans dealt singly are too sure."""
+def test_labels_are_permuted_among_participants():
+    """Predictions know the participant, not the label; permuting scans rather than participants rejects too often."""
     p, single = [], []
     for seed in range(150):
         generator = np.random.default_rng(seed)
@@ -176,7 +176,7 @@ def test_permutations_deal_labels_among_people():
     assert np.mean(np.array(single) <= 0.05) >= 0.15
 
 
-def test_permutation_p_of_a_figure_that_is_better_when_low():
+def test_permutation_p_of_a_metric_that_is_better_when_low():
     generator = np.random.default_rng(5)
     groups = np.repeat(np.arange(30), [1, 2, 3] * 10)
     ages = generator.uniform(20, 80, 30)[groups] + generator.random(60)

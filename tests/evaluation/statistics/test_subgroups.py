@@ -1,4 +1,4 @@
-"""Subgroups with their counts, calibration curves, and the brain-age gap without its slope."""
+"""Subgroups with their counts, calibration curves, and the corrected brain-age gap."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_age_bands():
     assert found.tolist() == ["0-19", "0-19", "20-39", "40-59", "80-119", "", ""]
 
 
-def test_subgroups_are_judged_apart_and_small_ones_say_why_not():
+def test_each_subgroup_has_its_metric_and_small_ones_the_reason_why_not():
     generator = np.random.default_rng(0)
     groups = np.repeat(np.arange(100), 2)
     labels = (np.arange(100) % 2)[groups]
@@ -30,15 +30,17 @@ def test_subgroups_are_judged_apart_and_small_ones_say_why_not():
     assert table["group"].tolist() == ["F", "M", "a", "b", "c", "x"]
     women = table.iloc[0]
     assert (women["participants"], women["scans"], women["note"]) == (50, 100, "")
-    mine = sex == "F"
-    assert tuple(women[["value", "low", "high"]]) == with_interval(auc, labels[mine], answers[mine], groups[mine])
+    members = sex == "F"
+    assert tuple(women[["value", "low", "high"]]) == with_interval(
+        auc, labels[members], answers[members], groups[members]
+    )
     assert table["note"].tolist()[3:5] == ["fewer than 20 participants", "a class with fewer than 5 participants"]
     assert table["value"].isna().tolist() == [False, False, False, True, True, False]
     ages = subgroup_table(mae, answers, answers + 1, groups, {"sex": sex}, classes=False, minimum=51)
     assert ages["note"].tolist() == ["fewer than 51 participants"] * 2
 
 
-def test_calibration_curve_equals_scikit_learn_and_its_bins_hold_all_scans():
+def test_calibration_curve_equals_scikit_learn_and_its_bins_contain_all_scans():
     generator = np.random.default_rng(1)
     probabilities = generator.random(500)
     labels = (generator.random(500) < probabilities).astype(int)
@@ -66,46 +68,42 @@ def brain_ages(seed, count=400):
     return ages, 0.6 * ages + 20 + generator.normal(size=count) * 4
 
 
-def test_bias_lines_published_twice_are_one_and_free_the_gap_of_age():
+def test_both_published_corrections_agree_and_make_the_gap_independent_of_age():
     ages, predicted = brain_ages(0)
-    fit, ask = np.arange(400) < 200, np.arange(400) >= 200
-    line = BiasLine.fit(ages[fit], predicted[fit])
+    train, test = np.arange(400) < 200, np.arange(400) >= 200
+    line = BiasLine.fit(ages[train], predicted[train])
     assert (line.slope, line.intercept) == pytest.approx((0.6, 20), abs=2.5)
-    # Beheshti et al.: a line through the gap over age, taken off the gap.
-    slope, offset = np.polyfit(ages[fit], predicted[fit] - ages[fit], 1)
-    beheshti = predicted[ask] - ages[ask] - (slope * ages[ask] + offset)
-    gap = line.gap(ages[ask], predicted[ask])
+    # Beheshti et al. fit a line to the gap over age and subtract it.
+    slope, offset = np.polyfit(ages[train], predicted[train] - ages[train], 1)
+    beheshti = predicted[test] - ages[test] - (slope * ages[test] + offset)
+    gap = line.gap(ages[test], predicted[test])
     assert gap == pytest.approx(beheshti, abs=1e-9)
-    assert abs(np.corrcoef(gap, ages[ask])[0, 1]) < 0.15
-    assert np.corrcoef(predicted[ask] - ages[ask], ages[ask])[0, 1] < -0.7
-    assert line.predicted_age(ages[ask], predicted[ask]) - ages[ask] == pytest.approx(gap)
-    assert line.unbiased_age(line.slope * ages + line.intercept) == pytest.approx(ages)
-    with pytest.raises(ValueError, match="slope=-1"):
-        BiasLine(-1.0, 0.0).unbiased_age(predicted)
-    with pytest.raises(ValueError, match="2 ages spanning no range"):
+    assert abs(np.corrcoef(gap, ages[test])[0, 1]) < 0.15
+    assert np.corrcoef(predicted[test] - ages[test], ages[test])[0, 1] < -0.7
+    with pytest.raises(ValueError, match="2 ages without a range"):
         BiasLine.fit(np.array([30.0, 30.0]), np.array([1.0, 2.0]))
 
 
-def test_no_scan_helps_to_fit_its_own_correction():
+def test_the_correction_of_a_fold_is_fitted_outside_it():
     ages, predicted = brain_ages(1, 100)
     groups, folds = np.repeat(np.arange(50), 2), np.repeat(np.arange(50) % 5, 2)
     gaps = corrected_gaps(ages, predicted, folds, groups)
     changed = predicted.copy()
     changed[folds == 2] += 30
     again = corrected_gaps(ages, changed, folds, groups)
-    assert again[folds == 2] - gaps[folds == 2] == pytest.approx(30)  # its own line did not move
+    assert again[folds == 2] - gaps[folds == 2] == pytest.approx(30)  # the line of fold 2 did not change
     assert np.abs(again[folds != 2] - gaps[folds != 2]).min() > 1
     healthy = folds != 3
     for fold in range(5):
-        fit = (folds != fold) & healthy
-        line = BiasLine.fit(ages[fit], predicted[fit])
-        mine = folds == fold
-        found = corrected_gaps(ages, predicted, folds, groups, healthy)[mine]
-        assert found == pytest.approx(line.gap(ages[mine], predicted[mine]))
+        train = (folds != fold) & healthy
+        line = BiasLine.fit(ages[train], predicted[train])
+        members = folds == fold
+        found = corrected_gaps(ages, predicted, folds, groups, healthy)[members]
+        assert found == pytest.approx(line.gap(ages[members], predicted[members]))
 
 
-def test_who_was_scanned_at_two_sites_helps_to_fit_neither_correction():
-    """With sites left out a participant's scans may lie in two folds."""
+def test_a_participant_in_several_folds_fits_the_correction_of_none_of_them():
+    """With left-out sites a participant's scans may be in several folds."""
     ages, predicted = brain_ages(2, 100)
     groups, folds = np.arange(100), np.arange(100) % 4
     groups[[1, 2]] = 0  # in folds 0, 1 and 2
@@ -114,7 +112,7 @@ def test_who_was_scanned_at_two_sites_helps_to_fit_neither_correction():
         outside = folds != fold
         outside[[0, 1, 2]] &= fold == 3
         line = BiasLine.fit(ages[outside], predicted[outside])
-        mine = folds == fold
-        assert gaps[mine] == pytest.approx(line.gap(ages[mine], predicted[mine]))
-    with pytest.raises(ValueError, match="1 ages spanning no range"):
+        members = folds == fold
+        assert gaps[members] == pytest.approx(line.gap(ages[members], predicted[members]))
+    with pytest.raises(ValueError, match="1 ages without a range"):
         corrected_gaps(ages[:3], predicted[:3], np.arange(3), np.array([0, 0, 1]))

@@ -1,4 +1,4 @@
-"""Planted leaks are found and named: a person's second session, a person's voxels under another name."""
+"""Planted leaks are found and named: a participant's second session, a participant's voxels under another id."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS = {"width": 0.25, "norm": "group"}
 
 
 def renamed(folder, out, old, new):
-    """A cohort in which one participant goes by another id."""
+    """Copy a cohort and give one participant another id."""
     shutil.copytree(folder, out)
     for path in sorted(out.rglob(f"*{old}*"), key=lambda path: -len(str(path))):
         path.rename(path.with_name(path.name.replace(old, new)))
@@ -39,7 +39,7 @@ def renamed(folder, out, old, new):
 
 
 def only(folder, out, people, session=None):
-    """A cohort of some participants, and of one session of each."""
+    """Copy some participants of a cohort, all their sessions or one."""
     shutil.copytree(folder, out)
     table = (out / "participants.tsv").read_text().splitlines()
     (out / "participants.tsv").write_text(
@@ -49,14 +49,14 @@ def only(folder, out, people, session=None):
         if path.name not in people:
             shutil.rmtree(path)
             continue
-        for each in path.glob("ses-*"):
-            if session and each.name != session:
-                shutil.rmtree(each)
+        for folder_of_session in path.glob("ses-*"):
+            if session and folder_of_session.name != session:
+                shutil.rmtree(folder_of_session)
     return out
 
 
 def encoder_of(folder, manifest, rows, seen=True):
-    """An encoder that was trained on some scans, exported."""
+    """Export an encoder that was trained on some scans."""
     torch.manual_seed(0)
     config = {
         "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 128, "step": 3, "run_id": None, "run_name": "x",
@@ -76,14 +76,14 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A cohort of two sessions each, its shards, and an encoder trained on the first session of the first ten."""
+    """A cohort with two sessions per participant, and an encoder trained on the first session of ten participants."""
     root = tmp_path_factory.mktemp("leaks")
     cohort = write_cohort(root / "tiny", participants=30, sessions=2)
     first = [f"sub-{n:03d}" for n in range(10)]
     trained = build(only(cohort, root / "first" / "tiny", first, "ses-1"), root / "trained")
     manifest = Manifest.load(trained)
     folder = encoder_of(root / "encoder", manifest, np.arange(len(manifest.scans)))
-    shutil.rmtree(trained)  # the guard has only what lies beside the weights
+    shutil.rmtree(trained)  # the guard has only the record beside the weights
     return root, cohort, folder
 
 
@@ -97,7 +97,7 @@ def check(folder, manifest, rows=None):
     return check_leakage(Encoder.from_pretrained(folder), folder, manifest, rows, "x")
 
 
-def test_the_same_person_under_a_second_session_is_refused(world):
+def test_another_session_of_a_training_participant_is_refused(world):
     root, cohort, folder = world
     second = build(
         only(cohort, root / "second" / "tiny", [f"sub-{n:03d}" for n in range(7, 30)], "ses-2"), root / "later"
@@ -117,22 +117,22 @@ def test_the_same_voxels_under_another_id_are_refused(world):
     root, cohort, folder = world
     fresh = only(cohort, root / "fresh" / "tiny", [f"sub-{n:03d}" for n in [4, *range(10, 20)]])
     manifest = Manifest.load(build(renamed(fresh, root / "renamed" / "tiny", "sub-004", "sub-777"), root / "copies"))
-    refusal = r"under another name, on voxels of tiny/777, who are tested on \(scan tiny_sub-777_ses-1"
+    refusal = r"under another name, on voxels of the test participants tiny/777 \(scan tiny_sub-777_ses-1"
     with pytest.raises(UserError, match=refusal):
         check(folder, manifest)
-    # Tested on the second session alone, which the encoder never saw: the same person all the same.
+    # The second session alone, which the encoder never saw, is refused too: it is the same participant.
     with pytest.raises(UserError, match=refusal):
         check(folder, manifest, np.flatnonzero(~manifest.scans["key"].str.startswith("tiny_sub-777_ses-1")))
     others = np.flatnonzero(~manifest.scans["key"].str.startswith("tiny_sub-777"))
     assert check(folder, manifest, others)["leakage.checked"] == "participants, voxels"
 
 
-def test_an_export_keeps_the_guard_and_cannot_lose_it(world, tmp_path):
+def test_an_export_keeps_the_record_and_is_not_loaded_without_it(world, tmp_path):
     _, _, folder = world
     out = export(folder, tmp_path / "export")
     seen = json.loads((out / "seen_scans.json").read_text())
     assert len(seen["sources"][0]["participants"]) == 10
-    assert "tiny" not in json.dumps(seen)  # digests, no names
+    assert "tiny" not in json.dumps(seen)  # digests instead of names
     (out / "seen_scans.json").unlink()
     with pytest.raises(UserError, match="seen_scans.json is missing or differs from checksums.json"):
         Encoder.from_pretrained(out)
@@ -143,7 +143,7 @@ def test_an_export_keeps_the_guard_and_cannot_lose_it(world, tmp_path):
         Encoder.from_pretrained(tmp_path / "other")
 
 
-def test_an_encoder_without_the_file_is_judged_by_its_manifest(shards, tmp_path, capsys):
+def test_an_encoder_without_the_record_is_checked_by_its_manifest(shards, tmp_path, capsys):
     manifest = Manifest.load(shards)
     folder = encoder_of(tmp_path / "old", manifest, None, seen=False)
     with pytest.raises(UserError, match="pretrained on participants of the test scans"):
@@ -153,22 +153,22 @@ def test_an_encoder_without_the_file_is_judged_by_its_manifest(shards, tmp_path,
         tmp_path / "elsewhere", type("M", (), {"digest": "0", "grid": manifest.grid}), None, seen=False
     )
     assert check(elsewhere, manifest) == {"leakage.checked": "nothing"}
-    assert "does not tell whom it was trained on" in capsys.readouterr().out
+    assert "has no record of the scans it was trained on" in capsys.readouterr().out
 
 
-def test_one_persons_voxels_under_two_names_in_a_task_are_refused(shards):
+def test_a_task_with_equal_voxels_under_two_ids_is_refused(shards):
     manifest = Manifest.load(shards)
     task = load_task("age", manifest, folds=2)
     check_copies([task], manifest)
     one, other = task.rows[0], task.rows[np.flatnonzero(task.groups != task.groups[0])[0]]
     manifest.scans.loc[other, "voxels_sha256"] = manifest.scans.loc[one, "voxels_sha256"]
     names = sorted(participants_of(manifest, np.array([one, other])))
-    several = rf"task age: the same voxels stand under several participants \({names[0]}, {names[1]}\)"
+    several = rf"task age: several participants have the same voxels \({names[0]}, {names[1]}\)"
     with pytest.raises(UserError, match=several):
         check_copies([task], manifest)
 
 
-def test_a_run_that_began_from_another_ones_weights_has_seen_what_that_one_saw(world, shards, tmp_path):
+def test_a_resumed_run_has_seen_the_scans_of_the_run_it_started_from(world, shards, tmp_path):
     _, _, folder = world
     manifest = Manifest.load(shards)
     recipe = load_recipe(
@@ -179,7 +179,7 @@ def test_a_run_that_began_from_another_ones_weights_has_seen_what_that_one_saw(w
     assert [source.role for source in seen[:2]] == ["trained", "trained"]
     assert seen[0] == read(folder)[0]
     assert seen[1] == source_of(manifest, plan.rows)
-    # Its own checkpoint hands both on, whatever becomes of the old run.
+    # Its own checkpoint passes both records on, even if the old run is deleted.
     encoder = tmp_path / "new" / "checkpoints" / "step-00000003" / "encoder"
     old = Encoder.from_pretrained(folder)
     write_encoder(encoder, old.network.state_dict(), old.config, old.preprocessing, seen)

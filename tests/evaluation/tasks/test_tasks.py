@@ -1,4 +1,4 @@
-"""Tasks select the scans that they say, with the spellings of the paper's cohorts; wrong ones name the file and the field."""
+"""Tasks select their scans, with the spellings of the paper's cohorts; messages about wrong tasks name file and field."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPELLINGS = {
 
 
 def manifest(diagnoses, people=None, **columns):
-    """What a task reads of a manifest."""
+    """A stand-in for a manifest with a scan per diagnosis."""
     count = len(diagnoses)
     people = [f"p{n:03d}" for n in range(count)] if people is None else people
     scans = {
@@ -42,7 +42,7 @@ PLAIN = "title: t\nkind: binary\nlabel: diagnosis\npositive: [AD]\nnegative: [co
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_the_spellings_of_the_papers_cohorts(name):
+def test_the_spellings_of_the_papers_cohorts_are_recognised(name):
     patients, controls = SPELLINGS[name]
     both = [*(patients * 10)[:20], *(controls * 20)[:20]]
     shuffled = np.random.default_rng(0).permutation(np.array([*both, "schizoaffective", "ADHD"], dtype=object))
@@ -57,7 +57,7 @@ def test_capitals_spaces_and_underscores_make_no_difference(tmp_path):
     assert (task.labels == 1).sum() == 30
 
 
-def test_query_test_groups_strata_and_covariates(tmp_path):
+def test_query_test_groups_strata_covariates_and_confounds_are_applied(tmp_path):
     given = manifest(["AD", "control"] * 30, family=[f"f{n // 4}" for n in range(60)])
     more = (
         "query: age > 45\ntest: site == 'site2'\nstrata: [site, age]\ncovariates: [age, sex]\nconfounds: [site, tiv]\n"
@@ -68,7 +68,7 @@ def test_query_test_groups_strata_and_covariates(tmp_path):
     assert np.array_equal(task.test, chosen["site"] == "site2")
     assert task.covariates.shape == (len(task.rows), 2)
     assert np.array_equal(task.covariates[:, 1], chosen["sex"] == "M")
-    assert task.confounds.shape == (len(task.rows), 3)  # two of three sites, and tiv
+    assert task.confounds.shape == (len(task.rows), 3)  # two columns for three sites, and tiv
     assert np.array_equal(
         task.groups[:-1] == task.groups[1:], (chosen["family"][:-1].values == chosen["family"][1:].values)
     )
@@ -76,7 +76,35 @@ def test_query_test_groups_strata_and_covariates(tmp_path):
         assert chosen["site"][task.strata == code].nunique() == 1
 
 
-def test_missing_numbers_stay_missing():
+def test_controls_are_matched_to_patients_by_age(tmp_path):
+    """Five copies of one case, a century apart: the control of 76 is too far from the patient of 70, near enough to 72."""
+    ages = {"AD": [70, 72, 90], "control": [70.5, 73, 76, 50]}
+    kept = {70, 72, 70.5, 73, 76}
+    diagnoses = [name for name in ages for _ in range(5) for _ in ages[name]]
+    years = [age + 100 * copy for name in ages for copy in range(5) for age in ages[name]]
+    given = manifest(diagnoses, age=years, sex="F")
+    path = task_file(tmp_path, PLAIN + "match: {column: age, within: 5.0, ratio: 2}\n")
+    chosen = given.scans.loc[load_task(path, given).rows, "age"]
+    assert sorted(chosen) == sorted(age + 100 * copy for age in kept for copy in range(5))
+
+
+@pytest.mark.parametrize("name", ["ad", "scz", "bd", "mci"])
+def test_shipped_tasks_match_controls_that_are_much_younger_than_the_patients(name):
+    generator = np.random.default_rng(0)
+    patients, controls = SPELLINGS[name]
+    diagnoses = [patients[0]] * 30 + [controls[0]] * 200
+    ages = np.concatenate([generator.uniform(60, 80, 30), generator.uniform(20, 80, 200)])
+    given = manifest(diagnoses, age=ages, sex="F")
+    assert ages[:30].mean() - ages[30:].mean() > 15
+    task = load_task(name, given)
+    matched, labels = ages[task.rows], task.labels
+    assert abs(matched[labels == 1].mean() - matched[labels == 0].mean()) < 3
+    assert len(set(task.rows)) == len(task.rows)
+    for age in matched[labels == 0]:
+        assert np.abs(matched[labels == 1] - age).min() <= 5
+
+
+def test_missing_numbers_stay_nan_and_text_is_one_hot_encoded():
     scans = pd.DataFrame({"age": [1.0, np.nan], "site": ["a", None]})
     np.testing.assert_array_equal(as_numbers(scans, ["age", "site"]), [[1.0, 1.0], [np.nan, 0.0]])
 
@@ -90,31 +118,31 @@ def test_missing_numbers_stay_missing():
         (PLAIN + "confounds: [diagnosis]\n", "mine.yaml: confounds: 'diagnosis' is the label itself"),
         (PLAIN + "query: agee > 3\n", "mine.yaml: query: 'agee > 3' does not work on scans.parquet: .*agee"),
         (PLAIN + "test: age >\n", "mine.yaml: test: 'age >' does not work"),
-        (PLAIN + "test: age > 200\n", "mine.yaml: test: of one class or none is tested on"),
+        (PLAIN + "test: age > 200\n", "mine.yaml: test: the test set has fewer than two classes or scans"),
         (PLAIN.replace("[AD]", "[]"), "mine.yaml: positive is empty; a binary task needs values"),
-        (PLAIN.replace("[AD]", "[Control]"), "mine.yaml: negative: 'control' is under positive too"),
+        (PLAIN.replace("[AD]", "[Control]"), "mine.yaml: negative: 'control' is also under positive"),
         (PLAIN.replace("binary", "binry"), "mine.yaml: kind: .*'binary', 'multiclass' or 'regression', found 'binry'$"),
         (PLAIN + "lable: x\n", r"mine.yaml: unknown key 'lable' \(did you mean 'label'\?\)"),
         (PLAIN.replace("binary", "regression"), "mine.yaml: label: 'diagnosis' holds text such as 'AD'; regression needs"),
-        (PLAIN.replace("binary", "multiclass") + "match: {column: age}\n", "mine.yaml: match goes with kind binary alone"),
+        (PLAIN.replace("binary", "multiclass") + "match: {column: age}\n", "mine.yaml: match needs a task of kind binary"),
         (PLAIN + "splits: [nowhere]\n", "task mine: too few participants for 5 folds in splits nowhere of mine.yaml"),
     ],
 )  # fmt: skip
-def test_wrong_tasks_name_file_and_field(tmp_path, text, message):
+def test_messages_about_wrong_tasks_name_file_and_field(tmp_path, text, message):
     given = manifest(["AD", "control"] * 30)
     with pytest.raises(UserError, match=message) as refused:
         load_task(task_file(tmp_path, text), given)
     assert "\n" not in str(refused.value)
 
 
-def test_groups_that_cut_a_participant_in_two_are_refused(tmp_path):
+def test_groups_and_test_sets_that_split_a_participant_are_refused(tmp_path):
     given = manifest(["AD", "control"] * 30, people=[f"p{n // 4}" for n in range(60)])
     with pytest.raises(UserError, match=r"mine.yaml: groups: participant d/p\d+ has several values of 'sex'"):
         load_task(task_file(tmp_path, PLAIN + "groups: sex\n"), given)
-    with pytest.raises(UserError, match="mine.yaml: test: 15 participants are on both sides"):
+    with pytest.raises(UserError, match="mine.yaml: test: 15 participants are in the training and in the test set"):
         load_task(task_file(tmp_path, PLAIN + "test: sex == 'F'\n"), given)
 
 
-def test_a_file_that_is_not_there():
-    with pytest.raises(UserError, match="task file none.yaml is not there"):
+def test_a_missing_task_file_is_refused():
+    with pytest.raises(UserError, match="task file none.yaml does not exist"):
         load_task("none.yaml", manifest(["AD", "control"]))

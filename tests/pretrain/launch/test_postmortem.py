@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from infra.watchdog.exit_note import RUNNING, TERMINATED, ExitNote, read_notes, remove_notes
+from pretrain.launch import processes
 from pretrain.launch.launchers import Launcher
 from pretrain.launch.postmortem import explain
 from pretrain.launch.processes import Death
@@ -38,11 +42,10 @@ ranks = [subprocess.Popen([sys.executable, "rank.py", run, f"--local_rank={rank}
 while not all(Path(f"ready-{rank}").exists() for rank in range(3)):
     time.sleep(0.02)
 if not kind:
-    time.sleep(float(sys.argv[3]))
+    time.sleep(3)  # for the observer to find the ranks
     ranks[2].kill()
     while Path(f"/proc/{ranks[2].pid}/stat").read_text().split()[2] != "Z":
         time.sleep(0.01)
-    time.sleep(float(sys.argv[4]))
     for rank in ranks[:2]:
         rank.send_signal(getattr(signal, how))
 sys.exit([rank.wait() for rank in reversed(ranks)][0])
@@ -57,8 +60,8 @@ def launched(tmp_path, monkeypatch):
     (tmp_path / "rank.py").write_text(RANK)
     (tmp_path / "launcher.py").write_text(LAUNCHER)
 
-    def launch(how, seconds=1.5, gap=0.0):
-        command = [sys.executable, "launcher.py", how, str(tmp_path / "run"), str(seconds), str(gap)]
+    def launch(how):
+        command = [sys.executable, "launcher.py", how, str(tmp_path / "run")]
         return start(Launcher(lambda job: command), command, run_folder=tmp_path / "run")
 
     return launch
@@ -73,10 +76,32 @@ def test_survivors_that_the_launcher_terminates_at_once_do_not_hide_the_killed_r
 
 
 def test_survivors_that_the_launcher_kills_do_not_hide_the_rank_that_was_killed_first(launched):
-    # DeepSpeed's launcher waits 30 s before it sends SIGKILL.
-    end = launched("SIGKILL", gap=3.0)
+    # No time passes between the deaths. DeepSpeed's launcher waits 30 s before it sends SIGKILL.
+    end = launched("SIGKILL")
     assert end.reason.startswith(f"rank 2 ({socket.gethostname()}) was killed by SIGKILL")
     assert "rank 0" not in end.reason
+
+
+def test_deaths_keep_their_order_if_the_observer_looks_only_afterwards(monkeypatch):
+    ranks = [subprocess.Popen(["sleep", "60"], env={**os.environ, "RANK": str(rank)}) for rank in range(4)]
+    monkeypatch.setattr(processes, "local_ranks", lambda launcher: [psutil.Process(rank.pid) for rank in ranks])
+    observer = processes.RankObserver(0)
+    try:
+        observer.look()
+        assert observer.running.count("rank ") == 4
+        for rank in (2, 0, 3):
+            ranks[rank].kill()
+            while psutil.Process(ranks[rank].pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+        observer.look()
+        assert [(death.rank, death.signal_name) for death in observer.deaths] == [(r, "SIGKILL") for r in (2, 0, 3)]
+        assert len({death.order for death in observer.deaths}) == 3
+        assert observer.running == f"rank 1 (process {ranks[1].pid})"
+    finally:
+        observer.close()
+        for process in ranks:
+            process.kill()
+            process.wait()
 
 
 def test_the_notes_suffice_if_the_observer_never_saw_the_ranks(launched, monkeypatch):
@@ -107,7 +132,7 @@ def test_without_notes_the_first_rank_that_a_signal_ended_is_named():
     assert explain([], [Death(0, 3), Death(1, 3, "SIGTERM")], 1) == ""
 
 
-def test_ranks_that_died_in_one_look_are_all_named_unless_their_notes_tell_them_apart():
+def test_ranks_whose_deaths_have_no_order_are_all_named_unless_their_notes_tell_them_apart():
     deaths = [Death(0, 5), Death(1, 5)]
     notes = [ExitNote(0, "a", 1, RUNNING), ExitNote(1, "a", 2, RUNNING)]
     assert explain(notes, deaths, 1).startswith("rank 0 (a) was killed; rank 1 (a) was killed (")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: found, verified, cleaned; a damaged one gives way to the one before."""
+"""Checkpoints on disk are found, verified and cleaned; if one is damaged, the one before is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = ["--encoder.options={width: 0.25, norm: group}", "--batch.global=4"]
 
 @pytest.fixture(scope="module")
 def trained(one_rank):
-    """A real engine of one rank."""
+    """A DeepSpeed engine with one rank."""
     recipe = load_recipe("demo-cpu", SMALL)
     return engine.build_engine(recipe, build_model(recipe), lr_factor(recipe.optimizer, 20, 10))
 
@@ -44,7 +44,7 @@ def write_rest(folder):
 
 @pytest.fixture
 def two(trained, tmp_path):
-    """Checkpoints of steps 1 and 2 and the weights at each."""
+    """A folder with checkpoints of steps 1 and 2, and the weights of each."""
     kept = {}
     for step in (1, 2):
         advance(trained, step)
@@ -53,7 +53,7 @@ def two(trained, tmp_path):
     return tmp_path, kept
 
 
-def test_what_was_saved_comes_back_and_goes_on_the_same(trained, two):
+def test_a_loaded_checkpoint_continues_with_equal_weights(trained, two):
     folder, kept = two
     torch.manual_seed(5)
     expected = advance(trained, 3), weights(trained)
@@ -66,7 +66,7 @@ def test_what_was_saved_comes_back_and_goes_on_the_same(trained, two):
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "missing", "no list"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, two, harm, capsys):
+def test_the_checkpoint_before_a_damaged_one_is_loaded(trained, two, harm, capsys):
     folder, kept = two
     newest = checkpoint.step_folder(folder, 2)
     path = newest / "mp_rank_00_model_states.pt"
@@ -81,17 +81,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, two, harm, ca
         (newest / "checksums.json").unlink()
     assert checkpoint.verify_checkpoint(newest)
     assert checkpoint.load_checkpoint(folder, trained, own=False)["step"] == 1
-    assert newest.is_dir(), "another run's folder was touched"
+    assert newest.is_dir(), "the folder of another run was changed"
     assert checkpoint.load_checkpoint(folder, trained)["step"] == 1
     assert torch.equal(weights(trained), kept[1])
     assert "step-00000002 is damaged" in capsys.readouterr().out
-    # Set aside, so that no later cleaning takes it for the newest and removes the good one.
+    # The damaged one is renamed, so that cleaning does not keep it as the newest and remove the good one.
     assert checkpoint.newest_step(folder) == 1
     checkpoint.clean_checkpoints(folder, keep=1)
     assert sorted(path.name for path in folder.glob("*step*")) == ["damaged-step-00000002", "step-00000001"]
 
 
-def test_where_all_are_damaged_nothing_begins_anew(trained, two):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(trained, two):
     folder, _ = two
     for step in (1, 2):
         (checkpoint.step_folder(folder, step) / "encoder" / "note").write_text("y")
@@ -101,7 +101,7 @@ def test_where_all_are_damaged_nothing_begins_anew(trained, two):
 
 
 @pytest.mark.parametrize("place", ["DeepSpeed's", "random", "rest", "checksums", "pointer"])
-def test_a_checkpoint_that_cannot_be_written_leaves_no_trace(trained, two, monkeypatch, place):
+def test_a_checkpoint_that_cannot_be_written_is_removed(trained, two, monkeypatch, place):
     folder, _ = two
     full = OSError(errno.ENOSPC, "No space left on device")
 
@@ -116,7 +116,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_no_trace(trained, two, monke
     def rest_fails(folder):
         raise full
 
-    if place == "DeepSpeed's":  # torch's writer of zip files makes this of it
+    if place == "DeepSpeed's":  # torch's zip writer raises this error
 
         def broken(*_, **__):
             raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_no_trace(trained, two, monke
     assert checkpoint.load_checkpoint(folder, trained)["step"] == 2
 
 
-def test_another_runs_checkpoint_is_asked_whether_it_fits(trained, two, tmp_path_factory):
+def test_another_runs_checkpoint_is_checked_before_it_is_loaded(trained, two, tmp_path_factory):
     folder, _ = two
 
     def refuse(state):
@@ -149,7 +149,7 @@ def test_another_runs_checkpoint_is_asked_whether_it_fits(trained, two, tmp_path
     assert checkpoint.resume(folder, trained, "auto", refuse)["step"] == 2
 
 
-def test_every_file_is_in_the_list(two):
+def test_the_checksums_list_every_file(two):
     folder, _ = two
     one = checkpoint.step_folder(folder, 1)
     listed = json.loads((one / "checksums.json").read_text())
@@ -158,7 +158,7 @@ def test_every_file_is_in_the_list(two):
     assert all(sha256_of(one / name) == digest for name, digest in listed.items())
 
 
-def test_a_pointer_to_nothing_and_unfinished_folders_do_no_harm(trained, two):
+def test_a_dangling_pointer_and_unfinished_folders_are_ignored(trained, two):
     folder, _ = two
     (folder / "latest").write_text("step-00000009\n")
     (folder / ".unfinished-step-00000009").mkdir()
@@ -168,7 +168,7 @@ def test_a_pointer_to_nothing_and_unfinished_folders_do_no_harm(trained, two):
     assert not list(folder.glob(".unfinished*"))
 
 
-def test_cleaning_keeps_the_newest(two):
+def test_cleaning_keeps_the_newest_checkpoints(two):
     folder, _ = two
     checkpoint.clean_checkpoints(folder, keep=2)
     assert len(list(folder.glob("step-*"))) == 2
@@ -181,7 +181,7 @@ def test_an_empty_folder_has_no_checkpoint(trained, tmp_path):
     assert checkpoint.newest_step(tmp_path / "none") is None
 
 
-def test_a_new_run_begins_at_another_runs_checkpoint_until_it_has_its_own(trained, two, tmp_path_factory):
+def test_a_new_run_starts_from_another_runs_checkpoint_until_it_has_its_own(trained, two, tmp_path_factory):
     folder, kept = two
     run = tmp_path_factory.mktemp("other")
     folder.rename(run / "checkpoints")
@@ -198,7 +198,7 @@ def test_a_new_run_begins_at_another_runs_checkpoint_until_it_has_its_own(traine
         checkpoint.resume(run / "nothing", trained, str(run / "nowhere"))
 
 
-def test_the_best_outlives_newer_ones(trained, two):
+def test_cleaning_keeps_the_best_checkpoint(trained, two):
     folder, _ = two
     checkpoint.note_best(folder, 1, "monitor/age_mae", 7.5)
     checkpoint.point_to_best(folder, 1)
@@ -222,7 +222,7 @@ def test_a_checkpoint_is_due_by_the_clock(monkeypatch):
     assert not never.due()
 
 
-def test_a_checkpoint_of_another_form_is_converted_and_one_of_another_network_refused(trained, two, capsys):
+def test_a_checkpoint_of_another_layout_is_converted_and_one_of_another_network_refused(trained, two, capsys):
     folder, kept = two
     state = checkpoint.step_folder(folder, 2) / "state.json"
     content = json.loads(state.read_text())

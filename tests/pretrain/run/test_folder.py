@@ -1,4 +1,4 @@
-"""Which changes of a recipe a begun run refuses."""
+"""Changes of the recipe that a run accepts or refuses when it is resumed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pretrain.run.folder import check_same_network, check_same_recipe
 
 
 @pytest.fixture
-def begun(tmp_path):
-    """A run folder of the demo recipe; writes its recipe.yaml after ``change``."""
+def started(tmp_path):
+    """Write the recipe.yaml of a run of the demo recipe after ``change``; return the run's folder."""
 
     def write(change=lambda content: None):
         content = to_dict(load_recipe("demo-cpu", [f"--run.output={tmp_path}"]))
@@ -28,9 +28,9 @@ def check(folder, *overrides):
     check_same_recipe(load_recipe("demo-cpu", [f"--run.output={folder}", *overrides]))
 
 
-def test_what_only_changes_where_and_how_fast_may_change(begun):
-    check(begun())
-    check(begun(), "--data.workers=3", "--launch.ranks=1", "--checkpoint.keep=9", "--run.resume=auto",
+def test_keys_that_do_not_change_the_result_may_change(started):
+    check(started())
+    check(started(), "--data.workers=3", "--launch.ranks=1", "--checkpoint.keep=9", "--run.resume=auto",
           "--deepspeed.zero_optimization.stage=2", "--train.watchdog_seconds=7", "--train.max_skipped_steps=2",
           "--monitor.tasks=[sex]")  # fmt: skip
 
@@ -44,12 +44,12 @@ def test_what_only_changes_where_and_how_fast_may_change(begun):
         ("--encoder.options.norm=group", "encoder.options.norm was 'batch', now 'group'"),
     ],
 )
-def test_what_changes_the_result_is_refused(begun, override, text):
+def test_keys_that_change_the_result_are_refused(started, override, text):
     with pytest.raises(UserError, match=text):
-        check(begun(), override)
+        check(started(), override)
 
 
-def test_another_runs_checkpoint_must_fit_into_the_network_and_no_more():
+def test_another_runs_checkpoint_must_fit_the_network_but_not_the_rest_of_the_recipe():
     other = to_dict(load_recipe("demo-cpu", []))
     check_same_network(load_recipe("demo-cpu", ["--optimizer.lr=0.5", "--run.name=new", "--batch.global=8"]), other)
     for override, text in (
@@ -61,7 +61,7 @@ def test_another_runs_checkpoint_must_fit_into_the_network_and_no_more():
             check_same_network(load_recipe("demo-cpu", ["--run.resume=old", override]), other)
 
 
-def test_a_run_of_before_a_key_existed_goes_on_with_its_default_alone(begun):
+def test_a_run_older_than_a_key_continues_only_with_the_keys_default(started):
     def older(content):
         del (
             content["loss"]["temperature_bounds"],
@@ -70,14 +70,14 @@ def test_a_run_of_before_a_key_existed_goes_on_with_its_default_alone(begun):
             content["batch"]["micro"],
         )
 
-    check(begun(older))
+    check(started(older))
     with pytest.raises(UserError, match="data.reader was 'index', now 'stream'"):
-        check(begun(older), "--data.reader=stream")
+        check(started(older), "--data.reader=stream")
 
 
-def test_a_proxy_that_the_run_had_not_is_no_default(begun):
+def test_another_proxy_is_refused(started):
     def other(content):
         content["loss"]["proxies"] = {"sex": content["loss"]["proxies"]["age"]}
 
     with pytest.raises(UserError, match=r"loss.proxies.age.bandwidth was None, now 5.0"):
-        check(begun(other))
+        check(started(other))

@@ -1,4 +1,4 @@
-"""The online monitor: probes of held-out participants, two views' figures, the alarm, the best checkpoint; skipped steps."""
+"""The online monitor: probes on held-out participants, metrics of two views, alarm, best checkpoint; and skipped steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def trained(one_rank, request):
     return engine.build_engine(recipe, build_model(recipe), lr_factor(recipe.optimizer, 20, 10))
 
 
-def test_features_are_those_of_the_encoder_in_the_order_of_the_scans(trained, manifest):
+def test_features_are_the_encoders_in_the_order_of_the_scans(trained, manifest):
     trained.train()
     rows = np.array([5, 0, 9, 3, 7])
     found = encode(trained, manifest, rows, device=CPU, dtype=torch.float32, batch=2)
@@ -52,7 +52,7 @@ def test_features_are_those_of_the_encoder_in_the_order_of_the_scans(trained, ma
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_monitor_judges_the_average_where_there_is_one(trained, manifest):
+def test_a_moving_average_is_encoded_instead_of_the_engines_encoder(trained, manifest):
     average = Average(trained, 0.5)
     before = average.state()
     for step in (1, 2):
@@ -75,7 +75,7 @@ def test_the_monitor_judges_the_average_where_there_is_one(trained, manifest):
     assert not np.allclose(found, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_the_probe_finds_a_signal_and_no_other():
+def test_probes_predict_labels_that_are_in_the_features_and_no_others():
     generator = np.random.default_rng(0)
     ages, people = generator.uniform(20, 80, 200), np.arange(200) // 2
     ages = ages[people]
@@ -103,7 +103,7 @@ def test_the_probe_finds_a_signal_and_no_other():
     assert probe_metrics(np.ones((200, 4)), watched)["monitor/spread"] == 0.0
 
 
-def test_which_scans_are_watched(manifest):
+def test_the_monitor_watches_labelled_scans_of_its_split(manifest):
     assert watched_scans(Monitor(every_epochs=0), manifest, 10.0, 0) is None
     assert watched_scans(Monitor(split="nowhere"), manifest, 10.0, 0) is None
     found = watched_scans(Monitor(split="downstream", every_epochs=0.5, max_scans=20), manifest, 10.0, 0)
@@ -115,7 +115,7 @@ def test_which_scans_are_watched(manifest):
     assert found.groups.tolist() == manifest.subjects()[found.rows].tolist()
 
 
-def test_people_who_are_trained_on_are_not_watched(shards, manifest, tmp_path):
+def test_a_split_that_shares_participants_with_the_training_scans_is_refused(shards, manifest, tmp_path):
     pretrain, people = manifest.rows(split="pretrain"), manifest.subjects()
     for split in ("pretrain", "monitor", "downstream"):
         rows = manifest.rows(split=split)
@@ -134,9 +134,7 @@ def test_people_who_are_trained_on_are_not_watched(shards, manifest, tmp_path):
         make_plan(load_recipe("demo-cpu", [*given, "--data.split=[pretrain, monitor]"]), 1)
 
 
-def test_a_split_to_watch_that_is_not_there_is_named_and_one_that_nobody_asked_for_costs_a_line(
-    trained, shards, tmp_path, capsys
-):
+def test_a_missing_split_is_an_error_if_it_was_set_and_otherwise_a_message(trained, shards, tmp_path, capsys):
     rows = Manifest.load(shards).rows(split="pretrain")
     with pytest.raises(UserError, match=r"monitor.split=monitr is not in .* \(did you mean 'monitor'\?\); there: "):
         check_held_out(Monitor(split="monitr"), Manifest.load(shards), rows)
@@ -153,7 +151,7 @@ def test_a_split_to_watch_that_is_not_there_is_named_and_one_that_nobody_asked_f
     assert "pretrain: no monitor: monitor.split=monitor is not in " in capsys.readouterr().out
 
 
-def test_any_column_is_a_task(manifest):
+def test_any_column_can_be_a_task(manifest):
     def tasks_of(*names):
         found = watched_scans(Monitor(split="downstream", tasks=list(names)), manifest, 10.0, 0)
         return {task.name: task for task in found.tasks}, found.left_out
@@ -163,7 +161,7 @@ def test_any_column_is_a_task(manifest):
     assert (tasks["age"].kind, tasks["sex"].kind, left_out) == ("regression", "classes", [])
     assert set(tasks["sex"].labels[tasks["sex"].labelled]) == set(sex.unique())
     tasks, left_out = tasks_of("age:classes", "sex")
-    # No age is shared by as many people as there are folds.
+    # No age is shared by as many participants as there are folds.
     assert set(tasks) == {"sex"}
     assert left_out == ["monitor task age is left out: too few labels (0 participants of split downstream)"]
 
@@ -176,19 +174,19 @@ def test_any_column_is_a_task(manifest):
         ("sex:clases", "'sex:clases' has an unknown kind"),
     ],
 )
-def test_a_task_that_cannot_be_asked_is_named(manifest, task, text):
+def test_a_task_without_a_fitting_column_is_named(manifest, task, text):
     with pytest.raises(UserError, match=text):
         watched_scans(Monitor(split="downstream", tasks=["age", task]), manifest, 10.0, 0)
 
 
-def test_alignment_uniformity_and_spread_of_known_embeddings():
-    # Four scans on the corners of a square, both views the same: four sides of squared length 2, two diagonals of 4.
+def test_alignment_uniformity_and_spread_of_embeddings_computed_by_hand():
+    # Four scans on the corners of a square, both views equal: squared distances of four sides (2) and two diagonals (4).
     corners = torch.tensor([[1.0, 0], [0, 2.0], [-3.0, 0], [0, -1.0]])
     found = view_metrics(torch.stack([corners, corners]))
     assert found["monitor/alignment"] == 0.0
     assert found["monitor/uniformity"] == pytest.approx(np.log((4 * np.exp(-4) + 2 * np.exp(-8)) / 6))
     assert found["monitor/embedding_std"] == pytest.approx(1.0)
-    # The second view turned by a right angle.
+    # The second view is rotated by 90 degrees.
     turned = view_metrics(torch.stack([corners, corners.roll(1, 0)]))
     assert turned["monitor/alignment"] == pytest.approx(2.0)
     generator = torch.Generator().manual_seed(0)
@@ -200,7 +198,7 @@ def test_alignment_uniformity_and_spread_of_known_embeddings():
     assert point["monitor/uniformity"] == pytest.approx(0.0, abs=1e-3)
 
 
-class Listening:
+class RecordingLog:
     """Stands in for rank 0's log."""
 
     def __init__(self):
@@ -210,25 +208,25 @@ class Listening:
         self.looks.append((step, figures, alarm))
 
 
-def test_a_look_keeps_the_best_and_alarms_at_a_collapse(trained, manifest, tmp_path):
+def test_the_monitor_keeps_the_best_checkpoint_and_alarms_at_a_collapse(trained, manifest, tmp_path):
     recipe = load_recipe("demo-cpu", [
         *SMALL, f"--run.output={tmp_path}", "--monitor.every_epochs=0.5", "--monitor.split=downstream",
         "--monitor.tasks=[sex, age]", "--monitor.max_scans=24", "--monitor.view_scans=7", "--monitor.batch=3",
         "--train.steps=30",
     ])  # fmt: skip
     plan = Plan.build(recipe, manifest, manifest.rows(split="pretrain"), EveryScan(40, 0, 4))
-    monitor, log = OnlineMonitor(plan, trained, None, CPU, torch.float32, "cpu"), Listening()
+    monitor, log = OnlineMonitor(plan, trained, None, CPU, torch.float32, "cpu"), RecordingLog()
     trained.train()
     random = torch.get_rng_state()
     assert monitor(5, log)
     assert not monitor(6, log)
-    assert not monitor(10, log), "the same encoder is no better than itself"
-    assert monitor(5, log), "a look made again after a restart"
+    assert not monitor(10, log), "an equal encoder is not better"
+    assert monitor(5, log), "a repeated evaluation after a restart"
     assert torch.equal(torch.get_rng_state(), random)
     assert trained.module.training
     assert [step for step, _, _ in log.looks] == [4, 9, 4]
     figures = log.looks[0][1]
-    assert figures == log.looks[1][1], "the same views each time"
+    assert figures == log.looks[1][1], "the views differ between evaluations"
     assert {
         "monitor/sex_balanced_accuracy",
         "monitor/age_mae",
@@ -238,7 +236,7 @@ def test_a_look_keeps_the_best_and_alarms_at_a_collapse(trained, manifest, tmp_p
     best = checkpoint.read_best(tmp_path / "checkpoints")
     assert best == {"step": 5, "figure": "monitor/sex_balanced_accuracy", "score": best["score"]}
     checkpoint.note_best(tmp_path / "checkpoints", 3, "monitor/age_mae", 0.0)
-    assert monitor(10, log), "the best by another task counts no more"
+    assert monitor(10, log), "the best score of another task was not ignored"
     recipe.monitor.collapse_below = 0.999
     assert not monitor(15, log)
     assert log.looks[-1][2].startswith("the embeddings of all scans are nearly equal (embedding_std ")
@@ -246,8 +244,8 @@ def test_a_look_keeps_the_best_and_alarms_at_a_collapse(trained, manifest, tmp_p
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_skipped_step_leaves_the_next_as_it_would_have_been(trained, manifest, tmp_path, what):
-    """Weights, optimiser and gradient are as if the bad step had not been; the schedule has gone on."""
+def test_a_skipped_step_does_not_change_the_next_one(trained, manifest, tmp_path, what):
+    """Weights, optimiser and gradient are as without the skipped step; the schedule has advanced."""
     recipe = load_recipe("demo-cpu", [*SMALL, f"--run.output={tmp_path}", "--train.max_skipped_steps=1"])
     skips = Skips(Plan.build(recipe, manifest, manifest.rows(), EveryScan(72, 0, 4)), 0)
     trained.train()
@@ -264,11 +262,11 @@ def test_a_skipped_step_leaves_the_next_as_it_would_have_been(trained, manifest,
     lr = trained.lr_scheduler.get_last_lr()[0]
     with pytest.raises(NotFinite) as found:
         train_step(trained, bad, batch, 3, torch.float32)
-    said = skips.skip(trained, 3, batch, found.value)
-    assert f"step skipped (1 of at most 1); its scans are listed in {tmp_path}/not-finite-step-00000003.json" in said
+    message = skips.skip(trained, 3, batch, found.value)
+    assert f"step skipped (1 of at most 1); its scans are listed in {tmp_path}/not-finite-step-00000003.json" in message
     assert trained.lr_scheduler.get_last_lr()[0] != lr
     assert all(torch.equal(before[name], value) for name, value in engine.encoder_state(trained).items())
-    # A step of rate 0 shows the gradient alone: nothing of the bad one is left in it.
+    # Steps with learning rate 0 compare the gradients alone: nothing of the skipped one is left.
     for group in trained.optimizer.param_groups:
         group["lr"] = 0.0
     first, _ = train_step(trained, good, batch, 4, torch.float32)
@@ -296,7 +294,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(trained, what):
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
-def test_votes_are_added_up(trained):
+def test_votes_are_summed(trained):
     views = torch.randn(2, 4, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
     trained.optimizer.zero_grad()
     figures, sums = train_step(
@@ -307,7 +305,7 @@ def test_votes_are_added_up(trained):
     assert figures["loss"] > 0
 
 
-def test_a_signal_during_the_forward_pass_is_acted_on_in_the_same_step(trained):
+def test_a_signal_during_the_forward_pass_counts_in_the_same_step(trained):
     views = torch.randn(2, 4, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
     stop = StopRequest()
 

@@ -1,4 +1,4 @@
-"""Learning-rate factors against their formulas."""
+"""The factors on the learning rate equal their formulas."""
 
 from __future__ import annotations
 

@@ -147,7 +147,9 @@ def test_an_unreadable_scan_raises_or_is_left_out_with_a_warning(folder, tmp_pat
     (tmp_path / "broken.nii.gz").write_bytes(b"no gzip")
     scans = [first, tmp_path / "broken.nii.gz", last]
     with pytest.raises(UserError, match=r"broken.nii.gz: unreadable"):
-        encoder.embed(scans, progress=False)
+        encoder.train().embed(scans, batch_size=1, progress=False)
+    assert encoder.training
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("scans")]
     with pytest.warns(UserWarning, match=r"1 scans cannot be read and are left out: .*broken.nii.gz: unreadable"):
         table = encoder.embed(scans, on_error="skip", progress=False)
     assert table.index.tolist() == [str(first), str(last)]

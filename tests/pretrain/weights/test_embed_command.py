@@ -143,7 +143,7 @@ def test_only_features_of_the_same_encoder_options_and_files_are_taken_over(tmp_
 
     def stopped(*arguments, **options):
         embedded.append(list(arguments[2]))
-        return iter(())
+        yield from ()
 
     monkeypatch.setattr("pretrain.weights.feature_file.embed_source", stopped)
     header, stamps = killed_run(encoder, out, paths)

@@ -1,0 +1,93 @@
+"""What all results of an evaluation share: shards, tasks, settings, caches; and what a protocol evaluates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.storage.manifest import Manifest
+from evaluation.protocols.settings import EvaluationSettings
+from evaluation.tasks.tasks import Task
+from pretrain.weights.encoder import Encoder
+
+
+@dataclass
+class Candidate:
+    """What a protocol evaluates: a checkpoint, an architecture with random weights, or the shards themselves."""
+
+    name: str
+    method: str
+    step: int = 0
+    weights: str = ""  # SHA-256; empty without a checkpoint
+    encoder: Encoder | None = None
+    folder: Path | None = None  # of the exported encoder; None: random weights
+    tags: dict[str, str] = field(default_factory=dict)  # further MLflow tags, without "yaware."
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's config.json; empty without a checkpoint."""
+        return self.encoder.config if self.encoder is not None and self.folder is not None else {}
+
+
+@dataclass
+class EvaluationContext:
+    """What all results of an evaluation share, and the folders of its unfinished work.
+
+    ``rows`` (N,) are the manifest rows of the scans of all tasks, in rising order. ``cache`` keeps features between
+    evaluations; ``storage`` keeps unfinished searches. ``uri`` and ``experiment`` name the MLflow store.
+    """
+
+    manifest: Manifest
+    tasks: list[Task]
+    rows: NDArray[np.int64]
+    settings: EvaluationSettings
+    cache: Path
+    storage: Path
+    uri: str
+    experiment: str
+    _work_folders: list[Path] = field(default_factory=list)
+
+    def positions_of(self, task: Task) -> NDArray[np.int64]:
+        """Return the positions of a task's scans in ``rows``."""
+        return np.asarray(np.searchsorted(self.rows, task.rows))
+
+    def work_folder(self, protocol: str, candidate: Candidate, params: Mapping[str, Any]) -> Path:
+        """Create and return the folder of one unfinished result; its name is a digest of all that the result depends on."""
+        encoder = candidate.encoder.config["encoder"] if candidate.encoder is not None else None
+        inputs = {
+            "protocol": protocol, "settings": params, "weights": candidate.weights, "candidate": candidate.name,
+            "encoder": encoder, "manifest": self.manifest.digest, "version": version("yaware"),
+            "store": [self.uri, self.experiment],
+        }  # fmt: skip
+        digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
+        for task in self.tasks:
+            digest.update(task.name.encode())
+            for values in (
+                task.rows, task.labels, task.groups, task.strata, task.test, task.covariates, task.confounds,
+            ):  # fmt: skip
+                digest.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
+        folder = self.storage / digest.hexdigest()[:24]
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._work_folders.append(folder)
+        return folder
+
+    def remove_work_folders(self) -> None:
+        """Remove the folders of the results, once all of them are logged."""
+        for folder in self._work_folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def default_storage() -> Path:
+    """Return the folder of unfinished searches: private to the user, because Ray keeps pickles there."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "yaware" / "evaluations"

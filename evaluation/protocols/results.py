@@ -1,0 +1,122 @@
+"""The result of one candidate under one protocol: metrics, tables and trials, and their files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from data_pipeline.storage.manifest import Manifest
+from evaluation.protocols.context import EvaluationContext
+from evaluation.protocols.embedding import embedding_table
+from evaluation.protocols.nested_cv import NestedCVResult
+from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, with_interval
+from evaluation.tasks.tasks import Task
+from infra.files import write_json
+
+TABLES = ("predictions.parquet", "embedding.parquet", "curve.csv", "trials.csv")
+
+
+@dataclass
+class EvaluationResult:
+    """The result of one candidate under one protocol, for all tasks.
+
+    ``metrics`` holds ``TASK.METRIC``, with ``.low`` and ``.high`` for its interval, and ``TASK.auc.nSIZE``, the mean AUC over
+    the draws of a learning curve. ``trials`` holds the rows of ``nested_cv`` by task.
+    """
+
+    metrics: dict[str, float]
+    predictions: pd.DataFrame
+    curve: pd.DataFrame
+    trials: dict[str, list[dict[str, Any]]]
+    embedding: pd.DataFrame
+
+
+def make_result(
+    context: EvaluationContext, results: dict[str, NestedCVResult], map_features: NDArray[Any]
+) -> EvaluationResult:  # fmt: skip
+    """Compute metrics with intervals and make the tables; ``map_features`` (N, F), F > 1, give the map of the scans."""
+    metrics: dict[str, float] = {}
+    predictions, curves = [], []
+    for task in context.tasks:
+        result = results[task.name]
+        metrics |= _metrics(task, result, context.settings.seed)
+        predictions.append(predictions_table(context.manifest, task, result))
+        curve = pd.DataFrame(result.curve, columns=["n_train", "draw", "auc"]).assign(task=task.name)
+        curves.append(curve)
+        for size, values in curve.groupby("n_train")["auc"]:
+            metrics[f"{task.name}.auc.n{size}"] = float(values.mean())
+    if map_features.shape[1] > 1:
+        embedding = embedding_table(context.manifest, context.rows, map_features)
+    else:
+        embedding = pd.DataFrame({"x": [], "y": [], "age": [], "sex": [], "site": []})
+    trials = {name: result.trials for name, result in results.items()}
+    return EvaluationResult(metrics, pd.concat(predictions), pd.concat(curves), trials, embedding)
+
+
+def _metrics(task: Task, result: NestedCVResult, seed: int) -> dict[str, float]:
+    """Return the metrics of a task over all scans that were in a test fold, with their intervals."""
+    tested = result.fold >= 0
+    labels, people = task.labels[tested], task.participants[tested]
+    metrics: dict[str, float] = {}
+    for statistics, predictions in ((METRICS, result.predicted), (PROBABILITY_METRICS, result.probabilities)):
+        for name, statistic in statistics[task.kind].items():
+            value, low, high = with_interval(statistic, labels, predictions[tested], people, seed)
+            key = f"{task.name}.{name}"
+            metrics |= {key: value, f"{key}.low": low, f"{key}.high": high}
+    return metrics
+
+
+def predictions_table(manifest: Manifest, task: Task, result: NestedCVResult) -> pd.DataFrame:
+    """Return a row for every scan that was in a test fold, with what comparison, subgroups and calibration need.
+
+    The columns are task, kind, title, key, participant, label, answer (the prediction), fold, probability (or p0, p1, ... for
+    the classes of a multiclass task), and age, sex and site if the manifest has them.
+    """
+    tested = np.flatnonzero(result.fold >= 0)
+    scans = manifest.scans.loc[task.rows[tested]]
+    table = {
+        "key": scans["key"].to_numpy(), "participant": task.participants[tested],
+        "label": task.labels[tested].astype(float), "answer": result.predicted[tested], "fold": result.fold[tested],
+    }  # fmt: skip
+    if task.kind == "multiclass":
+        table |= {f"p{code}": result.probabilities[tested, code] for code in range(len(task.classes))}
+    else:
+        table["probability"] = result.probabilities[tested]
+    known = {column: scans[column].to_numpy() for column in ("age", "sex", "site") if column in scans}
+    return pd.DataFrame({"task": task.name, "kind": task.kind, "title": task.title, **table, **known})
+
+
+def trials_table(trials: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
+    """Return a row per trial: task, part (fold or draw), point (params, JSON), inner_score; of networks steps, stopped."""
+    rows = [
+        {
+            "task": task,
+            **{key: value for key, value in row.items() if key != "scores"},
+            "point": json.dumps(row["point"], sort_keys=True),
+        }
+        for task, task_trials in trials.items()
+        for row in task_trials
+    ]
+    return pd.DataFrame(rows)
+
+
+def write_result(result: EvaluationResult, folder: Path) -> None:
+    """Write a result as files, from which ``record.log_result`` logs it; ``is_complete`` is true once all are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result.predictions.to_parquet(folder / "predictions.parquet", index=False)
+    result.embedding.to_parquet(folder / "embedding.parquet", index=False)
+    result.curve.to_csv(folder / "curve.csv", index=False)
+    trials_table(result.trials).to_csv(folder / "trials.csv", index=False)
+    write_json(folder / "trials.json", result.trials)
+    write_json(folder / "metrics.json", result.metrics)
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether ``write_result`` finished."""
+    return (folder / "metrics.json").is_file()
