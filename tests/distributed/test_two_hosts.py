@@ -163,7 +163,7 @@ def sshd(pair, tmp_path):
         server.wait()
 
 
-def over_pdsh(pair: Pair, output: Path, work: Path, shards: Path, sshd: Path, store: Path, *more: str):
+def over_pdsh(pair: Pair, output: Path, work: Path, *more: str, shards: Path, sshd: Path, store: Path):
     """Return the command that starts both hosts from ``work``, and its environment."""
     work.mkdir()
     hostfile = write_hostfile(work / "hostfile", pair)
@@ -183,7 +183,7 @@ def over_pdsh(pair: Pair, output: Path, work: Path, shards: Path, sshd: Path, st
 
 @pytest.mark.slow
 def test_pdsh_starts_both_hosts_from_one(pair, shards, tmp_path, one_host, sshd, store):
-    command, variables = over_pdsh(pair, tmp_path / "run", tmp_path / "work", shards, sshd, store)
+    command, variables = over_pdsh(pair, tmp_path / "run", tmp_path / "work", shards=shards, sshd=sshd, store=store)
     done = subprocess.run(
         pair.a.command(command), cwd=tmp_path / "work", env=variables, capture_output=True, text=True, timeout=240
     )
@@ -206,7 +206,9 @@ def ranks_of(output: Path) -> list[psutil.Process]:
 def test_sigterm_ends_both_hosts_of_a_launch_over_pdsh(pair, shards, tmp_path, sshd, store):
     """`yaware launch` without its checks, which would not read the test's ssh configuration."""
     output = tmp_path / "run"
-    command, variables = over_pdsh(pair, output, tmp_path / "work", shards, sshd, store, "--train.steps=100000")
+    command, variables = over_pdsh(
+        pair, output, tmp_path / "work", "--train.steps=100000", shards=shards, sshd=sshd, store=store
+    )
     # DeepSpeed's launcher ends all launchers with the same python path on the hosts. A path of its own protects other tests.
     (tmp_path / "venv").symlink_to(sys.prefix)
     command[0] = str(tmp_path / "venv/bin/python")
