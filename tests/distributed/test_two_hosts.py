@@ -163,7 +163,7 @@ def sshd(pair, tmp_path):
         server.wait()
 
 
-def over_pdsh(pair: Pair, output: Path, work: Path, *more: str, shards: Path, sshd: Path, store: Path):
+def over_pdsh(pair: Pair, output: Path, *overrides: str, work: Path, shards: Path, sshd: Path, store: Path):
     """Return the command that starts both hosts from ``work``, and its environment."""
     work.mkdir()
     hostfile = write_hostfile(work / "hostfile", pair)
@@ -177,13 +177,15 @@ def over_pdsh(pair: Pair, output: Path, work: Path, *more: str, shards: Path, ss
     arguments = [part for part in training(shards, output) if not part.startswith("--encoder.options")]
     arguments[arguments.index("demo-cpu")] = str(work / "mine.yaml")
     command = [*launcher(), "--hostfile", str(hostfile), "--no_ssh_check", "--master_addr", pair.a.address,
-               "--master_port", str(free_port()), *arguments, *more]  # fmt: skip
+               "--master_port", str(free_port()), *arguments, *overrides]  # fmt: skip
     return command, variables | {"PDSH_SSH_ARGS_APPEND": f"-F {sshd}", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.slow
 def test_pdsh_starts_both_hosts_from_one(pair, shards, tmp_path, one_host, sshd, store):
-    command, variables = over_pdsh(pair, tmp_path / "run", tmp_path / "work", shards=shards, sshd=sshd, store=store)
+    command, variables = over_pdsh(
+        pair, tmp_path / "run", work=tmp_path / "work", shards=shards, sshd=sshd, store=store
+    )
     done = subprocess.run(
         pair.a.command(command), cwd=tmp_path / "work", env=variables, capture_output=True, text=True, timeout=240
     )
@@ -207,7 +209,7 @@ def test_sigterm_ends_both_hosts_of_a_launch_over_pdsh(pair, shards, tmp_path, s
     """`yaware launch` without its checks, which would not read the test's ssh configuration."""
     output = tmp_path / "run"
     command, variables = over_pdsh(
-        pair, output, tmp_path / "work", "--train.steps=100000", shards=shards, sshd=sshd, store=store
+        pair, output, "--train.steps=100000", work=tmp_path / "work", shards=shards, sshd=sshd, store=store
     )
     # DeepSpeed's launcher ends all launchers with the same python path on the hosts. A path of its own protects other tests.
     (tmp_path / "venv").symlink_to(sys.prefix)

@@ -77,7 +77,6 @@ def test_no_file_is_too_long(every_module):
     none_of(house_rules.long_files(every_module))
 
 
-@pending
 def test_no_function_is_too_long(every_module):
     none_of(house_rules.long_functions(every_module))
 
@@ -87,7 +86,6 @@ def test_no_call_has_too_many_positional_arguments(every_module):
     none_of(house_rules.positional_calls(every_module))
 
 
-@pending
 def test_everything_public_has_a_docstring(every_module):
     public = [module for module in every_module if not module.path.startswith(("tests/", "docs/"))]
     none_of(house_rules.missing_docstrings(public))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 
 from data_pipeline.storage.manifest import Manifest
 from infra import cli
+from infra.demo.summary import summary
 from infra.tracking import runs
 from pretrain import Encoder
 from pretrain.weights.folder import find_encoder
@@ -117,15 +119,19 @@ def test_the_commands_evaluate_and_compare(job, capsys, monkeypatch):
     assert cli.run(["evaluate", *given, *protocol]) == 0
     shutil.move(job / "demo/runs", job / "moved")
     try:
-        assert cli.run(["compare", "--experiment", "job", "--out", str(job / "report.html")]) == 0
+        assert cli.run(["compare", "--experiment", "job", "--out", str(job / "demo/report.html")]) == 0
     finally:
         shutil.move(job / "moved", job / "demo/runs")
     printed = capsys.readouterr().out
     assert "simulated data" in printed
-    page = (job / "report.html").read_text()
+    page = (job / "demo/report.html").read_text()
     assert "Simulated data." in page
     assert page.count("data:image/png;base64,") == 1  # the map of the features
     assert page.count("data:image/svg+xml;base64,") >= 3
+    shown = summary(job / "demo")
+    assert "y-aware: 6 steps, loss " in shown
+    assert re.search(r" scz auc +age mae$| age mae +scz auc$", shown, re.MULTILINE), shown
+    assert re.search(r"^ +random( +\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\]){2}$", shown, re.MULTILINE), shown
 
 
 def test_a_finished_run_is_not_trained_again(job):
