@@ -22,7 +22,7 @@ from data_pipeline.volume.intensity import zscore
 from infra.errors import LoaderError, UserError, nearest
 
 READERS = ("index", *SEQUENTIAL)
-TOLERATED_BAD_SCANS = 3  # so many unreadable scans never stop a run, however small the data set
+TOLERATED_BAD_SCANS = 3  # this many unreadable scans never stop a run, however small the data set
 
 
 class TwoViewLoader:

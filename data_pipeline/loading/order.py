@@ -35,7 +35,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class EveryScan:
-    """The plain order: each epoch holds every scan once, shuffled anew."""
+    """The plain order: each epoch holds every scan once, reshuffled each time."""
 
     scans: int
     seed: int

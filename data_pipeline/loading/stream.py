@@ -87,7 +87,7 @@ class StreamSource:
         self._scans: Iterator[tuple[int, Any]] = iter(())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_position": -1, "_scans": None}  # another process begins anew
+        return {**self.__dict__, "_position": -1, "_scans": None}  # another process starts from the beginning
 
     @cached_property
     def view_sampler(self) -> ViewSampler:
