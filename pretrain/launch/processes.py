@@ -90,8 +90,9 @@ class RankObserver:
 
 
 def local_ranks(launcher: int) -> list[psutil.Process]:
-    """Return the training processes below a launcher's process."""
-    return [p for p in _below(launcher) if any(word.startswith("--local_rank") for word in _words(p))]
+    """Return the training processes below a launcher's process, without processes that they have forked."""
+    ranks = {p.pid: p for p in _below(launcher) if any(word.startswith("--local_rank") for word in _words(p))}
+    return [process for process in ranks.values() if _parent(process) not in ranks]
 
 
 def stop_local_ranks(launcher: subprocess.Popen[bytes]) -> None:
@@ -136,6 +137,14 @@ def _below(launcher: int) -> list[psutil.Process]:
         return list(psutil.Process(launcher).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
+
+
+def _parent(process: psutil.Process) -> int:
+    """Return the process id of a process's parent; 0 if it has ended."""
+    try:
+        return int(process.ppid())
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _words(process: psutil.Process) -> list[str]:

@@ -46,7 +46,10 @@ def ranks_of(pid: int) -> Iterator[tuple[int, psutil.Process]]:
     for process in psutil.Process(pid).children(recursive=True):
         found = re.search(r"-m pretrain\.train --local_rank=(\d+)", " ".join(process.cmdline()))
         if found and "deepspeed" not in " ".join(process.cmdline()):
-            yield int(found[1]), process
+            if "--local_rank" not in " ".join(
+                process.parent().cmdline()
+            ):  # a process forked by a rank has its command line
+                yield int(found[1]), process
 
 
 def command_for(shards: Path, folder: Path, world: int, seconds: float) -> list[str]:
