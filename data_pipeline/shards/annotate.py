@@ -1,4 +1,4 @@
-"""Adds columns of a table to a built data set: a proxy or label that arrived later. No shard is touched."""
+"""Adds columns of a table, such as a proxy or label that arrives later, to a built data set. No shard changes."""
 
 from __future__ import annotations
 
@@ -15,47 +15,57 @@ from data_pipeline.volume.grid import Grid
 from infra.errors import UserError, nearest
 
 IDS = ("dataset", "participant_id", "session")
-# What the build itself wrote; a table may not change where a scan lies or on which side of a split.
-OWN = (*LOCATION_COLUMNS, "run", "split", "voxels_sha256", *IDS)
+# Columns that the build writes. A table must not change where a scan's bytes are or to which split it belongs.
+RESERVED = (*LOCATION_COLUMNS, "run", "split", "voxels_sha256", *IDS)
 
 
 def annotate_shards(
     shards: str | Path, table: str | Path, columns: Sequence[str] | None = None, *, replace: bool = False
 ) -> tuple[Manifest, dict[str, int]]:
-    """Add ``columns`` (default: all) of a .tsv or .csv to the scan table; the new manifest, and known values a column.
+    """Add columns of a .tsv or .csv file to the scan table; return the new manifest and the known values per column.
 
-    Rows are matched by ``participant_id``, and by ``session`` and ``dataset`` where the table has them. A column is numbers
-    where every value is one, else text; scans without a row have it missing. ``replace`` allows columns that are there.
-    The manifest gets a new digest, so a run that was begun goes on only with the old one; encoders of it can be judged
-    on the new one. UserError where the table, a column or a value does not fit.
+    Rows are matched by ``participant_id``, and by ``session`` and ``dataset`` if the table has these columns. A column is
+    numeric if every value is a number, else text. Scans without a row have missing values. The manifest gets a new digest, so
+    a run that has begun can continue only with the old manifest; its encoders can be evaluated on the new one.
+
+    Args:
+        shards: the folder of the shards.
+        table: the file.
+        columns: names of the columns to add; None for all.
+        replace: allow columns that the scan table has already.
+
+    Raises:
+        UserError: if the table cannot be read, a column is missing, reserved or there already, or no row matches a scan.
     """
     folder, path = Path(shards).resolve(), Path(table)
     with unfinished.locked(folder):
         old = Manifest.load(folder)
-        given = _read(path)
-        ids = [name for name in IDS if name in given]
-        wanted = _wanted(path, given, columns, old, replace)
-        left = old.scans[ids].astype(str)
-        left["participant_id"] = left["participant_id"].str.removeprefix("sub-")
-        found = left.merge(given[[*ids, *wanted]], on=ids, how="left", validate="many_to_one")
-        if found[wanted].isna().all(axis=None):
-            raise UserError(f"{path}: no row fits a scan of {folder}; compare its {', '.join(ids)} with the manifest's")
-        scans = old.scans.assign(**{name: _typed(found[name]).to_numpy() for name in wanted})
-        added = [*old.settings.get("annotated", []), {"columns": wanted, "table": path.name}]
+        rows = _read(path)
+        ids = [name for name in IDS if name in rows]
+        names = _columns_to_add(path, rows, columns, old, replace)
+        scan_ids = old.scans[ids].astype(str)
+        scan_ids["participant_id"] = scan_ids["participant_id"].str.removeprefix("sub-")
+        matched = scan_ids.merge(rows[[*ids, *names]], on=ids, how="left", validate="many_to_one")
+        if matched[names].isna().all(axis=None):
+            raise UserError(
+                f"{path}: no row matches a scan of {folder}; compare its {', '.join(ids)} with the manifest's"
+            )
+        scans = old.scans.assign(**{name: _typed(matched[name]).to_numpy() for name in names})
+        added = [*old.settings.get("annotated", []), {"columns": names, "table": path.name}]
         settings = {**old.settings, "annotated": added}
         new = write_manifest(folder, Grid.from_dict(old.grid), settings, old.shards, scans, replaces=True)
-    return new, {name: int(found[name].notna().sum()) for name in wanted}
+    return new, {name: int(matched[name].notna().sum()) for name in names}
 
 
 def _read(path: Path) -> pd.DataFrame:
-    """The table as text, ids without their prefixes, missing values as None; each participant (and session) once."""
+    """Return the table as text, with ids without prefixes and missing values as None; each participant and session once."""
     if not path.is_file():
-        raise UserError(f"{path} is missing; give a .tsv or .csv with a column participant_id")
+        raise UserError(f"{path} is missing; give a .tsv or .csv file with a column participant_id")
     separator = "," if path.suffix.lower() == ".csv" else "\t"
     try:
         table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no table: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from None
     table = table.rename(columns={"session_id": "session"}).apply(lambda column: column.str.strip())
     if "participant_id" not in table:
         raise UserError(f"{path} has no column participant_id; found: {', '.join(map(str, table.columns))}")
@@ -63,33 +73,36 @@ def _read(path: Path) -> pd.DataFrame:
     if "session" in table:
         table["session"] = table["session"].str.removeprefix("ses-")
     ids = [name for name in IDS if name in table]
-    twice = table[table.duplicated(ids)]
-    if len(twice):
-        shown = ", ".join(f"{name} {twice[name].iloc[0]!r}" for name in ids)
+    repeated = table[table.duplicated(ids)]
+    if len(repeated):
+        first = ", ".join(f"{name} {repeated[name].iloc[0]!r}" for name in ids)
         raise UserError(
-            f"{path} line {twice.index[0] + 2}: {shown} is there twice; keep one row each, or add a column session"
+            f"{path} line {repeated.index[0] + 2}: {first} appears twice; keep one row each, or add a column session"
         )
-    known: pd.DataFrame = table.mask(table.isin(MISSING), None)
-    return known
+    with_missing: pd.DataFrame = table.mask(table.isin(MISSING), None)
+    return with_missing
 
 
-def _wanted(
-    path: Path, given: pd.DataFrame, columns: Sequence[str] | None, old: Manifest, replace: bool
+def _columns_to_add(
+    path: Path, rows: pd.DataFrame, columns: Sequence[str] | None, old: Manifest, replace: bool
 ) -> list[str]:  # fmt: skip
-    there = [str(name) for name in given.columns if name not in IDS]
-    wanted = list(columns) if columns else there
-    if not wanted:
-        raise UserError(f"{path} has no column beside {', '.join(given.columns)}; add the one that shall be known")
-    for name in wanted:
-        if name in OWN:
-            raise UserError(f"{path}: column {name!r} is the build's own; give it another name")
-        if name not in there:
-            raise UserError(f"{path} has no column {name!r}{nearest(name, there)}; there: {', '.join(there)}")
+    """Return the names of the columns to add after checking them."""
+    available = [str(name) for name in rows.columns if name not in IDS]
+    names = list(columns) if columns else available
+    if not names:
+        raise UserError(f"{path} has no column besides {', '.join(rows.columns)}; add a column with values")
+    for name in names:
+        if name in RESERVED:
+            raise UserError(f"{path}: column {name!r} is written by the build; rename it")
+        if name not in available:
+            raise UserError(
+                f"{path} has no column {name!r}{nearest(name, available)}; available: {', '.join(available)}"
+            )
         if name in old.scans and not replace:
             raise UserError(
-                f"{path}: {old.root} has a column {name!r} already; give --replace, or choose others by --columns"
+                f"{path}: {old.root} has a column {name!r} already; give --replace, or choose others with --columns"
             )
-    return wanted
+    return names
 
 
 def _typed(column: pd.Series[str]) -> pd.Series[float] | pd.Series[str]:

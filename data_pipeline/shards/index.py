@@ -1,4 +1,4 @@
-"""A manifest for WebDataset shards made elsewhere: the tars are read once and left as they are."""
+"""Writes a manifest for WebDataset shards made elsewhere. The tars are read once and not changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_pipeline.cohort.declarations import check_orientation
 from data_pipeline.cohort.scan import safe_name
 from data_pipeline.cohort.split import DEFAULT_SPLITS
 from data_pipeline.quality.rules import Removal, write_quarantine
-from data_pipeline.shards.index_table import OWN, People, check_pattern, parse_key, read_people
+from data_pipeline.shards.index_table import RESERVED, People, check_pattern, parse_key, read_people
 from data_pipeline.shards.scan_table import scan_table
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
 from data_pipeline.storage.remote import Access, is_remote, join, list_tars, open_file
@@ -31,23 +31,23 @@ from infra import ray_cluster
 from infra.errors import UserError
 from infra.progress import Progress
 
-Place = tuple[tuple[int, ...], tuple[tuple[float, ...], ...] | None]  # shape and, where the format has one, the affine
+Geometry = tuple[tuple[int, ...], tuple[tuple[float, ...], ...] | None]  # shape, and affine if the format has one
 
 
 @dataclass(frozen=True)
 class Member:
-    """One sample of a foreign shard: where its bytes lie, and the grid that they tell."""
+    """One sample of a foreign shard: the location of its payload, and the geometry of its volume."""
 
     key: str
     offset: int
     size: int
     crc32c: int
-    place: Place
+    geometry: Geometry
 
 
 @dataclass
 class IndexedShard:
-    """What one tar holds. ``bad`` has the keys and reasons of what cannot be used."""
+    """The content of one tar. ``bad`` holds key and reason of each sample that cannot be used."""
 
     size: int
     sha256: str
@@ -70,69 +70,79 @@ def index_shards(
     seed: int = 0,
     workers: int | None = None,
 ) -> Manifest:
-    """Write manifest.json and scans.parquet in ``out`` for the tars below ``shards`` (a folder or URL); return it.
+    """Write manifest.json and scans.parquet for existing tars, and return the manifest.
+
+    Members are ``.npy``, ``.npy.gz``, ``.npy.zst``, ``.nii`` or ``.nii.gz``; each read reorients them to RAS. The most common
+    grid becomes the data set's. A scan with another grid, an unreadable or repeated scan, and one without a row in the table
+    are listed in ``quarantine.tsv`` with the reason.
 
     Args:
-        participants: the table; default participants.tsv beside the tars or one folder up. It may have a row per session.
-        modality: a name; default by shape (``vbm`` 121x145x121 at 1.5 mm, ``quasiraw`` 182x218x182 at 1 mm).
-        dataset: of scans whose key and table name none; default the folder's name.
-        spacing: edge of a voxel in mm, for .npy members of another shape; the volume is then centred on the origin.
-        orientation: order of the axes of .npy members, as in ``LAS``; default what ``grid.ARRAY_BOXES`` has for the shape.
+        shards: folder or URL; all tars below it are indexed.
+        out: folder for the manifest.
+        participants: the table; None looks for participants.tsv beside the tars and one folder up. It may have a row per
+            session.
+        modality: a name; None derives it from the shape (``vbm`` 121x145x121 at 1.5 mm, ``quasiraw`` 182x218x182 at 1 mm).
+        dataset: name for scans whose key and table name no data set; None uses the folder's name.
+        spacing: edge of a voxel in mm, for .npy members with another shape; the volume is then centred on the origin.
+        key_pattern: regular expression with named groups for keys of another form, see ``index_table.parse_key``.
+        orientation: orientation of .npy members, as in ``LAS``; empty uses the one of ``grid.ARRAY_BOXES`` for the shape.
+        splits: shares of the healthy participants.
+        seed: of the splits.
+        workers: Ray workers; None for one per core.
 
-    Members are ``.npy``, ``.npy.gz``, ``.npy.zst``, ``.nii`` or ``.nii.gz``; each read turns them to RAS. The commonest
-    grid is the data set's. A scan of another one, unreadable, without a row in the table, or there twice goes to
-    ``quarantine.tsv`` with its reason.
+    Raises:
+        UserError: if an argument is invalid, there are no tars or no table, or no scan can be used.
     """
     folder, access = Path(out).resolve(), Access()
     if not is_remote(shards):
-        shards = str(Path(shards).resolve())  # Ray's workers have a working directory of their own
+        shards = str(Path(shards).resolve())  # absolute: Ray workers run in another directory
     check_pattern(key_pattern)
     orientation = check_orientation(orientation, "--orientation")
     _check_free(folder)
     if spacing is not None and not 0.1 <= spacing <= 20:
         raise UserError(f"--spacing={spacing} is not in 0.1..20 mm")
-    names = _tars(shards, access)
-    people = _people(shards, participants, access)
+    names = _list_tars(shards, access)
+    people = _find_people(shards, participants, access)
     dataset = safe_name(dataset or shards.rstrip("/").rpartition("/")[2] or "shards")
-    found = _index_all(shards, names, access, workers)
-    shape_and_affine, bad = _common_place(names, found)
-    shape_name, grid, orientation = _grid(shape_and_affine, spacing, orientation)
-    rows = _rows(names, found, shape_and_affine, people, dataset, key_pattern, bad)
+    indexed = _index_all(shards, names, access, workers)
+    geometry, bad = _common_geometry(names, indexed)
+    default_modality, grid, orientation = modality_and_grid(geometry, spacing, orientation)
+    rows = _scan_rows(names, indexed, geometry, people, bad, dataset=dataset, pattern=key_pattern)
     folder.mkdir(parents=True, exist_ok=True)
     write_quarantine(
         folder / "quarantine.tsv", (Removal(key, name, "index", None, None, why) for key, name, why in bad)
     )
     if not rows:
         raise UserError(f"{shards}: no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")
-    codecs = sorted({shard.codec for shard in found if shard.codec})
+    codecs = sorted({shard.codec for shard in indexed if shard.codec})
     settings: dict[str, Any] = {
-        "dataset": dataset, "modality": modality or shape_name, "scaling": "none", "simulated": False, "indexed": True,
+        "dataset": dataset, "modality": modality or default_modality, "scaling": "none", "simulated": False, "indexed": True,
         "codec": codecs[0] if len(codecs) == 1 else "mixed", "seed": seed, "splits": splits or DEFAULT_SPLITS,
         "orientation": orientation, "scans_found": len(rows) + len(bad), "quarantined": len(bad),
         "root": shards if is_remote(shards) else os.path.relpath(shards, folder),
     }  # fmt: skip
     shard_rows = [
         {"name": name, "bytes": shard.size, "sha256": shard.sha256, "codec": shard.codec or "none", "scans": 0}
-        for name, shard in zip(names, found, strict=True)
+        for name, shard in zip(names, indexed, strict=True)
     ]
     for row in rows:
         shard_rows[row["shard"]]["scans"] += 1
     return write_manifest(folder, grid, settings, shard_rows, scan_table(rows, settings))
 
 
-def index_one(place: str, access: Access) -> IndexedShard:
-    """Read a tar once, from its beginning to its end: every member's place, checksum and grid, and the tar's SHA-256.
+def index_one(url: str, access: Access) -> IndexedShard:
+    """Read a tar once, from beginning to end; return each member's location, checksum and geometry, and the tar's SHA-256.
 
-    Runs in a Ray worker, with one volume in memory at a time.
+    Runs in a Ray worker with one volume in memory at a time.
     """
-    with open_file(place, access) as raw:
+    with open_file(url, access) as raw:
         stream = _Hashing(raw)
         shard = IndexedShard(0, "", None, [], [])
         try:
             with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
                 for member in tar:
                     if member.isreg():
-                        _take(shard, member, tar)
+                        _add_member(shard, member, tar)
             if not shard.members and not shard.bad:
                 shard.bad.append(("", f"no member ends in .{', .'.join(ENDINGS)}"))
         except (tarfile.TarError, EOFError) as error:
@@ -145,30 +155,31 @@ def index_one(place: str, access: Access) -> IndexedShard:
 
 
 class _Hashing:
-    """A file that is read forward, and its SHA-256."""
+    """A file that is read forward, with the SHA-256 and the size of what was read."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self.raw, self.digest, self.size = raw, hashlib.sha256(), 0
 
     def read(self, size: int) -> bytes:
+        """Read up to ``size`` bytes."""
         block = self.raw.read(size)
         self.digest.update(block)
         self.size += len(block)
         return block
 
 
-def _take(shard: IndexedShard, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
-    """Add a member to its shard where it is a volume, or to those that cannot be used."""
+def _add_member(shard: IndexedShard, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
+    """Add a member to ``shard.members`` if it is a usable volume, or to ``shard.bad`` with the reason if it is not."""
     # WebDataset's rule: the key is the path up to the first dot of the file's name.
     match = re.match(r"((?:.*/)?[^./]+)\.([^/]*)$", member.name)
     key, ending = match.groups() if match else (member.name, "")
     codec = ENDINGS.get(ending.lower())
     if codec is None:
-        if ending.lower().endswith(tuple(f".{known}" for known in ENDINGS)):
-            shard.bad.append((key, f"member ends in .{ending}; one of .{', .'.join(ENDINGS)} is read"))
+        if ending.lower().endswith(tuple(f".{allowed}" for allowed in ENDINGS)):
+            shard.bad.append((key, f"member ends in .{ending}; allowed: .{', .'.join(ENDINGS)}"))
         return
     if shard.codec not in (None, codec):
-        if all(key != known.key for known in shard.members[-1:]):  # else a second form of the same sample
+        if all(key != last.key for last in shard.members[-1:]):  # otherwise it is a second format of the same sample
             shard.bad.append((key, f"member .{ending} in a tar of codec {shard.codec}"))
         return
     shard.codec = codec
@@ -178,19 +189,19 @@ def _take(shard: IndexedShard, member: tarfile.TarInfo, tar: tarfile.TarFile) ->
     if len(payload) != member.size:
         raise EOFError("unexpected end of data")
     try:
-        place = _inspect(payload, codec)
+        geometry = _geometry(payload, codec)
     except BadScan as error:
         shard.bad.append((key, str(error)))
         return
-    shard.members.append(Member(key, member.offset_data, member.size, google_crc32c.value(payload), place))
+    shard.members.append(Member(key, member.offset_data, member.size, google_crc32c.value(payload), geometry))
 
 
-def _inspect(payload: bytes, codec: str) -> Place:
-    """Shape (and affine) of a volume that can be used; BadScan for one that cannot."""
+def _geometry(payload: bytes, codec: str) -> Geometry:
+    """Return shape and affine of a volume. Raises BadScan if it cannot be used."""
     try:
         array, affine = DECODERS[codec](payload)
         wide = array.astype(np.float32)
-    except Exception as error:  # each library raises many kinds for damaged bytes
+    except Exception as error:  # damaged bytes give many kinds of exceptions
         raise BadScan(f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
     shape = array.shape
     while len(shape) > 3 and shape[0] == 1:
@@ -210,32 +221,34 @@ def _rounded(shape: tuple[int, ...], affine: NDArray[Any]) -> tuple[tuple[float,
 
 def _check_free(folder: Path) -> None:
     if (folder / MANIFEST).is_file() and not Manifest.load(folder).settings.get("indexed"):
-        raise UserError(f"{folder} holds shards that yaware built, with their own manifest.json; choose another --out")
+        raise UserError(f"{folder} holds shards built by yaware, which have a manifest.json; choose another --out")
 
 
-def _tars(shards: str, access: Access) -> list[str]:
+def _list_tars(shards: str, access: Access) -> list[str]:
     if not is_remote(shards) and not Path(shards).is_dir():
-        raise UserError(f"shards {shards} is not a folder; give the one that holds the .tar files, or its URL")
+        raise UserError(f"shards {shards} is not a folder; give the folder with the .tar files, or its URL")
     names = list_tars(shards, access)
     if not names:
-        raise UserError(f"{shards} has no .tar file; compressed tars (.tar.gz) cannot be read at random: unpack them")
+        raise UserError(
+            f"{shards} has no .tar file; compressed tars (.tar.gz) cannot be read at an offset: decompress them"
+        )
     return names
 
 
-def _people(shards: str, participants: str | None, access: Access) -> People:
+def _find_people(shards: str, participants: str | None, access: Access) -> People:
     candidates = (
         [participants] if participants else [join(shards, "participants.tsv"), join(shards, "../participants.tsv")]
     )
-    for place in candidates:
+    for url in candidates:
         try:
-            with open_file(place, access) as stream:
-                return read_people(stream.read(), place)
+            with open_file(url, access) as stream:
+                return read_people(stream.read(), url)
         except FileNotFoundError:
             continue
         except OSError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-    raise UserError(f"{' and '.join(candidates)} are missing; name the table with --participants" if not participants
+    raise UserError(f"{' and '.join(candidates)} are missing; give the table with --participants" if not participants
                     else f"--participants={participants} is missing; give a tab-separated table")  # fmt: skip
 
 
@@ -251,51 +264,62 @@ def _index_all(shards: str, names: list[str], access: Access, workers: int | Non
     return results
 
 
-def _common_place(names: list[str], found: list[IndexedShard]) -> tuple[Place, list[tuple[str, str, str]]]:
-    """The grid that most members share, and a row for quarantine.tsv of each that could not be read."""
-    bad = [(key, name, reason) for name, shard in zip(names, found, strict=True) for key, reason in shard.bad]
-    counts = Counter(member.place for shard in found for member in shard.members)
+def _common_geometry(names: list[str], indexed: list[IndexedShard]) -> tuple[Geometry, list[tuple[str, str, str]]]:
+    """Return the geometry that most members share, and (key, tar, reason) of each unusable member."""
+    bad = [(key, name, reason) for name, shard in zip(names, indexed, strict=True) for key, reason in shard.bad]
+    counts = Counter(member.geometry for shard in indexed for member in shard.members)
     if not counts:
         raise UserError(f"no scan could be used; the first of {len(bad)}: {bad[0][1]} {bad[0][0]}: {bad[0][2]}")
     return counts.most_common(1)[0][0], bad
 
 
-def _grid(place: Place, spacing: float | None, declared: str = "") -> tuple[str, Grid, str]:
-    """The modality that the shape tells, the grid, and the orientation in which arrays are stored."""
-    shape, affine = place
+def modality_and_grid(geometry: Geometry, spacing: float | None, declared: str = "") -> tuple[str, Grid, str]:
+    """Return the modality of a shape, the grid, and the orientation in which arrays are stored.
+
+    Args:
+        geometry: the members' shape and affine.
+        spacing: --spacing, in mm.
+        declared: --orientation.
+
+    Raises:
+        UserError: if an option contradicts the members, or the voxel size is unknown.
+    """
+    shape, affine = geometry
     box = ARRAY_BOXES.get((shape[0], shape[1], shape[2]))
     name = box.modality if box else "vbm"
     if affine is not None:
         grid = Grid((shape[0], shape[1], shape[2]), affine)
         if spacing is not None and not np.allclose(grid.spacing, spacing, atol=1e-3):
-            raise UserError(f"--spacing={spacing}, but the members' affine says {grid.spacing} mm; leave --spacing out")
+            raise UserError(f"--spacing={spacing}, but the members' affine has {grid.spacing} mm; leave --spacing out")
         if declared:
-            raise UserError(f"--orientation={declared}, but the members' headers tell theirs; leave --orientation out")
+            raise UserError(
+                f"--orientation={declared}, but the members' headers have their own; leave --orientation out"
+            )
         return name, grid, "RAS"
     stored = array_orientation(shape, declared)
-    known, turned_shape = array_grid(shape), reorient(np.empty(shape, np.bool_), stored).shape
-    if known is not None and known.shape == turned_shape and spacing in (None, known.spacing[0]):
-        return name, known, stored
+    standard, ras_shape = array_grid(shape), reorient(np.empty(shape, np.bool_), stored).shape
+    if standard is not None and standard.shape == ras_shape and spacing in (None, standard.spacing[0]):
+        return name, standard, stored
     if spacing is None:
         size = "x".join(map(str, shape))
-        raise UserError(f"members are arrays of shape {size}, which tells no voxel size; give it with --spacing")
-    return name, Grid.centred(turned_shape, spacing), stored
+        raise UserError(f"members are arrays of shape {size}, whose voxel size is unknown; give it with --spacing")
+    return name, Grid.centred(ras_shape, spacing), stored
 
 
-def _rows(
-    names: list[str], found: list[IndexedShard], place: Place, people: People, dataset: str, pattern: str | None,
-    bad: list[tuple[str, str, str]],
+def _scan_rows(
+    names: list[str], indexed: list[IndexedShard], geometry: Geometry, people: People,
+    bad: list[tuple[str, str, str]], *, dataset: str, pattern: str | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row of scans.parquet for each member that can be used; the others are added to ``bad``."""
+    """Return a row of scans.parquet for each usable member; the others are added to ``bad`` with their tar and reason."""
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
-    for number, shard in enumerate(found):
+    for number, shard in enumerate(indexed):
         for member in shard.members:
             try:
-                if member.place != place:
-                    raise BadScan(f"grid {_show(member.place)}, the data set's is {_show(place)}")
+                if member.geometry != geometry:
+                    raise BadScan(f"grid {_text(member.geometry)}, the data set's is {_text(geometry)}")
                 if member.key in seen:
-                    raise BadScan("its key is there twice")
+                    raise BadScan("its key appears twice")
                 described = _describe(member.key, people, dataset, pattern)
             except BadScan as error:
                 bad.append((member.key, names[number], str(error)))
@@ -309,16 +333,16 @@ def _rows(
 def _describe(key: str, people: People, dataset: str, pattern: str | None) -> dict[str, Any]:
     entities = parse_key(key, pattern)
     values = people.find(entities)
-    known = {
+    standard = {
         "participant_id": entities["participant_id"], "session": entities.get("session", "1"),
         "run": entities.get("run", ""), "dataset": entities.get("dataset") or values.get("dataset") or dataset,
         "site": values.get("site") or "", "age": values.get("age"), "sex": values.get("sex") or "",
     }  # fmt: skip
-    return {**{name: value for name, value in values.items() if name not in OWN}, **known}
+    return {**{name: value for name, value in values.items() if name not in RESERVED}, **standard}
 
 
-def _show(place: Place) -> str:
-    shape, affine = place
+def _text(geometry: Geometry) -> str:
+    shape, affine = geometry
     size = "x".join(map(str, shape))
     if affine is None:
         return size

@@ -1,4 +1,4 @@
-"""Whose scan a foreign shard's sample is: entities from its key, values from the table beside the shards."""
+"""Assigns samples of foreign shards to participants: entities from the key, values from the table beside the shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
 
-# The words that keys and tables use for the four entities.
+# Names that keys and tables use for the four entities.
 ENTITIES = {
     "participant_id": ("participant_id", "sub", "subject", "participant"),
     "session": ("session", "ses", "session_id"),
@@ -23,33 +23,39 @@ ENTITIES = {
     "dataset": ("dataset", "study", "ds", "source"),
 }
 PREFIXES = ("sub-", "ses-", "run-")
-OWN = (*LOCATION_COLUMNS, "codec")  # the manifest's columns; a table's of these names are left out
+RESERVED = (*LOCATION_COLUMNS, "codec")  # the manifest's columns; a table's columns with these names are ignored
 
 
 def parse_key(key: str, pattern: str | None = None) -> dict[str, str]:
-    """Entities of a sample's key: ``abide_sub-01_ses-1_run-1``, in any order, with folders or without.
+    """Return the entities of a sample's key, as in ``abide_sub-01_ses-1_run-1``, in any order, with or without folders.
 
-    Words without a hyphen before the participant name the data set; ``pattern``, a regular expression with named groups,
-    reads keys that are made otherwise. BadScan for a key that names no participant.
+    Args:
+        key: the key. Words without a hyphen before the participant name the data set.
+        pattern: regular expression with named groups for keys of another form.
+
+    Raises:
+        BadScan: if the key names no participant.
     """
     if pattern is not None:
         match = re.search(pattern, key)
-        found = {name: str(value) for name, value in (match.groupdict() if match else {}).items() if value}
+        entities = {name: str(value) for name, value in (match.groupdict() if match else {}).items() if value}
     else:
-        found = _entities(key)
-    if "participant_id" not in found:
-        raise BadScan("its key names no participant; keys are read as <dataset>_sub-<id>_ses-<id>, or by --key-pattern")
-    return found
+        entities = _entities(key)
+    if "participant_id" not in entities:
+        raise BadScan(
+            "its key names no participant; expected <dataset>_sub-<id>_ses-<id>, or a form given with --key-pattern"
+        )
+    return entities
 
 
 def check_pattern(pattern: str | None) -> None:
-    """UserError for a --key-pattern that cannot name a participant."""
+    """Raise UserError if a --key-pattern is invalid or has no group for the participant."""
     if pattern is None:
         return
     try:
         groups = set(re.compile(pattern).groupindex)
     except re.error as error:
-        raise UserError(f"--key-pattern={pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"--key-pattern={pattern!r} is not a regular expression: {error}") from None
     if "participant_id" not in groups or groups - set(ENTITIES):
         raise UserError(
             f"--key-pattern={pattern!r} has the groups {', '.join(sorted(groups)) or 'none'}; "
@@ -59,43 +65,51 @@ def check_pattern(pattern: str | None) -> None:
 
 def _entities(key: str) -> dict[str, str]:
     words = {alias: name for name, aliases in ENTITIES.items() for alias in aliases}
-    found: dict[str, str] = {}
-    before: list[str] = []
+    entities: dict[str, str] = {}
+    dataset_words: list[str] = []
     for part in re.split(r"[_/]", key):
         label, hyphen, value = part.partition("-")
         if hyphen and value and label.lower() in words:
-            found.setdefault(words[label.lower()], value)
-        elif part and "participant_id" not in found:
-            before.append(part)
-    if before:
-        found.setdefault("dataset", "_".join(before))
-    return found
+            entities.setdefault(words[label.lower()], value)
+        elif part and "participant_id" not in entities:
+            dataset_words.append(part)
+    if dataset_words:
+        entities.setdefault("dataset", "_".join(dataset_words))
+    return entities
 
 
 @dataclass
 class People:
-    """The rows of a participants' table, by participant; a row may be of one session, run or data set only."""
+    """The rows of a participants' table by participant. A row may apply to a single session, run or data set."""
 
     path: str
     rows: dict[str, list[dict[str, Any]]]
 
     def find(self, entities: Mapping[str, str]) -> dict[str, Any]:
-        """The values of the one row that fits a scan. BadScan where none or several do."""
-        named = ", ".join(f"{name} {value}" for name, value in entities.items())
+        """Return the values of the row that matches a scan. Raises BadScan if none does, or if several different rows do."""
+        description = ", ".join(f"{name} {value}" for name, value in entities.items())
         rows = self.rows.get(entities["participant_id"], [])
         for name in ("dataset", "session", "run"):
             if name in entities:
                 rows = [row for row in rows if row.get(name) in (None, entities[name])]
         if not rows:
-            raise BadScan(f"{named} is not in {self.path.rpartition('/')[2]}")
+            raise BadScan(f"{description} is not in {self.path.rpartition('/')[2]}")
         first = {name: value for name, value in rows[0].items() if name not in ("session", "run")}
         if any({n: v for n, v in row.items() if n not in ("session", "run")} != first for row in rows[1:]):
-            raise BadScan(f"{named} has {len(rows)} different rows in {self.path.rpartition('/')[2]}")
+            raise BadScan(f"{description} has {len(rows)} different rows in {self.path.rpartition('/')[2]}")
         return first
 
 
 def read_people(content: bytes, path: str) -> People:
-    """A participants.tsv, which may have a row per session; values checked: ages are numbers, sex is F, M or O."""
+    """Read a participants.tsv, which may have a row per session, and check ages and sexes.
+
+    Args:
+        content: the file's bytes.
+        path: its name for error messages.
+
+    Raises:
+        UserError: if it is not a table, or a value is invalid.
+    """
     try:
         table = pd.read_csv(io.BytesIO(content), sep="\t", dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -103,11 +117,11 @@ def read_people(content: bytes, path: str) -> People:
     if "participant_id" not in table.columns:
         raise UserError(f"{path} has no column participant_id; found: {', '.join(table.columns)}")
     aliases = {alias: name for name, words in ENTITIES.items() for alias in words if name not in table.columns}
-    table = table.rename(columns=aliases).drop(columns=[name for name in OWN if name in table.columns])
+    table = table.rename(columns=aliases).drop(columns=[name for name in RESERVED if name in table.columns])
     table = table.apply(lambda column: column.str.strip())
-    twice = table.columns[table.columns.duplicated()]
-    if len(twice):
-        raise UserError(f"{path} has several columns for {twice[0]}; keep one of them")
+    repeated = table.columns[table.columns.duplicated()]
+    if len(repeated):
+        raise UserError(f"{path} has several columns for {repeated[0]}; keep one of them")
     texts = (*TEXT_COLUMNS, *ENTITIES)
     numeric = {name for name in table.columns if name not in texts and _all_numbers(table[name])}
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -118,8 +132,8 @@ def read_people(content: bytes, path: str) -> People:
 
 
 def _all_numbers(column: pd.Series[str]) -> bool:
-    known = column[~column.isin(MISSING)]
-    return len(known) > 0 and bool(pd.to_numeric(known, errors="coerce").notna().all())
+    values = column[~column.isin(MISSING)]
+    return len(values) > 0 and bool(pd.to_numeric(values, errors="coerce").notna().all())
 
 
 def _value(path: str, line: int, column: str, text: str, number: bool) -> Any:

@@ -1,7 +1,7 @@
-"""``yaware shards info``: what a data set holds, from its manifest alone.
+"""``yaware shards info``: summarises a data set from its manifest.
 
-Reads the few columns that it needs by pyarrow, without pandas and the imaging libraries, so that a million scans are told
-of within two seconds of the command. The scan table's checksum is verified all the same.
+It reads only the columns that it needs, with pyarrow instead of pandas and without the imaging libraries, so the command
+summarises a million scans within two seconds. The scan table's checksum is verified.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ import pyarrow.parquet as pq
 from data_pipeline.storage.manifest_file import is_simulated, read_checked
 
 COUNTED = ("dataset", "site", "sex", "split", "diagnosis")  # columns whose values are counted
-MOST_SHOWN = 12  # values of a column that the text names
+MAX_VALUES = 12  # values of a column that the text names
 DECADE = 10
 
 
 def shards_info(root: str | Path) -> dict[str, Any]:
-    """Counts, ages in years, sizes in bytes; the keys are those that ``--json`` prints. UserError as ``Manifest.load``."""
+    """Return counts, ages in years and sizes in bytes, with the keys that ``--json`` prints.
+
+    Raises UserError if the manifest or the scan table is missing or damaged.
+    """
     content, table = read_checked(root)
-    # Codes instead of a million Python strings.
+    # Dictionary encoding avoids a million Python strings.
     names = set(pq.read_schema(pa.BufferReader(table)).names)
     texts = [*(name for name in COUNTED if name in names), "participant_id"]
     scans = pq.ParquetFile(pa.BufferReader(table), read_dictionary=texts).read([*texts, "age"])
@@ -56,8 +59,8 @@ def shards_info(root: str | Path) -> dict[str, Any]:
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray[Any, np.dtype[np.int64]], pa.Array]:
-    """(N,) number of each row's value, one beyond the last where it is missing; and the values."""
-    if not pa.types.is_dictionary(column.type):  # numbers, or nothing at all
+    """Return the code of each row's value, (N,), and the values; a missing value has the code after the last."""
+    if not pa.types.is_dictionary(column.type):  # a numeric column, or an empty one
         column = pc.dictionary_encode(pc.cast(column, pa.string()))
     whole = column.unify_dictionaries()
     values = whole.chunk(0).dictionary if whole.num_chunks else pa.DictionaryArray.from_arrays([], []).dictionary
@@ -66,38 +69,38 @@ def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray[Any, np.dtype[np.int64]]
 
 
 def _numbers(array: pa.Array, missing: float) -> np.ndarray[Any, np.dtype[Any]]:
-    """An int32 or double array's values, ``missing`` where there is none. Arrow's own ``to_numpy`` imports pandas."""
+    """Return the values of an int32 or double array, ``missing`` for null. Arrow's ``to_numpy`` would import pandas."""
     valid, content = array.buffers()
     kind = np.float64 if pa.types.is_float64(array.type) else np.int32
     part = slice(array.offset, array.offset + len(array))
-    found = np.frombuffer(content, dtype=kind)[part]
+    values = np.frombuffer(content, dtype=kind)[part]
     if not array.null_count:
-        return found
-    return np.where(np.unpackbits(np.frombuffer(valid, np.uint8), bitorder="little")[part] > 0, found, kind(missing))
+        return values
+    return np.where(np.unpackbits(np.frombuffer(valid, np.uint8), bitorder="little")[part] > 0, values, kind(missing))
 
 
 def _participants(scans: pa.Table) -> tuple[int, dict[str, int]]:
-    """How many there are, in all and in each split; two data sets may both have a sub-01."""
+    """Return the number of participants, in total and per split; two data sets may both have a sub-01."""
     ids, values = _codes(scans["participant_id"])
     datasets, _ = _codes(scans["dataset"])
     splits, names = _codes(scans["split"])
-    # One sort of one number per scan, (data set, id, split), rather than a million tuples.
+    # One number per scan for (data set, id, split): sorting it is faster than a million tuples.
     triples = np.sort((datasets * (len(values) + 1) + ids) * (len(names) + 1) + splits)
     triples = triples[np.diff(triples, prepend=-1) > 0]
     people = int((np.diff(triples // (len(names) + 1), prepend=-1) > 0).sum())
-    each = np.bincount(triples % (len(names) + 1), minlength=len(names))
-    return people, {name: int(each[n]) for n, name in enumerate(names.to_pylist())}
+    per_split = np.bincount(triples % (len(names) + 1), minlength=len(names))
+    return people, {name: int(per_split[n]) for n, name in enumerate(names.to_pylist())}
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    """Scans per value, the most frequent first."""
+    """Return the number of scans per value, the most frequent first."""
     codes, names = _codes(column)
     values = [name or "missing" for name in (*names.to_pylist(), "missing")]
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for value, count in zip(values, np.bincount(codes, minlength=len(values)), strict=True):
         if count:
-            found[str(value)] = found.get(str(value), 0) + int(count)
-    return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
+            counts[str(value)] = counts.get(str(value), 0) + int(count)
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def _ages(column: pa.ChunkedArray) -> dict[str, Any]:
@@ -105,20 +108,20 @@ def _ages(column: pa.ChunkedArray) -> dict[str, Any]:
     ages = np.concatenate([np.zeros(0), *(_numbers(chunk, np.nan) for chunk in chunks)])
     known = ages[np.isfinite(ages)]
     decades, counts = np.unique(known // DECADE, return_counts=True)
-    figures = (
+    summary = (
         {"mean": known.mean(), "sd": known.std(ddof=1), "min": known.min(), "max": known.max()}
         if len(known) > 1
         else {}
     )
     return {
-        **{name: float(value) for name, value in figures.items()},
+        **{name: float(value) for name, value in summary.items()},
         "missing": len(ages) - len(known),
         "decades": {f"{int(d) * DECADE}-{int(d) * DECADE + DECADE - 1}": int(n) for d, n in zip(decades, counts, strict=True)},
     }  # fmt: skip
 
 
 def run_info(root: str, as_json: bool = False) -> int:
-    """Print what ``shards_info`` finds, for people or as JSON."""
+    """Print what ``shards_info`` returns, as text or as JSON; return the exit status 0."""
     info = shards_info(root)
     if as_json:
         print(json.dumps(info, indent=1))
@@ -156,5 +159,5 @@ def _lines(info: dict[str, Any]) -> dict[str, str]:
 
 
 def _shown(counts: dict[str, int]) -> str:
-    shown = ", ".join(f"{name} {count}" for name, count in list(counts.items())[:MOST_SHOWN])
-    return shown + (f" and {len(counts) - MOST_SHOWN} more" if len(counts) > MOST_SHOWN else "")
+    shown = ", ".join(f"{name} {count}" for name, count in list(counts.items())[:MAX_VALUES])
+    return shown + (f" and {len(counts) - MAX_VALUES} more" if len(counts) > MAX_VALUES else "")

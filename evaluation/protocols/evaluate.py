@@ -208,7 +208,7 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
         tracker.end("FAILED")
         raise
     if not tracker.stored:
-        if tracker.answers:
+        if tracker.connected:
             tracker.end("FAILED")  # a run without its tables must not count as finished
         raise UserError(
             f"MLflow store {context.uri} has not taken all of {candidate.name} step {candidate.step}, {variant.label}; the "

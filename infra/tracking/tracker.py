@@ -119,7 +119,7 @@ class Tracker:
             self._log("trials", trials=rows)
 
     @property
-    def answers(self) -> bool:
+    def connected(self) -> bool:
         """Whether the store has accepted the last entry and all entries before it."""
         return self._run is not None
 

@@ -1,4 +1,4 @@
-"""Builds on a running cluster lose workers and drivers by SIGKILL, and end with the bytes of a build that lost nothing."""
+"""Builds whose workers or drivers are killed end with the bytes of an uninterrupted build."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def big_cohort(tmp_path_factory):
-    """Volumes at 3 mm, so that a shard takes a while; one of them is damaged."""
+    """Volumes at 3 mm, so that a shard takes some time to write; one of them is damaged."""
     root = write_cohort(tmp_path_factory.mktemp("cohort") / "big", participants=SCANS)
     generator = np.random.default_rng(0)
     for path in sorted(root.glob("sub-*/ses-1/anat/*.nii.gz")):
@@ -46,7 +46,7 @@ def head():
 
 @pytest.fixture(scope="module")
 def whole(big_cohort, head, tmp_path_factory):
-    """Every file of an uninterrupted build."""
+    """The files of an uninterrupted build."""
     out = tmp_path_factory.mktemp("whole") / "shards"
     done = subprocess.run(command(big_cohort, out), cwd=ROOT, env=environment(head), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -70,18 +70,18 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def finished(out: Path) -> dict[str, int]:
-    """The inodes of shards that are in their place, with their record."""
+    """The inodes of the finished shards that have a record."""
     names = [path.name.removeprefix(".unfinished-").removesuffix(".json") for path in out.glob(".unfinished-*.json")]
     return {name: (out / name).stat().st_ino for name in names if (out / name).exists()}
 
 
 def start_and_wait(cohort, out, env, shards_done, log):
-    """The build, running, once so many shards are finished."""
+    """Start a build and return its process once ``shards_done`` shards are finished."""
     started = subprocess.Popen(command(cohort, out), cwd=ROOT, env=env, stdout=log, stderr=log)
     limit = time.monotonic() + 120
     while len(finished(out)) < shards_done if out.exists() else True:
         assert started.poll() is None, "the build ended before it could be killed"
-        assert time.monotonic() < limit, "the build never came so far"
+        assert time.monotonic() < limit, "the build did not finish enough shards in time"
         time.sleep(0.002)
     return started
 
@@ -93,12 +93,12 @@ def name_of(process: psutil.Process) -> str:
         return ""
 
 
-def more(count: int) -> list:
+def slow_seeds(count: int) -> list:
     return [pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, count)]
 
 
-@pytest.mark.parametrize("seed", [0, 1, *more(12)])
-def test_a_killed_driver_goes_on_where_it_was(big_cohort, head, whole, tmp_path, seed):
+@pytest.mark.parametrize("seed", [0, 1, *slow_seeds(12)])
+def test_a_build_continues_after_its_driver_is_killed(big_cohort, head, whole, tmp_path, seed):
     out, moments = tmp_path / "shards", random.Random(seed)
     kept: dict[str, int] = {}
     with (tmp_path / "log").open("w") as log:
@@ -108,21 +108,21 @@ def test_a_killed_driver_goes_on_where_it_was(big_cohort, head, whole, tmp_path,
             started.kill()
             started.wait()
             if (out / "manifest.json").exists():
-                pytest.skip("the machine built faster than it could be killed")
-            # A shard that was finished once is never written again.
+                pytest.skip("the build ended before it could be killed")
+            # A finished shard is never written again.
             now = finished(out)
             assert kept.items() <= now.items()
             kept = now
-    # At once, while workers of the dead driver may still be at their shards.
+    # Started at once, while workers of the dead driver may still be writing.
     done = subprocess.run(command(big_cohort, out), cwd=ROOT, env=environment(head), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {name: (out / name).stat().st_ino for name in kept} == kept
-    time.sleep(0.5)  # an outliving worker would have renamed its shard by now
+    time.sleep(0.5)  # a surviving worker would have renamed its shard by now
     assert files(out) == whole
 
 
-@pytest.mark.parametrize("seed", [0, *more(8)])
-def test_a_build_goes_on_when_its_workers_are_killed(big_cohort, head, whole, tmp_path, seed):
+@pytest.mark.parametrize("seed", [0, *slow_seeds(8)])
+def test_a_build_survives_the_death_of_its_workers(big_cohort, head, whole, tmp_path, seed):
     out, moments = tmp_path / "shards", random.Random(seed)
     killed = 0
     with (tmp_path / "log").open("w+") as log:
@@ -139,20 +139,20 @@ def test_a_build_goes_on_when_its_workers_are_killed(big_cohort, head, whole, tm
                 killed += 1
                 psutil.wait_procs([victim], timeout=10)
         assert started.wait(timeout=120) == 0, (tmp_path / "log").read_text()
-    assert killed, "no worker was seen at work"
+    assert killed, "no worker process was found"
     assert files(out) == whole
 
 
-def test_a_killed_driver_with_a_cluster_of_its_own_leaves_nothing_at_work(big_cohort, whole, tmp_path):
+def test_a_killed_driver_with_its_own_cluster_leaves_no_worker_running(big_cohort, whole, tmp_path):
     out = tmp_path / "shards"
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (tmp_path / "log").open("w") as log:
         started = start_and_wait(big_cohort, out, env, 2, log)
         working: list[psutil.Process] = []
         limit = time.monotonic() + 10
-        while len(working) < 3 and time.monotonic() < limit:  # a worker gets its name a moment after its process
+        while len(working) < 3 and time.monotonic() < limit:  # a worker process is named a moment after its start
             family = {process: name_of(process) for process in psutil.Process(started.pid).children(recursive=True)}
-            # A worker is ray::build_one at its shard, ray::IDLE between two.
+            # A worker is named ray::build_one while it writes a shard and ray::IDLE between two shards.
             names = ("ray::build_one", "ray::IDLE", "raylet", "gcs_server")
             working = [process for process, name in family.items() if name.startswith(names)]
         assert len(working) >= 3, family
@@ -161,7 +161,7 @@ def test_a_killed_driver_with_a_cluster_of_its_own_leaves_nothing_at_work(big_co
     try:
         _, alive = psutil.wait_procs(working, timeout=60)
         assert not alive
-    finally:  # Ray's agents, which do no work, look only now and then whether they are still wanted
+    finally:  # Ray's agents check only now and then whether their cluster still exists
         for process in family:
             if process.is_running():
                 process.kill()

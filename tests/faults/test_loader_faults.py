@@ -1,5 +1,4 @@
-"""Reader processes die by SIGKILL at random moments: the batches are the same as if nothing had happened, or the run ends
-promptly with one line."""
+"""Reader processes are killed at random moments: the batches stay the same, or the run ends promptly with one line."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def undisturbed(shards):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killing_readers_at_random_moments_changes_no_batch(shards, undisturbed, capfd, seed):
+def test_killing_reader_processes_at_random_moments_changes_no_batch(shards, undisturbed, capfd, seed):
     loader, chance = loader_of(shards, workers=2, prefetch=2), random.Random(seed)
     next_kill, kills = threading.Event(), []
 
@@ -53,27 +52,27 @@ def test_killing_readers_at_random_moments_changes_no_batch(shards, undisturbed,
                     kills.append(pid)
                 except ProcessLookupError:
                     pass
-                next_kill.wait(chance.uniform(0.5, 1.5))  # a new process needs a moment to be in the middle of a step
+                next_kill.wait(chance.uniform(0.5, 1.5))  # so that the new process is in the middle of a step
 
-    found = [next(loader)]
+    batches = [next(loader)]
     killer = threading.Thread(target=kill_now_and_then)
     killer.start()
     try:
-        while len(found) < STEPS or (len(kills) < 2 and len(found) < 4000):
+        while len(batches) < STEPS or (len(kills) < 2 and len(batches) < 4000):
             batch = next(loader)
-            if len(found) < STEPS:
-                found.append(batch)
+            if len(batches) < STEPS:
+                batches.append(batch)
     finally:
         next_kill.set()
         killer.join()
         loader.close()
     assert len(kills) >= 2
-    for mine, theirs in zip(found, undisturbed, strict=True):
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for batch, expected in zip(batches, undisturbed, strict=True):
+        assert all(torch.equal(batch[name], expected[name]) for name in batch)
     assert "a reader process was lost (by signal SIGKILL) and is started again" in capfd.readouterr().err
 
 
-def test_both_readers_killed_while_the_trainer_waits(shards, undisturbed):
+def test_killing_all_reader_processes_at_once_changes_no_batch(shards, undisturbed):
     loader = loader_of(shards, workers=2, prefetch=1)
     for step in range(6):
         batch = next(loader)
@@ -84,7 +83,7 @@ def test_both_readers_killed_while_the_trainer_waits(shards, undisturbed):
     loader.close()
 
 
-def test_readers_that_die_again_and_again_end_the_run_promptly_with_one_line(shards):
+def test_reader_processes_that_keep_dying_end_the_run_promptly_with_one_line(shards):
     loader = loader_of(shards, workers=1)
     next(loader)
     stop = threading.Event()
@@ -111,8 +110,7 @@ def test_readers_that_die_again_and_again_end_the_run_promptly_with_one_line(sha
     assert time.monotonic() - started < 30
 
 
-def test_after_an_end_the_loader_starts_again_where_it_was(shards, undisturbed):
-    """Nothing is lost on restart: the state after a batch, given to a new loader, continues with the next one."""
+def test_a_new_loader_continues_where_a_failed_one_stopped(shards, undisturbed):
     loader = loader_of(shards, workers=2)
     for _ in range(5):
         next(loader)
@@ -126,7 +124,7 @@ def test_after_an_end_the_loader_starts_again_where_it_was(shards, undisturbed):
     again.close()
 
 
-def test_readers_end_when_the_training_process_is_killed(shards):
+def test_reader_processes_end_when_the_training_process_is_killed(shards):
     code = (
         "import sys, time; from data_pipeline import Manifest, TwoViewLoader; m = Manifest.load(sys.argv[1])\n"
         "l = TwoViewLoader(m, rows=m.rows(), global_batch=6, workers=2); next(l)\n"
@@ -146,11 +144,11 @@ def test_readers_end_when_the_training_process_is_killed(shards):
 
 
 @pytest.fixture
-def spoil(shards, tmp_path):
-    """``spoil(rows)``: a copy of the shards in which one bit of each of these scans is wrong."""
+def damage(shards, tmp_path):
+    """``damage(rows)`` returns a copy of the shards in which one bit of each of these scans is wrong."""
 
     def copy(rows):
-        folder = tmp_path / "spoilt"
+        folder = tmp_path / "damaged"
         shutil.copytree(shards, folder)
         manifest = Manifest.load(folder)
         for row in rows:
@@ -165,8 +163,8 @@ def spoil(shards, tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_run_over_a_spoilt_scan_goes_on_and_tells(shards, spoil, tmp_path):
-    folder = spoil([int(Manifest.load(shards).rows(split="pretrain")[0])])
+def test_a_run_continues_after_a_damaged_scan_and_reports_it(shards, damage, tmp_path):
+    folder = damage([int(Manifest.load(shards).rows(split="pretrain")[0])])
     output = tmp_path / "run"
     done = run(pretrain_command(folder, output, 12, "--data.workers=1"), tmp_path)
     assert done.returncode == 0
@@ -178,24 +176,24 @@ def test_a_run_over_a_spoilt_scan_goes_on_and_tells(shards, spoil, tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_run_over_spoilt_shards_ends_with_one_line(spoil, tmp_path):
-    folder = spoil(range(72))
+def test_a_run_on_damaged_shards_ends_with_one_line(damage, tmp_path):
+    folder = damage(range(72))
     done = run(pretrain_command(folder, tmp_path / "run", 12), tmp_path)
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("yaware: error: ")]
-    assert said
-    assert all("cannot be read" in line for line in said)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("yaware: error: ")]
+    assert errors
+    assert all("cannot be read" in line for line in errors)
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("reader", ["stream", "dali"])
-def test_a_killed_run_of_a_sequential_reader_ends_as_if_nothing_had_happened(shards, tmp_path, reader):
+def test_a_killed_run_with_a_sequential_reader_resumes_exactly(shards, tmp_path, reader):
     more = [f"--data.reader={reader}", "--data.buffer=8"]
     assert run(pretrain_command(shards, tmp_path / "whole", 10, *more), tmp_path).returncode == 0
     command = pretrain_command(shards, tmp_path / "killed", 10, *more)
     kill_ranks_when(command, tmp_path, lambda: len(losses(tmp_path / "killed")) >= 6)
-    assert len(losses(tmp_path / "killed")) < 10, "killed too late to show anything"
+    assert len(losses(tmp_path / "killed")) < 10, "the run was killed too late"
     done = run(command, tmp_path)
     assert done.returncode == 0
     assert "resuming after step" in done.stdout

@@ -1,4 +1,4 @@
-"""A cohort with planted faults, one a rule."""
+"""A cohort with planted faults, one for each rule."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import pandas as pd
 
 from tests.cohorts import GRID, blob, write_cohort
 
-# The rule that must catch each scan; every other scan must stay.
+# The rule that must exclude each scan; every other scan must be kept.
 PLANTED = {
     "sub-000_ses-1": "nonfinite",
     "sub-001_ses-1": "constant",
     "sub-002_ses-1": "unreadable",
-    "sub-003_ses-1": "outlier",  # left and right have changed places
+    "sub-003_ses-1": "outlier",  # left and right exchanged
     "sub-004_ses-1": "outlier",  # noise
     "sub-005_ses-1": "outlier",  # shifted by a quarter of the field of view
-    "sub-007_ses-1": "duplicate",  # of another participant, sub-006
-    "sub-008_ses-2": "duplicate",  # of the same participant's first session
+    "sub-007_ses-1": "duplicate",  # same voxels as another participant, sub-006
+    "sub-008_ses-2": "duplicate",  # same voxels as the participant's first session
     "sub-009_ses-1": "cat12",
-    "sub-010_ses-1": "tiv",  # only where scaling by it is asked for
+    "sub-010_ses-1": "tiv",  # only with --scaling tiv
 }
 
 
@@ -36,7 +36,7 @@ def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> No
 
 
 def write_faulty_cohort(root: Path, participants: int = 30) -> Path:
-    """Thirty participants of one session (sub-008 of two), ten of the scans with a fault."""
+    """Write thirty participants with one session (sub-008 with two); ten scans have a fault."""
     cohort = write_cohort(root, participants=participants)
     noise = np.random.default_rng(1)
     save(find(cohort, "sub-000_ses-1"), with_nan(blob(0, 50.0), 7))

@@ -1,4 +1,4 @@
-"""A proxy that arrived later: new columns, the same shards."""
+"""A proxy that arrives later: new columns, unchanged shards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write(path, rows, separator="\t"):
     return path
 
 
-def test_a_number_and_a_text_by_participant(built, tmp_path, capsys):
+def test_numbers_and_texts_are_added_by_participant(built, tmp_path, capsys):
     people = sorted(set(built.scans["participant_id"]))
     rows = [("participant_id", "iq", "hand")] + [
         (f"sub-{p}", str(90 + n), "LR"[n % 2]) for n, p in enumerate(people[1:])
@@ -37,8 +37,8 @@ def test_a_number_and_a_text_by_participant(built, tmp_path, capsys):
     after = Manifest.load(built.root)
     assert f"iq: {after.scans['iq'].notna().sum()} of {len(after.scans)} scans have a value" in capsys.readouterr().out
     expected = {person: 90.0 + n for n, person in enumerate(people[1:]) if n != 2}
-    for person, found in zip(after.scans["participant_id"], after.scans["iq"], strict=True):
-        assert found == expected[person] if person in expected else np.isnan(found)
+    for person, iq in zip(after.scans["participant_id"], after.scans["iq"], strict=True):
+        assert iq == expected[person] if person in expected else np.isnan(iq)
     assert np.array_equal(after.proxies(["iq"])[:, 0], after.scans["iq"].to_numpy(np.float32), equal_nan=True)
     assert set(after.scans["hand"].dropna()) == {"L", "R"}
     pd.testing.assert_frame_equal(after.scans[built.scans.columns], built.scans)
@@ -47,29 +47,29 @@ def test_a_number_and_a_text_by_participant(built, tmp_path, capsys):
     assert verify_shards(after) == []
 
 
-def test_values_of_sessions_go_to_their_scans(built, tmp_path):
+def test_values_of_a_session_are_added_to_its_scans(built, tmp_path):
     scans = built.scans[["participant_id", "session"]].drop_duplicates()
     rows = [("participant_id", "session", "weight")]
     rows += [(p, f"ses-{s}", str(50 + n)) for n, (p, s) in enumerate(scans.itertuples(index=False))]
-    after, known = annotate_shards(built.root, write(tmp_path / "w.csv", rows, ","))
-    assert known == {"weight": len(after.scans)}
-    wanted = {(p, s): 50.0 + n for n, (p, s) in enumerate(scans.itertuples(index=False))}
-    found = after.scans.set_index(["participant_id", "session"])["weight"]
-    assert all(found.loc[[pair]].eq(value).all() for pair, value in wanted.items())
+    after, counts = annotate_shards(built.root, write(tmp_path / "w.csv", rows, ","))
+    assert counts == {"weight": len(after.scans)}
+    expected = {(p, s): 50.0 + n for n, (p, s) in enumerate(scans.itertuples(index=False))}
+    weights = after.scans.set_index(["participant_id", "session"])["weight"]
+    assert all(weights.loc[[pair]].eq(value).all() for pair, value in expected.items())
 
 
 @pytest.mark.parametrize(
     ("rows", "options", "text"),
     [
         ([("id", "iq"), ("1", "2")], [], "has no column participant_id; found: id, iq"),
-        ([("participant_id", "iq"), ("000", "2"), ("sub-000", "3")], [], "line 3: participant_id '000' is there twice"),
+        ([("participant_id", "iq"), ("000", "2"), ("sub-000", "3")], [], "line 3: participant_id '000' appears twice"),
         ([("participant_id", "age"), ("000", "2")], [], "has a column 'age' already; give --replace"),
-        ([("participant_id", "split"), ("000", "x")], [], "column 'split' is the build's own"),
+        ([("participant_id", "split"), ("000", "x")], [], "column 'split' is written by the build"),
         ([("participant_id", "iq"), ("000", "2")], ["--columns", "qi"], "has no column 'qi' (did you mean 'iq'?)"),
-        ([("participant_id", "iq"), ("nobody", "2")], [], "no row fits a scan"),
+        ([("participant_id", "iq"), ("nobody", "2")], [], "no row matches a scan"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_changes_nothing(built, tmp_path, capsys, rows, options, text):
+def test_an_invalid_table_is_rejected_with_one_line_and_changes_nothing(built, tmp_path, capsys, rows, options, text):
     table = write(tmp_path / "t.tsv", rows)
     assert cli.run(["shards", "annotate", str(built.root), str(table), *options]) == 2
     error = capsys.readouterr().err
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_one_line_and_changes_nothing(built, tmp_path, caps
     assert Manifest.load(built.root).digest == built.digest
 
 
-def test_replacing_is_possible_when_asked(built, tmp_path):
+def test_an_existing_column_is_replaced_on_request(built, tmp_path):
     people = sorted(set(built.scans["participant_id"]))
     table = write(tmp_path / "t.tsv", [("participant_id", "age"), *((p, "33") for p in people)])
     after, _ = annotate_shards(built.root, table, replace=True)

@@ -1,4 +1,4 @@
-"""Appending: nothing that was there changes, readers see the data set before or after, and what does not fit is refused."""
+"""Appending: existing shards and rows stay, readers see the data set before or after, mismatches are rejected."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def add_session(cohort: Path, participant: str, session: int, seed: int = 0) -> 
     nibabel.save(image, folder / f"sub-{participant}_ses-{session}_desc-mwp1_probseg.nii.gz")
 
 
-def test_another_data_set_goes_behind_what_is_there(built, other, capsys):
+def test_another_data_set_is_added_after_the_existing_scans(built, other, capsys):
     before = tars(built.root)
     assert cli.run(["shards", "append", str(other), str(built.root)]) == 0
     assert "appended 11 scans in 2 shards" in capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_another_data_set_goes_behind_what_is_there(built, other, capsys):
     assert tables[0].startswith("scans-")
 
 
-def test_the_same_append_twice_changes_nothing(built, other, capsys):
+def test_repeating_an_append_changes_nothing(built, other, capsys):
     once = append_shards(other, built.root)
     before = {path.name: path.stat().st_mtime_ns for path in built.root.iterdir()}
     assert cli.run(["shards", "append", str(other), str(built.root)]) == 0
@@ -93,7 +93,7 @@ def test_the_same_append_twice_changes_nothing(built, other, capsys):
     assert Manifest.load(built.root).digest == once.digest
 
 
-def test_new_sessions_of_known_people_keep_their_split(cohort, built, tmp_path):
+def test_new_sessions_of_known_participants_get_their_split(cohort, built, tmp_path):
     grown = copy_of(cohort, tmp_path / "tiny")
     for number in range(24):
         add_session(grown, f"{number:03d}", 3, seed=number)
@@ -103,11 +103,11 @@ def test_new_sessions_of_known_people_keep_their_split(cohort, built, tmp_path):
     assert after.scans.groupby("participant_id")["split"].nunique().max() == 1
     assert set(after.scans["session"][48:]) == {"3"}
     assert [row["name"] for row in after.shards[5:]] == [f"tiny-{n:06d}.tar" for n in (5, 6, 7)]
-    # The build that began it all still finds itself there.
+    # The original build call still recognises its data set.
     assert build_shards(cohort, built.root, scans_per_shard=10).digest == after.digest
 
 
-def test_several_appends_keep_their_history_and_free_of_the_order_of_names(built, other, tmp_path):
+def test_several_appends_are_recorded_in_their_order(built, other, tmp_path):
     append_shards(other, built.root)
     third = write_cohort(tmp_path / "third", participants=3, seed=3)
     after = append_shards(third, built.root)
@@ -118,7 +118,7 @@ def test_several_appends_keep_their_history_and_free_of_the_order_of_names(built
 
 
 @pytest.mark.parametrize("reread", [True, False])
-def test_a_known_scan_with_other_voxels_is_refused(cohort, built, tmp_path, reread):
+def test_a_stored_scan_with_other_voxels_is_rejected(cohort, built, tmp_path, reread):
     changed = copy_of(cohort, tmp_path / "tiny")
     add_session(changed, "004", 3)
     path = next((changed / "sub-007" / "ses-1").rglob("*.nii.gz"))
@@ -129,13 +129,13 @@ def test_a_known_scan_with_other_voxels_is_refused(cohort, built, tmp_path, rere
     with pytest.raises(UserError, match=r"scan tiny_sub-007_ses-1 is in .* with other voxels \(scans that differ: 1\)"):
         append_shards(changed, built.root)
     assert Manifest.load(built.root).digest == built.digest
-    # Under another name only what the shards do not hold yet is new: the changed scan and the added one.
+    # Under another data set name, the changed and the added scan are new; the others are duplicates.
     assert len(append_shards(changed, built.root, dataset="again").scans) == 48 + 2
     quarantine = (built.root / "quarantine.tsv").read_text()
     assert quarantine.count("which the shards hold already") == 47
 
 
-def test_a_known_scan_with_another_age_is_refused(cohort, built, tmp_path, capsys):
+def test_a_stored_scan_with_another_age_is_rejected(cohort, built, tmp_path, capsys):
     changed = copy_of(cohort, tmp_path / "tiny")
     table = changed / "participants.tsv"
     table.write_text(table.read_text().replace("\t20.0\t", "\t21.0\t", 1))
@@ -146,7 +146,7 @@ def test_a_known_scan_with_another_age_is_refused(cohort, built, tmp_path, capsy
     assert printed.count("\n") == 1
 
 
-def test_settings_that_are_not_the_manifests_are_refused(built, other, capsys):
+def test_settings_that_differ_from_the_manifest_are_rejected(built, other, capsys):
     before = tars(built.root)
     for option, text in (
         (["--codec", "npy"], "codec='npy' differs from"),
@@ -162,7 +162,7 @@ def test_settings_that_are_not_the_manifests_are_refused(built, other, capsys):
     assert cli.run(["shards", "append", str(other), str(built.root), "--codec", "zst", "--modality", "vbm"]) == 0
 
 
-def test_another_grid_is_brought_to_the_manifests(built, other):
+def test_scans_on_another_grid_are_resampled_to_the_manifest_s(built, other):
     for path in other.rglob("*.nii.gz"):
         image = nibabel.load(path)
         moved = np.array(image.affine)
@@ -175,7 +175,7 @@ def test_another_grid_is_brought_to_the_manifests(built, other):
     assert after.grid == built.grid
 
 
-def test_columns_of_only_one_of_the_tables_are_missing_in_the_other(built, other):
+def test_columns_of_one_table_are_missing_values_for_the_other_s_scans(built, other):
     lines = (other / "participants.tsv").read_text().replace("\ttiv", "\tiq").splitlines()
     (other / "participants.tsv").write_text("\n".join(lines) + "\n")
     after = append_shards(other, built.root)
@@ -186,7 +186,7 @@ def test_columns_of_only_one_of_the_tables_are_missing_in_the_other(built, other
     assert verify_shards(after) == []
 
 
-def test_a_column_of_another_kind_is_one_clear_line(built, other):
+def test_a_column_of_another_type_is_rejected_with_one_line(built, other):
     text = (other / "participants.tsv").read_text()
     (other / "participants.tsv").write_text(text.replace("\t1400\n", "\tlarge\n", 1))
     with pytest.raises(
@@ -198,7 +198,7 @@ def test_a_column_of_another_kind_is_one_clear_line(built, other):
     assert len(append_shards(other, built.root).scans) == 59
 
 
-def test_bad_scans_are_added_to_the_quarantine_once(built, other):
+def test_bad_scans_are_quarantined_once(built, other):
     path = next((other / "sub-005").rglob("*.nii.gz"))
     path.write_bytes(path.read_bytes()[:100])
     for _ in range(2):
@@ -210,7 +210,7 @@ def test_bad_scans_are_added_to_the_quarantine_once(built, other):
     assert not list(built.root.glob(".unfinished-*"))
 
 
-def test_an_interrupted_append_shows_nothing_and_goes_on(built, other, tmp_path, monkeypatch):
+def test_an_interrupted_append_is_invisible_and_can_be_continued(built, other, tmp_path, monkeypatch):
     shutil.copytree(built.root, tmp_path / "whole")
     real = writing.Progress.advance
 
@@ -232,7 +232,7 @@ def test_an_interrupted_append_shows_nothing_and_goes_on(built, other, tmp_path,
     assert contents[0] == contents[1]
 
 
-def test_a_leftover_of_another_append_is_removed(built, other, tmp_path):
+def test_leftovers_of_another_append_are_removed(built, other, tmp_path):
     (built.root / "gone-000000.tar").write_bytes(b"x")
     (built.root / ".unfinished-gone-000000.tar.json").write_text("{}")
     after = append_shards(other, built.root)
@@ -249,9 +249,9 @@ def test_readers_see_the_data_set_before_or_after(built, tmp_path):
     def read() -> None:
         while not stop.is_set():
             try:
-                found = Manifest.load(built.root)
-                assert sum(row["scans"] for row in found.shards) == len(found.scans)
-                seen.add(len(found.scans))
+                manifest = Manifest.load(built.root)
+                assert sum(row["scans"] for row in manifest.shards) == len(manifest.scans)
+                seen.add(len(manifest.scans))
             except BaseException as error:
                 errors.append(error)
 
@@ -268,7 +268,7 @@ def test_readers_see_the_data_set_before_or_after(built, tmp_path):
     assert len(seen) > 1
 
 
-def test_people_who_arrive_one_by_one_get_the_shares_too():
+def test_participants_who_arrive_one_by_one_are_split_by_the_shares():
     shares = {"pretrain": 0.7, "monitor": 0.1, "downstream": 0.2}
     one = pd.DataFrame({"participant": ["x"], "age": [40.0], "site": ["s"]})
     chosen = pd.Series([assign_splits(one, shares, 0, assigned).iloc[0] for assigned in range(200)])
@@ -276,7 +276,7 @@ def test_people_who_arrive_one_by_one_get_the_shares_too():
         assert abs((chosen == name).mean() - share) < 0.02
 
 
-def test_a_simulated_part_makes_the_whole_simulated(built, other):
+def test_an_appended_simulated_cohort_marks_the_data_set_as_simulated(built, other):
     (other / "dataset_description.json").write_text('{"Simulated": true}')
     assert not built.simulated
     assert append_shards(other, built.root).simulated

@@ -1,4 +1,4 @@
-"""From NIfTI files to shards: what is written, that it is the same every time, and what is left out with a reason."""
+"""From NIfTI files to shards: what is written, that it is the same every time, and what is excluded for which reason."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.cohorts import GRID, blob, write_cohort
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    with ray_cluster.session(2):  # one start for all builds of this file
+    with ray_cluster.session(2):  # started once for all builds of this file
         yield
 
 
@@ -35,7 +35,7 @@ def find(cohort: Path, key: str) -> Path:
     return next((cohort / participant / session / "anat").glob("*.nii.gz"))
 
 
-def test_every_scan_is_there_with_its_row_and_its_voxels(cohort, manifest):
+def test_every_scan_is_stored_with_its_row_and_its_voxels(cohort, manifest):
     scans = manifest.scans
     assert len(scans) == 48
     assert scans["key"].is_unique
@@ -80,7 +80,7 @@ def test_the_webdataset_library_alone_reads_the_shards(manifest):
         assert "path" not in described
 
 
-def test_same_cohort_same_bytes_whatever_the_workers(cohort, manifest, tmp_path):
+def test_the_same_cohort_gives_the_same_bytes_with_any_number_of_workers(cohort, manifest, tmp_path):
     again = build_shards(cohort, tmp_path / "again", scans_per_shard=10)
     assert again.shards == manifest.shards
     assert again.digest == manifest.digest
@@ -94,7 +94,7 @@ def test_codec_npy_holds_plain_arrays(cohort, tmp_path):
     assert np.array_equal(np.load(io.BytesIO(sample["npy"])), built.read_volume(0))
 
 
-def test_bad_scans_are_quarantined_with_their_reason_and_the_build_goes_on(tmp_path, capsys):
+def test_bad_scans_are_quarantined_with_their_reason_and_the_build_continues(tmp_path, capsys):
     cohort = write_cohort(tmp_path / "cohort", participants=9)
     affine = np.array(GRID.affine)
     bad = {
@@ -126,7 +126,7 @@ def test_bad_scans_are_quarantined_with_their_reason_and_the_build_goes_on(tmp_p
     assert len(Manifest.load(tmp_path / "out").scans) == 4
 
 
-def test_another_grid_is_resampled_and_another_orientation_is_turned(tmp_path):
+def test_another_grid_is_resampled_and_another_orientation_is_reoriented(tmp_path):
     cohort = write_cohort(tmp_path / "cohort", participants=5)
     path = find(cohort, "c_sub-000_ses-1")
     image = nibabel.load(path)
@@ -147,7 +147,7 @@ def shift() -> np.ndarray:
     return matrix
 
 
-def test_scaling_by_tiv_divides_head_size_out(cohort, tmp_path, manifest):
+def test_scaling_by_tiv_removes_head_size(cohort, tmp_path, manifest):
     built = build_shards(cohort, tmp_path / "out", scaling="tiv", scans_per_shard=10)
     tiv = built.scans.set_index("key")["tiv"]
     for row in (0, 17):
@@ -157,14 +157,14 @@ def test_scaling_by_tiv_divides_head_size_out(cohort, tmp_path, manifest):
         np.testing.assert_allclose(built.read_volume(other).astype(np.float32), expected, rtol=2e-3)
 
 
-def test_split_is_by_participant_and_patients_are_held_back(manifest):
+def test_splits_are_by_participant_and_patients_are_downstream(manifest):
     scans = manifest.scans
     assert scans.groupby("participant_id")["split"].nunique().max() == 1
     assert set(scans[scans["diagnosis"] == "AD"]["split"]) == {"downstream"}
     assert {"pretrain", "monitor", "downstream"} == set(scans["split"])
 
 
-def test_a_finished_build_is_left_alone_and_another_one_refused(cohort, tmp_path, capsys):
+def test_a_finished_build_is_kept_and_another_one_is_rejected(cohort, tmp_path, capsys):
     assert cli.run(["shards", "build", str(cohort), str(tmp_path / "out")]) == 0
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert cli.run(["shards", "build", str(cohort), str(tmp_path / "out")]) == 0
@@ -174,26 +174,26 @@ def test_a_finished_build_is_left_alone_and_another_one_refused(cohort, tmp_path
     assert "holds shards built with other settings (seed was 0, now 5)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "add"])
-def test_verify_finds_any_harm(cohort, tmp_path, harm, capsys):
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add"])
+def test_verify_finds_any_damage(cohort, tmp_path, damage, capsys):
     built = build_shards(cohort, tmp_path / "out", scans_per_shard=16)
     path = built.root / built.shards[1]["name"]
     content = bytearray(path.read_bytes())
-    if harm == "flip":
+    if damage == "flip":
         content[len(content) // 3] ^= 4
         path.write_bytes(bytes(content))
-    elif harm == "cut":
+    elif damage == "truncate":
         path.write_bytes(bytes(content[:-512]))
-    elif harm == "remove":
+    elif damage == "remove":
         path.unlink()
     else:
         (built.root / "stray.tar").write_bytes(b"x")
     (problem,) = verify_shards(built)
-    assert problem.startswith("stray.tar" if harm == "add" else path.name)
+    assert problem.startswith("stray.tar" if damage == "add" else path.name)
     assert cli.run(["shards", "verify", str(built.root)]) == 1
 
 
-def test_an_edited_manifest_is_refused(cohort, tmp_path):
+def test_an_edited_manifest_is_rejected(cohort, tmp_path):
     built = build_shards(cohort, tmp_path / "out")
     path = built.root / "manifest.json"
     path.write_text(path.read_text().replace('"codec": "zst"', '"codec": "npy"'))
@@ -201,7 +201,7 @@ def test_an_edited_manifest_is_refused(cohort, tmp_path):
         Manifest.load(built.root)
 
 
-def test_a_damaged_sample_names_shard_and_key(cohort, tmp_path):
+def test_reading_a_damaged_sample_names_shard_and_key(cohort, tmp_path):
     built = build_shards(cohort, tmp_path / "out", scans_per_shard=16)
     offset = int(built.scans.at[20, "offset"]) + 40
     path = built.root / built.shards[int(built.scans.at[20, "shard"])]["name"]
@@ -226,7 +226,7 @@ def test_a_damaged_sample_names_shard_and_key(cohort, tmp_path):
     ],
     ids=["missing", "age", "sex", "column", "twice"],
 )
-def test_a_wrong_table_is_one_clear_line(tmp_path, capsys, edit, text):
+def test_an_invalid_table_is_rejected_with_one_line(tmp_path, capsys, edit, text):
     cohort = write_cohort(tmp_path / "cohort", participants=3)
     edit(cohort)
     assert cli.run(["shards", "build", str(cohort), str(tmp_path / "out")]) == 2
@@ -241,7 +241,7 @@ def swap(cohort: Path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new, 1))
 
 
-def test_wrong_options_are_one_clear_line(cohort, tmp_path, capsys):
+def test_an_invalid_option_is_rejected_with_one_line(cohort, tmp_path, capsys):
     for option, text in (
         (["--modality", "t1"], "modality='t1' is not known"),
         (["--modality", "t1w"], "has no t1w scan of a listed participant"),
@@ -266,7 +266,7 @@ def test_missing_values_stay_missing(tmp_path):
     assert set(built.proxies(["sex"])[:, 0][np.arange(6) != row]) == {0.0, 1.0}
 
 
-def test_info_tells_what_is_there(manifest, capsys):
+def test_info_prints_a_summary(manifest, capsys):
     assert cli.run(["shards", "info", str(manifest.root)]) == 0
     printed = capsys.readouterr().out
     assert "48 of 24 participants in 5 shards" in printed
@@ -274,7 +274,7 @@ def test_info_tells_what_is_there(manifest, capsys):
     assert manifest.digest in printed
 
 
-def test_preview_is_a_picture(manifest, tmp_path, capsys):
+def test_preview_writes_an_image(manifest, tmp_path, capsys):
     out = tmp_path / "preview.png"
     assert cli.run(["shards", "preview", str(manifest.root), "--out", str(out), "--augmentation", "paper-all"]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")

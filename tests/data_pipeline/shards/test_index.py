@@ -1,4 +1,4 @@
-"""Foreign WebDataset shards: indexed as they are, read like our own, and what cannot be used left out with its reason."""
+"""Foreign WebDataset shards: indexed unchanged, read like built shards, unusable samples excluded with their reason."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ import zstandard
 from data_pipeline.loading.augment import load_augmentation
 from data_pipeline.loading.loader import TwoViewLoader, volumes
 from data_pipeline.loading.stream import open_stream
-from data_pipeline.shards.index import _grid, index_one, index_shards
-from data_pipeline.shards.index_table import check_pattern, parse_key, read_people
+from data_pipeline.shards.index import index_one, index_shards, modality_and_grid
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.remote import Access
-from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import ARRAY_BOXES, array_grid
 from data_pipeline.volume.intensity import zscore
 from data_pipeline.volume.load import load_volume
@@ -92,32 +90,32 @@ def sums(root):
 
 
 @pytest.mark.parametrize("ending", PACK)
-def test_indexed_shards_read_as_webdataset_itself_reads_them(tmp_path, ending):
+def test_indexed_shards_give_the_payloads_that_webdataset_reads(tmp_path, ending):
     voxels = foreign(tmp_path / "tars", ending)
     before = sums(tmp_path / "tars")
-    found = index_shards(str(tmp_path / "tars"), tmp_path / "index", spacing=6.0, dataset="bhb")
+    index = index_shards(str(tmp_path / "tars"), tmp_path / "index", spacing=6.0, dataset="bhb")
     assert sums(tmp_path / "tars") == before
     assert sorted(p.name for p in (tmp_path / "index").iterdir()) == [
         "manifest.json",
         "quarantine.tsv",
         "scans.parquet",
     ]
-    assert set(found.scans["key"]) == set(voxels)
-    assert found.grid["shape"] == list(GRID.shape)
-    assert found.grid["spacing"] == [6.0, 6.0, 6.0]
-    urls = [found.shard_url(row["name"]) for row in found.shards]
-    theirs = {sample["__key__"]: sample[ending] for sample in webdataset.WebDataset(urls, shardshuffle=False)}
-    for row, key in enumerate(found.scans["key"]):
-        mine = found.read_volume(row)
-        assert (mine.shape, mine.dtype) == (GRID.shape, np.float16)
-        assert np.array_equal(mine, voxels[key].astype(np.float16))
-        payload, at = theirs[key], found.scans.loc[row]
-        with open(found.shard_url(found.shards[at["shard"]]["name"]), "rb") as tar:
-            tar.seek(at["offset"])
-            assert tar.read(at["size"]) == payload
+    assert set(index.scans["key"]) == set(voxels)
+    assert index.grid["shape"] == list(GRID.shape)
+    assert index.grid["spacing"] == [6.0, 6.0, 6.0]
+    urls = [index.shard_url(row["name"]) for row in index.shards]
+    payloads = {sample["__key__"]: sample[ending] for sample in webdataset.WebDataset(urls, shardshuffle=False)}
+    for row, key in enumerate(index.scans["key"]):
+        volume = index.read_volume(row)
+        assert (volume.shape, volume.dtype) == (GRID.shape, np.float16)
+        assert np.array_equal(volume, voxels[key].astype(np.float16))
+        location = index.scans.loc[row]
+        with open(index.shard_url(index.shards[location["shard"]]["name"]), "rb") as tar:
+            tar.seek(location["offset"])
+            assert tar.read(location["size"]) == payloads[key]
 
 
-def test_rows_have_the_tables_values_of_their_session_and_splits_by_participant(tmp_path):
+def test_rows_have_the_values_of_their_session_and_a_split_per_participant(tmp_path):
     foreign(tmp_path / "tars")
     scans = index_shards(str(tmp_path / "tars"), tmp_path / "tars", spacing=6.0).scans
     scan = scans[scans["key"] == "bhb_sub-007_ses-2_run-1"].iloc[0]
@@ -148,7 +146,7 @@ def test_the_commands_work_on_an_index(tmp_path, capsys):
     assert f"{first.parent.name}/{first.name}: damaged: content differs from its checksum" in capsys.readouterr().out
 
 
-def test_an_index_is_neither_appended_to_nor_repaired(tmp_path, capsys):
+def test_an_index_cannot_be_appended_to_or_repaired(tmp_path, capsys):
     foreign(tmp_path / "tars")
     index_shards(str(tmp_path / "tars"), tmp_path / "index", spacing=6.0)
     write_cohort(tmp_path / "cohort", participants=3)
@@ -159,47 +157,47 @@ def test_an_index_is_neither_appended_to_nor_repaired(tmp_path, capsys):
         assert "is an index of shards made elsewhere" in capsys.readouterr().err
 
 
-def test_index_and_tars_can_be_moved_together_and_the_index_made_again(tmp_path):
+def test_index_and_tars_can_be_moved_together_and_indexed_again(tmp_path):
     foreign(tmp_path / "a" / "tars")
-    found = index_shards(str(tmp_path / "a" / "tars"), tmp_path / "a" / "index", spacing=6.0)
+    index = index_shards(str(tmp_path / "a" / "tars"), tmp_path / "a" / "index", spacing=6.0)
     again = index_shards(str(tmp_path / "a" / "tars"), tmp_path / "a" / "index", spacing=6.0, workers=1)
-    assert again.digest == found.digest
-    expected = found.read_volume(5)
+    assert again.digest == index.digest
+    expected = index.read_volume(5)
     (tmp_path / "a").rename(tmp_path / "b")
     assert np.array_equal(Manifest.load(tmp_path / "b" / "index").read_volume(5), expected)
 
 
 def test_the_loader_gives_batches_from_an_index(tmp_path):
     voxels = foreign(tmp_path / "tars")
-    found = index_shards(str(tmp_path / "tars"), tmp_path / "index", spacing=6.0)
-    rows = found.rows()
-    loader = TwoViewLoader(found, rows=rows, global_batch=6, augmentation="none", workers=2)
+    index = index_shards(str(tmp_path / "tars"), tmp_path / "index", spacing=6.0)
+    rows = index.rows()
+    loader = TwoViewLoader(index, rows=rows, global_batch=6, augmentation="none", workers=2)
     try:
         batch = next(loader)
     finally:
         loader.close()
     for place, row in enumerate(batch["scan"].tolist()):
-        expected = zscore(voxels[found.scans.at[row, "key"]].astype(np.float16))
+        expected = zscore(voxels[index.scans.at[row, "key"]].astype(np.float16))
         np.testing.assert_allclose(batch["views"][1, place, 0].numpy(), expected, atol=3e-6)
-    ((_, first), *_) = volumes(found, rows, 6)
+    ((_, first), *_) = volumes(index, rows, 6)
     assert torch.isfinite(first).all()
 
 
-def test_tars_on_a_web_server_are_indexed_and_read_from_there(tmp_path, monkeypatch):
+def test_tars_on_a_web_server_are_indexed_and_read_remotely(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     foreign(tmp_path / "served" / "tars", participants=4)
-    here = index_shards(str(tmp_path / "served" / "tars"), tmp_path / "served" / "index", spacing=6.0)
+    local = index_shards(str(tmp_path / "served" / "tars"), tmp_path / "served" / "index", spacing=6.0)
     with range_server(tmp_path / "served") as server:
-        there = index_shards(f"{server.url}/tars", tmp_path / "index", spacing=6.0)
-        assert there.scans.equals(here.scans)
-        assert [row["sha256"] for row in there.shards] == [row["sha256"] for row in here.shards]
-        assert np.array_equal(there.read_volume(3), here.read_volume(3))
+        remote = index_shards(f"{server.url}/tars", tmp_path / "index", spacing=6.0)
+        assert remote.scans.equals(local.scans)
+        assert [row["sha256"] for row in remote.shards] == [row["sha256"] for row in local.shards]
+        assert np.array_equal(remote.read_volume(3), local.read_volume(3))
         moved = Manifest.load(f"{server.url}/index", Access(cache=str(tmp_path / "cache")))
         assert moved.shards_root == f"{server.url}/tars"
-        assert np.array_equal(moved.read_volume(3), here.read_volume(3))
+        assert np.array_equal(moved.read_volume(3), local.read_volume(3))
 
 
-def test_what_cannot_be_used_is_quarantined_with_its_reason(tmp_path, capsys):
+def test_unusable_samples_are_quarantined_with_their_reason(tmp_path, capsys):
     foreign(tmp_path / "tars", participants=6)
     good = blob(1, 30.0)
     members = {
@@ -211,7 +209,7 @@ def test_what_cannot_be_used_is_quarantined_with_its_reason(tmp_path, capsys):
         "bhb_sub-999_ses-1": (npy(good), "participant_id 999, session 1, dataset bhb is not in participants.tsv"),
         "bhb_sub-001_ses-9": (npy(good), "participant_id 001, session 9, dataset bhb is not in participants.tsv"),
         "nobody": (npy(good), "its key names no participant"),
-        "bhb_sub-001_ses-1_run-1": (npy(good), "its key is there twice"),
+        "bhb_sub-001_ses-1_run-1": (npy(good), "its key appears twice"),
         "bhb_sub-003_desc-1.5mm": (npy(good), "member ends in .5mm.npy"),
     }
     write_tar(tmp_path / "tars" / "z.tar", [(f"{key}.npy", content) for key, (content, _) in members.items()])
@@ -230,29 +228,29 @@ def test_what_cannot_be_used_is_quarantined_with_its_reason(tmp_path, capsys):
     assert "cannot be read beyond" in whole["cut.tar"]
     assert "cannot be read beyond its beginning" in whole["none.tar"]
     assert f"{len(quarantine)} samples were excluded" in capsys.readouterr().out
-    found = Manifest.load(tmp_path / "index")
-    assert len(found.scans) + len(quarantine) == found.settings["scans_found"]
-    assert all(found.read_volume(row).shape == GRID.shape for row in range(len(found.scans)))
+    index = Manifest.load(tmp_path / "index")
+    assert len(index.scans) + len(quarantine) == index.settings["scans_found"]
+    assert all(index.read_volume(row).shape == GRID.shape for row in range(len(index.scans)))
     assert cli.run(["shards", "verify", str(tmp_path / "index")]) == 0
 
 
-def test_an_affine_tells_the_grid_and_another_one_is_left_out(tmp_path):
+def test_the_affine_of_most_members_gives_the_grid_and_others_are_excluded(tmp_path):
     foreign(tmp_path / "tars", "nii.gz", participants=5)
     shifted = np.array(GRID.affine)
     shifted[0, 3] += 3
     write_tar(tmp_path / "tars" / "z.tar", [("bhb_sub-001_ses-1_run-2.nii", nii(blob(1, 30.0), shifted))])
-    found = index_shards(str(tmp_path / "tars"), tmp_path / "index")
-    assert found.grid == GRID.to_dict()
+    index = index_shards(str(tmp_path / "tars"), tmp_path / "index")
+    assert index.grid == GRID.to_dict()
     reason = pd.read_csv(tmp_path / "index" / "quarantine.tsv", sep="\t")["reason"].item()
     assert reason.startswith("grid 14x16x12 of (6.0, 6.0, 6.0) mm at (-36, -60, -30), the data set's is 14x16x12 of")
-    with pytest.raises(UserError, match=r"--spacing=2.0, but the members' affine says \(6.0, 6.0, 6.0\) mm"):
+    with pytest.raises(UserError, match=r"--spacing=2.0, but the members' affine has \(6.0, 6.0, 6.0\) mm"):
         index_shards(str(tmp_path / "tars"), tmp_path / "other", spacing=2.0)
 
 
-def test_known_shapes_tell_modality_and_grid():
+def test_standard_shapes_give_modality_and_grid():
     for shape, box in ARRAY_BOXES.items():
-        assert _grid((shape, None), None) == (box.modality, array_grid(shape), box.orientation)
-    vbm, quasiraw = (_grid((shape, None), None)[1] for shape in ((121, 145, 121), (182, 218, 182)))
+        assert modality_and_grid((shape, None), None) == (box.modality, array_grid(shape), box.orientation)
+    vbm, quasiraw = (modality_and_grid((shape, None), None)[1] for shape in ((121, 145, 121), (182, 218, 182)))
     assert (vbm.spacing, quasiraw.spacing) == ((1.5, 1.5, 1.5), (1.0, 1.0, 1.0))
     # The anterior commissure, world (0, 0, 0), lies inside both.
     for grid in (vbm, quasiraw):
@@ -262,147 +260,80 @@ def test_known_shapes_tell_modality_and_grid():
 
 
 @pytest.mark.parametrize("order", ["RAS", "LAS", "PIR"])
-def test_arrays_of_any_order_of_axes_are_read_as_the_same_brain(tmp_path, order):
+def test_arrays_of_any_orientation_are_read_as_the_same_brain(tmp_path, order):
     turn = nibabel.orientations.ornt_transform(*(nibabel.orientations.axcodes2ornt(o) for o in ("RAS", order)))
     brain = np.arange(4 * 5 * 6, dtype=np.float16).reshape(4, 5, 6)
     stored = io.BytesIO()
     np.save(stored, nibabel.orientations.apply_orientation(brain, turn))
     write_tar(tmp_path / "tars" / "0.tar", [("a_sub-1_ses-1.npy", stored.getvalue())])
     (tmp_path / "tars" / "participants.tsv").write_text("participant_id\tage\n1\t30\n")
-    found = index_shards(str(tmp_path / "tars"), tmp_path / "index", spacing=6.0, orientation=order)
-    assert found.grid["shape"] == [4, 5, 6]
-    assert np.array_equal(found.read_volume(0), brain)
+    index = index_shards(str(tmp_path / "tars"), tmp_path / "index", spacing=6.0, orientation=order)
+    assert index.grid["shape"] == [4, 5, 6]
+    assert np.array_equal(index.read_volume(0), brain)
 
 
-def test_a_quasi_raw_array_is_the_same_from_an_index_and_from_a_cohort(tmp_path):
+def test_a_quasi_raw_array_is_the_same_from_an_index_and_from_a_file(tmp_path):
     brain = np.zeros((182, 218, 182), dtype=np.float32)
     brain[10:60, 50:90, 20:40] = 1.0
     np.save(tmp_path / "scan.npy", brain)
     write_tar(tmp_path / "tars" / "0.tar", [("a_sub-1_ses-1.npy", (tmp_path / "scan.npy").read_bytes())])
     (tmp_path / "tars" / "participants.tsv").write_text("participant_id\tage\n1\t30\n")
-    found = index_shards(str(tmp_path / "tars"), tmp_path / "index")
+    index = index_shards(str(tmp_path / "tars"), tmp_path / "index")
     grid = array_grid(brain.shape)
-    assert found.grid == grid.to_dict()
-    assert np.array_equal(found.read_volume(0), load_volume(tmp_path / "scan.npy", grid))
+    assert index.grid == grid.to_dict()
+    assert np.array_equal(index.read_volume(0), load_volume(tmp_path / "scan.npy", grid))
 
 
-def test_a_sequential_reader_finds_indexed_shards_where_they_lie(tmp_path):
+def test_a_sequential_reader_reads_indexed_shards_in_place(tmp_path):
     foreign(tmp_path / "tars", "npy.zst")
-    found = index_shards(str(tmp_path / "tars"), tmp_path / "index", spacing=6.0, modality="t1w")
-    rows = np.arange(len(found.scans))
-    one = open_stream(found, rows, "stream", load_augmentation("none"), seed=0, batch=4, rank=0, world_size=1, buffer=4)
-    for sample in one.samples(0, range(4)):
+    index = index_shards(str(tmp_path / "tars"), tmp_path / "index", spacing=6.0, modality="t1w")
+    rows = np.arange(len(index.scans))
+    source = open_stream(
+        index, rows, "stream", load_augmentation("none"), seed=0, batch=4, rank=0, world_size=1, buffer=4
+    )
+    for sample in source.samples(0, range(4)):
         assert not sample.bad
-        assert np.array_equal(sample.arrays[0][..., 0], found.read_volume(sample.row))
+        assert np.array_equal(sample.arrays[0][..., 0], index.read_volume(sample.row))
 
 
-@pytest.mark.parametrize(
-    ("key", "expected"),
-    [
-        ("abide_sub-01_ses-2_run-1", ("01", "2", "1", "abide")),
-        ("run-1_ses-2_sub-01_dataset-abide", ("01", "2", "1", "abide")),
-        ("my-study_sub-01", ("01", None, None, "my-study")),
-        ("sub-01/ses-2/sub-01_ses-2_T1w", ("01", "2", None, None)),
-        ("subject-01_session-A_study-ixi_desc-gm", ("01", "A", None, "ixi")),
-    ],
-)
-def test_keys_are_read_in_any_order_of_their_entities(key, expected):
-    found = parse_key(key)
-    assert tuple(found.get(name) for name in ("participant_id", "session", "run", "dataset")) == expected
-
-
-def test_a_pattern_reads_keys_of_another_make():
-    pattern = r"(?P<dataset>\w+?)\.?(?P<participant_id>\d{5})$"
-    assert parse_key("ixi00042", pattern) == {"dataset": "ixi", "participant_id": "00042"}
-    with pytest.raises(BadScan, match="names no participant"):
-        parse_key("ixi42", pattern)
-    for wrong, text in (("(", "is no regular expression"), ("(?P<id>.)", r"it needs \(\?P<participant_id>")):
-        with pytest.raises(UserError, match=text):
-            check_pattern(wrong)
-
-
-def test_a_row_is_found_for_its_scan_alone_and_never_guessed():
-    rows = ["participant_id study ses age sex iq", "sub-1 a 1 20 F 3", "sub-1 a 2 22 F n/a", "sub-1 b n/a 60 male 4"]
-    text = "\n".join(rows).replace(" ", "\t")
-    people = read_people(text.encode(), "x/participants.tsv")
-    assert people.find({"participant_id": "1", "session": "2", "dataset": "a"})["age"] == 22
-    assert people.find({"participant_id": "1", "session": "7", "dataset": "b"}) == {
-        "dataset": "b", "age": 60.0, "sex": "M", "iq": 4.0,
-    }  # fmt: skip
-    for entities, reason in (
-        ({"participant_id": "1", "dataset": "a"}, "has 2 different rows in participants.tsv"),
-        ({"participant_id": "1", "session": "1"}, "has 2 different rows"),
-        ({"participant_id": "1", "dataset": "c"}, "is not in participants.tsv"),
-        ({"participant_id": "01"}, "is not in participants.tsv"),
-    ):
-        with pytest.raises(BadScan, match=reason):
-            people.find(entities)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("subject\tage\n1\t3\n", "has no column participant_id; found: subject, age"),
-        ("participant_id\tage\n1\ttwenty\n", "line 2: age='twenty' is not a number of years"),
-        ("participant_id\tage\n1\t999\n", "line 2: age='999' is not a number of years in 0..130"),
-        ("participant_id\tsex\n1\tF\n2\t1\n", "line 3: sex='1' is not F, M, O"),
-        ("participant_id\tses\tsession_id\n1\t1\t1\n", "has several columns for session"),
-    ],
-)
-def test_a_wrong_table_is_one_clear_line(text, message):
-    with pytest.raises(UserError, match=message):
-        read_people(text.encode(), "participants.tsv")
-
-
-def test_wrong_requests_are_one_clear_line(tmp_path, capsys):
+def test_an_invalid_command_is_rejected_with_one_line(tmp_path, capsys):
     foreign(tmp_path / "tars", participants=3)
     (tmp_path / "empty").mkdir()
-    for given, text in (
-        ([str(tmp_path / "tars")], "members are arrays of shape 14x16x12, which tells no voxel size"),
+    for arguments, text in (
+        ([str(tmp_path / "tars")], "members are arrays of shape 14x16x12, whose voxel size is unknown"),
         ([str(tmp_path / "none")], "is not a folder"),
         ([str(tmp_path / "empty")], "has no .tar file"),
         ([str(tmp_path / "tars"), "--spacing", "60"], "--spacing=60.0 is not in 0.1..20 mm"),
         ([str(tmp_path / "tars"), "--participants", str(tmp_path / "p.tsv")], "p.tsv is missing"),
         ([str(tmp_path / "tars"), "--key-pattern", "x"], "it needs (?P<participant_id>...)"),
     ):
-        assert cli.run(["shards", "index", *given, "--out", str(tmp_path / "out")]) == 2
+        assert cli.run(["shards", "index", *arguments, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert text in error
         assert error.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
 
-def test_shards_that_yaware_built_keep_their_manifest(manifest, capsys):
+def test_the_manifest_of_built_shards_is_never_overwritten(manifest, capsys):
     before = (manifest.root / "manifest.json").read_bytes()
     assert cli.run(["shards", "index", str(manifest.root), "--out", str(manifest.root)]) == 2
-    assert re.search("holds shards that yaware built", capsys.readouterr().err)
+    assert re.search("holds shards built by yaware", capsys.readouterr().err)
     assert (manifest.root / "manifest.json").read_bytes() == before
 
 
-def test_our_own_shards_indexed_elsewhere_give_the_places_that_the_build_wrote(manifest, cohort, tmp_path):
-    found = index_shards(
+def test_indexing_built_shards_gives_the_locations_that_the_build_wrote(manifest, cohort, tmp_path):
+    index = index_shards(
         str(manifest.root), tmp_path / "index", participants=str(cohort / "participants.tsv"), spacing=6.0
     )
-    assert not found.settings["quarantined"]
-    for column in (
-        "key",
-        "shard",
-        "offset",
-        "size",
-        "crc32c",
-        "participant_id",
-        "session",
-        "age",
-        "sex",
-        "site",
-        "tiv",
-    ):
-        assert found.scans[column].tolist() == manifest.scans[column].tolist()
-    for mine, theirs in zip(found.shards, manifest.shards, strict=True):
-        assert (mine["name"], mine["bytes"], mine["sha256"]) == (theirs["name"], theirs["bytes"], theirs["sha256"])
+    assert not index.settings["quarantined"]
+    columns = "key shard offset size crc32c participant_id session age sex site tiv"
+    for column in columns.split():
+        assert index.scans[column].tolist() == manifest.scans[column].tolist()
+    for indexed, built in zip(index.shards, manifest.shards, strict=True):
+        assert all(indexed[name] == built[name] for name in ("name", "bytes", "sha256"))
 
 
-def test_a_tar_is_read_once_and_forward(tmp_path):
+def test_a_tar_is_read_once_from_beginning_to_end(tmp_path):
     foreign(tmp_path / "tars", participants=2)
     path = next((tmp_path / "tars").rglob("*.tar"))
     shard = index_one(str(path), Access())

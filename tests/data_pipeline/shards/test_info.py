@@ -1,4 +1,4 @@
-"""`shards info` tells the truth, without the heavy libraries, and soon also for a million scans."""
+"""`shards info` counts correctly, without the heavy libraries, also for a million scans."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_missing_values_and_a_second_data_set_are_counted(tmp_path):
     build_shards(cohort, tmp_path / "shards")
     append_shards(write_cohort(tmp_path / "more", participants=6, seed=1), tmp_path / "shards")
     info = shards_info(tmp_path / "shards")
-    assert (info["scans"], info["participants"]) == (12, 12), "the sub-000 of two data sets are two people"
+    assert (info["scans"], info["participants"]) == (12, 12), "sub-000 of two data sets counts as two participants"
     assert info["age"]["missing"] == 1
     assert all(info["counts"][name]["missing"] == 1 for name in ("sex", "site", "diagnosis"))
     assert info["appended"] == [{"dataset": "more", "scans": 6}]
 
 
-def test_ages_that_are_all_missing_are_no_error(tmp_path, capsys):
+def test_a_data_set_without_ages_is_summarised(tmp_path, capsys):
     cohort = write_cohort(tmp_path / "cohort", participants=2)
     lines = ["participant_id\tage\tsite", "sub-000\tn/a\tn/a", "sub-001\tn/a\tn/a"]
     (cohort / "participants.tsv").write_text("\n".join(lines) + "\n")
@@ -68,12 +68,12 @@ def test_ages_that_are_all_missing_are_no_error(tmp_path, capsys):
     assert "0: missing 2" in printed
 
 
-def test_json_is_what_shards_info_returns(manifest, capsys):
+def test_the_command_prints_as_json_what_the_function_returns(manifest, capsys):
     assert cli.run(["shards", "info", "--json", str(manifest.root)]) == 0
     assert json.loads(capsys.readouterr().out) == shards_info(manifest.root)
 
 
-def test_an_edited_table_is_refused(manifest, tmp_path):
+def test_an_edited_table_is_rejected(manifest, tmp_path):
     shutil.copytree(manifest.root, tmp_path / "shards")
     content = bytearray((tmp_path / "shards" / "scans.parquet").read_bytes())
     content[len(content) // 2] ^= 1
@@ -82,7 +82,7 @@ def test_an_edited_table_is_refused(manifest, tmp_path):
         shards_info(tmp_path / "shards")
 
 
-def test_nothing_heavy_is_imported(manifest):
+def test_no_heavy_library_is_imported(manifest):
     code = (
         "import sys; from infra import cli; cli.run(['shards', 'info', sys.argv[1]]); "
         "print([m for m in ('pandas', 'nibabel', 'scipy', 'torch', 'webdataset', 'ray') if m in sys.modules])"
@@ -105,9 +105,9 @@ def test_large_manifests_agree_with_pandas(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_million_scans_are_told_of(tmp_path):
-    # How long it takes is the benchmark's to say (bench_shards: 0.6 s).
+def test_a_million_scans_are_summarised(tmp_path):
+    # The benchmark measures the time (bench_shards: 0.6 s).
     write_large_manifest(tmp_path, scans=1_000_000)
     command = [sys.executable, "-m", "infra.cli", "shards", "info", str(tmp_path)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "1000000" in said.replace(",", ""), said
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "1000000" in printed.replace(",", ""), printed

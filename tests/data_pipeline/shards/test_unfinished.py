@@ -1,4 +1,4 @@
-"""What an interrupted build leaves: which of it the next one keeps, and which of it the next one must not trust."""
+"""Continuing an interrupted build: which leftovers are kept, and which are built again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Interrupted(Exception):
 
 
 def interrupt(monkeypatch, cohort: Path, out: Path, after: int = 3, **options) -> dict[str, int]:
-    """A build that ends after so many shards; the inodes of those that were finished."""
+    """Interrupt a build after ``after`` shards; return the inodes of the finished shards."""
     real, seen = writing.Progress.advance, []
 
     def advance(self, n=1, **figures):
@@ -56,10 +56,10 @@ def interrupt(monkeypatch, cohort: Path, out: Path, after: int = 3, **options) -
             build_shards(cohort, out, **{"scans_per_shard": PER_SHARD, **options})
     assert not (out / "manifest.json").exists()
     names = [path.name.removeprefix(".unfinished-").removesuffix(".json") for path in out.glob(".unfinished-*.json")]
-    # A worker may have been stopped between a record and its shard.
-    found = {name: (out / name).stat().st_ino for name in names if (out / name).exists()}
-    assert len(found) >= after
-    return found
+    # A worker may have been stopped after writing a record and before renaming its shard.
+    finished = {name: (out / name).stat().st_ino for name in names if (out / name).exists()}
+    assert len(finished) >= after
+    return finished
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -71,12 +71,12 @@ def kept(out: Path, before: dict[str, int]) -> list[str]:
 
 
 def scan_in(out: Path, people: Path, name: str) -> Path:
-    """The NIfTI file of a scan in a shard that is not in any manifest yet."""
+    """The NIfTI file of a scan in a finished shard of an unfinished build."""
     key = unfinished.record_path(out, name).read_text().partition('"key": "')[2].partition('"')[0]
     return next((people / key.split("_")[1]).rglob("*.nii.gz"))
 
 
-def test_finished_shards_are_kept_and_the_result_is_the_same_to_the_byte(people, tmp_path, monkeypatch):
+def test_finished_shards_are_kept_and_the_result_is_byte_identical(people, tmp_path, monkeypatch):
     out = tmp_path / "out"
     before = interrupt(monkeypatch, people, out)
     build_shards(people, out, scans_per_shard=PER_SHARD)
@@ -86,7 +86,7 @@ def test_finished_shards_are_kept_and_the_result_is_the_same_to_the_byte(people,
     assert not list(out.glob(".*"))
 
 
-def test_a_file_that_changed_in_between_is_read_again(people, tmp_path, monkeypatch):
+def test_a_file_that_changed_meanwhile_is_read_again(people, tmp_path, monkeypatch):
     out = tmp_path / "out"
     before = interrupt(monkeypatch, people, out)
     name = sorted(before)[1]
@@ -94,14 +94,14 @@ def test_a_file_that_changed_in_between_is_read_again(people, tmp_path, monkeypa
     stamps = path.stat()
     image = nibabel.load(path)
     nibabel.save(nibabel.Nifti1Image(blob(99, 50.0), image.affine), path)
-    os.utime(path, ns=(stamps.st_atime_ns, stamps.st_mtime_ns))  # as a copy that keeps times leaves it
+    os.utime(path, ns=(stamps.st_atime_ns, stamps.st_mtime_ns))  # like a copy that preserves times
     build_shards(people, out, scans_per_shard=PER_SHARD)
     assert kept(out, before) == [n for n in sorted(before) if n != name]
     build_shards(people, tmp_path / "whole", scans_per_shard=PER_SHARD)
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_a_row_that_changed_in_between_is_written_again(people, tmp_path, monkeypatch):
+def test_a_row_that_changed_meanwhile_is_written_again(people, tmp_path, monkeypatch):
     out = tmp_path / "out"
     before = interrupt(monkeypatch, people, out)
     name = sorted(before)[0]
@@ -129,30 +129,30 @@ def test_a_row_that_changed_in_between_is_written_again(people, tmp_path, monkey
     ],
     ids=str,
 )
-def test_other_settings_start_over_and_leave_nothing_of_the_first(people, tmp_path, monkeypatch, options):
+def test_other_settings_start_over_and_leave_nothing_of_the_first_build(people, tmp_path, monkeypatch, options):
     if "grid" in options:
         options = {"grid": Grid.of((7, 8, 6), np.array(GRID.affine) * np.array([[2.0, 2, 2, 1]] * 4))}
     out = tmp_path / "out"
     before = interrupt(monkeypatch, people, out)
-    wanted = {"scans_per_shard": PER_SHARD, **options}
-    build_shards(people, out, **wanted)
+    arguments = {"scans_per_shard": PER_SHARD, **options}
+    build_shards(people, out, **arguments)
     assert not [name for name in before if (out / name).exists() and (out / name).stat().st_ino == before[name]]
-    assert files(out) == files(build_shards(people, tmp_path / "whole", **wanted).root)
+    assert files(out) == files(build_shards(people, tmp_path / "whole", **arguments).root)
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "gone", "record"])
-def test_a_damaged_leftover_is_not_trusted(people, tmp_path, monkeypatch, harm):
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "record"])
+def test_a_damaged_leftover_is_built_again(people, tmp_path, monkeypatch, damage):
     out = tmp_path / "out"
     before = interrupt(monkeypatch, people, out)
     name = sorted(before)[0]
     path = out / name
     content = bytearray(path.read_bytes())
-    if harm == "flip":
+    if damage == "flip":
         content[700] ^= 1
         path.write_bytes(bytes(content))
-    elif harm == "cut":
+    elif damage == "truncate":
         path.write_bytes(bytes(content[:-1]))
-    elif harm == "gone":
+    elif damage == "remove":
         path.unlink()
     else:
         unfinished.record_path(out, name).write_text("{")
@@ -160,7 +160,7 @@ def test_a_damaged_leftover_is_not_trusted(people, tmp_path, monkeypatch, harm):
     assert files(out) == files(build_shards(people, tmp_path / "whole", scans_per_shard=PER_SHARD).root)
 
 
-def test_a_shard_of_bad_scans_only_is_remembered_too(people, tmp_path, monkeypatch):
+def test_a_cohort_without_usable_scans_is_rejected_and_leaves_no_shard(people, tmp_path, monkeypatch):
     for path in people.rglob("*.nii.gz"):
         path.write_bytes(b"x")
     with pytest.raises(UserError, match="no scan could be used"):
@@ -168,7 +168,7 @@ def test_a_shard_of_bad_scans_only_is_remembered_too(people, tmp_path, monkeypat
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-def test_killed_between_manifest_and_clean_up_is_already_built(people, tmp_path, monkeypatch, capsys):
+def test_a_build_killed_before_its_clean_up_counts_as_finished(people, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(unfinished, "remove_leftovers", lambda folder, keep=(): None)
@@ -180,7 +180,7 @@ def test_killed_between_manifest_and_clean_up_is_already_built(people, tmp_path,
     assert verify_shards(Manifest.load(out)) == []
 
 
-def test_two_builds_in_one_folder_are_refused(people, tmp_path, capsys):
+def test_a_second_build_in_the_same_folder_is_rejected(people, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     with unfinished.locked(out):
@@ -189,7 +189,7 @@ def test_two_builds_in_one_folder_are_refused(people, tmp_path, capsys):
     assert cli.run(["shards", "build", str(people), str(out)]) == 0
 
 
-def test_a_worker_that_outlives_its_driver_cannot_put_its_shard_in_place(people, tmp_path):
+def test_a_worker_that_outlives_its_driver_cannot_replace_a_shard(people, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     scans = [Scan(path, "d", path.name[4:7]) for path in sorted(people.rglob("*.nii.gz"))[:2]]
@@ -204,7 +204,7 @@ def test_a_worker_that_outlives_its_driver_cannot_put_its_shard_in_place(people,
             quality=Quality(),
         )
         (out / "d-000000.tar").write_bytes(b"of the new driver")
-        shutil.rmtree(old)  # what the new driver does first
+        shutil.rmtree(old)  # the first action of the new driver
         with pytest.raises(FileNotFoundError):
             writing.build_one(task)
     assert (out / "d-000000.tar").read_bytes() == b"of the new driver"

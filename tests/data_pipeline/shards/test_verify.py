@@ -1,4 +1,4 @@
-"""Verify finds whatever is not as it was built and says where; repair takes only bytes that are as they were."""
+"""Verify finds every changed byte and names its place; repair accepts only the original bytes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def copy(small, tmp_path):
 
 
 def owners(path) -> list[tuple[int, int, str]]:
-    """(start, end, scan) of the archive's bytes, by the tar library itself; the rest is the archive's end."""
+    """(start, end, scan) for the archive's bytes, from the tar library; the rest is the archive's end."""
     with tarfile.open(path) as tar:
         return [(m.offset, m.offset_data + -(-m.size // 512) * 512, m.name.partition(".")[0]) for m in tar]
 
@@ -55,12 +55,12 @@ def owners(path) -> list[tuple[int, int, str]]:
 @given(
     shard=st.integers(0, 1), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), region=st.integers(0, 3)
 )
-def test_any_flipped_bit_is_found_and_its_scan_named(small, shard, place, bit, region):
+def test_any_flipped_bit_is_found_and_its_scan_is_named(small, shard, place, bit, region):
     manifest = Manifest.load(small / "shards")
     name = manifest.shards[shard]["name"]
     path = manifest.root / name
     content = bytearray(path.read_bytes())
-    # Voxels fill nine tenths of an archive; three of four draws go to headers and descriptions, or to the end.
+    # Voxels fill nine tenths of an archive, so three of four draws are restricted to headers, descriptions or the end.
     members = owners(path)
     low, high = 0, len(content)
     if region in (1, 2):
@@ -86,7 +86,7 @@ def test_any_flipped_bit_is_found_and_its_scan_named(small, shard, place, bit, r
 @pytest.mark.parametrize(
     "part", ["voxels", "description", "header of its voxels", "header of its description", "padding"]
 )
-def test_the_damaged_part_is_told(copy, part):
+def test_the_damaged_part_is_named(copy, part):
     scan = copy.scans.loc[2]
     path = copy.root / copy.shards[0]["name"]
     places = {
@@ -104,7 +104,7 @@ def test_the_damaged_part_is_told(copy, part):
     assert f"{path.name}: damaged: scan {scan['key']} ({part} in bytes" in problem
 
 
-def test_a_truncated_tar_names_the_scans_that_are_cut_off(copy):
+def test_the_scans_lost_by_truncation_are_named(copy):
     path = copy.root / copy.shards[0]["name"]
     keep = int(copy.scans.at[3, "offset"]) + 10
     size = path.stat().st_size
@@ -116,7 +116,7 @@ def test_a_truncated_tar_names_the_scans_that_are_cut_off(copy):
     assert problem.count("cut off") == 2
 
 
-def test_bytes_too_many_missing_and_extra_files_are_found(copy, capsys):
+def test_surplus_bytes_and_missing_or_extra_files_are_found(copy, capsys):
     first, second = (copy.root / row["name"] for row in copy.shards)
     first.write_bytes(first.read_bytes() + b"\0" * 512)
     second.unlink()
@@ -130,7 +130,7 @@ def test_bytes_too_many_missing_and_extra_files_are_found(copy, capsys):
     assert "2 shards, 9 scans, 4 problems" in capsys.readouterr().out
 
 
-def test_times_are_not_trusted(copy):
+def test_modification_times_are_not_trusted(copy):
     path = copy.root / copy.shards[0]["name"]
     stamps = path.stat()
     content = bytearray(path.read_bytes())
@@ -140,7 +140,7 @@ def test_times_are_not_trusted(copy):
     assert len(verify_shards(copy)) == 1
 
 
-def test_a_sound_data_set_has_no_problems(small, capsys):
+def test_an_intact_data_set_has_no_problems(small, capsys):
     assert cli.run(["shards", "verify", str(small / "shards")]) == 0
     assert "2 shards, 9 scans, 0 problems" in capsys.readouterr().out
 
@@ -163,7 +163,7 @@ def test_an_edited_manifest_is_a_problem(copy, capsys, edit):
     assert "manifest.json was edited" in capsys.readouterr().out
 
 
-def test_an_edit_that_the_digest_does_not_cover_is_a_problem_too(copy):
+def test_an_edit_that_the_digest_does_not_cover_is_a_problem(copy):
     path = copy.root / "manifest.json"
     path.write_text(path.read_text().replace('"dtype"', '"dtype": "float64",\n "dtype"', 1))
     assert "manifest.json: was edited" in verify_shards(Manifest.load(copy.root))[0]
@@ -176,12 +176,12 @@ def test_an_edited_scan_table_is_a_problem(copy, capsys):
     assert "scans.parquet is missing or differs from manifest.json" in capsys.readouterr().out
 
 
-def test_a_folder_without_a_manifest_is_the_users_mistake(tmp_path, capsys):
+def test_a_folder_without_a_manifest_is_rejected(tmp_path, capsys):
     assert cli.run(["shards", "verify", str(tmp_path)]) == 2
     assert "manifest.json is missing" in capsys.readouterr().err
 
 
-def test_repair_rebuilds_bad_and_missing_shards_and_no_other(small, copy, capsys):
+def test_repair_rebuilds_only_damaged_and_missing_shards(small, copy, capsys):
     first, second = (copy.root / row["name"] for row in copy.shards)
     second.unlink()
     inode = first.stat().st_ino
@@ -198,7 +198,7 @@ def test_repair_rebuilds_bad_and_missing_shards_and_no_other(small, copy, capsys
 
 
 @pytest.mark.parametrize("change", ["voxels", "table", "scan gone", "scan unreadable", "no cohort"])
-def test_repair_from_a_changed_cohort_says_so_and_leaves_the_file(small, copy, tmp_path, capsys, change):
+def test_repair_from_a_changed_cohort_reports_it_and_keeps_the_file(small, copy, tmp_path, capsys, change):
     cohort = tmp_path / "cohort"
     shutil.copytree(small / "cohort", cohort)
     participant = str(copy.scans.at[1, "participant_id"])
@@ -233,7 +233,7 @@ def test_repair_from_a_changed_cohort_says_so_and_leaves_the_file(small, copy, t
     assert not list(copy.root.glob(".unfinished-*"))
 
 
-def test_repair_after_an_append_takes_the_shards_of_its_cohort_only(copy, small, tmp_path):
+def test_repair_after_an_append_rebuilds_only_the_shards_of_its_cohort(copy, small, tmp_path):
     other = write_cohort(tmp_path / "other", participants=4, seed=4)
     after = append_shards(other, copy.root)
     original = {row["name"]: (after.root / row["name"]).read_bytes() for row in after.shards}

@@ -1,4 +1,4 @@
-"""The cache of remote shards: filled once by many processes, whole or not at all, never beyond its limit."""
+"""The cache of remote shards: each shard is downloaded once by many processes, complete or not at all, within the limit."""
 
 from __future__ import annotations
 
@@ -46,45 +46,45 @@ def everything(manifest: Manifest) -> list[np.ndarray]:
     return [reader.read(row) for row in range(len(manifest.scans))]
 
 
-def test_each_shard_is_fetched_once_and_reads_survive_the_server(manifest, server, tmp_path):
-    found = cached(server, tmp_path / "cache")
-    first = everything(found)
+def test_each_shard_is_downloaded_once_and_reads_work_without_the_server(manifest, server, tmp_path):
+    remote_manifest = cached(server, tmp_path / "cache")
+    first = everything(remote_manifest)
     for row in manifest.shards:
         assert server.sent[row["name"]] == row["bytes"]
         kept = (tmp_path / "cache" / f"{row['sha256']}.tar").read_bytes()
         assert hashlib.sha256(kept).hexdigest() == row["sha256"]
     server.stop()
-    for again in (everything(found), everything(manifest)):
+    for again in (everything(remote_manifest), everything(manifest)):
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
 @pytest.mark.parametrize("how", ["fail", "cut", "short", "corrupt", "drop"])
-def test_a_shard_that_comes_damaged_is_fetched_again(manifest, server, tmp_path, how, monkeypatch):
-    monkeypatch.setattr(remote, "BLOCK", 20_000)  # several blocks a shard, each with retries of its own
-    found = cached(server, tmp_path / "cache")
+def test_a_shard_that_arrives_damaged_is_downloaded_again(manifest, server, tmp_path, how, monkeypatch):
+    monkeypatch.setattr(remote, "BLOCK", 20_000)  # several blocks per shard, each with its own retries
+    remote_manifest = cached(server, tmp_path / "cache")
     server.break_next(3, how)
-    assert np.array_equal(found.read_volume(7), manifest.read_volume(7))
+    assert np.array_equal(remote_manifest.read_volume(7), manifest.read_volume(7))
     shard = manifest.shards[int(manifest.scans.at[7, "shard"])]
     assert [p.name for p in (tmp_path / "cache").glob("*.tar")] == [f"{shard['sha256']}.tar"]
 
 
-def test_a_shard_given_up_is_named_and_leaves_nothing(manifest, server, tmp_path):
-    found = cached(server, tmp_path / "cache", retries=1)
+def test_a_failed_download_names_the_shard_and_leaves_no_file(manifest, server, tmp_path):
+    remote_manifest = cached(server, tmp_path / "cache", retries=1)
     server.break_next(2, "corrupt")
     scan = manifest.scans.loc[7]
     shard = manifest.shards[int(scan["shard"])]["name"]
     text = f"shard {shard}, scan {scan['key']}, offset {scan['offset']} in .*: attempt 2 of 2 failed: .*SHA-256"
     with pytest.raises(OSError, match=text):
-        found.read_volume(7)
+        remote_manifest.read_volume(7)
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix in (".tar", ".part")]
-    assert np.array_equal(found.read_volume(7), manifest.read_volume(7))  # the next try begins anew
+    assert np.array_equal(remote_manifest.read_volume(7), manifest.read_volume(7))  # the next read starts again
 
 
-def test_a_server_without_ranges_serves_the_cache_all_the_same(manifest, server, tmp_path):
-    found = cached(server, tmp_path / "cache")
+def test_the_cache_works_with_a_server_without_range_requests(manifest, server, tmp_path):
+    remote_manifest = cached(server, tmp_path / "cache")
     server.ranges = False
-    assert np.array_equal(found.read_volume(7), manifest.read_volume(7))
+    assert np.array_equal(remote_manifest.read_volume(7), manifest.read_volume(7))
 
 
 FILL = """
@@ -93,11 +93,11 @@ from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.remote import Access
 from data_pipeline.storage import remote
 remote.BLOCK = 5000
-found = Manifest.load(sys.argv[1], Access(cache=sys.argv[2]))
-reader, digest = found.reader(), hashlib.sha256()
+manifest = Manifest.load(sys.argv[1], Access(cache=sys.argv[2]))
+reader, digest = manifest.reader(), hashlib.sha256()
 print("loaded", flush=True)
 sys.stdin.readline()
-for row in range(len(found.scans)):
+for row in range(len(manifest.scans)):
     digest.update(reader.read(row).tobytes())
 print(digest.hexdigest(), flush=True)
 """
@@ -108,7 +108,7 @@ def start_filling(server, folder) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_processes_that_fill_one_cache_at_once_fetch_each_shard_once(manifest, server, tmp_path):
+def test_processes_that_fill_one_cache_download_each_shard_once(manifest, server, tmp_path):
     processes = [start_filling(server, tmp_path / "cache") for _ in range(3)]
     for process in processes:
         assert process.stdout.readline() == "loaded\n"
@@ -125,7 +125,7 @@ def test_processes_that_fill_one_cache_at_once_fetch_each_shard_once(manifest, s
     }
 
 
-def test_a_process_killed_while_fetching_blocks_nobody_and_its_rest_is_removed(manifest, server, tmp_path):
+def test_a_killed_download_blocks_no_process_and_its_part_is_removed(manifest, server, tmp_path):
     process = start_filling(server, tmp_path / "cache")
     assert process.stdout.readline() == "loaded\n"
     server.break_next(1, "hang")
@@ -142,31 +142,31 @@ def test_a_process_killed_while_fetching_blocks_nobody_and_its_rest_is_removed(m
         row for row in range(48) if manifest.shards[int(manifest.scans.at[row, "shard"])]["sha256"] != part.stem
     )
     size = sum(int(row["bytes"]) for row in manifest.shards)
-    found = cached(server, tmp_path / "cache", cache_gb=size / 1e9)
-    assert np.array_equal(found.read_volume(other), manifest.read_volume(other))
+    remote_manifest = cached(server, tmp_path / "cache", cache_gb=size / 1e9)
+    assert np.array_equal(remote_manifest.read_volume(other), manifest.read_volume(other))
     assert not part.exists()
-    assert all(np.array_equal(a, b) for a, b in zip(everything(found), everything(manifest), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(everything(remote_manifest), everything(manifest), strict=True))
     assert len(list((tmp_path / "cache").glob("*.tar"))) == len(manifest.shards)
 
 
-def test_a_copy_that_rots_on_the_local_disk_is_replaced(manifest, server, tmp_path):
-    found = cached(server, tmp_path / "cache")
-    everything(found)
+def test_a_damaged_copy_on_the_local_disk_is_replaced(manifest, server, tmp_path):
+    remote_manifest = cached(server, tmp_path / "cache")
+    everything(remote_manifest)
     shard = manifest.shards[int(manifest.scans.at[7, "shard"])]
     path = tmp_path / "cache" / f"{shard['sha256']}.tar"
     content = bytearray(path.read_bytes())
     content[int(manifest.scans.at[7, "offset"]) + 30] ^= 1
     path.write_bytes(content)
-    assert np.array_equal(found.read_volume(7), manifest.read_volume(7))
-    assert np.array_equal(found.read_volume(7), manifest.read_volume(7))
+    assert np.array_equal(remote_manifest.read_volume(7), manifest.read_volume(7))
+    assert np.array_equal(remote_manifest.read_volume(7), manifest.read_volume(7))
     assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
 
 
-def test_what_does_not_fit_is_read_by_range_and_nothing_is_fetched_twice(manifest, server, tmp_path):
+def test_shards_that_do_not_fit_are_read_by_range_and_none_is_downloaded_twice(manifest, server, tmp_path):
     sizes = sorted(int(row["bytes"]) for row in manifest.shards)
-    found = cached(server, tmp_path / "cache", cache_gb=sum(sizes[:3]) / 1e9)
+    remote_manifest = cached(server, tmp_path / "cache", cache_gb=sum(sizes[:3]) / 1e9)
     for _ in range(3):
-        assert all(np.array_equal(a, b) for a, b in zip(everything(found), everything(manifest), strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(everything(remote_manifest), everything(manifest), strict=True))
     kept = {path.stem for path in (tmp_path / "cache").glob("*.tar")}
     assert 2 <= len(kept) <= 3
     for number, row in enumerate(manifest.shards):
@@ -178,12 +178,12 @@ def fill(content: bytes):
     return lambda part: part.write(content)
 
 
-def test_the_least_recently_used_shards_of_other_data_make_room(tmp_path):
+def test_the_least_recently_used_shards_of_other_data_sets_are_removed(tmp_path):
     cache = ShardCache(tmp_path, limit=300)
     for age, name in enumerate("abc"):
         path = cache.fetch(name, 100, {name}, fill(b"x" * 100))
         os.utime(path, (1000 + age, 1000 + age))
-    assert cache.fetch("a", 100, {"a"}, fill(b"")) == tmp_path / "a.tar"  # used now; b is the oldest
+    assert cache.fetch("a", 100, {"a"}, fill(b"")) == tmp_path / "a.tar"  # used just now, so b is the oldest
     cache.fetch("d", 100, {"d"}, fill(b"y" * 100))
     assert sorted(path.stem for path in tmp_path.glob("*.tar")) == ["a", "c", "d"]
     assert cache.fetch("e", 200, {"a", "c", "d", "e"}, fill(b"z" * 200)) is None
@@ -198,36 +198,38 @@ def test_the_cache_never_holds_more_than_its_limit(tmp_path_factory, fetches, li
     for number, data_set in fetches:
         size = 40 * (number + 1)
         keep = {f"{data_set}-{n}" for n in range(6)}
-        found = cache.fetch(f"{data_set}-{number}", size, keep, fill(bytes([number]) * size))
+        path = cache.fetch(f"{data_set}-{number}", size, keep, fill(bytes([number]) * size))
         assert sum(path.stat().st_size for path in folder.glob("*.tar")) <= limit
-        assert found is None or found.read_bytes() == bytes([number]) * size
-        assert found is not None or size > limit - sum(
+        assert path is None or path.read_bytes() == bytes([number]) * size
+        assert path is not None or size > limit - sum(
             (folder / f"{k}.tar").exists() * 40 * (int(k[2]) + 1) for k in keep
         )
 
 
-def test_a_full_disk_leaves_range_reads(manifest, server, tmp_path, monkeypatch):
+def test_with_a_full_disk_scans_are_read_by_range(manifest, server, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    found = cached(server, tmp_path / "cache")
-    assert np.array_equal(found.read_volume(7), manifest.read_volume(7))
+    remote_manifest = cached(server, tmp_path / "cache")
+    assert np.array_equal(remote_manifest.read_volume(7), manifest.read_volume(7))
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix in (".tar", ".part")]
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_the_loaders_workers_give_the_same_batches_from_http_as_from_the_disk(manifest, server, tmp_path, cache):
-    found = cached(server, tmp_path / "cache") if cache else Manifest.load(server.url, Access(first_wait=0.01))
+def test_reader_processes_give_the_same_batches_from_http_as_from_disk(manifest, server, tmp_path, cache):
+    remote_manifest = (
+        cached(server, tmp_path / "cache") if cache else Manifest.load(server.url, Access(first_wait=0.01))
+    )
     server.break_next(3, "fail")
     loaders = [
         TwoViewLoader(data, rows=manifest.rows(), global_batch=6, workers=workers)
-        for data, workers in ((found, 2), (manifest, 0))
+        for data, workers in ((remote_manifest, 2), (manifest, 0))
     ]
     try:
         for _ in range(3):
-            mine, theirs = (next(loader) for loader in loaders)
-            assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+            batch, expected = (next(loader) for loader in loaders)
+            assert all(torch.equal(batch[name], expected[name]) for name in expected)
     finally:
         for loader in loaders:
             loader.close()

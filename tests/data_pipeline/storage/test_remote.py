@@ -1,4 +1,4 @@
-"""Shards on a web server and in an S3 store: the same scans, failures survived, and errors that say what failed where."""
+"""Shards on a web server and in an S3 store: the same scans, retries after failures, and errors that name what failed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK = Access(timeout=0.5, first_wait=0.01)
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Copies of remote manifests stay in the test's own folder."""
+    """Keep copies of remote manifests in the test's own folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
 
 
@@ -31,7 +31,7 @@ def server(manifest):
 
 @pytest.fixture(scope="module")
 def s3(manifest, tmp_path_factory):
-    """The environment of an S3 server that holds the shards in s3://scans/tiny."""
+    """The environment variables of an S3 server with the shards in s3://scans/tiny."""
     with s3_server(tmp_path_factory.mktemp("s3") / "log") as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -43,36 +43,36 @@ def s3(manifest, tmp_path_factory):
         yield environment
 
 
-def assert_same(found: Manifest, manifest: Manifest, rows=(0, 13, 47)) -> None:
-    assert found.digest == manifest.digest
-    assert found.scans.equals(manifest.scans)
+def assert_same(remote_manifest: Manifest, manifest: Manifest, rows=(0, 13, 47)) -> None:
+    assert remote_manifest.digest == manifest.digest
+    assert remote_manifest.scans.equals(manifest.scans)
     for row in rows:
-        assert np.array_equal(found.read_volume(row), manifest.read_volume(row))
+        assert np.array_equal(remote_manifest.read_volume(row), manifest.read_volume(row))
 
 
-def test_http_gives_the_scans_of_the_disk_by_ranges_of_single_members(manifest, server):
-    found = Manifest.load(server.url, QUICK)
-    assert_same(found, manifest)
+def test_http_gives_the_same_scans_as_the_disk_with_one_range_each(manifest, server):
+    remote_manifest = Manifest.load(server.url, QUICK)
+    assert_same(remote_manifest, manifest)
     for row in (0, 13, 47):
         name = manifest.shards[int(manifest.scans.at[row, "shard"])]["name"]
         assert server.sent[name] == manifest.scans.at[row, "size"]
     assert sum(server.sent[row["name"]] for row in manifest.shards) == manifest.scans["size"].iloc[[0, 13, 47]].sum()
 
 
-def test_s3_gives_the_scans_of_the_disk(manifest, s3, tmp_path):
+def test_s3_gives_the_same_scans_as_the_disk(manifest, s3, tmp_path):
     assert_same(Manifest.load("s3://scans/tiny", QUICK), manifest)
     assert_same(Manifest.load("s3://scans/tiny/", Access(cache=str(tmp_path / "cache"))), manifest)
 
 
-def test_an_s3_shard_that_is_gone_is_named_at_the_first_attempt(manifest, s3):
-    found = Manifest.load("s3://scans/tiny", QUICK)
-    found.shards[0]["name"] = "gone.tar"
+def test_a_missing_s3_shard_is_reported_at_the_first_attempt(manifest, s3):
+    remote_manifest = Manifest.load("s3://scans/tiny", QUICK)
+    remote_manifest.shards[0]["name"] = "gone.tar"
     row = int(manifest.scans.index[manifest.scans["shard"] == 0][0])
     with pytest.raises(OSError, match=r"shard gone.tar, scan .*offset \d+ in s3://scans/tiny/gone.tar: attempt 1 of 5"):
-        found.read_volume(row)
+        remote_manifest.read_volume(row)
 
 
-def test_the_commands_take_an_s3_url(manifest, s3, tmp_path, capsys, monkeypatch):
+def test_the_commands_accept_an_s3_url(manifest, s3, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.run(["shards", "info", "s3://scans/tiny"]) == 0
     assert manifest.digest in capsys.readouterr().out
@@ -85,17 +85,17 @@ def test_the_commands_take_an_s3_url(manifest, s3, tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("how", ["fail", "cut", "short", "corrupt", "drop"])
-def test_a_read_that_fails_is_tried_again_until_it_succeeds(manifest, server, how):
-    found = Manifest.load(server.url, QUICK)
+def test_a_failed_read_is_repeated_until_it_succeeds(manifest, server, how):
+    remote_manifest = Manifest.load(server.url, QUICK)
     server.break_next(4, how)
-    assert np.array_equal(found.read_volume(7), manifest.read_volume(7))
+    assert np.array_equal(remote_manifest.read_volume(7), manifest.read_volume(7))
     assert server.requests[manifest.shards[int(manifest.scans.at[7, "shard"])]["name"]] == 5
 
 
-def test_a_server_that_hangs_is_left_after_the_timeout(manifest, server):
-    found = Manifest.load(server.url, QUICK)
+def test_a_hanging_request_is_repeated_after_the_timeout(manifest, server):
+    remote_manifest = Manifest.load(server.url, QUICK)
     server.break_next(1, "hang")
-    assert np.array_equal(found.read_volume(7), manifest.read_volume(7))
+    assert np.array_equal(remote_manifest.read_volume(7), manifest.read_volume(7))
     assert server.requests[manifest.shards[int(manifest.scans.at[7, "shard"])]["name"]] == 2
 
 
@@ -109,35 +109,35 @@ def test_a_server_that_hangs_is_left_after_the_timeout(manifest, server):
         ("drop", "Disconnected"),
     ],
 )
-def test_a_read_given_up_names_shard_scan_offset_and_attempt(manifest, server, how, reason):
-    found = Manifest.load(server.url, Access(retries=2, first_wait=0.01))
+def test_a_read_that_fails_for_good_names_shard_scan_offset_and_attempt(manifest, server, how, reason):
+    remote_manifest = Manifest.load(server.url, Access(retries=2, first_wait=0.01))
     server.break_next(3 if how != "drop" else 6, how)  # aiohttp itself repeats a request on a dropped connection
     scan = manifest.scans.loc[7]
     shard = manifest.shards[int(scan["shard"])]["name"]
     with pytest.raises(OSError, match=reason) as caught:
-        found.read_volume(7)
+        remote_manifest.read_volume(7)
     text = f"shard {shard}, scan {scan['key']}, offset {scan['offset']} in {server.url}/{shard}: attempt 3 of 3 failed"
     assert text in str(caught.value)
-    assert server.requests["scans.parquet"] == 1  # the key came from the copy on this machine
+    assert server.requests["scans.parquet"] == 1  # the key comes from the local copy
 
 
-def test_a_request_that_is_refused_is_not_repeated(manifest, server):
-    found = Manifest.load(server.url, QUICK)
-    found.shards[0]["name"] = "gone.tar"
+def test_a_refused_request_is_not_repeated(manifest, server):
+    remote_manifest = Manifest.load(server.url, QUICK)
+    remote_manifest.shards[0]["name"] = "gone.tar"
     row = int(manifest.scans.index[manifest.scans["shard"] == 0][0])
     with pytest.raises(OSError, match="attempt 1 of 5 failed: FileNotFoundError"):
-        found.read_volume(row)
+        remote_manifest.read_volume(row)
     assert server.requests["gone.tar"] == 1
 
 
-def test_a_server_without_ranges_is_named_as_the_reason(manifest, server):
-    found = Manifest.load(server.url, Access(retries=0))
+def test_a_server_without_range_requests_is_reported(manifest, server):
+    remote_manifest = Manifest.load(server.url, Access(retries=0))
     server.ranges = False
     with pytest.raises(OSError, match="the server does not support range requests"):
-        found.read_volume(7)
+        remote_manifest.read_volume(7)
 
 
-def test_waits_double_with_jitter_up_to_half_a_minute(monkeypatch):
+def test_waiting_times_double_with_jitter_up_to_half_a_minute(monkeypatch):
     waits: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", waits.append)
 
@@ -151,7 +151,7 @@ def test_waits_double_with_jitter_up_to_half_a_minute(monkeypatch):
     assert len(set(waits)) == 10
 
 
-def test_a_damaged_manifest_is_fetched_again_and_a_wrong_one_refused(manifest, server):
+def test_a_damaged_manifest_is_downloaded_again_and_then_rejected(manifest, server):
     server.break_next(1, "corrupt", "manifest.json")
     server.break_next(1, "corrupt", "scans.parquet")
     assert_same(Manifest.load(server.url, QUICK), manifest)
@@ -161,11 +161,11 @@ def test_a_damaged_manifest_is_fetched_again_and_a_wrong_one_refused(manifest, s
         Manifest.load(server.url, Access(retries=1, first_wait=0.01))
 
 
-def test_the_table_is_fetched_once_and_again_where_its_copy_is_damaged(manifest, server, tmp_path):
+def test_the_table_is_downloaded_once_and_again_if_its_copy_is_damaged(manifest, server, tmp_path):
     for _ in range(3):
-        found = Manifest.load(server.url, QUICK)
+        remote_manifest = Manifest.load(server.url, QUICK)
     assert (server.requests["manifest.json"], server.requests["scans.parquet"]) == (3, 1)
-    (found.root / "scans.parquet").write_bytes(b"PAR1")
+    (remote_manifest.root / "scans.parquet").write_bytes(b"PAR1")
     assert_same(Manifest.load(server.url, QUICK), manifest)
     assert server.requests["scans.parquet"] == 2
 
@@ -178,13 +178,13 @@ def test_the_table_is_fetched_once_and_again_where_its_copy_is_damaged(manifest,
         ("http://127.0.0.1:9/x", r"shards http://127.0.0.1:9/x cannot be read: .*attempt 2 of 2"),
     ],
 )
-def test_a_url_that_cannot_be_read_is_one_clear_line(url, text):
+def test_an_unreadable_url_is_rejected_with_one_line(url, text):
     with pytest.raises(UserError, match=text) as caught:
         Manifest.load(url, Access(retries=1, first_wait=0.01))
     assert "\n" not in str(caught.value)
 
 
-def test_verify_finds_harm_in_remote_shards(manifest, tmp_path, capsys):
+def test_verify_finds_damage_in_remote_shards(manifest, tmp_path, capsys):
     import shutil
 
     copy = tmp_path / "copy"

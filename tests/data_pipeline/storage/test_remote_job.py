@@ -1,4 +1,4 @@
-"""The real commands on remote and on foreign shards: the same losses as from the disk, then an evaluation."""
+"""The real commands on remote and foreign shards: the same losses as from disk, and an evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900
 
 @pytest.fixture(scope="module")
 def bucket(shards, tmp_path_factory):
-    """An S3 server with the built shards in s3://scans/built and their bare tars in s3://scans/bare."""
+    """An S3 server with the built shards in s3://scans/built and only their tars in s3://scans/bare."""
     with s3_server(tmp_path_factory.mktemp("s3") / "log") as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -33,7 +33,7 @@ def bucket(shards, tmp_path_factory):
         yield "s3://scans"
 
 
-def test_pretraining_from_s3_has_the_losses_of_pretraining_from_the_disk(shards, bucket, tmp_path):
+def test_pretraining_from_s3_has_the_same_losses_as_from_disk(shards, bucket, tmp_path):
     cache = tmp_path / "cache"
     for name, source, more in (("disk", str(shards), []), ("s3", f"{bucket}/built", [f"--data.cache={cache}"])):
         done = run(pretrain_command(source, tmp_path / name, 3, *more), tmp_path)
@@ -44,12 +44,12 @@ def test_pretraining_from_s3_has_the_losses_of_pretraining_from_the_disk(shards,
     assert list(cache.glob("*.tar"))
 
 
-def test_indexed_tars_in_s3_are_pretrained_on_and_evaluated(bucket, shards, tmp_path):
+def test_indexed_tars_in_s3_serve_pretraining_and_evaluation(bucket, shards, tmp_path):
     table = tmp_path / "participants.tsv"
     columns = ["participant_id", "session", "age", "sex", "site", "diagnosis"]
     Manifest.load(shards).scans[columns].to_csv(table, sep="\t", index=False)
-    found = index_shards(f"{bucket}/bare", tmp_path / "index", participants=str(table), spacing=6.0, workers=2)
-    assert (found.shards_root, len(found.scans)) == (f"{bucket}/bare", 72)
+    index = index_shards(f"{bucket}/bare", tmp_path / "index", participants=str(table), spacing=6.0, workers=2)
+    assert (index.shards_root, len(index.scans)) == (f"{bucket}/bare", 72)
     done = run(pretrain_command(tmp_path / "index", tmp_path / "run", 2), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     command = [

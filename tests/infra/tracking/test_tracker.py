@@ -185,7 +185,7 @@ def test_stored_tells_whether_the_store_has_everything(uri: str, tmp_path: Path)
     run.end()
     assert run.stored
     run.log_artifact(tmp_path / "absent.txt")
-    assert run.answers
+    assert run.connected
     assert not run.stored
     with pytest.raises(UserError, match="127.0.0.1"):
         queries.has_model(DOWN, "m-0")

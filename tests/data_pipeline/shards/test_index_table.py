@@ -1,0 +1,67 @@
+"""Keys of foreign samples and the table beside the shards: entities are read, and rows are found or rejected."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_pipeline.shards.index_table import check_pattern, parse_key, read_people
+from data_pipeline.volume.errors import BadScan
+from infra.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("abide_sub-01_ses-2_run-1", ("01", "2", "1", "abide")),
+        ("run-1_ses-2_sub-01_dataset-abide", ("01", "2", "1", "abide")),
+        ("my-study_sub-01", ("01", None, None, "my-study")),
+        ("sub-01/ses-2/sub-01_ses-2_T1w", ("01", "2", None, None)),
+        ("subject-01_session-A_study-ixi_desc-gm", ("01", "A", None, "ixi")),
+    ],
+)
+def test_the_entities_of_a_key_may_have_any_order(key, expected):
+    entities = parse_key(key)
+    assert tuple(entities.get(name) for name in ("participant_id", "session", "run", "dataset")) == expected
+
+
+def test_a_pattern_reads_keys_of_another_form():
+    pattern = r"(?P<dataset>\w+?)\.?(?P<participant_id>\d{5})$"
+    assert parse_key("ixi00042", pattern) == {"dataset": "ixi", "participant_id": "00042"}
+    with pytest.raises(BadScan, match="names no participant"):
+        parse_key("ixi42", pattern)
+    for wrong, text in (("(", "is not a regular expression:"), ("(?P<id>.)", r"it needs \(\?P<participant_id>")):
+        with pytest.raises(UserError, match=text):
+            check_pattern(wrong)
+
+
+def test_a_row_is_used_only_if_exactly_one_matches():
+    rows = ["participant_id study ses age sex iq", "sub-1 a 1 20 F 3", "sub-1 a 2 22 F n/a", "sub-1 b n/a 60 male 4"]
+    text = "\n".join(rows).replace(" ", "\t")
+    people = read_people(text.encode(), "x/participants.tsv")
+    assert people.find({"participant_id": "1", "session": "2", "dataset": "a"})["age"] == 22
+    assert people.find({"participant_id": "1", "session": "7", "dataset": "b"}) == {
+        "dataset": "b", "age": 60.0, "sex": "M", "iq": 4.0,
+    }  # fmt: skip
+    for entities, reason in (
+        ({"participant_id": "1", "dataset": "a"}, "has 2 different rows in participants.tsv"),
+        ({"participant_id": "1", "session": "1"}, "has 2 different rows"),
+        ({"participant_id": "1", "dataset": "c"}, "is not in participants.tsv"),
+        ({"participant_id": "01"}, "is not in participants.tsv"),
+    ):
+        with pytest.raises(BadScan, match=reason):
+            people.find(entities)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("subject\tage\n1\t3\n", "has no column participant_id; found: subject, age"),
+        ("participant_id\tage\n1\ttwenty\n", "line 2: age='twenty' is not a number of years"),
+        ("participant_id\tage\n1\t999\n", "line 2: age='999' is not a number of years in 0..130"),
+        ("participant_id\tsex\n1\tF\n2\t1\n", "line 3: sex='1' is not F, M, O"),
+        ("participant_id\tses\tsession_id\n1\t1\t1\n", "has several columns for session"),
+    ],
+)
+def test_an_invalid_table_is_rejected_with_one_line(text, message):
+    with pytest.raises(UserError, match=message):
+        read_people(text.encode(), "participants.tsv")
