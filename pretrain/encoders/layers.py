@@ -177,11 +177,11 @@ NO_SYNC_ON_CPU = (
 def check_sides(name: str, norm: str, smallest: int, sides: tuple[int, ...]) -> None:
     """Raise UserError, naming the smallest grid, if a side of the volumes (in voxels) is below ``smallest``."""
     if min(sides) < smallest:
-        found, least = "x".join(map(str, sides)), "x".join([str(smallest)] * 3)
+        shape, least = "x".join(map(str, sides)), "x".join([str(smallest)] * 3)
         # An instance norm over one voxel is undefined; over a few voxels it keeps little more than their signs.
         hint = "a norm that works on smaller ones (group), " if norm == "instance" else ""
         raise UserError(
-            f"scans of {found} voxels are too small for {name} with norm {norm}, whose smallest grid is {least}; "
+            f"scans of {shape} voxels are too small for {name} with norm {norm}, whose smallest grid is {least}; "
             f"choose {hint}shards of a finer spacing, or another encoder"
         )
 

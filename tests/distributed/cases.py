@@ -1,4 +1,4 @@
-"""What the ranks run, and the one process that they are compared with: a small 3D encoder under a gathered loss."""
+"""A training step of a small 3D encoder with a gathered loss, on several ranks and in the single process for comparison."""
 
 from __future__ import annotations
 
@@ -23,15 +23,27 @@ GATHERS = {"right": AllGather, **WRONG_GATHERS}
 
 @dataclass(frozen=True)
 class Job:
-    """One training step: scans per rank, the loss and its options, how ranks gather and average."""
+    """One training step.
+
+    Attributes:
+        sizes: scans of each rank.
+        loss: a key of LOSSES.
+        options: its keyword arguments.
+        gather: a key of GATHERS.
+        ddp: average gradients by DistributedDataParallel instead of an explicit all_reduce.
+        micro: scans embedded at a time with gradient caching; None embeds all at once.
+        learned: whether the temperature is a parameter.
+        missing: whether some proxies are missing.
+        seed: seed of the batch.
+    """
 
     sizes: tuple[int, ...]
     loss: str = "y-aware"
     options: dict[str, Any] = field(default_factory=dict)
     gather: str = "right"
     ddp: bool = False
-    micro: int | None = None  # scans embedded at a time, by GradCache
-    learned: bool = False  # the temperature is a parameter
+    micro: int | None = None
+    learned: bool = False
     missing: bool = False
     seed: int = 0
 
@@ -45,7 +57,7 @@ class Job:
 
 
 def encoder(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Every scan by itself (no batch statistics), so that one process and many compute the same embeddings."""
+    """An encoder without batch statistics, so that a single process and several ranks compute the same embeddings."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return nn.Sequential(
@@ -59,7 +71,7 @@ def encoder(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 class Network(nn.Module):
-    """Both views through the encoder, as `pretrain.model.ContrastiveModel` hands them to the loss."""
+    """Embeds both views and returns the temperature, like `pretrain.model.ContrastiveModel`."""
 
     def __init__(self, network: nn.Module, learned: bool) -> None:
         super().__init__()
@@ -71,7 +83,7 @@ class Network(nn.Module):
 
 
 class PlainEngine:
-    """What GradCache needs of DeepSpeed's engine, without any data parallelism."""
+    """The part of DeepSpeed's engine that gradient caching uses, without data parallelism."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -87,23 +99,23 @@ class PlainEngine:
 
 
 def backward(engine: Any, job: Job, rank: int, gather: Any, dtype: torch.dtype) -> Tensor:
-    """The loss on a rank's part of the batch, plain or from micro-batches, and its backward pass."""
+    """Run the forward and backward pass on a rank's part of the batch, whole or in micro-batches; return the loss."""
     volumes, proxies, subjects = batch(job, dtype)
     own = job.own(rank)
     options = {**job.options, **({"subjects": subjects[own]} if job.options.get("subjects") else {})}
 
-    def compare(views: Tensor, temperature: Tensor | None) -> Tensor:
+    def batch_loss(views: Tensor, temperature: Tensor | None) -> Tensor:
         learned = {} if temperature is None else {"temperature": temperature}
         return LOSSES[job.loss](views, proxies[own], gather=gather, **{**options, **learned})
 
     run = full_pass if job.micro is None else partial(cached_pass, micro=job.micro)
-    forward = run(engine, volumes[:, own], compare)
+    forward = run(engine, volumes[:, own], batch_loss)
     forward.backward()
     return forward.loss
 
 
 def batch(job: Job, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """Global batch: volumes (2, G, 1, 6, 6, 6), proxies (G, 1), subjects (G,); a function of the job's seed alone."""
+    """Return the global batch of a job's seed: volumes (2, G, 1, 6, 6, 6), proxies (G, 1), subjects (G,)."""
     source = torch.Generator().manual_seed(100 + job.seed)
     volumes = 4.0 * torch.randn(2, job.total, 1, 6, 6, 6, generator=source, dtype=torch.float64).to(dtype)
     ages = 20.0 + 30.0 * torch.rand(job.total, 1, generator=source, dtype=torch.float64)
@@ -114,6 +126,7 @@ def batch(job: Job, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor,
 
 
 def embed(model: Callable[[Tensor], Tensor], volumes: Tensor) -> Tensor:
+    """Return the embeddings (2, B, D) of volumes (2, B, 1, 6, 6, 6)."""
     return model(volumes.flatten(0, 1)).unflatten(0, (2, volumes.shape[1]))
 
 
@@ -126,7 +139,7 @@ def plain_name(name: str) -> str:
 
 
 def one_process(job: Job, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of a process that holds the whole batch; loss(views, proxies, subjects)."""
+    """Return loss and gradients of a single process with the whole batch. ``loss(views, proxies, subjects)`` -> scalar."""
     model = encoder()
     volumes, proxies, subjects = batch(job)
     value = loss(embed(model, volumes), proxies, subjects)
@@ -135,7 +148,7 @@ def one_process(job: Job, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> t
 
 
 def step(group: dist.ProcessGroup, rank: int, job: Job) -> tuple[float, float, dict[str, Tensor]]:
-    """The same step on one rank of many: (own share, global loss, averaged gradients)."""
+    """Run the step on one of several ranks; return (this rank's scalar, global loss, averaged gradients)."""
     model = encoder()
     gather = GATHERS[job.gather](group)
     network = DistributedDataParallel(model, process_group=group) if job.ddp else model
@@ -153,7 +166,7 @@ def jobs_on_ranks(group: dist.ProcessGroup, rank: int, jobs: Sequence[Job]) -> l
 
 
 def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest difference of any entry, relative to the largest entry of all parameters' gradients."""
+    """Return the largest difference of any entry, relative to the largest entry of all gradients."""
     assert found.keys() == expected.keys()
     scale = max(gradient.abs().max().item() for gradient in expected.values())
     return max((found[name].double() - expected[name].double()).abs().max().item() for name in expected) / scale

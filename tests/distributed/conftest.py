@@ -9,6 +9,6 @@ from tests.distributed.ranks import Ranks
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Four gloo ranks, started once for all tests; a case may use fewer of them."""
+    """Four gloo ranks, started once for all tests; a test may use fewer."""
     with Ranks(4) as pool:
         yield pool

@@ -1,4 +1,4 @@
-"""The same training step under DeepSpeed ZeRO: what a rank runs."""
+"""The training step of `cases` under DeepSpeed ZeRO, as one rank runs it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.distributed.ranks import TIMEOUT_S, answer_cases
 
 
 def serve(rank: int, world: int, store: str, inbox: Connection) -> None:
-    """A rank whose process group DeepSpeed started; its cases run on all ranks of the pool."""
+    """Serve a rank whose process group is started by DeepSpeed; its cases run on all ranks of the pool."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
     warm()
@@ -38,7 +38,7 @@ def serve(rank: int, world: int, store: str, inbox: Connection) -> None:
 def zero_steps(
     group: torch.distributed.ProcessGroup, rank: int, jobs: Sequence[tuple[int, Job]]
 ) -> list[tuple[float, float, dict[str, Tensor]]]:
-    """(own share, global loss, gradients) of each (ZeRO stage, job), float32."""
+    """Return (this rank's scalar, global loss, gradients) of each (ZeRO stage, job), float32."""
     return [_zero_step(rank, stage, job) for stage, job in jobs]
 
 
@@ -47,11 +47,11 @@ def _zero_step(rank: int, stage: int, job: Job) -> tuple[float, float, dict[str,
     from deepspeed.utils import safe_get_full_grad
 
     model = Network(encoder(torch.float32), job.learned)
-    share = len(range(*job.own(rank).indices(job.total)))
+    scans = len(range(*job.own(rank).indices(job.total)))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
-        config=_config(stage, -(-share // job.micro) if job.micro else 1),
+        config=_config(stage, -(-scans // job.micro) if job.micro else 1),
         dist_init_required=False,
     )
     gather = AllGather()
@@ -67,6 +67,6 @@ def _config(stage: int, passes: int) -> dict[str, Any]:
         "gradient_accumulation_steps": passes,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
-        # Small enough that ZeRO-3 partitions every parameter of a tiny encoder.
+        # With this threshold ZeRO-3 partitions even the small parameters of this encoder.
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }

@@ -1,6 +1,6 @@
-"""Whole steps of the training engine on real ranks, of a network so small that a hundred engines take seconds.
+"""Whole steps of the training engine on real ranks, with a network so small that a hundred engines take seconds.
 
-Linear layers alone: products of 16-bit numbers in them are right on any CPU (those of conv3d are not, see tests/gpu).
+The network has linear layers only: their 16-bit products are correct on any CPU, unlike those of conv3d (see tests/gpu).
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from pretrain.losses.gather import AllGather
 from pretrain.losses.temperature import Temperature
 from pretrain.model import ContrastiveModel, Projector
 from pretrain.run import checkpoint
+from pretrain.run.loop import DTYPES
 from pretrain.run.step import lr_factor, train_step
-from pretrain.train import DTYPES
 
 BATCH, SIDE, TOTAL = 12, 4, 40
-GIVEN = (f"--batch.global={BATCH}", "--optimizer.warmup_steps=2", "--optimizer.lr=5e-3")
+COMMON = (f"--batch.global={BATCH}", "--optimizer.warmup_steps=2", "--optimizer.lr=5e-3")
 
 
 @dataclass(frozen=True)
 class Run:
-    """Steps ``first`` to ``last`` of a recipe's run; from checkpoint ``load`` on, a checkpoint ``save`` after ``save_at``."""
+    """Steps of a run up to ``last``, from checkpoint ``load`` or from the start; saves to ``save`` after ``save_at`` steps."""
 
     options: tuple[str, ...] = ()
     last: int = 6
     load: Path | None = None
     save: Path | None = None
     save_at: int = 3
-    spoil: tuple[int, ...] = ()  # steps in which a rank's gradient overflows
+    overflow_at: tuple[int, ...] = ()  # steps in which the gradient of the last rank overflows
 
 
 class TinyEncoder(nn.Module):
-    """Named as the real encoders are; a buffer counts the passes."""
+    """An encoder with the parameter names of the real ones; a buffer counts the forward passes."""
 
     feature_size = 10
     passes: Tensor
@@ -76,7 +76,7 @@ def build(recipe: Recipe) -> ContrastiveModel:
 
 
 def batch_of(step: int, rank: int, world: int) -> dict[str, Tensor]:
-    """A rank's part of the global batch of a step; two batches take turns, so that the loss falls."""
+    """Return a rank's part of the global batch of a step. Two batches alternate, so that the loss falls."""
     source = torch.Generator().manual_seed(50 + step % 2)
     volumes = torch.randn(BATCH, 1, SIDE, SIDE, SIDE, generator=source)
     views = torch.stack([volumes + 0.3 * torch.randn(volumes.shape, generator=source) for _ in range(2)])
@@ -86,17 +86,17 @@ def batch_of(step: int, rank: int, world: int) -> dict[str, Tensor]:
 
 
 def steps_on_ranks(group: Any, rank: int, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What each run comes to: figures by step, the network and its average afterwards."""
+    """Return the result of each run: metrics by step, and the encoder and its average afterwards."""
     return [_steps(rank, run) for run in runs]
 
 
 def plain_steps(options: Sequence[str], last: int) -> list[dict[str, float]]:
-    """The same steps in one process, float32, with torch alone: no engine, no ranks, no micro-batches."""
-    recipe = load_recipe("demo-cpu", [*GIVEN, *options])
+    """Take the same steps in one process in float32 with torch only, without engine, ranks or micro-batches."""
+    recipe = load_recipe("demo-cpu", [*COMMON, *options])
     model = build(recipe)
     optimizer = build_optimizer(recipe.optimizer, parameter_groups(model, recipe.optimizer))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(recipe.optimizer, TOTAL, 10))
-    figures = []
+    metrics = []
     for step in range(last):
         batch = batch_of(step, 0, 1)
         views, temperature = model(batch["views"])
@@ -108,16 +108,16 @@ def plain_steps(options: Sequence[str], last: int) -> list[dict[str, float]]:
         value.backward()
         largest = recipe.deepspeed.get("gradient_clipping") or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
-        figures.append({"step": step, "loss": value.item(), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]})
+        metrics.append({"step": step, "loss": value.item(), "grad_norm": float(norm), "lr": schedule.get_last_lr()[0]})
         optimizer.step()
         schedule.step()
-    return figures
+    return metrics
 
 
 def _steps(rank: int, run: Run) -> dict[str, Any]:
     allow_fp16()
-    recipe = load_recipe("demo-cpu", [*GIVEN, *run.options])
-    world, figures = torch.distributed.get_world_size(), []
+    recipe = load_recipe("demo-cpu", [*COMMON, *run.options])
+    world, metrics = torch.distributed.get_world_size(), []
     trained = engine.build_engine(recipe, build(recipe), lr_factor(recipe.optimizer, TOTAL, 10))
     average = Average(trained, recipe.train.ema_decay) if recipe.train.ema_decay else None
     state = checkpoint.load_checkpoint(run.load, trained) if run.load else None
@@ -127,26 +127,26 @@ def _steps(rank: int, run: Run) -> dict[str, Any]:
     trained.train()
     for step in range(state["step"] if state else 0, run.last):
 
-        def loss(views: Tensor, temperature: Tensor | None, batch: dict[str, Tensor], at: int = step) -> Tensor:
+        def loss(views: Tensor, temperature: Tensor | None, batch: dict[str, Tensor], current: int = step) -> Tensor:
             value = y_aware_infonce(
                 views, batch["proxies"], kernel=kernel, gather=gather,
                 temperature=0.1 if temperature is None else temperature,
             )  # fmt: skip
-            return value if at not in run.spoil else _Overflow.apply(value, rank == world - 1)
+            return value if current not in run.overflow_at else _Overflow.apply(value, rank == world - 1)
 
         try:
-            found, _ = train_step(
+            step_metrics, _ = train_step(
                 trained, loss, batch_of(step, rank, world), step, DTYPES[recipe.train.precision], recipe.batch.micro
             )
         except engine.NotFinite as error:
-            return {"figures": figures, "stopped": str(error)}
-        figures.append({"step": step, **found})
+            return {"metrics": metrics, "stopped": str(error)}
+        metrics.append({"step": step, **step_metrics})
         if average:
             average.update(step + 1)
         if run.save and step + 1 == run.save_at:
             _save(run.save, step + 1, trained, average)
     result = {
-        "figures": figures,
+        "metrics": metrics,
         "encoder": engine.encoder_state(trained),
         "average": average.state() if average else None,
         "rates": [group["lr"] for group in trained.basic_optimizer.param_groups],
@@ -168,7 +168,7 @@ def _save(folder: Path, step: int, trained: Any, average: Average | None) -> Non
 
 
 class _Overflow(torch.autograd.Function):
-    """The value as it is, a gradient beyond every number where ``here``."""
+    """Returns the value unchanged; the gradient is infinite if ``here``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, here: bool) -> Tensor:
@@ -181,7 +181,7 @@ class _Overflow(torch.autograd.Function):
 
 
 def allow_fp16() -> None:
-    """Let the CPU compute in fp16, which it can where layers are linear; and forget the autocast of an earlier engine."""
+    """Allow fp16 on the CPU, which can compute linear layers in it, and reset the autocast of an earlier engine."""
     engine.import_deepspeed()
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime import torch_autocast

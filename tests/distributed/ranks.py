@@ -1,8 +1,8 @@
-"""Real ranks for tests: processes that talk over gloo and are started once for many cases.
+"""Real ranks for tests: processes that communicate over gloo and are started once for many cases.
 
-A pool of W processes serves every world size up to W: case w runs on the first w of them, in a process group of
-their own. A case is a function ``case(group, rank, **arguments)`` of an importable module; its results, one per rank,
-come back to the test.
+A pool of W processes serves every world size up to W: a case for w ranks runs on the first w processes, in their own process
+group. A case is a function ``case(group, rank, **arguments)`` of an importable module; the test receives its results, one per
+rank.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ TIMEOUT_S = 120
 
 
 def _serve(rank: int, world: int, store: str, inbox: Connection) -> None:
-    # Several ranks share the machine's few cores.
+    # All ranks share the few cores of the machine.
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    patience = timedelta(seconds=TIMEOUT_S)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=patience)
+    timeout = timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     answer_cases(
-        rank, {size: dist.new_group(list(range(size)), timeout=patience) for size in range(1, world + 1)}, inbox
+        rank, {size: dist.new_group(list(range(size)), timeout=timeout) for size in range(1, world + 1)}, inbox
     )
 
 
 def answer_cases(rank: int, groups: dict[int, Any], inbox: Connection) -> None:
-    """Run what the test sends, in the group of its world size, until it sends None."""
+    """Run the cases that the test sends, each in the group of its world size, until it sends None."""
     inbox.send((True, "ready"))
     while (message := inbox.recv()) is not None:
         case, size, arguments = message
@@ -51,7 +51,7 @@ def answer_cases(rank: int, groups: dict[int, Any], inbox: Connection) -> None:
 class Ranks:
     """``Ranks(3).run(case, 2, **arguments)`` runs a case on two of three processes. Use it as a context manager.
 
-    A rank that fails leaves the others waiting in a collective, so the processes are then ended and started anew.
+    If a rank fails, the others wait in a collective; all processes are then ended and started again.
     """
 
     def __init__(self, world: int, serve: Callable[[int, int, str, Connection], None] = _serve) -> None:
@@ -74,7 +74,7 @@ class Ranks:
         assert set(self._answers(self._world)) == {"ready"}
 
     def run(self, case: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:
-        """The case's result on each of the first ``world_size`` ranks; the first error if any rank failed."""
+        """Return the case's result on each of the first ``world_size`` ranks; raises AssertionError if a rank failed."""
         for pipe in self._pipes[:world_size]:
             pipe.send((case, world_size, arguments))
         try:
@@ -113,7 +113,7 @@ class Ranks:
         return self
 
     def ask_to_end(self) -> None:
-        """Let the ranks leave, without waiting for them: several pools end in the time of one."""
+        """Ask the ranks to end without waiting for them, so that several pools can end at the same time."""
         for pipe in self._pipes:
             with contextlib.suppress(OSError):
                 pipe.send(None)

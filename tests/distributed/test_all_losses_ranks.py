@@ -1,4 +1,4 @@
-"""Every loss, plain and by tiles, on one to four gloo ranks with unequal data, against the naive twin in one process."""
+"""Every loss, plain and tiled, on one to four gloo ranks with unequal data, against the naive version in one process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_loss_and_gradients_equal_one_process(ranks: Ranks, loss: str, sizes: tu
 
 @pytest.mark.parametrize("form", ["detached", "no-offset", "no-factor", "factor-twice", "local-mean"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_wrong_form_of_any_loss_is_caught(ranks: Ranks, loss: str, form: str) -> None:
+def test_a_wrong_form_of_any_loss_is_detected(ranks: Ranks, loss: str, form: str) -> None:
     job = Job((2, 4), loss, {"kernel": KERNELS["gaussian"](bandwidth=8.0), "tile": 2}, gather=form, seed=5)
     [(_, gradient_error)] = errors(ranks, [job], [expected_of(job)])
     assert gradient_error > 1e-2

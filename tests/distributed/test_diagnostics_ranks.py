@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 KERNEL = KERNELS["gaussian"](bandwidth=8.0)
 
 
-def figures_on_rank(group: dist.ProcessGroup, rank: int, job: Job) -> tuple[Tensor, Positives]:
+def positives_on_rank(group: dist.ProcessGroup, rank: int, job: Job) -> tuple[Tensor, Positives]:
     _, proxies, _ = batch(job)
     gather = AllGather(group)
     own = proxies[job.own(rank)]
@@ -27,14 +27,14 @@ def figures_on_rank(group: dist.ProcessGroup, rank: int, job: Job) -> tuple[Tens
 
 
 @pytest.mark.parametrize("sizes", [(2, 3), (3, 0, 2), (2, 1, 1, 3)], ids=str)
-def test_equal_one_process(ranks: Ranks, sizes: tuple[int, ...]) -> None:
+def test_effective_positives_and_their_summary_equal_one_process(ranks: Ranks, sizes: tuple[int, ...]) -> None:
     job = Job(sizes, missing=True)
     _, proxies, _ = batch(job)
     expected = effective_positives(proxies, KERNEL)
-    results = ranks.run(figures_on_rank, len(sizes), job=job)
+    results = ranks.run(positives_on_rank, len(sizes), job=job)
     torch.testing.assert_close(torch.cat([positives for positives, _ in results]), expected)
     whole = positive_statistics([expected], [proxies])
-    for _, figures in results:
-        assert figures.histogram == whole.histogram
-        assert (figures.scans, figures.below_two, figures.missing) == (whole.scans, whole.below_two, whole.missing)
-        assert figures.mean == pytest.approx(whole.mean, rel=1e-12)
+    for _, summary in results:
+        assert summary.histogram == whole.histogram
+        assert (summary.scans, summary.below_two, summary.missing) == (whole.scans, whole.below_two, whole.missing)
+        assert summary.mean == pytest.approx(whole.mean, rel=1e-12)

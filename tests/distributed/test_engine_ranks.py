@@ -1,6 +1,6 @@
 """The training engine on real ranks: ZeRO stage x precision x off-load, resume on the same ranks and on others.
 
-Every run is held to plain torch in one process and float32, within the tolerance of its precision:
+Each run is compared with plain torch in a single process in float32, within the tolerance of its precision:
 
     precision       ZeRO stages   tolerance of the loss (relative)
     fp32            0 1 2 3       1e-5
@@ -9,8 +9,8 @@ Every run is held to plain torch in one process and float32, within the toleranc
     autocast        0 1 2 3       3e-3
     autocast-fp16   0             1e-3
 
-Off-load of the optimiser goes with stages 1 to 3, of parameters with stage 3. fp16 is run on the CPU with its check
-lifted, on linear layers alone; tests/gpu runs every precision on the real encoder.
+The optimiser can be off-loaded under stages 1 to 3, parameters under stage 3. fp16 runs on the CPU with its check switched off,
+on linear layers only; tests/gpu runs every precision on the real encoder.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ TABLE += [(precision, 3, f"{OPTIMIZER}, {PARAMETERS}") for precision in ("fp32",
 QUICK = [("fp32", 0, ""), ("fp32", 1, ""), ("fp32", 2, ""), ("fp32", 3, ""), ("bf16", 0, ""), ("bf16", 1, ""),
          ("fp16", 2, ""), ("autocast-fp16", 0, ""), ("fp32", 2, OPTIMIZER),
          ("bf16", 3, f"{OPTIMIZER}, {PARAMETERS}")]  # fmt: skip
-# Everything that a checkpoint may hold: groups of many rates, a learned temperature, an average.
+# Everything that a checkpoint may contain: several learning rates, a learned temperature, a weight average.
 EVERYTHING = ("--optimizer.layer_decay=0.7", "--loss.temperature_bounds=[0.01, 1.0]", "--train.ema_decay=0.9")
 
 
 def zero(stage: int, more: str = "") -> str:
-    """Small enough a threshold that stage 3 cuts every parameter."""
+    """The override for a ZeRO stage, with a threshold at which stage 3 partitions every parameter."""
     rest = f", {more}" if more else ""
     return f"--deepspeed={{zero_optimization: {{stage: {stage}, stage3_param_persistence_threshold: 0{rest}}}}}"
 
@@ -59,17 +59,17 @@ def quick_or_slow(rows: list[Any], quick: list[Any]) -> list[Any]:
 
 
 def losses(result: dict[str, Any]) -> list[float]:
-    return [figures["loss"] for figures in result["figures"]]
+    return [metrics["loss"] for metrics in result["metrics"]]
 
 
 class Pools:
-    """Ranks by their number, started when first asked for."""
+    """Pools of ranks by their number, each started at its first use."""
 
     def __init__(self) -> None:
         self._pools: dict[int, Ranks] = {}
 
     def run(self, ranks: int, runs: list[Run]) -> list[dict[str, Any]]:
-        """Rank 0's results; the others' losses must be the same."""
+        """Return the results of rank 0; the losses of the other ranks must be equal."""
         if ranks not in self._pools:
             self._pools[ranks] = Ranks(ranks, serve)
         results = self._pools[ranks].run(steps_on_ranks, ranks, runs=runs)
@@ -98,20 +98,20 @@ def plain() -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(("precision", "stage", "offload"), quick_or_slow(TABLE, QUICK))
-def test_two_ranks_train_as_one_process_in_float32_and_resume_to_the_bit(
+def test_two_ranks_train_like_one_float32_process_and_resume_bit_for_bit(
     pools: Pools, plain: list[dict[str, float]], tmp_path: Path, precision: str, stage: int, offload: str
 ) -> None:
     options = (zero(stage, offload), f"--train.precision={precision}", "--deepspeed.gradient_clipping=1000")
     whole, resumed = pools.run(2, [Run(options, save=tmp_path), Run(options, load=tmp_path)])
-    expected = [figures["loss"] for figures in plain]
+    expected = [metrics["loss"] for metrics in plain]
     assert losses(whole) == pytest.approx(expected, rel=TOLERANCE[precision])
     assert expected[4] < expected[0]
     assert losses(whole)[4] < losses(whole)[0]
     if precision != "fp32":
         assert losses(whole) != pytest.approx(expected, rel=1e-7), "the precision changed nothing"
-    for mine, theirs in zip(whole["figures"], plain, strict=True):
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=30 * TOLERANCE[precision])
-    assert resumed["figures"] == whole["figures"][3:]
+    for found, expected_step in zip(whole["metrics"], plain, strict=True):
+        assert found["grad_norm"] == pytest.approx(expected_step["grad_norm"], rel=30 * TOLERANCE[precision])
+    assert resumed["metrics"] == whole["metrics"][3:]
     assert all(torch.equal(resumed["encoder"][name], value) for name, value in whole["encoder"].items())
 
 
@@ -122,29 +122,31 @@ OPTIMISERS = ["adamw", "sgd", "lamb", "lars"]
     ("name", "stage"),
     quick_or_slow([(n, s) for n in OPTIMISERS for s in range(4)], [("adamw", 1), ("sgd", 2), ("lamb", 1), ("lars", 3)]),
 )
-def test_every_optimiser_steps_alike_under_every_stage(pools: Pools, tmp_path: Path, name: str, stage: int) -> None:
-    # LARS's steps are a thousandth of a layer's size
+def test_every_optimiser_takes_the_same_steps_under_every_stage(
+    pools: Pools, tmp_path: Path, name: str, stage: int
+) -> None:
+    # The steps of LARS are a thousandth of the norm of a layer.
     lr = {"lars": 5.0, "sgd": 0.05}.get(name, 5e-3)
     options = (f"--optimizer.name={name}", f"--optimizer.lr={lr}", "--optimizer.layer_decay=0.7",
                "--optimizer.weight_decay=0.01", "--deepspeed.gradient_clipping=0.5")  # fmt: skip
-    expected = [figures["loss"] for figures in plain_steps(options, 6)]
-    here = (options[0], zero(stage), *options[1:])
-    whole, resumed = pools.run(2, [Run(here, save=tmp_path), Run(here, load=tmp_path)])
+    expected = [metrics["loss"] for metrics in plain_steps(options, 6)]
+    overrides = (options[0], zero(stage), *options[1:])
+    whole, resumed = pools.run(2, [Run(overrides, save=tmp_path), Run(overrides, load=tmp_path)])
     assert losses(whole) == pytest.approx(expected, rel=1e-5)
-    assert resumed["figures"] == whole["figures"][3:]
+    assert resumed["metrics"] == whole["metrics"][3:]
     assert abs(expected[5] - expected[1]) > 1e-3, "the optimiser did nothing"
 
 
 @pytest.mark.parametrize("stage", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_gradient_longer_than_gradient_clipping_is_shortened_to_it(pools: Pools, stage: int) -> None:
+def test_a_gradient_with_a_larger_norm_is_clipped(pools: Pools, stage: int) -> None:
     options = (zero(stage), "--deepspeed.gradient_clipping=0.05", "--optimizer.name=sgd", "--optimizer.lr=0.5")
     clipped = plain_steps(options, 4)
     free = plain_steps(options[2:], 4)
     [found] = pools.run(2, [Run(options, last=4)])
-    assert losses(found) == pytest.approx([figures["loss"] for figures in clipped], rel=1e-5)
+    assert losses(found) == pytest.approx([metrics["loss"] for metrics in clipped], rel=1e-5)
     assert abs(clipped[3]["loss"] - free[3]["loss"]) > 1e-3
-    # What is logged is the norm before.
-    assert found["figures"][0]["grad_norm"] == pytest.approx(free[0]["grad_norm"], rel=1e-4)
+    # The logged norm is that before clipping.
+    assert found["metrics"][0]["grad_norm"] == pytest.approx(free[0]["grad_norm"], rel=1e-4)
     assert free[0]["grad_norm"] > 0.05
 
 
@@ -152,22 +154,20 @@ def test_a_gradient_longer_than_gradient_clipping_is_shortened_to_it(pools: Pool
     ("precision", "stage"),
     quick_or_slow([("fp16", 1), ("fp16", 2), ("fp16", 3), ("autocast-fp16", 0)], [("fp16", 2), ("autocast-fp16", 0)]),
 )
-def test_a_step_that_overflows_is_left_out_and_counted_and_the_run_goes_on(
-    pools: Pools, tmp_path: Path, precision: str, stage: int
-) -> None:
+def test_a_step_that_overflows_is_skipped_and_counted(pools: Pools, tmp_path: Path, precision: str, stage: int) -> None:
     options = (zero(stage), f"--train.precision={precision}")
     if precision == "fp16":
         options += ("--deepspeed.fp16={hysteresis: 1, initial_scale_power: 10}",)
-    [found] = pools.run(2, [Run(options, spoil=(2,), save=tmp_path, save_at=4)])
-    figures = found["figures"]
-    assert [step["skipped_steps"] for step in figures] == [0, 0, 1, 1, 1, 1]
-    assert figures[3]["loss_scale"] == figures[2]["loss_scale"] / 2
-    assert "grad_norm" not in figures[2]
-    assert "grad_norm" in figures[3]
-    # The data and the schedule go on; without the step the next loss is that of the weights before it.
-    assert [step["lr"] for step in figures] == pytest.approx([step["lr"] for step in plain_steps((), 6)])
+    [found] = pools.run(2, [Run(options, overflow_at=(2,), save=tmp_path, save_at=4)])
+    metrics = found["metrics"]
+    assert [step["skipped_steps"] for step in metrics] == [0, 0, 1, 1, 1, 1]
+    assert metrics[3]["loss_scale"] == metrics[2]["loss_scale"] / 2
+    assert "grad_norm" not in metrics[2]
+    assert "grad_norm" in metrics[3]
+    # The data and the schedule advance in a skipped step; the weights do not change.
+    assert [step["lr"] for step in metrics] == pytest.approx([step["lr"] for step in plain_steps((), 6)])
     [resumed] = pools.run(2, [Run(options, load=tmp_path)])
-    assert resumed["figures"] == figures[4:]
+    assert resumed["metrics"] == metrics[4:]
 
 
 def test_a_gradient_that_is_never_finite_stops_even_fp16(pools: Pools) -> None:
@@ -176,9 +176,9 @@ def test_a_gradient_that_is_never_finite_stops_even_fp16(pools: Pools) -> None:
     zeroed, plain, exact = pools.run(
         2,
         [
-            Run((zero(1), "--train.precision=fp16", scaled), last=40, spoil=always),
-            Run((zero(0), "--train.precision=autocast-fp16"), last=40, spoil=always),
-            Run((zero(1), "--train.precision=bf16"), last=40, spoil=(2,)),
+            Run((zero(1), "--train.precision=fp16", scaled), last=40, overflow_at=always),
+            Run((zero(0), "--train.precision=autocast-fp16"), last=40, overflow_at=always),
+            Run((zero(1), "--train.precision=bf16"), last=40, overflow_at=(2,)),
         ],
     )
     assert zeroed["stopped"] == "step 1: the gradient is not finite at the smallest loss scale"
@@ -192,12 +192,12 @@ QUICK_MOVES = [((2, 0), (3, 3)), ((2, 1), (1, 0)), ((2, 2), (3, 1)), ((2, 3), (1
 
 
 class Sources:
-    """Checkpoints of runs with everything in them, by ranks and stage, each made once."""
+    """Checkpoints of runs with EVERYTHING, by ranks and stage, each written once."""
 
     def __init__(self, pools: Pools, folder: Path) -> None:
         self._pools, self._folder = pools, folder
         self._made: dict[tuple[int, int], dict[str, Any]] = {}
-        self.losses = [figures["loss"] for figures in plain_steps(EVERYTHING, 6)]
+        self.losses = [metrics["loss"] for metrics in plain_steps(EVERYTHING, 6)]
 
     def get(self, ranks: int, stage: int) -> tuple[Path, dict[str, Any]]:
         folder = self._folder / f"{ranks}-{stage}"
@@ -212,16 +212,16 @@ def sources(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Sources:
 
 
 @pytest.mark.parametrize(("was", "now"), quick_or_slow(MOVES, QUICK_MOVES))
-def test_a_run_goes_on_with_other_ranks_and_another_stage(
+def test_a_run_resumes_on_other_ranks_and_under_another_stage(
     pools: Pools, sources: Sources, was: tuple[int, int], now: tuple[int, int]
 ) -> None:
     folder, whole = sources.get(*was)
     [resumed] = pools.run(now[0], [Run((zero(now[1]), *EVERYTHING), load=folder)])
-    assert [figures["step"] for figures in resumed["figures"]] == [3, 4, 5]
+    assert [metrics["step"] for metrics in resumed["metrics"]] == [3, 4, 5]
     assert losses(resumed) == pytest.approx(losses(whole)[3:], rel=1e-5)
     assert losses(resumed) == pytest.approx(sources.losses[3:], rel=1e-5)
     for key in ("lr", "temperature"):
-        assert [f[key] for f in resumed["figures"]] == pytest.approx([f[key] for f in whole["figures"][3:]], rel=1e-5)
+        assert [f[key] for f in resumed["metrics"]] == pytest.approx([f[key] for f in whole["metrics"][3:]], rel=1e-5)
     assert resumed["rates"] == pytest.approx(whole["rates"])
     assert len(resumed["rates"]) == 5
     for name, value in whole["encoder"].items():
@@ -232,7 +232,7 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(
 
 
 SCALE_1024 = "--deepspeed.fp16={initial_scale_power: 10}"
-SUMMED = "--deepspeed.data_types={grad_accum_dtype: fp32}"  # under stage 1 another optimiser of DeepSpeed's
+SUMMED = "--deepspeed.data_types={grad_accum_dtype: fp32}"  # under stage 1 this selects BF16_Optimizer
 
 
 @pytest.mark.parametrize(
@@ -245,32 +245,32 @@ SUMMED = "--deepspeed.data_types={grad_accum_dtype: fp32}"  # under stage 1 anot
         pytest.param(("--train.precision=bf16",), (2, 1), (3, 0), marks=pytest.mark.slow),
         pytest.param(("--train.precision=bf16", SUMMED), (2, 1), (3, 3), marks=pytest.mark.slow),
         pytest.param(("--train.precision=bf16", SUMMED), (3, 2), (2, 1), marks=pytest.mark.slow),
-        # At DeepSpeed's first scale, 2^16, the sum over three ranks overflows where that over two does not.
+        # At DeepSpeed's initial scale, 2^16, the sum over three ranks overflows, but the sum over two does not.
         pytest.param(("--train.precision=fp16", SCALE_1024), (2, 3), (3, 1), marks=pytest.mark.slow),
         pytest.param(("--train.precision=autocast",), (3, 3), (2, 0), marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_the_state_of_every_optimiser_and_precision_goes_along(
+def test_the_state_of_every_optimiser_and_precision_is_resharded(
     pools: Pools, tmp_path: Path, options: tuple[str, ...], was: tuple[int, int], now: tuple[int, int]
 ) -> None:
     [whole] = pools.run(was[0], [Run((zero(was[1]), *options), save=tmp_path)])
     [resumed] = pools.run(now[0], [Run((zero(now[1]), *options), load=tmp_path)])
     exact = not any("precision" in option for option in options)
-    # In 16 bits each rank rounds the sum of its own part of the batch.
+    # In 16 bits, each rank rounds the sum over its own part of the batch.
     assert losses(resumed) == pytest.approx(losses(whole)[3:], rel=1e-5 if exact else 2e-3)
     if "--train.precision=fp16" in options:
-        assert {f["loss_scale"] for f in (*resumed["figures"], *whole["figures"])} == {1024.0}
+        assert {f["loss_scale"] for f in (*resumed["metrics"], *whole["metrics"])} == {1024.0}
 
 
-def test_off_load_and_the_cut_of_stage_3_may_change_on_the_way(pools: Pools, sources: Sources) -> None:
+def test_off_load_and_the_groups_of_stage_3_may_change_at_a_resume(pools: Pools, sources: Sources) -> None:
     folder, whole = sources.get(2, 3)
     options = zero(3, f"{OPTIMIZER}, sub_group_size: 100")
     [resumed] = pools.run(2, [Run((options, *EVERYTHING), load=folder)])
     assert losses(resumed) == pytest.approx(losses(whole)[3:], rel=1e-5)
 
 
-def test_the_average_is_that_of_its_formula_and_resumes_to_the_bit(pools: Pools, tmp_path: Path) -> None:
+def test_the_average_follows_its_formula_and_resumes_bit_for_bit(pools: Pools, tmp_path: Path) -> None:
     options = ("--train.ema_decay=0.3",)
     for stage in (2, 3):
         here, folder = (zero(stage), *options), tmp_path / str(stage)

@@ -1,4 +1,4 @@
-"""GradCache on real ranks: gradients of micro-batches, under no engine and under ZeRO 0 to 3, against one whole pass."""
+"""Gradient caching on real ranks, without an engine and under ZeRO 0 to 3, against one pass over the whole batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STAGES = (0, 1, 2, 3)
 
 
 def whole_pass(job: Job) -> tuple[float, dict[str, Tensor]]:
-    """One process, one pass, float64, the temperature a parameter of its own too."""
+    """Return loss and gradients of one process in one pass, float64; the temperature is a parameter if it is learned."""
     model = Network(encoder(), job.learned)
     alone = Job((job.total,), job.loss, job.options, learned=job.learned, missing=job.missing, seed=job.seed)
     loss = backward(PlainEngine(model), alone, 0, None, torch.float64)
@@ -42,14 +42,14 @@ def test_every_loss_from_micro_batches_equals_one_process(ranks: Ranks, loss: st
 
 
 @pytest.mark.parametrize("form", ["detached", "no-offset", "factor-twice"])
-def test_a_wrong_gather_is_caught_behind_the_cache_too(ranks: Ranks, form: str) -> None:
+def test_a_wrong_gather_is_also_detected_with_gradient_caching(ranks: Ranks, form: str) -> None:
     job = Job((2, 4), "y-aware", {"kernel": KERNEL}, gather=form, micro=1, seed=5)
     [(_, gradient_error)] = errors(ranks, [job], [expected_of(job)])
     assert gradient_error > 1e-2
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 3), (1, 3, 2)], ids=str)
-def test_a_learned_temperature_gets_its_whole_gradient(ranks: Ranks, sizes: tuple[int, ...]) -> None:
+def test_a_learned_temperature_gets_the_gradient_of_all_ranks(ranks: Ranks, sizes: tuple[int, ...]) -> None:
     jobs = [Job(sizes, "y-aware", {"kernel": KERNEL, "tile": tile}, micro=micro, learned=True, seed=3)
             for micro, tile in ((None, None), (None, 2), (1, None), (2, 1))]  # fmt: skip
     expected = [whole_pass(job) for job in jobs]
@@ -60,7 +60,7 @@ def test_a_learned_temperature_gets_its_whole_gradient(ranks: Ranks, sizes: tupl
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_under_zero(world_size: int) -> None:
+def test_micro_batches_under_zero_equal_one_process(world_size: int) -> None:
     losses = LOSSES if world_size == 2 else ["y-aware"]
     jobs = [Job((4,) * world_size, loss, {"kernel": KERNEL, "tile": tile}, micro=micro, learned=learned, seed=micro)
             for loss in losses for micro, tile, learned in ((1, None, False), (2, 2, loss == "y-aware"))]  # fmt: skip

@@ -17,7 +17,7 @@ from tests.reference import naive
 pytestmark = pytest.mark.distributed
 
 GAUSSIAN = KERNELS["gaussian"](bandwidth=5.0)
-# Scans per rank: alone; equal; one scan each; unequal, the smaller first and last; a rank without any scan.
+# Scans per rank: a single rank; equal numbers; one scan each; unequal numbers; a rank without scans.
 SIZES = [(4,), (3, 3), (1, 1), (2, 4), (4, 1), (2, 2, 2), (1, 3, 2), (3, 0, 2), (2, 1, 1, 3)]
 
 
@@ -26,7 +26,7 @@ def naive_y_aware(views: Tensor, proxies: Tensor, _: Tensor, bandwidth: float = 
 
 
 def errors(ranks: Ranks, jobs: list[Job], expected: list[tuple[float, dict[str, Tensor]]]) -> list[tuple[float, float]]:
-    """(loss error, gradient error), relative, of each job, the worst over its ranks."""
+    """Return the relative (loss error, gradient error) of each job, the largest of its ranks."""
     world = len(jobs[0].sizes)
     results = ranks.run(jobs_on_ranks, world, jobs=jobs)
     found = []
@@ -67,7 +67,7 @@ def test_distributed_data_parallel_needs_no_further_factor(ranks: Ranks, sizes: 
     assert gradient_error < 1e-10
 
 
-def test_the_share_of_a_rank_with_an_equal_batch_is_the_mean_over_its_anchors(ranks: Ranks) -> None:
+def test_with_equal_batches_the_scalar_of_a_rank_is_the_mean_over_its_anchors(ranks: Ranks) -> None:
     job = Job((2, 2), options={"kernel": GAUSSIAN})
     shares = [result[0][0] for result in ranks.run(jobs_on_ranks, 2, jobs=[job])]
     assert shares[0] != pytest.approx(shares[1], rel=1e-3)
@@ -75,7 +75,7 @@ def test_the_share_of_a_rank_with_an_equal_batch_is_the_mean_over_its_anchors(ra
     assert sum(shares) / 2 == pytest.approx(whole, rel=1e-12)
 
 
-# The wrong form, and whether its *loss* gives it away (its gradient must, with unequal data).
+# Wrong form -> whether its *loss* is also wrong. Its gradient must be wrong for unequal data.
 WRONG = {
     "detached": False,
     "own-slot": False,
@@ -87,15 +87,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize("form", WRONG)
-def test_a_wrong_form_is_caught(ranks: Ranks, form: str) -> None:
+def test_a_wrong_form_is_detected(ranks: Ranks, form: str) -> None:
     job = Job((2, 4), options={"kernel": GAUSSIAN}, gather=form)
     [(loss_error, gradient_error)] = errors(ranks, [job], [one_process(job, naive_y_aware)])
     assert gradient_error > 1e-2
     assert loss_error > 1e-3 if WRONG[form] else loss_error < 1e-10
 
 
-def test_column_normalisation_is_caught(ranks: Ranks) -> None:
-    """Not by its factor 2 alone: halved, it still differs in loss and gradient."""
+def test_column_normalisation_is_detected(ranks: Ranks) -> None:
+    """It differs from row normalisation not only by the factor 2: halved, loss and gradient still differ."""
     job = Job((3, 5), options={"kernel": KERNELS["gaussian"](bandwidth=10.0), "normalization": "column"})
     value, gradients = one_process(job, partial(naive_y_aware, bandwidth=10.0))
     doubled = 2 * value, {name: 2 * gradient for name, gradient in gradients.items()}
@@ -104,7 +104,7 @@ def test_column_normalisation_is_caught(ranks: Ranks) -> None:
     assert gradient_error > 1e-2
 
 
-def test_one_process_in_the_package_is_the_naive_twin(ranks: Ranks) -> None:
+def test_the_single_process_of_the_package_equals_the_naive_version(ranks: Ranks) -> None:
     job = Job((5,), options={})
     plain = one_process(job, lambda views, proxies, _: LOSSES["y-aware"](views, proxies, kernel=GAUSSIAN))
     expected = one_process(job, naive_y_aware)

@@ -18,7 +18,7 @@ BANDWIDTH = 5.0
 
 
 def check(world_size: int, jobs: list[Job]) -> None:
-    """One set of ranks for all jobs and stages: starting a DeepSpeed group takes seconds."""
+    """Check all jobs and stages on one set of ranks, since starting a DeepSpeed group takes seconds."""
     runs = [(stage, job) for job in jobs for stage in STAGES]
     with Ranks(world_size, serve) as pool:
         results = pool.run(zero_steps, world_size, jobs=runs)

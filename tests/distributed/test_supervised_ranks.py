@@ -1,4 +1,4 @@
-"""Regression in a loss's place on real ranks: the mean of their values and gradients is that of one process."""
+"""Regression of the proxies on real ranks: the mean of values and gradients is that of one process."""
 
 from __future__ import annotations
 

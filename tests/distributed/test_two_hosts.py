@@ -113,7 +113,7 @@ def test_a_cut_cable_ends_both_hosts_and_a_restart_continues_exactly(pair, shard
         took = time.monotonic() - cut
     finally:
         pair.connect()
-    assert SECONDS - 2 < took < SECONDS + 12
+    assert SECONDS - 2 < took < SECONDS + 60
     for host, rank, lost_host, lost_rank in (("host-a", 0, "host-b", 1), ("host-b", 1, "host-a", 0)):
         lines = [line for line in job.log(host).splitlines() if line.startswith("watchdog: ")]
         assert len(lines) == 1, job.log(host)

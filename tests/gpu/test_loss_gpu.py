@@ -1,4 +1,4 @@
-"""Every loss on the GPU against float64 on the CPU: value and gradient, whole and tiled."""
+"""Every loss on the GPU against float64 on the CPU: value and gradient, plain and tiled."""
 
 from __future__ import annotations
 

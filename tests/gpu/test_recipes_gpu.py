@@ -1,4 +1,4 @@
-"""Every shipped recipe on one GPU at its own precision, layout and ZeRO stage: it starts, with finite figures, and resumes."""
+"""Every shipped recipe on one GPU with its own precision, memory layout and ZeRO stage: it trains and resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "d
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    """Shards of 36 people on a coarse grid, with OpenBHB's column."""
+    """Shards of 36 participants on a coarse grid, with OpenBHB's column of splits."""
     cohort = write_cohort(tmp_path_factory.mktemp("cohort") / "few", participants=36, diagnosis=["control"] * 3)
     table = cohort / "participants.tsv"
     head, *rows = table.read_text().splitlines()
@@ -35,12 +35,12 @@ def scans(tmp_path_factory):
 
 
 def train(name: str, device: str, shards: Path, output: Path) -> None:
-    given = [f"--data.shards={shards}", f"--run.output={output}", "--train.steps=3", "--checkpoint.every_steps=2",
+    overrides = [f"--data.shards={shards}", f"--run.output={output}", "--train.steps=3", "--checkpoint.every_steps=2",
              "--batch.global=16", "--launch.ranks=1", "--data.workers=0"]  # fmt: skip
     if device == "cpu":
-        given += ["--train.precision=fp32"]  # see test_training_gpu
+        overrides += ["--train.precision=fp32"]  # see test_training_gpu
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "infra.cli", "pretrain", "--config", name, *given]
+    command = [sys.executable, "-m", "infra.cli", "pretrain", "--config", name, *overrides]
     variables = {**environment(output.parent), "DS_ACCELERATOR": device, "PYTHONPATH": str(ROOT)}
     done = run(
         ["env", *(f"{key}={variables[key]}" for key in ("DS_ACCELERATOR", "PYTHONPATH")), *command], output.parent, 280
@@ -58,4 +58,4 @@ def test_a_recipe_starts_and_resumes_at_its_own_precision(device, name, scans, t
     shutil.rmtree(output / "checkpoints/step-00000003")
     (output / "checkpoints/latest").write_text("step-00000002\n")
     train(name, device, scans, output)
-    assert losses(output)[2][1] == pytest.approx(whole[2][1], rel=1e-3)  # cuDNN adds in another order each time
+    assert losses(output)[2][1] == pytest.approx(whole[2][1], rel=1e-3)  # cuDNN sums in a different order each time

@@ -1,4 +1,4 @@
-"""The real recipe on one GPU: every ZeRO stage and precision, resume, and the fast path against plain float32."""
+"""A real recipe on one GPU: every ZeRO stage and precision, resume, and the fast settings against plain float32."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.runs import environment, losses, run
 
 pytestmark = pytest.mark.gpu
 STEPS = 4
-# Seen on an EPYC with avx512_bf16 and torch 2.13: now and then a few hundred weights of a conv3d get a gradient of 1e36.
-CPU_BF16 = "bf16 gradients of conv3d on the CPU hold memory that was never written"
-# Group normalisation: the gradients of batch normalisation at this size are as large as chance makes them.
+# Observed on an EPYC with avx512_bf16 and torch 2.13: sometimes a few hundred weights of a conv3d get a gradient of 1e36.
+CPU_BF16 = "bf16 gradients of conv3d on the CPU contain uninitialised memory"
+# Group normalisation, since the gradients of batch normalisation vary strongly at this size.
 SMALL = ["--batch.global=8", "--checkpoint.every_steps=2", "--encoder.options={width: 0.25, norm: group}"]
 
 
 def train(device: str, shards: Path, output: Path, *more: str, accelerator: str | None = None) -> list[float]:
-    """The losses of a run of the real command on one rank."""
-    given = [f"--data.shards={shards}", f"--run.output={output}", f"--train.steps={STEPS}", *SMALL, *more]
+    """Return the losses of a run of the real command on one rank."""
+    overrides = [f"--data.shards={shards}", f"--run.output={output}", f"--train.steps={STEPS}", *SMALL, *more]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1", "--master_port"]
-    command = [*launcher, str(free_port()), "--module", "pretrain.train", "--config", "demo-cpu", *given]
+    command = [*launcher, str(free_port()), "--module", "pretrain.train", "--config", "demo-cpu", *overrides]
     output.parent.mkdir(parents=True, exist_ok=True)
     variables = environment(output.parent)
     done = run(["env", f"DS_ACCELERATOR={accelerator or device}", *command], output.parent)
@@ -51,15 +51,15 @@ def plain(device, shards, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_zero_stage_trains_as_stage_0(device, plain, shards, tmp_path, number):
+def test_every_zero_stage_trains_like_stage_0(device, plain, shards, tmp_path, number):
     found = train(device, shards, tmp_path / "run", stage(number))
-    # Atomic additions of cuDNN come in another order each time; the CPU has none.
+    # The order of cuDNN's atomic additions differs between runs.
     assert found == pytest.approx(plain[0], rel=1e-4)
     assert len(set(found)) == STEPS
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("autocast", 0.02), ("bf16", 0.05)])
-def test_a_shorter_type_trains_nearly_as_float32(device, plain, shards, tmp_path, precision, tolerance):
+def test_16_bit_precisions_train_nearly_like_float32(device, plain, shards, tmp_path, precision, tolerance):
     if device == "cpu":
         pytest.skip(CPU_BF16)
     found = train(device, shards, tmp_path / "run", stage(1), f"--train.precision={precision}")
@@ -67,7 +67,7 @@ def test_a_shorter_type_trains_nearly_as_float32(device, plain, shards, tmp_path
     assert found[0] != plain[0][0], "the precision changed nothing"
 
 
-def test_a_compiled_encoder_trains_through_deepspeed_as_the_plain_one(device, plain, shards, tmp_path):
+def test_a_compiled_encoder_trains_like_the_plain_one(device, plain, shards, tmp_path):
     found = train(device, shards, tmp_path / "run", stage(1), "--encoder.options.compile=true")
     assert found == pytest.approx(plain[0], rel=1e-3)
 
@@ -76,14 +76,14 @@ FP16 = [("fp16", 1), ("fp16", 2), ("fp16", 3), ("autocast-fp16", 0)]
 
 
 @pytest.mark.parametrize(("precision", "number"), FP16)
-def test_fp16_with_its_loss_scaling_trains_nearly_as_float32(device, plain, shards, tmp_path, precision, number):
+def test_fp16_with_loss_scaling_trains_nearly_like_float32(device, plain, shards, tmp_path, precision, number):
     if device == "cpu":
         pytest.skip("a CPU without AVX512-FP16 has no conv3d in fp16")
     found = train(device, shards, tmp_path / "run", stage(number), f"--train.precision={precision}")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     skipped = int(rows[-1]["skipped_steps"])
     assert rows[0]["loss_scale"] >= rows[-1]["loss_scale"] >= 1.0
-    # Steps that overflowed change nothing, so the loss of float32 lags behind by them at most.
+    # A step that overflows changes nothing, so the losses lag behind those of float32 by the skipped steps.
     assert found[0] == pytest.approx(plain[0][0], rel=0.01)
     assert found[0] != plain[0][0]
     if skipped == 0:
@@ -96,13 +96,13 @@ OFFLOAD = ["offload_optimizer: {device: cpu, pin_memory: true}",
 
 
 @pytest.mark.parametrize(("number", "offload"), [(1, OFFLOAD[0]), (2, OFFLOAD[0]), (3, OFFLOAD[0]), (3, OFFLOAD[1])])
-def test_a_run_off_loaded_to_the_host_trains_as_stage_0(device, plain, shards, tmp_path, number, offload):
+def test_a_run_with_off_load_trains_like_stage_0(device, plain, shards, tmp_path, number, offload):
     section = f"--deepspeed={{zero_optimization: {{stage: {number}, {offload}}}}}"
     assert train(device, shards, tmp_path / "run", section) == pytest.approx(plain[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
-def test_a_run_of_stage_2_goes_on_under_every_other_stage(device, shards, tmp_path, number):
+def test_a_run_of_stage_2_resumes_under_every_other_stage(device, shards, tmp_path, number):
     whole = train(device, shards, tmp_path / "whole", stage(2), "--train.ema_decay=0.9", "--optimizer.name=lamb")
     checkpoints = tmp_path / "resumed/checkpoints"
     shutil.copytree(tmp_path / "whole/checkpoints/step-00000002", checkpoints / "step-00000002")
@@ -114,7 +114,7 @@ def test_a_run_of_stage_2_goes_on_under_every_other_stage(device, shards, tmp_pa
 
 
 @pytest.mark.parametrize("number", [0, 3])
-def test_a_run_resumed_on_the_gpu_goes_on_as_before(device, plain, shards, tmp_path, number):
+def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(device, plain, shards, tmp_path, number):
     whole = plain
     if number:
         whole = train(device, shards, tmp_path / "whole", stage(number)), tmp_path / "whole"
@@ -125,7 +125,7 @@ def test_a_run_resumed_on_the_gpu_goes_on_as_before(device, plain, shards, tmp_p
 
 
 def step_of(device: str, fast: bool) -> tuple[float, torch.Tensor]:
-    """Loss and gradient of one step, plain float32 or bf16 autocast + channels last + torch.compile."""
+    """Return loss and gradient of one step in plain float32, or with bf16 autocast, channels-last and torch.compile."""
     recipe = load_recipe("demo-cpu", ["--encoder.options={width: 0.25, norm: group}"])
     model = build_model(recipe).to(device)
     generator = torch.Generator().manual_seed(1)

@@ -9,7 +9,7 @@ from pretrain.engine import engine
 
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[None]:
-    """DeepSpeed's process group of one rank; it cannot be started twice in a process."""
+    """DeepSpeed's process group of one rank, started once for all tests."""
     engine.start_ranks()
     yield
     engine.stop_ranks()

@@ -16,7 +16,7 @@ from pretrain.config import load_recipe
 from pretrain.engine import engine, reshard
 from pretrain.engine.ema import Average
 from pretrain.engine.partitions import LAYOUTS, layout_of, local_shards, write_back_weights
-from tests.distributed.engine_cases import GIVEN, allow_fp16, build
+from tests.distributed.engine_cases import COMMON, allow_fp16, build
 
 STAGE3 = "{stage: 3, stage3_param_persistence_threshold: 0}"
 # DeepSpeed's optimiser -> overrides of a recipe that make DeepSpeed choose it.
@@ -63,7 +63,7 @@ TORCH_NAMES = (
 def built(request, one_rank):
     """One engine for each of DeepSpeed's optimisers."""
     allow_fp16()
-    recipe = load_recipe("demo-cpu", [*GIVEN, *ENGINES[request.param]])
+    recipe = load_recipe("demo-cpu", [*COMMON, *ENGINES[request.param]])
     trained = engine.build_engine(recipe, build(recipe), lambda step: 1.0)
     yield trained
     trained.destroy()
