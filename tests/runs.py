@@ -13,14 +13,19 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SMALL = ["--encoder.options={width: 0.25, norm: batch}", "--batch.global=8", "--checkpoint.every_steps=4",
          "--data.workers=0"]  # fmt: skip
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return the environment of a run: CPU, one thread per rank, and an MLflow store in ``folder``."""
+    """Return the environment of a run: CPU, one thread per rank, and an MLflow store in ``folder``.
+
+    A test with a process group in this process has set the variables of its rank; a run of its own must not inherit them.
+    """
     store = f"sqlite:///{folder}/mlflow.db"
-    return {**os.environ, "MLFLOW_TRACKING_URI": store, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return {**inherited, "MLFLOW_TRACKING_URI": store, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def pretrain_command(shards: Path, output: Path, steps: int, *more: str) -> list[str]:

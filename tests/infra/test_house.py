@@ -24,10 +24,6 @@ LIBRARY_ROOMS = {
 }
 
 
-# Some rooms are still being rebuilt.
-pending = pytest.mark.xfail(reason="a room is still to do")
-
-
 def none_of(violations):
     """Fail with one line per violation."""
     assert not violations, "\n" + "\n".join(violations)
@@ -72,7 +68,6 @@ def test_no_folder_has_too_many_modules(every_module):
     none_of(house_rules.crowded_folders(every_module))
 
 
-@pending
 def test_no_file_is_too_long(every_module):
     none_of(house_rules.long_files(every_module))
 
@@ -81,7 +76,6 @@ def test_no_function_is_too_long(every_module):
     none_of(house_rules.long_functions(every_module))
 
 
-@pending
 def test_no_call_has_too_many_positional_arguments(every_module):
     none_of(house_rules.positional_calls(every_module))
 
