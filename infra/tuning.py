@@ -169,6 +169,7 @@ def _run(
             tune_config=config,
             run_config=tune.RunConfig(
                 name=name, storage_path=str(folder), verbose=0, callbacks=[callback], log_to_file=False,
+                progress_reporter=tune.CLIReporter(),  # silent at verbose=0; the default one displays a widget in a notebook
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )  # fmt: skip

@@ -20,7 +20,7 @@ _strict = ConfigDict(extra="forbid", validate_default=True)
 
 
 @dataclass(config=_strict)
-class Run:
+class RunSection:
     """Name of the run, and where it writes."""
 
     name: str = "y-aware"
@@ -35,7 +35,7 @@ class Run:
 
 
 @dataclass(config=_strict)
-class Balance:
+class BalanceSection:
     """Show groups of scans, or participants, equally often. data_pipeline.loading.balance describes the effect on positives."""
 
     by: str | None = None  # a column of scans.parquet: site, age, …
@@ -44,7 +44,7 @@ class Balance:
 
 
 @dataclass(config=_strict)
-class Data:
+class DataSection:
     """Which scans to train on, and how they are loaded."""
 
     shards: str = "shards"
@@ -58,7 +58,7 @@ class Data:
     # number of ranks is fixed for the run
     reader: Literal["index", "stream", "dali"] = "index"
     buffer: int = Field(default=256, ge=1)  # scans in the shuffle buffer of stream and dali
-    balance: Balance = field(default_factory=Balance)
+    balance: BalanceSection = field(default_factory=BalanceSection)
     max_bad_share: float = Field(default=0.001, ge=0, le=1)  # of unreadable scans; more (and more than 3) stop the run
     # For shards at s3:// or http(s)://: a folder that caches them, and its largest size in 10^9 bytes.
     cache: str | None = None
@@ -68,7 +68,7 @@ class Data:
 
 
 @dataclass(config=_strict)
-class Batch:
+class BatchSection:
     """Scans per step over all ranks; each has two views."""
 
     global_: int = Field(default=64, ge=2)
@@ -77,7 +77,7 @@ class Batch:
 
 
 @dataclass(config=_strict)
-class Encoder:
+class EncoderSection:
     """The encoder: a key of pretrain.encoders.ENCODERS, and its options."""
 
     name: str = "densenet121"
@@ -85,7 +85,7 @@ class Encoder:
 
 
 @dataclass(config=_strict)
-class Projector:
+class ProjectorSection:
     """The projection head on the pooled features: linear, ReLU, linear, as in the paper."""
 
     hidden: int = Field(default=512, ge=1)
@@ -93,7 +93,7 @@ class Projector:
 
 
 @dataclass(config=_strict)
-class Proxy:
+class ProxySection:
     """The kernel of one proxy, and its options. A proxy is a column of scans.parquet, or several as ``age+tiv``."""
 
     kernel: str = "gaussian"  # a key of pretrain.kernels.KERNELS
@@ -109,14 +109,14 @@ class Proxy:
 
 
 @dataclass(config=_strict)
-class Loss:
+class LossSection:
     """The contrastive loss over the embeddings of all ranks."""
 
     name: str = "y-aware"  # a key of pretrain.losses.LOSSES
     temperature: float = Field(default=0.1, gt=0)
     temperature_bounds: tuple[float, float] | None = None  # learn the temperature within these bounds: [0.01, 1.0]
     normalization: Literal["row", "column"] = "row"
-    proxies: dict[str, Proxy] = field(default_factory=lambda: {"age": Proxy(bandwidth=5.0)})
+    proxies: dict[str, ProxySection] = field(default_factory=lambda: {"age": ProxySection(bandwidth=5.0)})
     cross_view: bool = False  # compare only different views
     mask_subjects: bool = False  # ignore other sessions of the anchor's participant
     tile: int | Literal["auto"] | None = None  # columns of the matrix of pairs at a time; null = all
@@ -125,7 +125,7 @@ class Loss:
 
 
 @dataclass(config=_strict)
-class Optimizer:
+class OptimizerSection:
     """Optimiser and learning-rate schedule. The paper uses Adam with L2 weight decay.
 
     DeepSpeed clips gradients: ``deepspeed.gradient_clipping`` is the largest L2 norm of the whole gradient.
@@ -147,7 +147,7 @@ class Optimizer:
 
 
 @dataclass(config=_strict)
-class Train:
+class TrainSection:
     """Length and precision of the run. ``steps`` takes precedence over ``epochs``.
 
     ``steps: 0`` writes the untrained encoder, the random baseline.
@@ -167,7 +167,7 @@ class Train:
 
 
 @dataclass(config=_strict)
-class Checkpoint:
+class CheckpointSection:
     """How often checkpoints are written, and how many are kept."""
 
     every_steps: int = Field(default=500, ge=1)
@@ -176,7 +176,7 @@ class Checkpoint:
 
 
 @dataclass(config=_strict)
-class Monitor:
+class MonitorSection:
     """Probes on held-out participants during training; the checkpoint that is best by the first task is kept."""
 
     every_epochs: float = Field(default=1.0, ge=0)  # 0 = off
@@ -192,7 +192,7 @@ class Monitor:
 
 
 @dataclass(config=_strict)
-class Launch:
+class LaunchSection:
     """How ``yaware pretrain`` starts the run on this host."""
 
     ranks: int = Field(default=1, ge=1)
@@ -202,20 +202,20 @@ class Launch:
 class Recipe:
     """A whole pretraining run."""
 
-    run: Run = field(default_factory=Run)
-    data: Data = field(default_factory=Data)
+    run: RunSection = field(default_factory=RunSection)
+    data: DataSection = field(default_factory=DataSection)
     augmentation: dict[str, Any] = field(default_factory=lambda: {"preset": "default"})
-    batch: Batch = field(default_factory=Batch)
-    encoder: Encoder = field(default_factory=Encoder)
-    projector: Projector = field(default_factory=Projector)
-    loss: Loss = field(default_factory=Loss)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    train: Train = field(default_factory=Train)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    monitor: Monitor = field(default_factory=Monitor)
+    batch: BatchSection = field(default_factory=BatchSection)
+    encoder: EncoderSection = field(default_factory=EncoderSection)
+    projector: ProjectorSection = field(default_factory=ProjectorSection)
+    loss: LossSection = field(default_factory=LossSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    monitor: MonitorSection = field(default_factory=MonitorSection)
     # DeepSpeed's configuration, passed on as it is, without keys that the recipe decides (pretrain.engine.deepspeed_config)
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
-    launch: Launch = field(default_factory=Launch)
+    launch: LaunchSection = field(default_factory=LaunchSection)
 
     @classmethod
     def load(cls, name: str | os.PathLike[str], *overrides: str) -> Recipe:
@@ -268,7 +268,7 @@ def check_world_size(global_batch: int, world_size: int) -> int:
     return global_batch // world_size
 
 
-def check_micro_batch(batch: Batch, world_size: int) -> int:
+def check_micro_batch(batch: BatchSection, world_size: int) -> int:
     """Return the micro-batches per rank and step (1 without ``batch.micro``). Raises UserError if they are not equal."""
     share = check_world_size(batch.global_, world_size)
     micro = batch.micro or share

@@ -47,6 +47,8 @@ class TwoViewLoader:
 
     ``wait_seconds`` is the duration of the last ``next``: the time for which training waited for data.
 
+    Use it in a ``with`` block, or call ``close`` at the end.
+
     If DALI augments on the CPU and reader processes read, a thread fetches the next batch from DALI during the training
     step, which holds one batch more in memory.
 
@@ -206,6 +208,12 @@ class TwoViewLoader:
                 )
         self.close()
         self.step = int(state["step"])
+
+    def __enter__(self) -> TwoViewLoader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop the reader processes and free DALI's memory; the next batch starts them again."""

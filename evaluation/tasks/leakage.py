@@ -20,7 +20,7 @@ from evaluation.tasks.tasks import Task
 from infra.errors import UserError
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
-from pretrain.weights.seen_scans import DIGITS, Source, participant_digest, participants_of, read, source_of
+from pretrain.weights.seen_scans import DIGITS, SeenScans, participant_digest, participants_of, read, source_of
 
 
 def check_leakage(
@@ -96,14 +96,14 @@ def check_copies(tasks: Iterable[Task], manifest: Manifest) -> None:
             )
 
 
-def _sources_by_manifest(encoder: Encoder, manifest: Manifest) -> list[Source] | None:
+def _sources_by_manifest(encoder: Encoder, manifest: Manifest) -> list[SeenScans] | None:
     """Return the pretraining split of these shards, or None if the encoder was trained on other shards."""
     if encoder.config.get("manifest_digest") != manifest.digest:
         return None
     return [source_of(manifest, np.flatnonzero(manifest.scans["split"].isin(encoder.config["split"])))]
 
 
-def _in_sources(sources: Sequence[Source], manifest: Manifest, rows: NDArray[Any]) -> NDArray[np.bool_]:
+def _in_sources(sources: Sequence[SeenScans], manifest: Manifest, rows: NDArray[Any]) -> NDArray[np.bool_]:
     """Return (len(rows),) whether a scan's participant is in one of the sources."""
     names = np.array(participants_of(manifest, rows), dtype=object)
     result = np.zeros(len(rows), dtype=bool)
@@ -114,7 +114,7 @@ def _in_sources(sources: Sequence[Source], manifest: Manifest, rows: NDArray[Any
     return result
 
 
-def _voxels_in_sources(sources: Sequence[Source], manifest: Manifest, rows: NDArray[Any]) -> NDArray[np.bool_]:
+def _voxels_in_sources(sources: Sequence[SeenScans], manifest: Manifest, rows: NDArray[Any]) -> NDArray[np.bool_]:
     """Return (len(rows),) whether a scan's voxels are in one of the sources; False without digests of voxels."""
     if "voxels_sha256" not in manifest.scans:
         return np.zeros(len(rows), dtype=bool)

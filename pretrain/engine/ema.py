@@ -18,7 +18,7 @@ from torch import nn
 
 from infra import distributed
 from infra.errors import UserError
-from pretrain.config import Encoder
+from pretrain.config import EncoderSection
 from pretrain.encoders import TRAINING_ONLY, build_encoder
 from pretrain.engine.engine import encoder_state
 from pretrain.engine.partitions import deepspeed_internal, is_partitioned
@@ -71,7 +71,7 @@ class Average:
                 raise UserError(f"{path} lacks {name}; it is of another encoder")
             average.copy_(_part_of_rank(saved[name], average.numel()) if self._partitioned else saved[name])
 
-    def network(self, settings: Encoder, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def network(self, settings: EncoderSection, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Return the averaged encoder as a separate network in evaluation mode, for the monitor. Collective."""
         options = {name: value for name, value in settings.options.items() if name not in TRAINING_ONLY}
         with torch.random.fork_rng(devices=[]):

@@ -46,12 +46,38 @@ def import_deepspeed() -> Any:
         os.environ["PATH"] = os.pathsep.join((binaries, os.environ["PATH"]))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in a notebook without ipywidgets
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed uses names that torch 2.13 has deprecated; a user cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
+
+
+@contextmanager
+def _hidden_compiler_checks() -> Iterator[None]:
+    """Hide what the compiler and linker print while DeepSpeed tries which libraries exist, in a notebook too.
+
+    DeepSpeed hides it by replacing the file descriptor of sys.stderr. In a notebook that is not descriptor 2, which the
+    linker writes to.
+    """
+    try:
+        in_notebook = sys.stderr.fileno() != 2
+    except (OSError, ValueError, AttributeError):  # a stream without a descriptor
+        in_notebook = True
+    if not in_notebook:
+        yield
+        return
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def warm() -> None:
@@ -79,7 +105,7 @@ def start_ranks() -> torch.device:
         _keep_freed_memory()
     warm()
     # Otherwise every rank prints that the collectives were built.
-    with redirect_stdout(io.StringIO()), _no_shared_buffers():
+    with redirect_stdout(io.StringIO()), _hidden_compiler_checks(), _no_shared_buffers():
         import_deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.config import Optimizer
+from pretrain.config import OptimizerSection
 from pretrain.engine.layerwise import Lamb, Lars, LayerWise
 
 # Names of the encoders' blocks; the number grows with the depth. ViT's `blocks.` count from 0, all others from 1.
@@ -26,7 +26,7 @@ def depth_of(name: str) -> int | None:
     return int(block[1]) + ("blocks." in block[0])
 
 
-def parameter_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, settings: OptimizerSection) -> list[dict[str, Any]]:
     """Group the model's parameters by learning rate, the full rate first; each group has ``lr``, ``params`` and ``names``.
 
     With ``layer_decay`` d, the projector trains at the full rate, the encoder's last block at d times that rate, the block
@@ -57,7 +57,7 @@ def parameter_groups(model: nn.Module, settings: Optimizer) -> list[dict[str, An
     return [groups[key] for key in sorted(groups)]
 
 
-def build_optimizer(settings: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def build_optimizer(settings: OptimizerSection, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Build the optimiser: one of torch's, or LAMB or LARS of this package, which torch lacks.
 
     DeepSpeed's own optimisers are not used, since they need a second compilation.

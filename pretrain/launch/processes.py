@@ -42,9 +42,9 @@ class RankObserver:
     def __init__(self, launcher: int) -> None:
         self.deaths: list[Death] = []
         self._launcher = launcher
-        self._alive: dict[int, psutil.Process] = {}  # by rank
-        self._seen: set[int] = set()  # process ids
-        self._descriptors: dict[int, int] = {}  # pidfd -> rank
+        self._ranks: dict[int, int] = {}  # process id -> rank, of all processes ever seen
+        self._alive: dict[int, psutil.Process] = {}  # by process id
+        self._descriptors: dict[int, int] = {}  # pidfd -> process id
         self._epoll = select.epoll() if hasattr(os, "pidfd_open") and hasattr(select, "epoll") else None
         self._order, self._next_search = 0, 0.0
 
@@ -53,22 +53,23 @@ class RankObserver:
         if time.monotonic() >= self._next_search:
             self._next_search = time.monotonic() + SEARCH_SECONDS
             for process in local_ranks(self._launcher):
-                if process.pid not in self._seen:
-                    self._seen.add(process.pid)
-                    self._add(_rank_of(process), process)
+                if process.pid not in self._ranks:
+                    self._add(process)
         for descriptor, _ in self._epoll.poll(0) if self._epoll else []:
             self._order += 1
             self._note_death(self._descriptors.pop(descriptor))
             os.close(descriptor)  # also removes it from the epoll
         self._order += 1
-        for rank in set(self._alive) - set(self._descriptors.values()):
-            if _ended(self._alive[rank]):
-                self._note_death(rank)
+        for pid in set(self._alive) - set(self._descriptors.values()):
+            if _ended(self._alive[pid]):
+                self._note_death(pid)
 
     @property
     def running(self) -> str:
         """The ranks that were alive at the last look, with their process ids; empty if there are none."""
-        return ", ".join(f"rank {rank} (process {process.pid})" for rank, process in sorted(self._alive.items()))
+        return ", ".join(
+            f"rank {rank} (process {pid})" for rank, pid in sorted((self._ranks[p], p) for p in self._alive)
+        )
 
     def close(self) -> None:
         """Close the file descriptors."""
@@ -77,21 +78,22 @@ class RankObserver:
         if self._epoll:
             self._epoll.close()
 
-    def _add(self, rank: int, process: psutil.Process) -> None:
-        self._alive[rank] = process
+    def _add(self, process: psutil.Process) -> None:
+        self._ranks[process.pid], self._alive[process.pid] = _rank_of(process), process
         if self._epoll:
             with suppress(OSError):  # ended already, or an old kernel: `look` asks for its state instead
                 descriptor = os.pidfd_open(process.pid)
                 self._epoll.register(descriptor, select.EPOLLIN)
-                self._descriptors[descriptor] = rank
+                self._descriptors[descriptor] = process.pid
 
-    def _note_death(self, rank: int) -> None:
-        self.deaths.append(Death(rank, self._order, _ending_signal(self._alive.pop(rank))))
+    def _note_death(self, pid: int) -> None:
+        self.deaths.append(Death(self._ranks[pid], self._order, _ending_signal(self._alive.pop(pid))))
 
 
 def local_ranks(launcher: int) -> list[psutil.Process]:
-    """Return the training processes below a launcher's process."""
-    return [p for p in _below(launcher) if any(word.startswith("--local_rank") for word in _words(p))]
+    """Return the training processes below a launcher's process, without processes that they have forked."""
+    ranks = {p.pid: p for p in _below(launcher) if any(word.startswith("--local_rank") for word in _words(p))}
+    return [process for process in ranks.values() if _parent(process) not in ranks]
 
 
 def stop_local_ranks(launcher: subprocess.Popen[bytes]) -> None:
@@ -136,6 +138,14 @@ def _below(launcher: int) -> list[psutil.Process]:
         return list(psutil.Process(launcher).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
+
+
+def _parent(process: psutil.Process) -> int:
+    """Return the process id of a process's parent; 0 if it has ended."""
+    try:
+        return int(process.ppid())
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _words(process: psutil.Process) -> list[str]:

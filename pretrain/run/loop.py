@@ -199,7 +199,7 @@ class EpochPositives:
         return positive_statistics(positives, proxies, self._gather)
 
 
-def scans_seen(plan: Plan, step: int) -> list[seen_scans.Source]:
+def scans_seen(plan: Plan, step: int) -> list[seen_scans.SeenScans]:
     """Return the scans that the weights after ``step`` steps were trained on or selected by.
 
     This includes the scans of the run whose checkpoint this run started from.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from data_pipeline.storage.manifest import Manifest
 from infra import distributed
 from infra.errors import UserError
-from pretrain.config import Loss, Recipe
+from pretrain.config import LossSection, Recipe
 from pretrain.kernels import Kernel
 from pretrain.losses.diagnostics import effective_positives
 from pretrain.losses.gather import AllGather
@@ -92,12 +92,12 @@ def recipe_kernel(recipe: Recipe, manifest: Manifest, rows: NDArray[np.int64]) -
     return build_kernel(proxies, {name: torch.from_numpy(values[:, index]) for index, name in enumerate(columns)})
 
 
-def loss_options(section: Loss) -> dict[str, Any]:
+def loss_options(section: LossSection) -> dict[str, Any]:
     """Return the arguments that the recipe's loss takes from ``loss:``.
 
     Raises UserError if the loss is not known or does not take an option that the recipe sets.
     """
-    loss, default = find_loss(section.name), Loss()
+    loss, default = find_loss(section.name), LossSection()
     for name in SHARED_OPTIONS:
         if not takes(loss, name) and getattr(section, name) != getattr(default, name):
             raise UserError(f"loss.{name} is no option of the loss {section.name}; leave it out")

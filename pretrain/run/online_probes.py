@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from data_pipeline.storage.manifest import Manifest
 from infra import random_streams
 from infra.errors import UserError, nearest
-from pretrain.config import Monitor
+from pretrain.config import MonitorSection
 
 FOLDS = 5
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 
 
 @dataclass(frozen=True)
-class Task:
+class ProbeTarget:
     """A column to predict: its labels (n,), which are valid where ``labelled`` (n,) is True."""
 
     name: str
@@ -49,11 +49,11 @@ class Watched:
     rows: NDArray[np.int64]
     groups: NDArray[np.int64]
     every_steps: int
-    tasks: list[Task]
+    tasks: list[ProbeTarget]
     left_out: list[str] = field(default_factory=list)
 
 
-def check_held_out(settings: Monitor, manifest: Manifest, trained: NDArray[np.int64]) -> None:
+def check_held_out(settings: MonitorSection, manifest: Manifest, trained: NDArray[np.int64]) -> None:
     """Raise UserError if the monitor's split is missing, or shares participants with the training scans (rows ``trained``).
 
     If the recipe sets neither ``monitor.every_epochs`` nor ``monitor.split`` and the split is missing, the monitor is off
@@ -62,7 +62,7 @@ def check_held_out(settings: Monitor, manifest: Manifest, trained: NDArray[np.in
     if settings.every_epochs == 0:
         return
     if missing := missing_split(settings, manifest):
-        default = Monitor()
+        default = MonitorSection()
         if (settings.every_epochs, settings.split) != (default.every_epochs, default.split):
             raise UserError(missing)
         return
@@ -75,7 +75,7 @@ def check_held_out(settings: Monitor, manifest: Manifest, trained: NDArray[np.in
         )
 
 
-def missing_split(settings: Monitor, manifest: Manifest) -> str:
+def missing_split(settings: MonitorSection, manifest: Manifest) -> str:
     """Return one line if the shards lack the monitor's split; empty if they have it or the monitor is off."""
     splits = sorted(set(manifest.scans["split"]))
     if settings.every_epochs == 0 or settings.split in splits:
@@ -90,7 +90,7 @@ def _splits_of(manifest: Manifest) -> str:
     return ", ".join(sorted(set(manifest.scans["split"])))
 
 
-def watched_scans(settings: Monitor, manifest: Manifest, steps_per_epoch: float, seed: int) -> Watched | None:
+def watched_scans(settings: MonitorSection, manifest: Manifest, steps_per_epoch: float, seed: int) -> Watched | None:
     """Return the monitor's scans and tasks; None if it is off or the split is missing.
 
     Raises UserError for a task whose column is missing or does not fit its kind.
@@ -107,7 +107,7 @@ def watched_scans(settings: Monitor, manifest: Manifest, steps_per_epoch: float,
     rows, groups = rows[chosen], subjects[rows[chosen]]
     usable, left_out = [], []
     for task in tasks:
-        task = _common_classes(Task(task.name, task.kind, task.labels[chosen], task.labelled[chosen]), groups)
+        task = _common_classes(ProbeTarget(task.name, task.kind, task.labels[chosen], task.labelled[chosen]), groups)
         people = len(np.unique(groups[task.labelled]))
         if people < 2 * FOLDS or len(set(task.labels[task.labelled])) < 2:
             left_out.append(
@@ -118,7 +118,7 @@ def watched_scans(settings: Monitor, manifest: Manifest, steps_per_epoch: float,
     return Watched(rows, groups, max(1, round(settings.every_epochs * steps_per_epoch)), usable, left_out)
 
 
-def _read_task(entry: str, manifest: Manifest, rows: NDArray[np.int64]) -> Task:
+def _read_task(entry: str, manifest: Manifest, rows: NDArray[np.int64]) -> ProbeTarget:
     name, _, kind = entry.partition(":")
     if name not in manifest.scans.columns:
         columns = [str(column) for column in manifest.scans.columns]
@@ -131,12 +131,12 @@ def _read_task(entry: str, manifest: Manifest, rows: NDArray[np.int64]) -> Task:
         raise UserError(f"monitor.tasks: {entry!r} {problem}; write {name}, or {name}:classes, or name another column")
     if kind == "regression":
         labels = column.to_numpy(dtype=np.float64, na_value=np.nan)
-        return Task(name, kind, labels, np.isfinite(labels))
+        return ProbeTarget(name, kind, labels, np.isfinite(labels))
     text = column.astype("string").fillna("").to_numpy(dtype=str)
-    return Task(name, kind, text, text != "")
+    return ProbeTarget(name, kind, text, text != "")
 
 
-def _common_classes(task: Task, groups: NDArray[np.int64]) -> Task:
+def _common_classes(task: ProbeTarget, groups: NDArray[np.int64]) -> ProbeTarget:
     """Drop the classes with fewer participants than folds."""
     if task.kind != "classes":
         return task
@@ -144,7 +144,7 @@ def _common_classes(task: Task, groups: NDArray[np.int64]) -> Task:
     for label in np.unique(task.labels[labelled]):
         if len(np.unique(groups[labelled & (task.labels == label)])) < FOLDS:
             labelled &= task.labels != label
-    return Task(task.name, task.kind, task.labels, labelled)
+    return ProbeTarget(task.name, task.kind, task.labels, labelled)
 
 
 def probe_metrics(features: NDArray[np.float32], watched: Watched) -> dict[str, float]:
@@ -162,7 +162,7 @@ def probe_metrics(features: NDArray[np.float32], watched: Watched) -> dict[str, 
     return {**metrics, "monitor/spread": float(features.std(axis=0).mean()) / size}
 
 
-def score_of(task: Task) -> tuple[str, int]:
+def score_of(task: ProbeTarget) -> tuple[str, int]:
     """Return the metric that decides which checkpoint is best for a task, and 1 if more is better, else -1."""
     name, sign = {"regression": ("mae", -1), "classes": ("balanced_accuracy", 1)}[task.kind]
     return f"monitor/{task.name}_{name}", sign

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from infra import distributed, watchdog
-from pretrain.config import Optimizer
+from pretrain.config import OptimizerSection
 from pretrain.engine.engine import NotFinite, update
 from pretrain.engine.grad_cache import cached_pass, full_pass
 
@@ -66,7 +66,7 @@ def train_step(
     return {"loss": mean, "lr": lr, **updated, **learned}, sums
 
 
-def lr_factor(settings: Optimizer, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:
+def lr_factor(settings: OptimizerSection, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:
     """Return the factor on ``optimizer.lr`` as a function of the step.
 
     Linear warm-up, then constant, cosine to 0, or a factor every ``step_epochs`` epochs.

@@ -28,7 +28,7 @@ DIGITS = 16
 
 
 @dataclass(frozen=True)
-class Source:
+class SeenScans:
     """Digests of the scans of one data set that an encoder has seen.
 
     Attributes:
@@ -55,27 +55,27 @@ def participants_of(manifest: Manifest, rows: NDArray[np.integer[Any]]) -> list[
     return (scans["dataset"].astype(str) + "/" + scans["participant_id"].astype(str)).tolist()
 
 
-def source_of(manifest: Manifest, rows: NDArray[np.integer[Any]], role: str = "trained") -> Source:
+def source_of(manifest: Manifest, rows: NDArray[np.integer[Any]], role: str = "trained") -> SeenScans:
     """Return the digests of the scans at ``rows`` (n,) of a manifest."""
     people = sorted({participant_digest(manifest.digest, name) for name in set(participants_of(manifest, rows))})
     voxels = None
     if "voxels_sha256" in manifest.scans and manifest.scans["voxels_sha256"].iloc[rows].notna().all():
         voxels = sorted({str(digest)[:DIGITS] for digest in manifest.scans["voxels_sha256"].iloc[rows]})
-    return Source(manifest.digest, role, people, voxels)
+    return SeenScans(manifest.digest, role, people, voxels)
 
 
-def read(folder: Path) -> list[Source] | None:
+def read(folder: Path) -> list[SeenScans] | None:
     """Return the scans that an encoder has seen; None if its folder has no such file. Raises UserError if it is damaged."""
     path = folder / NAME
     if not path.is_file():
         return None
     try:
-        return [Source(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["sources"]]
+        return [SeenScans(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["sources"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); export the encoder again") from None
 
 
-def seen_before(*paths: str | Path) -> list[Source]:
+def seen_before(*paths: str | Path) -> list[SeenScans]:
     """Return the scans seen by the first encoder found at ``paths`` (runs or checkpoints); empty if there is none."""
     for path in paths:
         try:
@@ -85,7 +85,7 @@ def seen_before(*paths: str | Path) -> list[Source]:
     return []
 
 
-def to_json(sources: Iterable[Source]) -> dict[str, Any]:
+def to_json(sources: Iterable[SeenScans]) -> dict[str, Any]:
     """Return the content of the file; a source that occurs twice is written once."""
     entries: list[dict[str, Any]] = []
     for source in sources:

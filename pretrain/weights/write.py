@@ -38,7 +38,7 @@ def preprocessing_of(manifest: Manifest) -> dict[str, Any]:
 
 def write_encoder(
     folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any], preprocessing: dict[str, Any],
-    seen: Sequence[seen_scans.Source] = (),
+    seen: Sequence[seen_scans.SeenScans] = (),
 ) -> str:  # fmt: skip
     """Write an export folder and return the SHA-256 of its weights.
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from infra.settings import to_dict
-from pretrain.config import Batch, Recipe, load_recipe
+from pretrain.config import BatchSection, Recipe, load_recipe
 from pretrain.kernels import KERNELS
 from pretrain.losses.contrastive import y_aware_infonce
 from pretrain.run.folder import read_metrics
@@ -89,7 +89,7 @@ def engine_step(scans: int) -> tuple[torch.device, Callable[[dict[str, Tensor]],
     from pretrain.model import build_model
     from pretrain.run.step import train_step
 
-    recipe = Recipe(batch=Batch(global_=scans))
+    recipe = Recipe(batch=BatchSection(global_=scans))
     device = engine.start_ranks()
     trained = engine.build_engine(recipe, build_model(recipe).to(device), lambda step: 1.0)
     trained.train()

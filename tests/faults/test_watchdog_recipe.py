@@ -44,9 +44,11 @@ def running(command: list[str], folder: Path) -> Iterator[tuple[subprocess.Popen
 
 def ranks_of(pid: int) -> Iterator[tuple[int, psutil.Process]]:
     for process in psutil.Process(pid).children(recursive=True):
-        found = re.search(r"-m pretrain\.train --local_rank=(\d+)", " ".join(process.cmdline()))
-        if found and "deepspeed" not in " ".join(process.cmdline()):
-            yield int(found[1]), process
+        words, parent = " ".join(process.cmdline()), process.parent()
+        rank = re.search(r"-m pretrain\.train --local_rank=(\d+)", words)
+        forked = parent is not None and "--local_rank" in " ".join(parent.cmdline())  # by a rank; same command line
+        if rank and "deepspeed" not in words and not forked:
+            yield int(rank[1]), process
 
 
 def command_for(shards: Path, folder: Path, world: int, seconds: float) -> list[str]:

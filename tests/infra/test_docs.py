@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -64,3 +65,24 @@ def test_a_notebook_becomes_a_page_with_its_outputs():
         "# Title\nText.", "```python\nx = 1\nx + 2\n```", "```text\none\ntwo\n```", "![output](first-1.png)",
         "<table></table>", "```text\n3\n```\n",
     ]  # fmt: skip
+
+
+def test_every_file_and_module_that_a_page_names_exists():
+    names = ("README.md", "CONTRIBUTING.md", "infra/launch/README.md")
+    missing = []
+    for page in [*ROOT.glob("docs/**/*.md"), *(ROOT / name for name in names)]:
+        text = page.read_text(encoding="utf-8")
+        paths = re.findall(r"`((?:infra|data_pipeline|pretrain|evaluation|tests|docs)/[\w./-]*\w)`", text)
+        missing += [f"{page.name}: {path}" for path in paths if not (ROOT / path).exists()]
+        modules = re.findall(r"`((?:infra|data_pipeline|pretrain|evaluation|tests)\.\w+)", text)
+        missing += [f"{page.name}: {name}" for name in modules if not _exists(name)]
+    assert not missing
+
+
+def _exists(name):
+    """Whether ``package.name`` is a module, a room, a public name, or a file of infra/launch."""
+    package, attribute = name.split(".")
+    path = ROOT / package / attribute
+    if path.is_dir() or path.with_suffix(".py").is_file() or (ROOT / "infra" / "launch" / name).is_file():
+        return True
+    return attribute in getattr(importlib.import_module(package), "__all__", [])

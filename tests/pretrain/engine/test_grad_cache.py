@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from infra.errors import UserError
-from pretrain.config import Batch, check_micro_batch, load_recipe
+from pretrain.config import BatchSection, check_micro_batch, load_recipe
 from pretrain.engine import engine
 from pretrain.engine.grad_cache import at_least_float32, cached_pass
 from pretrain.kernels import KERNELS
@@ -116,9 +116,9 @@ def test_the_real_engine_trains_the_same_from_micro_batches(one_rank) -> None:
 
 
 def test_a_micro_batch_that_does_not_divide_the_batch_is_refused() -> None:
-    assert check_micro_batch(Batch(global_=64, micro=8), 4) == 2
-    assert check_micro_batch(Batch(global_=64), 4) == 1
+    assert check_micro_batch(BatchSection(global_=64, micro=8), 4) == 2
+    assert check_micro_batch(BatchSection(global_=64), 4) == 1
     with pytest.raises(UserError, match=r"batch.micro=6 does not divide the 16 scans per rank .* use 4"):
-        check_micro_batch(Batch(global_=64, micro=6), 4)
+        check_micro_batch(BatchSection(global_=64, micro=6), 4)
     with pytest.raises(UserError, match=r"batch.micro=32 does not divide the 16 scans .* use 16"):
-        check_micro_batch(Batch(global_=64, micro=32), 4)
+        check_micro_batch(BatchSection(global_=64, micro=32), 4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.config import Optimizer
+from pretrain.config import OptimizerSection
 from pretrain.encoders import ENCODERS, build_encoder
 from pretrain.engine.layerwise import Lamb, Lars
 from pretrain.engine.optimizers import build_optimizer, depth_of, parameter_groups
@@ -38,7 +38,7 @@ def test_layer_decay_reaches_every_block_of_every_encoder_in_order(name):
     inside = [depth for depth in depths if depth]
     assert inside == sorted(inside)
     assert max(inside.count(depth) for depth in counted) < len(depths) * 0.75
-    groups = parameter_groups(model, Optimizer(lr=1.0, layer_decay=0.5))
+    groups = parameter_groups(model, OptimizerSection(lr=1.0, layer_decay=0.5))
     rates = {name: group["lr"] for group in groups for name in group["names"]}
     assert rates["projector.0.weight"] == 1.0
     last = next(n for n, _ in model.encoder.named_parameters() if depth_of(n) == DEPTHS[name])
@@ -51,7 +51,7 @@ def test_layer_decay_reaches_every_block_of_every_encoder_in_order(name):
 
 
 def test_the_vits_last_norm_trains_at_the_full_rate():
-    groups = parameter_groups(network("vit-small"), Optimizer(lr=1.0, layer_decay=0.5))
+    groups = parameter_groups(network("vit-small"), OptimizerSection(lr=1.0, layer_decay=0.5))
     rates = {name: group["lr"] for group in groups for name in group["names"]}
     assert rates["encoder.trunk.norm.weight"] == 1.0
     assert rates["encoder.trunk.blocks.11.norm1.weight"] == 0.5
@@ -59,8 +59,8 @@ def test_the_vits_last_norm_trains_at_the_full_rate():
 
 @pytest.mark.parametrize("name", ["adam", "lamb"])
 def test_without_layer_decay_all_groups_have_the_same_rate(name):
-    groups = parameter_groups(network("resnet18", norm="group"), Optimizer(name=name, weight_decay=0.1))
-    assert {group["lr"] for group in groups} == {Optimizer().lr}
+    groups = parameter_groups(network("resnet18", norm="group"), OptimizerSection(name=name, weight_decay=0.1))
+    assert {group["lr"] for group in groups} == {OptimizerSection().lr}
     plain = {n for group in groups if group.get("weight_decay") == 0.0 for n in group["names"]}
     assert "temperature.log_temperature" in plain
     assert ("encoder.trunk.bn1.weight" in plain) == (name == "lamb")
@@ -100,7 +100,9 @@ def test_an_optimiser_restored_from_its_state_takes_the_same_steps(name):
     def start():
         torch.manual_seed(1)
         model = ContrastiveModel(nn.Linear(3, 4), Projector(4, 5, 2))
-        return model, build_optimizer(Optimizer(name=name, lr=0.1), parameter_groups(model, Optimizer(name=name)))
+        return model, build_optimizer(
+            OptimizerSection(name=name, lr=0.1), parameter_groups(model, OptimizerSection(name=name))
+        )
 
     def step(model, optimizer, number):
         torch.manual_seed(number)

@@ -104,6 +104,39 @@ def test_deaths_keep_their_order_if_the_observer_looks_only_afterwards(monkeypat
             process.wait()
 
 
+def test_a_process_forked_by_a_rank_is_neither_a_rank_nor_a_death(tmp_path, monkeypatch):
+    """A rank that forks children with its own command line, then is killed."""
+    script = "import os, sys, time; [os.fork() or time.sleep(60) for _ in range(2)]; time.sleep(60)"
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], '--local_rank=0'])"
+    started = subprocess.Popen([sys.executable, "-c", launcher, script], env={**os.environ, "RANK": "5"})
+    observer = processes.RankObserver(started.pid)
+    try:
+        limit = time.monotonic() + 60
+        while len(psutil.Process(started.pid).children(recursive=True)) < 2:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        observer.look()
+        (rank,) = processes.local_ranks(started.pid)
+        assert observer.running == f"rank 5 (process {rank.pid})"
+        child = next(iter(rank.children()))
+        child.kill()
+        while child.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        observer.look()
+        assert observer.deaths == []
+        rank.kill()
+        started.wait(10)
+        observer.look()
+        assert [death.rank for death in observer.deaths] == [5]
+    finally:
+        observer.close()
+        for process in psutil.process_iter(["cmdline"]):
+            if script in (process.info["cmdline"] or []):
+                process.kill()
+        started.kill()
+        started.wait()
+
+
 def test_the_notes_suffice_if_the_observer_never_saw_the_ranks(launched, monkeypatch):
     monkeypatch.setattr("pretrain.launch.processes.local_ranks", lambda launcher: [])
     assert launched("SIGTERM").reason.startswith(f"rank 2 ({socket.gethostname()}) was killed by SIGKILL")

@@ -13,14 +13,14 @@ from data_pipeline.loading.loader import volumes
 from data_pipeline.loading.order import EveryScan
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError
-from pretrain.config import Monitor, load_recipe
+from pretrain.config import MonitorSection, load_recipe
 from pretrain.engine import engine
 from pretrain.engine.ema import Average
 from pretrain.engine.engine import NotFinite
 from pretrain.model import build_model
 from pretrain.run import checkpoint
 from pretrain.run.monitor import OnlineMonitor, encode
-from pretrain.run.online_probes import Task, Watched, check_held_out, probe_metrics, view_metrics, watched_scans
+from pretrain.run.online_probes import ProbeTarget, Watched, check_held_out, probe_metrics, view_metrics, watched_scans
 from pretrain.run.plan import Plan, make_plan
 from pretrain.run.skips import Skips
 from pretrain.run.step import lr_factor, train_step
@@ -84,8 +84,8 @@ def test_probes_predict_labels_that_are_in_the_features_and_no_others():
     sites = np.array(["a", "b", "c"])[generator.integers(0, 3, 100)[people]]
     everyone, half = np.ones(200, dtype=bool), np.arange(200) < 100
     tasks = [
-        Task("age", "regression", ages, everyone), Task("diagnosis", "classes", sick, half),
-        Task("site", "classes", sites, everyone),
+        ProbeTarget("age", "regression", ages, everyone), ProbeTarget("diagnosis", "classes", sick, half),
+        ProbeTarget("site", "classes", sites, everyone),
     ]  # fmt: skip
     watched = Watched(np.arange(200), people, 10, tasks)
     signal = 0.2 * ages[:, None] * generator.normal(size=30)
@@ -104,9 +104,9 @@ def test_probes_predict_labels_that_are_in_the_features_and_no_others():
 
 
 def test_the_monitor_watches_labelled_scans_of_its_split(manifest):
-    assert watched_scans(Monitor(every_epochs=0), manifest, 10.0, 0) is None
-    assert watched_scans(Monitor(split="nowhere"), manifest, 10.0, 0) is None
-    found = watched_scans(Monitor(split="downstream", every_epochs=0.5, max_scans=20), manifest, 10.0, 0)
+    assert watched_scans(MonitorSection(every_epochs=0), manifest, 10.0, 0) is None
+    assert watched_scans(MonitorSection(split="nowhere"), manifest, 10.0, 0) is None
+    found = watched_scans(MonitorSection(split="downstream", every_epochs=0.5, max_scans=20), manifest, 10.0, 0)
     assert found is not None
     assert (len(found.rows), found.every_steps) == (20, 5)
     assert set(manifest.scans["split"].iloc[found.rows]) == {"downstream"}
@@ -121,13 +121,13 @@ def test_a_split_that_shares_participants_with_the_training_scans_is_refused(sha
         rows = manifest.rows(split=split)
         count = len(set(people[rows]))
         with pytest.raises(UserError) as found:
-            check_held_out(Monitor(split=split), manifest, np.concatenate([pretrain, rows[:1]]))
+            check_held_out(MonitorSection(split=split), manifest, np.concatenate([pretrain, rows[:1]]))
         shared = count if split == "pretrain" else 1
         assert f"monitor.split={split}: {shared} of its {count} participants are also trained on" in str(found.value)
         assert "(there: downstream, monitor, pretrain)" in str(found.value)
-    check_held_out(Monitor(), manifest, pretrain)
-    check_held_out(Monitor(every_epochs=0, split="pretrain"), manifest, pretrain)
-    check_held_out(Monitor(split="downstream"), manifest, manifest.rows(query="split != 'downstream'"))
+    check_held_out(MonitorSection(), manifest, pretrain)
+    check_held_out(MonitorSection(every_epochs=0, split="pretrain"), manifest, pretrain)
+    check_held_out(MonitorSection(split="downstream"), manifest, manifest.rows(query="split != 'downstream'"))
     given = [f"--data.shards={shards}", f"--run.output={tmp_path}/run", "--batch.global=4", "--monitor.every_epochs=1"]
     make_plan(load_recipe("demo-cpu", given), 1)
     with pytest.raises(UserError, match="participants are also trained on"):
@@ -137,13 +137,13 @@ def test_a_split_that_shares_participants_with_the_training_scans_is_refused(sha
 def test_a_missing_split_is_an_error_if_it_was_set_and_otherwise_a_message(trained, shards, tmp_path, capsys):
     rows = Manifest.load(shards).rows(split="pretrain")
     with pytest.raises(UserError, match=r"monitor.split=monitr is not in .* \(did you mean 'monitor'\?\); there: "):
-        check_held_out(Monitor(split="monitr"), Manifest.load(shards), rows)
+        check_held_out(MonitorSection(split="monitr"), Manifest.load(shards), rows)
     manifest = Manifest.load(shards)
     manifest.scans["split"] = manifest.scans["split"].replace("monitor", "downstream")
     with pytest.raises(UserError, match=r"there: downstream, pretrain; name one .* monitor.every_epochs=0"):
-        check_held_out(Monitor(every_epochs=5), manifest, rows)
-    check_held_out(Monitor(every_epochs=0, split="nowhere"), manifest, rows)
-    check_held_out(Monitor(), manifest, rows)
+        check_held_out(MonitorSection(every_epochs=5), manifest, rows)
+    check_held_out(MonitorSection(every_epochs=0, split="nowhere"), manifest, rows)
+    check_held_out(MonitorSection(), manifest, rows)
     given = [*SMALL, f"--run.output={tmp_path}", "--monitor.every_epochs=1", "--train.steps=30"]
     plan = Plan.build(load_recipe("demo-cpu", given), manifest, rows, EveryScan(40, 0, 4))
     monitor = OnlineMonitor(plan, trained, None, CPU, torch.float32, "cpu")
@@ -153,7 +153,7 @@ def test_a_missing_split_is_an_error_if_it_was_set_and_otherwise_a_message(train
 
 def test_any_column_can_be_a_task(manifest):
     def tasks_of(*names):
-        found = watched_scans(Monitor(split="downstream", tasks=list(names)), manifest, 10.0, 0)
+        found = watched_scans(MonitorSection(split="downstream", tasks=list(names)), manifest, 10.0, 0)
         return {task.name: task for task in found.tasks}, found.left_out
 
     sex = manifest.scans["sex"]
@@ -176,7 +176,7 @@ def test_any_column_can_be_a_task(manifest):
 )
 def test_a_task_without_a_fitting_column_is_named(manifest, task, text):
     with pytest.raises(UserError, match=text):
-        watched_scans(Monitor(split="downstream", tasks=["age", task]), manifest, 10.0, 0)
+        watched_scans(MonitorSection(split="downstream", tasks=["age", task]), manifest, 10.0, 0)
 
 
 def test_alignment_uniformity_and_spread_of_embeddings_computed_by_hand():
