@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,3 +42,27 @@ def exclusive_build() -> Iterator[Path]:
         for stale in folder.glob("*/lock"):
             stale.unlink(missing_ok=True)
         yield folder
+
+
+@contextmanager
+def hidden_compiler_checks() -> Iterator[None]:
+    """Hide what the compiler and linker print while DeepSpeed tries which libraries exist, in a notebook too.
+
+    DeepSpeed hides it by replacing the file descriptor of sys.stderr. In a notebook that is not descriptor 2, which the
+    linker writes to.
+    """
+    try:
+        in_notebook = sys.stderr.fileno() != 2
+    except (OSError, ValueError, AttributeError):  # a stream without a descriptor
+        in_notebook = True
+    if not in_notebook:
+        yield
+        return
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)

@@ -20,7 +20,7 @@ from torch import nn
 
 from infra import distributed
 from infra.errors import UserError
-from infra.extensions import exclusive_build, extensions_folder
+from infra.extensions import exclusive_build, extensions_folder, hidden_compiler_checks
 from infra.internals import library_changed, replaced_internal, set_internal
 from pretrain.config import Recipe
 from pretrain.engine.deepspeed_config import deepspeed_config, zero_stage
@@ -56,30 +56,6 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-@contextmanager
-def _hidden_compiler_checks() -> Iterator[None]:
-    """Hide what the compiler and linker print while DeepSpeed tries which libraries exist, in a notebook too.
-
-    DeepSpeed hides it by replacing the file descriptor of sys.stderr. In a notebook that is not descriptor 2, which the
-    linker writes to.
-    """
-    try:
-        in_notebook = sys.stderr.fileno() != 2
-    except (OSError, ValueError, AttributeError):  # a stream without a descriptor
-        in_notebook = True
-    if not in_notebook:
-        yield
-        return
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
-
-
 def warm() -> None:
     """Compile DeepSpeed's CPU collectives, or load them (0.1 s), one process at a time. Does nothing on a GPU."""
     import_deepspeed()
@@ -105,7 +81,7 @@ def start_ranks() -> torch.device:
         _keep_freed_memory()
     warm()
     # Otherwise every rank prints that the collectives were built.
-    with redirect_stdout(io.StringIO()), _hidden_compiler_checks(), _no_shared_buffers():
+    with redirect_stdout(io.StringIO()), hidden_compiler_checks(), _no_shared_buffers():
         import_deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
 
