@@ -56,7 +56,12 @@ class Launcher:
 
 
 def one_host(job: Job) -> list[str]:
-    """Return the command that starts all ranks on this host."""
+    """Return the command that starts all ranks on this host. Raises UserError unless the job has exactly one host."""
+    if len(job.hosts) != 1:
+        raise UserError(
+            f"--launcher=one-host starts one host, but {job.hostfile} names {len(job.hosts)}: {', '.join(job.hosts)}; "
+            "use pdsh, node or slurm"
+        )
     (ranks,) = job.hosts.values()
     return [
         *DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", str(job.master_port or free_port()),
@@ -65,7 +70,10 @@ def one_host(job: Job) -> list[str]:
 
 
 def over_pdsh(job: Job) -> list[str]:
-    """Return the command that starts all hosts of the hostfile from this one, over pdsh and ssh."""
+    """Return the command that starts all hosts of the hostfile from this one, over pdsh and ssh.
+
+    Raises UserError if a word of ``job.recipe`` has a character that the shells of the other hosts would interpret.
+    """
     for word in job.recipe:
         if SHELL & set(word):
             raise UserError(
@@ -75,17 +83,24 @@ def over_pdsh(job: Job) -> list[str]:
 
 
 def this_host(job: Job) -> list[str]:
-    """Return the command that starts this host alone; the same is done on each other host."""
+    """Return the command that starts this host alone; the same is done on each other host.
+
+    Raises UserError if ``job.node_rank`` is missing or not the number of a host.
+    """
     if job.node_rank is None or not 0 <= job.node_rank < len(job.hosts):
         raise UserError(
-            f"--node_rank={job.node_rank} is no host of {job.hostfile}; it names {len(job.hosts)}: 0 to {len(job.hosts) - 1}"
+            f"--node_rank={job.node_rank} is not a host of {job.hostfile}, which has {len(job.hosts)}: "
+            f"0 to {len(job.hosts) - 1}"
         )
     alone = ["--no_ssh", "--node_rank", str(job.node_rank)]
     return [*DEEPSPEED, "--hostfile", str(job.hostfile), *alone, *_master(job), *_training(job)]
 
 
 def slurm(job: Job) -> list[str]:
-    """Return the command that submits the job to SLURM, which chooses the hosts."""
+    """Return the command that submits the job to SLURM, which chooses the hosts.
+
+    Raises UserError outside the checkout, or if the hosts have different numbers of ranks.
+    """
     if not SBATCH.is_file():
         raise UserError(f"{SBATCH} is not here; submit from the checkout, which all hosts must see under the same path")
     counts = set(job.hosts.values())

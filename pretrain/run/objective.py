@@ -53,11 +53,10 @@ class Objective:
             temperature: the learned temperature, a scalar; None takes the recipe's.
             batch: the loader's batch, with ``proxies`` (B, number of proxies) and ``scan`` (B,).
         """
-        learned = {} if temperature is None else {"temperature": temperature}
-        return find_loss(self.name)(
-            views_2BP, batch["proxies"], kernel=self.kernel, gather=_gather(), subjects=self._subjects_of(batch),
-            **{**self.options, **learned},
-        )  # fmt: skip
+        loss, learned = find_loss(self.name), {} if temperature is None else {"temperature": temperature}
+        supplied = {"kernel": self.kernel, "gather": _gather(), "subjects": self._subjects_of(batch)}
+        taken = {name: value for name, value in supplied.items() if takes(loss, name)}
+        return loss(views_2BP, batch["proxies"], **{**taken, **self.options, **learned})
 
     def effective_positives(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the effective number of positives (B,) of this rank's scans, by the loss's own kernel. Collective."""
@@ -100,10 +99,12 @@ def loss_options(section: LossSection) -> dict[str, Any]:
     loss, default = find_loss(section.name), LossSection()
     for name in SHARED_OPTIONS:
         if not takes(loss, name) and getattr(section, name) != getattr(default, name):
-            raise UserError(f"loss.{name} is no option of the loss {section.name}; leave it out")
+            raise UserError(f"loss.{name} is not an option of the loss {section.name}; leave it out")
+    if section.mask_subjects and not takes(loss, "subjects"):
+        raise UserError(f"loss.mask_subjects is not an option of the loss {section.name}; leave it out")
     if section.temperature_bounds is not None:
         if not takes(loss, "temperature"):
-            raise UserError(f"loss.temperature_bounds is no option of the loss {section.name}; leave it out")
+            raise UserError(f"loss.temperature_bounds is not an option of the loss {section.name}; leave it out")
         Temperature(section.temperature, *section.temperature_bounds)
     shared = {name: getattr(section, name) for name in SHARED_OPTIONS if takes(loss, name)}
     return {**shared, **check_own_options(section.name, section.options)}

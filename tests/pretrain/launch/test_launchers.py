@@ -100,6 +100,14 @@ def test_an_error_in_a_hostfile_names_the_line(tmp_path, content, text):
         read_hostfile(path)
 
 
+def test_one_host_refuses_a_hostfile_with_two(tmp_path, capsys):
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    given = ["--config", "demo-cpu", "--hostfile", f"{tmp_path}/hosts", "--launcher", "one-host"]
+    assert cli.run(["launch", *given]) == 2
+    assert "one-host starts one host, but" in (error := capsys.readouterr().err)
+    assert "hosts names 2: a, b; use pdsh, node or slurm" in error
+
+
 def job(recipe, **more):
     return Job(recipe, {"node01": 8, "node02": 8}, master_port=29500, **more)
 
@@ -117,7 +125,7 @@ def test_node_starts_one_host_and_refuses_a_number_beyond_the_hostfile(tmp_path)
     command = LAUNCHERS["node"].command(job(given, hostfile=tmp_path, node_rank=1))
     assert command[command.index("--node_rank") + 1] == "1"
     assert command[-2:] == given
-    with pytest.raises(UserError, match="--node_rank=2 is no host of .*; it names 2: 0 to 1"):
+    with pytest.raises(UserError, match="--node_rank=2 is not a host of .*, which has 2: 0 to 1"):
         LAUNCHERS["node"].command(job(["demo-cpu"], hostfile=tmp_path, node_rank=2))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Annotated
 
 import pytest
@@ -17,6 +18,7 @@ from pretrain.losses.contrastive import decoupled_uniformity
 from pretrain.model import build_model
 from pretrain.run.objective import build_objective, loss_options
 from pretrain.run.step import lr_factor, train_step
+from tests.runs import ROOT
 
 UNIFORMITY = ("--loss.name=decoupled-uniformity",)
 
@@ -49,6 +51,24 @@ def test_a_loss_added_to_the_table_trains_from_a_recipe(one_rank, shards, monkey
     assert values[2] < values[0]
     assert not torch.equal(trained.module.projector[0].weight, before)
     trained.destroy()
+
+
+def test_the_loss_of_the_contributing_page_runs_without_the_arguments_that_it_lacks(shards, monkeypatch):
+    """Its code has no parameter ``subjects``, so that the run does not pass it."""
+    page = (ROOT / "CONTRIBUTING.md").read_text().partition("**A loss.**")[2].partition("**A kernel.**")[0]
+    code = textwrap.dedent("\n".join(line for line in page.splitlines() if line.startswith("    ") or not line))
+    names = {}
+    exec(code, names)
+    monkeypatch.setitem(LOSSES, "my-loss", names["my_loss"])
+    manifest = Manifest.load(str(shards))
+    views = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
+    for margin in (0.0, 0.5):
+        recipe = recipe_of("--loss.name=my-loss", f"--loss.options.margin={margin}")
+        loss = build_objective(recipe, manifest, manifest.rows(split=["pretrain"])).loss
+        expected = ((views[0] - views[1]).square().sum(dim=-1) - margin).clamp(min=0.0).mean()
+        torch.testing.assert_close(loss(views, None, batch_of_four()), expected)
+    with pytest.raises(UserError, match="loss.mask_subjects is not an option of the loss my-loss"):
+        loss_options(recipe_of("--loss.name=my-loss", "--loss.mask_subjects=true").loss)
 
 
 def test_the_options_of_a_loss_reach_its_value(shards):

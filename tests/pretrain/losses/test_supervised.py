@@ -64,7 +64,7 @@ def test_a_recipe_chooses_regression_by_name():
     recipe = load_recipe("demo-cpu", ["--loss.name=regression"])
     assert method_of(recipe) == "age regression"
     assert loss_options(recipe.loss) == {}
-    with pytest.raises(UserError, match="loss.cross_view is no option of the loss regression"):
+    with pytest.raises(UserError, match="loss.cross_view is not an option of the loss regression"):
         loss_options(load_recipe("demo-cpu", ["--loss.name=regression", "--loss.cross_view=true"]).loss)
     with pytest.raises(UserError, match=r"loss.name='regresion' is not known \(did you mean 'regression'\?\)"):
         loss_options(load_recipe("demo-cpu", ["--loss.name=regresion"]).loss)
