@@ -24,6 +24,7 @@ LIBRARY_ROOMS = {
     "mlflow": "infra/tracking",
     "monai": "pretrain/encoders",
 }
+OPTIONAL_LIBRARIES = {"umap"}  # used if the user has installed it
 
 
 def none_of(violations):
@@ -103,7 +104,7 @@ def test_every_imported_library_is_a_declared_dependency(packaged):
     distributions = metadata.packages_distributions()
     none_of(
         f"{library} is imported, but not in the dependencies of pyproject.toml"
-        for library in sorted(imported - sys.stdlib_module_names - set(PACKAGES))
+        for library in sorted(imported - sys.stdlib_module_names - {*PACKAGES, *OPTIONAL_LIBRARIES})
         if declared.isdisjoint(normalised(name) for name in distributions.get(library, [library]))
     )
 
