@@ -75,7 +75,8 @@ class Encoder(nn.Module):
     def embed(
         self, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
         tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE,
-        device: str | torch.device | None = None, workers: int | None = None, layer: str | None = None, pooling: str | Sequence[str] = "mean",
+        device: str | torch.device | None = None, workers: int | None = None,
+        layer: str | None = None, pooling: str | Sequence[str] = "mean",
         on_error: Literal["raise", "skip"] = "raise", progress: bool = True,
     ) -> pd.DataFrame:  # fmt: skip
         """Return the features of scans, each brought to the encoder's grid as its training scans were.
