@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--leave-site-out", action="store_true", help="make folds of whole sites")
     add("--n-train", type=_whole_numbers, default=(100, 300, 500), help="training-set sizes of learning curves")
     add("--draws", type=int, default=10, help="training sets drawn of each size")
-    add("--inner-repeats", type=int, default=1, help="how often the inner folds are shuffled anew")
+    add("--inner-repeats", type=int, default=1, help="number of shuffles of the inner folds")
     add("--mlp-trials", type=int, default=12, help="settings that Optuna tries for each fold of protocol mlp")
     add("--seed", type=int, default=0, help="seed of folds, draws and models")
     add("--workers", type=int, help="CPUs for Ray (default: all, or the cluster of RAY_ADDRESS)")

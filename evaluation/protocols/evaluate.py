@@ -60,7 +60,7 @@ def evaluate(
         n_train: training-set sizes of learning curves.
         draws: training sets drawn of each size.
         seed: of folds, draws and models.
-        inner_repeats: how often the inner folds are shuffled anew.
+        inner_repeats: number of shuffles of the inner folds.
         leave_site_out: make folds of whole sites.
         layer: use the features of this block inside the encoder instead of the encoder's own.
         pooling: of that block over its voxels: mean, max, std or several.
@@ -117,7 +117,7 @@ def evaluate(
 def checkpoint_paths(checkpoints: Any, *, all_steps: bool = False) -> list[Path]:
     """Return the paths of one checkpoint or several, given as paths or as objects with a ``folder``.
 
-    Raises UserError if one is neither, or if ``all_steps`` and a path is no run folder with checkpoints.
+    Raises UserError if one is neither, or if ``all_steps`` and a path is not a run folder with checkpoints.
     """
     single = isinstance(checkpoints, (str, os.PathLike)) or not isinstance(checkpoints, Iterable)
     paths = []
@@ -125,8 +125,8 @@ def checkpoint_paths(checkpoints: Any, *, all_steps: bool = False) -> list[Path]
         folder = checkpoint if isinstance(checkpoint, (str, os.PathLike)) else getattr(checkpoint, "folder", None)
         if folder is None:
             raise UserError(
-                f"checkpoints: {checkpoint!r} is neither a path nor an object with a folder; give a run folder, a checkpoint "
-                "or an export"
+                f"checkpoints: {type(checkpoint).__name__} is neither a path nor an object with a folder; give a run folder, a "
+                "checkpoint or an export"
             )
         paths += list_checkpoints(Path(folder)) if all_steps else [Path(folder)]
     return paths

@@ -75,7 +75,7 @@ def prepare(
         sizes: training-set sizes of the learning curve; none if empty.
         draws: training sets of each size.
         seed: of folds and draws.
-        repeats: how often the inner folds are shuffled anew.
+        repeats: number of shuffles of the inner folds.
         by_site: leave out whole sites.
         scale: ``each`` or ``all``; see ``probes.split_features``.
     """

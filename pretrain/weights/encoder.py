@@ -30,10 +30,12 @@ class Encoder(nn.Module):
         config: content of config.json: encoder and options, feature size, step, run.
         preprocessing: content of preprocessing.json: all that happens to a scan between its file and the network.
         feature_size: number of features.
+        folder: the exported folder that the encoder was read from; None if it was made in memory.
     """
 
     def __init__(self, network: nn.Module, config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
         super().__init__()
+        self.folder: Path | None = None
         self.network = network
         self.config = config
         self.preprocessing = preprocessing
@@ -61,7 +63,9 @@ class Encoder(nn.Module):
             ) from None
         if (path / "mlflow.json").is_file():
             config["model_id"] = read_json(path / "mlflow.json").get("model_id")
-        return cls(network, config, read_json(path / "preprocessing.json")).eval()
+        encoder = cls(network, config, read_json(path / "preprocessing.json")).eval()
+        encoder.folder = path
+        return encoder
 
     def forward(self, volumes_B1DHW: torch.Tensor) -> torch.Tensor:
         """Return features (B, feature_size) of prepared volumes."""

@@ -21,6 +21,7 @@ from infra import cli, ray_cluster
 from infra.errors import UserError
 from infra.tracking import runs
 from pretrain.encoders import build_encoder
+from pretrain.weights.encoder import Encoder
 from pretrain.weights.seen_scans import source_of
 from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
@@ -172,13 +173,16 @@ def test_a_protocol_with_a_new_model_costs_one_entry_of_the_table(shards, export
     }  # the baseline is compared with both
 
 
-def test_checkpoints_are_paths_or_objects_with_a_folder(tmp_path):
+def test_checkpoints_are_paths_or_objects_with_a_folder(tmp_path, exports):
     run = SimpleNamespace(folder=tmp_path / "run")
     assert checkpoint_paths("a") == checkpoint_paths(["a"]) == [checkpoint_paths("a")[0]]
     assert checkpoint_paths(run) == [tmp_path / "run"]
     assert checkpoint_paths([tmp_path, run]) == [tmp_path, tmp_path / "run"]
-    for wrong in (3, [3], torch.nn.Identity()):
-        with pytest.raises(UserError, match="is neither a path nor an object with a folder"):
+    encoder = Encoder.from_pretrained(exports["first"])
+    assert checkpoint_paths(encoder) == [encoder.folder] == [exports["first"]]
+    in_memory = Encoder(encoder.network, encoder.config, encoder.preprocessing)
+    for wrong, name in ((3, "int"), ([3], "int"), (torch.nn.Identity(), "Identity"), (in_memory, "Encoder")):
+        with pytest.raises(UserError, match=f"^checkpoints: {name} is neither a path nor an object with a folder"):
             checkpoint_paths(wrong)
 
 
