@@ -61,7 +61,7 @@ def slurm_environment(variables: Mapping[str, str]) -> dict[str, str]:
         job = int(variables.get("SLURM_JOB_ID") or 0)
         rank, local = int(variables["SLURM_PROCID"]), int(of_step("SLURM_LOCALID"))
     except ValueError as error:
-        raise UserError(f"a variable of SLURM is no number: {error}; start with srun") from None
+        raise UserError(f"a variable of SLURM is not a number: {error}; start with srun") from None
     environment = {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(tasks)}
     if "SLURM_TASKS_PER_NODE" in variables or "SLURM_STEP_TASKS_PER_NODE" in variables:
         environment["LOCAL_WORLD_SIZE"] = str(expand_counts(of_step("SLURM_TASKS_PER_NODE"))[node])
@@ -95,7 +95,7 @@ def _numbers(ranges: str) -> list[str]:
     for part in ranges.split(","):
         first, _, last = part.partition("-")
         if not first.isdigit() or not (last or first).isdigit():
-            raise UserError(f"SLURM_JOB_NODELIST holds [{ranges}], which is no list of numbers such as [01-03,07]")
+            raise UserError(f"SLURM_JOB_NODELIST holds [{ranges}], which is not a list of numbers such as [01-03,07]")
         numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
     return numbers
 

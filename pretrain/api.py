@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from infra import distributed
 from infra.errors import UserError
 from infra.tracking.tracker import default_uri, send_spool
 from infra.watchdog.exit_note import read_notes
@@ -40,7 +41,7 @@ class Run(os.PathLike[str]):
         self.folder = Path(folder)
         if not (self.folder / "recipe.yaml").is_file():
             raise UserError(
-                f"{self.folder} is no run: it has no recipe.yaml; give the folder of a pretraining (run.output)"
+                f"{self.folder} is not a run: it has no recipe.yaml; give the folder of a pretraining (run.output)"
             )
 
     def __fspath__(self) -> str:
@@ -128,12 +129,13 @@ def pretrain(
         KeyboardInterrupt: if a signal (Ctrl-C, SIGTERM, SIGUSR1) stopped the run after a checkpoint.
     """
     chosen = _with_overrides(recipe, ranks, output, sections)
-    plan = make_plan(chosen, chosen.launch.ranks)
+    one_rank = chosen.launch.ranks == 1
+    plan = make_plan(chosen, distributed.world_size() if one_rank else chosen.launch.ranks)
     if not report_if_complete(plan):
-        if chosen.launch.ranks == 1:
+        if one_rank:
             from pretrain.train import train
 
-            train(chosen)
+            train(plan)
         else:
             _raise_if_failed(start_recipe(chosen, chosen.launch.ranks), Path(chosen.run.output))
         step = newest_step(Path(chosen.run.output) / "checkpoints") or 0

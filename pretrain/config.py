@@ -213,7 +213,7 @@ class Recipe:
     train: TrainSection = field(default_factory=TrainSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     monitor: MonitorSection = field(default_factory=MonitorSection)
-    # DeepSpeed's configuration, passed on as it is, without keys that the recipe decides (pretrain.engine.deepspeed_config)
+    # DeepSpeed's configuration, passed through, except keys that the recipe sets (pretrain.engine.deepspeed_config)
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
     launch: LaunchSection = field(default_factory=LaunchSection)
 

@@ -32,8 +32,10 @@ STORAGE_ERRORS = {
 }  # fmt: skip
 
 
-def train(recipe: Recipe) -> None:
-    """Pretrain from the recipe's last checkpoint to its last step. Collective: every rank calls it.
+def train(recipe: Recipe | Plan) -> None:
+    """Pretrain from the last checkpoint to the last step. Collective: every rank calls it.
+
+    ``recipe`` is a recipe, or its plan for this number of ranks.
 
     Any process can call it as a single rank, and call it again. On return, also after an error, the process group is
     closed, and ``os.environ``, the signal handlers and torch's number of threads are as before. SIGTERM, SIGINT and
@@ -44,8 +46,9 @@ def train(recipe: Recipe) -> None:
         NotFinite: if the loss or the gradient is not finite.
         CheckpointFailed: if a checkpoint cannot be written.
     """
-    plan, threads = make_plan(recipe, distributed.world_size()), torch.get_num_threads()
-    with distributed.unchanged_environment(), watchdog.note_exit(Path(recipe.run.output)):
+    plan = recipe if isinstance(recipe, Plan) else make_plan(recipe, distributed.world_size())
+    threads = torch.get_num_threads()
+    with distributed.unchanged_environment(), watchdog.note_exit(Path(plan.recipe.run.output)):
         try:
             _train(plan, engine.start_ranks())
         finally:

@@ -62,13 +62,13 @@ class Average:
         """Start from a checkpoint's encoder: its average, or its plain weights if that run kept no average.
 
         Raises:
-            UserError: if the checkpoint is of another encoder.
+            UserError: if the checkpoint belongs to another encoder.
         """
         path = checkpoint / "encoder" / "model.safetensors"
         saved = load_file(path)
         for name, average in self._averages.items():
             if name not in saved:
-                raise UserError(f"{path} lacks {name}; it is of another encoder")
+                raise UserError(f"{path} lacks {name}; it belongs to another encoder")
             average.copy_(_part_of_rank(saved[name], average.numel()) if self._partitioned else saved[name])
 
     def network(self, settings: EncoderSection, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -334,4 +334,6 @@ def load_engine(engine: Any, folder: Path, tag: str) -> None:
     """Load what ``save_engine`` wrote at the same world size and ZeRO stage; raises UserError if DeepSpeed cannot."""
     path, _ = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
-        raise UserError(f"checkpoint {folder / tag} could not be loaded by DeepSpeed; is it of another world size?")
+        raise UserError(
+            f"checkpoint {folder / tag} could not be loaded by DeepSpeed; was it written with another number of ranks?"
+        )

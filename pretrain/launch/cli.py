@@ -83,11 +83,8 @@ def launch(arguments: list[str]) -> int:
     )
     parser.add_argument("--master_addr", help="address of the first host (default: its name)")
     parser.add_argument("--master_port", type=int, default=29500)
-    parser.add_argument(
-        "--launcher",
-        help="pdsh (default), node (default with --node_rank), slurm (submits with sbatch) or one-host (the hostfile names "
-        "one host, this one)",
-    )
+    parser.add_argument("--launcher", help="pdsh (default), node (default with --node_rank), slurm (submits with sbatch) or "
+                        "one-host (the hostfile names only this host)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check and print the command line, start nothing")
     options, overrides = parser.parse_known_args(arguments)
     from pretrain.config import load_recipe

@@ -34,12 +34,10 @@ class JobEnd:
     Attributes:
         status: exit status of the launcher: 0 done or stopped and saved, 1 failed, 2 wrong input, 75 ended by the watchdog.
         reason: one line that names the lost rank; empty if none was lost.
-        stopped_by: the signal to this process that stopped the job; None if there was none.
     """
 
     status: int
     reason: str = ""
-    stopped_by: signal.Signals | None = None
 
 
 def start_recipe(recipe: Recipe, ranks: int) -> JobEnd:
@@ -70,10 +68,10 @@ def start(
     launcher: Launcher, command: Sequence[str], *, run_folder: Path | None = None, host: str | None = None,
     defaults: Mapping[str, str] = {},
 ) -> JobEnd:  # fmt: skip
-    """Run a launcher's ``command`` to its end.
+    """Run a launcher's ``command`` to its end. On return, also after an error, its process has ended.
 
-    In the main thread SIGTERM and SIGUSR1 to this process are passed on by ``launcher.stop``, and all handlers are restored
-    afterwards. Ctrl-C is not passed on, because a terminal sends it to the ranks as well.
+    In the main thread SIGTERM, SIGUSR1 and SIGINT to this process are passed on by ``launcher.stop``, and all handlers are
+    restored afterwards. Ctrl-C in a terminal is not passed on, because the terminal sends it to the ranks as well.
 
     Args:
         launcher: the entry of LAUNCHERS that built ``command``.
@@ -88,25 +86,38 @@ def start(
     if run_folder:
         remove_notes(run_folder, host)
     process = subprocess.Popen(list(command), env=environment)
-    observer, received = RankObserver(process.pid), list[signal.Signals]()
+    observer = RankObserver(process.pid)
 
     def pass_on(number: int, _: Any) -> None:
-        received.append(signal.Signals(number))
-        if number != signal.SIGINT:
+        """Ask the ranks to save and end."""
+        if number != signal.SIGINT or not _in_foreground():
             launcher.stop(process)
 
-    with _handled(pass_on):
-        while process.poll() is None:
-            observer.look()
-            time.sleep(LOOK_SECONDS)
-    observer.look()
-    observer.close()
-    received_first = received[0] if received else None
+    try:
+        with _handled(pass_on):
+            while process.poll() is None:
+                observer.look()
+                time.sleep(LOOK_SECONDS)
+        observer.look()
+    finally:
+        if process.poll() is None:
+            launcher.stop(process)
+            process.wait()
+        observer.close()
     if process.returncode == 0 and observer.running:
-        return JobEnd(1, f"the launcher ended before its ranks; still running: {observer.running}", received_first)
+        return JobEnd(1, f"the launcher ended before its ranks; still running: {observer.running}")
     notes = [note for note in (read_notes(run_folder) if run_folder else []) if host in (None, note.host)]
     reason = explain(notes, observer.deaths, process.returncode)
-    return JobEnd(process.returncode, reason, received_first)
+    return JobEnd(process.returncode, reason)
+
+
+def _in_foreground() -> bool:
+    """Return whether this process is in the group that receives Ctrl-C from its terminal; the ranks then receive it too."""
+    try:
+        with open("/dev/tty", "rb") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
 
 
 @contextmanager

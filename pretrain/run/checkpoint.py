@@ -147,7 +147,7 @@ def resume(
     state = load_checkpoint(path.parent if folder else path / "checkpoints", engine, folder, own=False, fits=fits)
     if state is None:
         raise UserError(
-            f"run.resume={how} is no checkpoint; use auto, never, a run's folder or one of its checkpoints/step-*"
+            f"run.resume={how} is not a checkpoint; use auto, never, a run's folder or one of its checkpoints/step-*"
         )
     return state
 

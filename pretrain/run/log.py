@@ -61,9 +61,10 @@ class RunLog:
         recipe, plan = self.plan.recipe, self.plan
         simulated = " simulated" if self._description()["simulated"] else ""
         start = f"resuming after step {first}" if state else "starting"
+        ranks = "1 rank" if distributed.world_size() == 1 else f"{distributed.world_size()} ranks"
         print(
             f"pretrain: {start}: {recipe.run.name} ({run_folder.method_of(recipe)}), {recipe.encoder.name}, "
-            f"{len(plan.rows)}{simulated} scans, batch {recipe.batch.global_} over {distributed.world_size()} ranks, "
+            f"{len(plan.rows)}{simulated} scans, batch {recipe.batch.global_} over {ranks}, "
             f"{plan.total_steps} steps ({plan.total_steps / plan.steps_per_epoch:.1f} epochs), "
             f"MLflow run {self.tracker.run_id}",
             flush=True,

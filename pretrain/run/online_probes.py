@@ -122,7 +122,7 @@ def _read_task(entry: str, manifest: Manifest, rows: NDArray[np.int64]) -> Probe
     name, _, kind = entry.partition(":")
     if name not in manifest.scans.columns:
         columns = [str(column) for column in manifest.scans.columns]
-        raise UserError(f"monitor.tasks: {name!r} is no column of the scan table{nearest(name, columns)}")
+        raise UserError(f"monitor.tasks: {name!r} is not a column of the scan table{nearest(name, columns)}")
     column = manifest.scans[name].iloc[rows]
     numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
     kind = kind or ("regression" if numeric and column.nunique() > 2 else "classes")

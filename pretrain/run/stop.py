@@ -40,4 +40,5 @@ class StopRequest:
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        if self.received != signal.SIGINT:  # the starting process may pass Ctrl-C on as SIGUSR1
+            self.received = signal.Signals(number)

@@ -102,7 +102,7 @@ def import_weights(
             f"--arch={arch} is not known{nearest(arch, ARCHITECTURES)}; allowed: {', '.join(ARCHITECTURES)}"
         )
     if out.exists():
-        raise UserError(f"{out} exists already; choose a folder that does not exist")
+        raise UserError(f"{out} exists already; choose a new folder")
     architecture, preprocessing = ARCHITECTURES[arch], preprocessing or preprocessing_from(None)
     check_encoder(architecture.encoder, {}, grid=preprocessing["grid"]["shape"])
     state, epoch = read_published(file)

@@ -50,7 +50,7 @@ def intermediate_features(
     names = block_names(network)
     if layer not in names:
         raise UserError(
-            f"--layer={layer} is no block of this encoder{nearest(layer, names)}; its blocks: {', '.join(names)}"
+            f"--layer={layer} is not a block of this encoder{nearest(layer, names)}; its blocks: {', '.join(names)}"
         )
     block = getattr(network, "trunk", network).get_submodule(layer)
 

@@ -82,7 +82,7 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
     """
     out = Path(out)
     if out.exists():
-        raise UserError(f"{out} exists already; choose a folder that does not exist")
+        raise UserError(f"{out} exists already; choose a new folder")
     Encoder.from_pretrained(checkpoint)  # checks every file
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:

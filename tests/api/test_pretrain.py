@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from infra.errors import UserError
-from pretrain import Encoder, Recipe, Run, pretrain
+from pretrain import Encoder, Recipe, Run, api, pretrain, train
+from pretrain.run.plan import make_plan
 from pretrain.weights.folder import find_encoder
 from tests.runs import ROOT, environment
 
@@ -119,8 +120,22 @@ def test_metrics_of_a_run_without_steps_are_an_empty_table(tmp_path):
     with pytest.raises(UserError, match="no encoder in"):
         run.encoder()
     assert isinstance(run.metrics, pd.DataFrame)
-    with pytest.raises(UserError, match=r"nowhere is no run: it has no recipe.yaml"):
+    with pytest.raises(UserError, match=r"nowhere is not a run: it has no recipe.yaml"):
         Run(tmp_path / "nowhere")
+
+
+def test_a_run_of_one_rank_is_planned_once(tmp_path, shards, monkeypatch):
+    plans, trained = [], []
+    monkeypatch.setattr(api, "make_plan", lambda *arguments: plans.append(make_plan(*arguments)) or plans[-1])
+    monkeypatch.setattr(train, "make_plan", None)
+    monkeypatch.setattr(train, "_train", lambda plan, device: trained.append(plan))
+    monkeypatch.setattr(train.engine, "start_ranks", lambda: None)
+    monkeypatch.setattr(train.engine, "stop_ranks", lambda: None)
+    sections = {"data": {"shards": str(shards)}, "batch": {"global": 4}, "train": {"steps": 1}}
+    with pytest.raises(KeyboardInterrupt, match="stopped and saved after step 0"):
+        pretrain("demo-cpu", ranks=1, output=tmp_path / "run", **sections)
+    assert trained == plans
+    assert len(plans) == 1
 
 
 def test_several_ranks_are_started_and_a_failed_rank_raises_its_reason(tmp_path, shards):

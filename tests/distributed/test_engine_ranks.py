@@ -63,7 +63,7 @@ def losses(result: dict[str, Any]) -> list[float]:
 
 
 class Pools:
-    """Pools of ranks by their number, each started at its first use."""
+    """One pool of processes per world size, started at first use."""
 
     def __init__(self) -> None:
         self._pools: dict[int, Ranks] = {}

@@ -85,7 +85,7 @@ def weights(folder: Path) -> str:
 
 
 def kill(shards: Path, folder: Path, fault: Fault, moments: random.Random) -> bool:
-    """Run until ``fault`` strikes, then end the other rank as launchers do; return whether the fault struck."""
+    """Run until ``fault`` triggers, then kill the other rank as a launcher would; return whether it triggered."""
     ranks = start(command_of(shards, folder), folder, WORLD, fault)
     victim, other = ranks[fault.rank], ranks[1 - fault.rank]
     limit = time.monotonic() + 150

@@ -58,9 +58,9 @@ def test_a_given_master_takes_precedence():
     ("change", "text"),
     [
         ({"SLURM_NTASKS": ""}, "SLURM_NTASKS is not set although SLURM_PROCID is; start with srun"),
-        ({"SLURM_LOCALID": "one"}, "a variable of SLURM is no number: .*'one'"),
+        ({"SLURM_LOCALID": "one"}, "a variable of SLURM is not a number: .*'one'"),
         ({"SLURM_JOB_NODELIST": "gpu[07-"}, "SLURM_JOB_NODELIST='gpu.07-' cannot be read"),
-        ({"SLURM_JOB_NODELIST": "gpu[a-b]"}, "holds .a-b., which is no list of numbers"),
+        ({"SLURM_JOB_NODELIST": "gpu[a-b]"}, "holds .a-b., which is not a list of numbers"),
         ({"SLURM_TASKS_PER_NODE": "2x3"}, "SLURM_TASKS_PER_NODE='2x3' cannot be read"),
     ],
 )

@@ -17,6 +17,7 @@ from infra.distributed import free_port
 from infra.errors import UserError
 from pretrain.launch.hosts import read_hostfile
 from pretrain.launch.launchers import LAUNCHERS, Job, Launcher
+from pretrain.launch.processes import RankObserver
 from pretrain.launch.start import start
 from tests.runs import ROOT, SMALL, environment, losses
 
@@ -60,6 +61,25 @@ def test_starting_restores_the_signal_handlers_and_the_environment(monkeypatch):
     before = dict(os.environ), [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     assert start(LAUNCHERS["one-host"], [sys.executable, "-c", "raise SystemExit(3)"]).status == 3
     assert (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]) == before
+
+
+def test_an_error_while_the_job_runs_stops_the_job_and_closes_the_observer(monkeypatch):
+    stopped, closed = [], []
+
+    def stop(process):
+        stopped.append(process)
+        process.kill()
+
+    def look(observer):
+        raise RuntimeError("no memory")
+
+    close = RankObserver.close
+    monkeypatch.setattr(RankObserver, "look", look)
+    monkeypatch.setattr(RankObserver, "close", lambda observer: closed.append(close(observer)))
+    with pytest.raises(RuntimeError, match="no memory"):
+        start(Launcher(lambda job: [], stop), ["sleep", "60"])
+    assert [process.returncode for process in stopped] == [-signal.SIGKILL]
+    assert len(closed) == 1
 
 
 def test_slurm_submits_equal_hosts_from_the_checkout(tmp_path, monkeypatch):
@@ -156,10 +176,10 @@ while True:
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("kind", STAND_INS)
 def test_a_signal_ends_a_launcher_that_has_no_ranks_on_this_host(kind, number, tmp_path):
-    """Scripts stand in for DeepSpeed's launcher and for pdsh."""
+    """Scripts stand in for DeepSpeed's launcher and for pdsh. SIGINT comes from `kill`, not from a terminal."""
     (tmp_path / "launcher.py").write_text(STAND_INS[kind])
     (tmp_path / "pdsh").write_text("#!/bin/bash\nexec -a pdsh sleep 60\n")
     (tmp_path / "pdsh").chmod(0o755)

@@ -30,7 +30,7 @@ KERNEL_CASES = {
 
 
 def batch(scans: int, depth: int = 6, seed: int = 0, missing: bool = False) -> tuple[Tensor, Tensor]:
-    """Embeddings (2, B, D) of different lengths and ages (B, 1), some of them equal."""
+    """Embeddings (2, B, D) with different norms, and ages (B, 1) with ties."""
     rng = np.random.default_rng(seed)
     views = torch.from_numpy(rng.standard_normal((2, scans, depth)) * rng.uniform(0.1, 10.0, (2, scans, 1)))
     ages = torch.from_numpy(np.round(rng.uniform(6.0, 88.0, (scans, 1)), 1))

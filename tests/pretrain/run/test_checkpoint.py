@@ -194,7 +194,7 @@ def test_a_new_run_starts_from_another_runs_checkpoint_until_it_has_its_own(trai
     with pytest.raises(UserError, match=r"holds a checkpoint of step 5; choose another run.output, or run.resume=auto"):
         checkpoint.resume(folder, trained, "never")
     assert checkpoint.resume(run / "nothing", trained, "never") is None
-    with pytest.raises(UserError, match=r"run.resume=.*nowhere is no checkpoint"):
+    with pytest.raises(UserError, match=r"run.resume=.*nowhere is not a checkpoint"):
         checkpoint.resume(run / "nothing", trained, str(run / "nowhere"))
 
 

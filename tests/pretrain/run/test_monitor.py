@@ -169,7 +169,7 @@ def test_any_column_can_be_a_task(manifest):
 @pytest.mark.parametrize(
     ("task", "text"),
     [
-        ("agee", r"'agee' is no column of the scan table \(did you mean 'age'\?\)"),
+        ("agee", r"'agee' is not a column of the scan table \(did you mean 'age'\?\)"),
         ("sex:regression", "'sex:regression' holds no numbers; write sex, or sex:classes"),
         ("sex:clases", "'sex:clases' has an unknown kind"),
     ],

@@ -138,7 +138,7 @@ def test_features_of_a_block_are_pooled_over_its_voxels(folder):
     table = encoder.embed(paths, layer="layer2", pooling=("max", "std"), progress=False)
     np.testing.assert_allclose(table.to_numpy(), expected, atol=1e-6)
     assert encoder.embed(paths, layer="layer2", progress=False).shape == (3, expected.shape[1] // 2)
-    with pytest.raises(UserError, match="--layer=layer9 is no block"):
+    with pytest.raises(UserError, match="--layer=layer9 is not a block"):
         encoder.embed(paths, layer="layer9")
 
 
