@@ -80,7 +80,10 @@ def read_bids_layout(source: DataSet, modality: str) -> CohortScans:
 
 
 def read_cat12(source: DataSet, modality: str) -> CohortScans:
-    """Read ``mri/mwp1*.nii[.gz]`` in any subfolder; ``cat12_iqr`` and ``tiv`` come from ``report/cat_*.xml`` beside ``mri``."""
+    """Read ``mri/mwp1*.nii[.gz]`` in any subfolder; ``cat12_iqr`` and ``tiv`` come from ``report/cat_*.xml`` beside ``mri``.
+
+    Raises UserError if the modality is not vbm, or if no table lists such a scan.
+    """
     folder = _folder(source)
     if modality != "vbm":
         raise UserError(f"modality={modality!r}: layout cat12 has vbm only; use --layout bids for {modality}")
@@ -98,7 +101,10 @@ def read_cat12(source: DataSet, modality: str) -> CohortScans:
 
 
 def read_openbhb(source: DataSet, modality: str) -> CohortScans:
-    """Read ``{train,val}/derivatives/sub-*/ses-*/sub-*_preproc-*.npy``; ``openbhb_split`` is ``train`` or ``val``."""
+    """Read ``{train,val}/derivatives/sub-*/ses-*/sub-*_preproc-*.npy``; ``openbhb_split`` is ``train`` or ``val``.
+
+    Raises UserError if the layout does not have the modality, or if no table lists such a scan.
+    """
     folder = _folder(source)
     if modality not in OPENBHB:
         raise UserError(
@@ -118,7 +124,10 @@ def read_openbhb(source: DataSet, modality: str) -> CohortScans:
 
 
 def read_csv(source: DataSet, modality: str) -> CohortScans:
-    """Read a CSV or TSV with a column ``path`` (relative to the table), a column of participants, and any others."""
+    """Read a CSV or TSV with a column ``path`` (relative to the table), a column of participants, and any others.
+
+    Raises UserError if it is not a file, lacks one of these columns, or has a row without a path or participant.
+    """
     if not source.path.is_file():
         raise UserError(f"cohort {source.path} is not a file; layout csv needs a table with a column path")
     with source.path.open(encoding="utf-8-sig") as stream:

@@ -214,7 +214,7 @@ def fetch(url: str, access: Access) -> Path:
         return text, check_content(text, join(url, MANIFEST))
 
     def read_scans() -> bytes:
-        """Read the scan table."""
+        """Read the scan table. Raises UserError if it differs from its checksum."""
         downloaded = read_whole(table, access)
         if hashlib.sha256(downloaded).hexdigest() != content["scans"]["sha256"]:
             raise UserError(f"{table} differs from manifest.json; build the shards again")

@@ -16,13 +16,16 @@ FLOAT16_PEAK = 32768.0  # float16 ends at 65504
 
 
 def foreground(voxels: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """The voxels of the head: those above the mean, which lies between air and tissue if much of the image is air."""
+    """Return the mask (D, H, W) of the head in voxels (D, H, W).
+
+    These are the voxels above the mean, which lies between air and tissue if much of the image is air.
+    """
     above: NDArray[np.bool_] = voxels > voxels.mean(dtype=np.float64)
     return above
 
 
 def robust_intensity(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scale intensities so that the foreground's 1st percentile is 0 and its 99th is 1, and clip them to 0..1.
+    """Scale voxels (D, H, W) so that the foreground's 1st percentile is 0 and its 99th is 1, and clip them to 0..1.
 
     For raw T1 images: their unit differs between scanners, and their brightest voxels (fat, vessels) carry little
     information. Raises BadScan if both percentiles are equal.
@@ -66,7 +69,7 @@ def scale_for_float16(voxels: NDArray[np.float32], factor: float = 1.0) -> NDArr
 
 
 def to_float16(voxels: NDArray[np.float32], factor: float = 1.0) -> NDArray[np.float16]:
-    """Convert float32 voxels to those that shards store: scaled by ``scale_for_float16``, float16, in C order.
+    """Convert float32 voxels (D, H, W) to those that shards store: scaled by ``scale_for_float16``, float16, in C order.
 
     ``voxels`` may be overwritten.
     """
@@ -88,7 +91,10 @@ def as_float16(voxels: NDArray[np.float32]) -> NDArray[np.float16]:
 
 
 def zscore(voxels: NDArray[Any]) -> NDArray[np.float32]:
-    """Return (voxels - mean) / standard deviation over the whole volume, float32, as in the paper's code."""
+    """Return (voxels - mean) / standard deviation over the whole volume (D, H, W), float32, as in the paper's code.
+
+    A deviation below 1e-8 counts as 1e-8, so a constant volume becomes 0.
+    """
     wide = voxels.astype(np.float32)
     mean, deviation = float(wide.mean(dtype=np.float64)), float(wide.std(dtype=np.float64))
     return (wide - np.float32(mean)) / np.float32(max(deviation, 1e-8))

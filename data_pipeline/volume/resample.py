@@ -56,7 +56,7 @@ def centre_of_mass(voxels: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def reorient(voxels: NDArray[Any], orientation: str) -> NDArray[Any]:
-    """Reorient an array from ``orientation`` (for example ``LAS``) to RAS."""
+    """Return an array (D, H, W) reoriented from ``orientation`` (for example ``LAS``) to RAS; its axes may change places."""
     if orientation == "RAS":
         return voxels
     turn = nibabel.orientations.axcodes2ornt(orientation)

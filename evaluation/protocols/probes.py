@@ -239,7 +239,7 @@ NEAREST_NEIGHBOURS = Probe(nearest_neighbours, [{"k": k} for k in (1, 3, 7, 15, 
 def fit_predict(
     model: ProbeModel, params: Params, table: FeatureTable, train: NDArray[Any], test: NDArray[Any], seed: int = 0
 ) -> Predictions:
-    """Fit a model to the rows ``train`` of a table and predict the rows ``test``.
+    """Fit a model to the rows ``train`` (n,) of a table and predict the rows ``test`` (m,); both index the table.
 
     If all training labels are equal, that label is predicted with probability 1.
     """

@@ -80,7 +80,7 @@ def balanced_accuracy(labels: NDArray[Any], predicted: NDArray[Any], weights: ND
 
 @_metric
 def accuracy_at_zero(labels: NDArray[Any], predictions: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
-    """Return the balanced accuracy of a binary task with the threshold at score 0."""
+    """Return the balanced accuracy of a binary task, labels (N,) of 0 and 1, with the threshold at score (N,) 0."""
     return balanced_accuracy(labels, (predictions > 0).astype(np.int64), weights)
 
 
@@ -88,7 +88,8 @@ def accuracy_at_zero(labels: NDArray[Any], predictions: NDArray[Any], weights: N
 def brier(labels: NDArray[Any], predictions: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
     """Return the Brier score: the mean of (p - y)²; 0 is perfect, 0.25 is that of p = 0.5.
 
-    For K classes it is the mean of Σ_k (p_k - [y = k])², from 0 to 2. Source: Brier, Monthly Weather Review 78 (1950),
+    ``predictions`` are probabilities of the positive class (N,), or of every class (N, K), for labels (N,). For K classes
+    it is the mean of Σ_k (p_k - [y = k])², from 0 to 2. Source: Brier, Monthly Weather Review 78 (1950),
     whose sum over two classes is twice the binary form used here.
     """
     if not _are_probabilities(predictions):
@@ -112,13 +113,13 @@ def macro_auc(labels: NDArray[Any], predictions: NDArray[Any], weights: NDArray[
 
 @_metric
 def mae(labels: NDArray[Any], predicted: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
-    """Return the mean absolute error, in the unit of the labels."""
+    """Return the mean absolute error of predictions (N,) of labels (N,), in the unit of the labels."""
     return _ratio(weights @ np.abs(labels - predicted), weights.sum(1))
 
 
 @_metric
 def r2(labels: NDArray[Any], predicted: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
-    """Return the share of the labels' variance that the predictions explain; negative if they are worse than the mean."""
+    """Return R²: the share of the variance of labels (N,) that predictions (N,) explain; negative if worse than the mean."""
     # Labels are centred to avoid cancellation in the difference of squares.
     total, centred = weights.sum(1), labels - labels.mean()
     variance = _variance(centred, _ratio(weights @ centred, total), weights, total)
@@ -127,7 +128,10 @@ def r2(labels: NDArray[Any], predicted: NDArray[Any], weights: NDArray[Any]) -> 
 
 @_metric
 def pearson(labels: NDArray[Any], predicted: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
-    """Return Pearson's correlation; unlike MAE and R² it does not see a wrong scale or offset."""
+    """Return Pearson's correlation of labels (N,) and predictions (N,).
+
+    Unlike MAE and R² it does not see a wrong scale or offset.
+    """
     total = weights.sum(1)
     x, y = labels - labels.mean(), predicted - predicted.mean()
     mean_x, mean_y = _ratio(weights @ x, total), _ratio(weights @ y, total)

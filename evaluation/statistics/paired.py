@@ -138,7 +138,15 @@ def delong_difference(
 ) -> Difference:
     """Return the difference of two AUCs on the same scans, its normal interval and the p value of DeLong's test.
 
-    Raises ValueError if a class has no scans.
+    Args:
+        labels: (N,), 1 for the positive class, else 0.
+        first: scores (N,) of the first model.
+        second: scores (N,) of the second model.
+        groups: (N,) participant of each scan; None: every scan is a participant.
+        level: coverage of the interval.
+
+    Raises:
+        ValueError: if a class has no scans.
     """
     areas, covariance = delong(labels, np.stack([first, second]), groups)
     value = float(areas[0] - areas[1])
