@@ -35,7 +35,8 @@ OPENBHB = {"vbm": "_preproc-cat12vbm_desc-gm_T1w.npy", "quasiraw": "_preproc-qua
 CAT12_DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # where to look for CAT12's mri/ when detecting the layout
 CAT12_MEASURES = {"cat12_iqr": "qualityratings/IQR", "tiv": "subjectmeasures/vol_TIV"}  # rating (1 is best); ml
 
-Scans = tuple[list[Scan], list[Scan]]  # the scans of listed participants, and those of participants that no table lists
+# The scans of listed participants, and those of participants that no table lists.
+CohortScans = tuple[list[Scan], list[Scan]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ScanFile:
     measured: dict[str, Any] = field(default_factory=dict)
 
 
-def read_bids_layout(source: DataSet, modality: str) -> Scans:
+def read_bids_layout(source: DataSet, modality: str) -> CohortScans:
     """Read ``sub-*/[ses-*/]anat/*.nii[.gz]`` of the folder, or if there is none, of its ``derivatives/*/``."""
     folder = _folder(source)
     people = _participant_table(source, [_bids_table(folder)])
@@ -78,7 +79,7 @@ def read_bids_layout(source: DataSet, modality: str) -> Scans:
     return _scans(source, files, modality, f"sub-*/[ses-*/]anat/*{EXAMPLES[modality]}.nii.gz")
 
 
-def read_cat12(source: DataSet, modality: str) -> Scans:
+def read_cat12(source: DataSet, modality: str) -> CohortScans:
     """Read ``mri/mwp1*.nii[.gz]`` in any subfolder; ``cat12_iqr`` and ``tiv`` come from ``report/cat_*.xml`` beside ``mri``."""
     folder = _folder(source)
     if modality != "vbm":
@@ -96,7 +97,7 @@ def read_cat12(source: DataSet, modality: str) -> Scans:
     return _scans(source, files, modality, "mri/mwp1*.nii[.gz]")
 
 
-def read_openbhb(source: DataSet, modality: str) -> Scans:
+def read_openbhb(source: DataSet, modality: str) -> CohortScans:
     """Read ``{train,val}/derivatives/sub-*/ses-*/sub-*_preproc-*.npy``; ``openbhb_split`` is ``train`` or ``val``."""
     folder = _folder(source)
     if modality not in OPENBHB:
@@ -116,7 +117,7 @@ def read_openbhb(source: DataSet, modality: str) -> Scans:
     return _scans(source, files, modality, f"{{train,val}}/derivatives/sub-*/ses-*/sub-*{OPENBHB[modality]}")
 
 
-def read_csv(source: DataSet, modality: str) -> Scans:
+def read_csv(source: DataSet, modality: str) -> CohortScans:
     """Read a CSV or TSV with a column ``path`` (relative to the table), a column of participants, and any others."""
     if not source.path.is_file():
         raise UserError(f"cohort {source.path} is not a file; layout csv needs a table with a column path")
@@ -191,7 +192,7 @@ def _number(element: ElementTree.Element) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _scans(source: DataSet, files: Sequence[ScanFile], modality: str, pattern: str) -> Scans:
+def _scans(source: DataSet, files: Sequence[ScanFile], modality: str, pattern: str) -> CohortScans:
     """The scans of listed participants sorted by key, and the others; raises UserError if no participant is listed.
 
     ``pattern`` describes the files that were searched, for the message.

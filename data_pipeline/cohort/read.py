@@ -13,7 +13,7 @@ from data_pipeline.cohort.declarations import DataSet, declare, read_data_sets
 from data_pipeline.cohort.layouts import (
     MODALITIES,
     OPENBHB,
-    Scans,
+    CohortScans,
     bids_images,
     cat12_maps,
     openbhb_arrays,
@@ -26,7 +26,7 @@ from data_pipeline.cohort.pseudonyms import pseudonymise, read_key
 from data_pipeline.cohort.scan import Scan, safe_name
 from infra.errors import UserError, nearest
 
-LAYOUTS: dict[str, Callable[[DataSet, str], Scans]] = {
+LAYOUTS: dict[str, Callable[[DataSet, str], CohortScans]] = {
     "bids": read_bids_layout,
     "cat12": read_cat12,
     "openbhb": read_openbhb,
@@ -50,7 +50,7 @@ def read_cohort(
     layout: str | None = None,
     columns: str | Path | None = None,
     key_file: str | Path | None = None,
-) -> Scans:
+) -> CohortScans:
     """Read the scans of a cohort. Every scan has a unique key.
 
     Args:

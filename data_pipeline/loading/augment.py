@@ -159,7 +159,7 @@ def _changed_settings(name: str, values: Any, base: Any) -> Any:
         return adapter.validate_python({**plain, **values})
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in (name, *first["loc"]))
+        key = ".".join(str(level) for level in (name, *first["loc"]))
         raise UserError(f"augmentation.{key}: {first['msg']}, found {first['input']!r}") from None
 
 

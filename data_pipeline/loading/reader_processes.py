@@ -3,7 +3,7 @@
 Each process has its own pipe and its own block of shared memory and shares no lock, so a process that is killed at any moment
 leaves nothing locked: its end of the pipe closes, and a new process takes its place and is sent the outstanding steps again.
 Samples depend only on the step, so the batches are the same as without the failure. (DALI's own worker pool shares queues; a
-worker killed while it holds their lock leaves the trainer waiting for ever.)
+worker killed while it holds their lock leaves the trainer waiting forever.)
 
 Memory: ``depth + 1`` steps of count x ``source.sample_bytes`` in all processes together. A process is never sent more steps
 than that. The memory is anonymous (memfd) and is freed with the last process that maps it, however that process ends.
@@ -82,7 +82,7 @@ class ReaderProcesses:
     def get(self, step: int) -> list[Sample]:
         """Return the samples of the next step. Raises LoaderError if a process fails, or if processes keep dying."""
         assert step == self._step, f"step {step} was requested, the next is {self._step}"
-        # The previous step's slot is free now; it takes the last of the steps that are read ahead.
+        # The previous step's slot is free now; reuse the slot for the furthest prefetched step.
         self._request(step + self._slots - 1)
         samples: dict[int, Sample] = {}
         for number in range(len(self._readers)):

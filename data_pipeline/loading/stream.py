@@ -45,7 +45,7 @@ from infra.errors import UserError
 from infra.random_streams import SHARD_ORDER, generator
 
 
-class Member(NamedTuple):
+class StreamedMember(NamedTuple):
     """The payload of a scan in a tar: its file name, its offset and its size in bytes."""
 
     name: str
@@ -53,7 +53,8 @@ class Member(NamedTuple):
     size: int
 
 
-ShardPart = tuple[str, list[Member]]  # a shard's path, and those of its members that a rank reads, in file order
+# A shard's path, and those of its members that a rank reads, in file order.
+ShardPart = tuple[str, list[StreamedMember]]
 
 
 @dataclass(kw_only=True)
@@ -154,7 +155,7 @@ class StreamSource:
             missing[name] = index
             if not parts or parts[-1][0] != path:
                 parts.append((path, []))
-            parts[-1][1].append(Member(name, int(self.offset[index]), int(self.size[index])))
+            parts[-1][1].append(StreamedMember(name, int(self.offset[index]), int(self.size[index])))
         reason = "is not in its shard, or the shard is damaged before it"
         read, seed = SEQUENTIAL[self.kind], (self.seed << 20) + epoch
         try:

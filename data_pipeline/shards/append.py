@@ -143,7 +143,7 @@ def _check_unchanged(scans: list[Scan], old: Manifest, workers: int | None, rere
     stored = old.scans.set_index("key").loc[[scan.key for scan in scans]]
     for scan, row in zip(scans, stored.to_dict("records"), strict=True):
         for name, value in describe(scan).items():
-            # A column that only one of the two tables has is no difference.
+            # A column that only one of the two tables has does not count as a difference.
             if name in row and name not in LOCATION_COLUMNS and not same_value(value, row[name]):
                 raise UserError(
                     f"scan {scan.key} is in {old.root} with {name}={row[name]!r}, in the cohort it has {value!r}; "

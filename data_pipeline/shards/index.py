@@ -35,7 +35,7 @@ Geometry = tuple[tuple[int, ...], tuple[tuple[float, ...], ...] | None]  # shape
 
 
 @dataclass(frozen=True)
-class Member:
+class IndexedMember:
     """One sample of a foreign shard: the location of its payload, and the geometry of its volume."""
 
     key: str
@@ -52,7 +52,7 @@ class IndexedShard:
     size: int
     sha256: str
     codec: str | None
-    members: list[Member]
+    members: list[IndexedMember]
     bad: list[tuple[str, str]]
 
 
@@ -193,7 +193,7 @@ def _add_member(shard: IndexedShard, member: tarfile.TarInfo, tar: tarfile.TarFi
     except BadScan as error:
         shard.bad.append((key, str(error)))
         return
-    shard.members.append(Member(key, member.offset_data, member.size, google_crc32c.value(payload), geometry))
+    shard.members.append(IndexedMember(key, member.offset_data, member.size, google_crc32c.value(payload), geometry))
 
 
 def _geometry(payload: bytes, codec: str) -> Geometry:

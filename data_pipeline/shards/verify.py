@@ -19,11 +19,6 @@ from infra.progress import Progress
 MAX_PLACES = 5  # damaged places that the message names per shard
 
 
-def verify_shards(manifest: Manifest, workers: int | None = None) -> list[str]:
-    """Return a line for each file that is damaged, truncated, missing or unlisted; it names the affected scans."""
-    return [f"{name}: {problem}" for name, problem in find_problems(manifest, workers).items()]
-
-
 def find_problems(manifest: Manifest, workers: int | None = None) -> dict[str, str]:
     """Return file name -> what is wrong with it. Every byte is read; times and sizes on disk are not trusted.
 

@@ -38,7 +38,7 @@ class ShardCache:
             sha256: of the shard.
             size: of the shard, in bytes.
             keep: SHA-256 of the shards of this data set. Scans are drawn at random, so a removed shard would be needed as
-                soon as the new one, and a cache smaller than the data set would download whole shards for ever. Scans of a
+                soon as the new one, and a cache smaller than the data set would download whole shards forever. Scans of a
                 shard that does not fit are read by range instead.
             download: ``download(stream)`` writes the shard; what it raises is passed on.
         """

@@ -111,7 +111,7 @@ class Manifest:
         if query:
             try:
                 scans = scans.query(query)
-            except Exception as error:  # pandas raises the many kinds of errors of its parser and of the columns
+            except Exception as error:  # pandas raises many types of errors for malformed queries
                 raise UserError(f"query {query!r} fails on {SCANS}: {' '.join(str(error).split())}") from None
         return scans.index.to_numpy(dtype=np.int64)
 

@@ -155,7 +155,7 @@ def _open_array(path: Path, orientation: str) -> Any:
     grid = array_grid(voxels.shape)
     if grid is None:
         allowed = " or ".join(f"{'x'.join(map(str, box))} ({array.spacing:g} mm)" for box, array in ARRAY_BOXES.items())
-        raise BadScan(f"shape {shape} is no known grid; .npy files, which have no header, must be {allowed}")
+        raise BadScan(f"shape {shape} is not a known grid; .npy files, which have no header, must be {allowed}")
     return nibabel.Nifti1Image(voxels, np.array(grid.affine))
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from evaluation.comparison import age_and_site, curves, report, tables
-from evaluation.comparison.evaluations import CheckpointEvaluation, Run, last_steps, read_evaluations
+from evaluation.comparison.evaluations import CheckpointEvaluation, RunRow, last_steps, read_evaluations
 from evaluation.comparison.formats import LABELS, rows_of, with_interval
 from evaluation.statistics.metrics import METRICS
 from infra.errors import UserError
@@ -141,7 +141,7 @@ class Comparison:
         for evaluation in sorted(self.evaluations, key=lambda evaluation: evaluation.step):
             name = f"{evaluation.pretraining}, {evaluation.protocol}" if several else evaluation.pretraining
             runs.setdefault(name, []).append(evaluation)
-        return {name: members for name, members in runs.items() if len({each.step for each in members}) > 1}
+        return {name: steps for name, steps in runs.items() if len({evaluation.step for evaluation in steps}) > 1}
 
     def label(self, task: str, metric: str) -> str:
         """Return a metric's name for people, with its unit if that is known: the MAE of ages is in years."""
@@ -234,24 +234,24 @@ def _summarise(predictions: pd.DataFrame) -> TaskSummary:
 
 def _best_first(evaluations: list[CheckpointEvaluation], metrics: pd.DataFrame) -> list[CheckpointEvaluation]:
     """Sort pretrainings by their last step's mean AUC over binary tasks; within a pretraining, the last step comes first."""
-    binary = {task for each in evaluations for task in each.tasks if each.kind(task) == "binary"}
+    binary = {task for evaluation in evaluations for task in evaluation.tasks if evaluation.kind(task) == "binary"}
     auc = metrics[(metrics["metric"] == "auc") & metrics["task"].isin(binary)]
     mean = auc.groupby("checkpoint")["value"].mean()
-    rank = {(each.pretraining, each.protocol): float(mean.get(each.name, 0.0)) for each in last_steps(evaluations)}
+    rank = {(last.pretraining, last.protocol): float(mean.get(last.name, 0.0)) for last in last_steps(evaluations)}
     return sorted(
         evaluations,
-        key=lambda each: (-rank[each.pretraining, each.protocol], each.pretraining, each.protocol, -each.step),
+        key=lambda entry: (-rank[entry.pretraining, entry.protocol], entry.pretraining, entry.protocol, -entry.step),
     )
 
 
-def _pretrainings(uri: str, experiment: str, evaluations: list[CheckpointEvaluation]) -> dict[str, Run]:
-    """Return the runs that pretrained the checkpoints by name, oldest first."""
-    names = {str(each.run["tags"].get("yaware.pretraining_run")): each.pretraining for each in evaluations}
+def _pretrainings(uri: str, experiment: str, evaluations: list[CheckpointEvaluation]) -> dict[str, RunRow]:
+    """Return name -> pretraining run of the checkpoints, oldest first."""
+    names = {str(entry.run["tags"].get("yaware.pretraining_run")): entry.pretraining for entry in evaluations}
     runs = reversed(store.runs(uri, experiment, "pretraining"))
     return {names[run["run_id"]]: run for run in runs if run["run_id"] in names}
 
 
-def _provenance(evaluation: CheckpointEvaluation, run: Run) -> dict[str, str]:
+def _provenance(evaluation: CheckpointEvaluation, run: RunRow) -> dict[str, str]:
     """Describe an evaluation run; its tasks are named if the checkpoint has several runs."""
     tags, params = run["tags"], run["params"]
     tasks = [task for task in evaluation.tasks if evaluation.run_of(task)["run_id"] == run["run_id"]]

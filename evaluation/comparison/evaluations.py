@@ -18,7 +18,7 @@ from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, Statisti
 from infra.errors import UserError
 from infra.tracking import runs as store
 
-Run = dict[str, Any]  # a row of infra.tracking.runs
+RunRow = dict[str, Any]  # a row of infra.tracking.runs
 DIGITS = 8  # of a run id or checksum, where names are equal without it
 
 
@@ -38,20 +38,20 @@ class CheckpointEvaluation:
     """
 
     name: str
-    run: Run
+    run: RunRow
     predictions: pd.DataFrame
     curve: pd.DataFrame
     embedding: pd.DataFrame
     saliency: dict[str, dict[str, Any]] = field(default_factory=dict)
     pretraining: str = ""
-    earlier: dict[str, Run] = field(default_factory=dict)
+    earlier: dict[str, RunRow] = field(default_factory=dict)
 
-    def run_of(self, task: str) -> Run:
+    def run_of(self, task: str) -> RunRow:
         """Return the evaluation run that a task's results are from."""
         return self.earlier.get(task, self.run)
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RunRow]:
         """All evaluation runs with results in use, newest first."""
         return list({run["run_id"]: run for run in (self.run, *self.earlier.values())}.values())
 
@@ -163,9 +163,9 @@ class _Identity(NamedTuple):
     variant: ProtocolVariant
 
 
-def _finished_runs(uri: str, experiment: str, filter: str) -> dict[_Identity, list[Run]]:
+def _finished_runs(uri: str, experiment: str, filter: str) -> dict[_Identity, list[RunRow]]:
     """Group the finished evaluation runs by checkpoint and protocol, newest first."""
-    runs_of: dict[_Identity, list[Run]] = {}
+    runs_of: dict[_Identity, list[RunRow]] = {}
     for run in store.runs(uri, experiment, "evaluation", filter):  # newest first
         if run["status"] == "FINISHED":
             tags = run["tags"]
@@ -206,7 +206,7 @@ def _names(identities: Collection[_Identity]) -> dict[_Identity, tuple[str, str]
 
 
 def _read(
-    uri: str, runs: list[Run], pretraining: str, name: str, folder: Path
+    uri: str, runs: list[RunRow], pretraining: str, name: str, folder: Path
 ) -> tuple[CheckpointEvaluation, list[str]]:
     """Merge the runs of one checkpoint and protocol (newest first); the newest results of each task are used.
 
@@ -214,7 +214,7 @@ def _read(
     """
     predictions, curves, superseded = [], [], []
     saliency: dict[str, dict[str, Any]] = {}
-    source: dict[str, Run] = {}  # task -> the run that its results are from
+    source: dict[str, RunRow] = {}  # task -> the run that its results are from
     embedding = pd.DataFrame()
     for run in runs:
         tasks = {Path(task).stem for task in run["params"].get("tasks", "").split(",") if task}
@@ -248,7 +248,7 @@ def _concatenate(tables: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _superseded_line(name: str, run: Run, newer: dict[str, Run]) -> str:
+def _superseded_line(name: str, run: RunRow, newer: dict[str, RunRow]) -> str:
     """Say which tasks of a run are superseded, and by which runs."""
     digests = {each["tags"].get("yaware.manifest_digest") for each in (run, *newer.values())}
     other_shards = " on other shards" if len(digests) > 1 else ""

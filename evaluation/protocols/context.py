@@ -88,6 +88,6 @@ class EvaluationContext:
 
 
 def default_storage() -> Path:
-    """Return the folder of unfinished searches: private to the user, because Ray keeps pickles there."""
+    """Return the folder of unfinished searches. It is readable only by the user, because it holds pickles."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "yaware" / "evaluations"

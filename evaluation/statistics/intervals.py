@@ -149,7 +149,7 @@ def bootstrap_weights(codes: NDArray[Any], count: int = RESAMPLES, seed: int = 0
 
 
 def jackknife_weights(codes: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
-    """Yield blocks (r, N) of weights, one row per participant, that leave out this participant."""
+    """Yield blocks (r, N) of leave-one-participant-out weights, one row per left-out participant."""
     participants = int(codes.max()) + 1
     block = max(1, MOST_WEIGHTS // len(codes))
     for start in range(0, participants, block):

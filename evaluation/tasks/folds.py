@@ -113,7 +113,7 @@ def site_folds(task: Task, count: int, seed: int) -> list[Fold]:
 
 
 def inner_folds(labels: NDArray[Any], groups: NDArray[Any], kind: str, seed: int, repeats: int = 1) -> list[Fold]:
-    """Return ``repeats`` times three folds of the training scans, each time shuffled anew; positions among these scans."""
+    """Return three folds of the training scans for each of ``repeats`` shuffles; positions among these scans."""
     return [
         fold
         for repeat in range(repeats)

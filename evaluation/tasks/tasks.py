@@ -147,7 +147,9 @@ def _select(spec: TaskFile, manifest: Manifest, file: str) -> Any:
     for key, columns in used.items():
         for column in columns:
             if column not in available:
-                raise UserError(f"{file}: {key}: {column!r} is no column of scans.parquet{nearest(column, available)}")
+                raise UserError(
+                    f"{file}: {key}: {column!r} is not a column of scans.parquet{nearest(column, available)}"
+                )
     for key in ("covariates", "confounds"):
         if spec.label in getattr(spec, key):
             raise UserError(f"{file}: {key}: {spec.label!r} is the label itself; remove it")

@@ -16,7 +16,7 @@ from data_pipeline.storage.manifest import Manifest
 from pretrain.weights.embedding import BATCH_SIZE
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.layers import intermediate_features
-from pretrain.weights.scan_source import Scans
+from pretrain.weights.scan_source import EmbeddableScans
 
 
 class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
@@ -61,7 +61,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         self.device = device
         self.workers = workers
 
-    def fit(self, X: Scans, y: Any = None) -> Embedder:
+    def fit(self, X: EmbeddableScans, y: Any = None) -> Embedder:
         """Load the encoder; ``X`` and ``y`` are not used. Raises UserError if the encoder or the block does not exist."""
         self.encoder_ = self.encoder if isinstance(self.encoder, Encoder) else Encoder.from_pretrained(self.encoder)
         self.n_features_out_ = self.encoder_.feature_size
@@ -73,7 +73,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
                 self.n_features_out_ = features(torch.zeros(1, 1, *shape, device=device)).shape[1]
         return self
 
-    def transform(self, X: Scans) -> NDArray[np.float32]:
+    def transform(self, X: EmbeddableScans) -> NDArray[np.float32]:
         """Return features (n, F) float32 of scans. Raises UserError if a scan cannot be read."""
         check_is_fitted(self)
         table = self.encoder_.embed(

@@ -19,7 +19,7 @@ from infra.files import sha256_of
 from pretrain.encoders import TRAINING_ONLY, build_encoder
 from pretrain.weights.embedding import BATCH_SIZE, embed_table
 from pretrain.weights.folder import FILES, find_encoder, read_json
-from pretrain.weights.scan_source import Scans, scan_source
+from pretrain.weights.scan_source import EmbeddableScans, scan_source
 
 
 class Encoder(nn.Module):
@@ -73,8 +73,9 @@ class Encoder(nn.Module):
         return features
 
     def embed(
-        self, scans: Scans, *, manifest: Manifest | str | Path | None = None, tiv: Sequence[float] | None = None,
-        batch_size: int = BATCH_SIZE, device: str | torch.device | None = None, workers: int | None = None,
+        self, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
+        tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE,
+        device: str | torch.device | None = None, workers: int | None = None,
         layer: str | None = None, pooling: str | Sequence[str] = "mean",
         on_error: Literal["raise", "skip"] = "raise", progress: bool = True,
     ) -> pd.DataFrame:  # fmt: skip
@@ -118,7 +119,7 @@ class Encoder(nn.Module):
 
 
 def embed(
-    encoder: Encoder | str | Path, scans: Scans, *, manifest: Manifest | str | Path | None = None,
+    encoder: Encoder | str | Path, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
     tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE, device: str | torch.device | None = None,
     workers: int | None = None, layer: str | None = None, pooling: str | Sequence[str] = "mean",
     on_error: Literal["raise", "skip"] = "raise", progress: bool = True,

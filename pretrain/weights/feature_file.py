@@ -83,11 +83,15 @@ def embed_to_file(
     }  # fmt: skip
     partial = PartialFile(out, header)
     stamps = [source.stamp(position) for position in range(len(source.names))]
-    known = partial.read()
-    known = {n: known[n] for n, stamp in zip(source.names, stamps, strict=True) if n in known and known[n][0] == stamp}
-    partial.start(known)
-    continued = len(known)
-    missing = [position for position, name in enumerate(source.names) if name not in known]
+    stored = partial.read()
+    computed = {
+        name: stored[name]
+        for name, stamp in zip(source.names, stamps, strict=True)
+        if name in stored and stored[name][0] == stamp
+    }
+    partial.start(computed)
+    continued = len(computed)
+    missing = [position for position, name in enumerate(source.names) if name not in computed]
     unreadable: dict[str, str] = {}
     with closing(embed_source(network.network, source, missing, **options)) as batches:
         for batch in batches if missing else ():
@@ -96,10 +100,10 @@ def embed_to_file(
                 for position, features in zip(batch.positions, batch.features, strict=True)
             }
             partial.append(entries)
-            known |= entries
+            computed |= entries
             unreadable |= {source.names[position]: reason for position, reason in batch.unreadable.items()}
-    readable = [name for name in source.names if name in known]
-    features = np.stack([known[name][1] for name in readable]) if readable else np.empty((0, 0), np.float32)
+    readable = [name for name in source.names if name in computed]
+    features = np.stack([computed[name][1] for name in readable]) if readable else np.empty((0, 0), np.float32)
     table = feature_table(readable, features, source.index)
     if readable:
         write_table(table, out)

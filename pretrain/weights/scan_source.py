@@ -22,7 +22,7 @@ from data_pipeline.volume.preparation import DEFAULT_PREPARATION, Preparation, s
 from infra.errors import UserError
 
 # What Encoder.embed takes: paths, a manifest, a table of paths or of a manifest's scans, or row numbers of a manifest.
-Scans = Sequence[str | os.PathLike[str]] | Manifest | pd.DataFrame | NDArray[np.integer[Any]]
+EmbeddableScans = Sequence[str | os.PathLike[str]] | Manifest | pd.DataFrame | NDArray[np.integer[Any]]
 
 
 class ScanSource(Protocol):
@@ -106,7 +106,7 @@ class ShardSource:
 
 
 def scan_source(
-    scans: Scans, preprocessing: Mapping[str, Any], manifest: Manifest | str | Path | None = None,
+    scans: EmbeddableScans, preprocessing: Mapping[str, Any], manifest: Manifest | str | Path | None = None,
     tiv: Sequence[float] | None = None,
 ) -> ScanSource:  # fmt: skip
     """Return the source of the scans to embed.

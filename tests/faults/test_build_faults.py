@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from data_pipeline.shards.verify import verify_shards
+from data_pipeline.shards.verify import find_problems
 from data_pipeline.storage.manifest import Manifest
 from tests.cohorts import write_cohort
 from tests.ray_head import head_node
@@ -51,7 +51,7 @@ def whole(big_cohort, head, tmp_path_factory):
     done = subprocess.run(command(big_cohort, out), cwd=ROOT, env=environment(head), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1 scans were excluded" in done.stdout
-    assert not verify_shards(Manifest.load(out))
+    assert not find_problems(Manifest.load(out))
     return files(out)
 
 

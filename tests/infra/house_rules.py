@@ -116,14 +116,14 @@ def upward_imports(modules: Sequence[Module], packages: Sequence[str]) -> list[s
 
 
 def misplaced_libraries(modules: Sequence[Module], rooms: Mapping[str, str]) -> list[str]:
-    """Return imports of libraries outside their folder in ``rooms``, and folders that do not import their library."""
+    """Return imports of libraries outside their folder or file in ``rooms``, and those that do not import their library."""
     violations, used = [], set()
     for module in modules:
         for source, _ in imported_names(module.tree):
             library = source.partition(".")[0]
             if library not in rooms:
                 continue
-            if f"{module.folder}/".startswith(f"{rooms[library]}/"):
+            if f"{module.path}/".startswith(f"{rooms[library]}/"):
                 used.add(library)
             else:
                 violations.append(f"{module.path} imports {library}; only {rooms[library]} may")

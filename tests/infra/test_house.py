@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -18,14 +20,16 @@ ALLOWED = [*PACKAGES[:4], "yaware.py", "tests", "docs"]
 LIBRARY_ROOMS = {
     "nvidia": "data_pipeline/loading",
     "deepspeed": "pretrain/engine",
-    "ray": "infra",
+    "ray": "infra/ray_cluster.py",
     "mlflow": "infra/tracking",
     "monai": "pretrain/encoders",
 }
+OPTIONAL_LIBRARIES = {"umap"}  # used if the user has installed it
 
 
 def none_of(violations):
     """Fail with one line per violation."""
+    violations = list(violations)
     assert not violations, "\n" + "\n".join(violations)
 
 
@@ -87,6 +91,27 @@ def test_everything_public_has_a_docstring(every_module):
 
 def test_no_code_lies_outside_the_packages_tests_and_docs(paths):
     none_of(house_rules.other_code(paths, ALLOWED))
+
+
+def test_every_imported_library_is_a_declared_dependency(packaged):
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["remote"]]
+    declared = {normalised(re.match(r"[\w.-]+", requirement)[0]) for requirement in requirements}
+    imported = {
+        source.partition(".")[0] for module in packaged for source, _ in house_rules.imported_names(module.tree)
+    }
+    distributions = metadata.packages_distributions()
+    none_of(
+        f"{library} is imported, but not in the dependencies of pyproject.toml"
+        for library in sorted(imported - sys.stdlib_module_names - {*PACKAGES, *OPTIONAL_LIBRARIES})
+        if declared.isdisjoint(normalised(name) for name in distributions.get(library, [library]))
+    )
+
+
+def normalised(name):
+    """Return a distribution's name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_packages_import_without_heavy_libraries():
@@ -162,6 +187,11 @@ def test_a_heavy_library_outside_its_room_is_found(tmp_path):
         "p/c.py imports ray; only p/room may",
         "p/room does not import mlflow",
     ]
+
+
+def test_a_heavy_library_beside_its_file_is_found(tmp_path):
+    modules = write(tmp_path, {"p/a.py": "import ray\n", "p/b.py": "import ray\n"})
+    assert house_rules.misplaced_libraries(modules, {"ray": "p/a.py"}) == ["p/b.py imports ray; only p/a.py may"]
 
 
 def test_a_crowded_folder_is_found(tmp_path):

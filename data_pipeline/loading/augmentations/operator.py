@@ -73,8 +73,8 @@ class Operator:
     Attributes:
         settings: pydantic dataclass of its recipe keys. It has a field ``p``, the probability of the operator for each view,
             and its defaults never apply it.
-        numbers: which of a view's uniform random numbers are its own. The first decides whether it is applied. An operator
-            keeps its numbers for ever, since they decide the views of every run; a new one takes numbers after all others.
+        numbers: which of a view's uniform random numbers are its own. The first decides whether it is applied. An operator's
+            numbers never change, since they decide the views of every run; a new one takes numbers after all others.
         draw: ``draw(settings, u, shape)`` returns a view's parameters from the remaining numbers ``u`` in [0, 1) and the
             volume's shape (D, H, W); None if they change nothing.
         step: the step of the graph that applies it.

@@ -30,7 +30,7 @@ from data_pipeline.quality.rules import (
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.purge import rewrite_shard
 from data_pipeline.shards.tar import copy_without, encode, write_shard
-from data_pipeline.shards.verify import verify_shards
+from data_pipeline.shards.verify import find_problems
 from data_pipeline.volume.grid import Grid
 from data_pipeline.volume.preparation import Preparation
 from infra import cli, ray_cluster
@@ -111,7 +111,7 @@ def test_the_statistics_are_those_of_the_stored_voxels(built):
 
 
 def test_webdataset_reads_exactly_the_scans_of_the_manifest(built):
-    assert verify_shards(built) == []
+    assert find_problems(built) == {}
     urls = [str(built.root / row["name"]) for row in built.shards]
     samples = {sample["__key__"]: sample for sample in webdataset.WebDataset(urls, shardshuffle=False)}
     assert sorted(samples) == sorted(built.scans["key"])
@@ -196,7 +196,7 @@ def test_a_copy_with_another_head_size_is_a_duplicate(faulty, tmp_path):
 
 def test_a_shard_that_loses_all_scans_is_deleted(faulty, tmp_path):
     manifest = build_shards(faulty, tmp_path / "out", scans_per_shard=1)
-    assert verify_shards(manifest) == []
+    assert find_problems(manifest) == {}
     assert len(manifest.shards) == len(manifest.scans) == 22
     for row in range(22):
         assert manifest.read_volume(row).shape == GRID.shape

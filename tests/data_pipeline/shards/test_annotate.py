@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from data_pipeline.shards.annotate import annotate_shards
-from data_pipeline.shards.verify import verify_shards
+from data_pipeline.shards.verify import find_problems
 from data_pipeline.storage.manifest import Manifest
 from infra import cli
 
@@ -44,7 +44,7 @@ def test_numbers_and_texts_are_added_by_participant(built, tmp_path, capsys):
     pd.testing.assert_frame_equal(after.scans[built.scans.columns], built.scans)
     assert {path.name: path.read_bytes() for path in built.root.glob("*.tar")} == tars
     assert after.digest != built.digest
-    assert verify_shards(after) == []
+    assert find_problems(after) == {}
 
 
 def test_values_of_a_session_are_added_to_its_scans(built, tmp_path):

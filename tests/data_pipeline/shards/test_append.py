@@ -15,7 +15,7 @@ from data_pipeline.cohort.split import assign_splits
 from data_pipeline.shards import writing
 from data_pipeline.shards.append import append_shards
 from data_pipeline.shards.build import build_shards
-from data_pipeline.shards.verify import verify_shards
+from data_pipeline.shards.verify import find_problems
 from data_pipeline.storage.manifest import Manifest
 from infra import cli, ray_cluster
 from infra.errors import UserError
@@ -71,7 +71,7 @@ def test_another_data_set_is_added_after_the_existing_scans(built, other, capsys
     for row in (48, 58):
         path = next(other.glob(f"sub-{after.scans.at[row, 'participant_id']}/ses-*/anat/*.nii.gz"))
         assert np.array_equal(after.read_volume(row), np.asarray(nibabel.load(path).dataobj).astype(np.float16))
-    assert verify_shards(after) == []
+    assert find_problems(after) == {}
     assert after.settings["appended"] == [
         {
             "dataset": "other", "simulated": False, "scans_found": 11, "quarantined": 0, "scans": 11,
@@ -114,7 +114,7 @@ def test_several_appends_are_recorded_in_their_order(built, other, tmp_path):
     assert [part["dataset"] for part in after.settings["appended"]] == ["other", "third"]
     assert [int(n) for n in after.scans.groupby("shard", sort=True).size()] == [row["scans"] for row in after.shards]
     assert len(list(built.root.glob("*.parquet"))) == 1
-    assert verify_shards(after) == []
+    assert find_problems(after) == {}
 
 
 @pytest.mark.parametrize("reread", [True, False])
@@ -183,7 +183,7 @@ def test_columns_of_one_table_are_missing_values_for_the_other_s_scans(built, ot
     assert after.scans["tiv"].isna().to_list() == [False] * 48 + [True] * 11
     assert np.isfinite(after.proxies(["iq"])[48:]).all()
     assert list(after.scans.columns)[: len(built.scans.columns)] == list(built.scans.columns)
-    assert verify_shards(after) == []
+    assert find_problems(after) == {}
 
 
 def test_a_column_of_another_type_is_rejected_with_one_line(built, other):
@@ -237,7 +237,7 @@ def test_leftovers_of_another_append_are_removed(built, other, tmp_path):
     (built.root / ".unfinished-gone-000000.tar.json").write_text("{}")
     after = append_shards(other, built.root)
     assert not (built.root / "gone-000000.tar").exists()
-    assert verify_shards(after) == []
+    assert find_problems(after) == {}
 
 
 def test_readers_see_the_data_set_before_or_after(built, tmp_path):

@@ -14,7 +14,7 @@ from data_pipeline.cohort.scan import Scan
 from data_pipeline.quality.rules import Quality
 from data_pipeline.shards import unfinished, writing
 from data_pipeline.shards.build import build_shards
-from data_pipeline.shards.verify import verify_shards
+from data_pipeline.shards.verify import find_problems
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.grid import Grid
 from data_pipeline.volume.preparation import Preparation
@@ -177,7 +177,7 @@ def test_a_build_killed_before_its_clean_up_counts_as_finished(people, tmp_path,
     assert cli.run(["shards", "build", str(people), str(out)]) == 0
     assert "already built" in capsys.readouterr().out
     assert not list(out.glob(".unfinished-*"))
-    assert verify_shards(Manifest.load(out)) == []
+    assert find_problems(Manifest.load(out)) == {}
 
 
 def test_a_second_build_in_the_same_folder_is_rejected(people, tmp_path, capsys):

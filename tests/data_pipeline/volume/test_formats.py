@@ -142,7 +142,7 @@ class Evil:
 def test_an_array_of_an_unknown_shape_and_a_pickle_are_refused(tmp_path):
     np.save(tmp_path / "scan.npy", np.zeros((1, 1, 30, 30, 30), dtype=np.float32))
     with pytest.raises(
-        BadScan, match=r"shape \(1, 1, 30, 30, 30\) is no known grid; .* must be 121x145x121 \(1.5 mm\)"
+        BadScan, match=r"shape \(1, 1, 30, 30, 30\) is not a known grid; .* must be 121x145x121 \(1.5 mm\)"
     ):
         open_image(tmp_path / "scan.npy")
     np.save(tmp_path / "two.npy", np.zeros((2, 121, 145, 121), dtype=np.uint8))

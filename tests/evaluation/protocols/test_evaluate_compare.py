@@ -288,6 +288,6 @@ def test_a_task_file_of_the_user_is_loaded(shards, tmp_path):
     assert (task.name, task.kind, set(task.labels)) == ("old", "binary", {0, 1})
     path.write_text("title: x\nkind: binary\nlabel: diagnosi\npositive: [a]\nnegative: [b]\n")
     with pytest.raises(
-        UserError, match=r"label: 'diagnosi' is no column of scans.parquet \(did you mean 'diagnosis'\?\)"
+        UserError, match=r"label: 'diagnosi' is not a column of scans.parquet \(did you mean 'diagnosis'\?\)"
     ):
         load_task(str(path), Manifest.load(shards))

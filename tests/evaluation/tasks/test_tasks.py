@@ -113,8 +113,8 @@ def test_missing_numbers_stay_nan_and_text_is_one_hot_encoded():
     ("text", "message"),
     [
         (PLAIN.replace("label: diagnosis", "label: diagnosi"),
-         r"mine.yaml: label: 'diagnosi' is no column of scans.parquet \(did you mean 'diagnosis'\?\)"),
-        (PLAIN + "covariates: [aeg]\n", r"mine.yaml: covariates: 'aeg' is no column .*did you mean 'age'"),
+         r"mine.yaml: label: 'diagnosi' is not a column of scans.parquet \(did you mean 'diagnosis'\?\)"),
+        (PLAIN + "covariates: [aeg]\n", r"mine.yaml: covariates: 'aeg' is not a column .*did you mean 'age'"),
         (PLAIN + "confounds: [diagnosis]\n", "mine.yaml: confounds: 'diagnosis' is the label itself"),
         (PLAIN + "query: agee > 3\n", "mine.yaml: query: 'agee > 3' does not work on scans.parquet: .*agee"),
         (PLAIN + "test: age >\n", "mine.yaml: test: 'age >' does not work"),

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.distributed
 def start(world: int, actions: dict[str, str], folder: Path, seconds: float = SECONDS) -> list[subprocess.Popen[bytes]]:
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
               "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # fmt: skip
-    script = [sys.executable, "-m", "tests.infra.watchdog_rank", str(seconds), json.dumps(actions)]
+    script = [sys.executable, "-m", "tests.infra.watchdog.watchdog_rank", str(seconds), json.dumps(actions)]
     ranks = []
     for rank in range(world):
         with (folder / f"rank{rank}.log").open("wb") as log:
@@ -61,7 +61,7 @@ def test_every_rank_names_a_hanging_rank_and_its_source_line(tmp_path, culprit):
         assert line.count("waited in the exchange of step 3") == 1
         for other in {0, 1, 2} - {culprit}:
             assert f"rank {other} (" in line.split(";")[1]
-    assert "(tests/infra/watchdog_rank.py:" in verdict(tmp_path, culprit)
+    assert "(tests/infra/watchdog/watchdog_rank.py:" in verdict(tmp_path, culprit)
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
