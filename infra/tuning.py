@@ -193,7 +193,7 @@ def _write(target: Path, content: bytes) -> None:
 
 
 def _grid_class(tune: Any) -> type[Any]:
-    class Trial(tune.Trainable):  # type: ignore[misc]
+    class GridTrial(tune.Trainable):  # type: ignore[misc]
         """One grid point. With ``reuse_actors`` a process runs many points, which saves a process start for each."""
 
         def setup(self, config: Point, function: Any, data: dict[str, Any], out: str) -> None:
@@ -220,11 +220,11 @@ def _grid_class(tune: Any) -> type[Any]:
         def load_checkpoint(self, checkpoint: Any) -> None:
             """Load nothing: see ``save_checkpoint``."""
 
-    return Trial
+    return GridTrial
 
 
 def _search_class(tune: Any) -> type[Any]:
-    class Trial(tune.Trainable):  # type: ignore[misc]
+    class SampledTrial(tune.Trainable):  # type: ignore[misc]
         """One sampled point, with a step for each yield. A point that has a finished record replays its scores."""
 
         def setup(self, config: Point, function: Any, data: dict[str, Any], out: str) -> None:
@@ -268,7 +268,7 @@ def _search_class(tune: Any) -> type[Any]:
         def load_checkpoint(self, checkpoint: Any) -> None:
             """Load nothing: see ``save_checkpoint``."""
 
-    return Trial
+    return SampledTrial
 
 
 def _progress_callback(tune: Any) -> Any:

@@ -21,6 +21,7 @@ from typing import IO, Any, TypeVar
 from data_pipeline.storage.cache import ShardCache
 from data_pipeline.storage.open_files import OpenFiles
 from infra.errors import UserError
+from infra.internals import internal
 
 Result = TypeVar("Result")
 BLOCK = 16 * 2**20  # bytes per request when a whole shard is read
@@ -313,6 +314,6 @@ def list_tars(folder: str, access: Access) -> list[str]:
     if not is_remote(folder):
         return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*.tar"))
     store = filesystem(folder, access)
-    base = store._strip_protocol(folder.rstrip("/")) + "/"
+    base = internal("fsspec", store, "_strip_protocol")(folder.rstrip("/")) + "/"
     paths = with_retries(lambda: list(store.find(folder.rstrip("/") + "/")), lambda: folder, access)
     return sorted(path.removeprefix(base) for path in paths if path.endswith(".tar"))

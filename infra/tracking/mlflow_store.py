@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
+from infra.internals import internal
 from infra.tracking.spool import Entry, warn
 
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # limits of MLflow's log_batch
@@ -51,7 +52,8 @@ class StoredRun:
         opening["run_id"] = self.run_id
         self.status, self.params = "RUNNING", dict(run.data.params)
         # The public .metrics has no steps, and reading the whole history of every metric is slow.
-        self.last: dict[str, int] = {metric.key: int(metric.step) for metric in run.data._metric_objs}
+        stored = internal("mlflow", run.data, "_metric_objs")
+        self.last: dict[str, int] = {metric.key: int(metric.step) for metric in stored}
         self.last_before = dict(self.last)
         self.incomplete = False  # whether a file or trials were rejected for good
 

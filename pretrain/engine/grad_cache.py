@@ -48,6 +48,12 @@ def cached_pass(engine: Any, views: Tensor, loss: EmbeddingLoss, micro: int) -> 
     """Compute the same loss and gradients as `full_pass` from micro-batches of ``micro`` scans.
 
     Both the forward pass and ``backward()`` are collective; every rank must have the same number of micro-batches.
+
+    Args:
+        engine: DeepSpeed's engine around the model, which returns embeddings (2, b, P) and the learned temperature.
+        views: this rank's views (2, B, 1, D, H, W).
+        loss: a function of all embeddings of this rank (2, B, P) and the temperature, called once.
+        micro: scans per micro-batch; the last one is smaller if ``micro`` does not divide B.
     """
     micro_batches, random_states = torch.split(views, micro, dim=1), []
     embedded, temperature = [], None

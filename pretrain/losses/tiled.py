@@ -336,6 +336,7 @@ class _YAwareSum(torch.autograd.Function):
 def y_aware_sum(pairs: Pairs, by_row: bool, tile: TileSize) -> Tensor:
     """Return this rank's sum of y-Aware InfoNCE over its anchors, with weights normalised by rows or by columns.
 
+    ``pairs`` holds the embeddings (2, B, D) of this rank's rows and (2, G, D) of all ranks' columns; the result is a scalar.
     The sum by columns has the published factor 2. Raises UserError if ``tile`` is not possible.
     """
     _check_tile(tile)

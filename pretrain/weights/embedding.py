@@ -95,7 +95,10 @@ def feature_table(names: Sequence[str], features: NDArray[np.float32], index: st
 
 
 def default_workers(workers: int | None) -> int:
-    """Return the number of reading threads: ``workers``, or one per core and at most ``MOST_WORKERS`` if it is None."""
+    """Return the number of reading threads: ``workers``, or one per core and at most ``MOST_WORKERS`` if it is None.
+
+    Raises UserError if ``workers`` is negative.
+    """
     if workers is not None and workers < 0:
         raise UserError(f"workers={workers} must be 0 or more")
     return min(MOST_WORKERS, len(os.sched_getaffinity(0))) if workers is None else workers

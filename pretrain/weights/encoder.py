@@ -118,7 +118,37 @@ class Encoder(nn.Module):
         return table
 
 
-def embed(encoder: Encoder | str | Path, scans: EmbeddableScans, **options: Any) -> pd.DataFrame:
-    """Return the features of scans from an encoder, or from the folder of one: see ``Encoder.embed`` for the options."""
+def embed(
+    encoder: Encoder | str | Path, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
+    tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE, device: str | torch.device | None = None,
+    workers: int | None = None, layer: str | None = None, pooling: str | Sequence[str] = "mean",
+    on_error: Literal["raise", "skip"] = "raise", progress: bool = True,
+) -> pd.DataFrame:  # fmt: skip
+    """Return the features of scans from an encoder, or from a folder that ``Encoder.from_pretrained`` takes.
+
+    Args:
+        encoder: an encoder, or the folder of an export, of a checkpoint or of a run.
+        scans: paths of NIfTI files; a manifest (all its scans); a DataFrame with a column ``path`` (and ``tiv``); or,
+            with ``manifest``, rows of its table ``scans`` or row numbers (n,).
+        manifest: the data set, or its folder or URL, that ``scans`` are rows of.
+        tiv: total intracranial volumes in ml, one per path, if the training scans were scaled by them.
+        batch_size: scans per forward pass.
+        device: ``cpu``, ``cuda``, ...; None is the GPU if there is one.
+        workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
+        layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.
+        pooling: ``mean``, ``max`` or ``std`` over the block's voxels, or several, concatenated.
+        on_error: what an unreadable scan does: ``raise``, or ``skip`` it with a warning.
+        progress: show progress on stderr.
+
+    Returns:
+        A row per scan in the order given, columns ``f0``, ``f1``, ... (float32), as from ``Encoder.embed``.
+
+    Raises:
+        UserError: if the folder has no intact encoder, there are no scans, an argument is wrong, the shards were prepared
+            otherwise, or, with ``on_error="raise"``, a scan cannot be read.
+    """
     loaded = encoder if isinstance(encoder, Encoder) else Encoder.from_pretrained(encoder)
-    return loaded.embed(scans, **options)
+    return loaded.embed(
+        scans, manifest=manifest, tiv=tiv, batch_size=batch_size, device=device, workers=workers, layer=layer,
+        pooling=pooling, on_error=on_error, progress=progress,
+    )  # fmt: skip

@@ -59,7 +59,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 @dataclass
-class Match:
+class WeightMatch:
     """How a published state fits an encoder."""
 
     matched: State  # by the encoder's names
@@ -79,7 +79,7 @@ class Match:
 
 def import_weights(
     file: Path, arch: str, out: Path, *, preprocessing: dict[str, Any] | None = None, allow_missing: bool = False
-) -> tuple[Path, Match]:
+) -> tuple[Path, WeightMatch]:
     """Write the export folder ``out`` from a published checkpoint, completely or not at all.
 
     Args:
@@ -170,7 +170,7 @@ def read_published(file: Path) -> tuple[State, int | None]:
     return state, epoch if isinstance(epoch, int) else None
 
 
-def match_keys(published: State, encoder: State, architecture: Architecture, file: Path) -> Match:
+def match_keys(published: State, encoder: State, architecture: Architecture, file: Path) -> WeightMatch:
     """Pair the tensors of a published state with those of an encoder, by name.
 
     ``num_batches_tracked`` may be missing: files from before torch 0.4.1 have none, and no feature depends on it.
@@ -205,7 +205,7 @@ def match_keys(published: State, encoder: State, architecture: Architecture, fil
             "another architecture"
         )
     missing = [name for name in encoder if name not in matched and not name.endswith("num_batches_tracked")]
-    return Match(matched, missing, unexpected)
+    return WeightMatch(matched, missing, unexpected)
 
 
 def _first(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import threading
 
@@ -212,3 +213,11 @@ def test_nan_voxels_are_zeros_if_they_were_in_the_training_scans(tmp_path):
     zeroed = np.nan_to_num(np.asarray(image.dataobj)).astype(np.float16)
     features = embed(tmp_path / "zero", [tmp_path / "nan.nii.gz"]).to_numpy()
     np.testing.assert_allclose(features, features_of(network, [zeroed]), atol=1e-5)
+
+
+def test_the_function_takes_the_options_of_the_method():
+    options = [
+        [(p.name, p.default) for p in inspect.signature(each).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for each in (embed, Encoder.embed)
+    ]
+    assert options[0] == options[1]
