@@ -159,7 +159,7 @@ def test_another_recipe_in_the_same_folder_is_refused(job):
         ("--data.shards=nowhere", "nowhere/manifest.json is missing"),
         ("--loss.proxies={aeg: {kernel: gaussian, bandwidth: 5}}", "proxy 'aeg' is not a column of"),
         ("--encoder.name=densenet", "encoder.name='densenet' is not known (did you mean 'densenet121'?)"),
-        ("--deepspeed.train_batch_size=4", "deepspeed.train_batch_size contradicts the recipe's own keys"),
+        ("--deepspeed.train_batch_size=4", "deepspeed.train_batch_size is decided by the recipe's own keys"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_and_starts_nothing(job, tmp_path, capsys, override, text):
