@@ -235,7 +235,10 @@ def test_an_imported_encoder_is_evaluated_by_the_real_command(tmp_path, capsys):
     assert cli.run(["import-weights", str(file), *layout]) == 0
     given = ["--shards", str(shards), "--tasks", "age", "--experiment", "test", "--tracking-uri", uri]
     assert cli.run(["evaluate", str(out), *given]) == 0
-    assert "pretrained on other shards; see to it that no participant is in both" in capsys.readouterr().out
+    assert (
+        "has no record of the scans it was trained on; make sure that no test participant is among them"
+        in capsys.readouterr().out
+    )
     (row,) = runs.runs(uri, "test", "evaluation")
     assert (row["tags"]["yaware.run_name"], row["tags"]["yaware.encoder"]) == ("bhb", "densenet121")
     assert row["metrics"]["age.mae"] > 0
