@@ -245,10 +245,10 @@ def bare_case(sides: tuple[int, ...], scans: int, rounds: int, device: str) -> f
     return scans / statistics.median(timed(lambda: step(batch), device)[0] for _ in range(rounds))
 
 
-def report_recipes(device: str, quick: bool, folder: Path) -> None:
-    """Train the recipes of RUNS and print their speed and memory."""
+def report_recipes(device: str, quick: bool, folder: Path, steps: int) -> None:
+    """Train the recipes of RUNS for ``steps`` steps after the warm-up, and print their speed and memory."""
     cuda = device == "cuda"
-    shards = simulated_shards(folder, 24 if quick else 192, 5.0 if quick else 1.5)
+    shards = simulated_shards(folder, 24 if quick else 128, 5.0 if quick else 1.5)
     from data_pipeline.storage.manifest import Manifest
 
     sides = tuple(Manifest.load(shards).grid["shape"])
@@ -258,17 +258,23 @@ def report_recipes(device: str, quick: bool, folder: Path) -> None:
         f"\nRuns on simulated scans of {'x'.join(map(str, sides))}, one rank; bare fp32 loop of MONAI's: {bare:.3g} scans/s"
     )
     print(f"{'run':<34}{'scans/s':>9}{'x bare':>8}{'MFU':>8}{'peak':>8}{'stall':>8}{'MiB':>9}")
+    failed = 0
     for name, (recipe, kind, tf32, overrides) in RUNS.items():
         if quick and recipe != "paper-bhb10k":
             continue
         run = folder / recipe / str(len(overrides) + kind)
-        common = [f"--data.shards={shards}", f"--run.output={run}", f"--train.steps={4 if quick else WARM_UP + 20}",
+        common = [f"--data.shards={shards}", f"--run.output={run}", f"--train.steps={4 if quick else WARM_UP + steps}",
                   f"--run.tracking_uri=sqlite:///{folder}/mlflow.db", "--monitor.every_epochs=0"]  # fmt: skip
         if quick:
             common += ["--batch.global=4", "--batch.micro=2", "--data.workers=0"]
         if not cuda:  # a rehearsal on the CPU needs neither the compiler nor bf16 kernels
             overrides = [o.replace("compile: true", "compile: false").replace("autocast", "fp32") for o in overrides]
-        found = apart("train", recipe, tf32, [*overrides, *common])
+        try:
+            found = apart("train", recipe, tf32, [*overrides, *common])
+        except RuntimeError as error:
+            print(f"{name:<34}failed: {str(error).strip().splitlines()[-1]}", flush=True)
+            failed += 1
+            continue
         rows = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] >= (1 if quick else WARM_UP)]
         rate = statistics.median(row["scans_per_second"] for row in rows)
         stall = sum(row["wait_seconds"] for row in rows) / sum(row["seconds"] for row in rows)
@@ -278,6 +284,8 @@ def report_recipes(device: str, quick: bool, folder: Path) -> None:
             f"{name:<34}{rate:>9.2f}{rate / bare:>8.2f}{used:>8}{peak or '-':>8}{stall:>8.1%}{found['bytes'] / MIB:>9,.0f}",
             flush=True,
         )
+    if failed:
+        raise SystemExit(f"bench_training: error: {failed} of the runs failed")
 
 
 CASES: dict[str, Callable[..., Any]] = {
@@ -294,6 +302,7 @@ def main() -> None:
         "--run", type=Path, default=Path("demo/runs/y-aware"), help="run folder whose data stall is reported"
     )
     parser.add_argument("--cpu-step", type=float, default=12.0, help="seconds of a step of two scans, for `checkpoint`")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of a run, for `recipes`")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case:
@@ -316,7 +325,7 @@ def main() -> None:
         report_stall(chosen.run)
     if "recipes" in parts:
         with tempfile.TemporaryDirectory() as folder:
-            report_recipes(chosen.device, chosen.quick, Path(folder))
+            report_recipes(chosen.device, chosen.quick, Path(folder), chosen.steps)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ def plain(device, shards, tmp_path_factory):
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_every_zero_stage_trains_like_stage_0(device, plain, shards, tmp_path, number):
     found = train(device, shards, tmp_path / "run", stage(number))
-    # The order of cuDNN's atomic additions differs between runs.
-    assert found == pytest.approx(plain[0], rel=1e-4)
+    assert found[0] == pytest.approx(plain[0][0], rel=1e-5)
+    # Convolutions are computed in TF32 (torch's default), and the order of cuDNN's atomic additions differs between runs:
+    # after three updates the losses differed by 1.7e-4 on an H200.
+    assert found == pytest.approx(plain[0], rel=5e-4)
     assert len(set(found)) == STEPS
 
 
@@ -69,7 +71,9 @@ def test_16_bit_precisions_train_nearly_like_float32(device, plain, shards, tmp_
 
 def test_a_compiled_encoder_trains_like_the_plain_one(device, plain, shards, tmp_path):
     found = train(device, shards, tmp_path / "run", stage(1), "--encoder.options.compile=true")
-    assert found == pytest.approx(plain[0], rel=1e-3)
+    assert found[0] == pytest.approx(plain[0][0], rel=1e-4)
+    # Fused kernels round differently: after three updates in TF32 the losses differed by 3.3e-3 on an H200.
+    assert found == pytest.approx(plain[0], rel=1e-2)
 
 
 FP16 = [("fp16", 1), ("fp16", 2), ("fp16", 3), ("autocast-fp16", 0)]
@@ -98,7 +102,7 @@ OFFLOAD = ["offload_optimizer: {device: cpu, pin_memory: true}",
 @pytest.mark.parametrize(("number", "offload"), [(1, OFFLOAD[0]), (2, OFFLOAD[0]), (3, OFFLOAD[0]), (3, OFFLOAD[1])])
 def test_a_run_with_off_load_trains_like_stage_0(device, plain, shards, tmp_path, number, offload):
     section = f"--deepspeed={{zero_optimization: {{stage: {number}, {offload}}}}}"
-    assert train(device, shards, tmp_path / "run", section) == pytest.approx(plain[0], rel=1e-4)
+    assert train(device, shards, tmp_path / "run", section) == pytest.approx(plain[0], rel=5e-4)
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
@@ -110,7 +114,7 @@ def test_a_run_of_stage_2_resumes_under_every_other_stage(device, shards, tmp_pa
     resumed = train(
         device, shards, tmp_path / "resumed", stage(number), "--train.ema_decay=0.9", "--optimizer.name=lamb"
     )
-    assert resumed == pytest.approx(whole[2:], rel=1e-4)
+    assert resumed == pytest.approx(whole[2:], rel=5e-4)
 
 
 @pytest.mark.parametrize("number", [0, 3])
@@ -121,7 +125,7 @@ def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(device, plain, sh
     checkpoints = tmp_path / "resumed/checkpoints"
     shutil.copytree(whole[1] / "checkpoints/step-00000002", checkpoints / "step-00000002")
     (checkpoints / "latest").write_text("step-00000002\n")
-    assert train(device, shards, tmp_path / "resumed", stage(number)) == pytest.approx(whole[0][2:], rel=1e-4)
+    assert train(device, shards, tmp_path / "resumed", stage(number)) == pytest.approx(whole[0][2:], rel=5e-4)
 
 
 def step_of(device: str, fast: bool) -> tuple[float, torch.Tensor]:
