@@ -1,0 +1,180 @@
+"""Training speed of nidl on the same scans: `python -m tests.benchmarks.bench_nidl [--device cuda] [--quick]`.
+
+Both train DenseNet121 with y-Aware InfoNCE on simulated scans of 121 x 145 x 121, with the paper's augmentations (flip, blur,
+noise, cutout, crop, each in half of the views), the same batch, number of reader processes and precision. nidl reads `.npy`
+files through torch's DataLoader and augments on the CPU; this project reads its shards and augments in the DALI graph. Each
+trains in its own process. Steps after the first WARM_UP count; the start of both programs is left out. nidl must be installed
+(`pip install nidl`); it is a peer, not a dependency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.loading.augment import PRESETS
+from pretrain.run.folder import read_metrics
+from tests.benchmarks.bench_training import simulated_shards
+
+WARM_UP = 5  # first steps of a run, not counted
+# Our precision -> Lightning's.
+PRECISIONS = {"fp32": "32-true", "autocast": "bf16-mixed"}
+
+
+class Scans(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Two augmented views (1, D, H, W) of each .npy file, and the age (1,)."""
+
+    def __init__(self, files: list[Path], ages: Any, transform: Any) -> None:
+        self.files, self.ages, self.transform = files, ages, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        volume = np.load(self.files[index])[None]
+        views = [torch.from_numpy(np.ascontiguousarray(self.transform(volume), dtype=np.float32)) for _ in range(2)]
+        return views, torch.tensor([self.ages[index]], dtype=torch.float32)
+
+
+def nidl_transform(shape: tuple[int, ...]) -> Any:
+    """Return nidl's transforms for the preset ``paper-all``."""
+    from nidl.volume.transforms import augmentation, preprocessing
+
+    paper = PRESETS["paper-all"]
+    box = {name: (paper[name].side ** 3,) * 2 for name in ("crop", "cutout")}
+    steps = [
+        preprocessing.ZNormalization(),
+        augmentation.RandomFlip(axes=0, p=paper["flip"].p),
+        augmentation.RandomResizedCrop(shape, scale=box["crop"], ratio=(1.0, 1.0), p=paper["crop"].p),
+        augmentation.RandomGaussianBlur(sigma=paper["blur"].sigma, p=paper["blur"].p),
+        augmentation.RandomGaussianNoise(std=paper["noise"].sigma, p=paper["noise"].p),
+        augmentation.RandomErasing(scale=box["cutout"], ratio=(1.0, 1.0), p=paper["cutout"].p),
+    ]
+
+    def apply(volume: Any) -> Any:
+        for step in steps:
+            volume = step(volume)
+        return volume
+
+    return apply
+
+
+def nidl_case(folder: str, batch: int, workers: int, steps: int, precision: str, tf32: bool) -> dict[str, float]:
+    """Train with nidl in this process; return scans per second and the peak of GPU memory in bytes."""
+    import pytorch_lightning as pl
+    from nidl.estimators.ssl import YAwareContrastiveLearning
+    from nidl.volume.backbones.densenet3d import densenet121
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    files = sorted(Path(folder, "npy").glob("*.npy"))
+    ages = np.random.default_rng(0).uniform(6, 88, len(files))
+    repeated = files * -(-batch * steps // len(files))
+    scans = Scans(repeated, np.resize(ages, len(repeated)), nidl_transform(np.load(files[0]).shape))
+    loader = torch.utils.data.DataLoader(
+        scans, batch, shuffle=True, num_workers=workers, drop_last=True, pin_memory=torch.cuda.is_available()
+    )
+    ends: list[float] = []
+
+    class Clock(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    method = YAwareContrastiveLearning(
+        densenet121(n_embedding=1024), proj_input_dim=1024, bandwidth=25.0, max_steps=steps, precision=PRECISIONS[precision],
+        callbacks=[Clock()], enable_checkpointing=False, enable_progress_bar=False, logger=False, num_sanity_val_steps=0,
+        lr_scheduler="none", default_root_dir=folder,
+    )  # fmt: skip
+    method.fit(loader)
+    seconds = statistics.median(np.diff(ends[WARM_UP:])) if steps > WARM_UP + 2 else ends[-1] - ends[-2]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"rate": batch / float(seconds), "bytes": peak}
+
+
+def our_rate(folder: Path, batch: int, workers: int, steps: int, precision: str, tf32: bool, more: list[str]) -> float:
+    """Train with this project in a new process; return scans per second."""
+    run = folder / f"run-{precision}-{tf32}-{len(more)}"
+    overrides = [f"--data.shards={folder}/shards", f"--run.output={run}", f"--train.steps={steps}", "--monitor.every_epochs=0",
+                 f"--run.tracking_uri=sqlite:///{folder}/mlflow.db", f"--batch.global={batch}", "--batch.micro=null",
+                 f"--data.workers={workers}", "--augmentation.preset=paper-all", f"--train.precision={precision}"]  # fmt: skip
+    case = json.dumps(["train", "paper-bhb10k", tf32, [*overrides, *more]])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.bench_training", "--case", case], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(done.stdout[-1000:] + done.stderr[-2000:])
+    seconds = [row["seconds"] for row in read_metrics(run / "metrics.jsonl")]
+    return batch / statistics.median(seconds[WARM_UP:] if steps > WARM_UP + 2 else seconds[-1:])
+
+
+def write_npy(shards: Path, folder: Path) -> None:
+    """Write every scan of the shards as a float32 .npy file."""
+    from data_pipeline.storage.manifest import Manifest
+
+    folder.mkdir()
+    manifest = Manifest.load(shards)
+    for row in manifest.rows():
+        np.save(folder / f"{row:05d}.npy", np.asarray(manifest.read_volume(int(row)), dtype=np.float32))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="small scans and few steps, to check that it runs")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.case:
+        print("\n" + json.dumps(nidl_case(*json.loads(chosen.case))))
+        return
+    if not find_spec("nidl"):
+        print("nidl is not installed (pip install nidl): not measured")
+        return
+    cuda = chosen.device == "cuda"
+    batch, steps, workers = (
+        (2, 3, 1) if chosen.quick else (chosen.batch, chosen.steps, max(1, (os.cpu_count() or 1) - 4))
+    )
+    hardware = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} cores {platform.machine()}"
+    print(f"{hardware}, {os.cpu_count()} CPU cores, torch {torch.__version__}, nidl {version('nidl')}, batch {batch}, "
+          f"{workers} reader processes")  # fmt: skip
+    settings: list[tuple[str, bool]] = [("fp32", True), ("autocast", True)] if cuda else [("fp32", False)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_npy(simulated_shards(folder, 8 if chosen.quick else 64, 6.0 if chosen.quick else 1.5), folder / "npy")
+        print(
+            f"{'precision':<12}{'nidl':>10}{'ours':>10}{'ratio':>8}{'+ compile':>12}{'ratio':>8}   scans/s", flush=True
+        )
+        for precision, tf32 in settings:
+            case = json.dumps([str(folder), batch, workers, steps, precision, tf32])
+            command = [sys.executable, "-m", "tests.benchmarks.bench_nidl", "--case", case]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stdout[-1000:] + done.stderr[-2000:])
+            peer = json.loads(done.stdout.splitlines()[-1])["rate"]
+            ours = our_rate(folder, batch, workers, steps, precision, tf32, [])
+            print(f"{precision:<12}{peer:>10.2f}{ours:>10.2f}{ours / peer:>8.2f}", end="", flush=True)
+            if precision == "autocast":
+                fast = ["--encoder.options={norm: batch, channels_last: true, compile: true}"]
+                compiled = our_rate(folder, batch, workers, steps, precision, tf32, fast)
+                print(f"{compiled:>12.2f}{compiled / peer:>8.2f}", end="")
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
