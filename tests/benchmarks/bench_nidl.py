@@ -106,7 +106,9 @@ def nidl_case(folder: str, batch: int, workers: int, steps: int, precision: str,
     return {"rate": batch / float(seconds), "bytes": peak}
 
 
-def our_rate(folder: Path, batch: int, workers: int, steps: int, precision: str, tf32: bool, more: list[str]) -> float:
+def our_rate(
+    folder: Path, batch: int, workers: int, steps: int, precision: str, *, tf32: bool, more: list[str]
+) -> float:
     """Train with this project in a new process; return scans per second."""
     run = folder / f"run-{precision}-{tf32}-{len(more)}"
     overrides = [f"--data.shards={folder}/shards", f"--run.output={run}", f"--train.steps={steps}", "--monitor.every_epochs=0",
@@ -167,11 +169,11 @@ def main() -> None:
             if done.returncode:
                 raise RuntimeError(done.stdout[-1000:] + done.stderr[-2000:])
             peer = json.loads(done.stdout.splitlines()[-1])["rate"]
-            ours = our_rate(folder, batch, workers, steps, precision, tf32, [])
+            ours = our_rate(folder, batch, workers, steps, precision, tf32=tf32, more=[])
             print(f"{precision:<12}{peer:>10.2f}{ours:>10.2f}{ours / peer:>8.2f}", end="", flush=True)
             if precision == "autocast":
                 fast = ["--encoder.options={norm: batch, channels_last: true, compile: true}"]
-                compiled = our_rate(folder, batch, workers, steps, precision, tf32, fast)
+                compiled = our_rate(folder, batch, workers, steps, precision, tf32=tf32, more=fast)
                 print(f"{compiled:>12.2f}{compiled / peer:>8.2f}", end="")
             print(flush=True)
 
