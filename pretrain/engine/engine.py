@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
-import logging
 import os
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
@@ -20,10 +17,11 @@ from torch import nn
 
 from infra import distributed
 from infra.errors import UserError
-from infra.extensions import exclusive_build, extensions_folder, hidden_compiler_checks
+from infra.extensions import exclusive_build, hidden_compiler_checks
 from infra.internals import library_changed, replaced_internal, set_internal
 from pretrain.config import Recipe
 from pretrain.engine.deepspeed_config import deepspeed_config, zero_stage
+from pretrain.engine.importing import import_deepspeed, import_muon_uncompiled
 from pretrain.engine.optimizers import LayerWise, build_optimizer, parameter_groups
 from pretrain.engine.partitions import deepspeed_internal, keeps_float32_copies, local_shards
 
@@ -35,25 +33,6 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 class NotFinite(RuntimeError):
     """The loss or its gradient is NaN or infinite. The weights have not been changed by the step."""
-
-
-def import_deepspeed() -> Any:
-    """Import DeepSpeed with the build directory and the accelerator set, and with its INFO messages off."""
-    extensions_folder()
-    # Put this environment's ninja first on PATH: DeepSpeed compiles its extensions again if it finds another ninja.
-    binaries = str(Path(sys.executable).parent)
-    if os.environ["PATH"].split(os.pathsep)[0] != binaries:
-        os.environ["PATH"] = os.pathsep.join((binaries, os.environ["PATH"]))
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in a notebook without ipywidgets
-        import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed uses names that torch 2.13 has deprecated; a user cannot change that.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    return deepspeed
 
 
 def warm() -> None:
@@ -150,6 +129,7 @@ def build_engine(
         optimizer.register_step_pre_hook(_refuse_not_finite)  # the other stages check by themselves, see update
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
     deepspeed = import_deepspeed()
+    import_muon_uncompiled()
     try:
         engine, _, _, _ = deepspeed.initialize(
             model=model,

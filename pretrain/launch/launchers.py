@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import os
 import shlex
 import subprocess
 import sys
@@ -17,6 +20,9 @@ from pretrain.launch.processes import stop_local_ranks, stop_over_pdsh
 SHELL = set("{}[]()*?$&|;<>~`'\"\\ \t")
 SBATCH = Path("infra/launch/pretrain.sbatch")
 DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
+# The part of DeepSpeed's launcher that starts the ranks of one host. The `deepspeed` command would start it after three
+# seconds of imports, and would replace CUDA_VISIBLE_DEVICES by the first GPUs of the machine.
+LOCAL_RANKS = (sys.executable, "-u", "-m", "pretrain.engine.local_ranks")
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,19 @@ def one_host(job: Job) -> list[str]:
             "use pdsh, node or slurm"
         )
     (ranks,) = job.hosts.values()
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(ranks)}).encode()).decode()
     return [
-        *DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", str(job.master_port or free_port()),
-        "--log_level", "error", *_training(job),
+        *LOCAL_RANKS, f"--world_info={world}", "--master_addr=127.0.0.1",
+        f"--master_port={job.master_port or free_port()}", "--log_level=error", *_training(job),
     ]  # fmt: skip
+
+
+def _devices(ranks: int) -> list[int | str]:
+    """Return the GPU of each rank: the first of those that CUDA_VISIBLE_DEVICES names, if it is set."""
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if len(named) < ranks:
+        return list(range(ranks))
+    return [int(name) if name.isdigit() else name for name in named[:ranks]]
 
 
 def over_pdsh(job: Job) -> list[str]:

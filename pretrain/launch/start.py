@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.distributed import unchanged_environment
+from infra.errors import UserError
 from infra.extensions import extensions_folder
 from infra.watchdog.exit_note import read_notes, remove_notes
 from pretrain.launch.launchers import LAUNCHERS, Job, Launcher
@@ -55,8 +56,15 @@ def start_recipe(recipe: Recipe, ranks: int) -> JobEnd:
 
 
 def start_on_this_host(recipe: Sequence[str], ranks: int, run_folder: Path) -> JobEnd:
-    """Start ``ranks`` ranks on this host; ``recipe`` is a recipe's name or path and its overrides."""
+    """Start ``ranks`` ranks on this host; ``recipe`` is a recipe's name or path and its overrides.
+
+    Raises UserError if this host has fewer GPUs than ranks.
+    """
     device = os.environ.get("DS_ACCELERATOR", accelerator())
+    if device == "cuda" and (gpus := visible_gpus()) < ranks:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        cause = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+        raise UserError(f"launch.ranks={ranks} needs a GPU for each rank; found {gpus}{cause}; lower launch.ranks")
     defaults = {"DS_ACCELERATOR": device}
     if ranks > 1 and device == "cpu":
         defaults["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
@@ -132,6 +140,13 @@ def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for number, before in old.items():
             signal.signal(number, before)
+
+
+def visible_gpus() -> int:
+    """Return the number of GPUs that torch sees."""
+    import torch
+
+    return int(torch.cuda.device_count())
 
 
 def accelerator() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from infra.errors import UserError
 from pretrain.launch.hosts import read_hostfile
 from pretrain.launch.launchers import LAUNCHERS, Job, Launcher
 from pretrain.launch.processes import RankObserver
-from pretrain.launch.start import start
+from pretrain.launch.start import start, start_on_this_host
 from tests.runs import ROOT, SMALL, environment, losses
 
 
@@ -225,3 +227,29 @@ def test_launch_trains_on_one_host_of_a_hostfile(shards, tmp_path):
     assert done.returncode == 0
     assert "launch: deepspeed --hostfile" in done.stdout
     assert [step for step, _ in losses(tmp_path / "run")] == [0]
+
+
+def devices_of(command: list[str]) -> list[int | str]:
+    """Return the devices that a command for one host gives its ranks."""
+    (word,) = [word for word in command if word.startswith("--world_info=")]
+    return json.loads(base64.urlsafe_b64decode(word.partition("=")[2]))["localhost"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [(None, [0, 1]), ("", [0, 1]), ("5,3,1", [5, 3]), ("GPU-8f6e, GPU-11aa", ["GPU-8f6e", "GPU-11aa"])],
+)
+def test_one_host_keeps_the_gpus_that_the_user_made_visible(monkeypatch, visible, devices):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices_of(LAUNCHERS["one-host"].command(Job(["demo-cpu"], {"localhost": 2}))) == devices
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("pretrain.launch.start.visible_gpus", lambda: 1)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserError, match=r"launch.ranks=2 needs a GPU .*; found 1 \(CUDA_VISIBLE_DEVICES=3\); lower"):
+        start_on_this_host(["demo-cpu"], 2, tmp_path)

@@ -1,0 +1,47 @@
+"""The import of DeepSpeed, without the parts that are not used here and take seconds of every start."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infra.extensions import extensions_folder
+from infra.internals import replaced_internal
+from infra.lean_imports import without
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed with the build directory and the accelerator set, and with its INFO messages off."""
+    extensions_folder()
+    # Put this environment's ninja first on PATH: DeepSpeed compiles its extensions again if it finds another ninja.
+    binaries = str(Path(sys.executable).parent)
+    if os.environ["PATH"].split(os.pathsep)[0] != binaries:
+        os.environ["PATH"] = os.pathsep.join((binaries, os.environ["PATH"]))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in a notebook without ipywidgets
+        with without("mlflow"):  # for DeepSpeed's autotuner
+            import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed uses names that torch 2.13 has deprecated; a user cannot change that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    return deepspeed
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, which every engine imports, without its call of torch.compile.
+
+    That call imports torch's compiler. No recipe can choose Muon.
+    """
+    compiler = import_module("deepspeed.runtime.compiler")
+    with replaced_internal("deepspeed", compiler, "compile", lambda *_, **__: lambda function: function):
+        import_module("deepspeed.runtime.zero.muon.original_muon")
