@@ -2,6 +2,9 @@
 
 Without ``RAY_ADDRESS`` a session starts a local cluster, with little memory and no dashboard, and stops it at the end. With
 ``RAY_ADDRESS`` it joins the running cluster and leaves it running.
+
+A local cluster takes about ten seconds to start and to stop. Work that is done sooner runs in this process instead, one task
+after another, by the same functions and with as many threads as in a worker, so that its results are the same.
 """
 
 from __future__ import annotations
@@ -9,15 +12,18 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
 
 OBJECT_STORE_BYTES = 200 * 2**20
+# What a local cluster costs: seconds to start and stop, and the bytes of images that one core reads meanwhile.
+START_SECONDS, SMALL_BYTES = 10.0, 40 * 2**20
 # One thread per worker: workers share the cores, and linear algebra on arrays of this size is not faster with more.
 WORKER_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -74,6 +80,54 @@ def session(workers: int | None = None) -> Iterator[Any]:
         ray.shutdown()
 
 
+_cluster_on_demand: Callable[[], Any] | None = None
+
+
+@contextmanager
+def session_on_demand(workers: int | None = None) -> Iterator[None]:
+    """As `session`, but a local cluster starts when `connect` is called for the first time within the block."""
+    global _cluster_on_demand
+    if _cluster_on_demand:
+        yield
+    elif os.environ.get("RAY_ADDRESS"):
+        with session(workers):
+            yield
+    else:
+        with ExitStack() as stack:
+            _cluster_on_demand = lambda: stack.enter_context(session(workers))  # noqa: E731
+            try:
+                yield
+            finally:
+                _cluster_on_demand = None
+
+
+def connect() -> Any:
+    """Return ``ray``; start the cluster of a surrounding `session_on_demand` if it has not been started."""
+    ray = import_ray()
+    if not ray.is_initialized() and _cluster_on_demand:
+        _cluster_on_demand()
+    return ray
+
+
+def has_cluster() -> bool:
+    """Return whether a cluster is there: one that runs, or that of ``RAY_ADDRESS``."""
+    return bool(os.environ.get("RAY_ADDRESS")) or ("ray" in sys.modules and sys.modules["ray"].is_initialized())
+
+
+def is_small(total_bytes: float, workers: int | None) -> bool:
+    """Return whether to read this many bytes of images in this process: no cluster is there or asked for by ``workers``."""
+    return total_bytes <= SMALL_BYTES and workers is None and not has_cluster()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let linear algebra use one thread within the block, as in a Ray worker."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        yield
+
+
 def _check_reachable(address: str) -> None:
     """Raise UserError if nothing listens on ``address``. Ray itself would retry for minutes and log each attempt."""
     host, _, port = address.rpartition(":")
@@ -92,8 +146,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def map_unordered(
-    function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, in_flight: int, retries: int = 3
-) -> Iterator[tuple[int, Any]]:
+    function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, in_flight: int, retries: int = 3,
+    here: bool = False,
+) -> Iterator[tuple[int, Any]]:  # fmt: skip
     """Run ``function(*arguments[i])`` for every i as Ray tasks; yield (i, result) in the order of completion.
 
     Args:
@@ -101,12 +156,17 @@ def map_unordered(
         arguments: one tuple of arguments for each task.
         in_flight: how many tasks are submitted at a time.
         retries: how often a task runs again after its worker process has died.
+        here: run the tasks in this process, in order.
 
     Raises:
         UserError: if the workers of a task die at every attempt.
         Exception: any exception of ``function``.
     """
-    ray = import_ray()
+    if here:
+        with one_thread():
+            yield from ((index, function(*task_arguments)) for index, task_arguments in enumerate(arguments))
+        return
+    ray = connect()
     task = ray.remote(num_cpus=1, max_retries=retries)(function)
     waiting: dict[Any, int] = {}
     try:
@@ -136,8 +196,8 @@ def _next(ray: Any, waiting: dict[Any, int]) -> tuple[int, Any]:
 
 
 def import_tune() -> Any:
-    """Import Ray Tune with Optuna's search and the schedulers."""
-    import_ray()
+    """Import Ray Tune with Optuna's search and the schedulers; connect as `connect` does."""
+    connect()
     from ray import tune
     from ray.tune import schedulers, search  # noqa: F401 - attributes of tune
     from ray.tune.search import optuna  # noqa: F401
@@ -148,7 +208,7 @@ def import_tune() -> Any:
 
 def gpus() -> float:
     """Return the number of GPUs of the connected cluster."""
-    return float(import_ray().cluster_resources().get("GPU", 0))
+    return float(connect().cluster_resources().get("GPU", 0))
 
 
 def train_torch(
@@ -158,7 +218,7 @@ def train_torch(
 
     Each worker gets ``cpus`` CPUs and ``gpus`` GPUs. Raises RuntimeError with the cause if a worker fails.
     """
-    import_ray()
+    connect()
     from ray import train
     from ray.train.torch import TorchTrainer
 

@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from infra import ray_cluster
 from infra.progress import Progress
-from infra.ray_cluster import import_ray, import_tune, train_torch
+from infra.ray_cluster import import_tune, train_torch
 
 Point = dict[str, Any]
 
@@ -29,6 +31,7 @@ def tune_grid(
     name: str,
     concurrency: int | None = None,
     resources: dict[str, float] | None = None,
+    here: bool = False,
     title: str = "tuning",
 ) -> list[dict[str, Any]]:
     """Run ``trainable(point, data)`` for every point as a Ray Tune trial. Return the results in the order of the points.
@@ -43,16 +46,50 @@ def tune_grid(
         name: name of the search within ``storage``.
         concurrency: the most trials that run at a time; None leaves it to the resources.
         resources: Ray resources of a trial; by default one CPU.
+        here: begin in this process; Tune takes over when the trials that remain would take longer here than a start of Ray.
         title: label of the progress line.
 
     Raises:
         RuntimeError: with the cause, if a trial fails.
     """
-    import_ray()
-    tune = import_tune()
     results = _results_folder(storage, name)
-    if all((results / f"{index}.pkl").is_file() for index in range(len(points))):
-        return [pickle.loads((results / f"{index}.pkl").read_bytes()) for index in range(len(points))]
+    files = [results / f"{index}.pkl" for index in range(len(points))]
+    if here and not ray_cluster.has_cluster():
+        _run_here(trainable, points, data, files, title=title, name=name)
+    if not all(file.is_file() for file in files):
+        _run_in_tune(trainable, points, data, results, storage=storage, name=name, concurrency=concurrency,
+                     resources=resources, title=title)  # fmt: skip
+    return [pickle.loads(file.read_bytes()) for file in files]
+
+
+def _run_here(
+    trainable: Callable[[Point, dict[str, Any]], dict[str, Any]], points: Sequence[Point], data: dict[str, Any],
+    files: Sequence[Path], *, title: str, name: str,
+) -> None:  # fmt: skip
+    """Run the points that have no file, in order, until the rest would take longer than a start of Ray."""
+    missing = [index for index, file in enumerate(files) if not file.is_file()]
+    if not missing:
+        return
+    started = time.monotonic()
+    with Progress(len(points), "trials", title) as progress, ray_cluster.one_thread():
+        progress.advance(len(points) - len(missing))
+        for done, index in enumerate(missing, 1):
+            try:
+                result = trainable(points[index], data)
+            except Exception as error:
+                raise RuntimeError(f"{name}: a trial failed: {error}") from error
+            _write(files[index], pickle.dumps(result))
+            progress.advance()
+            if (len(missing) - done) * (time.monotonic() - started) / done > ray_cluster.START_SECONDS:
+                return
+
+
+def _run_in_tune(
+    trainable: Callable[[Point, dict[str, Any]], dict[str, Any]], points: Sequence[Point], data: dict[str, Any],
+    results: Path, *, storage: Path, name: str, concurrency: int | None, resources: dict[str, float] | None, title: str,
+) -> None:  # fmt: skip
+    """Run the points in Ray Tune; those that have a file in ``results`` are not computed again."""
+    tune = import_tune()
     wrapped = tune.with_resources(
         tune.with_parameters(
             _grid_class(tune), function=trainable, data={"points": list(points), "shared": data}, out=str(results)
@@ -62,7 +99,6 @@ def tune_grid(
     space = {"index": tune.grid_search(list(range(len(points))))}
     config = tune.TuneConfig(reuse_actors=True, max_concurrent_trials=concurrency)
     _run(tune, wrapped, space, config=config, storage=storage, name=name, count=len(points), title=title)
-    return [pickle.loads((results / f"{index}.pkl").read_bytes()) for index in range(len(points))]
 
 
 def tune_search(
@@ -100,7 +136,6 @@ def tune_search(
     Raises:
         RuntimeError: with the cause, if a trial fails.
     """
-    import_ray()
     tune = import_tune()
     results = _results_folder(storage, name)
     finished = results / "finished.json"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,3 +55,12 @@ class Scan:
 def safe_name(name: str) -> str:
     """Replace every character that a sample key must not contain (dots, slashes, spaces) by a hyphen."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)
+
+
+def bytes_of(scans: Iterable[Scan]) -> int:
+    """Return the size of the files of scans; a file that cannot be found counts as empty."""
+    total = 0
+    for scan in scans:
+        with suppress(OSError):
+            total += scan.path.stat().st_size
+    return total

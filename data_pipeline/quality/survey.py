@@ -12,7 +12,7 @@ import pandas as pd
 
 from data_pipeline.cohort.grid import common_grid
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
-from data_pipeline.cohort.scan import Scan
+from data_pipeline.cohort.scan import Scan, bytes_of
 from data_pipeline.quality.outliers import Verdict, coarse_path, judge, save_coarse
 from data_pipeline.quality.rules import COLUMNS, Quality, Removal, check_quality, read_scan, unlisted_removals
 from data_pipeline.volume.errors import BadScan
@@ -109,8 +109,9 @@ def survey_cohort(
         {"key": s.key, "path": s.reported_path, "dataset": s.dataset, "participant_id": s.participant_id,
          "session": s.session, "site": s.site, "age": s.age, "sex": s.sex} for s in (*scans, *unlisted)
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=parts, prefix=".survey-") as folder, ray_cluster.session(workers):
-        rows, removals, coarse = _measure(scans, preparation, quality, Path(folder))
+    with tempfile.TemporaryDirectory(dir=parts, prefix=".survey-") as folder, ray_cluster.session_on_demand(workers):
+        small = ray_cluster.is_small(bytes_of(scans), workers)
+        rows, removals, coarse = _measure(scans, preparation, quality, Path(folder), here=small)
         measured = pd.DataFrame(rows, columns=["key", *(c for c in COLUMNS if c != "quality_correlation")])
         table = measured.merge(participants.drop_duplicates("key"), on="key", how="left", validate="one_to_one")
         verdict = judge(table, coarse, quality, {scan.key: scan.reported_path for scan in scans})
@@ -127,9 +128,9 @@ def survey_cohort(
 
 
 def _measure(
-    scans: list[Scan], preparation: Preparation, quality: Quality, folder: Path
+    scans: list[Scan], preparation: Preparation, quality: Quality, folder: Path, *, here: bool
 ) -> tuple[list[dict[str, Any]], list[Removal], list[Path]]:
-    """``measure_part`` of all scans in Ray tasks; also the coarse files of the parts that have a usable scan."""
+    """``measure_part`` of all scans in Ray tasks, or ``here``; also the coarse files of the parts that have a usable scan."""
     smallest, largest = PART_SCANS
     step = min(largest, max(smallest, len(scans) // 64))
     parts = [scans[first : first + step] for first in range(0, len(scans), step)]
@@ -138,7 +139,7 @@ def _measure(
     results: list[Any] = [None] * len(tasks)
     excluded = 0
     with Progress(len(scans), "scans", "inspecting") as progress:
-        for index, result in ray_cluster.map_unordered(measure_part, tasks, in_flight=64):
+        for index, result in ray_cluster.map_unordered(measure_part, tasks, in_flight=64, here=here):
             results[index] = result
             excluded += len(result[1])
             progress.advance(len(parts[index]), excluded=excluded)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
-from data_pipeline.cohort.scan import Scan
+from data_pipeline.cohort.scan import Scan, bytes_of
 from data_pipeline.cohort.split import assign_splits, is_healthy
 from data_pipeline.quality.rules import (
     Quality,
@@ -156,8 +156,9 @@ def _check_unchanged(scans: list[Scan], old: Manifest, workers: int | None, rere
     starts = range(0, len(scans), SCANS_PER_COMPARISON)
     tasks = [(scans[n : n + SCANS_PER_COMPARISON], preparation, codec, quality) for n in starts]
     changed: list[str] = []
-    with ray_cluster.session(workers), Progress(len(scans), "scans", "comparing known scans") as progress:
-        for index, checksums in ray_cluster.map_unordered(_checksums, tasks, in_flight=64):
+    small = ray_cluster.is_small(bytes_of(scans), workers)
+    with ray_cluster.session_on_demand(workers), Progress(len(scans), "scans", "comparing known scans") as progress:
+        for index, checksums in ray_cluster.map_unordered(_checksums, tasks, in_flight=64, here=small):
             first = starts[index]
             rows = stored.iloc[first : first + len(checksums)]
             expected = zip(rows["size"], rows["crc32c"], strict=True)

@@ -71,8 +71,12 @@ def _rewrite_shards(
     tasks = [(str(folder), str(shards[number]["name"]), keys_by_shard[number], codec) for number in numbers]
     rewritten: dict[int, tuple[ShardRow, dict[str, int]]] = {}
     if tasks:
-        with ray_cluster.session(), Progress(len(tasks), "shards", "removing scans from shards") as progress:
-            for index, result in ray_cluster.map_unordered(rewrite_shard, tasks, in_flight=64):
+        small = ray_cluster.is_small(sum(shards[number]["bytes"] for number in numbers), None)
+        with (
+            ray_cluster.session_on_demand(),
+            Progress(len(tasks), "shards", "removing scans from shards") as progress,
+        ):
+            for index, result in ray_cluster.map_unordered(rewrite_shard, tasks, in_flight=64, here=small):
                 rewritten[numbers[index]] = result
                 progress.advance()
     new_shards: list[ShardRow] = []

@@ -12,7 +12,7 @@ from typing import Any
 import webdataset  # noqa: F401
 from pydantic import TypeAdapter
 
-from data_pipeline.cohort.scan import Scan
+from data_pipeline.cohort.scan import Scan, bytes_of
 from data_pipeline.quality.outliers import coarse_path, save_coarse
 from data_pipeline.quality.rules import Quality, Removal, read_scan
 from data_pipeline.shards import unfinished
@@ -71,7 +71,7 @@ def write_shards(
         scans: the scans to write.
         grid: the grid that all scans are resampled to.
         settings: the manifest's settings.
-        workers: Ray workers; None for one per core.
+        workers: Ray workers; None for one per core, or none if the scans are few.
         first_number: number of the first shard.
         stored: digest -> key of the scans that the shards hold already; a new scan with such a digest is a duplicate.
 
@@ -84,7 +84,7 @@ def write_shards(
     parts = [[scans[i] for i in order[first : first + step]] for first in range(0, len(scans), step)]
     names = [shard_name(settings["dataset"], first_number + n) for n in range(len(parts))]
     preparation, quality = Preparation.of(grid.to_dict(), settings), quality_rules(settings)
-    with unfinished.build_folder(folder, names) as temporary, ray_cluster.session(workers):
+    with unfinished.build_folder(folder, names) as temporary, ray_cluster.session_on_demand(workers):
         tasks = [
             ShardTask(
                 scans=part, out=str(folder), temporary=str(temporary), name=name, preparation=preparation, codec=codec,
@@ -125,10 +125,13 @@ def run_tasks(tasks: Sequence[ShardTask], workers: int | None, title: str) -> li
     """
     results: list[Any] = [None] * len(tasks)
     scans = sum(len(task.scans) for task in tasks)
-    with ray_cluster.session(workers) as ray, Progress(scans, "scans", title) as progress:
+    small = ray_cluster.is_small(bytes_of([scan for task in tasks for scan in task.scans]), workers)
+    with ray_cluster.session_on_demand(workers), Progress(scans, "scans", title) as progress:
         quarantined = 0
-        in_flight = max(MIN_IN_FLIGHT, 2 * int(ray.cluster_resources().get("CPU", 1)))
-        for index, written in ray_cluster.map_unordered(build_one, [(task,) for task in tasks], in_flight=in_flight):
+        cpus = 1 if small else ray_cluster.connect().cluster_resources().get("CPU", 1)
+        in_flight = max(MIN_IN_FLIGHT, 2 * int(cpus))
+        arguments = [(task,) for task in tasks]
+        for index, written in ray_cluster.map_unordered(build_one, arguments, in_flight=in_flight, here=small):
             results[index] = written
             quarantined += len(written.removals)
             progress.advance(len(tasks[index].scans), quarantined=quarantined)

@@ -105,7 +105,7 @@ def evaluate(
     candidates = [_load_candidate(path, context) for path in checkpoint_paths(checkpoints, all_steps=all_steps)]
     _print_tasks(context)
     rows = []
-    with ray_cluster.session(workers):
+    with ray_cluster.session_on_demand(workers):
         for name, candidate in _candidates_by_protocol(candidates, settings):
             metrics, run_id = _evaluate_once(context, name, candidate)
             _print_first_metrics(context, name, candidate, metrics)

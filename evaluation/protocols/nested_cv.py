@@ -143,7 +143,7 @@ def search_grid(
     """
     points = [{"task": task, "params": params} for task in prepared for params in probe.grid]
     data = {"tasks": prepared, "model": probe.model}
-    rows = tuning.tune_grid(trial, points, data=data, storage=storage, name="grid", title=title)
+    rows = tuning.tune_grid(trial, points, data=data, storage=storage, name="grid", here=True, title=title)
     return {name: choose([row for row in rows if row["task"] == name], task) for name, task in prepared.items()}
 
 
