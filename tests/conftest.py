@@ -14,5 +14,5 @@ def shards(tmp_path_factory):
 
     cohort = write_cohort(tmp_path_factory.mktemp("cohort") / "tiny", participants=36, sessions=2)
     out = tmp_path_factory.mktemp("shards") / "tiny"
-    build_shards(cohort, out, scans_per_shard=20, workers=2)
+    build_shards(cohort, out, scans_per_shard=20)
     return out

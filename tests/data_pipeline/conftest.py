@@ -16,4 +16,4 @@ def cohort(tmp_path_factory):
 def manifest(cohort, tmp_path_factory):
     from data_pipeline.shards.build import build_shards
 
-    return build_shards(cohort, tmp_path_factory.mktemp("shards") / "tiny", scans_per_shard=10, workers=2)
+    return build_shards(cohort, tmp_path_factory.mktemp("shards") / "tiny", scans_per_shard=10)

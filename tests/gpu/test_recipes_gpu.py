@@ -30,7 +30,7 @@ def scans(tmp_path_factory):
     table.write_text("\n".join([f"{head}\topenbhb_split", *(f"{row}\ttrain" for row in rows)]) + "\n")
     out = tmp_path_factory.mktemp("shards") / "few"
     grid = Grid.of((48, 56, 48), np.array([[2.0, 0, 0, -48], [0, 2, 0, -66], [0, 0, 2, -38], [0, 0, 0, 1]]))
-    build_shards(cohort, out, grid=grid, splits={"pretrain": 0.6, "monitor": 0.4}, workers=2)
+    build_shards(cohort, out, grid=grid, splits={"pretrain": 0.6, "monitor": 0.4})
     return out
 
 

@@ -53,7 +53,7 @@ def scans(tmp_path_factory):
     table.write_text("\n".join([f"{head}\topenbhb_split", *(f"{row}\ttrain" for row in rows)]) + "\n")
     out = tmp_path_factory.mktemp("shards") / "few"
     grid = Grid.of((30, 32, 30), np.array([[3.0, 0, 0, -44], [0, 3, 0, -62], [0, 0, 3, -34], [0, 0, 0, 1]]))
-    build_shards(cohort, out, grid=grid, splits={"pretrain": 0.6, "monitor": 0.4}, workers=1)
+    build_shards(cohort, out, grid=grid, splits={"pretrain": 0.6, "monitor": 0.4})
     return out
 
 

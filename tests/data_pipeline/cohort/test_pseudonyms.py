@@ -22,17 +22,11 @@ from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.grid import Grid
 from data_pipeline.volume.load import load_volume
-from infra import cli, ray_cluster
+from infra import cli
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort
 
 PLANTED = "DOEJOHN"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with ray_cluster.session(2):
-        yield
 
 
 def every_byte(folder: Path) -> list[tuple[str, bytes]]:

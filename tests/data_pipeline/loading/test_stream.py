@@ -26,7 +26,7 @@ QUERY = "age > 30"
 @pytest.fixture(scope="module")
 def plain(cohort, tmp_path_factory):
     """The cohort in shards with plain .npy members."""
-    return build_shards(cohort, tmp_path_factory.mktemp("shards") / "npy", scans_per_shard=10, workers=2, codec="npy")
+    return build_shards(cohort, tmp_path_factory.mktemp("shards") / "npy", scans_per_shard=10, codec="npy")
 
 
 CASES = [("dali", "npy"), ("stream", "npy"), ("stream", "zst"), ("dali", "zst")]

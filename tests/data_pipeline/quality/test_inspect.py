@@ -18,15 +18,9 @@ from data_pipeline.quality.rules import load_quality
 from data_pipeline.quality.survey import survey_cohort, tables
 from data_pipeline.shards.build import build_shards
 from data_pipeline.volume.grid import Grid
-from infra import cli, ray_cluster
+from infra import cli
 from tests.cohorts import GRID, blob, write_cohort
 from tests.data_pipeline.shards.faults import PLANTED, write_faulty_cohort
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with ray_cluster.session(2):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from data_pipeline.shards.tar import copy_without, encode, write_shard
 from data_pipeline.shards.verify import find_problems
 from data_pipeline.volume.grid import Grid
 from data_pipeline.volume.preparation import Preparation
-from infra import cli, ray_cluster
+from infra import cli
 from infra.errors import UserError
 from infra.settings import to_dict
 from tests.cohorts import GRID, blob, write_cohort
@@ -43,12 +43,6 @@ ALL_OFF = [
     "--quality.nonfinite=zero", "--quality.constant=keep", "--quality.duplicate=keep", "--quality.outlier.use=false",
     "--quality.cat12.use=false",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with ray_cluster.session(2):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,9 @@ from data_pipeline.shards.append import append_shards
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.verify import find_problems
 from data_pipeline.storage.manifest import Manifest
-from infra import cli, ray_cluster
+from infra import cli
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with ray_cluster.session(2):
-        yield
 
 
 @pytest.fixture

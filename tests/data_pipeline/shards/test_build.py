@@ -19,15 +19,9 @@ from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.verify import find_problems
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.grid import Grid
-from infra import cli, ray_cluster
+from infra import cli
 from infra.errors import UserError
 from tests.cohorts import GRID, blob, write_cohort
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with ray_cluster.session(2):  # started once for all builds of this file
-        yield
 
 
 def find(cohort: Path, key: str) -> Path:

@@ -14,16 +14,10 @@ import pytest
 from data_pipeline.shards.append import append_shards
 from data_pipeline.shards.build import build_shards
 from data_pipeline.shards.info import shards_info
-from infra import cli, ray_cluster
+from infra import cli
 from infra.errors import UserError
 from tests.benchmarks.bench_shards import write_large_manifest
 from tests.cohorts import write_cohort
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with ray_cluster.session(1):
-        yield
 
 
 def test_counts_are_those_of_the_scan_table(manifest):

@@ -37,7 +37,6 @@ def shards(tmp_path_factory):
         write_cohort(root / "tiny", participants=40),
         root / "shards",
         splits={"pretrain": 0.2, "downstream": 0.8},
-        workers=2,
     )
     return root / "shards"
 

@@ -38,7 +38,7 @@ TASKS = ["--tasks", "ad,age,site,sex", "--n-train", "8,16,99", "--draws", "3"]
 def shards(tmp_path_factory):
     cohort = write_cohort(tmp_path_factory.mktemp("cohort") / "tiny", participants=90)
     out = tmp_path_factory.mktemp("shards") / "tiny"
-    build_shards(cohort, out, splits={"pretrain": 0.3, "monitor": 0.1, "downstream": 0.6}, workers=2)
+    build_shards(cohort, out, splits={"pretrain": 0.3, "monitor": 0.1, "downstream": 0.6})
     return out
 
 

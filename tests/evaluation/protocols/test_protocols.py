@@ -63,7 +63,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("protocols")
     cohort = write_cohort(root / "tiny", participants=54)
     shards = root / "shards"
-    build_shards(cohort, shards, splits={"pretrain": 0.2, "downstream": 0.8}, workers=2)
+    build_shards(cohort, shards, splits={"pretrain": 0.2, "downstream": 0.8})
     for step in (2, 4):
         write_checkpoint(root / "runs" / "first", Manifest.load(shards), step, step)
     return root, shards

@@ -14,7 +14,6 @@ from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
 from evaluation.tasks.leakage import check_copies, check_leakage
 from evaluation.tasks.tasks import load_task
-from infra import ray_cluster
 from infra.errors import UserError
 from pretrain.config import load_recipe
 from pretrain.encoders import build_encoder
@@ -68,12 +67,6 @@ def encoder_of(folder, manifest, rows, seen=True):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with ray_cluster.session(2):
-        yield
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A cohort with two sessions per participant, and an encoder trained on the first session of ten participants."""
@@ -88,7 +81,7 @@ def world(tmp_path_factory):
 
 
 def build(cohort, out):
-    build_shards(cohort, out, dataset="tiny", splits={"downstream": 1.0}, workers=2)
+    build_shards(cohort, out, dataset="tiny", splits={"downstream": 1.0})
     return out
 
 

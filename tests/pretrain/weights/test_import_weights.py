@@ -229,7 +229,7 @@ def test_an_imported_encoder_is_evaluated_by_the_real_command(tmp_path, capsys):
 
     cohort = write_cohort(tmp_path / "cohort", participants=40)
     shards = tmp_path / "shards"
-    build_shards(cohort, shards, grid=Grid.vbm(5.5), splits={"pretrain": 0.1, "downstream": 0.9}, workers=2)
+    build_shards(cohort, shards, grid=Grid.vbm(5.5), splits={"pretrain": 0.1, "downstream": 0.9})
     file, out, uri = write(tmp_path / "bhb.pth", published_state()), tmp_path / "bhb", f"sqlite:///{tmp_path}/mlflow.db"
     layout = ["--arch", "densenet121-yaware", "--out", str(out), "--grid", str(shards)]
     assert cli.run(["import-weights", str(file), *layout]) == 0
