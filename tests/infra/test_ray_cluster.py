@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from infra import ray_cluster, tuning
 from infra.errors import UserError
@@ -89,9 +93,6 @@ def test_an_inner_session_uses_the_outer_cluster():
 
 
 def test_an_address_without_a_cluster_raises_a_user_error(tmp_path):
-    import subprocess
-    import sys
-
     code = "from infra import ray_cluster\nwith ray_cluster.session(): pass"
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
@@ -106,3 +107,73 @@ def die_always():
 def test_a_task_that_kills_every_worker_raises_a_user_error():
     with pytest.raises(UserError, match="a Ray worker died at every attempt of the same task"):
         list(ray_cluster.map_unordered(die_always, [()], in_flight=1, retries=1))
+
+
+def threads_and_product(point, data):
+    matrix = np.random.default_rng(point["seed"]).normal(size=(300, 300))
+    time.sleep(point.get("sleep", 0))
+    return {"process": os.getpid(), "product": matrix @ matrix.T @ data["vector"]}
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """Let the code believe that no cluster has been started, as in a new process."""
+    monkeypatch.setattr(ray_cluster, "has_cluster", lambda: False)
+
+
+def test_a_small_search_runs_here_with_the_results_of_ray(tmp_path, no_cluster):
+    points, data = [{"seed": n} for n in range(4)], {"vector": np.linspace(0, 1, 300)}
+    common = {"data": data, "storage": tmp_path}
+    here = tuning.tune_grid(threads_and_product, points, name="here", here=True, **common)
+    in_ray = tuning.tune_grid(threads_and_product, points, name="ray", **common)
+    assert {row["process"] for row in here} == {os.getpid()}
+    assert os.getpid() not in {row["process"] for row in in_ray}
+    for ours, theirs in zip(here, in_ray, strict=True):
+        assert np.array_equal(ours["product"], theirs["product"])
+
+
+def test_a_search_that_takes_longer_than_a_start_of_ray_is_handed_over(tmp_path, no_cluster, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "START_SECONDS", 0.5)
+    points, data = [{"seed": n, "sleep": 0.2} for n in range(6)], {"vector": np.ones(300)}
+    rows = tuning.tune_grid(threads_and_product, points, data=data, storage=tmp_path, name="handed", here=True)
+    assert [row["process"] == os.getpid() for row in rows] == [True] + [False] * 5
+
+
+def test_a_search_that_was_killed_here_goes_on_with_its_missing_points(tmp_path, no_cluster):
+    log = tmp_path / "log"
+    log.mkdir()
+    data = {"base": 1.0, "log": str(log)}
+    common = {"data": data, "storage": tmp_path, "name": "search", "here": True}
+    with pytest.raises(RuntimeError, match="search: a trial failed: intended failure"):
+        tuning.tune_grid(trial, [{"c": 1}, {"c": 2}, {"c": 3, "fail": True}], **common)
+    tuning.tune_grid(trial, [{"c": 1}, {"c": 2}, {"c": 3}], **common)
+    assert {p.name: p.read_text() for p in log.iterdir()} == {"1": "ran\n", "2": "ran\n", "3": "ran\n"}
+
+
+def test_tasks_run_here_in_order_and_with_one_thread():
+    def threads(n):
+        return n, [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    assert list(ray_cluster.map_unordered(threads, [(n,) for n in range(3)], in_flight=1, here=True)) == [
+        (n, (n, [1] * len(threads(n)[1]))) for n in range(3)
+    ]
+
+
+def test_a_cluster_on_demand_starts_at_the_first_need_and_ends_with_the_block():
+    code = """
+from infra import ray_cluster
+import sys
+assert ray_cluster.is_small(1, None) and not ray_cluster.is_small(1, 2)
+with ray_cluster.session_on_demand(1):
+    assert "ray" not in sys.modules
+    with ray_cluster.session_on_demand(2):
+        assert ray_cluster.connect().cluster_resources()["CPU"] == 1
+    assert ray_cluster.has_cluster() and not ray_cluster.is_small(1, None)
+assert not ray_cluster.has_cluster()
+with ray_cluster.session_on_demand():
+    pass
+print("ok")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "ok\n", done.stderr[-2000:]
