@@ -13,13 +13,13 @@ import logging
 import os
 import socket
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
+from infra.lean_imports import quiet_imports
 
 OBJECT_STORE_BYTES = 200 * 2**20
 # What a local cluster costs: seconds to start and stop, and the bytes of images that one core reads meanwhile.
@@ -34,10 +34,9 @@ def import_ray() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # In a notebook, Ray and tqdm ask for ipywidgets; the project draws its own progress.
+    # In a notebook, Ray asks for ipywidgets; the project draws its own progress.
     logging.getLogger("ray.widgets.util").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="IProgress not found")
+    with quiet_imports():
         import ray
 
     return ray

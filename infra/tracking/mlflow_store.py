@@ -13,6 +13,7 @@ from typing import Any
 
 from infra.errors import UserError
 from infra.internals import internal
+from infra.lean_imports import quiet_imports
 from infra.tracking.spool import Entry, warn
 
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # limits of MLflow's log_batch
@@ -168,7 +169,8 @@ class StoredRun:
 @contextmanager
 def query_errors(uri: str) -> Iterator[None]:
     """Raise MLflow's errors inside the block (unreachable store, unknown run) as UserError."""
-    from mlflow.exceptions import MlflowException
+    with quiet_imports():
+        from mlflow.exceptions import MlflowException
 
     try:
         yield
@@ -191,7 +193,8 @@ def client_of(uri: str, create: bool = True) -> Any:
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    from mlflow import MlflowClient
+    with quiet_imports():
+        from mlflow import MlflowClient
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     if file is None or not create:

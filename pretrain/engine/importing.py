@@ -14,7 +14,7 @@ import torch
 
 from infra.extensions import extensions_folder
 from infra.internals import replaced_internal
-from infra.lean_imports import without
+from infra.lean_imports import quiet_imports, without
 
 
 def import_deepspeed() -> Any:
@@ -26,10 +26,8 @@ def import_deepspeed() -> Any:
         os.environ["PATH"] = os.pathsep.join((binaries, os.environ["PATH"]))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in a notebook without ipywidgets
-        with without("mlflow"):  # for DeepSpeed's autotuner
-            import deepspeed
+    with quiet_imports(), without("mlflow"):  # for DeepSpeed's autotuner
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed uses names that torch 2.13 has deprecated; a user cannot change that.

@@ -58,6 +58,7 @@ def whole(big_cohort, head, tmp_path_factory):
 def command(cohort: Path, out: Path) -> list[str]:
     return [
         sys.executable, "-m", "infra.cli", "shards", "build", str(cohort), str(out), f"--scans-per-shard={PER_SHARD}",
+        "--workers=2",  # in Ray, although the scans are few
     ]  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from infra.errors import UserError
+from infra.extensions import extensions_folder
 from pretrain.config import Recipe
-from pretrain.engine import engine
 from pretrain.run import loop
 from pretrain.train import train
 
@@ -50,7 +50,7 @@ def recipe_of(shards: str, folder: Path, name: str, stage: int) -> Recipe:
 
 def main(shards: str, folder: Path) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a handler of the user's own
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(engine.extensions_folder())
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder())
     os.environ.pop("DS_ACCELERATOR", None)
     before, after = state(), {}
     train(recipe_of(shards, folder, "first", 1))
