@@ -27,7 +27,7 @@ experiment: $(STAMP)  ## run the experiment of docs/experiments.md on simulated 
 	@$(BIN)/python -m evaluation.experiments.run
 
 test: $(STAMP)  ## run the tests, without those marked slow or gpu
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-packages:  ## install the Debian packages that some tests need (as root)
 	@bash infra/test_packages.sh
