@@ -47,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--draws", type=int, default=10, help="training sets drawn of each size")
     add("--inner-repeats", type=int, default=1, help="number of shuffles of the inner folds")
     add("--mlp-trials", type=int, default=12, help="settings that Optuna tries for each fold of protocol mlp")
+    add("--repeats", type=int, default=3, help="nested cross-validations of all scans, with other folds each")
+    add("--halvings", type=int, default=10,
+        help="divisions of the participants into halves, for intervals that include the training sets; 0: none")  # fmt: skip
+    add("--permutations", type=int, default=0,
+        help="refits with permuted features for an exact test of better than chance, for example 199; each costs one "
+        "cross-validation (default: none)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of folds, draws and models")
     add("--workers", type=int, help="CPUs for Ray (default: all, or the cluster of RAY_ADDRESS)")
     add("--storage", type=Path, help="folder of unfinished searches; on a cluster, one that all nodes see")

@@ -50,9 +50,11 @@ class Comparison:
         evaluations: every evaluated checkpoint and protocol, best first.
         last: the evaluations of each pretraining's last step.
         trainings: pretraining -> metric -> list of (step, value).
-        metrics: a row per checkpoint, task and metric: checkpoint, task, title, metric, value, low, high, chance, p_chance.
+        metrics: a row per checkpoint, task and metric: checkpoint, task, title, metric, value, low, high, covers (what the
+            interval covers), fixed_value, fixed_low, fixed_high (models fixed), chance, p_chance, chance_test, p_fixed.
         differences: a row per pair of last steps and task: task, metric, first, second, difference (first minus second),
-            low, high, p, p_holm, test (DeLong or bootstrap), boot_low, boot_high.
+            low, high, p, p_holm, test (halves or none), fixed_difference, fixed_low, fixed_high, fixed_p, fixed_test (DeLong
+            or bootstrap, with the models taken as given), boot_low, boot_high.
         curves: learning curves of last steps: checkpoint, task, n_train, draws, auc, low, high.
         curve_differences: task, n_train, first, second, draws, difference, low, high, p, p_holm.
         unpaired: why pairs were not compared, a line each.

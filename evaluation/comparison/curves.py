@@ -42,7 +42,7 @@ def curve_differences(
             continue
         both = first.curve.merge(second.curve, on=["task", "n_train", "draw"], suffixes=("", "_other"))
         reasons = {
-            task: _why_draws_differ(first, second, task)
+            task: why_draws_differ(first, second, task)
             for task in dict.fromkeys(both["task"])
             if set(first.of(task)["key"]) == set(second.of(task)["key"])
         }
@@ -60,7 +60,7 @@ def curve_differences(
     return table.assign(p_holm=holm(table["p"].to_numpy(float))), unpaired
 
 
-def _why_draws_differ(first: CheckpointEvaluation, second: CheckpointEvaluation, task: str) -> str:
+def why_draws_differ(first: CheckpointEvaluation, second: CheckpointEvaluation, task: str) -> str:
     """Say why equal draw numbers mean different scans in the two evaluations; empty if they mean the same.
 
     A draw depends on the order, labels and folds of the scans and on the seed. It does not depend on the number of draws:

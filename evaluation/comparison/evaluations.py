@@ -34,6 +34,7 @@ class CheckpointEvaluation:
         embedding: a row per scan; first two principal components x and y, and the scan's age, sex, site, diagnosis.
         saliency: task -> arrays of its occlusion map (``map``, ``background``, ...).
         pretraining: name of the pretraining, shared by its checkpoints and unique among pretrainings.
+        resamples: the metrics of further cross-validations (``results.RESAMPLE_COLUMNS``); empty if none were made.
         earlier: task -> its evaluation run, for tasks whose results are not from ``run``.
     """
 
@@ -45,6 +46,7 @@ class CheckpointEvaluation:
     saliency: dict[str, dict[str, Any]] = field(default_factory=dict)
     pretraining: str = ""
     earlier: dict[str, RunRow] = field(default_factory=dict)
+    resamples: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def run_of(self, task: str) -> RunRow:
         """Return the evaluation run that a task's results are from."""
@@ -212,7 +214,7 @@ def _read(
 
     Also returns a line for each run with superseded results.
     """
-    predictions, curves, superseded = [], [], []
+    predictions, curves, resamples, superseded = [], [], [], []
     saliency: dict[str, dict[str, Any]] = {}
     source: dict[str, RunRow] = {}  # task -> the run that its results are from
     embedding = pd.DataFrame()
@@ -228,6 +230,9 @@ def _read(
             if (path / "curve.csv").stat().st_size > 1:
                 curve = pd.read_csv(path / "curve.csv")
                 curves.append(curve[~curve["task"].isin(done)])
+            if (path / "resamples.csv").is_file():  # versions before it logged none
+                table = pd.read_csv(path / "resamples.csv")
+                resamples.append(table[~table["task"].isin(done)])
             saliency = {**_read_saliency(path), **saliency}
             embedding = embedding if len(embedding) else pd.read_parquet(path / "embedding.parquet")
         if tasks & done:
@@ -236,7 +241,7 @@ def _read(
             )
     evaluation = CheckpointEvaluation(
         name=name, run=runs[0], predictions=_concatenate(predictions), curve=_concatenate(curves), embedding=embedding,
-        saliency=saliency, pretraining=pretraining,
+        saliency=saliency, pretraining=pretraining, resamples=_concatenate(resamples),
         earlier={task: run for task, run in source.items() if run is not runs[0]},
     )  # fmt: skip
     return evaluation, superseded

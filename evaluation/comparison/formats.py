@@ -14,6 +14,16 @@ LABELS = {
     "auc": "AUC", "bacc": "balanced accuracy", "ap": "average precision", "brier": "Brier score", "mae": "MAE",
     "r2": "R²", "pearson": "Pearson r",
 }  # fmt: skip
+# One sentence each on what the two kinds of intervals and tests cover; shown by report, terminal and LaTeX.
+COVERS_BOTH = (
+    "Interval and p cover new participants and new training sets: nested cross-validation repeated on all participants, with "
+    "the variance from random halves of them."
+)
+COVERS_PEOPLE = (
+    "With models fixed they cover new test participants only (DeLong's test, or a bootstrap or permutation over participants), "
+    "and find differences too often."
+)
+NOT_TESTED = "not tested: training sets not resampled"
 LEVEL = 0.05  # of Holm's corrected p, at or below which a difference counts as found
 
 
@@ -27,7 +37,9 @@ def with_interval(metric: str, value: float, low: float, high: float) -> str:
 
 
 def signed(value: float, low: float, high: float) -> str:
-    """Format a difference as ``+0.021 [-0.050, +0.093]``."""
+    """Format a difference as ``+0.021 [-0.050, +0.093]``, or without an interval as ``+0.021 [-]``."""
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return f"{value:+.3f} [-]"
     return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
@@ -45,6 +57,8 @@ def p_text(p: float) -> str:
 
 def verdict(row: Any) -> str:
     """Say which checkpoint of a row of ``differences`` is better, if Holm's corrected p shows a difference."""
+    if not np.isfinite(row.p_holm):
+        return NOT_TESTED
     if not row.p_holm <= LEVEL:
         return "no difference shown"
     higher, lower = (row.first, row.second) if row.difference > 0 else (row.second, row.first)

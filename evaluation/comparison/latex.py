@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evaluation.comparison.formats import LABELS, number, p_text, rows_of, signed
+from evaluation.comparison.formats import COVERS_BOTH, COVERS_PEOPLE, LABELS, number, p_text, rows_of, signed
 
 if TYPE_CHECKING:
     from evaluation.comparison.comparison import Comparison
@@ -28,12 +28,13 @@ def to_latex(comparison: Comparison) -> str:
     tables = [
         (
             _metrics(comparison),
-            "Primary metric of each task with its 95\\,\\% interval (BCa bootstrap over participants).",
+            "Primary metric of each task with its 95\\,\\% interval. "
+            f"{escape(COVERS_BOTH)} Without halves: bootstrap over participants.",
         ),
         (
             _differences(comparison),
-            "Paired differences between checkpoints on the same scans, with 95\\,\\% intervals. AUC: DeLong's test; other "
-            "metrics: paired bootstrap over participants. $p$ (Holm) is corrected over all rows.",
+            "Paired differences between checkpoints on the same scans, with 95\\,\\% intervals. "
+            f"{escape(COVERS_BOTH)} $p$ (Holm) is corrected over all rows. {escape(COVERS_PEOPLE)}",
         ),
     ]
     if len(comparison.site_leakage):
@@ -65,10 +66,10 @@ def _metrics(comparison: Comparison) -> Content:
 
 
 def _differences(comparison: Comparison) -> Content:
-    head = ["task", "metric", "pair", "difference", "p", "p (Holm)"]
+    head = ["task", "metric", "pair", "difference", "p", "p (Holm)", "with models fixed", "p with models fixed"]
     rows = [
         [comparison.tasks[r.task].title, LABELS[r.metric], f"{r.first} − {r.second}", signed(r.difference, r.low, r.high),
-         p_text(r.p), p_text(r.p_holm)]
+         p_text(r.p), p_text(r.p_holm), signed(r.fixed_difference, r.fixed_low, r.fixed_high), p_text(r.fixed_p)]
         for r in rows_of(comparison.differences)
     ]  # fmt: skip
     return head, rows

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.comparison import maps, plots, sections
+from evaluation.comparison.formats import COVERS_BOTH, COVERS_PEOPLE
 from evaluation.comparison.latex import to_latex
 from evaluation.statistics.subgroups import MINIMUM, MINIMUM_OF_A_CLASS
 from infra.files import atomic_write
@@ -60,9 +61,8 @@ class Section:
 SECTIONS: dict[str, Section] = {
     "auc": Section(
         "Metrics by task",
-        "Value [95 % interval]; the interval is a BCa bootstrap over participants with the trained models fixed. p, chance: "
-        "one-sided permutation test of the first metric being no better than chance; labels are permuted among participants. In "
-        "the plot the dashed line is chance level (for a regression, the error of always predicting the median).",
+        f"{COVERS_BOTH} {COVERS_PEOPLE} p, chance: one-sided test of the first metric being no better than chance; refit: all "
+        "models fitted again to permuted features, exact; halves: from the spread over halves. In the plot the dashed line is chance level (for a regression, the error of always predicting the median).",
         sections.metrics, plots.forest,
     ),
     "learning_curve": Section(
@@ -79,9 +79,8 @@ SECTIONS: dict[str, Section] = {
     "differences": Section(
         "Paired differences",
         "First minus second, on the same scans and by the same protocol. Voxels and networks from scratch are also compared with "
-        "other protocols on the same kind of folds. AUC: DeLong's test and interval, with the scans of a participant taken "
-        "together. Other metrics: paired bootstrap over participants. p (Holm) is corrected over all rows; a difference counts as "
-        "shown if it is at most 5 %.",
+        f"other protocols on the same kind of folds. {COVERS_BOTH} p (Holm) is corrected over all rows; a difference counts as "
+        f"shown if it is at most 5 %. {COVERS_PEOPLE}",
         sections.differences,
     ),
     "steps": Section(

@@ -52,11 +52,24 @@ def metrics(comparison: Comparison) -> str:
                 if name in by_metric else "-"
                 for name in names
             ]  # fmt: skip
-            rows.append([str(checkpoint), *cells, p_text(by_metric[about.primary_metric].p_chance)])
+            primary = by_metric[about.primary_metric]
+            fixed = with_interval(primary.metric, primary.fixed_value, primary.fixed_low, primary.fixed_high)
+            chance = f"{p_text(primary.p_chance)} ({primary.chance_test})" if primary.chance_test else "-"
+            rows.append([str(checkpoint), *cells, primary.covers, chance, fixed, p_text(primary.p_fixed)])
         labels = [f"{comparison.label(task, name)} {_arrow(task, name)}" for name in names]
         parts.append(
             f"<h3>{html.escape(about.title)}</h3><p class='note'>{html.escape(_counts(about))}</p>"
-            + _table(["checkpoint", *labels, "p, chance"], rows)
+            + _table(
+                [
+                    "checkpoint",
+                    *labels,
+                    "intervals cover",
+                    "p, chance",
+                    f"{labels[0]} with models fixed",
+                    "p, chance, models fixed",
+                ],
+                rows,
+            )
         )
     return "".join(parts)
 
@@ -132,16 +145,20 @@ def differences(comparison: Comparison) -> str:
     """Return a table for each task: every pair of checkpoints."""
     parts = []
     for task, table in comparison.differences.groupby("task", sort=False):
-        metric, delong = str(table["metric"].iloc[0]), table["test"].iloc[0] == "DeLong"
-        head = ["pair", "difference [95 %]", *["bootstrap [95 %]"] * delong, "p", "p (Holm)", "result"]
+        metric, delong = str(table["metric"].iloc[0]), table["fixed_test"].iloc[0] == "DeLong"
+        test = "DeLong" if delong else "bootstrap"
+        head = [
+            "pair", "difference [95 %]", "p", "p (Holm)", "result", f"{test}, models fixed [95 %]",
+            *["bootstrap, models fixed"] * delong, "p, models fixed",
+        ]  # fmt: skip
         rows = [
-            [f"{r.first} − {r.second}", signed(r.difference, r.low, r.high),
-             *[f"[{r.boot_low:+.3f}, {r.boot_high:+.3f}]"] * delong, p_text(r.p), p_text(r.p_holm), verdict(r)]
+            [f"{r.first} − {r.second}", signed(r.difference, r.low, r.high), p_text(r.p), p_text(r.p_holm), verdict(r),
+             signed(r.fixed_difference, r.fixed_low, r.fixed_high),
+             *[f"[{r.boot_low:+.3f}, {r.boot_high:+.3f}]"] * delong, p_text(r.fixed_p)]
             for r in rows_of(table)
         ]  # fmt: skip
-        test = "DeLong's test" if delong else "paired bootstrap"
-        title = html.escape(f"{comparison.tasks[str(task)].title}: {comparison.label(str(task), metric)}, {test}")
-        parts.append(f"<h3>{title}</h3>{_table(head, rows, words=(0, len(head) - 1))}")
+        title = html.escape(f"{comparison.tasks[str(task)].title}: {comparison.label(str(task), metric)}")
+        parts.append(f"<h3>{title}</h3>{_table(head, rows, words=(0, 4))}")
     if comparison.unpaired:
         parts.append(f"<p class='note'>Not compared:</p>{_list(comparison.unpaired)}")
     return "".join(parts) or "<p>There is nothing to compare: no two checkpoints were evaluated by one protocol.</p>"

@@ -7,16 +7,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from evaluation.comparison import resampled
 from evaluation.comparison.evaluations import CheckpointEvaluation, labels_of, metrics_of, probabilities_of
 from evaluation.comparison.pairs import pairs
 from evaluation.statistics.intervals import with_interval
-from evaluation.statistics.metrics import HIGHER_IS_BETTER
+from evaluation.statistics.metrics import HIGHER_IS_BETTER, chance_level
 from evaluation.statistics.paired import Difference, delong_difference, holm, paired_bootstrap, permutation_p
 from evaluation.statistics.subgroups import COLUMNS, MINIMUM, age_bands, calibration_curve, subgroup_table
 
-METRIC_COLUMNS = ["checkpoint", "task", "title", "metric", "value", "low", "high", "chance", "p_chance"]
+METRIC_COLUMNS = [
+    "checkpoint", "task", "title", "metric", "value", "low", "high", "covers", "fixed_value", "fixed_low", "fixed_high",
+    "chance", "p_chance", "chance_test", "p_fixed",
+]  # fmt: skip
 DIFFERENCE_COLUMNS = [
-    "task", "metric", "first", "second", "difference", "low", "high", "p", "p_holm", "test", "boot_low", "boot_high",
+    "task", "metric", "first", "second", "difference", "low", "high", "p", "p_holm", "test", "fixed_difference", "fixed_low",
+    "fixed_high", "fixed_p", "fixed_test", "boot_low", "boot_high",
 ]  # fmt: skip
 SUBGROUP_COLUMNS = ["checkpoint", "task", "metric", *COLUMNS]
 CALIBRATION_COLUMNS = ["checkpoint", "task", "predicted", "observed", "low", "high", "scans"]
@@ -27,9 +32,11 @@ PARTICIPANTS_PER_BIN = 20
 def metrics_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
     """Return METRIC_COLUMNS: a row for every checkpoint, task and metric.
 
-    ``value``, ``low`` and ``high`` are as logged by the evaluation, or computed from the stored predictions. ``chance``
-    (the expected value of uninformative answers) and ``p_chance`` (one-sided permutation test of ``value`` being no better)
-    are given for each task's primary metric, and NaN for the others.
+    ``value``, ``low`` and ``high`` are over repeats and cover participants and training sets, if the evaluation has halves;
+    else they are the fixed ones, and ``covers`` says so. ``fixed_value``, ``fixed_low`` and ``fixed_high`` take the trained
+    models as given: as logged, or computed from the stored predictions. ``chance`` (the expected value of uninformative
+    answers), ``p_chance`` (see ``resampled.chance_test``) and ``p_fixed`` (labels permuted, models fixed) are given for each
+    task's primary metric, and NaN for the others.
     """
     rows = []
     for evaluation in evaluations:
@@ -42,24 +49,25 @@ def metrics_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
                     interval = logged[key], logged[f"{key}.low"], logged[f"{key}.high"]
                 else:
                     interval = with_interval(statistic, labels, answers, people)
-                chance = p = float("nan")
+                chance = p_fixed = p_chance = float("nan")
+                test = ""
                 if number == 0:
-                    chance = _chance(predictions)
-                    p = permutation_p(
+                    chance = chance_level(str(predictions["kind"].iloc[0]), labels)
+                    p_fixed = permutation_p(
                         statistic, labels, answers, people, higher_is_better=HIGHER_IS_BETTER[metric]
                     )  # fmt: skip
-                rows.append((evaluation.name, task, predictions["title"].iloc[0], metric, *interval, chance, p))
+                    p_chance, test = resampled.chance_test(evaluation, task, metric)
+                cautious = resampled.metric_interval(evaluation, task, metric)
+                shown = (
+                    (cautious.value, cautious.low, cautious.high, resampled.BOTH)
+                    if cautious
+                    else (*interval, resampled.PEOPLE)
+                )
+                rows.append((
+                    evaluation.name, task, predictions["title"].iloc[0], metric, *shown, *interval, chance, p_chance, test,
+                    p_fixed,
+                ))  # fmt: skip
     return pd.DataFrame(rows, columns=METRIC_COLUMNS)
-
-
-def _chance(predictions: pd.DataFrame) -> float:
-    """Primary metric of uninformative answers: AUC 0.5, balanced accuracy 1 / K, or the MAE of always answering the median."""
-    labels = predictions["label"]
-    if predictions["kind"].iloc[0] == "binary":
-        return 0.5
-    if predictions["kind"].iloc[0] == "multiclass":
-        return 1 / labels.nunique()
-    return float(np.abs(labels - labels.median()).mean())
 
 
 def differences_table(
@@ -67,9 +75,12 @@ def differences_table(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Return DIFFERENCE_COLUMNS: ``first`` minus ``second`` by the primary metric of each task, for each of ``pairs``.
 
-    AUC: DeLong's test and interval over participants. Other metrics: paired bootstrap over participants, whose interval is
-    also given for AUC in ``boot_low`` and ``boot_high``. ``p_holm`` is corrected over all rows of the table. ``against``
-    keeps the pairs with this checkpoint only. Also returns a line for each pair that was evaluated on different scans.
+    ``difference``, ``low``, ``high`` and ``p`` are over repeats and include the training sets (``test`` is ``halves``). If
+    one of the evaluations has no halves, ``test`` is ``none``, and limits and p values are NaN. The columns ``fixed_`` take
+    the trained models as given. AUC: DeLong's test and interval over participants; other metrics: paired bootstrap over
+    participants, whose interval is also given for AUC in ``boot_low`` and ``boot_high``. ``p_holm`` is corrected over all
+    rows with a ``p``. ``against`` keeps the pairs with this checkpoint only. Also returns a line for each pair that was
+    evaluated on different scans, or that has no halves in common.
     """
     rows, unpaired = [], []
     for first, second in pairs(evaluations, against):
@@ -78,7 +89,15 @@ def differences_table(
             if both is None:
                 unpaired.append(f"{task}: {first.name} and {second.name} were evaluated on different scans or labels")
             else:
-                rows.append((task, *_difference(both, first.name, second.name)))
+                metric, *fixed = _fixed_difference(both)
+                interval, reason = resampled.paired_interval(first, second, task, metric)
+                nan = float("nan")
+                shown = (fixed[0], nan, nan, nan, "none")
+                if interval:
+                    shown = (interval.value, interval.low, interval.high, interval.two_sided(), "halves")
+                else:
+                    unpaired.append(f"{task}: training sets of {first.name} and {second.name}: {reason}")
+                rows.append((task, metric, first.name, second.name, *shown, *fixed))
     table = pd.DataFrame(rows, columns=[column for column in DIFFERENCE_COLUMNS if column != "p_holm"])
     table["p_holm"] = holm(table["p"].to_numpy(float))
     tasks = dict.fromkeys(task for evaluation in evaluations for task in evaluation.tasks)
@@ -95,14 +114,14 @@ def _paired_predictions(first: CheckpointEvaluation, second: CheckpointEvaluatio
     return both if len(both) == len(one) == len(other) else None
 
 
-def _difference(both: pd.DataFrame, first: str, second: str) -> tuple[Any, ...]:
-    """Return metric, first, second, difference, low, high, p, test, boot_low, boot_high of one pair."""
+def _fixed_difference(both: pd.DataFrame) -> tuple[Any, ...]:
+    """Return metric, difference, low, high, p, test, boot_low, boot_high of one pair, with the models taken as given."""
     metric, statistic, one = next(metrics_of(both))
     labels, other, people = labels_of(both), both["answer_other"].to_numpy(), both["participant"].to_numpy()
     bootstrap = paired_bootstrap(statistic, labels, one, other, people)
     result: Difference = delong_difference(labels, one, other, people) if metric == "auc" else bootstrap
     test = "DeLong" if metric == "auc" else "bootstrap"
-    return metric, first, second, result.value, result.low, result.high, result.p, test, bootstrap.low, bootstrap.high
+    return metric, result.value, result.low, result.high, result.p, test, bootstrap.low, bootstrap.high
 
 
 def subgroups_table(evaluations: list[CheckpointEvaluation], minimum: int = MINIMUM) -> pd.DataFrame:

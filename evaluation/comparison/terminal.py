@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evaluation.comparison.formats import LABELS, p_text, rows_of, signed, verdict
+from evaluation.comparison.formats import COVERS_BOTH, COVERS_PEOPLE, LABELS, p_text, rows_of, signed, verdict
 
 if TYPE_CHECKING:
     from evaluation.comparison.comparison import Comparison
@@ -28,10 +28,13 @@ def print_comparison(comparison: Comparison) -> None:
     for row in rows_of(comparison.differences):
         console.print(
             f"{row.task} {LABELS[row.metric]}: {row.first} - {row.second} = "
-            f"{signed(row.difference, row.low, row.high)}, {row.test} p {p_text(row.p)}, Holm {p_text(row.p_holm)}: "
-            f"{verdict(row)}",
-            highlight=False,
-        )
+            f"{signed(row.difference, row.low, row.high)}, p {p_text(row.p)}, Holm {p_text(row.p_holm)}: {verdict(row)}; "
+            f"models fixed ({row.fixed_test}): {signed(row.fixed_difference, row.fixed_low, row.fixed_high)}, "
+            f"p {p_text(row.fixed_p)}",
+            highlight=False, markup=False,
+        )  # fmt: skip
+    if len(comparison.differences):
+        console.print(f"{COVERS_BOTH} {COVERS_PEOPLE}", highlight=False)
     for line in comparison.unpaired:
         console.print(f"not compared: {line}", highlight=False)
     for line in comparison.superseded:

@@ -22,6 +22,7 @@ from evaluation.protocols.settings import EvaluationSettings, load_fine_tuning
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS
 from evaluation.tasks.leakage import check_copies, check_leakage
 from evaluation.tasks.published import PUBLISHED, SOURCE
+from evaluation.tasks.resamples import NO_RESAMPLING
 from evaluation.tasks.tasks import Task, load_task
 from infra import ray_cluster
 from infra.errors import UserError
@@ -39,7 +40,7 @@ def evaluate(
     checkpoints: Any, shards: str | os.PathLike[str] | Manifest, *, tasks: str | Sequence[str],
     protocols: str | Sequence[str] = ("paper",), folds: int = 5, n_train: Sequence[int] = (100, 300, 500), draws: int = 10,
     seed: int = 0, inner_repeats: int = 1, leave_site_out: bool = False, layer: str | None = None,
-    pooling: str | Sequence[str] = ("mean",), mlp_trials: int = 12,
+    pooling: str | Sequence[str] = ("mean",), mlp_trials: int = 12, repeats: int = 3, halvings: int = 10, permutations: int = 0,
     finetune: FineTuning | Mapping[str, Any] | None = None, all_steps: bool = False, experiment: str = "yaware",
     tracking_uri: str | None = None, workers: int | None = None, cache: str | os.PathLike[str] | None = None,
     storage: str | os.PathLike[str] | None = None,
@@ -65,6 +66,11 @@ def evaluate(
         layer: use the features of this block inside the encoder instead of the encoder's own.
         pooling: of that block over its voxels: mean, max, std or several.
         mlp_trials: settings that Optuna tries for each fold of the protocol mlp.
+        repeats: nested cross-validations of all scans, each with other folds, by the protocols on fixed features.
+        halvings: random divisions of the participants into halves, each cross-validated, for the intervals and tests of
+            ``compare`` that include the training sets; 0 for none.
+        permutations: of the features among participants, each with all models fitted again, for the exact test of
+            "better than chance"; each costs as much as the first cross-validation.
         finetune: settings of the protocols finetune and scratch; see ``FineTuning`` for the keys.
         all_steps: evaluate every checkpoint of the given run folders.
         experiment: MLflow experiment.
@@ -92,7 +98,7 @@ def evaluate(
     settings = EvaluationSettings(
         tasks=_names(tasks), protocols=_names(protocols), folds=folds, n_train=tuple(n_train), draws=draws, seed=seed,
         inner_repeats=inner_repeats, leave_site_out=leave_site_out, layer=layer, pooling=_names(pooling),
-        mlp_trials=mlp_trials,
+        mlp_trials=mlp_trials, repeats=repeats, halvings=halvings, permutations=permutations,
         finetune=finetune if isinstance(finetune, FineTuning) else load_fine_tuning(finetune or {}, seed),
     )  # fmt: skip
     settings.check()
@@ -104,6 +110,7 @@ def evaluate(
     )  # fmt: skip
     candidates = [_load_candidate(path, context) for path in checkpoint_paths(checkpoints, all_steps=all_steps)]
     _print_tasks(context)
+    _print_cost(context)
     rows = []
     with ray_cluster.session_on_demand(workers):
         for name, candidate in _candidates_by_protocol(candidates, settings):
@@ -233,7 +240,7 @@ def compute_result(context: EvaluationContext, name: str, candidate: Candidate, 
         task.name: prepare(
             task, features[context.positions_of(task)], folds=settings.folds, sizes=list(settings.n_train) if curve else [],
             draws=settings.draws, seed=settings.seed, repeats=settings.inner_repeats, by_site=settings.leave_site_out,
-            scale=protocol.scale,
+            scale=protocol.scale, resampling=settings.resampling if protocol.resamples else NO_RESAMPLING,
         )
         for task in context.tasks
     }  # fmt: skip
@@ -266,6 +273,21 @@ def _print_tasks(context: EvaluationContext) -> None:
         for size, row in PUBLISHED.get(task.name, {}).items():
             values = ", ".join(f"{method} {value:.3f}" for method, value in row.items())
             print(f"evaluate: published ({SOURCE}; on other scans), {task.name}, {size} training scans: {values}")
+
+
+def _print_cost(context: EvaluationContext) -> None:
+    """Say how many cross-validations the resamples add, if permutations were asked for, or that they have no effect."""
+    settings = context.settings
+    names = [name for name in settings.protocols if PROTOCOLS[name].resamples]
+    if settings.permutations and names:
+        more = settings.repeats - 1 + settings.halvings
+        print(
+            f"evaluate: permutations={settings.permutations}: {', '.join(names)} fit every task and checkpoint "
+            f"{settings.permutations} times more; without them it would be {1 + more} times"
+        )
+    if settings.permutations and len(names) < len(settings.protocols):
+        others = [name for name in settings.protocols if name not in names]
+        print(f"evaluate: permutations={settings.permutations} is not used by {', '.join(others)}")
 
 
 def _print_first_metrics(

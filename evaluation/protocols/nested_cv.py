@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from evaluation.protocols.probes import FeatureTable, Params, Probe, ProbeModel, fit_predict, inner_metric, perceptron
 from evaluation.statistics.metrics import auc
 from evaluation.tasks.folds import Draw, Fold, curve_draws, inner_folds, outer_folds
+from evaluation.tasks.resamples import NO_RESAMPLING, Resample, Resampling, make_resamples
 from evaluation.tasks.tasks import Task
 from infra import tuning
 
@@ -38,6 +39,15 @@ class PreparedTask:
     draws: list[Draw]
     seed: int
     repeats: int = 1  # of the inner folds
+    resamples: list[Resample] = field(default_factory=list)  # used by grid searches only
+
+
+class ResampledPredictions(NamedTuple):
+    """Out-of-fold predictions of one resample: NaN for scans that are in no test fold of it."""
+
+    resample: Resample
+    predicted: NDArray[Any]  # (N,)
+    probabilities: NDArray[Any]  # (N,) or (N, K)
 
 
 @dataclass
@@ -53,6 +63,7 @@ class NestedCVResult:
         default_factory=list
     )  # predictions for the test scans of each row of curve
     trials: list[dict[str, Any]] = field(default_factory=list)
+    resampled: list[ResampledPredictions] = field(default_factory=list)
 
     @classmethod
     def empty(cls, table: FeatureTable, chosen: list[Params]) -> NestedCVResult:
@@ -64,7 +75,7 @@ class NestedCVResult:
 
 def prepare(
     task: Task, features: NDArray[Any], *, folds: int, sizes: list[int], draws: int, seed: int, repeats: int = 1,
-    by_site: bool = False, scale: str = "each",
+    by_site: bool = False, scale: str = "each", resampling: Resampling = NO_RESAMPLING,
 ) -> PreparedTask:  # fmt: skip
     """Combine a task with its features (N, F) and make its outer folds and learning-curve draws.
 
@@ -78,6 +89,7 @@ def prepare(
         repeats: number of shuffles of the inner folds.
         by_site: leave out whole sites.
         scale: ``each`` or ``all``; see ``probes.split_features``.
+        resampling: how many repeats, halvings and permutations a grid search runs beside.
     """
     none = np.empty((len(task.rows), 0))
     table = FeatureTable(
@@ -87,7 +99,8 @@ def prepare(
         scale=scale,
     )  # fmt: skip
     outer = outer_folds(task, folds, seed, by_site)
-    return PreparedTask(table, outer, curve_draws(task, outer, sizes, draws, seed), seed, repeats)
+    resamples = make_resamples(task, outer, resampling, count=folds, seed=seed, by_site=by_site)
+    return PreparedTask(table, outer, curve_draws(task, outer, sizes, draws, seed), seed, repeats, resamples)
 
 
 def inner_score(model: ProbeModel, params: Params, prepared: PreparedTask, train: NDArray[Any]) -> float:
@@ -109,25 +122,45 @@ def trial(point: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``point`` with inner (folds,), the scores on the training rows of each outer fold; predicted (N,) and probabilities
-        for the test rows of each outer fold; curve, for each draw its size, number, inner score, AUC and predictions.
+        for the test rows of each outer fold; curve, for each draw its size, number, inner score, AUC and predictions;
+        resampled, for each resample its inner scores, predictions and probabilities.
     """
     started = time.monotonic()
     prepared, model, params = data["tasks"][point["task"]], data["model"], point["params"]
-    table, result, inner = prepared.table, NestedCVResult.empty(prepared.table, []), []
-    for train, test in prepared.folds:
-        inner.append(inner_score(model, params, prepared, train))
-        predictions = fit_predict(model, params, table, train, test, prepared.seed)
-        result.predicted[test], result.probabilities[test] = predictions
-    curve = []
+    table, curve = prepared.table, []
+    inner, predicted_scans, probabilities = _fold_predictions(model, params, prepared)
     for draw in prepared.draws:
         score = inner_score(model, params, prepared, draw.train)
         predicted = fit_predict(model, params, table, draw.train, draw.test, prepared.seed).predicted
         value = auc(table.labels[draw.test], predicted)
         curve.append((draw.size, draw.number, score, value, predicted.astype(np.float32)))
     return {
-        **point, "inner": np.array(inner), "predicted": result.predicted, "probabilities": result.probabilities,
-        "curve": curve, "seconds": time.monotonic() - started,
+        **point, "inner": inner, "predicted": predicted_scans, "probabilities": probabilities, "curve": curve,
+        "resampled": [_fold_predictions(model, params, _resampled(prepared, each)) for each in prepared.resamples],
+        "seconds": time.monotonic() - started,
     }  # fmt: skip
+
+
+def _fold_predictions(
+    model: ProbeModel, params: Params, prepared: PreparedTask
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return the inner score of each outer fold (folds,), and predictions (N,) and probabilities for their test rows."""
+    result, inner = NestedCVResult.empty(prepared.table, []), []
+    for train, test in prepared.folds:
+        inner.append(inner_score(model, params, prepared, train))
+        predictions = fit_predict(model, params, prepared.table, train, test, prepared.seed)
+        result.predicted[test], result.probabilities[test] = predictions
+    return np.array(inner), result.predicted, result.probabilities
+
+
+def _resampled(prepared: PreparedTask, resample: Resample) -> PreparedTask:
+    """Return the task with the folds of a resample; labels and groups keep their place if the features are permuted."""
+    table, rows = prepared.table, resample.rows
+    if rows is not None:
+        table = replace(
+            table, features=table.features[rows], covariates=table.covariates[rows], confounds=table.confounds[rows]
+        )
+    return PreparedTask(table, resample.folds, [], resample.seed, prepared.repeats)
 
 
 def search_grid(
@@ -149,13 +182,11 @@ def search_grid(
 
 def choose(rows: list[dict[str, Any]], prepared: PreparedTask) -> NestedCVResult:
     """Take, for each outer fold and each draw, the predictions of the grid entry with the best inner score."""
-    inner = np.nan_to_num(np.stack([row["inner"] for row in rows]), nan=-np.inf)
-    best = inner.argmax(0)
-    result = NestedCVResult.empty(prepared.table, [rows[winner]["params"] for winner in best])
-    for number, ((_, test), winner) in enumerate(zip(prepared.folds, best, strict=True)):
-        result.predicted[test] = rows[winner]["predicted"][test]
-        result.probabilities[test] = rows[winner]["probabilities"][test]
-        result.fold[test] = number
+    entries = [(row["inner"], row["predicted"], row["probabilities"]) for row in rows]
+    result = _best_of_folds(prepared.table, prepared.folds, entries, [row["params"] for row in rows])
+    for number, resample in enumerate(prepared.resamples):
+        best = _best_of_folds(prepared.table, resample.folds, [row["resampled"][number] for row in rows])
+        result.resampled.append(ResampledPredictions(resample, best.predicted, best.probabilities))
     for draws in zip(*(row["curve"] for row in rows), strict=True):
         winner = int(np.nan_to_num([draw[2] for draw in draws], nan=-np.inf).argmax())
         result.curve.append((draws[0][0], draws[0][1], draws[winner][3]))
@@ -166,6 +197,26 @@ def choose(rows: list[dict[str, Any]], prepared: PreparedTask) -> NestedCVResult
                 {"part": f"fold {number}", "point": row["params"], "inner_score": float(value),
                  "seconds": row["seconds"] / max(1, len(row["inner"]))}
             )  # fmt: skip
+    return result
+
+
+def _best_of_folds(
+    table: FeatureTable, folds: list[Fold], entries: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]],
+    params: list[Params] | None = None,
+) -> NestedCVResult:  # fmt: skip
+    """Take each fold's predictions from the grid entry with the best inner score.
+
+    Args:
+        table: with N scans.
+        folds: the outer folds.
+        entries: for each entry of the grid what ``_fold_predictions`` returns.
+        params: of the entries.
+    """
+    best = np.nan_to_num(np.stack([inner for inner, _, _ in entries]), nan=-np.inf).argmax(0)
+    result = NestedCVResult.empty(table, [params[winner] for winner in best] if params else [])
+    for number, ((_, test), winner) in enumerate(zip(folds, best, strict=True)):
+        result.predicted[test], result.probabilities[test] = entries[winner][1][test], entries[winner][2][test]
+        result.fold[test] = number
     return result
 
 

@@ -20,6 +20,9 @@ from evaluation.protocols.variant import ProtocolVariant
 from evaluation.protocols.voxels import voxel_coordinates
 from infra.errors import UserError, nearest
 
+# Settings of the protocols that search a grid: these repeat their cross-validation; perceptrons and networks do not.
+RESAMPLING = ("repeats", "halvings", "permutations")
+
 Inputs = Callable[[EvaluationContext, Candidate], NDArray[Any]]
 # (context, candidate, prepared tasks by name, folder of unfinished searches, title of progress bars) -> results by task
 Search = Callable[
@@ -51,12 +54,17 @@ class Protocol:
     model: str
     inputs: Inputs
     search: Search
-    settings: tuple[str, ...] = ("inner_repeats",)
+    settings: tuple[str, ...] = ("inner_repeats", *RESAMPLING)
     learning_curve: Callable[[EvaluationSettings], bool] = lambda settings: False
     uses_layer: bool = False
     scale: Literal["each", "all"] = "each"
     plain_names: bool = False
     map_features: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def resamples(self) -> bool:
+        """Whether the search repeats its cross-validation, for statistics that include the training sets."""
+        return set(RESAMPLING) <= set(self.settings)
 
     def params(self, settings: EvaluationSettings) -> dict[str, Any]:
         """Return the settings on which results of this protocol depend, as MLflow parameters."""

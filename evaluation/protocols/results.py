@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from data_pipeline.storage.manifest import Manifest
 from evaluation.protocols.context import EvaluationContext
 from evaluation.protocols.embedding import embedding_table
-from evaluation.protocols.nested_cv import NestedCVResult
-from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, with_interval
+from evaluation.protocols.nested_cv import NestedCVResult, ResampledPredictions
+from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, chance_level, with_interval
+from evaluation.tasks.resamples import Resample
 from evaluation.tasks.tasks import Task
 from infra.files import write_json
 
-TABLES = ("predictions.parquet", "embedding.parquet", "curve.csv", "trials.csv")
+TABLES = ("predictions.parquet", "embedding.parquet", "curve.csv", "trials.csv", "resamples.csv")
+RESAMPLE_COLUMNS = ["task", "metric", "kind", "number", "side", "value", "chance"]
 
 
 @dataclass
@@ -35,6 +37,7 @@ class EvaluationResult:
     curve: pd.DataFrame
     trials: dict[str, list[dict[str, Any]]]
     embedding: pd.DataFrame
+    resamples: pd.DataFrame
 
 
 def make_result(
@@ -42,11 +45,12 @@ def make_result(
 ) -> EvaluationResult:  # fmt: skip
     """Compute metrics with intervals and make the tables; ``map_features`` (N, F), F > 1, give the map of the scans."""
     metrics: dict[str, float] = {}
-    predictions, curves = [], []
+    predictions, curves, resamples = [], [], []
     for task in context.tasks:
         result = results[task.name]
         metrics |= _metrics(task, result, context.settings.seed)
         predictions.append(predictions_table(context.manifest, task, result))
+        resamples += resample_rows(task, result)
         curve = pd.DataFrame(result.curve, columns=["n_train", "draw", "auc"]).assign(task=task.name)
         curves.append(curve)
         for size, values in curve.groupby("n_train")["auc"]:
@@ -56,7 +60,32 @@ def make_result(
     else:
         embedding = pd.DataFrame({"x": [], "y": [], "age": [], "sex": [], "site": []})
     trials = {name: result.trials for name, result in results.items()}
-    return EvaluationResult(metrics, pd.concat(predictions), pd.concat(curves), trials, embedding)
+    return EvaluationResult(
+        metrics, pd.concat(predictions), pd.concat(curves), trials, embedding,
+        pd.DataFrame(resamples, columns=RESAMPLE_COLUMNS),
+    )  # fmt: skip
+
+
+def resample_rows(task: Task, result: NestedCVResult) -> list[tuple[Any, ...]]:
+    """Return RESAMPLE_COLUMNS: every metric of every resample; nothing if the protocol makes no resamples.
+
+    Repeat 0 is the first cross-validation. ``chance`` is the task's first metric of uninformative answers to the same scans.
+    """
+    if not result.resampled:
+        return []
+    first = Resample("repeat", 0, 0, [], 0)
+    rows: list[tuple[Any, ...]] = []
+    for resample, predicted, probabilities in (
+        ResampledPredictions(first, result.predicted, result.probabilities), *result.resampled,
+    ):  # fmt: skip
+        tested = np.isfinite(predicted)
+        labels = task.labels[tested]
+        for statistics, answers in ((METRICS, predicted), (PROBABILITY_METRICS, probabilities)):
+            for name, statistic in statistics[task.kind].items():
+                value = float(statistic(labels, answers[tested]))
+                chance = chance_level(task.kind, labels)
+                rows.append((task.name, name, resample.kind, resample.number, resample.side, value, chance))
+    return rows
 
 
 def _metrics(task: Task, result: NestedCVResult, seed: int) -> dict[str, float]:
@@ -113,6 +142,7 @@ def write_result(result: EvaluationResult, folder: Path) -> None:
     result.embedding.to_parquet(folder / "embedding.parquet", index=False)
     result.curve.to_csv(folder / "curve.csv", index=False)
     trials_table(result.trials).to_csv(folder / "trials.csv", index=False)
+    result.resamples.to_csv(folder / "resamples.csv", index=False)
     write_json(folder / "trials.json", result.trials)
     write_json(folder / "metrics.json", result.metrics)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evaluation.protocols.finetune import FineTuning
+from evaluation.statistics.training_sets import FEWEST_HALVINGS
+from evaluation.tasks.resamples import Resampling
 from infra.errors import UserError
 from infra.settings import load_settings
 
@@ -26,13 +28,23 @@ class EvaluationSettings:
     layer: str | None = None
     pooling: tuple[str, ...] = ("mean",)
     mlp_trials: int = 12
+    repeats: int = 3
+    halvings: int = 10
+    permutations: int = 0
     finetune: FineTuning = field(default_factory=FineTuning)
 
     def check(self) -> None:
         """Raise UserError if a number is too small or no task is named."""
-        for name, least in (("folds", 2), ("draws", 1), ("inner_repeats", 1), ("mlp_trials", 1)):
+        least_of = {
+            "folds": 2, "draws": 1, "inner_repeats": 1, "mlp_trials": 1, "repeats": 1, "halvings": 0, "permutations": 0,
+        }  # fmt: skip
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} is too small; it must be at least {least}")
+        if 0 < self.halvings < FEWEST_HALVINGS:
+            raise UserError(
+                f"halvings={self.halvings} is too small for an interval; give at least {FEWEST_HALVINGS}, or 0 for none"
+            )
         if not self.tasks:
             raise UserError("tasks is empty; name at least one, for example ad, scz, age or site")
         if self.finetune.batch < 2 * self.finetune.ranks:
@@ -40,6 +52,11 @@ class EvaluationSettings:
                 f"finetune.batch={self.finetune.batch} is too small for {self.finetune.ranks} ranks; it must be at least "
                 f"{2 * self.finetune.ranks}, two scans per rank"
             )
+
+    @property
+    def resampling(self) -> Resampling:
+        """How often the protocols on fixed features repeat their cross-validation."""
+        return Resampling(self.repeats, self.halvings, self.permutations)
 
     def as_params(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Return some settings as MLflow parameters; ``finetune`` becomes one parameter for each of its keys."""

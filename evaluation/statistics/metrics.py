@@ -23,7 +23,7 @@ from evaluation.statistics.paired import paired_difference
 
 __all__ = [
     "HIGHER_IS_BETTER", "METRICS", "PROBABILITY_METRICS", "Statistic", "accuracy_at_zero", "auc", "average_precision",
-    "balanced_accuracy", "brier", "macro_auc", "mae", "openbhb_score", "paired_difference", "pearson", "r2",
+    "balanced_accuracy", "brier", "chance_level", "macro_auc", "mae", "openbhb_score", "paired_difference", "pearson", "r2",
     "site_leakage", "with_interval",
 ]  # fmt: skip
 
@@ -154,6 +154,15 @@ PROBABILITY_METRICS: dict[str, dict[str, Statistic]] = {
 HIGHER_IS_BETTER = {
     "auc": True, "bacc": True, "ap": True, "brier": False, "mae": False, "r2": True, "pearson": True,
 }  # fmt: skip
+
+
+def chance_level(kind: str, labels: NDArray[Any]) -> float:
+    """Return a task's first metric of uninformative answers: AUC 0.5, balanced accuracy 1/K, MAE of the labels' median."""
+    if kind == "binary":
+        return 0.5
+    if kind == "multiclass":
+        return 1 / len(np.unique(labels))
+    return float(np.abs(labels - np.median(labels)).mean())
 
 
 def site_leakage(labels: NDArray[Any], predicted: NDArray[Any]) -> float:

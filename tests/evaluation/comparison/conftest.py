@@ -29,11 +29,20 @@ def store(tmp_path_factory):
     )
     log_evaluation(uri, root / "c", "SimCLR", step=200, skill=0.5, scans=scans, tags=linear, tasks=three, metrics=scz)
     log_evaluation(
-        uri, root / "d", "random", step=0, skill=0.05, scans=scans[:-9], tags=linear, tasks=("scz",), sizes=()
+        uri,
+        root / "d",
+        "random",
+        step=0,
+        skill=0.05,
+        scans=scans[:-9],
+        tags=linear,
+        tasks=("scz",),
+        sizes=(),
+        halves=False,
     )
     log_evaluation(
         uri, root / "e", "y-aware", step=200, skill=0.9, scans=scans, tags={**y_aware, "yaware.leave_site_out": "True"},
-        tasks=("age",), params={"leave_site_out": "True"},
+        tasks=("age",), params={"leave_site_out": "True"}, halves=False,
         metrics={"age.mae": 5.5, "age.mae.low": 5.0, "age.mae.high": 6.0},
     )  # fmt: skip
     return uri

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from evaluation.statistics.metrics import METRICS, chance_level
 from infra.tracking.tracker import Tracker
 
 TITLES = {"scz": "schizophrenia", "ad": "Alzheimer's disease", "age": "age", "site": "site"}
@@ -53,15 +54,33 @@ def predictions(scans: pd.DataFrame, skill: float, seed: int, tasks: tuple[str, 
     return pd.concat(parts, ignore_index=True)
 
 
+def resamples(table: pd.DataFrame) -> pd.DataFrame:
+    """Three repeats and ten halvings of stored predictions, as a protocol on fixed features logs them."""
+    rows = []
+    for task, part in table.groupby("task", sort=False):
+        codes = pd.Categorical(part["participant"]).codes
+        half = [("half", number, side) for number in range(10) for side in (0, 1)]
+        for kind, number, side in [("repeat", number, 0) for number in range(3)] + half:
+            chosen = np.random.default_rng(number).permutation(codes.max() + 1)[codes] % 2 == side
+            used = part if kind == "repeat" else part[chosen]
+            labels, answers = used["label"].to_numpy(), used["answer"].to_numpy()
+            for name, metric in METRICS[part["kind"].iloc[0]].items():
+                value = metric(labels, answers) + (0.01 * (number - 1) if kind == "repeat" else 0)
+                rows.append((task, name, kind, number, side, value, chance_level(part["kind"].iloc[0], labels)))
+    return pd.DataFrame(rows, columns=["task", "metric", "kind", "number", "side", "value", "chance"])
+
+
 def log_evaluation(
     uri: str, folder, name: str, *, step: int, skill: float, scans: pd.DataFrame, tasks=tuple(TITLES), experiment="kept",
-    simulated=True, tags=None, params=None, metrics=None, saliency=False, sizes=(20, 40, 80),
+    simulated=True, tags=None, params=None, metrics=None, saliency=False, sizes=(20, 40, 80), halves=True,
 ) -> str:  # fmt: skip
     """Log one evaluation and return its run id. Without ``metrics`` only its tables are logged, no metric."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng([step, len(name)])
     table = predictions(scans, skill, step + len(name), tasks)
     table.to_parquet(folder / "predictions.parquet", index=False)
+    if halves:
+        resamples(table).to_csv(folder / "resamples.csv", index=False)
     curve = [
         {
             "task": task, "n_train": size, "draw": draw,

@@ -48,7 +48,7 @@ def test_every_table_of_a_comparison_is_a_data_frame_with_its_documented_columns
     documented = {
         "metrics": METRIC_COLUMNS,
         "differences": ["task", "metric", "first", "second", "difference", "low", "high", "p", "p_holm", "test",
-                        "boot_low", "boot_high"],
+                        "fixed_difference", "fixed_low", "fixed_high", "fixed_p", "fixed_test", "boot_low", "boot_high"],
         "curves": ["checkpoint", "task", "n_train", "draws", "auc", "low", "high"],
         "curve_differences": ["task", "n_train", "first", "second", "draws", "difference", "low", "high", "p", "p_holm"],
         "subgroups": ["checkpoint", "task", "metric", "by", "group", "participants", "scans", "value", "low", "high", "note"],
@@ -66,10 +66,14 @@ def test_every_table_of_a_comparison_is_a_data_frame_with_its_documented_columns
 def test_a_comparison_shows_its_primary_metrics(comparison):
     summary = comparison.summary()
     assert list(summary.columns) == ["scz AUC", "age MAE", "site balanced accuracy"]
-    assert summary.loc["SimCLR, linear", "scz AUC"] == "0.700 [0.60, 0.80]"
+    left_out = "y-aware, step 200, linear, sites left out"
+    assert summary.loc[left_out, "age MAE"] == "5.50 [5.0, 6.0]"
+    row = comparison.metrics.set_index(["checkpoint", "task", "metric"]).loc[("SimCLR, linear", "scz", "auc")]
+    cautious = f"{row['value']:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
+    assert summary.loc["SimCLR, linear", "scz AUC"] == cautious
     assert summary.loc["random, linear", "age MAE"] == "-"
     shown, page = repr(comparison), comparison._repr_html_()
-    for text in ("experiment kept, simulated data", "SimCLR, linear", "0.700 [0.60, 0.80]"):
+    for text in ("experiment kept, simulated data", "SimCLR, linear", cautious, "5.50 [5.0, 6.0]"):
         assert text in shown
         assert text in page
     assert "<table" in page

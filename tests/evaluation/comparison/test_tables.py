@@ -11,7 +11,8 @@ import pytest
 from evaluation.comparison.age_and_site import age_correlation, brain_age_table, site_leakage_table
 from evaluation.comparison.curves import curve_differences
 from evaluation.comparison.evaluations import CheckpointEvaluation
-from evaluation.comparison.tables import subgroups_table
+from evaluation.comparison.formats import verdict
+from evaluation.comparison.tables import differences_table, metrics_table, subgroups_table
 from evaluation.protocols.variant import ProtocolVariant
 from evaluation.statistics.metrics import auc, brier, site_leakage, with_interval
 from evaluation.statistics.paired import delong_difference, holm
@@ -28,19 +29,22 @@ def evaluation_named(comparison, name):
 def test_metrics_are_those_logged_or_computed_from_stored_predictions(comparison):
     table = comparison.metrics.set_index(["checkpoint", "task", "metric"])
     logged = table.loc[(SIMCLR, "scz", "auc")]
-    assert (logged["value"], logged["low"], logged["high"]) == (0.7, 0.6, 0.8)
+    assert tuple(logged[["fixed_value", "fixed_low", "fixed_high"]]) == (0.7, 0.6, 0.8)
     scz = evaluation_named(comparison, Y_AWARE).of("scz")
     labels, participants = scz["label"].to_numpy(int), scz["participant"].to_numpy()
     computed = table.loc[(Y_AWARE, "scz", "auc")]
     expected = with_interval(auc, labels, scz["answer"].to_numpy(), participants)
-    assert tuple(computed[["value", "low", "high"]]) == expected
-    assert table.loc[(Y_AWARE, "scz", "brier"), "value"] == brier(labels, scz["probability"].to_numpy())
+    assert tuple(computed[["fixed_value", "fixed_low", "fixed_high"]]) == expected
+    assert table.loc[(Y_AWARE, "scz", "brier"), "fixed_value"] == brier(labels, scz["probability"].to_numpy())
 
 
 def test_chance_level_and_p_are_given_for_the_primary_metric_only(comparison):
     table = comparison.metrics.set_index(["checkpoint", "task", "metric"])
     assert table.loc[(Y_AWARE, "scz", "auc"), "p_chance"] < 0.01
-    assert table.loc[(RANDOM, "scz", "auc"), "p_chance"] > 0.05
+    assert table.loc[(Y_AWARE, "scz", "auc"), "p_fixed"] < 0.01
+    assert table.loc[(RANDOM, "scz", "auc"), "p_fixed"] > 0.05
+    assert table.loc[(Y_AWARE, "scz", "auc"), "chance_test"] == "halves"
+    assert np.isnan(table.loc[(RANDOM, "scz", "auc"), "p_chance"])  # it has no halves
     assert table.loc[(RANDOM, "scz", "ap"), ["chance", "p_chance"]].isna().all()
     ages = people()["age"]
     chance = [table.loc[(Y_AWARE, *key), "chance"] for key in (("scz", "auc"), ("site", "bacc"), ("age", "mae"))]
@@ -61,10 +65,61 @@ def test_differences_are_between_last_steps_on_the_same_scans(comparison):
     expected = delong_difference(
         first["label"].to_numpy(), first["answer"].to_numpy(), second["answer"].to_numpy(), first["participant"].to_numpy()
     )  # fmt: skip
-    values = tuple(row[["difference", "low", "high", "p"]])
+    values = tuple(row[["fixed_difference", "fixed_low", "fixed_high", "fixed_p"]])
     assert values == (expected.value, expected.low, expected.high, expected.p)
     assert table["p_holm"].to_numpy() == pytest.approx(holm(table["p"].to_numpy()))
-    assert set(table.loc[table["task"] != "scz", "test"]) == {"bootstrap"}
+    assert set(table.loc[table["task"] != "scz", "fixed_test"]) == {"bootstrap"}
+
+
+def values_of(evaluation, kind, metric="auc"):
+    """Values of scz by (number, side)."""
+    table = evaluation.resamples.query("task == 'scz' and metric == @metric and kind == @kind")
+    return table.set_index(["number", "side"])["value"]
+
+
+def test_the_default_interval_and_test_include_the_training_sets(comparison):
+    one, other = (evaluation_named(comparison, name) for name in (Y_AWARE, SIMCLR))
+    row = comparison.differences.query("task == 'scz'").iloc[0]
+    value = np.mean([values_of(one, "repeat")[n, 0] - values_of(other, "repeat")[n, 0] for n in range(3)])
+    both = values_of(one, "half") - values_of(other, "half")
+    error = np.sqrt(np.mean([(both[n, 0] - both[n, 1]) ** 2 / 4 for n in range(10)]))
+    half = 2.2281388519649385 * error  # Student's t at 0.975 with 10 degrees of freedom
+    assert tuple(row[["difference", "low", "high"]]) == pytest.approx((value, value - half, value + half))
+    assert (row["test"], row["fixed_test"]) == ("halves", "DeLong")
+    shown = comparison.metrics.set_index(["checkpoint", "task", "metric"]).loc[(Y_AWARE, "scz", "auc")]
+    assert shown["value"] == pytest.approx(np.mean([values_of(one, "repeat")[n, 0] for n in range(3)]))
+    assert shown["covers"] == "people and training sets"
+    assert comparison.metrics.set_index("checkpoint").loc[RANDOM, "covers"].unique().tolist() == ["people"]
+
+
+def test_a_pair_without_common_halves_has_no_verdict(comparison):
+    one, other = (evaluation_named(comparison, name) for name in (Y_AWARE, SIMCLR))
+    seeded = replace(other, run={**other.run, "params": {**other.run["params"], "seed": "1"}})
+    cases = {
+        "has no halves": replace(other, resamples=pd.DataFrame()),
+        "--seed was 0 and 1, so the halves differ": seeded,
+        "too few common halvings": replace(other, resamples=other.resamples.query("number < 4")),
+    }
+    for reason, changed in cases.items():
+        table, unpaired = differences_table([one, changed])
+        row = table.query("task == 'scz'").iloc[0]
+        assert row["test"] == "none"
+        assert row[["low", "high", "p", "p_holm"]].isna().all()
+        assert row["fixed_p"] < 0.05
+        assert verdict(row) == "not tested: training sets not resampled"
+        assert any(line.startswith("scz: training sets") and reason in line for line in unpaired)
+
+
+def test_refitted_permutations_decide_about_chance_where_there_are_any(comparison):
+    one = evaluation_named(comparison, Y_AWARE)
+    first = values_of(one, "repeat")[0, 0]
+    permuted = pd.DataFrame(
+        {"task": "scz", "metric": "auc", "kind": "permuted", "number": range(19), "side": 0, "chance": 0.5,
+         "value": [first, np.nan, *np.linspace(0.3, first - 0.01, 17)]}
+    )  # fmt: skip
+    with_permutations = replace(one, resamples=pd.concat([one.resamples, permuted], ignore_index=True))
+    row = metrics_table([with_permutations]).query("task == 'scz' and metric == 'auc'").iloc[0]
+    assert (row["p_chance"], row["chance_test"]) == (3 / 20, "refit")  # the equal one and the undefined one count
 
 
 def test_learning_curves_have_intervals_corrected_for_overlapping_draws(comparison):
