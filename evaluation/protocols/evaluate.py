@@ -147,12 +147,26 @@ def _make_context(
     settings: EvaluationSettings, manifest: Manifest, uri: str, experiment: str, *, cache: Path | None, storage: Path
 ) -> EvaluationContext:
     """Load and check the tasks."""
+    _check_names(settings.tasks)
     tasks = [load_task(name, manifest, settings.folds) for name in settings.tasks]
     check_copies(tasks, manifest)
     return EvaluationContext(
         manifest=manifest, tasks=tasks, rows=np.unique(np.concatenate([task.rows for task in tasks])), settings=settings,
         cache=cache or manifest.root / ".features", storage=storage, uri=uri, experiment=experiment,
     )  # fmt: skip
+
+
+def _check_names(tasks: Sequence[str]) -> None:
+    """Raise UserError if two tasks have one name: results are kept by the name of the task, that of its file."""
+    of_name: dict[str, str] = {}
+    for task in tasks:
+        name = Path(task).stem if task.endswith((".yaml", ".yml")) else task
+        if name in of_name:
+            raise UserError(
+                f"tasks: {of_name[name]} and {task} have one name, {name!r}, by which results are kept; "
+                + ("name it once" if of_name[name] == task else "rename one of the files")
+            )
+        of_name[name] = task
 
 
 def _load_candidate(path: Path, context: EvaluationContext) -> Candidate:
@@ -268,6 +282,11 @@ def _print_tasks(context: EvaluationContext) -> None:
         classes = "" if task.kind == "regression" else f" ({_class_counts(task)})"
         participants = len(np.unique(task.groups))
         print(f"evaluate: task {task.name}: {len(task.rows)} scans of {participants} participants{classes}")
+        if task.left_out:
+            print(
+                f"evaluate: task {task.name}: left out, too few participants for the folds: {', '.join(task.left_out)}; "
+                "fewer --folds keep more of them"
+            )
         if context.manifest.simulated:
             continue
         for size, row in PUBLISHED.get(task.name, {}).items():

@@ -138,8 +138,10 @@ def _folds_of(task: Task, positions: NDArray[np.int64], count: int, seed: int, b
     """Return the folds of some scans of a task as positions in the task; none if there are too few scans for folds."""
     part = _subset(task, positions)
     groups = len(np.unique(part.groups))
-    if task.kind == "binary":
-        groups = min(len(np.unique(part.groups[part.labels == code])) for code in (0, 1))
+    codes = (0, 1) if task.kind == "binary" else np.unique(part.labels) if task.kind == "multiclass" else ()
+    smallest = min((len(np.unique(part.groups[part.labels == code])) for code in codes), default=groups)
+    if task.kind == "binary" or smallest > 1:  # a class with one group has no folds; other classes may
+        groups = smallest
     if groups < 2:
         return []
     try:

@@ -74,6 +74,7 @@ class Task:
     test: Any = None  # (N,) bool, the fixed test set; None: folds
     covariates: Any = None  # (N, C) float64, NaN where missing
     confounds: Any = None  # (N, D) float64
+    left_out: list[str] = field(default_factory=list)  # classes with too few participants, each with their number
 
 
 def load_task(name: str, manifest: Manifest, folds: int = 5) -> Task:
@@ -98,12 +99,22 @@ def load_task(name: str, manifest: Manifest, folds: int = 5) -> Task:
     test = None
     if spec.test is not None and len(scans):
         test = _query(scans, spec.test, path.name, "test")
+    left_out: list[str] = []
+    if spec.kind == "multiclass":
+        small = _small_classes(labels, groups, len(classes), folds, test)
+        left_out = [f"{classes[code]} {count}" for code, count in small.items()]
+        keep = ~np.isin(labels, list(small))
+        scans, groups, participants = scans[keep], groups[keep], participants[keep]
+        classes = [name for code, name in enumerate(classes) if code not in small]
+        labels = np.unique(labels[keep], return_inverse=True)[1].reshape(-1)
+        test = None if test is None else test[keep]
     task = Task(
         name=path.stem, title=spec.title, kind=spec.kind, rows=scans.index.to_numpy(np.int64), labels=labels, groups=groups,
         classes=classes, participants=participants,
         strata=as_strata(labels, spec.kind, scans, spec.strata) if spec.strata and len(scans) else None,
         sites=scans[spec.sites].astype(str).to_numpy() if spec.sites in scans else None,
         test=test, covariates=as_numbers(scans, spec.covariates), confounds=as_numbers(scans, spec.confounds),
+        left_out=left_out,
     )  # fmt: skip
     _check_size(task, spec, path.name, folds)
     _check_test(task, path.name)
@@ -213,6 +224,21 @@ def _groups(spec: TaskFile, scans: pd.DataFrame, file: str) -> tuple[NDArray[np.
     return codes, participants
 
 
+def _small_classes(
+    labels: NDArray[Any], groups: NDArray[Any], classes: int, folds: int, test: NDArray[Any] | None
+) -> dict[int, int]:
+    """Return code -> number of groups of every class that cannot be in the training and in the test scans of every fold.
+
+    With folds a class needs as many groups as there are folds, with a fixed test set one on either side. A class that is in
+    a test set without being in the training set is never recognised, and would make a metric worse than the model is.
+    """
+    counts = {code: len(np.unique(groups[labels == code])) for code in range(classes)}
+    if test is None:
+        return {code: count for code, count in counts.items() if count < folds}
+    both = set(labels[test]) & set(labels[~test])
+    return {code: count for code, count in counts.items() if code not in both}
+
+
 def _match_controls(scans: pd.DataFrame, labels: NDArray[Any], match: Match) -> NDArray[np.bool_]:
     """Return which scans to keep: patients with at least one matching control, and these controls.
 
@@ -244,11 +270,10 @@ def _check_size(task: Task, spec: TaskFile, file: str, folds: int) -> None:
         found = f"{participants} participants"
     else:
         counts = [len(np.unique(task.groups[task.labels == code])) for code in range(len(task.classes))]
-        if task.kind == "binary":
-            enough = len(counts) >= 2 and min(counts) >= folds
-        else:
-            enough = sum(count >= folds for count in counts) >= 2
-        found = ", ".join(f"{name} {count}" for name, count in zip(task.classes, counts, strict=True))
+        enough = len(counts) >= 2 and (min(counts) >= folds or (task.kind == "multiclass" and task.test is not None))
+        found = ", ".join([
+            *(f"{name} {count}" for name, count in zip(task.classes, counts, strict=True)), *task.left_out,
+        ])  # fmt: skip
     if not enough:
         raise UserError(
             f"task {task.name}: too few participants for {folds} folds in splits {', '.join(spec.splits)} of {file} "

@@ -79,10 +79,19 @@ def test_the_p_value_of_refitted_models_is_their_share():
     assert np.isnan(refitted_p(np.nan, permuted))
 
 
+def test_a_null_study_goes_through_the_whole_path():
+    shares = summary_of(Cell("binary", 40, 0.5), studies=3, seed=5)
+    assert set(shares) == {"auc", "bacc"}
+    # Nine pairs and nine intervals of three studies: most must be right.
+    assert all(shares[metric][name] <= 4 / 9 for metric in shares for name in ("different", "missed", "chance"))
+    found = summary_of(Cell("regression", 40, 0.5, (0.0, 4.0)), studies=2)["mae"]
+    assert found["different"] == 1.0
+
+
+@pytest.mark.slow
 def test_null_studies_keep_their_level_where_fixed_models_do_not():
-    """Few studies of 40 participants: the table of docs/evaluation.md comes from many."""
+    """The table of docs/evaluation.md comes from more studies."""
     summary = summary_of(Cell("binary", 40, 0.5), studies=60, seed=5)["auc"]
-    # Of 60 studies at 5 %, at most 9 reject with a probability of 0.999.
-    assert summary["different"] <= 9 / 60
-    assert summary["missed"] <= 9 / 60
+    assert summary["different"] <= 0.10
+    assert summary["missed"] <= 0.10
     assert summary["different_fixed"] > summary["different"]

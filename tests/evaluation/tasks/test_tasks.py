@@ -8,7 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from evaluation.protocols.evaluate import _make_context
+from evaluation.protocols.nested_cv import choose, prepare, trial
+from evaluation.protocols.probes import linear
+from evaluation.protocols.settings import EvaluationSettings
+from evaluation.statistics.metrics import site_leakage
 from evaluation.tasks.columns import as_numbers
+from evaluation.tasks.folds import outer_folds
 from evaluation.tasks.tasks import load_task
 from infra.errors import UserError
 
@@ -146,3 +152,71 @@ def test_groups_and_test_sets_that_split_a_participant_are_refused(tmp_path):
 def test_a_missing_task_file_is_refused():
     with pytest.raises(UserError, match="task file none.yaml does not exist"):
         load_task("none.yaml", manifest(["AD", "control"]))
+
+
+SITES = "title: s\nkind: multiclass\nlabel: site\n"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "left_out"),
+    [
+        ({"north": 10, "south": 10, "island": 1, "ship": 2}, ["island 1", "ship 2"]),
+        ({"a": 1, "north": 6, "south": 5, "z": 4}, ["a 1", "z 4"]),
+        ({"north": 6, "south": 5}, []),
+    ],
+)
+def test_sites_with_too_few_people_for_the_folds_are_left_out_and_named(tmp_path, sizes, left_out):
+    sites = [name for name, size in sizes.items() for _ in range(2 * size)]
+    people = [f"p{number // 2:03d}" for number in range(len(sites))]  # two scans each
+    task = load_task(task_file(tmp_path, SITES), manifest(["control"] * len(sites), people, site=sites))
+    assert task.left_out == left_out
+    assert task.classes == ["north", "south"]
+    assert [task.classes[code] for code in task.labels] == [site for site in sites if site in ("north", "south")]
+    assert np.array_equal(task.rows, [row for row, site in enumerate(sites) if site in ("north", "south")])
+    assert len(task.rows) == len(task.groups) == len(task.participants) == len(task.sites)
+    for train, _ in outer_folds(task, 5, 0):
+        assert set(task.labels[train]) == {0, 1}
+
+
+def test_few_people_of_a_site_count_as_people_not_as_scans_and_perfect_features_have_leakage_1(tmp_path):
+    sites = ["north"] * 12 + ["south"] * 12 + ["island"] * 6
+    people = [f"p{number:03d}" for number in range(24)] + ["p900"] * 6  # six scans of one person
+    task = load_task(task_file(tmp_path, SITES), manifest(["control"] * 30, people, site=sites))
+    assert task.left_out == ["island 1"]
+    features = np.eye(2)[task.labels]
+    prepared = prepare(task, features, folds=5, sizes=[], draws=1, seed=0)
+    rows = [trial({"task": "t", "params": {"penalty": 1.0}}, {"tasks": {"t": prepared}, "model": linear})]
+    assert site_leakage(task.labels, choose(rows, prepared).predicted) == 1.0
+
+
+def test_a_fixed_test_set_needs_a_class_on_both_sides_only(tmp_path):
+    sites = ["north"] * 8 + ["south"] * 2 + ["only trained"] * 5 + ["only tested"] * 5
+    tested = [0, 1] * 4 + [0, 1] + [0] * 5 + [1] * 5
+    task = load_task(
+        task_file(tmp_path, SITES + "test: tested == 1\n"), manifest(["control"] * 20, site=sites, tested=tested)
+    )
+    assert task.classes == ["north", "south"]
+    assert task.left_out == ["only tested 5", "only trained 5"]
+    assert task.test.tolist() == [bool(value) for value in tested[:10]]
+
+
+def test_too_few_sites_with_enough_people_are_refused_with_all_counts(tmp_path):
+    sites = ["north"] * 8 + ["south"] * 2
+    with pytest.raises(UserError, match=r"too few participants for 5 folds .*\(north 8, south 2\)"):
+        load_task(task_file(tmp_path, SITES), manifest(["control"] * 10, site=sites))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (["a/scz.yaml", "b/scz.yaml"], "a/scz.yaml and b/scz.yaml have one name, 'scz'.*rename one of the files"),
+        (["scz", "mine/scz.yaml"], "scz and mine/scz.yaml have one name"),
+        (["a/age.yml", "a/age.yaml"], "a/age.yml and a/age.yaml have one name"),
+        (["age", "site", "age"], "age and age have one name, 'age'.*name it once"),
+    ],
+)
+def test_tasks_of_one_name_are_refused_before_anything_else(tasks, message, tmp_path):
+    empty = SimpleNamespace(scans=pd.DataFrame(), root=str(tmp_path))
+    settings = EvaluationSettings(tasks=tuple(tasks))
+    with pytest.raises(UserError, match=message):
+        _make_context(settings, empty, "sqlite:///none", "e", cache=None, storage=tmp_path)
