@@ -1,14 +1,14 @@
 """Intervals and tests that include the choice of the training participants, from cross-validations of halves.
 
-Nested cross-validation is run ``R`` times on all participants, and once on each half of ``M`` random halvings. The metric of
-a half varies as the metric of a study of half the size would. The two halves share nobody, so their squared difference,
-halved, is an unbiased estimate of that variance (the conservative estimate of Nadeau and Bengio, Machine Learning 52, 2003,
-section 5), and half of it is the variance at the full size: it falls as 1 / n where a metric is decided by who is tested, and
-faster where it is decided by who is trained on, so the estimate is rather too large than too small.
+Nested cross-validation is run R times on all participants, and once on each half of M random halvings. The two halves share
+nobody, so half of their squared difference estimates the variance of a study of half the size without bias: the conservative
+estimate of Nadeau and Bengio, Machine Learning 52, 2003. Half of that is taken for the full size. The variance falls as 1 / n
+where a metric depends on who is tested, and faster where it depends on who is trained on, so the estimate is rather too
+large than too small; it also holds the chance of the folds, of which R repeats leave 1 / R.
 
-Why not the corrected variance over folds, (1 / J + n_test / n_train) s² (same paper, Eq. 9)? Where the features hold
-nothing it is too small: the scores of two people depend on each other in both directions, each through the model that the
-other trained. It rejects in 10 to 16 % of null studies (``python -m tests.benchmarks.null_studies``).
+Their other correction, (1 / J + n_test / n_train) s² over J folds (``intervals.corrected_interval``), is too small where
+the features hold little: the scores of two people depend on each other twice, each through the model that the other
+trained. ``python -m tests.benchmarks.null_studies`` measures both.
 """
 
 from __future__ import annotations

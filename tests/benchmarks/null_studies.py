@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from evaluation.protocols.results import RESAMPLE_COLUMNS, resample_rows
 from evaluation.statistics.intervals import corrected_interval, with_interval
 from evaluation.statistics.metrics import METRICS
 from evaluation.statistics.paired import delong_difference, paired_bootstrap, permutation_p
+from evaluation.tasks.folds import Fold
 from evaluation.tasks.resamples import Resampling
 from evaluation.tasks.tasks import Task
 
@@ -47,6 +49,13 @@ class Cell:
         0.0,
         0.0,
     )  # of each checkpoint: shift of one feature between the classes, or per unit
+
+
+class Evaluated(NamedTuple):
+    """A checkpoint's evaluation, and the folds and predictions of each repeat."""
+
+    evaluation: CheckpointEvaluation
+    repeats: list[tuple[list[Fold], np.ndarray]]
 
 
 def ridge(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predictions:
@@ -89,7 +98,7 @@ def _labels(cell: Cell, generator: np.random.Generator) -> np.ndarray:
     return np.asarray(drawn)
 
 
-def _evaluate(task: Task, features: np.ndarray, name: str, seed: int) -> CheckpointEvaluation:
+def _evaluate(task: Task, features: np.ndarray, name: str, seed: int) -> Evaluated:
     prepared = prepare(task, features, folds=5, sizes=[], draws=1, seed=seed, resampling=Resampling())
     data = {"tasks": {"null": prepared}, "model": ridge}
     result = choose([trial({"task": "null", "params": params}, data) for params in GRID], prepared)
@@ -99,13 +108,17 @@ def _evaluate(task: Task, features: np.ndarray, name: str, seed: int) -> Checkpo
     )  # fmt: skip
     run = {"run_id": name, "tags": {}, "params": {"seed": str(seed), "folds": "5"}}
     resamples = pd.DataFrame(resample_rows(task, result), columns=RESAMPLE_COLUMNS)
-    return CheckpointEvaluation(name, run, predictions, pd.DataFrame(), pd.DataFrame(), resamples=resamples)
+    evaluation = CheckpointEvaluation(name, run, predictions, pd.DataFrame(), pd.DataFrame(), resamples=resamples)
+    repeats = [(prepared.folds, result.predicted)]
+    repeats += [(each.folds, predicted) for each, predicted, _ in result.resampled if each.kind == "repeat"]
+    return Evaluated(evaluation, repeats)
 
 
-def _values(task: Task, one: CheckpointEvaluation, other: CheckpointEvaluation, metric: str) -> dict[str, float]:
+def _values(task: Task, one: Evaluated, other: Evaluated, metric: str) -> dict[str, float]:
     statistic = METRICS[task.kind][metric]
-    first, second = (each.predictions["answer"].to_numpy() for each in (one, other))
-    interval, difference = metric_interval(one, "null", metric), paired_interval(one, other, "null", metric)[0]
+    first, second = (each.evaluation.predictions["answer"].to_numpy() for each in (one, other))
+    interval = metric_interval(one.evaluation, "null", metric)
+    difference = paired_interval(one.evaluation, other.evaluation, "null", metric)[0]
     assert interval is not None
     assert difference is not None
     low, high = with_interval(statistic, task.labels, first, task.groups, resamples=200)[1:]
@@ -116,21 +129,21 @@ def _values(task: Task, one: CheckpointEvaluation, other: CheckpointEvaluation, 
     )
     return {
         "value": interval.value, "low": interval.low, "high": interval.high, "p": difference.two_sided(),
-        "p_chance": chance_test(one, "null", metric)[0], "fixed_low": low, "fixed_high": high, "fixed_p": fixed.p,
+        "p_chance": chance_test(one.evaluation, "null", metric)[0], "fixed_low": low, "fixed_high": high, "fixed_p": fixed.p,
         "fixed_p_chance": permutation_p(
             statistic, task.labels, first, task.groups, higher_is_better=metric != "mae", count=100
         ),
-        "corrected_p": _corrected_p(task, one, other, metric),
+        "corrected_p": _corrected_p(task, one, other, metric, 1), "repeated_p": _corrected_p(task, one, other, metric, 3),
     }  # fmt: skip
 
 
-def _corrected_p(task: Task, one: CheckpointEvaluation, other: CheckpointEvaluation, metric: str) -> float:
-    """p of Nadeau and Bengio's corrected variance over the folds of one cross-validation, for comparison."""
+def _corrected_p(task: Task, one: Evaluated, other: Evaluated, metric: str, repeats: int) -> float:
+    """p of Nadeau and Bengio's corrected variance over the folds of some repeats, for comparison."""
     statistic, differences = METRICS[task.kind][metric], []
-    for fold in range(5):
-        inside = one.predictions["fold"].to_numpy() == fold
-        first, second = (each.predictions["answer"].to_numpy()[inside] for each in (one, other))
-        differences.append(statistic(task.labels[inside], first) - statistic(task.labels[inside], second))
+    for (folds, first), (_, second) in zip(one.repeats[:repeats], other.repeats[:repeats], strict=True):
+        for _, test in folds:
+            labels = task.labels[test]
+            differences.append(statistic(labels, first[test]) - statistic(labels, second[test]))
     return corrected_interval(np.array(differences), 4, 1)[3]
 
 
@@ -151,6 +164,7 @@ def summary_of(cell: Cell, studies: int, seed: int = 0) -> dict[str, dict[str, f
             "missed_fixed": _missed(table, "fixed_low", "fixed_high", truth),
             "chance_fixed": (table["fixed_p_chance"] <= 0.05).mean(),
             "different_corrected": (table["corrected_p"] <= 0.05).mean(),
+            "different_repeated": (table["repeated_p"] <= 0.05).mean(),
         }  # fmt: skip
     return result
 
@@ -190,16 +204,23 @@ def main() -> None:
     started = time.monotonic()
     lines = [
         "| metric | people | classes | held | different | interval misses | better than chance | different, fixed | "
-        "misses, fixed | chance, fixed | different, corrected over folds |",
-        "|" + "---|" * 11,
+        "misses, fixed | chance, fixed | different, corrected over 5 folds | over 15 |",
+        "|" + "---|" * 12,
     ]
     print("\n".join(lines), flush=True)
+    null: dict[tuple[str, tuple[float, ...]], list[list[float]]] = {}
     with ProcessPoolExecutor(options.jobs) as pool:
         jobs = [(cell, pool.submit(summary_of, cell, options.studies, options.seed)) for cell in cells()]
         for cell, job in jobs:
             for metric, shares in job.result().items():
                 lines.append(_row(cell, metric, shares))
                 print(lines[-1], flush=True)
+                if len(cell.held) == 3:
+                    null.setdefault((metric, cell.held), []).append(list(shares.values()))
+    for (metric, held), rows in null.items():
+        mean = " | ".join(f"{value:.3f}" for value in np.mean(rows, axis=0))
+        lines.append(f"| {metric} | all | all | {held[0]:g} | {mean} |")
+        print(lines[-1], flush=True)
     print(f"{options.studies} studies a row, {time.monotonic() - started:.0f} s with {options.jobs} processes")
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")

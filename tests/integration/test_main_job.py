@@ -115,7 +115,20 @@ def test_mlflow_has_one_run_per_pretraining_with_its_checkpoints(job):
 def test_the_commands_evaluate_and_compare(job, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store(job))
     given = [str(job / "demo/runs/y-aware"), str(job / "demo/runs/random"), "--shards", str(job / "demo/shards")]
-    protocol = ["--tasks", "scz,age", "--experiment", "job", "--n-train", "10", "--draws", "2", "--workers", "2"]
+    protocol = [
+        "--tasks",
+        "scz,age",
+        "--experiment",
+        "job",
+        "--n-train",
+        "10",
+        "--draws",
+        "2",
+        "--workers",
+        "2",
+        "--halvings",
+        "5",
+    ]
     assert cli.run(["evaluate", *given, *protocol]) == 0
     shutil.move(job / "demo/runs", job / "moved")
     try:

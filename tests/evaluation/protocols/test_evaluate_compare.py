@@ -31,7 +31,7 @@ from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
 
 OPTIONS = {"width": 0.25, "norm": "group"}
-TASKS = ["--tasks", "ad,age,site,sex", "--n-train", "8,16,99", "--draws", "3"]
+TASKS = ["--tasks", "ad,age,site,sex", "--n-train", "8,16,99", "--draws", "3", "--repeats", "2", "--halvings", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,11 @@ def test_compare_reads_only_the_store_and_writes_the_report(evaluated, capsys):
     table = pd.read_csv(root / "out" / "report_metrics.csv")
     logged = {row["tags"]["yaware.run_name"]: row["metrics"] for row in runs.runs(uri, "test", "evaluation")}
     for row in table.itertuples():
-        assert row.value == pytest.approx(logged[row.checkpoint][f"{row.task}.{row.metric}"])
+        assert row.fixed_value == pytest.approx(logged[row.checkpoint][f"{row.task}.{row.metric}"])
+    assert set(table["covers"]) == {"people and training sets"}
+    differences = pd.read_csv(root / "out" / "report_differences.csv")
+    assert set(differences["test"]) == {"halves"}
+    assert differences[["low", "high", "p", "fixed_low", "fixed_high", "fixed_p"]].notna().all(axis=None)
 
 
 def embedded(page, section, kind):

@@ -33,7 +33,7 @@ from tests.cohorts import write_cohort
 from tests.runs import ROOT, environment
 
 OPTIONS = {"width": 0.125, "norm": "group"}
-SMALL = ["--folds", "2", "--draws", "2", "--n-train", "8,500"]
+SMALL = ["--folds", "2", "--draws", "2", "--n-train", "8,500", "--repeats", "1", "--halvings", "0"]
 NETWORKS = ["--finetune.epochs=2", "--finetune.trials=2", "--finetune.halving=1", "--finetune.precision=fp32"]
 
 
