@@ -94,7 +94,7 @@ def read_bids_layout(source: DataSet, modality: str) -> CohortScans:
                 reason = no_session_row(table_name, session, list(rows))
                 row = people.person_row([row])
         measured = _beside(path) if path.name.startswith("mwp1") else {}
-        files.append(ScanFile(path, participant, session, run, row, measured, reason))
+        files.append(ScanFile(path, participant, session, run, row, measured=measured, reason=reason))
     return _scans(source, files, modality, f"sub-*/[ses-*/]anat/*{EXAMPLES[modality]}.nii.gz")
 
 
@@ -114,7 +114,7 @@ def read_cat12(source: DataSet, modality: str) -> CohortScans:
         participant = named.get("sub") or _listed_in(stem, people)
         session, run = named.get("ses", ""), named.get("run", "")
         row, reason = _row_and_reason(people, participant, session, run)
-        files.append(ScanFile(path, participant, session, run, row, _beside(path), reason))
+        files.append(ScanFile(path, participant, session, run, row, measured=_beside(path), reason=reason))
     return _scans(source, files, modality, "mri/mwp1*.nii[.gz]")
 
 
@@ -138,7 +138,7 @@ def read_openbhb(source: DataSet, modality: str) -> CohortScans:
         participant, session, run = entities(path, folder)
         row, reason = _row_and_reason(people, participant, session, run)
         split = {"openbhb_split": path.relative_to(folder).parts[0]}
-        files.append(ScanFile(path, participant, session, run, row, split, reason))
+        files.append(ScanFile(path, participant, session, run, row, measured=split, reason=reason))
     return _scans(source, files, modality, f"{{train,val}}/derivatives/sub-*/ses-*/sub-*{OPENBHB[modality]}")
 
 
