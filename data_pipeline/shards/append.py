@@ -10,7 +10,7 @@ import pandas as pd
 
 from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
-from data_pipeline.cohort.scan import Scan, bytes_of
+from data_pipeline.cohort.scan import Scan, array_orientations, bytes_of
 from data_pipeline.cohort.split import assign_splits, is_healthy
 from data_pipeline.quality.rules import (
     Quality,
@@ -91,6 +91,7 @@ def append_shards(
             return old
         history = {
             "dataset": name_of(new, root), "simulated": is_simulated(root), "scans_found": len(scans) + len(unlisted),
+            "array_orientations": array_orientations(new),
         }  # fmt: skip
         return _add(folder, old, new, unlisted, history, workers)
 

@@ -8,7 +8,7 @@ from typing import Any
 from data_pipeline.cohort.grid import common_grid
 from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
-from data_pipeline.cohort.scan import Scan
+from data_pipeline.cohort.scan import Scan, array_orientations
 from data_pipeline.cohort.split import DEFAULT_SPLITS
 from data_pipeline.quality.rules import Quality, check_quality, unlisted_removals, write_quarantine
 from data_pipeline.shards import unfinished
@@ -87,7 +87,7 @@ def build_shards(
         "dataset": name_of(scans, root), "modality": modality, "scaling": scaling, "crop": crop, "intensity": intensity,
         "codec": codec, "scans_per_shard": scans_per_shard, "seed": seed, "splits": splits or DEFAULT_SPLITS,
         "quality": to_dict(quality), "simulated": is_simulated(root), "scans_found": len(scans) + len(unlisted),
-        "pseudonymised": key_file is not None,
+        "pseudonymised": key_file is not None, "array_orientations": array_orientations(scans),
     }  # fmt: skip
     if key_file is not None:
         settings["pseudonym_key"] = key_fingerprint(read_key(Path(key_file)))
@@ -129,6 +129,7 @@ def _existing_build(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manif
     defaults = {
         **DEFAULT_PREPARATION,
         "pseudonymised": False,
+        "array_orientations": settings["array_orientations"],
         "pseudonym_key": settings.get("pseudonym_key"),
         "quality": to_dict(Quality()),
     }
