@@ -59,6 +59,11 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)
 
 
+def array_orientations(scans: Iterable[Scan]) -> dict[str, str]:
+    """Return the declared orientation of the .npy arrays of each data set that has any; empty for that of the shape."""
+    return {scan.dataset: scan.orientation for scan in scans if scan.path.suffix == ".npy"}
+
+
 def bytes_of(scans: Iterable[Scan]) -> int:
     """Return the size of the files of scans; a file that cannot be found counts as empty."""
     total = 0

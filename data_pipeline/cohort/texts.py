@@ -26,20 +26,19 @@ def decode_text(content: bytes, name: str, kind: str = "text") -> str:
     Raises UserError, which begins with ``name`` and gives the command that converts the file, for any other encoding.
     """
     encoding = next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), "utf-8")
+    if b"\0" in content and encoding.startswith("utf-8"):
+        guess = "UTF-16BE" if content[:1] == b"\0" else "UTF-16LE"
+        raise UserError(
+            f"{name} is not {kind}: it has bytes of 0, as UTF-16 without a byte order mark has; {_advice(name, guess)}"
+        )
     try:
-        text = content.decode(encoding)
+        return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{name} is not {kind}: '{encoding.removesuffix('-sig')}' codec does not know byte 0x{content[error.start]:02x} of "
             f"line {line}; {_advice(name, 'LATIN1')} (if the file is in Latin-1, as older Excel and SPSS write it)"
         ) from None
-    if "\0" in text:
-        guess = "UTF-16BE" if content[:1] == b"\0" else "UTF-16LE"
-        raise UserError(
-            f"{name} is not {kind}: it has bytes of 0, as UTF-16 without a byte order mark has; {_advice(name, guess)}"
-        )
-    return text
 
 
 def _advice(name: str, encoding: str) -> str:

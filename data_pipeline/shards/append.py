@@ -10,7 +10,7 @@ import pandas as pd
 
 from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
-from data_pipeline.cohort.scan import Scan, bytes_of
+from data_pipeline.cohort.scan import Scan, array_orientations, bytes_of
 from data_pipeline.cohort.split import SPLIT, assign_splits, is_healthy
 from data_pipeline.quality.columns import write_columns
 from data_pipeline.quality.rules import (
@@ -99,6 +99,7 @@ def append_shards(
             return old
         history = {
             "dataset": name_of(new, root), "simulated": is_simulated(root), "scans_found": len(scans) + len(unlisted),
+            "array_orientations": array_orientations(new),
         }  # fmt: skip
         added = _add(folder, old, new, unlisted, history, workers)
         name = str(history["dataset"])

@@ -9,6 +9,7 @@ from data_pipeline.cohort.grid import common_grid
 from data_pipeline.cohort.layouts import CohortScans
 from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
+from data_pipeline.cohort.scan import array_orientations
 from data_pipeline.cohort.split import DEFAULT_SPLITS
 from data_pipeline.quality.columns import PAGE, write_columns
 from data_pipeline.quality.rules import Quality, check_quality, unlisted_removals, write_quarantine
@@ -90,7 +91,7 @@ def build_shards(
         "dataset": name_of(scans, root), "modality": modality, "scaling": scaling, "crop": crop, "intensity": intensity,
         "codec": codec, "scans_per_shard": scans_per_shard, "seed": seed, "splits": splits or DEFAULT_SPLITS,
         "quality": to_dict(quality), "simulated": is_simulated(root), "scans_found": len(scans) + len(unlisted),
-        "pseudonymised": key_file is not None,
+        "pseudonymised": key_file is not None, "array_orientations": array_orientations(scans),
     }  # fmt: skip
     if key_file is not None:
         settings["pseudonym_key"] = key_fingerprint(read_key(Path(key_file)))
@@ -132,6 +133,7 @@ def _existing_build(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manif
     defaults = {
         **DEFAULT_PREPARATION,
         "pseudonymised": False,
+        "array_orientations": settings["array_orientations"],
         "pseudonym_key": settings.get("pseudonym_key"),
         "quality": to_dict(Quality()),
     }
