@@ -40,7 +40,12 @@ def test_a_nested_result_comes_back_as_it_was(tmp_path):
     for name in ("inner", "predicted", "text"):
         assert found[name].dtype == result[name].dtype
         np.testing.assert_array_equal(found[name], result[name])
-    assert (found["seconds"], found["params"], found["done"], found["flag"]) == (0.1 + 0.2, result["params"], True, False)
+    assert (found["seconds"], found["params"], found["done"], found["flag"]) == (
+        0.1 + 0.2,
+        result["params"],
+        True,
+        False,
+    )
     assert found["done"] is True
     [(size, number, score, nothing, values)] = found["curve"]
     assert (size, number, score, nothing, values.dtype) == (5, 0, 0.3, None, np.float32)
