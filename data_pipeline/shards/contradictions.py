@@ -18,23 +18,25 @@ from data_pipeline.storage.hashing import HashingStream
 from data_pipeline.volume.decoders import ENDINGS
 
 BLOCK = 1 << 22
+FAULTS = (tarfile.TarError, EOFError, ValueError)
 Member = tuple[str, int, int, int]  # name, offset, size, crc32c
 
 
-def members_of(path: Path) -> list[Member]:
-    """Return the files of a local tar with the checksums of their content. Raises OSError if it is no tar or is cut."""
+def members_of(path: Path) -> tuple[list[Member], str]:
+    """Return the files of a local tar with the checksums of their content, and what is wrong with the tar after them."""
+    places, fault = list[tuple[str, int, int]](), ""
     try:
         with tarfile.open(path, "r:") as tar:
-            places = [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise OSError(f"is no tar: {error}") from None
+            places += ((m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse())
+    except FAULTS as error:
+        fault = f"is no whole tar: {error}"
     with path.open("rb") as stream:
-        return [(name, offset, size, _checksum(stream, offset, size)) for name, offset, size in places]
+        return [(name, offset, size, _checksum(stream, offset, size)) for name, offset, size in places], fault
 
 
-def members_of_stream(stream: HashingStream) -> list[Member]:
-    """Return the files of a tar that is read once from its beginning to its end. Raises OSError if it is no tar or is cut."""
-    members: list[Member] = []
+def members_of_stream(stream: HashingStream) -> tuple[list[Member], str]:
+    """As ``members_of``, for a tar that is read once from its beginning to its end."""
+    members, fault = list[Member](), ""
     try:
         with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
             for member in tar:
@@ -44,12 +46,11 @@ def members_of_stream(stream: HashingStream) -> list[Member]:
                         checksum.update(block)
                     crc = int.from_bytes(checksum.digest(), "big")
                     members.append((member.name, member.offset_data, member.size, crc))
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise OSError(f"is no tar: {error}") from None
-    finally:
-        while stream.read(BLOCK):
-            pass
-    return members
+    except FAULTS as error:
+        fault = f"is no whole tar: {error}"
+    while stream.read(BLOCK):
+        pass
+    return members, fault
 
 
 def _checksum(stream: IO[bytes], offset: int, size: int) -> int:

@@ -90,7 +90,7 @@ def _problem(manifest: Manifest, number: int) -> str | None:
         return f"missing, with {shard['scans']} scans"
     try:
         if path.stat().st_size == shard["bytes"] and sha256_of(path) == shard["sha256"]:
-            return _contradictions(manifest, number, members_of(path))
+            return _contradictions(manifest, number, *members_of(path))
         # For shards made elsewhere the location of headers and descriptions is unknown.
         scans = [] if "codec" in shard else stored_scans(manifest, number)
         places = find_damage(path, int(shard["bytes"]), scans, manifest.settings["codec"]) if scans else []
@@ -108,28 +108,27 @@ def _listed(places: list[str], what: str) -> str | None:
 def _remote_problem(manifest: Manifest, url: str, number: int) -> str | None:
     """Return what is wrong with a remote shard, which is read once, in blocks with retries; None if it is intact."""
     shard = manifest.shards[number]
-    members, no_tar = list[Member](), ""
     try:
         with open_file(url, manifest.access) as raw:
             stream = HashingStream(raw)
-            try:
-                members = members_of_stream(stream)
-            except ReadFailed:
-                raise
-            except OSError as error:
-                no_tar = str(error)
+            members, fault = members_of_stream(stream)
     except ReadFailed as error:
         return "missing" if isinstance(error.__cause__, FileNotFoundError) else str(error)
     if stream.size != int(shard["bytes"]):
         return f"{stream.size} bytes, the manifest says {shard['bytes']}"
     if stream.digest.hexdigest() != shard["sha256"]:
         return "damaged: content differs from its checksum"
-    return no_tar or _contradictions(manifest, number, members)
+    return _contradictions(manifest, number, members, fault)
 
 
-def _contradictions(manifest: Manifest, number: int, members: list[Member]) -> str | None:
-    """Return where the rows of an intact shard differ from its tar; None if they agree."""
-    found = contradictions(members, stored_scans(manifest, number), bool(manifest.settings.get("indexed")))
+def _contradictions(manifest: Manifest, number: int, members: list[Member], fault: str) -> str | None:
+    """Return where the rows of an intact shard differ from its tar; None if they agree.
+
+    An index may list a tar that is cut, with the scans before the cut.
+    """
+    indexed = bool(manifest.settings.get("indexed"))
+    found = contradictions(members, stored_scans(manifest, number), indexed)
+    found += [fault] if fault and not indexed else []
     return _listed(found, "the scan table contradicts it")
 
 
