@@ -28,6 +28,10 @@ def open_image(path: Path, orientation: str = "", arrays_on: Grid | None = None)
     Raises:
         BadScan: the file is unreadable or is not one 3D volume of numbers.
     """
+    # Opening a named pipe or a device would wait or read forever.
+    parts = [path.with_suffix(suffix) for suffix in (".hdr", ".img")] if path.suffix in (".hdr", ".img") else [path]
+    if any(part.exists() and not part.is_file() for part in parts):
+        raise BadScan("is not a regular file, but a folder, pipe or device", "file")
     if path.suffix == ".npy":
         return _open_array(path, orientation, arrays_on)
     try:
