@@ -118,7 +118,7 @@ def index_shards(
     settings: dict[str, Any] = {
         "dataset": dataset, "modality": modality or default_modality, "scaling": "none", "simulated": False, "indexed": True,
         "codec": codecs[0] if len(codecs) == 1 else "mixed", "seed": seed, "splits": splits or DEFAULT_SPLITS,
-        "orientation": orientation, "scans_found": len(rows) + len(bad), "quarantined": len(bad),
+        "orientation": orientation, "arrays": geometry[1] is None, "scans_found": len(rows) + len(bad), "quarantined": len(bad),
         "root": shards if is_remote(shards) else os.path.relpath(shards, folder),
     }  # fmt: skip
     shard_rows = [

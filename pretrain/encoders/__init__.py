@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from infra.errors import UserError, nearest
+from infra.lean_imports import quiet_imports
 from pretrain.encoders import networks
 from pretrain.encoders.layers import NO_SYNC_ON_CPU, NORMS, POOLINGS, check_sides
 
@@ -107,4 +108,5 @@ def _check_value(name: str, option: str, value: Any) -> None:
 def build_encoder(name: str, options: dict[str, Any]) -> nn.Module:
     """Build the encoder ``name`` with ``options``; raises UserError as `check_encoder` does."""
     check_encoder(name, options)
-    return ENCODERS[name](**options)
+    with quiet_imports():  # of MONAI
+        return ENCODERS[name](**options)

@@ -19,7 +19,7 @@ from infra.files import sha256_of
 from pretrain.encoders import TRAINING_ONLY, build_encoder
 from pretrain.weights.embedding import BATCH_SIZE, embed_table
 from pretrain.weights.folder import FILES, find_encoder, read_json
-from pretrain.weights.scan_source import EmbeddableScans, scan_source
+from pretrain.weights.scan_source import EmbeddableScans, scan_source, unlike_line
 
 
 class Encoder(nn.Module):
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
         self, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
         tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE,
         device: str | torch.device | None = None, workers: int | None = None,
-        layer: str | None = None, pooling: str | Sequence[str] = "mean",
+        layer: str | None = None, pooling: str | Sequence[str] = "mean", orientation: str = "",
         on_error: Literal["raise", "skip"] = "raise", progress: bool = True,
     ) -> pd.DataFrame:  # fmt: skip
         """Return the features of scans, each brought to the encoder's grid as its training scans were.
@@ -94,6 +94,7 @@ class Encoder(nn.Module):
             workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
             layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.
             pooling: ``mean``, ``max`` or ``std`` over the block's voxels, or several, concatenated.
+            orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
             on_error: what an unreadable scan does: ``raise``, or ``skip`` it with a warning.
             progress: show progress on stderr.
 
@@ -105,7 +106,7 @@ class Encoder(nn.Module):
             UserError: if there are no scans, an argument is wrong, the shards were prepared otherwise, or, with
                 ``on_error="raise"``, a scan cannot be read.
         """
-        source = scan_source(scans, self.preprocessing, manifest, tiv)
+        source = scan_source(scans, self.preprocessing, manifest, tiv, orientation)
         if not source.names:
             raise UserError("there are no scans to embed")
         table, unreadable = embed_table(
@@ -115,13 +116,15 @@ class Encoder(nn.Module):
         if unreadable:
             listed = "; ".join(f"{name}: {reason}" for name, reason in unreadable.items())
             warnings.warn(f"{len(unreadable)} scans cannot be read and are left out: {listed}", stacklevel=2)
+        if source.unlike:
+            warnings.warn(unlike_line(source, self.preprocessing), stacklevel=2)
         return table
 
 
 def embed(
     encoder: Encoder | str | Path, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
     tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE, device: str | torch.device | None = None,
-    workers: int | None = None, layer: str | None = None, pooling: str | Sequence[str] = "mean",
+    workers: int | None = None, layer: str | None = None, pooling: str | Sequence[str] = "mean", orientation: str = "",
     on_error: Literal["raise", "skip"] = "raise", progress: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
     """Return the features of scans from an encoder, or from a folder that ``Encoder.from_pretrained`` takes.
@@ -137,6 +140,7 @@ def embed(
         workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
         layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.
         pooling: ``mean``, ``max`` or ``std`` over the block's voxels, or several, concatenated.
+        orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
         on_error: what an unreadable scan does: ``raise``, or ``skip`` it with a warning.
         progress: show progress on stderr.
 
@@ -150,5 +154,5 @@ def embed(
     loaded = encoder if isinstance(encoder, Encoder) else Encoder.from_pretrained(encoder)
     return loaded.embed(
         scans, manifest=manifest, tiv=tiv, batch_size=batch_size, device=device, workers=workers, layer=layer,
-        pooling=pooling, on_error=on_error, progress=progress,
+        pooling=pooling, orientation=orientation, on_error=on_error, progress=progress,
     )  # fmt: skip

@@ -183,10 +183,14 @@ def test_columns_of_one_table_are_missing_values_for_the_other_s_scans(built, ot
 def test_a_column_of_another_type_is_rejected_with_one_line(built, other):
     text = (other / "participants.tsv").read_text()
     (other / "participants.tsv").write_text(text.replace("\t1400\n", "\tlarge\n", 1))
+    with pytest.raises(UserError, match=r"participants.tsv line \d+: tiv='large' is not a number, but 10 of"):
+        append_shards(other, built.root)
+    declared = other.parent / "columns.yaml"
+    declared.write_text("types: {tiv: text}")
     with pytest.raises(
         UserError, match=r"column 'tiv' holds numbers in .* and text in the cohort's table \(for example '"
     ):
-        append_shards(other, built.root)
+        append_shards(other, built.root, columns=declared)
     assert Manifest.load(built.root).digest == built.digest
     (other / "participants.tsv").write_text(text)
     assert len(append_shards(other, built.root).scans) == 59
