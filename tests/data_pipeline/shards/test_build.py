@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -286,7 +287,7 @@ def test_a_page_says_how_each_column_was_read(tmp_path, capsys):
     assert cli.run(["shards", "build", str(cohort), str(tmp_path / "out"), "--columns", str(rules)]) == 0
     assert f"how each column was read is in {tmp_path / 'out' / 'columns.html'}" in capsys.readouterr().out
     page = re.sub(r"<[^>]+>", "|", (tmp_path / "out" / "columns.html").read_text()).replace("||", "|")
-    assert "|age|years|2|44|70|2|" in page  # 240 and NA are missing, 80 is capped
+    assert "|age|years|2|44|70|3|" in page  # 240 and NA are missing, 80 is capped
     assert "|sex|sex: F, M, O|0|F|M|1|" in page
     assert "|tiv|number|0|1400|1450|0|" in page
     assert "|cap: 70|1|participants.tsv line 7: &#x27;80.0&#x27; is 70|" in page
@@ -294,7 +295,7 @@ def test_a_page_says_how_each_column_was_read(tmp_path, capsys):
     assert "|values of columns.yaml|2|" in page
     assert cli.run(["cohort", "inspect", str(cohort), "--out", str(tmp_path / "i"), "--columns", str(rules)]) == 0
     inspected = re.sub(r"<[^>]+>", "|", (tmp_path / "i" / "inspect.html").read_text()).replace("||", "|")
-    assert "|age|years|2|44|70|2|" in inspected
+    assert "|age|years|2|44|70|3|" in inspected
     assert "Columns of 6 scans" in capsys.readouterr().out
 
 
@@ -325,3 +326,29 @@ def test_people_declared_as_test_are_never_trained_on(tmp_path):
     declared = scans[scans["dataset"] == "cohort"].sort_values("participant_id")
     assert declared["split"].tolist() == splits
     assert {"pretrain", "downstream"} <= set(scans.loc[scans["dataset"] == "other", "split"])
+
+
+def test_a_bids_tree_with_cat12_is_scaled_by_its_head_sizes_and_rated(tmp_path):
+    source = write_cohort(tmp_path / "source", participants=4)
+    (source / "participants.tsv").write_text("participant_id\tage\n" + "".join(f"sub-{n:03d}\t30\n" for n in range(4)))
+    for number, (tiv, iqr) in enumerate([(1500, 2.0), (1200, 2.0), (1500, 4.4), (None, None)]):
+        old = find(source, f"c_sub-{number:03d}_ses-1")
+        home = source / "derivatives" / "CAT12.9" / f"sub-{number:03d}" / "ses-1" / "anat"
+        home.mkdir(parents=True)
+        old.rename(home / f"mwp1sub-{number:03d}_ses-1_T1w.nii.gz")
+        shutil.copy(
+            home / f"mwp1sub-{number:03d}_ses-1_T1w.nii.gz", old.with_name(f"sub-{number:03d}_ses-1_T1w.nii.gz")
+        )
+        report = f"<S><vol_TIV>x</vol_TIV><subjectmeasures><vol_TIV>{tiv}</vol_TIV></subjectmeasures>"
+        report += f"<qualityratings><IQR>{iqr}</IQR></qualityratings></S>"
+        if tiv:
+            (home / f"cat_sub-{number:03d}_ses-1_T1w.xml").write_text(report)
+    built = build_shards(source, tmp_path / "out", scaling="tiv")
+    scans = built.scans.sort_values("key")
+    assert scans[["participant_id", "tiv", "cat12_iqr"]].to_numpy().tolist() == [
+        ["000", 1500.0, 2.0],
+        ["001", 1200.0, 2.0],
+    ]
+    excluded = pd.read_csv(tmp_path / "out" / "quarantine.tsv", sep="\t").set_index("key")["rule"]
+    assert excluded["source_sub-002_ses-1"] == "cat12"
+    assert "source_sub-003_ses-1" in excluded  # no head size
