@@ -90,8 +90,9 @@ def _train(plan: Plan, device: torch.device) -> None:
     watchdog.phase("the loading of the checkpoint", slow=True)
     checkpoints = Path(recipe.run.output) / "checkpoints"
     state = checkpoint.resume(
-        checkpoints, trained, recipe.run.resume, lambda other: folder.check_same_network(recipe, other["recipe"])
-    )
+        checkpoints, trained, recipe.run.resume, lambda other: folder.check_same_network(recipe, other.get("recipe")),
+        trust=recipe.run.trust,
+    )  # fmt: skip
     average = None if recipe.train.ema_decay is None else Average(trained, recipe.train.ema_decay)
     if average and state:
         average.load(Path(state["folder"]))

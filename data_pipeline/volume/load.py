@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import ARRAY_BOXES, Grid, array_grid, array_orientation
 from data_pipeline.volume.intensity import INTENSITIES, to_float16
+from data_pipeline.volume.limits import MAX_VOXELS, is_too_large
 from data_pipeline.volume.resample import reorient, to_grid
 
 DEFAULT_CHECKS = frozenset({"nonfinite", "constant"})  # names of rules in data_pipeline.quality.rules
@@ -40,6 +42,10 @@ def open_image(path: Path, orientation: str = "", arrays_on: Grid | None = None)
         shape = tuple(int(n) for n in image.shape)
         if len(shape) < 3 or any(n != 1 for n in shape[3:]):
             raise BadScan(f"shape {shape} is not one 3D volume", "shape", len(shape), 3)
+        if is_too_large(shape):
+            raise BadScan(
+                f"shape {shape} is larger than {MAX_VOXELS} voxels, the most that are read", "shape", prod(shape)
+            )
         if image.get_data_dtype().kind not in "iuf":
             raise BadScan(f"voxels are of type {image.get_data_dtype()}; numbers are needed", "type")
         if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
@@ -153,6 +159,10 @@ def _open_array(path: Path, orientation: str, arrays_on: Grid | None) -> Any:
             voxels = voxels[0]
         if voxels.ndim != 3:
             raise BadScan(f"shape {shape} is not one 3D volume", "shape", len(shape), 3)
+        if is_too_large(shape):
+            raise BadScan(
+                f"shape {shape} is larger than {MAX_VOXELS} voxels, the most that are read", "shape", prod(shape)
+            )
         voxels = reorient(np.asarray(voxels, dtype=np.float32), array_orientation(voxels.shape, orientation))
     except BadScan:
         raise

@@ -88,6 +88,6 @@ class EvaluationContext:
 
 
 def default_storage() -> Path:
-    """Return the folder of unfinished searches. It is readable only by the user, because it holds pickles."""
+    """Return the folder of unfinished searches. Only the user can use it, because Tune keeps pickles in it."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "yaware" / "evaluations"
