@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infra.locks import locked_file
+from infra.files import locked_file
 
 
 def extensions_folder() -> Path:

@@ -35,8 +35,7 @@ from data_pipeline.quality.outliers import COARSE_PREFIX, coarse_path
 from data_pipeline.quality.rules import Removal
 from data_pipeline.storage.manifest_file import MANIFEST, read_content
 from infra.errors import UserError
-from infra.files import sha256_of
-from infra.locks import lock
+from infra.files import lock, sha256_of
 
 UNFINISHED = ".unfinished-"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from infra.locks import lock, locked_file
+from infra.files import lock, locked_file
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
+from infra.files import locked_file
 from infra.internals import internal
 from infra.lean_imports import quiet_imports
-from infra.locks import locked_file
 from infra.tracking.faults import check_sqlite, describe_fault, hide_password
 from infra.tracking.spool import Entry, warn
 
