@@ -21,6 +21,7 @@ METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # limits of MLflow's log_batch
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 # Errors that a retry cannot solve: the entry is dropped with a warning. After any other error it stays in the spool.
 PERMANENT_ERRORS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
+STORE_LIBRARIES = ("mlflow", "sqlalchemy", "alembic", "requests", "urllib3", "sqlite3")
 DEFAULT_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -173,14 +174,13 @@ def query_errors(uri: str) -> Iterator[None]:
 
     The error itself is the ``__cause__``.
     """
-    with quiet_imports():
-        from alembic.util.exc import CommandError
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
     try:
         yield
-    except (MlflowException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
+    except Exception as error:
+        # MLflow passes on errors of the libraries that it uses.
+        library = type(error).__module__.partition(".")[0]
+        if library not in STORE_LIBRARIES and not isinstance(error, (OSError, ImportError)):
+            raise
         raise UserError(describe_fault(uri, error)) from error
 
 
