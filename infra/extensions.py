@@ -8,12 +8,13 @@ of that lock can therefore delete any ``<op>/lock`` as stale.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from infra.files import locked_file
 
 
 def extensions_folder() -> Path:
@@ -37,8 +38,7 @@ def extensions_folder() -> Path:
 def exclusive_build() -> Iterator[Path]:
     """Hold the build lock of the extensions folder inside the block, and delete stale locks of killed builds."""
     folder = extensions_folder()
-    with (folder / ".build").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with locked_file(folder / ".build"):
         for stale in folder.glob("*/lock"):
             stale.unlink(missing_ok=True)
         yield folder

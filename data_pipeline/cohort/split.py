@@ -74,7 +74,8 @@ def assign_splits(
         declared = check_declared_splits(zip(scans["participant"], scans[SPLIT], strict=True))
     people = scans.drop_duplicates("participant")
     people = people[~people["participant"].isin(declared)]
-    healthy = people[[is_healthy(d) for d in people.get("diagnosis", pd.Series([None] * len(people)))]]
+    diagnoses = people.get("diagnosis", pd.Series([None] * len(people)))
+    healthy = people[np.array([is_healthy(diagnosis) for diagnosis in diagnoses], dtype=bool)]
     draws = generator(seed, SPLITS)
     shuffled = healthy.iloc[draws.permutation(len(healthy))]
     decades = (shuffled["age"] // YEARS_PER_STRATUM).fillna(-1)

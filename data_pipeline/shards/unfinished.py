@@ -14,8 +14,6 @@ All of them are removed once the manifest is written.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -37,7 +35,7 @@ from data_pipeline.quality.outliers import COARSE_PREFIX, coarse_path
 from data_pipeline.quality.rules import Removal
 from data_pipeline.storage.manifest_file import MANIFEST, read_content
 from infra.errors import UserError
-from infra.files import sha256_of
+from infra.files import lock, sha256_of
 
 UNFINISHED = ".unfinished-"
 
@@ -215,13 +213,12 @@ def locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
             # Some network file systems cannot lock a folder; there the user must start one command at a time.
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(
-                    f"{folder} is being written by another yaware command; wait until it ends, or stop it"
-                ) from None
+            lock(handle, wait=False)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder} is being written by another yaware command; wait until it ends, or stop it"
+            ) from None
         yield
     finally:
         os.close(handle)

@@ -212,7 +212,8 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
             tracker.end("FAILED")  # a run without its tables must not count as finished
         raise UserError(
             f"MLflow store {context.uri} has not taken all of {candidate.name} step {candidate.step}, {variant.label}; the "
-            f"result is kept in {result_folder}: run the same command again when the store answers"
+            f"result is kept in {result_folder}: run the same command again when this is mended: "
+            + (tracker.fault or "it rejected a file or a trial, see the warning above")
         )
     metrics: dict[str, float] = json.loads((result_folder / "metrics.json").read_text())
     write_json(logged, metrics)

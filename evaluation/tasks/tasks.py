@@ -110,7 +110,7 @@ def load_task(name: str, manifest: Manifest, folds: int = 5) -> Task:
         name=path.stem, title=spec.title, kind=spec.kind, rows=scans.index.to_numpy(np.int64), labels=labels, groups=groups,
         classes=classes, participants=participants,
         strata=as_strata(labels, spec.kind, scans, spec.strata) if spec.strata and len(scans) else None,
-        sites=scans[spec.sites].astype(str).to_numpy() if spec.sites in scans else None,
+        sites=as_text(scans[spec.sites]).to_numpy() if spec.sites in scans else None,
         test=test, covariates=as_numbers(scans, spec.covariates), confounds=as_numbers(scans, spec.confounds),
     )  # fmt: skip
     _check_size(task, spec, path.name, folds)

@@ -278,3 +278,30 @@ def test_an_appended_simulated_cohort_marks_the_data_set_as_simulated(built, oth
     (other / "dataset_description.json").write_text('{"Simulated": true}')
     assert not built.simulated
     assert append_shards(other, built.root).simulated
+
+
+def test_numbers_join_a_column_of_text_as_they_are_written(built, other):
+    names = other / "participants.tsv"
+    head, *rows = names.read_text().splitlines()
+    numbered = [row.replace("site0", "12") for row in rows]
+    names.write_text("\n".join([f"{head}\tfamily", *(f"{row}\t{n:04d}" for n, row in enumerate(numbered))]))
+    first = append_shards(other, built.root)
+    assert sorted(first.scans["family"].dropna()) == [f"{n:04d}" for n in range(11)]
+    more = write_cohort(other.parent / "more", participants=3, seed=8)
+    head, *rows = (more / "participants.tsv").read_text().splitlines()
+    text = [f"{head}\tfamily", *(f"{row}\t{10234560 + n}" for n, row in enumerate(rows))]
+    (more / "participants.tsv").write_text("\n".join(text))
+    second = append_shards(more, built.root)
+    assert sorted(second.scans["family"].iloc[-3:]) == ["10234560", "10234561", "10234562"]
+    assert "family" in (built.root / "columns-more.html").read_text()
+
+
+def test_a_participant_whose_split_is_declared_otherwise_later_is_refused(built, cohort, tmp_path):
+    source = copy_of(cohort, tmp_path / "tiny")
+    add_session(source, "000", 3)
+    names = source / "participants.tsv"
+    head, *rows = names.read_text().splitlines()
+    names.write_text("\n".join([f"{head}\tsplit", *(f"{row}\ttest" for row in rows)]))
+    with pytest.raises(UserError, match=r"participant tiny/\d+: split is 'test' in the cohort's table, but '"):
+        append_shards(source, built.root, dataset="tiny")
+    assert Manifest.load(built.root).digest == built.digest

@@ -59,9 +59,22 @@ def test_a_row_is_used_only_if_exactly_one_matches():
         ("participant_id\tage\n1\ttwenty\n", "line 2: age='twenty' is not a number of years"),
         ("participant_id\tage\n1\t999\n", "line 2: age='999' is not a number of years in 0..130"),
         ("participant_id\tsex\n1\tF\n2\t1\n", "line 3: sex='1' is not F, M, O"),
+        ("participant_id\tiq\n1\t90\n2\t95\n3\thigh\n", "line 4: iq='high' is not a number, but 2 of the column's 3"),
+        ("participant_id\tsplit\n1\ttest\n2\tNA\n", "line 3: split is missing, while other rows have one"),
+        ("participant_id\tage\n1\t4_0\n", "line 2: age='4_0' is not a number of years"),
         ("participant_id\tses\tsession_id\n1\t1\t1\n", "has several columns for session"),
     ],
 )
 def test_an_invalid_table_is_rejected_with_one_line(text, message):
     with pytest.raises(UserError, match=message):
         read_people(text.encode(), "participants.tsv")
+
+
+def test_marks_of_missing_values_names_of_digits_and_encodings_are_read_as_in_cohorts():
+    text = "participant_id\tfamily\tiq\tsite\n1\t007\tNA\tKöln\n2\t7\t100\t.\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        people = read_people(text.encode(encoding), "participants.tsv")
+        assert people.find({"participant_id": "1"}) == {"family": "007", "iq": None, "site": "Köln"}
+        assert people.find({"participant_id": "2"}) == {"family": "7", "iq": 100.0, "site": None}
+    with pytest.raises(UserError, match="iconv -f LATIN1 -t UTF-8 'participants.tsv'"):
+        read_people(text.encode("latin-1"), "participants.tsv")
