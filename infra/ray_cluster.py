@@ -73,10 +73,16 @@ def session(workers: int | None = None) -> Iterator[Any]:
             address="local", num_cpus=workers or len(os.sched_getaffinity(0)), include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES, **options,
         )  # fmt: skip
+    from infra.processes.guard import guard_session
+
+    guard = None if address else guard_session()
     try:
         yield ray
     finally:
         ray.shutdown()
+        if guard and guard.stdin:
+            guard.stdin.close()
+            guard.wait()
 
 
 _cluster_on_demand: Callable[[], Any] | None = None

@@ -15,6 +15,8 @@ import torch
 
 from infra import distributed, watchdog
 from infra.errors import LoaderError, UserError
+from infra.processes.limits import raise_open_files
+from infra.processes.with_parent import end_with_parent
 from pretrain.config import Recipe, load_recipe
 from pretrain.engine import engine
 from pretrain.engine.ema import Average
@@ -114,6 +116,9 @@ def main(arguments: Sequence[str]) -> int:
 
     Wrong input is one line from each host and status 2; a run or a file system that failed is one line and status 1.
     """
+    raise_open_files()
+    if any(argument.startswith("--local_rank") for argument in arguments):
+        end_with_parent()  # a launcher; a shell may end before a rank that it has started in the background
     try:
         distributed.adopt_slurm()
         recipe = _load_recipe(arguments)

@@ -249,6 +249,7 @@ def newest_step(checkpoints: Path) -> int | None:
 def clean_checkpoints(checkpoints: Path, keep: int) -> None:
     """Remove unfinished folders and all checkpoints but the ``keep`` newest and the best. Rank 0 only."""
     for folder in checkpoints.glob(f"{UNFINISHED}*"):
+        print(f"removing {folder}, left by a job that was killed", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
     pointer = checkpoints / BEST
     best = pointer.read_text().strip() if pointer.is_file() else None
