@@ -68,6 +68,8 @@ def start_on_this_host(recipe: Sequence[str], ranks: int, run_folder: Path) -> J
         cause = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         raise UserError(f"launch.ranks={ranks} needs a GPU for each rank; found {gpus}{cause}; lower launch.ranks")
     defaults = {"DS_ACCELERATOR": device}
+    if Path("/sys/class/net/lo").exists():
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # no other host can reach the ranks' collectives
     if ranks > 1 and device == "cpu":
         defaults["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     launcher, job = LAUNCHERS["one-host"], Job(recipe, {"localhost": ranks})

@@ -24,11 +24,14 @@ child = subprocess.Popen(command_with_parent(sys.argv[1:]))
 print(child.pid, flush=True)
 time.sleep(100)
 """
+BELOW = "import subprocess; below = subprocess.Popen(['sleep', '100']); print(below.pid, flush=True); below.wait()"
 GUARDED = """
-import subprocess, sys, time
-charge = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", sys.argv[1]])
-guard = subprocess.Popen([sys.executable, "-m", "infra.processes.guard", sys.argv[1]], stdin=subprocess.PIPE)
-print(charge.pid, guard.pid, flush=True)
+import os, subprocess, sys, time
+from infra.processes.guard import guard_session
+charge = subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[1]], stdout=subprocess.PIPE, text=True)
+below = int(charge.stdout.readline())
+other = subprocess.Popen(["sleep", "100"])
+print(charge.pid, below, other.pid, guard_session().pid, flush=True)
 time.sleep(100)
 """
 
@@ -81,26 +84,24 @@ def test_a_command_keeps_its_arguments_output_and_status(tmp_path):
 
 
 def test_the_guard_ends_what_a_killed_driver_has_left():
-    driver = start(GUARDED, f"session_2026-{uuid.uuid4()}")
-    charge, guard = map(int, driver.stdout.readline().split())
+    driver = start(GUARDED, f"session_2026-{uuid.uuid4()}", BELOW)
+    charge, below, other, guard = map(int, driver.stdout.readline().split())
+    time.sleep(3)  # the guard has looked once
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    assert ends(charge)
-    assert ends(guard)
-
-
-def test_end_all_leaves_other_processes_alone():
-    word = f"word-{uuid.uuid4()}"
-    named = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", word])
-    other = subprocess.Popen(["sleep", "100"])
     try:
-        assert end_all(word, seconds=0.1) == [named.pid]
-        assert named.wait(timeout=20) == -signal.SIGKILL
-        assert other.poll() is None
-        assert end_all(word, seconds=0.1) == []
+        assert ends(charge)
+        assert ends(below)
+        assert ends(guard)
+        assert psutil.pid_exists(other), "a process that is none of the session's was ended"
     finally:
-        other.kill()
-        other.wait()
+        os.kill(other, signal.SIGKILL)
+
+
+def test_end_all_returns_what_did_not_end_by_itself():
+    long, short = subprocess.Popen(["sleep", "100"]), subprocess.Popen(["sleep", "0.1"])
+    assert end_all([psutil.Process(process.pid) for process in (long, short)], seconds=3) == [long.pid]
+    assert long.wait(timeout=20) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("soft", [64, 256])
