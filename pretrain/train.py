@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from infra import distributed, watchdog
+from infra.cli import print_any_text
 from infra.errors import LoaderError, UserError
 from pretrain.config import Recipe, load_recipe
 from pretrain.engine import engine
@@ -152,4 +153,5 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
+    print_any_text()
     sys.exit(main(sys.argv[1:]))
