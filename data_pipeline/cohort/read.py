@@ -96,6 +96,7 @@ def read_with_changes(
     check_declared_splits((f"{scan.dataset}/{scan.participant_id}", scan.extra.get(SPLIT)) for scan in scans)
     if key is not None:
         scans, unlisted = pseudonymise(scans, key), pseudonymise(unlisted, key)
+        changes = [change._replace(before="") for change in changes]  # the text of a cell may hold an id
     return CohortScans(scans, unlisted, changes)
 
 

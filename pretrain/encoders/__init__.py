@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_pipeline.volume.limits import is_too_large
 from infra.errors import UserError, nearest
 from infra.lean_imports import quiet_imports
 from pretrain.encoders import networks
@@ -43,7 +44,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_grid(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) == 3 and all(type(side) is int and side > 0 for side in value)
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 3
+        and all(type(side) is int and side > 0 for side in value)
+        and not is_too_large(value)
+    )
 
 
 _SWITCH = (lambda value: isinstance(value, bool), "true, false")

@@ -20,6 +20,8 @@ from pretrain.encoders import TRAINING_ONLY, build_encoder
 from pretrain.weights.embedding import BATCH_SIZE, embed_table
 from pretrain.weights.folder import FILES, find_encoder, read_json
 from pretrain.weights.scan_source import EmbeddableScans, scan_source, unlike_line
+from pretrain.weights.schema import check_config, check_preprocessing_file
+from pretrain.weights.weight_shapes import check_shapes
 
 
 class Encoder(nn.Module):
@@ -45,25 +47,29 @@ class Encoder(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Encoder:
         """Load an exported encoder, a checkpoint or a run folder (its latest checkpoint), in evaluation mode.
 
-        Raises UserError if a file is missing or differs from its checksum, or if the weights do not fit.
+        Raises UserError if a file is missing or differs from its checksum, if a value in it is not possible, or if the weights
+        do not fit. The files are checked before memory is taken for the network.
         """
         path = find_encoder(folder)
-        checksums = read_json(path / "checksums.json")
-        for name in [*FILES, *(other for other in checksums if other not in FILES)]:
-            if not (path / name).is_file() or sha256_of(path / name) != checksums.get(name):
-                raise UserError(f"{path / name} is missing or differs from checksums.json; export the encoder again")
-        config = read_json(path / "config.json")
+        _check_files(path)
+        config, preprocessing = read_json(path / "config.json"), read_json(path / "preprocessing.json")
+        check_config(config, path / "config.json")
+        check_preprocessing_file(preprocessing, path / "preprocessing.json")
+        name = config["encoder"]["name"]
         options = {k: v for k, v in config["encoder"]["options"].items() if k not in TRAINING_ONLY}
-        network = build_encoder(config["encoder"]["name"], options)
+        check_shapes(path / "model.safetensors", name, options)
+        network = build_encoder(name, options)
         try:
             network.load_state_dict(load_file(path / "model.safetensors"))
         except (SafetensorError, RuntimeError) as error:
+            raise UserError(f"{path}: weights do not fit {name}: {' '.join(str(error).split())[:200]}") from None
+        if network.feature_size != config["feature_size"]:
             raise UserError(
-                f"{path}: weights do not fit {config['encoder']['name']}: {' '.join(str(error).split())[:200]}"
-            ) from None
+                f"{path / 'config.json'}: feature_size={config['feature_size']}, {name} has {network.feature_size}"
+            )
         if (path / "mlflow.json").is_file():
             config["model_id"] = read_json(path / "mlflow.json").get("model_id")
-        encoder = cls(network, config, read_json(path / "preprocessing.json")).eval()
+        encoder = cls(network, config, preprocessing).eval()
         encoder.folder = path
         return encoder
 
@@ -119,6 +125,18 @@ class Encoder(nn.Module):
         if source.unlike:
             warnings.warn(unlike_line(source, self.preprocessing), stacklevel=2)
         return table
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UserError if a file of an exported encoder is missing or differs from checksums.json."""
+    checksums = read_json(folder / "checksums.json")
+    for name in [*FILES, *(other for other in checksums if other not in FILES)]:
+        if not name or Path(name).name != name or not name.isprintable():
+            raise UserError(
+                f"{folder / 'checksums.json'} names {name!r:.80}, not a file beside it; export the encoder again"
+            )
+        if not (folder / name).is_file() or sha256_of(folder / name) != checksums.get(name):
+            raise UserError(f"{folder / name} is missing or differs from checksums.json; export the encoder again")
 
 
 def embed(

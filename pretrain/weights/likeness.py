@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data_pipeline.quality.rules import coarse_volume
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.grid import Grid
+from infra.errors import UserError
 
 SCANS = 32  # training scans that are read
 FEWEST = 2
@@ -85,6 +86,11 @@ class Likeness:
             too_bright = self._modality == "vbm" and peak > GREATEST_GREY_MATTER
             return f"its brightest voxel is {peak:.4g}; grey-matter maps have 0 to about 2" if too_bright else ""
         volume, (smallest, greatest) = _standardised(coarse_volume(voxels, self._grid)), self._measure["means"]
+        if volume is not None and len(volume) != len(self._volume):
+            raise UserError(
+                f"preprocessing.json: likeness.volume has {len(self._volume)} values, a scan on its grid {len(volume)}; "
+                "export the encoder again"
+            )
         r, mean = 0.0 if volume is None else _correlation(volume, self._volume), _mean(voxels)
         if r < self._limit:
             lowest = f"{self._measure['lowest']:.2f}"

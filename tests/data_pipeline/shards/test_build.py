@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -274,54 +273,3 @@ def test_preview_writes_an_image(manifest, tmp_path, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
     assert cli.run(["shards", "preview", str(manifest.root), "--augmentation", "papr"]) == 2
     assert "augmentation.preset='papr' is not known" in capsys.readouterr().err
-
-
-def test_a_page_says_how_each_column_was_read(tmp_path, capsys):
-    cohort = write_cohort(tmp_path / "cohort", participants=6)
-    text = (cohort / "participants.tsv").read_text()
-    text = text.replace("\t20.0\tF", "\t240\tfemale").replace("sub-001\t", "sub-001\tNA_")
-    (cohort / "participants.tsv").write_text(text.replace("NA_32.0", "NA").replace("1403", "NA"))
-    rules = tmp_path / "columns.yaml"
-    rules.write_text("values: {diagnosis: {AD: dementia}}\ncap: 70\nmissing: {age: [240]}")
-    assert cli.run(["shards", "build", str(cohort), str(tmp_path / "out"), "--columns", str(rules)]) == 0
-    assert f"how each column was read is in {tmp_path / 'out' / 'columns.html'}" in capsys.readouterr().out
-    page = re.sub(r"<[^>]+>", "|", (tmp_path / "out" / "columns.html").read_text()).replace("||", "|")
-    assert "|age|years|2|44|70|2|" in page  # 240 and NA are missing, 80 is capped
-    assert "|sex|sex: F, M, O|0|F|M|1|" in page
-    assert "|tiv|number|0|1400|1450|0|" in page
-    assert "|cap: 70|1|participants.tsv line 7: &#x27;80.0&#x27; is 70|" in page
-    assert "|missing of columns.yaml|1|participants.tsv line 2: &#x27;240&#x27; is missing|" in page
-    assert "|values of columns.yaml|2|" in page
-    assert cli.run(["cohort", "inspect", str(cohort), "--out", str(tmp_path / "i"), "--columns", str(rules)]) == 0
-    inspected = re.sub(r"<[^>]+>", "|", (tmp_path / "i" / "inspect.html").read_text()).replace("||", "|")
-    assert "|age|years|2|44|70|2|" in inspected
-    assert "Columns of 6 scans" in capsys.readouterr().out
-
-
-def test_a_pipe_and_a_folder_in_place_of_a_scan_are_quarantined(tmp_path):
-    cohort = write_cohort(tmp_path / "cohort", participants=6)
-    for number, replace in (("000", os.mkfifo), ("003", Path.mkdir)):
-        path = find(cohort, f"c_sub-{number}_ses-1")
-        path.unlink()
-        replace(path)
-    built = build_shards(cohort, tmp_path / "out")
-    assert len(built.scans) == 4
-    quarantine = pd.read_csv(tmp_path / "out" / "quarantine.tsv", sep="\t")
-    assert quarantine["rule"].tolist() == ["file", "file"]
-
-
-def test_people_declared_as_test_are_never_trained_on(tmp_path):
-    cohort = write_cohort(tmp_path / "cohort", participants=12, diagnosis=["control"])
-    head, *rows = (cohort / "participants.tsv").read_text().splitlines()
-    splits = ["test"] * 4 + ["pretrain"] * 8
-    text = [f"{head}\tsplit", *(f"{row}\t{split}" for row, split in zip(rows, splits, strict=True))]
-    (cohort / "participants.tsv").write_text("\n".join([*text[:-1], text[-1].replace("pretrain", "n/a")]))
-    with pytest.raises(UserError, match="participants.tsv line 13: split='n/a' is missing"):
-        build_shards(cohort, tmp_path / "out")
-    other = write_cohort(tmp_path / "other", participants=12, seed=9, diagnosis=["control"])
-    (cohort / "participants.tsv").write_text("\n".join(text))
-    (tmp_path / "all.yaml").write_text(f"datasets: [{{path: {cohort}}}, {{path: {other}}}]")  # other declares no splits
-    scans = build_shards(tmp_path / "all.yaml", tmp_path / "all").scans
-    declared = scans[scans["dataset"] == "cohort"].sort_values("participant_id")
-    assert declared["split"].tolist() == splits
-    assert {"pretrain", "downstream"} <= set(scans.loc[scans["dataset"] == "other", "split"])
