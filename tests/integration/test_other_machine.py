@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,26 +37,24 @@ def test_the_pipeline_of_a_user_without_name_and_home(tmp_path):
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
     }  # fmt: skip
 
-    def yaware(*words: object) -> None:
-        command = [*AS_A_NUMBER, sys.executable, "-m", "infra.cli", *map(str, words)]
+    def yaware(words: str, *paths: object) -> None:
+        command = [*AS_A_NUMBER, sys.executable, "-m", "infra.cli", *shlex.split(words), *map(str, paths)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
         print(done.stdout[-2000:], done.stderr[-2000:])
         assert done.returncode == 0
         assert "Traceback" not in done.stderr
 
-    yaware("cohort", "simulate", cohort, "--participants", 60, "--spacing", 12, "--workers", 1)
+    yaware("cohort simulate --participants 60 --spacing 12 --workers 1", cohort)
     read_only(cohort)
-    yaware("shards", "build", cohort, shards)
+    yaware("shards build", cohort, shards)
     read_only(shards)
-    yaware(
-        "pretrain", "--config", "demo-cpu", f"--data.shards={shards}", f"--run.output={output}", "--train.steps=2",
-        "--batch.global=8", "--encoder.options={width: 0.25, norm: group}", "--monitor.every_epochs=0", "--data.workers=1",
-        "--launch.ranks=1",
-    )  # fmt: skip
+    settings = "--train.steps=2 --batch.global=8 --monitor.every_epochs=0 --data.workers=1 --launch.ranks=1"
+    small = "'--encoder.options={width: 0.25, norm: group}'"
+    yaware(f"pretrain --config demo-cpu {settings} {small}", f"--data.shards={shards}", f"--run.output={output}")
     read_only(output)
-    evaluate = ("evaluate", output, "--shards", shards, "--tasks", "age", "--folds", 2, "--n-train", 20, "--draws", 1)
-    yaware(*evaluate, "--protocols", "linear")
-    yaware(*evaluate, "--protocols", "knn", "--cache", tmp_path / "features", "--workers", 1)
+    evaluate = f"evaluate {output} --shards {shards} --tasks age --folds 2 --n-train 20 --draws 1"
+    yaware(f"{evaluate} --protocols linear")
+    yaware(f"{evaluate} --protocols knn --workers 1 --cache", tmp_path / "features")
     assert list((tmp_path / "features").iterdir())
-    yaware("embed", output, "--shards", shards, "--out", tmp_path / "features.tsv")
+    yaware(f"embed {output} --shards {shards} --out", tmp_path / "features.tsv")
     assert list((temporary / "yaware-12345/.cache/yaware").iterdir())
