@@ -70,7 +70,7 @@ def test_another_data_set_is_added_after_the_existing_scans(built, other, capsys
     assert after.settings["appended"] == [
         {
             "dataset": "other", "simulated": False, "scans_found": 11, "quarantined": 0, "scans": 11,
-            "shards": ["other-000000.tar", "other-000001.tar"],
+            "shards": ["other-000000.tar", "other-000001.tar"], "array_orientations": {},
         }
     ]  # fmt: skip
     assert {k: v for k, v in after.settings.items() if k != "appended"} == built.settings
