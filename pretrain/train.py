@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from infra import distributed, watchdog
+from infra.cli import print_any_text
 from infra.errors import LoaderError, UserError
 from infra.processes.limits import raise_open_files
 from infra.processes.with_parent import end_with_parent
@@ -157,4 +158,5 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
+    print_any_text()
     sys.exit(main(sys.argv[1:]))

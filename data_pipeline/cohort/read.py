@@ -44,9 +44,34 @@ SIGNS: dict[str, Callable[[Path], Iterable[Path]]] = {
 DATA_SETS, TABLES = (".yaml", ".yml"), (".csv", ".tsv", ".txt")
 
 
-def read_cohort(source: str | Path, *arguments: Any, **options: Any) -> tuple[list[Scan], list[Scan]]:
-    """Read the scans of a cohort: those that a table lists, sorted by key, and the others; see ``read_with_changes``."""
-    return read_with_changes(source, *arguments, **options)[:2]
+def read_cohort(
+    source: str | Path,
+    dataset: str | None = None,
+    modality: str = "vbm",
+    *,
+    layout: str | None = None,
+    columns: str | Path | None = None,
+    key_file: str | Path | None = None,
+) -> tuple[list[Scan], list[Scan]]:
+    """Read the scans of a cohort. Every scan has a unique key.
+
+    Args:
+        source: a folder, a table of paths (``.csv``, ``.tsv``), or a YAML file that lists data sets.
+        dataset: the name with which every key begins; default: the name of the folder or table.
+        modality: ``vbm`` (grey-matter maps), ``t1w`` or ``quasiraw``; layout ``csv`` reads every row.
+        layout: one of ``LAYOUTS``; default: detected from the content of the folder.
+        columns: a YAML file that declares the columns and the rules for their values, for one data set.
+        key_file: a file with a secret of at least 16 bytes; participants' ids are then replaced by keyed hashes everywhere
+            but in ``Scan.path``.
+
+    Returns:
+        The scans sorted by key, and the scans that no table lists.
+
+    Raises:
+        UserError: a folder, a table, a declaration or a value is wrong, the layout is ambiguous, two files have one key, or
+            a table declares several splits for one participant.
+    """
+    return read_with_changes(source, dataset, modality, layout=layout, columns=columns, key_file=key_file)[:2]
 
 
 def read_with_changes(
@@ -59,25 +84,9 @@ def read_with_changes(
     key_file: str | Path | None = None,
     text: Collection[str] = (),
 ) -> CohortScans:
-    """Read the scans of a cohort, and which cells of its tables a rule changed. Every scan has a unique key.
+    """Read the scans of a cohort as ``read_cohort`` does, and the cells of its tables that a rule changed.
 
-    Args:
-        source: a folder, a table of paths (``.csv``, ``.tsv``), or a YAML file that lists data sets.
-        dataset: the name with which every key begins; default: the name of the folder or table.
-        modality: ``vbm`` (grey-matter maps), ``t1w`` or ``quasiraw``; layout ``csv`` reads every row.
-        layout: one of ``LAYOUTS``; default: detected from the content of the folder.
-        columns: a YAML file that declares the columns and the rules for their values, for one data set.
-        key_file: a file with a secret of at least 16 bytes; participants' ids are then replaced by keyed hashes everywhere
-            but in ``Scan.path``.
-
-        text: columns that are text even if they hold numbers only, because they are text in the shards already.
-
-    Returns:
-        The scans sorted by key, the scans that no table lists, and the cells that a rule changed.
-
-    Raises:
-        UserError: a folder, a table, a declaration or a value is wrong, the layout is ambiguous, two files have one key, or
-            a table declares several splits for one participant.
+    ``text`` names columns that are read as text even if they hold numbers only, because the shards hold text.
     """
     if modality not in MODALITIES:
         raise UserError(
@@ -96,6 +105,7 @@ def read_with_changes(
     check_declared_splits((f"{scan.dataset}/{scan.participant_id}", scan.extra.get(SPLIT)) for scan in scans)
     if key is not None:
         scans, unlisted = pseudonymise(scans, key), pseudonymise(unlisted, key)
+        changes = [change._replace(before="") for change in changes]  # the text of a cell may hold an id
     return CohortScans(scans, unlisted, changes)
 
 

@@ -62,14 +62,23 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(read_text(path))
+        return parse_sidecar(path.read_bytes(), str(path))
+    except OSError as error:
+        warn(f"{path} is ignored, it cannot be read: {error.strerror}")
+        return {}
+
+
+def parse_sidecar(content: bytes, name: str) -> dict[str, Any]:
+    """Parse the bytes of the JSON file ``name``, see ``read_sidecar``."""
+    try:
+        parsed = json.loads(decode_text(content, name))
     except (UserError, ValueError, RecursionError) as error:
-        warn(f"{path} is ignored, it is not JSON: {' '.join(str(error).removeprefix(str(path)).split())}")
+        warn(f"{name} is ignored, it is not JSON: {' '.join(str(error).removeprefix(name).split())}")
         return {}
-    if not isinstance(content, dict):
-        warn(f"{path} is ignored, it must hold keys and values, found {type(content).__name__}")
+    if not isinstance(parsed, dict):
+        warn(f"{name} is ignored, it must hold keys and values, found {type(parsed).__name__}")
         return {}
-    return content
+    return parsed
 
 
 def warn(text: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from data_pipeline.cohort.cells import MISSING, is_numeric
+from data_pipeline.cohort.sidecars import UNITS, Sidecars
 from data_pipeline.cohort.tables import read_rows, without_prefix
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS
@@ -48,7 +49,7 @@ def annotate_shards(
         names = _columns_to_add(path, rows, columns, old, replace)
         scan_ids = old.scans[ids].astype(str)
         scan_ids["participant_id"] = scan_ids["participant_id"].str.removeprefix("sub-")
-        typed = rows[ids].assign(**{name: _typed(rows, places, name, old) for name in names})
+        typed = rows[ids].assign(**{name: _typed(rows, places, name, old, path) for name in names})
         matched = scan_ids.merge(typed, on=ids, how="left", validate="many_to_one")
         if matched[names].isna().all(axis=None):
             raise UserError(
@@ -108,7 +109,7 @@ def _columns_to_add(
     return names
 
 
-def _typed(rows: pd.DataFrame, places: Sequence[str], name: str, old: Manifest) -> pd.Series[Any]:
+def _typed(rows: pd.DataFrame, places: Sequence[str], name: str, old: Manifest, path: Path) -> pd.Series[Any]:
     """A column as numbers or text, by the rules of ``data_pipeline.cohort.cells``; ages in years.
 
     Raises UserError if a column of numbers has a text; the message names the cell.
@@ -122,6 +123,9 @@ def _typed(rows: pd.DataFrame, places: Sequence[str], name: str, old: Manifest) 
     if not is_numeric("age in years" if name == "age" else name, cells, declared):
         return pd.Series(known, index=rows.index, dtype=object)
     numbers = pd.Series([math.nan if text is None else float(text) for text in known], index=rows.index)
+    unit = Sidecars().unit(name, path, name)
+    if unit:
+        numbers /= UNITS[name][unit]
     if name == "age" and ((numbers < 0) | (numbers > 130)).any():
         row = int(((numbers < 0) | (numbers > 130)).to_numpy().argmax())
         raise UserError(f"{places[row]}: age={known[row]!r} is not a number of years in 0..130; write n/a if unknown")

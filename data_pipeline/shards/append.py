@@ -23,7 +23,7 @@ from data_pipeline.quality.rules import (
 )
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.damage import same_value
-from data_pipeline.shards.scan_table import LOCATION_COLUMNS, describe
+from data_pipeline.shards.scan_table import LOCATION_COLUMNS, describe, text_columns
 from data_pipeline.shards.tar import encode
 from data_pipeline.shards.writing import quality_rules, write_shards
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
@@ -87,7 +87,7 @@ def append_shards(
             layout=layout,
             columns=columns,
             key_file=key_file,
-            text=_text_columns(old),
+            text=text_columns(old.scans),
         )
         _check_splits(scans, old)
         check_quality(quality_rules(old.settings), scans)
@@ -129,15 +129,6 @@ def _add(
         manifest = write_manifest(folder, grid, settings, [*old.shards, *added], table, replaces=True)
     unfinished.remove_leftovers(folder)
     return manifest
-
-
-def _text_columns(old: Manifest) -> list[str]:
-    """The columns that the shards hold as text; a cohort's numbers join them as they are written."""
-    return [
-        str(name)
-        for name, column in old.scans.items()
-        if not column.isna().all() and pd.api.types.is_string_dtype(column.dropna())
-    ]
 
 
 def _check_splits(scans: list[Scan], old: Manifest) -> None:

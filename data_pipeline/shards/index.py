@@ -227,7 +227,7 @@ def _find_people(shards: str, participants: str | None, access: Access) -> Peopl
     for url in candidates:
         try:
             with open_file(url, access) as stream:
-                return read_people(stream.read(), url)
+                return read_people(stream.read(), url, _sidecar(url, access))
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -235,6 +235,15 @@ def _find_people(shards: str, participants: str | None, access: Access) -> Peopl
                 raise
     raise UserError(f"{' and '.join(candidates)} are missing; give the table with --participants" if not participants
                     else f"--participants={participants} is missing; give a tab-separated table")  # fmt: skip
+
+
+def _sidecar(url: str, access: Access) -> bytes | None:
+    """The JSON file beside a table, None if there is none."""
+    try:
+        with open_file(f"{url.rpartition('.')[0]}.json", access) as stream:
+            return stream.read()
+    except OSError:
+        return None
 
 
 def _index_all(shards: str, names: list[str], access: Access, workers: int | None) -> list[IndexedShard]:

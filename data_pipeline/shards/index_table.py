@@ -6,13 +6,15 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from data_pipeline.cohort.cells import MISSING, SEX_WORDS, TEXT_COLUMNS, is_numeric, parse_number
+from data_pipeline.cohort.sidecars import UNITS, Sidecars
 from data_pipeline.cohort.split import SPLIT
-from data_pipeline.cohort.texts import decode_text
+from data_pipeline.cohort.texts import decode_text, parse_sidecar
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
@@ -25,6 +27,7 @@ ENTITIES = {
     "dataset": ("dataset", "study", "ds", "source"),
 }
 PREFIXES = ("sub-", "ses-", "run-")
+OLDEST = 130  # years
 RESERVED = (*LOCATION_COLUMNS, "codec")  # the manifest's columns; a table's columns with these names are ignored
 
 
@@ -102,12 +105,13 @@ class People:
         return first
 
 
-def read_people(content: bytes, path: str) -> People:
+def read_people(content: bytes, path: str, sidecar: bytes | None = None) -> People:
     """Read a participants.tsv, which may have a row per session, and check ages and sexes.
 
     Args:
         content: the file's bytes.
         path: its name for error messages.
+        sidecar: the bytes of the JSON file beside it, whose ``Units`` and ``Levels`` are applied; None if there is none.
 
     Raises:
         UserError: if it is not a table, or a value is invalid.
@@ -125,12 +129,28 @@ def read_people(content: bytes, path: str) -> People:
     repeated = table.columns[table.columns.duplicated()]
     if len(repeated):
         raise UserError(f"{path} has several columns for {repeated[0]}; keep one of them")
+    table_path = Path(path)
+    described = {} if sidecar is None else parse_sidecar(sidecar, str(table_path.with_suffix(".json")))
+    sidecars = Sidecars({table_path.with_suffix(".json"): described})
+    for name in [column for column in table.columns if column not in (*ENTITIES, *UNITS)]:
+        words = SEX_WORDS if name == "sex" else ()
+        table[name] = [
+            text if text.lower() in words else sidecars.label(table_path, str(name), text)[0] or text
+            for text in table[name]
+        ]
     texts = (*TEXT_COLUMNS, *ENTITIES)
     numeric = {name for name in table.columns if name not in texts and is_numeric(str(name), _cells(path, table[name]))}
     _check_splits(path, table)
     rows: dict[str, list[dict[str, Any]]] = {}
     for line, record in enumerate(table.to_dict("records"), start=2):
         values = {str(k): _value(path, line, str(k), str(v), str(k) in numeric) for k, v in record.items()}
+        for name in UNITS:
+            unit = sidecars.unit(name, table_path, name)
+            if unit and isinstance(values.get(name), float):
+                values[name] /= UNITS[name][unit]
+        if not 0 <= (values.get("age") or 0) <= OLDEST:
+            raise UserError(f"{path} line {line}: age={record['age']!r} is not a number of years in 0..{OLDEST}; "
+                            "write n/a if unknown")  # fmt: skip
         rows.setdefault(str(values.pop("participant_id")), []).append(values)
     return People(path, rows)
 
@@ -162,6 +182,6 @@ def _value(path: str, line: int, column: str, text: str, number: bool) -> Any:
     if column != "age":
         return float(text) if number else text
     age = parse_number(text)
-    if age is None or not 0 <= age <= 130:
+    if age is None:
         raise UserError(f"{path} line {line}: age={text!r} is not a number of years in 0..130; write n/a if unknown")
     return age

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from math import prod
@@ -29,7 +28,7 @@ from data_pipeline.storage.remote import Access, ShardStore, is_remote, join, re
 from data_pipeline.storage.table_schema import read_table
 from data_pipeline.volume.grid import Grid
 from infra.errors import LoaderError, UserError, nearest
-from infra.files import atomic_write, flush_folder, sha256_of, write_json
+from infra.files import atomic_write, flush_folder, sha256_of, writable_folder, write_json
 
 
 class Manifest:
@@ -228,9 +227,8 @@ def fetch(url: str, access: Access) -> Path:
         text, content = with_retries(read_manifest, lambda: join(url, MANIFEST), access)
         name = str(content["scans"]["name"])
         table = join(url, name)
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        base = Path(access.cache) if access.cache else Path(home) / "yaware"
-        folder = base / "manifests" / str(content["digest"])[:32]
+        cache = Path(access.cache) / "manifests" if access.cache else None
+        folder = writable_folder("manifests", cache, "data.cache") / str(content["digest"])[:32]
         if not (folder / name).is_file() or sha256_of(folder / name) != content["scans"]["sha256"]:
             downloaded = with_retries(read_scans, lambda: table, access)
             with atomic_write(folder / name) as stream:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
-from evaluation.protocols.context import Candidate, EvaluationContext, default_storage
+from evaluation.protocols.context import Candidate, EvaluationContext, default_storage, feature_folder
 from evaluation.protocols.finetune import FineTuning
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
 from evaluation.protocols.protocols import PROTOCOLS, check_protocols, variant_of
@@ -70,7 +70,7 @@ def evaluate(
         experiment: MLflow experiment.
         tracking_uri: MLflow store; by default MLFLOW_TRACKING_URI, else mlruns/mlflow.db.
         workers: CPUs of the local Ray cluster; by default all. With RAY_ADDRESS set, that cluster is used instead.
-        cache: folder of computed features; by default ``.features`` in the shards.
+        cache: folder of computed features; by default ``.features`` in the shards, or in the user's cache if that is read-only.
         storage: folder of unfinished searches; by default in the user's cache. All nodes of a Ray cluster must see it.
 
     Returns:
@@ -100,7 +100,7 @@ def evaluate(
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
     context = _make_context(
         settings, manifest, tracking_uri or default_uri(), experiment,
-        cache=None if cache is None else Path(cache), storage=default_storage() if storage is None else Path(storage),
+        cache=feature_folder(manifest, cache), storage=default_storage() if storage is None else Path(storage),
     )  # fmt: skip
     candidates = [_load_candidate(path, context) for path in checkpoint_paths(checkpoints, all_steps=all_steps)]
     _print_tasks(context)
@@ -137,14 +137,14 @@ def _names(names: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _make_context(
-    settings: EvaluationSettings, manifest: Manifest, uri: str, experiment: str, *, cache: Path | None, storage: Path
+    settings: EvaluationSettings, manifest: Manifest, uri: str, experiment: str, *, cache: Path, storage: Path
 ) -> EvaluationContext:
     """Load and check the tasks."""
     tasks = [load_task(name, manifest, settings.folds) for name in settings.tasks]
     check_copies(tasks, manifest)
     return EvaluationContext(
         manifest=manifest, tasks=tasks, rows=np.unique(np.concatenate([task.rows for task in tasks])), settings=settings,
-        cache=cache or manifest.root / ".features", storage=storage, uri=uri, experiment=experiment,
+        cache=cache, storage=storage, uri=uri, experiment=experiment,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.storage.manifest import Manifest
+from evaluation.protocols.context import feature_folder
 from evaluation.protocols.features import cache_name, features_of
 from evaluation.protocols.probes import FeatureTable, Params, fit_predict, linear
 from evaluation.protocols.variant import ProtocolVariant
@@ -69,7 +70,7 @@ def add_saliency(
         raise UserError(f"task {task.name} is multiclass and has no single score; choose a binary task or a regression")
     weights = sha256_of(folder / "model.safetensors")
     run, predictions, params = _find_evaluation(uri, experiment, task, weights, manifest, str(checkpoint))
-    cache = manifest.root / ".features" / cache_name(weights, manifest.digest, None, ("mean",))
+    cache = feature_folder(manifest) / cache_name(weights, manifest.digest, None, ("mean",))
     features = features_of(encoder, manifest, task.rows, cache, f"features of {encoder.config['run_name']}")
     train, test = _first_fold(task, manifest, predictions)
     test = _sample(test, task, scans, seed)

@@ -7,6 +7,7 @@ only the missing scans. The table itself appears complete or not at all.
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -17,6 +18,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from data_pipeline.cohort.cells import MISSING
+from data_pipeline.cohort.texts import read_text
 from infra.errors import UserError
 from infra.files import atomic_write, sha256_of
 from pretrain.weights.embedding import embed_source, feature_table
@@ -161,8 +164,11 @@ def _scans_at(place: Path) -> pd.DataFrame:
     if place.suffix not in TABLES:
         return pd.DataFrame({"path": [str(place)]})
     try:
-        table = pd.read_csv(place, sep=TABLES[place.suffix], dtype={"path": str})
-    except (OSError, ValueError) as error:
+        text = io.StringIO(read_text(place, "a table"))
+        table = pd.read_csv(text, sep=TABLES[place.suffix], dtype={"path": str}, na_values={"tiv": sorted(MISSING)})
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{place} cannot be read as a table: {' '.join(str(error).split())[:120]}") from None
     if "path" not in table:
         raise UserError(f"{place} has no column 'path'; its columns: {', '.join(map(str, table))}")

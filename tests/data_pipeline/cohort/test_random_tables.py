@@ -203,7 +203,8 @@ def test_the_manifest_says_what_the_table_states_or_the_message_names_the_cell(p
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None, suppress_health_check=QUIET)
+@pytest.mark.timeout(1800)
+@settings(max_examples=3000, deadline=None, suppress_health_check=QUIET)
 @given(people=TABLE, declared=DECLARATIONS)
 def test_many_tables(people, declared):
     check(people, declared)

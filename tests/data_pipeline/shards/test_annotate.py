@@ -102,3 +102,11 @@ def test_names_of_digits_keep_their_text_and_marks_are_missing(built, tmp_path):
     assert [families[person] for person in people[:2]] == ["007", "7"]
     assert families[people[2:]].isna().all()
     assert counts == {"family": 4, "iq": 4}
+
+
+def test_ages_in_months_are_stored_in_years(built, tmp_path):
+    people = sorted(set(built.scans["participant_id"]))
+    table = write(tmp_path / "t.tsv", [("participant_id", "age"), *((p, "588") for p in people)])
+    (tmp_path / "t.json").write_text('{"age": {"Units": "months"}}')
+    after, _ = annotate_shards(built.root, table, replace=True)
+    assert set(after.scans["age"]) == {49.0}

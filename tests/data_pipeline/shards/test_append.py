@@ -15,6 +15,7 @@ from data_pipeline.cohort.split import assign_splits
 from data_pipeline.shards import writing
 from data_pipeline.shards.append import append_shards
 from data_pipeline.shards.build import build_shards
+from data_pipeline.shards.repair import repair_shards
 from data_pipeline.shards.verify import find_problems
 from data_pipeline.storage.manifest import Manifest
 from infra import cli
@@ -69,7 +70,7 @@ def test_another_data_set_is_added_after_the_existing_scans(built, other, capsys
     assert after.settings["appended"] == [
         {
             "dataset": "other", "simulated": False, "scans_found": 11, "quarantined": 0, "scans": 11,
-            "shards": ["other-000000.tar", "other-000001.tar"],
+            "shards": ["other-000000.tar", "other-000001.tar"], "array_orientations": {},
         }
     ]  # fmt: skip
     assert {k: v for k, v in after.settings.items() if k != "appended"} == built.settings
@@ -294,6 +295,9 @@ def test_numbers_join_a_column_of_text_as_they_are_written(built, other):
     second = append_shards(more, built.root)
     assert sorted(second.scans["family"].iloc[-3:]) == ["10234560", "10234561", "10234562"]
     assert "family" in (built.root / "columns-more.html").read_text()
+    name = str(second.shards[-1]["name"])
+    (built.root / name).unlink()
+    assert repair_shards(second, more, {name: "is missing"}) == {}
 
 
 def test_a_participant_whose_split_is_declared_otherwise_later_is_refused(built, cohort, tmp_path):

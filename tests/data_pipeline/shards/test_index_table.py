@@ -78,3 +78,17 @@ def test_marks_of_missing_values_names_of_digits_and_encodings_are_read_as_in_co
         assert people.find({"participant_id": "2"}) == {"family": "7", "iq": 100.0, "site": None}
     with pytest.raises(UserError, match="iconv -f LATIN1 -t UTF-8 'participants.tsv'"):
         read_people(text.encode("latin-1"), "participants.tsv")
+
+
+def test_units_and_labels_of_the_json_beside_the_table_are_applied(capsys):
+    text = b"participant_id\tage\tsex\tdiagnosis\ttiv\n1\t588\t1\t0\t1400000\n2\tn/a\tF\tAD\tn/a\n"
+    sidecar = b"""{"age": {"Units": "months"}, "sex": {"Levels": {"1": "male", "F": "femme"}}, "tiv": {"Units": "mm3"},
+                   "diagnosis": {"Levels": {"0": "control"}}}"""
+    people = read_people(text, "d/participants.tsv", sidecar)
+    assert people.find({"participant_id": "1"}) == {"age": 49.0, "sex": "M", "diagnosis": "control", "tiv": 1400.0}
+    assert people.find({"participant_id": "2"}) == {"age": None, "sex": "F", "diagnosis": "AD", "tiv": None}
+    with pytest.raises(UserError, match="d/participants.json: age: Units='moons' is not a known unit"):
+        read_people(text, "d/participants.tsv", sidecar.replace(b"months", b"moons"))
+    with pytest.raises(UserError, match="line 2: age='588' is not a number of years in 0..130"):
+        read_people(text.replace(b"\t1\t", b"\tM\t"), "d/participants.tsv", b"[1]")
+    assert "d/participants.json is ignored, it must hold keys and values, found list" in capsys.readouterr().err
