@@ -118,7 +118,7 @@ def check_config(content: dict[str, Any], path: Path) -> None:
     try:
         check_encoder(content["encoder"]["name"], content["encoder"]["options"])
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {_line(str(error), 400)}") from None
 
 
 def check_preprocessing_file(content: dict[str, Any], path: Path) -> None:
@@ -131,7 +131,12 @@ def _check(model: type[BaseModel], content: dict[str, Any], path: Path) -> None:
         model.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))[:80]
+        key = _line(".".join(map(str, first["loc"])), 80)
         found = "" if first["type"] == "missing" else f"={repr(first['input'])[:60]}"
         more = f" and {error.error_count() - 1} more" if error.error_count() > 1 else ""
         raise UserError(f"{path}: {key}{found}: {first['msg']}{more}; export the encoder again") from None
+
+
+def _line(text: str, most: int) -> str:
+    """Return the first letters of a text that may hold names of the file; letters that cannot be printed become ?."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
