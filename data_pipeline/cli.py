@@ -111,6 +111,7 @@ def _index(options: argparse.Namespace) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     from data_pipeline.cohort.split import parse_splits
+    from data_pipeline.quality.columns import PAGE
     from data_pipeline.shards.build import build_shards
     from data_pipeline.storage.manifest import MANIFEST
 
@@ -125,6 +126,8 @@ def _build(options: argparse.Namespace) -> int:
     print(f"shards: {'already built' if existed else 'built'}: {len(manifest.scans)} scans in {len(manifest.shards)} shards, "
           f"{size:.1f} MB, in {options.out}")  # fmt: skip
     print(f"shards: splits: {_counts(manifest.scans['split'])}; manifest digest {manifest.digest[:12]}")
+    if not existed:
+        print(f"shards: how each column was read is in {options.out / PAGE}")
     if excluded:
         print(f"shards: {excluded} scans were excluded; the reasons are in {options.out / 'quarantine.tsv'}")
     return 0

@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         "cross-validation (default: none)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of folds, draws and models")
     add("--workers", type=int, help="CPUs for Ray (default: all, or the cluster of RAY_ADDRESS)")
+    add(
+        "--cache", type=Path, help="folder of computed features (default: .features in the shards, or the user's cache)"
+    )
     add("--storage", type=Path, help="folder of unfinished searches; on a cluster, one that all nodes see")
     add("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
     return parser

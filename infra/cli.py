@@ -37,6 +37,14 @@ def usage() -> str:
     return f"{head}\n\ncommands:\n{rows}\n\n`yaware COMMAND --help` lists the options of a command.\n"
 
 
+def print_any_text() -> None:
+    """Let a console that is no UTF-8 show what it can: other letters are printed as ``?`` instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run a subcommand and return its exit status. A UserError is printed as one line on stderr, with status 2."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -63,6 +71,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    print_any_text()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -8,28 +8,25 @@ of that lock can therefore delete any ``<op>/lock`` as stale.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from infra.files import locked_file, writable_folder
+
 
 def extensions_folder() -> Path:
-    """Return ``TORCH_EXTENSIONS_DIR`` as an existing folder.
+    """Return ``TORCH_EXTENSIONS_DIR`` as an existing folder. Raises UserError if it cannot be written.
 
     If it is not set, set it to ``.cache`` in the checkout, or in the user's cache folder for an installed package.
     """
-    if "TORCH_EXTENSIONS_DIR" not in os.environ:
-        checkout = Path(__file__).resolve().parent.parent
-        if (checkout / "pyproject.toml").exists():
-            folder = checkout / ".cache" / "torch_extensions"
-        else:
-            folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "yaware" / "torch_extensions"
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    folder.mkdir(parents=True, exist_ok=True)
+    chosen, checkout = os.environ.get("TORCH_EXTENSIONS_DIR"), Path(__file__).resolve().parent.parent
+    if chosen is None and (checkout / "pyproject.toml").exists() and os.access(checkout, os.W_OK):
+        chosen = str(checkout / ".cache" / "torch_extensions")
+    folder = writable_folder("torch_extensions", chosen, "TORCH_EXTENSIONS_DIR")
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     return folder
 
 
@@ -37,8 +34,7 @@ def extensions_folder() -> Path:
 def exclusive_build() -> Iterator[Path]:
     """Hold the build lock of the extensions folder inside the block, and delete stale locks of killed builds."""
     folder = extensions_folder()
-    with (folder / ".build").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with locked_file(folder / ".build"):
         for stale in folder.glob("*/lock"):
             stale.unlink(missing_ok=True)
         yield folder

@@ -1,15 +1,95 @@
-"""Write files atomically, and compute their digests."""
+"""Where files may be written; write them atomically, lock them, and compute their digests."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from infra.errors import UserError
+
+# What flock raises on file systems without locks: some mounts of NFS, Lustre without -o flock, some FUSE file systems.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+
+
+SHORT = 40  # letters of a temporary folder: the path of a socket has at most 107, of which Ray needs about 65
+
+
+def writable_folder(name: str, explicit: str | os.PathLike[str] | None = None, option: str = "") -> Path:
+    """Return a folder for what this program keeps between commands; it exists, and files can be made in it.
+
+    The first of these that can be written: ``$XDG_CACHE_HOME/yaware/NAME``, ``~/.cache/yaware/NAME``, and
+    ``$TMPDIR/yaware-UID/NAME``, which belongs to this user alone.
+
+    Args:
+        name: of the folder, for example ``evaluations``.
+        explicit: a folder that the user chose; no other is tried.
+        option: how the user chose it, or could, for the message: ``--storage``.
+
+    Raises:
+        UserError: if the chosen folder, or none of them, can be written.
+    """
+    if explicit is not None:
+        problem = _unwritable(Path(explicit))
+        if problem:
+            raise UserError(f"{option}={os.fspath(explicit)} cannot be written ({problem}); choose another folder")
+        return Path(explicit)
+    tried = []
+    for folder in _candidates():
+        problem = _unwritable(folder / name)
+        if not problem:
+            return folder / name
+        tried.append(f"{folder}: {problem}")
+    choose = f"give {option}, or set" if option else "set"
+    raise UserError(
+        f"no folder can be written for {name} ({'; '.join(tried)}); {choose} XDG_CACHE_HOME to one that can"
+    )
+
+
+def _candidates() -> Iterator[Path]:
+    """The folders of this program in the user's cache and in the temporary folder."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        yield Path(os.environ["XDG_CACHE_HOME"]) / "yaware"
+    with suppress(RuntimeError):  # no HOME, and a user that the system does not know
+        yield Path.home() / ".cache" / "yaware"
+    with suppress(OSError):  # no temporary folder can be written
+        own = Path(tempfile.gettempdir()) / f"yaware-{os.getuid()}"
+        with suppress(OSError):
+            own.mkdir(mode=0o700, exist_ok=True)
+        # Anyone may make a folder of this name first.
+        if own.is_dir() and not own.is_symlink() and own.stat().st_uid == os.getuid():
+            yield own
+
+
+def _unwritable(folder: Path) -> str:
+    """Make a folder and a file in it; return what is wrong, or an empty text."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def short_temporary_folder(option: str) -> Path:
+    """Return a temporary folder whose path is short enough for sockets in it.
+
+    Raises UserError if there is none; ``option`` is the variable that sets it.
+    """
+    for folder in (Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp"), Path("/dev/shm")):
+        if len(str(folder)) <= SHORT and folder.is_dir() and not _unwritable(folder):
+            return folder
+    raise UserError(
+        f"TMPDIR={tempfile.gettempdir()} is too long for sockets (at most {SHORT} letters), and /tmp cannot be written; set "
+        f"{option} to a short folder"
+    )
 
 
 @contextmanager
@@ -57,6 +137,31 @@ def flush_folder(path: str | os.PathLike[str]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock(handle: int | IO[Any], *, wait: bool = True) -> bool:
+    """Take the exclusive lock of an open file or folder and return True; False if its file system has no locks.
+
+    The kernel releases the lock when the process ends, however it ends. Without locks the caller goes on: the user must
+    then not start two commands at a time. Raises BlockingIOError if another process holds the lock and ``wait`` is False.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        if error.errno == errno.EACCES:
+            raise BlockingIOError(error.errno, error.strerror) from None
+        raise
+    return True
+
+
+@contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """Hold the exclusive lock of the file ``path`` inside the block; the file is made, and stays."""
+    with path.open("ab") as stream:
+        lock(stream)
+        yield
 
 
 def _umask() -> int:

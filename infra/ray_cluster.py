@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
+from infra.files import short_temporary_folder
 from infra.lean_imports import quiet_imports
 
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -69,14 +70,21 @@ def session(workers: int | None = None) -> Iterator[Any]:
                 "a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from None
     else:
+        os.environ.setdefault("RAY_TMPDIR", str(short_temporary_folder("RAY_TMPDIR")))
         ray.init(
             address="local", num_cpus=workers or len(os.sched_getaffinity(0)), include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES, **options,
         )  # fmt: skip
+    from infra.processes.guard import guard_session
+
+    guard = None if address else guard_session()
     try:
         yield ray
     finally:
         ray.shutdown()
+        if guard and guard.stdin:
+            guard.stdin.close()
+            guard.wait()
 
 
 _cluster_on_demand: Callable[[], Any] | None = None

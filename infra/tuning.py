@@ -2,6 +2,9 @@
 
 Each result is written atomically to a file of its own beside Tune's state. Tune saves its state once a second, so after a
 kill it may miss trials that have finished; the files do not. All nodes of a cluster must see the folder ``storage``.
+
+Tune pickles its state, and a pickle can run code when it is read. So ``storage`` must be a folder to which only the user can
+write; this is checked before anything in it is read. The results themselves are no pickles (infra.trust.results).
 """
 
 from __future__ import annotations
@@ -9,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 from infra import ray_cluster
 from infra.progress import Progress
 from infra.ray_cluster import import_tune, train_torch
+from infra.trust.owners import own_folder
+from infra.trust.results import read_result, to_bytes
 
 Point = dict[str, Any]
 
@@ -39,10 +43,11 @@ def tune_grid(
     If ``storage`` has an unfinished search of the same name, only its unfinished trials run.
 
     Args:
-        trainable: a module-level function; its result may contain arrays.
+        trainable: a module-level function; its result is a dictionary of texts, numbers, lists and arrays. It may repeat
+            entries of the point, which can be of any type.
         points: the grid.
         data: sent once and shared by all trials.
-        storage: folder for results and Tune's state.
+        storage: folder for results and Tune's state; only the user may be able to write to it.
         name: name of the search within ``storage``.
         concurrency: the most trials that run at a time; None leaves it to the resources.
         resources: Ray resources of a trial; by default one CPU.
@@ -51,15 +56,16 @@ def tune_grid(
 
     Raises:
         RuntimeError: with the cause, if a trial fails.
+        UserError: if others can write to ``storage``.
     """
     results = _results_folder(storage, name)
-    files = [results / f"{index}.pkl" for index in range(len(points))]
+    files = [results / f"{index}.npz" for index in range(len(points))]
     if here and not ray_cluster.has_cluster():
         _run_here(trainable, points, data, files, title=title, name=name)
     if not all(file.is_file() for file in files):
         _run_in_tune(trainable, points, data, results, storage=storage, name=name, concurrency=concurrency,
                      resources=resources, title=title)  # fmt: skip
-    return [pickle.loads(file.read_bytes()) for file in files]
+    return [{**point, **read_result(file)} for point, file in zip(points, files, strict=True)]
 
 
 def _run_here(
@@ -78,7 +84,7 @@ def _run_here(
                 result = trainable(points[index], data)
             except Exception as error:
                 raise RuntimeError(f"{name}: a trial failed: {error}") from error
-            _write(files[index], pickle.dumps(result))
+            _write(files[index], _stored(points[index], result))
             progress.advance()
             if (len(missing) - done) * (time.monotonic() - started) / done > ray_cluster.START_SECONDS:
                 return
@@ -125,7 +131,7 @@ def tune_search(
         space: name -> ("choice", values), ("loguniform", low, high) or ("uniform", low, high).
         data: sent once and shared by all trials.
         samples: the number of trials.
-        storage: folder for results and Tune's state.
+        storage: folder for results and Tune's state; only the user may be able to write to it.
         name: name of the search within ``storage``.
         seed: seed of the sampler.
         halving: the grace period of ASHA, in yields, after which it stops the worse trials; None lets all finish.
@@ -135,9 +141,10 @@ def tune_search(
 
     Raises:
         RuntimeError: with the cause, if a trial fails.
+        UserError: if others can write to ``storage``.
     """
-    tune = import_tune()
     results = _results_folder(storage, name)
+    tune = import_tune()
     finished = results / "finished.json"
     if not finished.is_file():
         wrapped = tune.with_resources(
@@ -171,13 +178,14 @@ def train_ranks(
     """Run ``function(data, rank, world_size)`` in ``ranks`` Ray Train processes. Return the result of rank 0.
 
     The processes form one torch process group; each gets ``cpus`` CPUs and ``gpus`` GPUs. The result is kept in
-    ``storage``; a second call with the same name reads it from there. Raises RuntimeError if a process fails.
+    ``storage``; a second call with the same name reads it from there. Raises RuntimeError if a process fails, and UserError if
+    others can write to ``storage``.
     """
-    target = _results_folder(storage, name) / "0.pkl"
+    target = _results_folder(storage, name) / "0.npz"
     if not target.is_file():
         train_torch(_write_result, (function, data, str(target)), ranks=ranks, storage=storage.resolve(), name=name,
                     gpus=gpus, cpus=cpus)  # fmt: skip
-    result: dict[str, Any] = pickle.loads(target.read_bytes())
+    result: dict[str, Any] = read_result(target)
     return result
 
 
@@ -185,7 +193,7 @@ def _write_result(arguments: tuple[Any, ...], rank: int, world_size: int) -> Non
     function, data, target = arguments
     result = function(data, rank, world_size)
     if rank == 0:
-        _write(Path(target), pickle.dumps(result))
+        _write(Path(target), to_bytes(result))
 
 
 def _run(
@@ -216,9 +224,15 @@ def _run(
 
 
 def _results_folder(storage: Path, name: str) -> Path:
-    folder = storage.resolve() / f"{name}-results"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Return the folder of results of a search. Raises UserError if anybody else could have written in ``storage``."""
+    folder = own_folder(storage.resolve()) / f"{name}-results"
+    folder.mkdir(exist_ok=True, mode=0o700)
     return folder
+
+
+def _stored(point: Point, result: dict[str, Any]) -> bytes:
+    """Return the bytes of a result without the entries that it takes over from its point."""
+    return to_bytes({key: value for key, value in result.items() if key not in point or value is not point[key]})
 
 
 def _write(target: Path, content: bytes) -> None:
@@ -244,9 +258,9 @@ def _grid_class(tune: Any) -> type[Any]:
         def step(self) -> dict[str, Any]:
             """Compute the result of the point and write it, unless its file exists."""
             # Tune's own result files cannot hold arrays.
-            target = self.out / f"{self.index}.pkl"
+            target, point = self.out / f"{self.index}.npz", self.points[self.index]
             if not target.exists():
-                _write(target, pickle.dumps(self.function(self.points[self.index], self.data)))
+                _write(target, _stored(point, self.function(point, self.data)))
             return {"done": True}
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:

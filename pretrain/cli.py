@@ -21,7 +21,10 @@ def pretrain(arguments: list[str]) -> int:
     )
     parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument("--resume", metavar="auto|never|PATH", help="short for --run.resume (default: auto)")
+    parser.add_argument("--trust", action="store_true", help="continue also from a checkpoint that another user owns")
     options, overrides = parser.parse_known_args(arguments)
+    if options.trust:
+        overrides = [*overrides, "--run.trust=true"]
     if options.resume:
         overrides = [*overrides, f"--run.resume={options.resume}"]
 

@@ -30,6 +30,7 @@ class RunSection:
     # auto: continue from the newest checkpoint of `output`; never: refuse if there is one; or a path of another run or its
     # checkpoint to start from
     resume: str = "auto"
+    trust: bool = False  # whether to continue from a checkpoint that another user owns
     # MLflow store; null = MLFLOW_TRACKING_URI if set, otherwise sqlite:///mlruns/mlflow.db
     tracking_uri: str | None = None
 

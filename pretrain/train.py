@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from infra import distributed, watchdog
+from infra.cli import print_any_text
 from infra.errors import LoaderError, UserError
+from infra.processes.limits import raise_open_files
+from infra.processes.with_parent import end_with_parent
 from pretrain.config import Recipe, load_recipe
 from pretrain.engine import engine
 from pretrain.engine.ema import Average
 from pretrain.engine.engine import NotFinite
 from pretrain.model import build_model
 from pretrain.run import checkpoint, folder
+from pretrain.run.agreement import plan_together
 from pretrain.run.checkpoint import CheckpointFailed
 from pretrain.run.log import RunLog
 from pretrain.run.loop import TrainingLoop
@@ -46,14 +51,36 @@ def train(recipe: Recipe | Plan) -> None:
         NotFinite: if the loss or the gradient is not finite.
         CheckpointFailed: if a checkpoint cannot be written.
     """
-    plan = recipe if isinstance(recipe, Plan) else make_plan(recipe, distributed.world_size())
+    if isinstance(recipe, Recipe) and distributed.world_size() == 1:
+        recipe = make_plan(recipe, 1)  # a single rank has nobody to agree with
+    output = (recipe.recipe if isinstance(recipe, Plan) else recipe).run.output
+    with _process_group() as device:
+        plan = plan_together(recipe)
+        with watchdog.note_exit(Path(output)):
+            _train(plan, device)
+
+
+@contextmanager
+def _process_group() -> Iterator[torch.device]:
+    """Start the process group and give this rank's device; afterwards environment and threads are as before."""
     threads = torch.get_num_threads()
-    with distributed.unchanged_environment(), watchdog.note_exit(Path(plan.recipe.run.output)):
+    with distributed.unchanged_environment():
         try:
-            _train(plan, engine.start_ranks())
+            yield engine.start_ranks()
         finally:
             engine.stop_ranks()
             torch.set_num_threads(threads)
+
+
+def _load_recipe(arguments: Sequence[str]) -> Recipe:
+    """Read the recipe of the command line. A rank that cannot tells the others, which would wait for it."""
+    try:
+        return load_recipe(*parse_arguments(arguments))
+    except UserError as error:
+        if distributed.world_size() > 1:
+            with _process_group():
+                plan_together(None, str(error))
+        raise
 
 
 def _train(plan: Plan, device: torch.device) -> None:
@@ -66,8 +93,9 @@ def _train(plan: Plan, device: torch.device) -> None:
     watchdog.phase("the loading of the checkpoint", slow=True)
     checkpoints = Path(recipe.run.output) / "checkpoints"
     state = checkpoint.resume(
-        checkpoints, trained, recipe.run.resume, lambda other: folder.check_same_network(recipe, other["recipe"])
-    )
+        checkpoints, trained, recipe.run.resume, lambda other: folder.check_same_network(recipe, other.get("recipe")),
+        trust=recipe.run.trust,
+    )  # fmt: skip
     average = None if recipe.train.ema_decay is None else Average(trained, recipe.train.ema_decay)
     if average and state:
         average.load(Path(state["folder"]))
@@ -87,15 +115,19 @@ def _train(plan: Plan, device: torch.device) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Train under the watchdog and return the exit status.
 
-    Wrong input is one line from rank 0 and status 2; a run or a file system that failed is one line and status 1.
+    Wrong input is one line from each host and status 2; a run or a file system that failed is one line and status 1.
     """
+    raise_open_files()
+    if any(argument.startswith("--local_rank") for argument in arguments):
+        end_with_parent()  # a launcher; a shell may end before a rank that it has started in the background
     try:
         distributed.adopt_slurm()
-        recipe = load_recipe(*parse_arguments(arguments))
+        recipe = _load_recipe(arguments)
         with watchdog.Watchdog(recipe.train.watchdog_seconds):
             train(recipe)
     except UserError as error:
-        if distributed.is_main() or isinstance(error, LoaderError):  # unreadable data may concern one rank only
+        # One rank of each host; unreadable data may concern one rank only.
+        if distributed.is_main() or distributed.local_rank() == 0 or isinstance(error, LoaderError):
             print(f"yaware: error: {error}", file=sys.stderr, flush=True)
         return 2
     except (NotFinite, CheckpointFailed) as error:
@@ -126,4 +158,5 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
+    print_any_text()
     sys.exit(main(sys.argv[1:]))

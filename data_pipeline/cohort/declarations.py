@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.cohort.cells import TEXT_COLUMNS, TYPES, parse_number
 from data_pipeline.cohort.scan import safe_name
+from data_pipeline.cohort.sidecars import UNITS, known_unit
 from data_pipeline.cohort.tables import SESSION_COLUMNS
 from infra.errors import UserError, nearest
 
@@ -33,10 +35,17 @@ class DataSet:
         participants: the participants' table, if it is not at the layout's usual place.
         orientation: of .npy arrays; empty for that of their known grid.
         columns: our name -> their name; None to read all columns.
-        values: our name -> a constant, or their text -> our text.
+        values: our name -> a constant, or their text -> our text. Other texts stay as they are.
+        only: our names or ``all``: their texts must all have a rule in ``values``.
         missing: our name or ``all`` -> texts that mean missing.
+        default: our name -> our text of missing cells.
+        cap: our name -> the highest value: lower bounds such as 89+ and higher values are read as it.
+        units: ``age`` or ``tiv`` -> the unit of the table.
+        types: our name -> ``number`` or ``text``.
+        person: our names of columns that hold for every session of a person, also those without a row.
         age: the columns of the dates of ``birth`` and ``scan``, and the ``format`` of dates.
         declared_in: the file that declares it, for messages.
+        text: our names of columns that are text, because they are text in another data set; not declared.
     """
 
     path: Path
@@ -46,13 +55,24 @@ class DataSet:
     orientation: str = ""
     columns: dict[str, str] | None = None
     values: dict[str, str | dict[str, str]] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
     missing: dict[str, list[str]] = field(default_factory=dict)
+    default: dict[str, str] = field(default_factory=dict)
+    cap: dict[str, float] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+    person: tuple[str, ...] = ()
     age: dict[str, str] = field(default_factory=dict)
     declared_in: str = ""
+    text: tuple[str, ...] = ()
 
     def column(self, name: str) -> str:
         """Their name of one of our columns."""
         return (self.columns or {}).get(name, name)
+
+    def type_of(self, name: str) -> str:
+        """``number`` or ``text`` if the type of one of our columns is fixed, else empty."""
+        return "text" if name in self.text else self.types.get(name, "")
 
 
 def read_data_sets(path: Path) -> list[DataSet]:
@@ -90,7 +110,7 @@ def declare(source: DataSet, path: Path) -> DataSet:
     return replace(declared, path=source.path, name=source.name, layout=source.layout)
 
 
-KEYS = [key.name for key in fields(DataSet) if key.name != "declared_in"]
+KEYS = [key.name for key in fields(DataSet) if key.name not in ("declared_in", "text")]
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -144,6 +164,9 @@ def _data_set(entry: dict[str, Any], where: str, folder: Path, allowed: Sequence
     if age and columns and "age" in columns:
         raise UserError(f"{where}: age is both a column (columns.age) and computed from dates (age); keep one of them")
     orientation = check_orientation(entry.get("orientation", ""), f"{where}: orientation")
+    values, only = _values(entry.get("values", {}), f"{where}: values")
+    if "only" in entry and _is_true(entry["only"], f"{where}: only"):
+        only = (ALL,)
     return DataSet(
         path=path,
         name=safe_name(entry.get("name") or path.name.partition(".")[0] or path.name),
@@ -151,8 +174,14 @@ def _data_set(entry: dict[str, Any], where: str, folder: Path, allowed: Sequence
         participants=(folder / entry["participants"]).resolve() if "participants" in entry else None,
         orientation=orientation,
         columns=columns,
-        values=_values(entry.get("values", {}), f"{where}: values"),
+        values=values,
+        only=only,
         missing=_missing(entry.get("missing", []), f"{where}: missing"),
+        default=_texts(entry.get("default", {}), f"{where}: default"),
+        cap=_caps(entry.get("cap", {}), f"{where}: cap"),
+        units=_units(entry.get("units", {}), f"{where}: units"),
+        types=_types(entry.get("types", {}), f"{where}: types"),
+        person=_names(entry.get("person", []), f"{where}: person"),
         age=age,
         declared_in=where,
     )
@@ -181,17 +210,67 @@ def _texts(content: Any, where: str) -> dict[str, str]:
     return content
 
 
-def _values(content: Any, where: str) -> dict[str, str | dict[str, str]]:
-    """Check the rules of ``values``."""
+def _values(content: Any, where: str) -> tuple[dict[str, str | dict[str, str]], tuple[str, ...]]:
+    """Check the rules of ``values``; return them, and the columns whose rules say ``only: true``."""
     if not isinstance(content, dict):
         raise UserError(f"{where} must map columns to rules, as in `values: {{sex: {{0: M, 1: F}}, site: london}}`")
+    only = []
     for name, rule in content.items():
         rules = rule.values() if isinstance(rule, dict) else [rule]
         if name in RESERVED | IDENTITY or not all(isinstance(text, str) for text in rules):
             raise UserError(
                 f"{where}.{name} must be a constant or map their values to ours, and the column must not be an id"
             )
-    return content
+        if isinstance(rule, dict) and "only" in rule and _is_true(rule["only"], f"{where}.{name}.only"):
+            only.append(name)
+    values = {
+        name: {theirs: ours for theirs, ours in rule.items() if theirs != "only"} if isinstance(rule, dict) else rule
+        for name, rule in content.items()
+    }
+    return values, tuple(only)
+
+
+def _is_true(text: Any, where: str) -> bool:
+    """Whether a text is ``true``; raises UserError if it is neither ``true`` nor ``false``."""
+    if text not in ("true", "false"):
+        raise UserError(f"{where} must be true or false, found {text!r}")
+    return bool(text == "true")
+
+
+def _caps(content: Any, where: str) -> dict[str, float]:
+    """Check the highest values; a single number is that of age."""
+    by_column = {"age": content} if isinstance(content, str) else content
+    caps = {name: parse_number(text) for name, text in _texts(by_column, where).items()}
+    for name, cap in caps.items():
+        if cap is None:
+            raise UserError(
+                f"{where}.{name}={by_column[name]!r} is not a number, as in `cap: 89` or `cap: {{age: 89}}`"
+            )
+    return {name: cap for name, cap in caps.items() if cap is not None}
+
+
+def _units(content: Any, where: str) -> dict[str, str]:
+    """Check the units of columns."""
+    for name in _texts(content, where):
+        if name not in UNITS:
+            raise UserError(f"{where}.{name}: only {' and '.join(UNITS)} have a unit; remove it")
+    return {name: known_unit(name, unit, f"{where}.{name}") for name, unit in content.items()}
+
+
+def _types(content: Any, where: str) -> dict[str, str]:
+    """Check the types of columns."""
+    for name, text in _texts(content, where).items():
+        if text not in TYPES or name in TEXT_COLUMNS:
+            fixed = f"; the type of {name} is fixed" if name in TEXT_COLUMNS else ""
+            raise UserError(f"{where}.{name}={text!r} is not known{nearest(text, TYPES)}; allowed: number, text{fixed}")
+    return dict(content)
+
+
+def _names(content: Any, where: str) -> tuple[str, ...]:
+    """Check a list of names."""
+    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"{where} must be a list of columns, as in `person: [sex, site]`, found {content!r}")
+    return tuple(content)
 
 
 def _missing(content: Any, where: str) -> dict[str, list[str]]:

@@ -7,20 +7,24 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from data_pipeline.cohort.cells import MISSING
 from data_pipeline.cohort.declarations import DataSet
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.cohort.tables import (
     SESSION_COLUMNS,
     ParticipantTable,
     Row,
+    no_session_row,
     read_participants,
     read_rows,
     read_sessions,
+    without_prefix,
 )
-from data_pipeline.cohort.values import typed_values
+from data_pipeline.cohort.texts import warn
+from data_pipeline.cohort.values import Change, typed_values
 from infra.errors import UserError
 
 # The file names of each modality. Grey-matter maps are CAT12's, as BIDS derivatives or under CAT12's own names; quasi-raw
@@ -35,8 +39,13 @@ OPENBHB = {"vbm": "_preproc-cat12vbm_desc-gm_T1w.npy", "quasiraw": "_preproc-qua
 CAT12_DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # where to look for CAT12's mri/ when detecting the layout
 CAT12_MEASURES = {"cat12_iqr": "qualityratings/IQR", "tiv": "subjectmeasures/vol_TIV"}  # rating (1 is best); ml
 
-# The scans of listed participants, and those of participants that no table lists.
-CohortScans = tuple[list[Scan], list[Scan]]
+
+class CohortScans(NamedTuple):
+    """The scans of a cohort that a table lists, those that none lists, and the cells of the tables that a rule changed."""
+
+    scans: list[Scan]
+    unlisted: list[Scan]
+    changes: list[Change]
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class ScanFile:
         participant: from its name, as are ``session`` and ``run``, which may be empty.
         row: of the participants' table; None if it does not list the scan.
         measured: values from the layout or from reports, used if the tables lack them.
+        reason: why no table lists the scan although one lists its participant.
     """
 
     path: Path
@@ -56,10 +66,14 @@ class ScanFile:
     run: str
     row: Row | None
     measured: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
 
 
 def read_bids_layout(source: DataSet, modality: str) -> CohortScans:
-    """Read ``sub-*/[ses-*/]anat/*.nii[.gz]`` of the folder, or if there is none, of its ``derivatives/*/``."""
+    """Read ``sub-*/[ses-*/]anat/*.nii[.gz]`` of the folder, or if there is none, of its ``derivatives/*/``.
+
+    CAT12's own maps (``mwp1*``) have ``cat12_iqr`` and ``tiv`` from ``cat_*.xml`` beside them or in ``report``.
+    """
     folder = _folder(source)
     people = _participant_table(source, [_bids_table(folder)])
     sessions = _root_sessions(source, folder)
@@ -67,15 +81,20 @@ def read_bids_layout(source: DataSet, modality: str) -> CohortScans:
     files = []
     for path in _bids_files(folder, modality):
         participant, session, run = entities(path, folder)
-        row = people.find(participant, session, run)
+        row, reason = _row_and_reason(people, participant, session, run)
         home = next(parent for parent in path.parents if parent.name == f"sub-{participant}")
-        if row is not None and home not in own_sessions:
+        if home not in own_sessions:
             table = home / f"{home.name}_sessions.tsv"
             own_sessions[home] = read_sessions(table, "session_id") if table.is_file() else {}
-        if row is not None and session:
-            for session_row in (sessions.get((participant, session)), own_sessions[home].get(session)):
-                row = row if session_row is None else Row(_without_ids(session_row), session_row.where, row)
-        files.append(ScanFile(path, participant, session, run, row))
+        for rows in (sessions.get(participant, {}), own_sessions[home]) if session else ():
+            if row is not None and session in rows:
+                row = Row(_without_ids(rows[session]), rows[session].where, rows[session].table, row)
+            elif row is not None and rows:
+                table_name = next(iter(rows.values())).table.name
+                reason = no_session_row(table_name, session, list(rows))
+                row = people.person_row([row])
+        measured = _beside(path) if path.name.startswith("mwp1") else {}
+        files.append(ScanFile(path, participant, session, run, row, measured=measured, reason=reason))
     return _scans(source, files, modality, f"sub-*/[ses-*/]anat/*{EXAMPLES[modality]}.nii.gz")
 
 
@@ -89,14 +108,13 @@ def read_cat12(source: DataSet, modality: str) -> CohortScans:
         raise UserError(f"modality={modality!r}: layout cat12 has vbm only; use --layout bids for {modality}")
     people = _participant_table(source, [folder / "participants.tsv"])
     files = []
-    for path in sorted(folder.rglob("mri/mwp1*.nii*")):
-        stem = path.name.removeprefix("mwp1").removesuffix(".gz").removesuffix(".nii")
+    for path in sorted(visible(folder, folder.rglob("mri/mwp1*.nii*"))):
+        stem = _stem(path)
         named = _named(stem.split("_"))
         participant = named.get("sub") or _listed_in(stem, people)
         session, run = named.get("ses", ""), named.get("run", "")
-        row = people.find(participant, session, run)
-        report = read_report(path.parent.parent / "report", stem)
-        files.append(ScanFile(path, participant, session, run, row, report))
+        row, reason = _row_and_reason(people, participant, session, run)
+        files.append(ScanFile(path, participant, session, run, row, measured=_beside(path), reason=reason))
     return _scans(source, files, modality, "mri/mwp1*.nii[.gz]")
 
 
@@ -118,8 +136,9 @@ def read_openbhb(source: DataSet, modality: str) -> CohortScans:
     files = []
     for path in openbhb_arrays(folder, OPENBHB[modality]):
         participant, session, run = entities(path, folder)
-        row, split = people.find(participant, session, run), path.relative_to(folder).parts[0]
-        files.append(ScanFile(path, participant, session, run, row, {"openbhb_split": split}))
+        row, reason = _row_and_reason(people, participant, session, run)
+        split = {"openbhb_split": path.relative_to(folder).parts[0]}
+        files.append(ScanFile(path, participant, session, run, row, measured=split, reason=reason))
     return _scans(source, files, modality, f"{{train,val}}/derivatives/sub-*/ses-*/sub-*{OPENBHB[modality]}")
 
 
@@ -130,11 +149,8 @@ def read_csv(source: DataSet, modality: str) -> CohortScans:
     """
     if not source.path.is_file():
         raise UserError(f"cohort {source.path} is not a file; layout csv needs a table with a column path")
-    with source.path.open(encoding="utf-8-sig") as stream:
-        header = stream.readline()
-    delimiter = "\t" if "\t" in header else "," if "," in header else ";"
     path_column, id_column, run_column = (source.column(name) for name in ("path", "participant_id", "run"))
-    rows = read_rows(source.path, [path_column, id_column], delimiter)
+    rows = read_rows(source.path, [path_column, id_column], None)
     declared = (source.columns or {}).get("session")
     session_column = next(
         (c for c in ([declared] if declared else SESSION_COLUMNS) if rows and c in rows[0].values), ""
@@ -142,10 +158,11 @@ def read_csv(source: DataSet, modality: str) -> CohortScans:
     files = []
     for row in rows:
         text, participant = row.values[path_column].strip(), row.values[id_column].strip().removeprefix("sub-")
-        if not text or not participant:
-            raise UserError(f"{row.where}: {id_column if text else path_column} is empty; every row needs one")
-        session = row.values.get(session_column, "").strip().removeprefix("ses-")
-        run = row.values.get(run_column, "").strip().removeprefix("run-")
+        for column in (path_column, id_column):
+            if row.values[column].strip() in MISSING or not participant:
+                raise UserError(f"{row.where}: {column} is empty; every row needs one")
+        session = without_prefix(row.values.get(session_column, ""), "ses-")
+        run = without_prefix(row.values.get(run_column, ""), "run-")
         path = (source.path.parent / text).resolve()
         files.append(ScanFile(path, participant, session, run, row))
     return _scans(source, files, modality, "a row per scan")
@@ -161,27 +178,38 @@ def entities(path: Path, root: Path) -> tuple[str, str, str]:
 
 def bids_images(folder: Path) -> Iterator[Path]:
     """Images of any modality in ``sub-*/[ses-*/]anat`` of the folder and of its derivatives."""
-    for depth in ("", "*/"):
-        yield from folder.glob(f"sub-*/{depth}anat/*.nii*")
-    for depth in ("", "*/"):
-        yield from folder.glob(f"derivatives/*/sub-*/{depth}anat/*.nii*")
+    for place in ("sub-*/", "derivatives/*/sub-*/"):
+        for depth in ("", "*/"):
+            yield from visible(folder, folder.glob(f"{place}{depth}anat/*.nii*"))
 
 
 def cat12_maps(folder: Path) -> Iterable[Path]:
     """CAT12's modulated grey-matter maps, down to three folders deep."""
-    return (path for depth in CAT12_DEPTHS for path in folder.glob(f"{depth}mri/mwp1*.nii*"))
+    return (path for depth in CAT12_DEPTHS for path in visible(folder, folder.glob(f"{depth}mri/mwp1*.nii*")))
 
 
 def openbhb_arrays(folder: Path, ending: str) -> Iterable[Path]:
     """OpenBHB's arrays whose names end in ``ending``, sorted."""
-    return sorted(p for part in ("train", "val") for p in folder.glob(f"{part}/derivatives/sub-*/ses-*/sub-*{ending}"))
+    patterns = [f"{part}/derivatives/sub-*/ses-*/sub-*{ending}" for part in ("train", "val")]
+    return sorted(path for pattern in patterns for path in visible(folder, folder.glob(pattern)))
+
+
+def visible(folder: Path, paths: Iterable[Path]) -> Iterator[Path]:
+    """The paths below ``folder`` without hidden files and folders, such as macOS's ``._*`` and ``__MACOSX``."""
+    for path in paths:
+        if not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts):
+            yield path
 
 
 def read_report(folder: Path, stem: str) -> dict[str, float]:
     """Read ``cat12_iqr`` and ``tiv`` from CAT12's report of a scan; empty if the report is missing or damaged."""
+    path = folder / f"cat_{stem}.xml"
+    if not path.is_file():
+        return {}
     try:
-        tree = ElementTree.parse(folder / f"cat_{stem}.xml")
-    except (OSError, ElementTree.ParseError):
+        tree = ElementTree.parse(path)
+    except (OSError, ValueError, ElementTree.ParseError) as error:
+        warn(f"{path} is ignored, it is not XML: {' '.join(str(error).split())}")
         return {}
     measures = {}
     for name, element in CAT12_MEASURES.items():
@@ -190,6 +218,26 @@ def read_report(folder: Path, stem: str) -> dict[str, float]:
         if numbers:
             measures[name] = numbers[0]
     return measures
+
+
+def _stem(path: Path) -> str:
+    """The name of the T1 image of one of CAT12's maps, without ending."""
+    return path.name.removeprefix("mwp1").removesuffix(".gz").removesuffix(".nii")
+
+
+def _beside(path: Path) -> dict[str, float]:
+    """What CAT12 reports of a map: in ``report`` beside ``mri``, or in the map's own folder if CAT12 ran on a BIDS tree."""
+    for folder in (path.parent.parent / "report", path.parent, path.parent / "report"):
+        report = read_report(folder, _stem(path))
+        if report:
+            return report
+    return {}
+
+
+def _row_and_reason(people: ParticipantTable, participant: str, session: str, run: str) -> tuple[Row | None, str]:
+    """The row of a scan, or None and why it has none."""
+    row = people.find(participant, session, run)
+    return row, "" if row is not None else people.why_missing(participant, session, run)
 
 
 def _number(element: ElementTree.Element) -> float | None:
@@ -202,20 +250,29 @@ def _number(element: ElementTree.Element) -> float | None:
 
 
 def _scans(source: DataSet, files: Sequence[ScanFile], modality: str, pattern: str) -> CohortScans:
-    """The scans of listed participants sorted by key, and the others; raises UserError if no participant is listed.
+    """The scans of listed participants sorted by key, and the others; raises UserError if none is listed.
 
     ``pattern`` describes the files that were searched, for the message.
     """
     listed = [file for file in files if file.row is not None]
     unlisted = [_scan(source, file, {}) for file in files if file.row is None]
     if not listed:
-        raise UserError(
-            f"cohort {source.path} has no {modality} scan of a listed participant; searched for {pattern}; "
-            "choose another --modality"
-        )
-    values = typed_values([file.row for file in listed if file.row is not None], source)
+        raise UserError(_nothing_listed(source, files, modality, pattern))
+    values, changes = typed_values([file.row for file in listed if file.row is not None], source)
     scans = [_scan(source, file, row_values) for file, row_values in zip(listed, values, strict=True)]
-    return sorted(scans, key=lambda scan: scan.key), unlisted
+    return CohortScans(sorted(scans, key=lambda scan: scan.key), unlisted, changes)
+
+
+def _nothing_listed(source: DataSet, files: Sequence[ScanFile], modality: str, pattern: str) -> str:
+    """The message for a data set without a scan that a table lists."""
+    start = f"cohort {source.path} has no {modality} scan of a listed participant"
+    if not files:
+        return f"{start}; searched for {pattern}; choose another --modality"
+    first = files[0]
+    reason = (
+        first.reason or f"no table lists {first.participant!r}; compare the column {source.column('participant_id')}"
+    )
+    return f"{start}; found {len(files)} files, for example {first.path.name}: {reason}"
 
 
 def _scan(source: DataSet, file: ScanFile, values: dict[str, Any]) -> Scan:
@@ -232,6 +289,7 @@ def _scan(source: DataSet, file: ScanFile, values: dict[str, Any]) -> Scan:
         sex=str(values.get("sex") or ""),
         extra=extra if file.row is not None else {},
         orientation=source.orientation,
+        unlisted=file.reason if file.row is None else "",
     )
 
 
@@ -247,7 +305,8 @@ def _participant_table(source: DataSet, tables: Sequence[Path]) -> ParticipantTa
     paths = [source.participants] if source.participants else list(tables)
     session = (source.columns or {}).get("session", "")
     delimiter = "," if paths[0].suffix.lower() == ".csv" else "\t"
-    return read_participants(paths, source.column("participant_id"), session, source.column("run"), delimiter)
+    person = tuple(source.column(name) for name in source.person)
+    return read_participants(paths, source.column("participant_id"), session, source.column("run"), delimiter, person)
 
 
 def _bids_table(folder: Path) -> Path:
@@ -259,19 +318,19 @@ def _bids_table(folder: Path) -> Path:
 def _bids_files(folder: Path, modality: str) -> list[Path]:
     """The files of a modality in the folder, or if there are none, in its derivatives."""
     for pattern in ("sub-*/**/*.nii*", "derivatives/*/sub-*/**/*.nii*"):
-        paths = sorted(path for path in folder.glob(pattern) if MODALITIES[modality].search(path.name))
+        paths = [path for path in visible(folder, folder.glob(pattern)) if MODALITIES[modality].search(path.name)]
         if paths:
-            return paths
+            return sorted(paths)
     return []
 
 
-def _root_sessions(source: DataSet, folder: Path) -> dict[tuple[str, str], Row]:
-    """Read ``sessions.tsv`` beside participants.tsv: (participant, session) -> row."""
+def _root_sessions(source: DataSet, folder: Path) -> dict[str, dict[str, Row]]:
+    """Read ``sessions.tsv`` beside participants.tsv: participant -> session -> row."""
     path = folder / "sessions.tsv"
     if not path.is_file():
         return {}
     people = read_participants([path], source.column("participant_id"), "session_id", source.column("run"))
-    return {(name, people.session_of(row)): row for name, rows in people.rows.items() for row in rows}
+    return {name: {people.session_of(row): row for row in rows} for name, rows in people.rows.items()}
 
 
 def _without_ids(row: Row) -> dict[str, str]:

@@ -71,8 +71,10 @@ def _pseudonymise_scan(scan: Scan, name: str, dropped: set[str]) -> Scan:
         for column, value in scan.extra.items()
         if column not in dropped
     }
-    session, run = (_replace_id(text, scan.participant_id, name) for text in (scan.session, scan.run))
-    hidden = replace(scan, participant_id=name, session=session, run=run, extra=extra)
+    session, run, unlisted = (
+        _replace_id(text, scan.participant_id, name) for text in (scan.session, scan.run, scan.unlisted)
+    )
+    hidden = replace(scan, participant_id=name, session=session, run=run, extra=extra, unlisted=unlisted)
     endings = "".join(suffix for suffix in scan.path.suffixes[-2:] if suffix.lower() in ENDINGS)
     return replace(hidden, shown_as=f"{hidden.key}{endings}")
 

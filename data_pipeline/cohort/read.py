@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.cohort.cells import number_as_text
 from data_pipeline.cohort.declarations import DataSet, declare, read_data_sets
 from data_pipeline.cohort.layouts import (
     MODALITIES,
@@ -24,6 +24,8 @@ from data_pipeline.cohort.layouts import (
 )
 from data_pipeline.cohort.pseudonyms import pseudonymise, read_key
 from data_pipeline.cohort.scan import Scan, safe_name
+from data_pipeline.cohort.split import SPLIT, check_declared_splits
+from data_pipeline.cohort.texts import read_sidecar
 from infra.errors import UserError, nearest
 
 LAYOUTS: dict[str, Callable[[DataSet, str], CohortScans]] = {
@@ -50,7 +52,7 @@ def read_cohort(
     layout: str | None = None,
     columns: str | Path | None = None,
     key_file: str | Path | None = None,
-) -> CohortScans:
+) -> tuple[list[Scan], list[Scan]]:
     """Read the scans of a cohort. Every scan has a unique key.
 
     Args:
@@ -63,28 +65,66 @@ def read_cohort(
             but in ``Scan.path``.
 
     Returns:
-        The scans sorted by key, and the scans of participants that no table lists.
+        The scans sorted by key, and the scans that no table lists.
 
     Raises:
-        UserError: a folder, a table, a declaration or a value is wrong, the layout is ambiguous, or two files have one key.
+        UserError: a folder, a table, a declaration or a value is wrong, the layout is ambiguous, two files have one key, or
+            a table declares several splits for one participant.
+    """
+    return read_with_changes(source, dataset, modality, layout=layout, columns=columns, key_file=key_file)[:2]
+
+
+def read_with_changes(
+    source: str | Path,
+    dataset: str | None = None,
+    modality: str = "vbm",
+    *,
+    layout: str | None = None,
+    columns: str | Path | None = None,
+    key_file: str | Path | None = None,
+    text: Collection[str] = (),
+) -> CohortScans:
+    """Read the scans of a cohort as ``read_cohort`` does, and the cells of its tables that a rule changed.
+
+    ``text`` names columns that are read as text even if they hold numbers only, because the shards hold text.
     """
     if modality not in MODALITIES:
         raise UserError(
             f"modality={modality!r} is not known{nearest(modality, MODALITIES)}; allowed: {', '.join(MODALITIES)}"
         )
     key = None if key_file is None else read_key(Path(key_file))
-    scans: list[Scan] = []
-    unlisted: list[Scan] = []
-    for data_set in _data_sets(Path(source), dataset, layout, columns):
-        read = LAYOUTS[data_set.layout or detect_layout(data_set.path)]
-        new_scans, new_unlisted = read(data_set, modality)
-        scans += new_scans
-        unlisted += new_unlisted
-    scans = _mixed_columns_as_text(sorted(scans, key=lambda scan: scan.key))
+    data_sets = [_as_text(data_set, text) for data_set in _data_sets(Path(source), dataset, layout, columns)]
+    parts = [_read(data_set, modality) for data_set in data_sets]
+    mixed = _mixed_columns([scan for part in parts for scan in part.scans])
+    if mixed:  # read again, because a number does not keep the text that it was written in
+        parts = [_read(_as_text(data_set, mixed), modality) for data_set in data_sets]
+    scans = sorted((_texts(scan, mixed) for part in parts for scan in part.scans), key=lambda scan: scan.key)
+    unlisted = [scan for part in parts for scan in part.unlisted]
+    changes = [change for part in parts for change in part.changes]
     _check_unique_keys(scans, source)
+    check_declared_splits((f"{scan.dataset}/{scan.participant_id}", scan.extra.get(SPLIT)) for scan in scans)
     if key is not None:
         scans, unlisted = pseudonymise(scans, key), pseudonymise(unlisted, key)
-    return scans, unlisted
+        changes = [change._replace(before="") for change in changes]  # the text of a cell may hold an id
+    return CohortScans(scans, unlisted, changes)
+
+
+def _read(data_set: DataSet, modality: str) -> CohortScans:
+    """Read the scans of one data set."""
+    return LAYOUTS[data_set.layout or detect_layout(data_set.path)](data_set, modality)
+
+
+def _as_text(data_set: DataSet, columns: Collection[str]) -> DataSet:
+    """The data set with more columns that are read as text."""
+    return replace(data_set, text=(*data_set.text, *columns)) if columns else data_set
+
+
+def _texts(scan: Scan, columns: Collection[str]) -> Scan:
+    """The scan with text in some columns, also where a report and not a table gave the number."""
+    numbers = {name: value for name, value in scan.extra.items() if name in columns and isinstance(value, float)}
+    if not numbers:
+        return scan
+    return replace(scan, extra={**scan.extra, **{name: number_as_text(value) for name, value in numbers.items()}})
 
 
 def is_simulated(root: str | Path) -> bool:
@@ -92,10 +132,7 @@ def is_simulated(root: str | Path) -> bool:
     source = Path(root)
     if source.is_file() and source.suffix.lower() in DATA_SETS:
         return any(is_simulated(data_set.path) for data_set in read_data_sets(source))
-    path = source / "dataset_description.json"
-    if not path.is_file():
-        return False
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("Simulated", False))
+    return bool(read_sidecar(source / "dataset_description.json").get("Simulated", False))
 
 
 def name_of(scans: Iterable[Scan], source: str | Path) -> str:
@@ -166,17 +203,11 @@ def _check_unique_keys(scans: list[Scan], source: str | Path) -> None:
             )
 
 
-def _mixed_columns_as_text(scans: list[Scan]) -> list[Scan]:
-    """Convert columns that are numeric in one data set and text in another to text."""
+def _mixed_columns(scans: Iterable[Scan]) -> set[str]:
+    """The columns that hold numbers in one data set and text in another."""
     types: dict[str, set[type[Any]]] = {}
     for scan in scans:
         for name, value in scan.extra.items():
             if value is not None:
                 types.setdefault(name, set()).add(type(value))
-    mixed = {name for name, found in types.items() if len(found) > 1}
-    if not mixed:
-        return scans
-    return [
-        replace(scan, extra={n: f"{v:g}" if n in mixed and isinstance(v, float) else v for n, v in scan.extra.items()})
-        for scan in scans
-    ]
+    return {name for name, found in types.items() if len(found) > 1}

@@ -26,6 +26,7 @@ class Scan:
         extra: the other columns of the participants' table: numbers as float, text as str, None if missing.
         orientation: declared orientation of an .npy array, for example ``LAS``; empty for that of its known grid.
         shown_as: the name of the file in reports if ids are pseudonyms.
+        unlisted: why no table lists the scan; empty if one does, or if none lists its participant.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Scan:
     extra: dict[str, Any] = field(default_factory=dict)
     orientation: str = ""
     shown_as: str = ""
+    unlisted: str = field(default="", repr=False)
 
     @property
     def key(self) -> str:
@@ -55,6 +57,11 @@ class Scan:
 def safe_name(name: str) -> str:
     """Replace every character that a sample key must not contain (dots, slashes, spaces) by a hyphen."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)
+
+
+def array_orientations(scans: Iterable[Scan]) -> dict[str, str]:
+    """Return the declared orientation of the .npy arrays of each data set that has any; empty for that of the shape."""
+    return {scan.dataset: scan.orientation for scan in scans if scan.path.suffix == ".npy"}
 
 
 def bytes_of(scans: Iterable[Scan]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from infra.errors import UserError
 from infra.random_streams import SPLITS, generator
 
+SPLIT = "split"  # the column in which a table may declare the splits itself
 DEFAULT_SPLITS = {"pretrain": 0.7, "monitor": 0.1, "downstream": 0.2}
 PATIENT_SPLIT = "downstream"
 HEALTHY = {
@@ -49,8 +51,8 @@ def assign_splits(
 ) -> pd.Series[str]:
     """Assign every scan to a split.
 
-    A complete ``split`` column is kept. Otherwise patients go to ``downstream``, and healthy participants are distributed by
-    ``shares``, stratified by site and ten years of age. Each stratum is shuffled, and all strata form one sequence, so that
+    A declared ``split`` is kept. Of the other participants, patients go to ``downstream``, and healthy ones are distributed
+    by ``shares``, stratified by site and ten years of age. Each stratum is shuffled, and all strata form one sequence, so that
     small strata are balanced too.
 
     Args:
@@ -63,11 +65,17 @@ def assign_splits(
 
     Returns:
         The name of each scan's split.
+
+    Raises:
+        UserError: a participant has scans in two declared splits.
     """
-    if "split" in scans.columns and scans["split"].notna().all():
-        return scans["split"].astype(str)
+    declared: dict[str, str] = {}
+    if SPLIT in scans.columns:
+        declared = check_declared_splits(zip(scans["participant"], scans[SPLIT], strict=True))
     people = scans.drop_duplicates("participant")
-    healthy = people[[is_healthy(d) for d in people.get("diagnosis", pd.Series([None] * len(people)))]]
+    people = people[~people["participant"].isin(declared)]
+    diagnoses = people.get("diagnosis", pd.Series([None] * len(people)))
+    healthy = people[np.array([is_healthy(diagnosis) for diagnosis in diagnoses], dtype=bool)]
     draws = generator(seed, SPLITS)
     shuffled = healthy.iloc[draws.permutation(len(healthy))]
     decades = (shuffled["age"] // YEARS_PER_STRATUM).fillna(-1)
@@ -77,4 +85,23 @@ def assign_splits(
     positions = (draws.random() + (already_assigned + np.arange(len(sequence))) * GOLDEN_RATIO) % 1.0
     indices = np.minimum(np.searchsorted(edges, positions, side="right"), len(names) - 1)
     split_of = {participant: names[index] for participant, index in zip(sequence, indices, strict=True)}
+    split_of |= declared
     return scans["participant"].map(lambda participant: split_of.get(participant, PATIENT_SPLIT))
+
+
+def check_declared_splits(scans: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """Return the declared split of each participant of scans, given as (participant, split or missing).
+
+    Raises:
+        UserError: a participant has two; participants in two splits would be trained on and tested.
+    """
+    declared: dict[str, str] = {}
+    for participant, split in scans:
+        if split is None or split != split:
+            continue
+        if declared.setdefault(participant, str(split)) != str(split):
+            raise UserError(
+                f"participant {participant}: split is {declared[participant]!r} for one scan and {split!r} for another; "
+                "all scans of a participant belong to one split"
+            )
+    return declared

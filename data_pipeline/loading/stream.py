@@ -176,7 +176,7 @@ class StreamSource:
         content = bytes(payload)
         if len(content) != self.size[index] or google_crc32c.value(content) != self.crc32c[index]:
             return f"{self._name(index)} fails its checksum"
-        return check_voxels(decode(content, self.codec, self.reader.orientation), self.shape)
+        return check_voxels(decode(content, self.codec, self.reader.orientation, self.reader.voxels), self.shape)
 
     def _replacement(
         self, step: int, row: int, epoch: int, in_batch: set[int], bad: list[tuple[int, str]]

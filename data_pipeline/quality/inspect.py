@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.quality.columns import Table
 from data_pipeline.quality.page import write_page
 from data_pipeline.quality.rules import write_quarantine
-from data_pipeline.quality.survey import Survey, Table, survey_cohort, tables
+from data_pipeline.quality.survey import Survey, survey_cohort, tables
 from infra.errors import UserError
 
 FILE_COLUMNS = 140  # width of the tables if the output is not a terminal
@@ -49,7 +50,7 @@ def print_tables(survey: Survey) -> None:
     from rich.text import Text
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else FILE_COLUMNS, highlight=False)
-    for table in tables(survey):
+    for table in [*tables(survey), *survey.columns]:
         if not table.rows:
             continue
         rich_table = RichTable(title=table.title, title_justify="left", title_style="bold", show_header=any(table.head))

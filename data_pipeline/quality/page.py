@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.quality.survey import Survey, Table, tables
+from data_pipeline.quality.columns import table_as_html
+from data_pipeline.quality.survey import Survey, tables
 from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.load import read_voxels
 from infra.files import atomic_write
@@ -32,7 +33,7 @@ figcaption { padding: .4rem .6rem; font-size: 13px; overflow-wrap: anywhere; } f
 
 def write_page(survey: Survey, out: Path) -> Path:
     """Write the page to ``out`` and return ``out``: tables, histograms, and three slices of the least typical scans."""
-    overview, sites, rules, worst, excluded = (_table(table) for table in tables(survey))
+    overview, sites, rules, worst, excluded = (table_as_html(table) for table in tables(survey))
     banner = (
         "<p class='simulated'><strong>Simulated data.</strong> The scans come from a simulator, not from people.</p>"
         if survey.simulated
@@ -44,6 +45,7 @@ def write_page(survey: Survey, out: Path) -> Path:
         _image(_by_site(survey), "scans by site"), sites, "<h2>Correlation with the median scan</h2>",
         "<p class='note'>Correlation of each scan's coarse volume with the voxelwise median of all scans. Duplicates do not "
         "count in the median.</p>", _image(_correlations(survey), "correlations"), _cards(survey), worst, excluded,
+        *(table_as_html(table) for table in survey.columns),
     ]  # fmt: skip
     title = html.escape(f"Cohort {survey.dataset}")
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{title}</title>"
@@ -51,17 +53,6 @@ def write_page(survey: Survey, out: Path) -> Path:
         stream.write(f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}{OWN_STYLE}</style></head>")
         stream.write(f"<body>{''.join(sections)}</body></html>\n")
     return out
-
-
-def _table(table: Table) -> str:
-    """A table as HTML; empty if it has no rows."""
-    if not table.rows:
-        return ""
-    top = "".join(f"<th>{html.escape(text)}</th>" for text in table.head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    head = f"<thead><tr>{top}</tr></thead>" if any(table.head) else ""
-    title = f"<h2>{html.escape(table.title)}</h2>"
-    return f"{title}<div class='scroll'><table>{head}<tbody>{body}</tbody></table></div>"
 
 
 def _image(png: bytes, alt: str) -> str:

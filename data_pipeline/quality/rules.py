@@ -282,8 +282,13 @@ def _check_limits(values: Mapping[str, Any], quality: Quality, names: Iterable[s
 
 
 def unlisted_removals(scans: Iterable[Scan]) -> list[Removal]:
-    """The removals of scans whose participant no table lists."""
-    return [Removal.of(scan, BadScan("participant is not in participants.tsv", "participant")) for scan in scans]
+    """The removals of scans that no table lists."""
+    return [
+        Removal.of(scan, BadScan(scan.unlisted, "session"))
+        if scan.unlisted
+        else Removal.of(scan, BadScan("participant is not in participants.tsv", "participant"))
+        for scan in scans
+    ]
 
 
 def write_quarantine(path: Path, removals: Iterable[Removal]) -> None:

@@ -6,13 +6,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from data_pipeline.cohort.grid import common_grid
-from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
+from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
 from data_pipeline.cohort.scan import Scan, bytes_of
+from data_pipeline.quality.columns import Table, column_tables
 from data_pipeline.quality.outliers import Verdict, coarse_path, judge, save_coarse
 from data_pipeline.quality.rules import COLUMNS, Quality, Removal, check_quality, read_scan, unlisted_removals
 from data_pipeline.volume.errors import BadScan
@@ -40,6 +41,7 @@ class Survey:
         files: each key's scan.
         removals: the excluded scans, sorted by key.
         verdict: the result of comparing the scans.
+        columns: how the columns of the cohort's tables were read, see ``data_pipeline.quality.columns``.
         simulated: whether the cohort is simulated.
     """
 
@@ -51,6 +53,7 @@ class Survey:
     files: dict[str, Scan]
     removals: list[Removal]
     verdict: Verdict
+    columns: list[Table]
     simulated: bool
 
     @property
@@ -101,7 +104,9 @@ def survey_cohort(
     root = Path(cohort).resolve()
     check_scaling(scaling)
     intensity, quality = check_preparation(modality, crop, intensity), quality or Quality()
-    scans, unlisted = read_cohort(root, dataset, modality, layout=layout, columns=columns, key_file=key_file)
+    scans, unlisted, changes = read_with_changes(
+        root, dataset, modality, layout=layout, columns=columns, key_file=key_file
+    )
     check_quality(quality, scans)
     preparation = Preparation(grid or common_grid(scans), scaling, crop, intensity)
     parts.mkdir(parents=True, exist_ok=True)
@@ -123,7 +128,7 @@ def survey_cohort(
         root=root, dataset=name_of(scans, root), preparation=preparation, quality=quality, scans=surveyed,
         files={scan.key: scan for scan in (*unlisted, *scans)},
         removals=sorted(removals, key=lambda removal: (removal.key, removal.path)), verdict=verdict,
-        simulated=is_simulated(root),
+        columns=column_tables(scans, changes), simulated=is_simulated(root),
     )  # fmt: skip
 
 
@@ -172,16 +177,8 @@ def measure_part(
     return rows, removals
 
 
-class Table(NamedTuple):
-    """A table of the survey, for the terminal and the page; all cells are text."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-
-
 def tables(survey: Survey) -> list[Table]:
-    """All tables of a survey: cohort, sites, rules, least typical scans, excluded scans."""
+    """The tables of a survey without those of its columns: cohort, sites, rules, least typical scans, excluded scans."""
     return [_overview(survey), _sites(survey), _rules(survey), _worst(survey), _excluded(survey)]
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from data_pipeline.cohort.values import MISSING
+from data_pipeline.cohort.cells import MISSING, is_numeric
+from data_pipeline.cohort.sidecars import UNITS, Sidecars
+from data_pipeline.cohort.tables import read_rows, without_prefix
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.storage.manifest import Manifest, write_manifest
@@ -40,47 +44,47 @@ def annotate_shards(
     folder, path = Path(shards).resolve(), Path(table)
     with unfinished.locked(folder):
         old = Manifest.load(folder)
-        rows = _read(path)
+        rows, places = _read(path)
         ids = [name for name in IDS if name in rows]
         names = _columns_to_add(path, rows, columns, old, replace)
         scan_ids = old.scans[ids].astype(str)
         scan_ids["participant_id"] = scan_ids["participant_id"].str.removeprefix("sub-")
-        matched = scan_ids.merge(rows[[*ids, *names]], on=ids, how="left", validate="many_to_one")
+        typed = rows[ids].assign(**{name: _typed(rows, places, name, old, path) for name in names})
+        matched = scan_ids.merge(typed, on=ids, how="left", validate="many_to_one")
         if matched[names].isna().all(axis=None):
             raise UserError(
                 f"{path}: no row matches a scan of {folder}; compare its {', '.join(ids)} with the manifest's"
             )
-        scans = old.scans.assign(**{name: _typed(matched[name]).to_numpy() for name in names})
+        scans = old.scans.assign(**{name: matched[name].to_numpy() for name in names})
         added = [*old.settings.get("annotated", []), {"columns": names, "table": path.name}]
         settings = {**old.settings, "annotated": added}
         new = write_manifest(folder, Grid.from_dict(old.grid), settings, old.shards, scans, replaces=True)
     return new, {name: int(matched[name].notna().sum()) for name in names}
 
 
-def _read(path: Path) -> pd.DataFrame:
-    """Return the table as text, with ids without prefixes and missing values as None; each participant and session once."""
+def _read(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Return the table as text, with ids without prefixes and missing values as None, and the place of each row.
+
+    Raises UserError if the file is no table, or a participant (and session) appears twice.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing; give a .tsv or .csv file with a column participant_id")
-    separator = "," if path.suffix.lower() == ".csv" else "\t"
-    try:
-        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from None
+    rows = read_rows(path, ["participant_id"], None if path.suffix.lower() == ".csv" else "\t")
+    table = pd.DataFrame([row.values for row in rows], dtype=str)
     table = table.rename(columns={"session_id": "session"}).apply(lambda column: column.str.strip())
-    if "participant_id" not in table:
-        raise UserError(f"{path} has no column participant_id; found: {', '.join(map(str, table.columns))}")
     table["participant_id"] = table["participant_id"].str.removeprefix("sub-")
     if "session" in table:
-        table["session"] = table["session"].str.removeprefix("ses-")
+        table["session"] = table["session"].map(lambda text: without_prefix(text, "ses-"))
     ids = [name for name in IDS if name in table]
+    places = [row.where for row in rows]
     repeated = table[table.duplicated(ids)]
     if len(repeated):
         first = ", ".join(f"{name} {repeated[name].iloc[0]!r}" for name in ids)
         raise UserError(
-            f"{path} line {repeated.index[0] + 2}: {first} appears twice; keep one row each, or add a column session"
+            f"{places[repeated.index[0]]}: {first} appears twice; keep one row each, or add a column session"
         )
     with_missing: pd.DataFrame = table.mask(table.isin(MISSING), None)
-    return with_missing
+    return with_missing, places
 
 
 def _columns_to_add(
@@ -105,6 +109,24 @@ def _columns_to_add(
     return names
 
 
-def _typed(column: pd.Series[str]) -> pd.Series[float] | pd.Series[str]:
-    numbers = pd.to_numeric(column, errors="coerce")
-    return numbers if bool((numbers.notna() == column.notna()).all()) else column
+def _typed(rows: pd.DataFrame, places: Sequence[str], name: str, old: Manifest, path: Path) -> pd.Series[Any]:
+    """A column as numbers or text, by the rules of ``data_pipeline.cohort.cells``; ages in years.
+
+    Raises UserError if a column of numbers has a text; the message names the cell.
+    """
+    column: pd.Series[Any] = rows[name].astype(object)
+    known = [None if text is None or text != text else str(text) for text in column]
+    declared = "number" if name == "age" else ""
+    if not declared and name in old.scans and pd.api.types.is_string_dtype(old.scans[name].dropna()):
+        declared = "text"
+    cells = list(zip(known, places, strict=True))
+    if not is_numeric("age in years" if name == "age" else name, cells, declared):
+        return pd.Series(known, index=rows.index, dtype=object)
+    numbers = pd.Series([math.nan if text is None else float(text) for text in known], index=rows.index)
+    unit = Sidecars().unit(name, path, name)
+    if unit:
+        numbers /= UNITS[name][unit]
+    if name == "age" and ((numbers < 0) | (numbers > 130)).any():
+        row = int(((numbers < 0) | (numbers > 130)).to_numpy().argmax())
+        raise UserError(f"{places[row]}: age={known[row]!r} is not a number of years in 0..130; write n/a if unknown")
+    return numbers

@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 
 from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
-from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
-from data_pipeline.cohort.scan import Scan, bytes_of
-from data_pipeline.cohort.split import assign_splits, is_healthy
+from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
+from data_pipeline.cohort.scan import Scan, array_orientations, bytes_of
+from data_pipeline.cohort.split import SPLIT, assign_splits, is_healthy
+from data_pipeline.quality.columns import write_columns
 from data_pipeline.quality.rules import (
     Quality,
     check_quality,
@@ -22,7 +23,7 @@ from data_pipeline.quality.rules import (
 )
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.damage import same_value
-from data_pipeline.shards.scan_table import LOCATION_COLUMNS, describe
+from data_pipeline.shards.scan_table import LOCATION_COLUMNS, describe, text_columns
 from data_pipeline.shards.tar import encode
 from data_pipeline.shards.writing import quality_rules, write_shards
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
@@ -79,9 +80,16 @@ def append_shards(
         old = Manifest.load(folder)
         check_not_indexed(old)
         check_pseudonyms(old, key_file)
-        scans, unlisted = read_cohort(
-            root, dataset, str(old.settings["modality"]), layout=layout, columns=columns, key_file=key_file
+        scans, unlisted, changes = read_with_changes(
+            root,
+            dataset,
+            str(old.settings["modality"]),
+            layout=layout,
+            columns=columns,
+            key_file=key_file,
+            text=text_columns(old.scans),
         )
+        _check_splits(scans, old)
         check_quality(quality_rules(old.settings), scans)
         stored_keys = set(old.scans["key"])
         _check_unchanged([scan for scan in scans if scan.key in stored_keys], old, workers, reread)
@@ -91,8 +99,12 @@ def append_shards(
             return old
         history = {
             "dataset": name_of(new, root), "simulated": is_simulated(root), "scans_found": len(scans) + len(unlisted),
+            "array_orientations": array_orientations(new),
         }  # fmt: skip
-        return _add(folder, old, new, unlisted, history, workers)
+        added = _add(folder, old, new, unlisted, history, workers)
+        name = str(history["dataset"])
+        write_columns(folder / f"columns-{name}.html", name, new, changes)
+        return added
 
 
 def _add(
@@ -117,6 +129,19 @@ def _add(
         manifest = write_manifest(folder, grid, settings, [*old.shards, *added], table, replaces=True)
     unfinished.remove_leftovers(folder)
     return manifest
+
+
+def _check_splits(scans: list[Scan], old: Manifest) -> None:
+    """Raise UserError if a table declares another split for a participant than the shards hold."""
+    people = old.scans["dataset"] + "/" + old.scans["participant_id"]
+    stored = dict(zip(people, old.scans["split"], strict=True))
+    for scan in scans:
+        declared, participant = scan.extra.get(SPLIT), f"{scan.dataset}/{scan.participant_id}"
+        if declared is not None and stored.get(participant, declared) != declared:
+            raise UserError(
+                f"participant {participant}: split is {declared!r} in the cohort's table, but {stored[participant]!r} in "
+                f"{old.root}, where the participant may have been trained on already; build the shards again"
+            )
 
 
 def _check_settings(content: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.cohort.grid import common_grid
+from data_pipeline.cohort.layouts import CohortScans
 from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
-from data_pipeline.cohort.read import is_simulated, name_of, read_cohort
-from data_pipeline.cohort.scan import Scan
+from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
+from data_pipeline.cohort.scan import array_orientations
 from data_pipeline.cohort.split import DEFAULT_SPLITS
+from data_pipeline.quality.columns import PAGE, write_columns
 from data_pipeline.quality.rules import Quality, check_quality, unlisted_removals, write_quarantine
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.scan_table import scan_table
@@ -45,8 +47,9 @@ def build_shards(
     """Build the shards of a cohort in the folder ``out`` and return their manifest.
 
     The same cohort, settings and library versions give the same bytes, whatever ``workers`` is. A scan that cannot be used
-    is listed in ``quarantine.tsv`` with the reason, and the build continues. After a killed build, the same call continues
-    where it stopped. If ``out`` already holds this build, nothing is written.
+    is listed in ``quarantine.tsv`` with the reason, and the build continues. ``columns.html`` shows how the columns of the
+    tables were read. After a killed build, the same call continues where it stopped. If ``out`` already holds this build,
+    nothing is written.
 
     Args:
         cohort: the cohort's folder or table, see ``data_pipeline.cohort.read.read_cohort``; also for ``dataset``,
@@ -80,14 +83,15 @@ def build_shards(
     if scans_per_shard < 1:
         raise UserError(f"scans_per_shard={scans_per_shard} must be at least 1")
     intensity, quality = check_preparation(modality, crop, intensity), quality or Quality()
-    scans, unlisted = read_cohort(root, dataset, modality, layout=layout, columns=columns, key_file=key_file)
+    found = read_with_changes(root, dataset, modality, layout=layout, columns=columns, key_file=key_file)
+    scans, unlisted, _ = found
     check_quality(quality, scans)
     grid = grid or common_grid(scans)
     settings: dict[str, Any] = {
         "dataset": name_of(scans, root), "modality": modality, "scaling": scaling, "crop": crop, "intensity": intensity,
         "codec": codec, "scans_per_shard": scans_per_shard, "seed": seed, "splits": splits or DEFAULT_SPLITS,
         "quality": to_dict(quality), "simulated": is_simulated(root), "scans_found": len(scans) + len(unlisted),
-        "pseudonymised": key_file is not None,
+        "pseudonymised": key_file is not None, "array_orientations": array_orientations(scans),
     }  # fmt: skip
     if key_file is not None:
         settings["pseudonym_key"] = key_fingerprint(read_key(Path(key_file)))
@@ -98,12 +102,11 @@ def build_shards(
     with unfinished.locked(folder):
         # Checked again under the lock: another process may have finished the build meanwhile.
         existing = _existing_build(folder, grid, settings)
-        return existing or _build(folder, scans, unlisted, grid, settings, workers)
+        return existing or _build(folder, found, grid, settings, workers)
 
 
-def _build(
-    folder: Path, scans: list[Scan], unlisted: list[Scan], grid: Grid, settings: dict[str, Any], workers: int | None
-) -> Manifest:
+def _build(folder: Path, found: CohortScans, grid: Grid, settings: dict[str, Any], workers: int | None) -> Manifest:
+    scans, unlisted, changes = found
     # The user may have removed the manifest of an earlier build to build again; its surplus shards are removed here.
     count = -(-len(scans) // settings["scans_per_shard"])
     names = {shard_name(settings["dataset"], n) for n in range(count)}
@@ -113,6 +116,7 @@ def _build(
     shards, rows, refused = write_shards(folder, scans, grid, settings, workers=workers)
     refused = [*unlisted_removals(unlisted), *refused]
     write_quarantine(folder / "quarantine.tsv", refused)
+    write_columns(folder / PAGE, settings["dataset"], scans, changes)
     if not rows:
         raise UserError(f"no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")
     built = write_manifest(folder, grid, {**settings, "quarantined": len(refused)}, shards, scan_table(rows, settings))
@@ -129,6 +133,7 @@ def _existing_build(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manif
     defaults = {
         **DEFAULT_PREPARATION,
         "pseudonymised": False,
+        "array_orientations": settings["array_orientations"],
         "pseudonym_key": settings.get("pseudonym_key"),
         "quality": to_dict(Quality()),
     }

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import google_crc32c
 import numpy as np
-from numpy.typing import NDArray
 
 from data_pipeline.cohort.declarations import check_orientation
 from data_pipeline.cohort.scan import safe_name
@@ -21,11 +19,13 @@ from data_pipeline.cohort.split import DEFAULT_SPLITS
 from data_pipeline.quality.rules import Removal, write_quarantine
 from data_pipeline.shards.index_table import RESERVED, People, check_pattern, parse_key, read_people
 from data_pipeline.shards.scan_table import scan_table
+from data_pipeline.storage.hashing import HashingStream
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
 from data_pipeline.storage.remote import Access, is_remote, join, list_tars, open_file
 from data_pipeline.volume.decoders import DECODERS, ENDINGS
 from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import ARRAY_BOXES, Grid, array_grid, array_orientation
+from data_pipeline.volume.limits import MAX_VOXELS, largest_member
 from data_pipeline.volume.resample import reorient
 from infra import ray_cluster
 from infra.errors import UserError
@@ -118,7 +118,7 @@ def index_shards(
     settings: dict[str, Any] = {
         "dataset": dataset, "modality": modality or default_modality, "scaling": "none", "simulated": False, "indexed": True,
         "codec": codecs[0] if len(codecs) == 1 else "mixed", "seed": seed, "splits": splits or DEFAULT_SPLITS,
-        "orientation": orientation, "scans_found": len(rows) + len(bad), "quarantined": len(bad),
+        "orientation": orientation, "arrays": geometry[1] is None, "scans_found": len(rows) + len(bad), "quarantined": len(bad),
         "root": shards if is_remote(shards) else os.path.relpath(shards, folder),
     }  # fmt: skip
     shard_rows = [
@@ -136,7 +136,7 @@ def index_one(url: str, access: Access) -> IndexedShard:
     Runs in a Ray worker with one volume in memory at a time.
     """
     with open_file(url, access) as raw:
-        stream = _Hashing(raw)
+        stream = HashingStream(raw)
         shard = IndexedShard(0, "", None, [], [])
         try:
             with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
@@ -154,20 +154,6 @@ def index_one(url: str, access: Access) -> IndexedShard:
     return shard
 
 
-class _Hashing:
-    """A file that is read forward, with the SHA-256 and the size of what was read."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self.raw, self.digest, self.size = raw, hashlib.sha256(), 0
-
-    def read(self, size: int) -> bytes:
-        """Read up to ``size`` bytes."""
-        block = self.raw.read(size)
-        self.digest.update(block)
-        self.size += len(block)
-        return block
-
-
 def _add_member(shard: IndexedShard, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
     """Add a member to ``shard.members`` if it is a usable volume, or to ``shard.bad`` with the reason if it is not."""
     # WebDataset's rule: the key is the path up to the first dot of the file's name.
@@ -181,6 +167,9 @@ def _add_member(shard: IndexedShard, member: tarfile.TarInfo, tar: tarfile.TarFi
     if shard.codec not in (None, codec):
         if all(key != last.key for last in shard.members[-1:]):  # otherwise it is a second format of the same sample
             shard.bad.append((key, f"member .{ending} in a tar of codec {shard.codec}"))
+        return
+    if member.issparse() or member.size > largest_member():
+        shard.bad.append((key, f"{member.size} bytes are claimed, a volume takes at most {largest_member()}"))
         return
     shard.codec = codec
     stream = tar.extractfile(member)
@@ -199,7 +188,7 @@ def _add_member(shard: IndexedShard, member: tarfile.TarInfo, tar: tarfile.TarFi
 def _geometry(payload: bytes, codec: str) -> Geometry:
     """Return shape and affine of a volume. Raises BadScan if it cannot be used."""
     try:
-        array, affine = DECODERS[codec](payload)
+        array, affine = DECODERS[codec](payload, MAX_VOXELS)
         wide = array.astype(np.float32)
     except Exception as error:  # damaged bytes give many kinds of exceptions
         raise BadScan(f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
@@ -212,11 +201,7 @@ def _geometry(payload: bytes, codec: str) -> Geometry:
         raise BadScan(f"{int((~np.isfinite(wide)).sum())} voxels are NaN or infinite")
     if wide.min() == wide.max():
         raise BadScan(f"every voxel is {float(wide.flat[0]):g}")
-    return tuple(shape), None if affine is None else _rounded(shape, affine)
-
-
-def _rounded(shape: tuple[int, ...], affine: NDArray[Any]) -> tuple[tuple[float, ...], ...]:
-    return Grid.of(shape, affine).affine
+    return tuple(shape), None if affine is None else Grid.of(shape, affine).affine
 
 
 def _check_free(folder: Path) -> None:
@@ -242,7 +227,7 @@ def _find_people(shards: str, participants: str | None, access: Access) -> Peopl
     for url in candidates:
         try:
             with open_file(url, access) as stream:
-                return read_people(stream.read(), url)
+                return read_people(stream.read(), url, _sidecar(url, access))
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -250,6 +235,15 @@ def _find_people(shards: str, participants: str | None, access: Access) -> Peopl
                 raise
     raise UserError(f"{' and '.join(candidates)} are missing; give the table with --participants" if not participants
                     else f"--participants={participants} is missing; give a tab-separated table")  # fmt: skip
+
+
+def _sidecar(url: str, access: Access) -> bytes | None:
+    """The JSON file beside a table, None if there is none."""
+    try:
+        with open_file(f"{url.rpartition('.')[0]}.json", access) as stream:
+            return stream.read()
+    except OSError:
+        return None
 
 
 def _index_all(shards: str, names: list[str], access: Access, workers: int | None) -> list[IndexedShard]:

@@ -6,11 +6,15 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from data_pipeline.cohort.values import MISSING, SEX_WORDS, TEXT_COLUMNS
+from data_pipeline.cohort.cells import MISSING, SEX_WORDS, TEXT_COLUMNS, is_numeric, parse_number
+from data_pipeline.cohort.sidecars import UNITS, Sidecars
+from data_pipeline.cohort.split import SPLIT
+from data_pipeline.cohort.texts import decode_text, parse_sidecar
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
@@ -23,6 +27,7 @@ ENTITIES = {
     "dataset": ("dataset", "study", "ds", "source"),
 }
 PREFIXES = ("sub-", "ses-", "run-")
+OLDEST = 130  # years
 RESERVED = (*LOCATION_COLUMNS, "codec")  # the manifest's columns; a table's columns with these names are ignored
 
 
@@ -100,19 +105,21 @@ class People:
         return first
 
 
-def read_people(content: bytes, path: str) -> People:
+def read_people(content: bytes, path: str, sidecar: bytes | None = None) -> People:
     """Read a participants.tsv, which may have a row per session, and check ages and sexes.
 
     Args:
         content: the file's bytes.
         path: its name for error messages.
+        sidecar: the bytes of the JSON file beside it, whose ``Units`` and ``Levels`` are applied; None if there is none.
 
     Raises:
         UserError: if it is not a table, or a value is invalid.
     """
+    text = decode_text(content, path, "a tab-separated table")
     try:
-        table = pd.read_csv(io.BytesIO(content), sep="\t", dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        table = pd.read_csv(io.StringIO(text), sep="\t", dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"{path} is not a tab-separated table: {' '.join(str(error).split())}") from None
     if "participant_id" not in table.columns:
         raise UserError(f"{path} has no column participant_id; found: {', '.join(table.columns)}")
@@ -122,18 +129,43 @@ def read_people(content: bytes, path: str) -> People:
     repeated = table.columns[table.columns.duplicated()]
     if len(repeated):
         raise UserError(f"{path} has several columns for {repeated[0]}; keep one of them")
+    table_path = Path(path)
+    described = {} if sidecar is None else parse_sidecar(sidecar, str(table_path.with_suffix(".json")))
+    sidecars = Sidecars({table_path.with_suffix(".json"): described})
+    for name in [column for column in table.columns if column not in (*ENTITIES, *UNITS)]:
+        words = SEX_WORDS if name == "sex" else ()
+        table[name] = [
+            text if text.lower() in words else sidecars.label(table_path, str(name), text)[0] or text
+            for text in table[name]
+        ]
     texts = (*TEXT_COLUMNS, *ENTITIES)
-    numeric = {name for name in table.columns if name not in texts and _all_numbers(table[name])}
+    numeric = {name for name in table.columns if name not in texts and is_numeric(str(name), _cells(path, table[name]))}
+    _check_splits(path, table)
     rows: dict[str, list[dict[str, Any]]] = {}
     for line, record in enumerate(table.to_dict("records"), start=2):
         values = {str(k): _value(path, line, str(k), str(v), str(k) in numeric) for k, v in record.items()}
+        for name in UNITS:
+            unit = sidecars.unit(name, table_path, name)
+            if unit and isinstance(values.get(name), float):
+                values[name] /= UNITS[name][unit]
+        if not 0 <= (values.get("age") or 0) <= OLDEST:
+            raise UserError(f"{path} line {line}: age={record['age']!r} is not a number of years in 0..{OLDEST}; "
+                            "write n/a if unknown")  # fmt: skip
         rows.setdefault(str(values.pop("participant_id")), []).append(values)
     return People(path, rows)
 
 
-def _all_numbers(column: pd.Series[str]) -> bool:
-    values = column[~column.isin(MISSING)]
-    return len(values) > 0 and bool(pd.to_numeric(values, errors="coerce").notna().all())
+def _cells(path: str, column: pd.Series[str]) -> list[tuple[str | None, str]]:
+    """The texts of a column, None where missing, and their places."""
+    return [(None if text in MISSING else text, f"{path} line {line}") for line, text in enumerate(column, start=2)]
+
+
+def _check_splits(path: str, table: pd.DataFrame) -> None:
+    """Raise UserError if some rows have a split and others none: people declared as test must not be trained on."""
+    missing = table[SPLIT].isin(MISSING) if SPLIT in table.columns else pd.Series(dtype=bool)
+    if missing.any() and not missing.all():
+        line = int(missing.to_numpy().argmax()) + 2
+        raise UserError(f"{path} line {line}: split is missing, while other rows have one; write it")
 
 
 def _value(path: str, line: int, column: str, text: str, number: bool) -> Any:
@@ -149,10 +181,7 @@ def _value(path: str, line: int, column: str, text: str, number: bool) -> Any:
         return SEX_WORDS[text.lower()]
     if column != "age":
         return float(text) if number else text
-    try:
-        age = float(text)
-    except ValueError:
-        age = float("nan")
-    if not 0 <= age <= 130:
+    age = parse_number(text)
+    if age is None:
         raise UserError(f"{path} line {line}: age={text!r} is not a number of years in 0..130; write n/a if unknown")
     return age

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline.storage.manifest_file import is_simulated, read_checked
+from data_pipeline.storage.manifest_file import is_simulated, read_checked, table_path
+from data_pipeline.storage.table_schema import open_table
 
 COUNTED = ("dataset", "site", "sex", "split", "diagnosis")  # columns whose values are counted
 MAX_VALUES = 12  # values of a column that the text names
@@ -29,7 +30,7 @@ def shards_info(root: str | Path) -> dict[str, Any]:
     """
     content, table = read_checked(root)
     # Dictionary encoding avoids a million Python strings.
-    names = set(pq.read_schema(pa.BufferReader(table)).names)
+    names = set(open_table(table, content, str(table_path(root, content))).schema_arrow.names)
     texts = [*(name for name in COUNTED if name in names), "participant_id"]
     scans = pq.ParquetFile(pa.BufferReader(table), read_dictionary=texts).read([*texts, "age"])
     people, people_of_split = _participants(scans)

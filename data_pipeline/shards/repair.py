@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.cohort.read import DATA_SETS, read_cohort
+from data_pipeline.cohort.read import DATA_SETS, read_with_changes
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.append import check_not_indexed, check_pseudonyms
+from data_pipeline.shards.scan_table import text_columns
 from data_pipeline.shards.verify import stored_scans
 from data_pipeline.shards.writing import ShardTask, quality_rules, run_tasks
 from data_pipeline.storage.manifest import Manifest
@@ -85,8 +86,10 @@ def _scans_of_shard(
             try:
                 # A table of data sets names each of them itself.
                 name = None if root.suffix.lower() in DATA_SETS else dataset
-                cohort, _ = read_cohort(root, name, str(manifest.settings["modality"]), **reading)
-                cohorts[dataset] = {scan.key: scan for scan in cohort}
+                cohort = read_with_changes(
+                    root, name, str(manifest.settings["modality"]), text=text_columns(manifest.scans), **reading
+                )
+                cohorts[dataset] = {scan.key: scan for scan in cohort.scans}
             except UserError as error:
                 cohorts[dataset] = str(error)
         available = cohorts[dataset]

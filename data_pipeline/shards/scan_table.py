@@ -38,3 +38,12 @@ def scan_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> pd.DataF
     table["split"] = assign_splits(people, settings["splits"], settings["seed"])
     first = [*LOCATION_COLUMNS, "participant_id", "session", "run", "dataset", "site", "age", "sex"]
     return table[[*first, *(column for column in table.columns if column not in first)]]
+
+
+def text_columns(table: pd.DataFrame) -> list[str]:
+    """The columns of a scan table that hold text. Numbers of a cohort join them as they are written."""
+    return [
+        str(name)
+        for name, column in table.items()
+        if not column.isna().all() and pd.api.types.is_string_dtype(column.dropna())
+    ]

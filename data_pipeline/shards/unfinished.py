@@ -14,15 +14,14 @@ All of them are removed once the manifest is written.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from data_pipeline.quality.outliers import COARSE_PREFIX, coarse_path
 from data_pipeline.quality.rules import Removal
 from data_pipeline.storage.manifest_file import MANIFEST, read_content
 from infra.errors import UserError
-from infra.files import sha256_of
+from infra.files import lock, sha256_of
 
 UNFINISHED = ".unfinished-"
 
@@ -176,11 +175,30 @@ def private_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_records(folder: Path, listed: Sequence[str]) -> None:
-    """Remove the records of shards that the manifest lists, left by a build killed just after it wrote the manifest."""
-    names = {record_path(folder, name).name for name in listed}
-    for path in folder.glob(f"{UNFINISHED}*.json"):
-        if path.name in names:
-            path.unlink(missing_ok=True)
+    """Remove what a build left that was killed just after it wrote the manifest: records and coarse volumes; say so.
+
+    The coarse volumes of shards that the manifest does not list go only if no other command works in the folder.
+    """
+    names = {record_path(folder, name).name for name in listed} | {coarse_path(folder, name).name for name in listed}
+    left = [path for path in folder.glob(f"{UNFINISHED}*.json") if path.name in names]
+    coarse = [*folder.glob(f"{COARSE_PREFIX}*"), *folder.glob(f".{COARSE_PREFIX}*.tmp")]
+    left += [path for path in coarse if path.name in names]
+    others = [path for path in coarse if path.name not in names]
+    if others:
+        with suppress(UserError), locked(folder):
+            # An append that was killed continues with the coarse volumes of its records.
+            begun = {
+                path.name.removeprefix(UNFINISHED).removesuffix(".json") for path in folder.glob(f"{UNFINISHED}*.json")
+            }
+            kept = {coarse_path(folder, name).name for name in begun}
+            unknown = [path for path in others if path.name not in kept]
+            for path in unknown:
+                path.unlink(missing_ok=True)
+            left += unknown
+    for path in left:
+        path.unlink(missing_ok=True)
+    if left:
+        print(f"shards: removed {len(left)} files that a killed build left in {folder}", file=sys.stderr, flush=True)
 
 
 def remove_leftovers(folder: Path, keep: Sequence[str] = ()) -> None:
@@ -215,13 +233,12 @@ def locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
             # Some network file systems cannot lock a folder; there the user must start one command at a time.
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(
-                    f"{folder} is being written by another yaware command; wait until it ends, or stop it"
-                ) from None
+            lock(handle, wait=False)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder} is being written by another yaware command; wait until it ends, or stop it"
+            ) from None
         yield
     finally:
         os.close(handle)

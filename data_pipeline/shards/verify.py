@@ -1,4 +1,4 @@
-"""Checks every byte of built shards against their manifest."""
+"""Checks every byte of built shards against their manifest, and the scan table against the shards."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
+from data_pipeline.shards.contradictions import Member, contradictions, members_of, members_of_stream
 from data_pipeline.shards.damage import Stored, find_damage
+from data_pipeline.storage.hashing import HashingStream
 from data_pipeline.storage.manifest import MANIFEST, Manifest
 from data_pipeline.storage.manifest_file import SCANS
-from data_pipeline.storage.remote import ReadFailed, is_remote, remote_sum
+from data_pipeline.storage.remote import ReadFailed, is_remote, open_file
 from infra.errors import UserError
 from infra.files import sha256_of
 from infra.progress import Progress
@@ -22,8 +23,9 @@ MAX_PLACES = 5  # damaged places that the message names per shard
 def find_problems(manifest: Manifest, workers: int | None = None) -> dict[str, str]:
     """Return file name -> what is wrong with it. Every byte is read; times and sizes on disk are not trusted.
 
-    A correct SHA-256 proves every byte of a shard; only in a shard with a wrong one are the damaged places located. Threads
-    suffice, because reading and SHA-256 both release the interpreter's lock.
+    A correct SHA-256 proves every byte of a shard; its rows of the scan table are then compared with the tar's headers and
+    contents. In a shard with a wrong SHA-256 the damaged places are located. Threads suffice, because reading and checksums
+    release the interpreter's lock.
 
     Args:
         manifest: the data set.
@@ -82,31 +84,52 @@ def _problem(manifest: Manifest, number: int) -> str | None:
     shard = manifest.shards[number]
     url = manifest.shard_url(str(shard["name"]))
     if is_remote(url):
-        return _remote_problem(manifest, url, shard)
+        return _remote_problem(manifest, url, number)
     path = Path(url)
     if not path.is_file():
         return f"missing, with {shard['scans']} scans"
     try:
         if path.stat().st_size == shard["bytes"] and sha256_of(path) == shard["sha256"]:
-            return None
+            return _contradictions(manifest, number, *members_of(path))
         # For shards made elsewhere the location of headers and descriptions is unknown.
         scans = [] if "codec" in shard else stored_scans(manifest, number)
         places = find_damage(path, int(shard["bytes"]), scans, manifest.settings["codec"]) if scans else []
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return f"cannot be read ({error.strerror or error})"
+    return _listed(places or ["content differs from its checksum"], "damaged")
+
+
+def _listed(places: list[str], what: str) -> str | None:
+    """Return ``what`` with the first places; None if there are none."""
     more = f"; and {len(places) - MAX_PLACES} more" if len(places) > MAX_PLACES else ""
-    return f"damaged: {'; '.join(places[:MAX_PLACES]) or 'content differs from its checksum'}{more}"
+    return f"{what}: {'; '.join(places[:MAX_PLACES])}{more}" if places else None
 
 
-def _remote_problem(manifest: Manifest, url: str, shard: dict[str, Any]) -> str | None:
-    """Return what is wrong with a remote shard, which is read in blocks with retries; None if it is intact."""
+def _remote_problem(manifest: Manifest, url: str, number: int) -> str | None:
+    """Return what is wrong with a remote shard, which is read once, in blocks with retries; None if it is intact."""
+    shard = manifest.shards[number]
     try:
-        size, sha256 = remote_sum(url, manifest.access)
+        with open_file(url, manifest.access) as raw:
+            stream = HashingStream(raw)
+            members, fault = members_of_stream(stream)
     except ReadFailed as error:
         return "missing" if isinstance(error.__cause__, FileNotFoundError) else str(error)
-    if size != int(shard["bytes"]):
-        return f"{size} bytes, the manifest says {shard['bytes']}"
-    return None if sha256 == shard["sha256"] else "damaged: content differs from its checksum"
+    if stream.size != int(shard["bytes"]):
+        return f"{stream.size} bytes, the manifest says {shard['bytes']}"
+    if stream.digest.hexdigest() != shard["sha256"]:
+        return "damaged: content differs from its checksum"
+    return _contradictions(manifest, number, members, fault)
+
+
+def _contradictions(manifest: Manifest, number: int, members: list[Member], fault: str) -> str | None:
+    """Return where the rows of an intact shard differ from its tar; None if they agree.
+
+    An index may list a tar that is cut, with the scans before the cut.
+    """
+    indexed = bool(manifest.settings.get("indexed"))
+    found = contradictions(members, stored_scans(manifest, number), indexed)
+    found += [fault] if fault and not indexed else []
+    return _listed(found, "the scan table contradicts it")
 
 
 def stored_scans(manifest: Manifest, number: int) -> list[Stored]:

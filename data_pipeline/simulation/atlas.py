@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from data_pipeline.volume.grid import Grid
-from infra.files import atomic_write
+from infra.errors import UserError
+from infra.files import atomic_write, writable_folder
 
 VERSION = 5  # part of the name of a cached template; increase it if the content changes
 
@@ -70,18 +70,19 @@ class Template:
 def load_template(grid: Grid) -> Template:
     """Load the template on a grid from the user's cache, or make it in a few seconds and cache it."""
     key = hashlib.sha256(repr((VERSION, grid)).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "yaware"
-    path = folder / f"template-{key}.npz"
-    if path.is_file():
+    path = None
+    with contextlib.suppress(UserError):  # without a cache the next start only takes a few seconds longer
+        path = writable_folder("templates") / f"template-{key}.npz"
+    if path is not None and path.is_file():
         try:
             with np.load(path) as stored:
                 return Template(grid, **{name: stored[name] for name in stored.files})
         except (OSError, ValueError, TypeError, EOFError):
             path.unlink(missing_ok=True)  # another format, or damaged; made again below
     maps = _make(grid)
-    # If the cache cannot be written, the next start only takes a few seconds longer.
-    with contextlib.suppress(OSError), atomic_write(path) as stream:
-        np.savez(stream, **maps)
+    if path is not None:
+        with contextlib.suppress(OSError), atomic_write(path) as stream:
+            np.savez(stream, **maps)
     return Template(grid, **maps)
 
 

@@ -6,13 +6,14 @@ A shard is stored under its SHA-256, so data sets share equal shards and no outd
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from infra.files import lock, locked_file
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class ShardCache:
         while not final.exists():
             with open(name, "r+b", opener=_create) as part:
                 # The kernel releases the lock when its process dies, so a killed download blocks no other process.
-                fcntl.flock(part, fcntl.LOCK_EX)
+                lock(part)
                 if not _has_name(part, name):
                     continue  # renamed or removed by the process that held the lock
                 if final.exists():
@@ -79,8 +80,7 @@ class ShardCache:
 
     def _make_room(self, part: IO[bytes], size: int, keep: Collection[str]) -> bool:
         """Reserve ``size`` bytes for ``part`` and return whether they fit. The cache's lock makes the limit exact."""
-        with open(self.folder / ".lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked_file(self.folder / ".lock"):
             if self.limit is not None:
                 used = self._used(part)
                 for path in self._removable(keep):
@@ -138,7 +138,7 @@ def _remove_if_unlocked(path: Path) -> None:
     """Remove the part file of a killed download, whose lock no process holds."""
     try:
         with open(path, "rb") as part:
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
+            if lock(part, wait=False):  # without locks nobody knows whether a download still runs
+                path.unlink(missing_ok=True)
     except (BlockingIOError, FileNotFoundError):
         pass

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Sequence
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from data_pipeline.storage.manifest_file import FORMAT, check_content, is_simulated, read_checked
+from data_pipeline.storage.manifest_file import FORMAT, check_content, is_simulated, read_checked, table_path
 from data_pipeline.storage.manifest_file import MANIFEST as MANIFEST
 from data_pipeline.storage.manifest_file import SCANS as SCANS
 from data_pipeline.storage.manifest_file import digest_of as digest_of
 from data_pipeline.storage.reader import VolumeReader as VolumeReader
 from data_pipeline.storage.remote import Access, ShardStore, is_remote, join, read_whole, with_retries
+from data_pipeline.storage.table_schema import read_table
 from data_pipeline.volume.grid import Grid
 from infra.errors import LoaderError, UserError, nearest
-from infra.files import atomic_write, flush_folder, sha256_of, write_json
+from infra.files import atomic_write, flush_folder, sha256_of, writable_folder, write_json
 
 
 class Manifest:
@@ -72,12 +73,13 @@ class Manifest:
             access: how remote shards are read; None for the defaults.
 
         Raises:
-            UserError: if a file is missing, cannot be read, or was changed.
+            UserError: if a file is missing, cannot be read, or was changed, or if a key or column has an impossible value.
         """
         url, access = str(url), access or Access()
         root = fetch(url, access) if is_remote(url) else Path(url)
         content, table = read_checked(root)
-        return cls(root, content, pd.read_parquet(io.BytesIO(table)), url, access)
+        scans = read_table(table, content, str(table_path(root, content)))
+        return cls(root, content, scans, url, access)
 
     @property
     def shards_root(self) -> str:
@@ -162,6 +164,7 @@ class Manifest:
         return VolumeReader(
             root=self.shards_root, names=names, shard=shard, offset=offset, size=size, crc32c=crc, codecs=codecs,
             table=str(self.table), orientation=str(self.settings.get("orientation", "RAS")), store=store,
+            voxels=prod(self.grid["shape"]),
         )  # fmt: skip
 
     @cached_property
@@ -224,9 +227,8 @@ def fetch(url: str, access: Access) -> Path:
         text, content = with_retries(read_manifest, lambda: join(url, MANIFEST), access)
         name = str(content["scans"]["name"])
         table = join(url, name)
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        base = Path(access.cache) if access.cache else Path(home) / "yaware"
-        folder = base / "manifests" / str(content["digest"])[:32]
+        cache = Path(access.cache) / "manifests" if access.cache else None
+        folder = writable_folder("manifests", cache, "data.cache") / str(content["digest"])[:32]
         if not (folder / name).is_file() or sha256_of(folder / name) != content["scans"]["sha256"]:
             downloaded = with_retries(read_scans, lambda: table, access)
             with atomic_write(folder / name) as stream:

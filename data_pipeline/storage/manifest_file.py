@@ -12,10 +12,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.storage.manifest_schema import check_manifest
 from infra.errors import UserError
 
 FORMAT = 1
 MANIFEST, SCANS = "manifest.json", "scans.parquet"
+MAX_MANIFEST_BYTES = 2**26  # 400,000 shards
 
 
 def read_content(root: str | Path) -> dict[str, Any]:
@@ -25,22 +27,29 @@ def read_content(root: str | Path) -> dict[str, Any]:
     """
     path = Path(root) / MANIFEST
     try:
-        return check_content(path.read_bytes(), str(path))
-    except FileNotFoundError:
+        with path.open("rb") as stream:
+            return check_content(stream.read(MAX_MANIFEST_BYTES + 1), str(path))
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing; give a folder made by `yaware shards build`") from None
 
 
 def check_content(text: bytes, name: str) -> dict[str, Any]:
-    """Parse the text of a ``manifest.json``. Raises UserError, naming ``name``, if it is not a manifest or was edited."""
+    """Parse the text of a ``manifest.json``.
+
+    Raises UserError, naming the file ``name``, if it is not a manifest or was edited, or the key whose value is not possible.
+    """
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise UserError(f"{name} has more than {MAX_MANIFEST_BYTES} bytes, the most that is read; use larger shards")
     try:
         content = json.loads(text.decode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is not valid JSON ({error}); build the shards again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else content
-        raise UserError(f"{name} has format {found!r}, this version reads {FORMAT}; build the shards again")
+        raise UserError(f"{name} has format {repr(found)[:60]}, this version reads {FORMAT}; build the shards again")
     if content.get("digest") != digest_of(content):
         raise UserError(f"{name} was edited: its digest does not match its content; build the shards again")
+    check_manifest(content, name)
     return content
 
 
@@ -52,7 +61,7 @@ def read_checked(root: str | Path) -> tuple[dict[str, Any], bytes]:
     """
     content = read_content(root)
     while True:
-        path = Path(root) / str(content["scans"]["name"])
+        path = table_path(root, content)
         table = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(table).hexdigest() == content["scans"]["sha256"]:
             return content, table
@@ -60,6 +69,11 @@ def read_checked(root: str | Path) -> tuple[dict[str, Any], bytes]:
         if again["digest"] == content["digest"]:
             raise UserError(f"{path} is missing or differs from manifest.json; build the shards again")
         content = again
+
+
+def table_path(root: str | Path, content: dict[str, Any]) -> Path:
+    """Return the path of the scan table that a manifest names."""
+    return Path(root) / str(content["scans"]["name"])
 
 
 def is_simulated(settings: dict[str, Any]) -> bool:

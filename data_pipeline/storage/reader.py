@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from data_pipeline.storage.open_files import OpenFiles
 from data_pipeline.storage.remote import ShardStore
 from data_pipeline.volume.decoders import decode
+from data_pipeline.volume.limits import MAX_VOXELS
 
 
 @dataclass(kw_only=True)
@@ -31,6 +32,7 @@ class VolumeReader:
         codecs: codec of each shard.
         table: path of the local scan table, from which an error message takes the scan's key.
         orientation: in which arrays without a header are stored.
+        voxels: of the grid; a member that claims more is refused.
         store: reads remote shards; None for local ones.
     """
 
@@ -43,6 +45,7 @@ class VolumeReader:
     codecs: list[str]
     table: str
     orientation: str = "RAS"
+    voxels: int = MAX_VOXELS
     store: ShardStore | None = None
     _open: OpenFiles = field(default_factory=OpenFiles, repr=False)
 
@@ -61,7 +64,7 @@ class VolumeReader:
                 raise OSError(f"{self._name(row)} {fault}; run `yaware shards verify {self.root}`")
         else:
             payload = self.store.read(number, offset, size, partial(self._fault, row), partial(self._name, row))
-        return decode(payload, self.codecs[number], self.orientation)
+        return decode(payload, self.codecs[number], self.orientation, self.voxels)
 
     def _fault(self, row: int, payload: bytes) -> str | None:
         """Return what is wrong with a scan's bytes, None if they are intact."""

@@ -299,16 +299,6 @@ def open_file(url: str, access: Access) -> IO[bytes]:
     return open(url, "rb")
 
 
-def remote_sum(url: str, access: Access) -> tuple[int, str]:
-    """Read a remote file once and return its size in bytes and its SHA-256."""
-    digest, size = hashlib.sha256(), 0
-    with open_file(url, access) as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
-
-
 def list_tars(folder: str, access: Access) -> list[str]:
     """Return the sorted names of all tars below a local or remote folder, relative to it."""
     if not is_remote(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,39 @@ from numpy.typing import NDArray
 from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import ARRAY_BOXES, Grid, array_grid, array_orientation
 from data_pipeline.volume.intensity import INTENSITIES, to_float16
+from data_pipeline.volume.limits import MAX_VOXELS, is_too_large
 from data_pipeline.volume.resample import reorient, to_grid
 
 DEFAULT_CHECKS = frozenset({"nonfinite", "constant"})  # names of rules in data_pipeline.quality.rules
 
 
-def open_image(path: Path, orientation: str = "") -> Any:
+def open_image(path: Path, orientation: str = "", arrays_on: Grid | None = None) -> Any:
     """Open a scan as a three-dimensional nibabel image in RAS; 4D files of one volume lose their last axis.
 
     Args:
         path: any format that nibabel reads, or an .npy array.
         orientation: of the axes of an .npy array, for example ``LAS``; other files state it in their headers.
+        arrays_on: the grid of .npy arrays that have its shape; others, and all if it is None, must be in ``ARRAY_BOXES``.
 
     Raises:
         BadScan: the file is unreadable or is not one 3D volume of numbers.
     """
+    # Opening a named pipe or a device would wait or read forever.
+    parts = [path.with_suffix(suffix) for suffix in (".hdr", ".img")] if path.suffix in (".hdr", ".img") else [path]
+    if any(part.exists() and not part.is_file() for part in parts):
+        raise BadScan("is not a regular file, but a folder, pipe or device", "file")
     if path.suffix == ".npy":
-        return _open_array(path, orientation)
+        return _open_array(path, orientation, arrays_on)
     try:
         image = nibabel.load(path)
         # The shape is checked before anything is reoriented, because a time series may be large.
         shape = tuple(int(n) for n in image.shape)
         if len(shape) < 3 or any(n != 1 for n in shape[3:]):
             raise BadScan(f"shape {shape} is not one 3D volume", "shape", len(shape), 3)
+        if is_too_large(shape):
+            raise BadScan(
+                f"shape {shape} is larger than {MAX_VOXELS} voxels, the most that are read", "shape", prod(shape)
+            )
         if image.get_data_dtype().kind not in "iuf":
             raise BadScan(f"voxels are of type {image.get_data_dtype()}; numbers are needed", "type")
         if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
@@ -71,12 +82,13 @@ def load_volume(
 
 def read_voxels(
     path: Path, grid: Grid, checks: frozenset[str] = DEFAULT_CHECKS, *, crop: str = "world", intensity: str = "none",
-    orientation: str = "",
+    orientation: str = "", arrays_on: Grid | None = None,
 ) -> NDArray[np.float32]:  # fmt: skip
     """Load a scan on the grid as float32, before the scaling by a factor.
 
     Args:
         path, grid, crop, intensity, orientation: as for ``load_volume``.
+        arrays_on: see ``open_image``.
         checks: ``nonfinite`` refuses NaN and infinite voxels (else they become 0), ``constant`` refuses a volume of one
             value, ``grid`` refuses a scan on another grid (else it is resampled).
 
@@ -86,7 +98,7 @@ def read_voxels(
     Raises:
         BadScan: the scan cannot be used, or a check refuses it.
     """
-    image = open_image(path, orientation)
+    image = open_image(path, orientation, arrays_on)
     if "grid" in checks:
         _check_grid(Grid.of(image.shape, image.affine), grid)
     try:
@@ -136,8 +148,8 @@ def _check_grid(scan_grid: Grid, grid: Grid) -> None:
         raise BadScan(f"is on another grid ({scan_grid}), up to {distance:.4g} mm off", "grid", distance, 0)
 
 
-def _open_array(path: Path, orientation: str) -> Any:
-    """Open an .npy file (never a pickle) whose shape, without leading axes of length 1, is one of ``ARRAY_BOXES``."""
+def _open_array(path: Path, orientation: str, arrays_on: Grid | None) -> Any:
+    """Open an .npy file (never a pickle). Its grid follows from its shape, in which leading axes of length 1 do not count."""
     try:
         voxels = np.load(path, mmap_mode="r", allow_pickle=False)
         shape = voxels.shape
@@ -147,12 +159,16 @@ def _open_array(path: Path, orientation: str) -> Any:
             voxels = voxels[0]
         if voxels.ndim != 3:
             raise BadScan(f"shape {shape} is not one 3D volume", "shape", len(shape), 3)
+        if is_too_large(shape):
+            raise BadScan(
+                f"shape {shape} is larger than {MAX_VOXELS} voxels, the most that are read", "shape", prod(shape)
+            )
         voxels = reorient(np.asarray(voxels, dtype=np.float32), array_orientation(voxels.shape, orientation))
     except BadScan:
         raise
     except Exception as error:
         raise _unreadable(path, error) from None
-    grid = array_grid(voxels.shape)
+    grid = arrays_on if arrays_on is not None and arrays_on.shape == voxels.shape else array_grid(voxels.shape)
     if grid is None:
         allowed = " or ".join(f"{'x'.join(map(str, box))} ({array.spacing:g} mm)" for box, array in ARRAY_BOXES.items())
         raise BadScan(f"shape {shape} is not a known grid; .npy files, which have no header, must be {allowed}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,10 @@ from evaluation.protocols.variant import ProtocolVariant
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, Statistic
 from infra.errors import UserError
 from infra.tracking import runs as store
+from infra.tracking.faults import hide_password
 
 RunRow = dict[str, Any]  # a row of infra.tracking.runs
+NEEDED = ("predictions.parquet", "curve.csv", "embedding.parquet")  # tables of an evaluation
 DIGITS = 8  # of a run id or checksum, where names are equal without it
 
 
@@ -171,17 +174,42 @@ def _finished_runs(uri: str, experiment: str, filter: str) -> dict[_Identity, li
     for run in store.runs(uri, experiment, "evaluation", filter):  # newest first
         if run["status"] == "FINISHED":
             tags = run["tags"]
+            absent = [tag for tag in ("yaware.run_name", "yaware.step") if tag not in tags]
+            if absent:
+                raise UserError(
+                    f"evaluation {run['run_id'][:DIGITS]} of experiment {experiment!r} has no tag {absent[0]}; another program "
+                    f"logged it, or its tags were changed: delete it (`mlflow runs delete --run-id {run['run_id']}`)"
+                )
             identity = _Identity(
                 tags["yaware.run_name"], tags.get("yaware.pretraining_run", ""), tags["yaware.step"],
                 tags.get("yaware.weights_sha256", ""), ProtocolVariant.from_tags(tags),
             )  # fmt: skip
             runs_of.setdefault(identity, []).append(run)
     if not runs_of:
-        matching = f" that matches --filter {filter!r}" if filter else ""
-        raise UserError(
-            f"experiment {experiment!r} in {uri} has no finished evaluation{matching}; run `yaware evaluate` first"
-        )
+        raise UserError(_why_none(uri, experiment, filter))
     return runs_of
+
+
+def _why_none(uri: str, experiment: str, filter: str) -> str:
+    """Return one line that says why an experiment has no finished evaluation, and what to do."""
+    place = f"experiment {experiment!r} in {hide_password(uri)}"
+    runs = store.runs(uri, experiment, "evaluation")
+    finished = [run for run in runs if run["status"] == "FINISHED"]
+    if finished:
+        return f"{place} has no finished evaluation that matches --filter {filter!r}, but {len(finished)} others; change it"
+    if runs:
+        counts = Counter(str(run["status"]).lower() for run in runs)
+        listed = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+        return (
+            f"{place} has no finished evaluation, but unfinished ones ({listed}): wait for those that run, and start those "
+            "that failed again with the same `yaware evaluate`"
+        )
+    pretrainings = len(store.runs(uri, experiment, "pretraining"))
+    elsewhere = f", but {pretrainings} pretrainings" if pretrainings else ""
+    return (
+        f"{place} has no evaluation{elsewhere}; run `yaware evaluate` first, or choose the --experiment and --tracking-uri "
+        "that it was given (deleted runs do not count)"
+    )
 
 
 def _names(identities: Collection[_Identity]) -> dict[_Identity, tuple[str, str]]:
@@ -222,7 +250,7 @@ def _read(
         tasks = {Path(task).stem for task in run["params"].get("tasks", "").split(",") if task}
         done = set(source)
         if not tasks or tasks - done:
-            path = store.download(uri, run["run_id"], "evaluation", folder / run["run_id"])
+            path = _download_tables(uri, run, name, folder / run["run_id"])
             table = pd.read_parquet(path / "predictions.parquet")
             tasks = set(table["task"])
             source |= {task: run for task in dict.fromkeys(table["task"]) if task not in done}
@@ -245,6 +273,23 @@ def _read(
         earlier={task: run for task, run in source.items() if run is not runs[0]},
     )  # fmt: skip
     return evaluation, superseded
+
+
+def _download_tables(uri: str, run: RunRow, name: str, folder: Path) -> Path:
+    """Copy the tables of an evaluation. Raises UserError if the store's artifacts do not have them."""
+    try:
+        path = store.download(uri, run["run_id"], "evaluation", folder)
+        missing = [table for table in NEEDED if not (path / table).is_file()]
+        reason = f"{', '.join(missing)} missing" if missing else ""
+    except UserError as error:
+        reason = str(error)
+    if reason:
+        raise UserError(
+            f"{name}: the tables of its evaluation {run['run_id'][:DIGITS]} cannot be read ({reason}); the folder or bucket of "
+            "artifacts was moved or changed since: bring it back, or delete the run (`mlflow runs delete --run-id "
+            f"{run['run_id']}`) and evaluate again"
+        )
+    return path
 
 
 def _concatenate(tables: list[pd.DataFrame]) -> pd.DataFrame:

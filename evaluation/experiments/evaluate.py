@@ -19,6 +19,7 @@ from sklearn.linear_model import Ridge
 from data_pipeline.storage.manifest import Manifest
 from evaluation.experiments.answers import Method, MethodAnswers, log_answers, save_answers
 from evaluation.experiments.plan import DISEASES, MAIN_CLINIC, PRETRAINED_ON, TASKS, ExperimentPlan, encoders_for
+from evaluation.protocols.context import feature_folder
 from evaluation.protocols.features import cache_name, features_of
 from evaluation.protocols.nested_cv import PreparedTask, prepare, search_grid
 from evaluation.protocols.probes import LINEAR
@@ -65,7 +66,7 @@ class _ClinicData:
         self.tasks = {task: load_plan_task(out, task, self.manifest) for task in names}
         check_copies(self.tasks.values(), self.manifest)
         self.rows = np.unique(np.concatenate([task.rows for task in self.tasks.values()]))
-        self.cache = self.manifest.root / ".features"
+        self.cache = feature_folder(self.manifest)
 
     def encoder_features(self) -> Iterator[FeaturesOfTask]:
         """Yield the frozen features of every encoder for every task."""

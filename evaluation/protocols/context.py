@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from data_pipeline.storage.manifest import Manifest
 from evaluation.protocols.settings import EvaluationSettings
 from evaluation.tasks.tasks import Task
+from infra.errors import UserError
+from infra.files import writable_folder
 from pretrain.weights.encoder import Encoder
 
 
@@ -88,6 +90,21 @@ class EvaluationContext:
 
 
 def default_storage() -> Path:
-    """Return the folder of unfinished searches. It is readable only by the user, because it holds pickles."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "yaware" / "evaluations"
+    """Return the folder of unfinished searches. Only the user can use it, because Tune keeps pickles in it."""
+    folder = writable_folder("evaluations", option="--storage")
+    if folder.stat().st_uid == os.geteuid():
+        folder.chmod(0o700)
+    return folder
+
+
+def feature_folder(manifest: Manifest, chosen: str | os.PathLike[str] | None = None) -> Path:
+    """Return the folder of computed features: the chosen one, ``.features`` in the shards, or one in the user's cache.
+
+    The last is for shards in a read-only folder. Raises UserError if none can be written.
+    """
+    if chosen is not None:
+        return writable_folder("features", chosen, "--cache")
+    try:
+        return writable_folder("features", manifest.root / ".features")
+    except UserError:
+        return writable_folder(f"features/{manifest.digest[:32]}", option="--cache")

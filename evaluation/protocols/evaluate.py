@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
-from evaluation.protocols.context import Candidate, EvaluationContext, default_storage
+from evaluation.protocols.context import Candidate, EvaluationContext, default_storage, feature_folder
 from evaluation.protocols.finetune import FineTuning
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
 from evaluation.protocols.protocols import PROTOCOLS, check_protocols, variant_of
@@ -76,7 +76,7 @@ def evaluate(
         experiment: MLflow experiment.
         tracking_uri: MLflow store; by default MLFLOW_TRACKING_URI, else mlruns/mlflow.db.
         workers: CPUs of the local Ray cluster; by default all. With RAY_ADDRESS set, that cluster is used instead.
-        cache: folder of computed features; by default ``.features`` in the shards.
+        cache: folder of computed features; by default ``.features`` in the shards, or in the user's cache if that is read-only.
         storage: folder of unfinished searches; by default in the user's cache. All nodes of a Ray cluster must see it.
 
     Returns:
@@ -106,7 +106,7 @@ def evaluate(
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
     context = _make_context(
         settings, manifest, tracking_uri or default_uri(), experiment,
-        cache=None if cache is None else Path(cache), storage=default_storage() if storage is None else Path(storage),
+        cache=feature_folder(manifest, cache), storage=default_storage() if storage is None else Path(storage),
     )  # fmt: skip
     candidates = [_load_candidate(path, context) for path in checkpoint_paths(checkpoints, all_steps=all_steps)]
     _print_tasks(context)
@@ -144,7 +144,7 @@ def _names(names: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _make_context(
-    settings: EvaluationSettings, manifest: Manifest, uri: str, experiment: str, *, cache: Path | None, storage: Path
+    settings: EvaluationSettings, manifest: Manifest, uri: str, experiment: str, *, cache: Path, storage: Path
 ) -> EvaluationContext:
     """Load and check the tasks."""
     _check_names(settings.tasks)
@@ -152,7 +152,7 @@ def _make_context(
     check_copies(tasks, manifest)
     return EvaluationContext(
         manifest=manifest, tasks=tasks, rows=np.unique(np.concatenate([task.rows for task in tasks])), settings=settings,
-        cache=cache or manifest.root / ".features", storage=storage, uri=uri, experiment=experiment,
+        cache=cache, storage=storage, uri=uri, experiment=experiment,
     )  # fmt: skip
 
 
@@ -233,7 +233,8 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
             tracker.end("FAILED")  # a run without its tables must not count as finished
         raise UserError(
             f"MLflow store {context.uri} has not taken all of {candidate.name} step {candidate.step}, {variant.label}; the "
-            f"result is kept in {result_folder}: run the same command again when the store answers"
+            f"result is kept in {result_folder}: run the same command again when this is mended: "
+            + (tracker.fault or "it rejected a file or a trial, see the warning above")
         )
     metrics: dict[str, float] = json.loads((result_folder / "metrics.json").read_text())
     write_json(logged, metrics)

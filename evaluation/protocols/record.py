@@ -28,7 +28,7 @@ def open_run(
 ) -> Tracker:
     """Start the MLflow run of an evaluation, or continue ``run_id`` after a kill.
 
-    Raises UserError if the store does not answer.
+    Raises UserError if the store cannot be used; the line says why.
     """
     config, manifest = candidate.config, context.manifest
     tags = {
@@ -45,7 +45,7 @@ def open_run(
     name = f"evaluate {candidate.name} step {candidate.step}: {variant.label}"
     tracker = Tracker.open(context.uri, context.experiment, name, run_id=run_id, tags=tags)
     if tracker.run_id is None:
-        raise UserError(f"MLflow store {context.uri} does not answer; start it, or choose another --tracking-uri")
+        raise UserError(tracker.fault)
     tracker.log_params(params)
     return tracker
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.storage.manifest import Manifest
+from evaluation.protocols.context import feature_folder
 from evaluation.protocols.features import cache_name, features_of
 from evaluation.protocols.probes import FeatureTable, Params, fit_predict, linear
 from evaluation.protocols.variant import ProtocolVariant
@@ -69,7 +70,7 @@ def add_saliency(
         raise UserError(f"task {task.name} is multiclass and has no single score; choose a binary task or a regression")
     weights = sha256_of(folder / "model.safetensors")
     run, predictions, params = _find_evaluation(uri, experiment, task, weights, manifest, str(checkpoint))
-    cache = manifest.root / ".features" / cache_name(weights, manifest.digest, None, ("mean",))
+    cache = feature_folder(manifest) / cache_name(weights, manifest.digest, None, ("mean",))
     features = features_of(encoder, manifest, task.rows, cache, f"features of {encoder.config['run_name']}")
     train, test = _first_fold(task, manifest, predictions)
     test = _sample(test, task, scans, seed)
@@ -173,11 +174,11 @@ def _find_evaluation(
     uri: str, experiment: str, task: Task, weights: str, manifest: Manifest, name: str
 ) -> tuple[dict[str, Any], pd.DataFrame, Params]:
     """Return the newest evaluation of weights by a linear probe: its run, the task's predictions, the params of fold 0."""
+    reasons: set[str] = set()
     for run in runs.runs(uri, experiment, "evaluation", f"tags.`yaware.weights_sha256` = '{weights}'"):
-        variant = ProtocolVariant.from_tags(run["tags"])
-        if run["tags"].get("yaware.manifest_digest") != manifest.digest or run["status"] != "FINISHED":
-            continue
-        if variant.model != "linear" or variant.options:
+        reason = _why_not(run, manifest)
+        reasons.add(reason or "one is of other tasks")
+        if reason:
             continue
         with tempfile.TemporaryDirectory() as temporary:
             path = runs.download(uri, run["run_id"], "evaluation", Path(temporary))
@@ -186,10 +187,23 @@ def _find_evaluation(
             fold = trials[(trials["task"] == task.name) & (trials["part"] == "fold 0")]
             params: Params = json.loads(fold["point"].to_list()[int(fold["inner_score"].argmax())])
             return run, predictions[predictions["task"] == task.name], params
+    found = f"of its evaluations {', '.join(sorted(reasons))}" if reasons else "it has none of these weights"
     raise UserError(
-        f"{name} has no evaluation of task {task.name} on these shards in experiment {experiment!r}; run yaware evaluate "
-        f"--tasks {task.name} --protocols linear first"
+        f"{name} has no evaluation of task {task.name} by a linear probe on these shards in experiment {experiment!r} "
+        f"({found}); run yaware evaluate --tasks {task.name} --protocols linear first"
     )
+
+
+def _why_not(run: dict[str, Any], manifest: Manifest) -> str:
+    """Return why a map cannot be made from an evaluation run; empty if it can."""
+    variant = ProtocolVariant.from_tags(run["tags"])
+    if run["status"] != "FINISHED":
+        return "one is unfinished"
+    if run["tags"].get("yaware.manifest_digest") != manifest.digest:
+        return "one is of other shards"
+    if variant.model != "linear" or variant.options:
+        return f"one is by protocol {variant.label or variant.protocol}"
+    return ""
 
 
 def _first_fold(

@@ -9,10 +9,25 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from data_pipeline.cohort.cells import number_as_text, parse_number
+
 
 def normalise_spelling(value: object) -> str:
-    """Return a value as text in lower case, with hyphens, underscores and runs of spaces replaced by one space."""
+    """Return a value as text in lower case, with hyphens, underscores and runs of spaces replaced by one space.
+
+    Numbers are written alike: 1, 1.0, "1" and "1.0" are equal.
+    """
+    number = parse_number(str(value).strip())
+    if number is not None:
+        return number_as_text(number)
     return " ".join(str(value).replace("_", " ").replace("-", " ").lower().split())
+
+
+def as_text(column: pd.Series[Any]) -> pd.Series[str]:
+    """Return the values of a column as a table writes them: 10234560, not 10234560.0; empty where missing."""
+    if pd.api.types.is_numeric_dtype(column):
+        return column.map(lambda value: "" if pd.isna(value) else number_as_text(float(value))).astype(str)
+    return column.map(lambda value: "" if value is None or value != value else str(value)).astype(str)
 
 
 def as_numbers(scans: pd.DataFrame, names: Sequence[str]) -> NDArray[np.float64]:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.cohort.split import is_healthy
 from data_pipeline.storage.manifest import Manifest
-from evaluation.tasks.columns import as_numbers, as_strata, normalise_spelling
+from evaluation.tasks.columns import as_numbers, as_strata, as_text, normalise_spelling
 from infra.errors import UserError, nearest
 from infra.settings import load_settings
 
 FILES = Path(__file__).parent / "files"
 _strict = ConfigDict(extra="forbid")
+
+
+def _as_label(value: Any) -> Any:
+    """A number of a YAML list as text; labels compare as numbers and as words, so [1], ["1"] and ["1.0"] are equal."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Label = Annotated[str, BeforeValidator(_as_label)]
 
 
 @dataclass(config=_strict)
@@ -41,8 +49,8 @@ class TaskFile:
     title: str
     kind: Literal["binary", "multiclass", "regression"]
     label: str  # a column of scans.parquet
-    positive: list[str] = field(default_factory=list)  # binary: values of the label in the positive class
-    negative: list[str] = field(default_factory=list)
+    positive: list[Label] = field(default_factory=list)  # binary: values of the label in the positive class
+    negative: list[Label] = field(default_factory=list)
     splits: list[str] = field(default_factory=lambda: ["downstream"])
     query: str | None = None  # pandas query over the columns that selects the scans
     test: str | None = (
@@ -112,7 +120,7 @@ def load_task(name: str, manifest: Manifest, folds: int = 5) -> Task:
         name=path.stem, title=spec.title, kind=spec.kind, rows=scans.index.to_numpy(np.int64), labels=labels, groups=groups,
         classes=classes, participants=participants,
         strata=as_strata(labels, spec.kind, scans, spec.strata) if spec.strata and len(scans) else None,
-        sites=scans[spec.sites].astype(str).to_numpy() if spec.sites in scans else None,
+        sites=as_text(scans[spec.sites]).to_numpy() if spec.sites in scans else None,
         test=test, covariates=as_numbers(scans, spec.covariates), confounds=as_numbers(scans, spec.confounds),
         left_out=left_out,
     )  # fmt: skip
@@ -201,7 +209,7 @@ def _labels(spec: TaskFile, scans: pd.DataFrame, file: str) -> tuple[NDArray[Any
         scans = scans[text.isin(positive | negative)]
         labels = text[text.isin(positive | negative)].isin(positive).to_numpy(np.int64)
         return labels, [spec.negative[0], spec.positive[0]], scans
-    categories = pd.Categorical(column.astype(str))
+    categories = pd.Categorical(as_text(column))
     return categories.codes.astype(np.int64), [str(c) for c in categories.categories], scans
 
 
@@ -213,7 +221,14 @@ def _groups(spec: TaskFile, scans: pd.DataFrame, file: str) -> tuple[NDArray[np.
     participants = (scans["dataset"].astype(str) + "/" + scans["participant_id"].astype(str)).to_numpy()
     if spec.groups == "participant_id":
         return pd.Categorical(participants).codes.astype(np.int64), participants
-    names = scans["dataset"].astype(str) + "/" + scans[spec.groups].astype(str)
+    written = as_text(scans[spec.groups])
+    # A participant whose group is not known is a group of their own, not one of a group of strangers. Their scans without
+    # a value take the group of their other scans.
+    known = dict(zip(participants[written != ""], written[written != ""], strict=True))
+    written = pd.Series([text or known.get(p, "") for p, text in zip(participants, written, strict=True)], scans.index)
+    names = np.where(
+        written == "", "participant " + participants, "group " + scans["dataset"].astype(str) + "/" + written
+    )
     codes = pd.Categorical(names).codes.astype(np.int64)
     groups_of_participant = pd.Series(codes).groupby(participants).nunique()
     if (groups_of_participant > 1).any():

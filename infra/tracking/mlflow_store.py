@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -12,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
+from infra.files import locked_file
 from infra.internals import internal
 from infra.lean_imports import quiet_imports
+from infra.tracking.faults import check_sqlite, describe_fault, hide_password
 from infra.tracking.spool import Entry, warn
 
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # limits of MLflow's log_batch
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 # Errors that a retry cannot solve: the entry is dropped with a warning. After any other error it stays in the spool.
 PERMANENT_ERRORS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
+STORE_LIBRARIES = ("mlflow", "sqlalchemy", "alembic", "requests", "urllib3", "sqlite3")
 DEFAULT_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -168,14 +170,18 @@ class StoredRun:
 
 @contextmanager
 def query_errors(uri: str) -> Iterator[None]:
-    """Raise MLflow's errors inside the block (unreachable store, unknown run) as UserError."""
-    with quiet_imports():
-        from mlflow.exceptions import MlflowException
+    """Raise errors of the store inside the block (unreachable store, other tables, unknown run) as UserError.
 
+    The error itself is the ``__cause__``.
+    """
     try:
         yield
-    except MlflowException as error:
-        raise UserError(f"tracking store {uri}: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:
+        # MLflow passes on errors of the libraries that it uses.
+        library = type(error).__module__.partition(".")[0]
+        if library not in STORE_LIBRARIES and not isinstance(error, (OSError, ImportError)):
+            raise
+        raise UserError(describe_fault(uri, error)) from error
 
 
 def client_of(uri: str, create: bool = True) -> Any:
@@ -196,13 +202,16 @@ def client_of(uri: str, create: bool = True) -> Any:
     with quiet_imports():
         from mlflow import MlflowClient
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    if file is None or not create:
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{file}.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # if two processes create the tables at once, both fail
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    # It prints tracebacks of several pages for errors that are raised, too.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    if file is not None:
+        check_sqlite(uri, file)
+    with query_errors(uri):
+        if file is None or not create:
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with locked_file(Path(f"{file}.lock")):  # if two processes create the tables at once, both fail
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def check_uri(uri: str) -> None:
@@ -231,7 +240,17 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
             if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
                 raise
             experiment = client.get_experiment_by_name(name)  # another process created it meanwhile
+    check_not_deleted(uri, experiment)
     return str(experiment.experiment_id)
+
+
+def check_not_deleted(uri: str, experiment: Any) -> None:
+    """Raise UserError if an experiment of the store was deleted."""
+    if experiment.lifecycle_stage == "deleted":
+        raise UserError(
+            f"experiment {experiment.name!r} of {hide_password(uri)} was deleted; restore it with `mlflow experiments "
+            f"restore --experiment-id {experiment.experiment_id}`, or choose another --experiment (run.experiment in a recipe)"
+        )
 
 
 def _get_run(client: Any, run_id: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError, nearest
-from infra.tracking.mlflow_store import client_of, query_errors
+from infra.tracking.mlflow_store import check_not_deleted, client_of, query_errors
 
 # Error codes of a reachable store for a logged model that it does not have.
 UNKNOWN_MODEL = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND")
@@ -29,6 +29,7 @@ def runs(uri: str, experiment: str, kind: str, filter: str = "") -> list[dict[st
             raise UserError(
                 f"experiment {experiment!r} is not in {uri}{nearest(experiment, names)}; it has {', '.join(names)}"
             )
+        check_not_deleted(uri, stored)
         condition = f"tags.`yaware.kind` = '{kind}'" + (f" and {filter}" if filter else "")
         query = {"filter_string": condition, "order_by": ["attributes.start_time DESC"]}
         return [_run_row(run) for run in _pages(client.search_runs, [stored.experiment_id], query)]

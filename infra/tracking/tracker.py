@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from infra.errors import UserError
+from infra.tracking.faults import describe_fault
 from infra.tracking.mlflow_store import StoredRun, check_uri, client_of
 from infra.tracking.spool import Entry, Spool, warn
 
@@ -38,6 +40,7 @@ class Tracker:
         self._last: dict[str, int] = {}
         self._retry_at, self._failures, self._warned = 0.0, 0, False
         self._incomplete = False
+        self.fault = ""  # what was wrong with the store at the last failure
 
     @classmethod
     def open(
@@ -187,11 +190,11 @@ class Tracker:
     def _disconnect(self, error: Exception) -> None:
         pause = min(SECONDS_BETWEEN_TRIES * 2**self._failures, MOST_SECONDS_BETWEEN_TRIES)
         self._incomplete = self._incomplete or (self._run is not None and self._run.incomplete)
+        self.fault = _fault(self._uri, error)
         self._run, self._retry_at, self._failures = None, time.monotonic() + pause, self._failures + 1
         if not self._warned:
             kept = self._spool.path or "memory"
-            reason = " ".join(str(error).split())[:200]
-            warn(f"tracking store {self._uri} does not answer ({reason}); continuing, metrics are kept in {kept}")
+            warn(f"{self.fault}; continuing, metrics are kept in {kept}")
         self._warned = True
 
 
@@ -202,8 +205,13 @@ def send_spool(uri: str, path: Path) -> bool:
     if error is None:
         spool.replace([])
         return True
-    warn(f"tracking store {uri} does not answer ({' '.join(str(error).split())[:200]}); {path} is kept")
+    warn(f"{_fault(uri, error)}; {path} is kept")
     return False
+
+
+def _fault(uri: str, error: Exception) -> str:
+    """Return one line about an error of the store."""
+    return str(error) if isinstance(error, UserError) else describe_fault(uri, error)
 
 
 def _send(uri: str, entries: Sequence[Entry], spool: Spool) -> tuple[StoredRun | None, Exception | None]:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_pipeline.volume.limits import is_too_large
 from infra.errors import UserError, nearest
+from infra.lean_imports import quiet_imports
 from pretrain.encoders import networks
 from pretrain.encoders.layers import NO_SYNC_ON_CPU, NORMS, POOLINGS, check_sides
 
@@ -42,7 +44,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_grid(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) == 3 and all(type(side) is int and side > 0 for side in value)
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 3
+        and all(type(side) is int and side > 0 for side in value)
+        and not is_too_large(value)
+    )
 
 
 _SWITCH = (lambda value: isinstance(value, bool), "true, false")
@@ -107,4 +114,5 @@ def _check_value(name: str, option: str, value: Any) -> None:
 def build_encoder(name: str, options: dict[str, Any]) -> nn.Module:
     """Build the encoder ``name`` with ``options``; raises UserError as `check_encoder` does."""
     check_encoder(name, options)
-    return ENCODERS[name](**options)
+    with quiet_imports():  # of MONAI
+        return ENCODERS[name](**options)

@@ -24,6 +24,7 @@ from pretrain.engine.deepspeed_config import deepspeed_config, zero_stage
 from pretrain.engine.importing import import_deepspeed, import_muon_uncompiled
 from pretrain.engine.optimizers import LayerWise, build_optimizer, parameter_groups
 from pretrain.engine.partitions import deepspeed_internal, keeps_float32_copies, local_shards
+from pretrain.engine.safe_load import no_code
 
 # The loss scaler needs 24 skipped steps to come down from 2^24 to 1. More than this many in a row mean a NaN.
 MAX_SKIPPED_IN_A_ROW = 30
@@ -311,8 +312,12 @@ def save_engine(engine: Any, folder: Path, tag: str) -> None:
 
 
 def load_engine(engine: Any, folder: Path, tag: str) -> None:
-    """Load what ``save_engine`` wrote at the same world size and ZeRO stage; raises UserError if DeepSpeed cannot."""
-    path, _ = engine.load_checkpoint(str(folder), tag=tag)
+    """Load what ``save_engine`` wrote at the same world size and ZeRO stage; raises UserError if DeepSpeed cannot.
+
+    Code in the files is not run: torch raises pickle.UnpicklingError. ``safe_load.find_code`` finds such files before.
+    """
+    with no_code():
+        path, _ = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
         raise UserError(
             f"checkpoint {folder / tag} could not be loaded by DeepSpeed; was it written with another number of ranks?"

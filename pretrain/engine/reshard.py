@@ -33,6 +33,7 @@ from pretrain.engine.partitions import (
     stage3_range,
     write_back_weights,
 )
+from pretrain.engine.safe_load import read_file
 
 # First part of a name in the joined file: state of a parameter, a scalar state (Adam's step), or a buffer of the network.
 STATE, SCALAR, BUFFER = "state", "scalar", "buffer"
@@ -82,7 +83,7 @@ def load_resharded(folder: Path, stage: int, engine: Any) -> None:
 def _join(folder: Path, stage: int, order: Sequence[str], out: Path) -> dict[str, Any] | str:
     """Write the whole parameters of a checkpoint to ``out``; return the remaining state, or an error message."""
     try:
-        model = _read(next(iter(sorted(folder.glob("*model_states.pt")))))
+        model = read_file(next(iter(sorted(folder.glob("*model_states.pt")))))
         stored, scaler = _read_optimizers(folder, stage, model, order)
         tensors = dict(_join_segments(stored))
         tensors |= {f"{BUFFER}/{name}": model["module"][name].contiguous() for name in model["buffer_names"]}
@@ -103,7 +104,7 @@ def _read_optimizers(
         return _read_stage0(model, model.get("parameter_order", order)), {}
     paths = sorted(folder.glob("*optim_states.pt"), key=lambda path: int(path.name.split("_pp_rank_")[1].split("_")[0]))
     read = _read_stage3 if stage == 3 else _read_stages1_2
-    scaler = _read(paths[0])["optimizer_state_dict"].get("loss_scaler")
+    scaler = read_file(paths[0])["optimizer_state_dict"].get("loss_scaler")
     return read(paths, model), _scaler_state(scaler)
 
 
@@ -133,7 +134,7 @@ def _read_stages1_2(paths: Sequence[Path], model: dict[str, Any]) -> Iterator[St
     """The parts of one parameter follow each other in the order of the ranks."""
     entries_read: dict[str, int] = {}
     for path in paths:
-        saved = _read(path)["optimizer_state_dict"]
+        saved = read_file(path)["optimizer_state_dict"]
         flats, states = saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"]
         _check_numbers(states, len(flats))
         for number, fragments in enumerate(saved["param_slice_mappings"]):
@@ -147,7 +148,7 @@ def _read_stages1_2(paths: Sequence[Path], model: dict[str, Any]) -> Iterator[St
 
 def _read_stage3(paths: Sequence[Path], model: dict[str, Any]) -> Iterator[Stored]:
     for rank, path in enumerate(paths):
-        saved = _read(path)["optimizer_state_dict"]
+        saved = read_file(path)["optimizer_state_dict"]
         states, flats = saved["optimizer_state_dict"]["state"], saved["fp32_flat_groups"]
         _check_numbers(states, len(flats))
         for number, shapes in enumerate(model["param_shapes"]):
@@ -165,12 +166,6 @@ def _check_numbers(states: dict[Any, Any], count: int) -> None:
     unknown = [key for key in states if key not in range(count)]
     if unknown:
         raise _UnknownForm(f"optimiser state under {unknown[0]!r}, not under the numbers of its {count} tensors")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    # Files of the user's own run, already checked against their checksums; DeepSpeed pickles its own objects in them.
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
-    return saved
 
 
 def _join_segments(stored: Iterator[Stored]) -> Iterator[tuple[str, torch.Tensor]]:

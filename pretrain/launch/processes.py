@@ -92,7 +92,7 @@ class RankObserver:
 
 def local_ranks(launcher: int) -> list[psutil.Process]:
     """Return the training processes below a launcher's process, without processes that they have forked."""
-    ranks = {p.pid: p for p in _below(launcher) if any(word.startswith("--local_rank") for word in _words(p))}
+    ranks = {p.pid: p for p in _below(launcher) if any(word.startswith("--local_rank") for word in words_of(p))}
     return [process for process in ranks.values() if _parent(process) not in ranks]
 
 
@@ -113,7 +113,7 @@ def stop_over_pdsh(launcher: subprocess.Popen[bytes]) -> None:
 
     A hostfile with a single host starts its ranks here, without pdsh: these are asked to save.
     """
-    if any(Path(word).name == "pdsh" for process in _below(launcher.pid) for word in _words(process)[:2]):
+    if any(Path(word).name == "pdsh" for process in _below(launcher.pid) for word in words_of(process)[:2]):
         _terminate(launcher)
     else:
         stop_local_ranks(launcher)
@@ -148,7 +148,7 @@ def _parent(process: psutil.Process) -> int:
         return 0
 
 
-def _words(process: psutil.Process) -> list[str]:
+def words_of(process: psutil.Process) -> list[str]:
     """Return a process's command line; empty if it has ended."""
     try:
         return list(process.cmdline())
@@ -160,7 +160,7 @@ def _rank_of(process: psutil.Process) -> int:
     """Return a training process's global rank, or its rank on this host if its environment cannot be read."""
     with suppress(psutil.Error, OSError, KeyError, ValueError):
         return int(process.environ()["RANK"])
-    numbers = [word.partition("=")[2] for word in _words(process) if word.startswith("--local_rank")]
+    numbers = [word.partition("=")[2] for word in words_of(process) if word.startswith("--local_rank")]
     return int(numbers[0]) if numbers and numbers[0].isdigit() else 0
 
 

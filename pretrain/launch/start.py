@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from infra.distributed import unchanged_environment
 from infra.errors import UserError
 from infra.extensions import extensions_folder
+from infra.processes.with_parent import command_with_parent
 from infra.watchdog.exit_note import read_notes, remove_notes
 from pretrain.launch.launchers import LAUNCHERS, Job, Launcher
+from pretrain.launch.orphans import end_orphans
 from pretrain.launch.postmortem import explain
 from pretrain.launch.processes import LOOK_SECONDS, RankObserver
 
@@ -66,6 +68,8 @@ def start_on_this_host(recipe: Sequence[str], ranks: int, run_folder: Path) -> J
         cause = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         raise UserError(f"launch.ranks={ranks} needs a GPU for each rank; found {gpus}{cause}; lower launch.ranks")
     defaults = {"DS_ACCELERATOR": device}
+    if Path("/sys/class/net/lo").exists():
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # no other host can reach the ranks' collectives
     if ranks > 1 and device == "cpu":
         defaults["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     launcher, job = LAUNCHERS["one-host"], Job(recipe, {"localhost": ranks})
@@ -77,6 +81,9 @@ def start(
     defaults: Mapping[str, str] = {},
 ) -> JobEnd:  # fmt: skip
     """Run a launcher's ``command`` to its end. On return, also after an error, its process has ended.
+
+    If this process is killed, the launcher gets SIGTERM and the ranks save and end. What an earlier, killed job has left is
+    ended first.
 
     In the main thread SIGTERM, SIGUSR1 and SIGINT to this process are passed on by ``launcher.stop``, and all handlers are
     restored afterwards. Ctrl-C in a terminal is not passed on, because the terminal sends it to the ranks as well.
@@ -92,8 +99,9 @@ def start(
         extensions_folder()
         environment = {**defaults, **os.environ}
     if run_folder:
+        end_orphans(run_folder)
         remove_notes(run_folder, host)
-    process = subprocess.Popen(list(command), env=environment)
+    process = subprocess.Popen(command_with_parent(command), env=environment)
     observer = RankObserver(process.pid)
 
     def pass_on(number: int, _: Any) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -28,6 +29,8 @@ from infra.files import atomic_write, flush_folder, sha256_of, write_json
 from pretrain.engine.engine import load_engine, load_scaler_state, save_engine, scaler_state
 from pretrain.engine.partitions import layout
 from pretrain.engine.reshard import load_resharded
+from pretrain.run.intact import read_state, refusal
+from pretrain.run.intact import verify_checkpoint as verify_checkpoint
 
 PREFIX, BEST = "step-", "best"
 UNFINISHED, DAMAGED = ".unfinished-", "damaged-"  # before a checkpoint's name
@@ -122,8 +125,9 @@ def _free_space(folder: Path) -> str:
 
 
 def resume(
-    checkpoints: Path, engine: Any, how: str = "auto", fits: Callable[[dict[str, Any]], None] | None = None
-) -> dict[str, Any] | None:
+    checkpoints: Path, engine: Any, how: str = "auto", fits: Callable[[dict[str, Any]], None] | None = None,
+    *, trust: bool = False,
+) -> dict[str, Any] | None:  # fmt: skip
     """Load the checkpoint that ``run.resume`` names; return its state, or None if the run starts anew. Collective.
 
     Args:
@@ -132,8 +136,9 @@ def resume(
         how: "auto" loads the run's own newest checkpoint. "never" refuses a folder that has one. A path (a run's folder or
             one of its checkpoints) is where a new run starts; checkpoints of its own take precedence.
         fits: called with the state of another run's checkpoint; raises UserError if this run cannot use it.
+        trust: whether a checkpoint of another user may be read.
 
-    Raises UserError if there is no such checkpoint, or if "never" finds one.
+    Raises UserError if there is no such checkpoint, if it is another user's or holds code, or if "never" finds one.
     """
     own = newest_step(checkpoints)
     if how == "never" and own is not None:
@@ -141,10 +146,11 @@ def resume(
             f"{checkpoints} holds a checkpoint of step {own}; choose another run.output, or run.resume=auto"
         )
     if how in ("auto", "never") or own is not None:
-        return load_checkpoint(checkpoints, engine)
+        return load_checkpoint(checkpoints, engine, trust=trust)
     path = Path(how)
     folder = path if (path / "state.json").is_file() else None
-    state = load_checkpoint(path.parent if folder else path / "checkpoints", engine, folder, own=False, fits=fits)
+    source = path.parent if folder else path / "checkpoints"
+    state = load_checkpoint(source, engine, folder, own=False, fits=fits, trust=trust)
     if state is None:
         raise UserError(
             f"run.resume={how} is not a checkpoint; use auto, never, a run's folder or one of its checkpoints/step-*"
@@ -154,7 +160,7 @@ def resume(
 
 def load_checkpoint(
     checkpoints: Path, engine: Any, only: Path | None = None, own: bool = True,
-    fits: Callable[[dict[str, Any]], None] | None = None,
+    fits: Callable[[dict[str, Any]], None] | None = None, trust: bool = False,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Load the newest intact checkpoint and return its state; None if there is no checkpoint. Collective.
 
@@ -167,20 +173,24 @@ def load_checkpoint(
         only: load this checkpoint and no other.
         own: whether the folder is this run's own; damaged checkpoints are then renamed to ``damaged-*``.
         fits: called with the state before loading; raises UserError if this run cannot use the checkpoint.
+        trust: whether a checkpoint of another user may be read.
 
-    Raises UserError if all checkpoints are damaged.
+    Raises UserError if all checkpoints are damaged, or if the newest is another user's or holds code.
     """
     damaged: dict[Path, str] = {}
+    part = (distributed.rank(), distributed.world_size())
     for folder in [only] if only else _newest_first(checkpoints):
-        problems = _gather(verify_checkpoint(folder, distributed.rank(), distributed.world_size()) or "")
+        problems = _gather(verify_checkpoint(folder, *part) or "")
         if any(problems):
             damaged[folder] = next(filter(None, problems))
             if distributed.is_main():
                 print(f"checkpoint {folder} is damaged ({damaged[folder]}); trying an older one", flush=True)
             continue
+        if any(refusals := _gather(refusal(folder, trust, *part))):
+            raise UserError(next(filter(None, refusals)))
         if damaged and own and distributed.is_main():
             _set_aside(damaged, folder)
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = read_state(folder)
         if fits:
             fits(state)
         state["folder"] = str(folder)
@@ -224,31 +234,22 @@ def _point_to(checkpoints: Path, name: str, folder: Path) -> None:
 
 
 def newest_step(checkpoints: Path) -> int | None:
-    """Return the step that ``latest`` names, unverified; None if there is no checkpoint."""
+    """Return the step that ``latest`` names, unverified; None if there is none. Raises UserError if it names none."""
     pointer = checkpoints / "latest"
-    return int(pointer.read_text().strip().removeprefix(PREFIX)) if pointer.is_file() else None
-
-
-def verify_checkpoint(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Compare files with their checksums; return the first problem, or None.
-
-    With ``parts`` ranks each one checks its ``part``: every ``parts``-th file.
-    """
-    try:
-        checksums: dict[str, str] = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"checksums.json: {error}"
-    for name in sorted(checksums)[part::parts]:
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sha256_of(folder / name) != checksums[name]:
-            return f"{name} differs from its checksum"
-    return None
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(rf"{PREFIX}[0-9]{{8,12}}", name):
+        raise UserError(
+            f"{pointer} names {name!r:.60}, not a checkpoint as {PREFIX}00000120; write the newest one's name"
+        )
+    return int(name.removeprefix(PREFIX))
 
 
 def clean_checkpoints(checkpoints: Path, keep: int) -> None:
     """Remove unfinished folders and all checkpoints but the ``keep`` newest and the best. Rank 0 only."""
     for folder in checkpoints.glob(f"{UNFINISHED}*"):
+        print(f"removing {folder}, left by a job that was killed", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
     pointer = checkpoints / BEST
     best = pointer.read_text().strip() if pointer.is_file() else None

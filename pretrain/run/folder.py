@@ -22,7 +22,7 @@ CHANGEABLE = (
     "run.output", "run.tracking_uri",
     "data.shards", "data.workers", "data.threads", "data.prefetch", "data.device", "data.max_bad_share",
     "data.cache", "data.retries", "data.timeout", "deepspeed.zero_optimization.", "checkpoint.", "launch.",
-    "train.watchdog_seconds", "train.max_skipped_steps", "run.resume", "monitor.",
+    "train.watchdog_seconds", "train.max_skipped_steps", "run.resume", "run.trust", "monitor.",
 )  # fmt: skip
 # Keys that must be equal for another run's checkpoint to fit the model and the optimiser (`run.resume: PATH`).
 NETWORK_KEYS = (
@@ -57,8 +57,10 @@ def check_same_recipe(recipe: Recipe) -> None:
         )
 
 
-def check_same_network(recipe: Recipe, other: dict[str, Any]) -> None:
+def check_same_network(recipe: Recipe, other: Any) -> None:
     """Raise UserError if a checkpoint of recipe ``other`` (nested dicts) does not fit this recipe's model and optimiser."""
+    if not isinstance(other, dict) or not other:
+        raise UserError(f"run.resume={recipe.run.resume}: state.json says no recipe; take another checkpoint")
     changed = {key: v for key, v in _changes(recipe, other).items() if key.startswith(NETWORK_KEYS)}
     if changed:
         raise UserError(

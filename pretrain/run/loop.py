@@ -57,6 +57,7 @@ class TrainingLoop:
         on_device = "gpu" if device.type == "cuda" else "cpu"
         self._augment_on = on_device if recipe.data.device == "auto" else recipe.data.device
         self._skips = Skips(plan, int(state.get("not_finite_steps", 0)) if state else 0)
+        self._prepared: dict[str, Any] = {}
         self._stop, self._clock = StopRequest(), checkpoint.Clock(recipe.checkpoint.every_minutes)
 
     def run(self) -> str:
@@ -156,7 +157,7 @@ class TrainingLoop:
             assert self.log is not None  # only rank 0 writes
             config = self._encoder_config(step, self.log.tracker.run_id)
             self.log.weights_sha256 = write_encoder(
-                temporary / "encoder", weights, config, preprocessing_of(plan.manifest), scans_seen(plan, step)
+                temporary / "encoder", weights, config, self._preprocessing(), scans_seen(plan, step)
             )
 
         state = {**progress, "manifest_digest": plan.manifest.digest, "recipe": to_dict(plan.recipe)}
@@ -166,6 +167,12 @@ class TrainingLoop:
             if best:
                 checkpoint.point_to_best(checkpoints, step)
             checkpoint.clean_checkpoints(checkpoints, plan.recipe.checkpoint.keep)
+
+    def _preprocessing(self) -> dict[str, Any]:
+        """Return the content of the encoder's preprocessing.json; made once, because a few scans are read for it."""
+        if not self._prepared:
+            self._prepared = preprocessing_of(self.plan.manifest, self.plan.rows)
+        return self._prepared
 
     def _encoder_config(self, step: int, run_id: str | None) -> dict[str, Any]:
         """Return the content of the encoder's config.json."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -23,6 +24,8 @@ from pretrain.losses.options import SHARED_OPTIONS, check_own_options, find_loss
 from pretrain.losses.proxies import build_kernel, proxy_columns
 from pretrain.losses.supervised import SUPERVISED, target_scale
 from pretrain.losses.temperature import Temperature
+
+CATEGORICAL = ("same", "different")  # the kernels that only ask whether two values are equal
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,24 @@ def recipe_kernel(recipe: Recipe, manifest: Manifest, rows: NDArray[np.int64]) -
     proxies = {name: proxy.options() for name, proxy in recipe.loss.proxies.items()}
     columns = proxy_columns(proxies)
     values = manifest.proxies(columns, rows)
+    for name, proxy in recipe.loss.proxies.items():
+        if proxy.kernel not in CATEGORICAL or recipe.loss.name in SUPERVISED:
+            check_distances(name, manifest)
     return build_kernel(proxies, {name: torch.from_numpy(values[:, index]) for index, name in enumerate(columns)})
+
+
+def check_distances(name: str, manifest: Manifest) -> None:
+    """Raise UserError if a column is text with more than two values: the order of its codes means nothing."""
+    for column in proxy_columns({name: None}):
+        texts = manifest.scans[column]
+        if pd.api.types.is_numeric_dtype(texts):
+            continue
+        found = sorted(set(texts.dropna().astype(str)) - {""})
+        if len(found) > 2:
+            raise UserError(
+                f"loss.proxies.{name}: column {column!r} of {manifest.url} is text ({', '.join(found[:3])}, ...), so its "
+                "values have no distance; use kernel: same or different, or correct the column in the participants' table"
+            )
 
 
 def loss_options(section: LossSection) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def embed(arguments: list[str]) -> int:
     from pretrain.weights.embedding import embed_table
     from pretrain.weights.encoder import Encoder
     from pretrain.weights.feature_file import check_format, embed_to_file, to_tsv
+    from pretrain.weights.scan_source import unlike_line
 
     if options.out:
         check_format(options.out)
@@ -51,6 +52,8 @@ def embed(arguments: list[str]) -> int:
     else:
         table, unreadable = embed_table(encoder.network, source, **keywords)
         print(to_tsv(table), end="")
+    if source.unlike:
+        print(f"embed: warning: {unlike_line(source, encoder.preprocessing)}", file=sys.stderr)
     if unreadable:
         lines = "".join(f"  {name}: {reason}\n" for name, reason in unreadable.items())
         print(
@@ -96,6 +99,9 @@ def _embed_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", nargs="+", help="with --shards: only these splits")
     parser.add_argument("--query", help="with --shards: only scans that fulfil this pandas query")
     parser.add_argument("--tiv", type=float, nargs="+", help="total intracranial volumes in ml, for scaling: tiv")
+    parser.add_argument(
+        "--orientation", default="", help="of .npy files, such as LAS (default: as the training scans')"
+    )
     parser.add_argument("--out", type=Path, help="table to write, .tsv or .parquet; default: .tsv on standard output")
     parser.add_argument("--layer", help="a block inside the network; default: its end")
     parser.add_argument("--pooling", nargs="+", default=["mean"], help="of a block: mean, max, std (default: mean)")
@@ -117,7 +123,9 @@ def _source(options: argparse.Namespace, encoder: Encoder) -> ScanSource:
     if options.shards is None:
         if options.split or options.query:
             raise UserError("--split and --query choose scans of --shards, which is not given")
-        return scan_source(find_scans(options.scans), encoder.preprocessing, tiv=options.tiv)
+        return scan_source(
+            find_scans(options.scans), encoder.preprocessing, tiv=options.tiv, orientation=options.orientation
+        )
     manifest = Manifest.load(options.shards)
     rows = manifest.rows(split=options.split, query=options.query)
     if not len(rows):

@@ -36,6 +36,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         batch_size: scans per forward pass.
         device: None is the GPU if there is one.
         workers: threads that read ahead; None is one per core, at most 8.
+        orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
 
     Attributes:
         encoder_: the loaded ``Encoder``.
@@ -52,6 +53,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         batch_size: int = BATCH_SIZE,
         device: str | None = None,
         workers: int | None = None,
+        orientation: str = "",
     ) -> None:
         self.encoder = encoder
         self.manifest = manifest
@@ -60,6 +62,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         self.batch_size = batch_size
         self.device = device
         self.workers = workers
+        self.orientation = orientation
 
     def fit(self, X: EmbeddableScans, y: Any = None) -> Embedder:
         """Load the encoder; ``X`` and ``y`` are not used. Raises UserError if the encoder or the block does not exist."""
@@ -78,7 +81,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         check_is_fitted(self)
         table = self.encoder_.embed(
             X, manifest=self.manifest, layer=self.layer, pooling=self.pooling, batch_size=self.batch_size,
-            device=self.device, workers=self.workers, progress=False,
+            device=self.device, workers=self.workers, orientation=self.orientation, progress=False,
         )  # fmt: skip
         features: NDArray[np.float32] = table.to_numpy()
         return features

@@ -19,7 +19,9 @@ from infra.files import sha256_of
 from pretrain.encoders import TRAINING_ONLY, build_encoder
 from pretrain.weights.embedding import BATCH_SIZE, embed_table
 from pretrain.weights.folder import FILES, find_encoder, read_json
-from pretrain.weights.scan_source import EmbeddableScans, scan_source
+from pretrain.weights.scan_source import EmbeddableScans, scan_source, unlike_line
+from pretrain.weights.schema import check_config, check_preprocessing_file
+from pretrain.weights.weight_shapes import check_shapes
 
 
 class Encoder(nn.Module):
@@ -45,25 +47,29 @@ class Encoder(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Encoder:
         """Load an exported encoder, a checkpoint or a run folder (its latest checkpoint), in evaluation mode.
 
-        Raises UserError if a file is missing or differs from its checksum, or if the weights do not fit.
+        Raises UserError if a file is missing or differs from its checksum, if a value in it is not possible, or if the weights
+        do not fit. The files are checked before memory is taken for the network.
         """
         path = find_encoder(folder)
-        checksums = read_json(path / "checksums.json")
-        for name in [*FILES, *(other for other in checksums if other not in FILES)]:
-            if not (path / name).is_file() or sha256_of(path / name) != checksums.get(name):
-                raise UserError(f"{path / name} is missing or differs from checksums.json; export the encoder again")
-        config = read_json(path / "config.json")
+        _check_files(path)
+        config, preprocessing = read_json(path / "config.json"), read_json(path / "preprocessing.json")
+        check_config(config, path / "config.json")
+        check_preprocessing_file(preprocessing, path / "preprocessing.json")
+        name = config["encoder"]["name"]
         options = {k: v for k, v in config["encoder"]["options"].items() if k not in TRAINING_ONLY}
-        network = build_encoder(config["encoder"]["name"], options)
+        check_shapes(path / "model.safetensors", name, options)
+        network = build_encoder(name, options)
         try:
             network.load_state_dict(load_file(path / "model.safetensors"))
         except (SafetensorError, RuntimeError) as error:
+            raise UserError(f"{path}: weights do not fit {name}: {' '.join(str(error).split())[:200]}") from None
+        if network.feature_size != config["feature_size"]:
             raise UserError(
-                f"{path}: weights do not fit {config['encoder']['name']}: {' '.join(str(error).split())[:200]}"
-            ) from None
+                f"{path / 'config.json'}: feature_size={config['feature_size']}, {name} has {network.feature_size}"
+            )
         if (path / "mlflow.json").is_file():
             config["model_id"] = read_json(path / "mlflow.json").get("model_id")
-        encoder = cls(network, config, read_json(path / "preprocessing.json")).eval()
+        encoder = cls(network, config, preprocessing).eval()
         encoder.folder = path
         return encoder
 
@@ -76,7 +82,7 @@ class Encoder(nn.Module):
         self, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
         tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE,
         device: str | torch.device | None = None, workers: int | None = None,
-        layer: str | None = None, pooling: str | Sequence[str] = "mean",
+        layer: str | None = None, pooling: str | Sequence[str] = "mean", orientation: str = "",
         on_error: Literal["raise", "skip"] = "raise", progress: bool = True,
     ) -> pd.DataFrame:  # fmt: skip
         """Return the features of scans, each brought to the encoder's grid as its training scans were.
@@ -94,6 +100,7 @@ class Encoder(nn.Module):
             workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
             layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.
             pooling: ``mean``, ``max`` or ``std`` over the block's voxels, or several, concatenated.
+            orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
             on_error: what an unreadable scan does: ``raise``, or ``skip`` it with a warning.
             progress: show progress on stderr.
 
@@ -105,7 +112,7 @@ class Encoder(nn.Module):
             UserError: if there are no scans, an argument is wrong, the shards were prepared otherwise, or, with
                 ``on_error="raise"``, a scan cannot be read.
         """
-        source = scan_source(scans, self.preprocessing, manifest, tiv)
+        source = scan_source(scans, self.preprocessing, manifest, tiv, orientation)
         if not source.names:
             raise UserError("there are no scans to embed")
         table, unreadable = embed_table(
@@ -115,13 +122,27 @@ class Encoder(nn.Module):
         if unreadable:
             listed = "; ".join(f"{name}: {reason}" for name, reason in unreadable.items())
             warnings.warn(f"{len(unreadable)} scans cannot be read and are left out: {listed}", stacklevel=2)
+        if source.unlike:
+            warnings.warn(unlike_line(source, self.preprocessing), stacklevel=2)
         return table
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UserError if a file of an exported encoder is missing or differs from checksums.json."""
+    checksums = read_json(folder / "checksums.json")
+    for name in [*FILES, *(other for other in checksums if other not in FILES)]:
+        if not name or Path(name).name != name or not name.isprintable():
+            raise UserError(
+                f"{folder / 'checksums.json'} names {name!r:.80}, not a file beside it; export the encoder again"
+            )
+        if not (folder / name).is_file() or sha256_of(folder / name) != checksums.get(name):
+            raise UserError(f"{folder / name} is missing or differs from checksums.json; export the encoder again")
 
 
 def embed(
     encoder: Encoder | str | Path, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
     tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE, device: str | torch.device | None = None,
-    workers: int | None = None, layer: str | None = None, pooling: str | Sequence[str] = "mean",
+    workers: int | None = None, layer: str | None = None, pooling: str | Sequence[str] = "mean", orientation: str = "",
     on_error: Literal["raise", "skip"] = "raise", progress: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
     """Return the features of scans from an encoder, or from a folder that ``Encoder.from_pretrained`` takes.
@@ -137,6 +158,7 @@ def embed(
         workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
         layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.
         pooling: ``mean``, ``max`` or ``std`` over the block's voxels, or several, concatenated.
+        orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
         on_error: what an unreadable scan does: ``raise``, or ``skip`` it with a warning.
         progress: show progress on stderr.
 
@@ -150,5 +172,5 @@ def embed(
     loaded = encoder if isinstance(encoder, Encoder) else Encoder.from_pretrained(encoder)
     return loaded.embed(
         scans, manifest=manifest, tiv=tiv, batch_size=batch_size, device=device, workers=workers, layer=layer,
-        pooling=pooling, on_error=on_error, progress=progress,
+        pooling=pooling, orientation=orientation, on_error=on_error, progress=progress,
     )  # fmt: skip

@@ -7,8 +7,9 @@ only the missing scans. The table itself appears complete or not at all.
 from __future__ import annotations
 
 import base64
+import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from data_pipeline.cohort.cells import MISSING
+from data_pipeline.cohort.texts import read_text
 from infra.errors import UserError
 from infra.files import atomic_write, sha256_of
 from pretrain.weights.embedding import embed_source, feature_table
@@ -25,7 +28,7 @@ from pretrain.weights.folder import find_encoder
 from pretrain.weights.scan_source import ScanSource
 
 FORMATS = (".tsv", ".parquet")
-IMAGES = (".nii", ".nii.gz")
+IMAGES = (".nii", ".nii.gz", ".mgz", ".npy")
 TABLES = {".tsv": "\t", ".csv": ","}
 # Scan -> its stamp (see ScanSource.stamp) and its features (F,).
 Entries = dict[str, tuple[list[Any], NDArray[np.float32]]]
@@ -38,26 +41,32 @@ class PartialFile:
         self.path = out.with_name(f".{out.name}.partial")
         self.header = header
 
-    def read(self) -> Entries:
-        """Return stamp and features by name; empty if the file belongs to another encoder or other options."""
+    def read(self) -> tuple[Entries, dict[str, str]]:
+        """Return stamp and features by name, and in what scans differ from the training scans.
+
+        Both are empty if the file belongs to another encoder or other options.
+        """
         lines = list(_json_lines(self.path))
         if not lines or lines[0] != self.header:
-            return {}
-        return {
+            return {}, {}
+        entries = {
             entry["name"]: (entry["stamp"], np.frombuffer(base64.b64decode(entry["features"]), "<f4"))
             for entry in lines[1:]
         }
+        return entries, {entry["name"]: entry["unlike"] for entry in lines[1:] if entry.get("unlike")}
 
-    def start(self, entries: Entries) -> None:
+    def start(self, entries: Entries, unlike: Mapping[str, str]) -> None:
         """Replace the file by one with these entries, without a last line that a kill cut short."""
         with atomic_write(self.path, "w") as stream:
             stream.write(json.dumps(self.header) + "\n")
-            stream.writelines(_entry(name, stamp, features) for name, (stamp, features) in entries.items())
+        self.append(entries, unlike)
 
-    def append(self, entries: Entries) -> None:
-        """Add the features of a batch."""
+    def append(self, entries: Entries, unlike: Mapping[str, str]) -> None:
+        """Add the features of a batch, and in what its scans differ from the training scans."""
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.writelines(_entry(name, stamp, features) for name, (stamp, features) in entries.items())
+            stream.writelines(
+                _entry(name, stamp, features, unlike.get(name)) for name, (stamp, features) in entries.items()
+            )
 
 
 def embed_to_file(
@@ -83,13 +92,14 @@ def embed_to_file(
     }  # fmt: skip
     partial = PartialFile(out, header)
     stamps = [source.stamp(position) for position in range(len(source.names))]
-    stored = partial.read()
+    stored, unlike = partial.read()
     computed = {
         name: stored[name]
         for name, stamp in zip(source.names, stamps, strict=True)
         if name in stored and stored[name][0] == stamp
     }
-    partial.start(computed)
+    source.unlike.update({name: fault for name, fault in unlike.items() if name in computed})
+    partial.start(computed, unlike)
     continued = len(computed)
     missing = [position for position, name in enumerate(source.names) if name not in computed]
     unreadable: dict[str, str] = {}
@@ -99,7 +109,7 @@ def embed_to_file(
                 source.names[position]: (stamps[position], features)
                 for position, features in zip(batch.positions, batch.features, strict=True)
             }
-            partial.append(entries)
+            partial.append(entries, source.unlike)
             computed |= entries
             unreadable |= {source.names[position]: reason for position, reason in batch.unreadable.items()}
     readable = [name for name in source.names if name in computed]
@@ -135,7 +145,7 @@ def find_scans(places: Sequence[Path]) -> pd.DataFrame:
     """Return a table with a column ``path``, and ``tiv`` if a table has it, of the scans at some places.
 
     Args:
-        places: image files; folders, searched for .nii and .nii.gz files in all their subfolders (hidden ones left
+        places: image files; folders, searched for .nii, .nii.gz, .mgz and .npy files in all their subfolders (hidden ones left
             out); and .tsv or .csv tables with a column ``path``, relative to the table's folder.
 
     Raises:
@@ -149,23 +159,30 @@ def _scans_at(place: Path) -> pd.DataFrame:
         paths = sorted(path for path in place.rglob("*") if path.name.endswith(IMAGES) and path.is_file())
         paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(place).parts)]
         if not paths:
-            raise UserError(f"{place} holds no {' or '.join(IMAGES)} file")
+            raise UserError(f"{place} holds no {' or '.join(IMAGES)} file; give the folder of the scans")
         return pd.DataFrame({"path": [str(path) for path in paths]})
     if place.suffix not in TABLES:
         return pd.DataFrame({"path": [str(place)]})
     try:
-        table = pd.read_csv(place, sep=TABLES[place.suffix], dtype={"path": str})
-    except (OSError, ValueError) as error:
+        text = io.StringIO(read_text(place, "a table"))
+        table = pd.read_csv(text, sep=TABLES[place.suffix], dtype={"path": str}, na_values={"tiv": sorted(MISSING)})
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{place} cannot be read as a table: {' '.join(str(error).split())[:120]}") from None
     if "path" not in table:
         raise UserError(f"{place} has no column 'path'; its columns: {', '.join(map(str, table))}")
+    empty = np.flatnonzero(table["path"].isna().to_numpy())
+    if len(empty):
+        raise UserError(f"{place}, line {int(empty[0]) + 2}: path is empty; every row needs the path of a scan")
     table["path"] = [str(place.parent / path) for path in table["path"]]
     return table[[name for name in ("path", "tiv") if name in table]]
 
 
-def _entry(name: str, stamp: list[Any], features: NDArray[np.float32]) -> str:
+def _entry(name: str, stamp: list[Any], features: NDArray[np.float32], unlike: str | None) -> str:
     encoded = base64.b64encode(features.astype("<f4").tobytes()).decode()
-    return json.dumps({"name": name, "stamp": stamp, "features": encoded}) + "\n"
+    differs = {"unlike": unlike} if unlike else {}
+    return json.dumps({"name": name, "stamp": stamp, "features": encoded, **differs}) + "\n"
 
 
 def _json_lines(path: Path) -> Iterator[Any]:

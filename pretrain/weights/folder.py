@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
 
+MAX_JSON_BYTES = 2**26  # of one file
 # The files that every exported encoder has; checksums.json lists their digests.
 FILES = ("model.safetensors", "config.json", "preprocessing.json")
 
@@ -27,7 +29,9 @@ def find_encoder(path: str | Path) -> Path:
     pointers = [path] if path.name in ("best", "latest") else []
     for pointer in (*pointers, path / "checkpoints" / "latest", path / "latest"):
         if pointer.is_file():
-            candidates.append(pointer.parent / pointer.read_text().strip() / "encoder")
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+            if re.fullmatch(r"step-[0-9]{1,12}", name):
+                candidates.append(pointer.parent / name / "encoder")
     for candidate in candidates:
         if (candidate / "model.safetensors").is_file():
             return candidate
@@ -46,11 +50,15 @@ def list_checkpoints(run: str | Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of an exported encoder. Raises UserError if it is missing or damaged."""
+    """Read a JSON object of an exported encoder. Raises UserError if it is missing, damaged, or something else."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; export the encoder again")
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; export the encoder again") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); export the encoder again") from None
+        with path.open("rb") as stream:
+            text = stream.read(MAX_JSON_BYTES + 1)
+        content = json.loads(text.decode()) if len(text) <= MAX_JSON_BYTES else "more than 64 MB"
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({str(error)[:100]}); export the encoder again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {repr(content)[:60]}, not an object; export the encoder again")
     return content

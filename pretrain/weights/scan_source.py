@@ -13,13 +13,15 @@ import pandas as pd
 import zstandard
 from numpy.typing import NDArray
 
+from data_pipeline.cohort.declarations import check_orientation
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.reader import VolumeReader
 from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.intensity import to_float16, zscore
-from data_pipeline.volume.load import DEFAULT_CHECKS, read_voxels
-from data_pipeline.volume.preparation import DEFAULT_PREPARATION, Preparation, scale_factor
+from data_pipeline.volume.load import read_voxels
+from data_pipeline.volume.preparation import DEFAULT_PREPARATION, FilePreparation, scale_factor
 from infra.errors import UserError
+from pretrain.weights.likeness import Likeness
 
 # What Encoder.embed takes: paths, a manifest, a table of paths or of a manifest's scans, or row numbers of a manifest.
 EmbeddableScans = Sequence[str | os.PathLike[str]] | Manifest | pd.DataFrame | NDArray[np.integer[Any]]
@@ -30,6 +32,7 @@ class ScanSource(Protocol):
 
     names: list[str]  # the scan's path or key
     index: str  # what the names are: "path" or "key"
+    unlike: dict[str, str]  # name -> in what a scan that was read differs from the training scans
 
     def read(self, position: int) -> NDArray[np.float32]:
         """Return z-scored voxels (D, H, W). Raises BadScan, with the reason, if the scan cannot be used."""
@@ -39,21 +42,28 @@ class ScanSource(Protocol):
 
 
 class FileSource:
-    """Image files, brought to the encoder's grid, scaled and z-scored as preprocessing.json says."""
+    """Image files, brought to the encoder's grid, scaled and z-scored as preprocessing.json says.
+
+    Args:
+        paths: the files.
+        preprocessing: the encoder's preprocessing.json.
+        tiv: total intracranial volumes in ml, one per path, if the encoder's scans were scaled by them.
+        orientation: of .npy arrays; empty for that of the training scans.
+    """
 
     index = "path"
 
     def __init__(
-        self, paths: Sequence[str], preprocessing: Mapping[str, Any], tiv: Sequence[float] | None = None
-    ) -> None:
-        settings = {name: value for name, value in preprocessing.items() if value is not None}
+        self, paths: Sequence[str], preprocessing: Mapping[str, Any], tiv: Sequence[float] | None = None,
+        orientation: str = "",
+    ) -> None:  # fmt: skip
         self.names = list(paths)
-        self._preparation = Preparation.of(settings["grid"], {"scaling": "none", **settings})
-        # A data set built with `quality.nonfinite: zero` has zeros in place of NaN and infinite voxels.
-        zeroed = settings.get("nonfinite") == "zero"
-        self._checks = DEFAULT_CHECKS - {"nonfinite"} if zeroed else DEFAULT_CHECKS
-        self._tiv = tiv
-        if self._preparation.scaling == "tiv" and (tiv is None or len(tiv) != len(paths)):
+        self.unlike: dict[str, str] = {}
+        self._file = FilePreparation.of(preprocessing)
+        self._likeness, self._tiv = Likeness(preprocessing), tiv
+        arrays = any(name.endswith(".npy") for name in self.names)
+        self._orientation = orientation or (self._file.orientation() if arrays else "")
+        if self._file.preparation.scaling == "tiv" and (tiv is None or len(tiv) != len(paths)):
             found = "none" if tiv is None else f"{len(tiv)}"
             raise UserError(
                 f"the encoder's training scans were scaled by total intracranial volume (scaling: tiv): {len(paths)} values "
@@ -62,21 +72,25 @@ class FileSource:
 
     def read(self, position: int) -> NDArray[np.float32]:
         """Return z-scored voxels (D, H, W). Raises BadScan if the file cannot be read or fails a check."""
-        preparation = self._preparation
+        preparation, name = self._file.preparation, self.names[position]
         factor = scale_factor(preparation.scaling, {"tiv": self._tiv[position] if self._tiv is not None else None})
         voxels = read_voxels(
-            Path(self.names[position]), preparation.grid, self._checks, crop=preparation.crop,
-            intensity=preparation.intensity,
+            Path(name), preparation.grid, self._file.checks, crop=preparation.crop, intensity=preparation.intensity,
+            orientation=self._orientation, arrays_on=preparation.grid if self._file.arrays_on_grid else None,
         )  # fmt: skip
-        return zscore(to_float16(voxels, factor))  # rounded to float16, as in the shards
+        stored = to_float16(voxels, factor)  # as in the shards
+        if fault := self._likeness.fault(stored):
+            self.unlike[name] = fault
+        return zscore(stored)
 
     def stamp(self, position: int) -> list[Any]:
-        """Return the file's size, its time of change and its TIV; empty if there is no file."""
+        """Return the file's size, its time of change, its TIV and its orientation; empty if there is no file."""
         try:
             status = Path(self.names[position]).stat()
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name with a null byte
             return []
-        return [status.st_size, status.st_mtime_ns, self._tiv[position] if self._tiv is not None else None]
+        tiv = self._tiv[position] if self._tiv is not None else None
+        return [status.st_size, status.st_mtime_ns, tiv, *([self._orientation] if self._orientation else [])]
 
 
 class ShardSource:
@@ -87,6 +101,7 @@ class ShardSource:
     def __init__(self, manifest: Manifest, rows: NDArray[np.integer[Any]], preprocessing: Mapping[str, Any]) -> None:
         check_preprocessing(preprocessing, manifest, "the encoder")
         self.names = manifest.scans["key"].iloc[rows].astype(str).tolist()
+        self.unlike: dict[str, str] = {}
         self._manifest, self._rows = manifest, rows
         self._readers = threading.local()
 
@@ -107,7 +122,7 @@ class ShardSource:
 
 def scan_source(
     scans: EmbeddableScans, preprocessing: Mapping[str, Any], manifest: Manifest | str | Path | None = None,
-    tiv: Sequence[float] | None = None,
+    tiv: Sequence[float] | None = None, orientation: str = "",
 ) -> ScanSource:  # fmt: skip
     """Return the source of the scans to embed.
 
@@ -117,18 +132,20 @@ def scan_source(
         preprocessing: the encoder's preprocessing.json.
         manifest: the data set, or its folder or URL, that ``scans`` are rows of.
         tiv: total intracranial volumes in ml, one per path.
+        orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
 
     Raises:
         UserError: if a column or a TIV is missing, a row is not in the manifest, or the shards were prepared otherwise
             than the encoder's.
     """
+    orientation = check_orientation(orientation, "orientation")
     if isinstance(scans, Manifest):
         return ShardSource(scans, np.arange(len(scans.scans)), preprocessing)
     if manifest is not None:
         manifest = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
         return ShardSource(manifest, _rows_of(scans, manifest), preprocessing)
     if isinstance(scans, pd.DataFrame):
-        return _table_source(scans, preprocessing, tiv)
+        return _table_source(scans, preprocessing, tiv, orientation)
     if isinstance(scans, str | os.PathLike):
         raise UserError(f"scans={str(scans)!r} is one path; give a list of paths: [{str(scans)!r}]")
     for scan in scans:
@@ -136,7 +153,17 @@ def scan_source(
             raise UserError(
                 f"scans has {scan!r}, which is not a path; row numbers and keys of shards need manifest=..."
             )
-    return FileSource([os.fspath(scan) for scan in scans], preprocessing, tiv)
+    return FileSource([os.fspath(scan) for scan in scans], preprocessing, tiv, orientation)
+
+
+def unlike_line(source: ScanSource, preprocessing: Mapping[str, Any]) -> str:
+    """Return one line about the scans that were read and do not look like the encoder's training scans."""
+    name = next(name for name in source.names if name in source.unlike)  # threads find them in any order
+    return (
+        f"{len(source.unlike)} of {len(source.names)} scans do not look like the encoder's training scans (modality "
+        f"{preprocessing.get('modality')}), so their features mean little; for example {name}: {source.unlike[name]}; "
+        "give scans that were processed as the training scans were"
+    )
 
 
 def check_preprocessing(preprocessing: Mapping[str, Any], manifest: Manifest, name: str) -> None:
@@ -153,13 +180,25 @@ def check_preprocessing(preprocessing: Mapping[str, Any], manifest: Manifest, na
             )
 
 
-def _table_source(scans: pd.DataFrame, preprocessing: Mapping[str, Any], tiv: Sequence[float] | None) -> FileSource:
+def _table_source(
+    scans: pd.DataFrame, preprocessing: Mapping[str, Any], tiv: Sequence[float] | None, orientation: str
+) -> FileSource:
     if "path" not in scans:
         hint = "; rows of a manifest need manifest=..." if "key" in scans and "shard" in scans else ""
         raise UserError(f"the table of scans has no column 'path'; its columns: {', '.join(map(str, scans))}{hint}")
+    for number, path in enumerate(scans["path"], 1):
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+            raise UserError(f"the table of scans, row {number}: path is {path!r}; every row needs a path")
     if tiv is None and "tiv" in scans:
-        tiv = [float(value) for value in pd.to_numeric(scans["tiv"])]
-    return FileSource([os.fspath(path) for path in scans["path"]], preprocessing, tiv)
+        numbers = pd.to_numeric(scans["tiv"], errors="coerce")
+        if preprocessing.get("scaling") == "tiv":
+            for number, (text, value) in enumerate(zip(scans["tiv"], numbers, strict=True), 1):
+                if np.isnan(value) and not pd.isna(text):
+                    raise UserError(
+                        f"the table of scans, row {number}: tiv is {text!r}; write a number of ml, or leave it empty"
+                    )
+        tiv = [float(value) for value in numbers]
+    return FileSource([os.fspath(path) for path in scans["path"]], preprocessing, tiv, orientation)
 
 
 def _rows_of(scans: Any, manifest: Manifest) -> NDArray[np.int64]:

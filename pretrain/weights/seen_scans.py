@@ -9,7 +9,6 @@ someone who guesses a participant's id can test the guess (docs/evaluation_proto
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError
-from pretrain.weights.folder import find_encoder
+from pretrain.weights.folder import find_encoder, read_json
 
 NAME = "seen_scans.json"
 # 64 bits: 10^4 training scans and 10^4 test scans share a digest by chance with a probability of about 10^-11.
@@ -70,9 +70,10 @@ def read(folder: Path) -> list[SeenScans] | None:
     if not path.is_file():
         return None
     try:
-        return [SeenScans(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["sources"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); export the encoder again") from None
+        return TypeAdapter(list[SeenScans]).validate_python(read_json(path)["sources"])
+    except (ValidationError, KeyError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path} is damaged ({reason}); export the encoder again") from None
 
 
 def seen_before(*paths: str | Path) -> list[SeenScans]:

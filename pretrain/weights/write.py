@@ -8,31 +8,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.preparation import DEFAULT_PREPARATION
+from data_pipeline.volume.preparation import DEFAULT_PREPARATION, file_rules
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
-from pretrain.weights import seen_scans
+from pretrain.weights import likeness, seen_scans
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import FILES, find_encoder
 
 
-def preprocessing_of(manifest: Manifest) -> dict[str, Any]:
-    """Return the content of preprocessing.json for an encoder trained on a manifest's scans.
+def preprocessing_of(manifest: Manifest, rows: NDArray[np.integer[Any]] | None = None) -> dict[str, Any]:
+    """Return the content of preprocessing.json for an encoder trained on some rows of a manifest; None is all of them.
 
     It holds everything that changes voxels between a scan's file and the network, so that ``Encoder.embed`` prepares a
-    file as the build of the shards did.
+    file as the build of the shards did, and what the training scans look like. A few of them are read for that.
     """
     settings = manifest.settings
     return {
         "grid": manifest.grid, "normalisation": "zscore",
         "modality": settings.get("modality"), "scaling": settings.get("scaling"),
         **{name: settings.get(name, default) for name, default in DEFAULT_PREPARATION.items()},
-        "nonfinite": settings.get("quality", {}).get("nonfinite", "refuse"),
+        **file_rules(settings),
+        "likeness": likeness.measure(manifest, manifest.rows() if rows is None else rows),
     }  # fmt: skip
 
 

@@ -172,8 +172,8 @@ def write_large_manifest(root: Path, scans: int) -> Manifest:
     data_set = np.array([f"set{n:02d}" for n in range(DATA_SETS)])[person % DATA_SETS]
     session = np.char.mod("%d", np.arange(scans) % 9 + 1)
     table = pd.DataFrame({
-        "key": np.char.add(np.char.add(np.char.add(data_set, "_sub-"), ids), np.char.add("_ses-", session)),
-        "shard": np.arange(scans) // 256, "offset": generator.integers(0, 2**28, scans),
+        "key": [f"{s}_sub-{i}_ses-{n}_run-{row}" for row, (s, i, n) in enumerate(zip(data_set, ids, session, strict=True))],
+        "shard": np.arange(scans) // 256, "offset": np.arange(scans) % 256 * 1_040_000,
         "size": generator.integers(900_000, 1_100_000, scans), "crc32c": generator.integers(0, 2**32, scans),
         "participant_id": ids, "session": session, "run": "", "dataset": data_set,
         "site": np.array([f"site{n:02d}" for n in range(SITES)])[person % SITES],

@@ -46,8 +46,10 @@ def test_sex_as_a_code_is_refused_until_it_is_declared(tmp_path, codes):
     assert [scan.sex for scan in scans] == ["M", "F"]
 
 
-def test_a_value_without_a_rule_is_refused_and_one_may_mean_missing(tmp_path):
-    declare = "values: {sex: {1: M, 2: F, 9: n/a}}"
+@pytest.mark.parametrize(
+    "declare", ["values: {sex: {1: M, 2: F, 9: n/a, only: true}}", "only: true\nvalues: {sex: {1: M, 2: F, 9: n/a}}"]
+)
+def test_with_only_a_value_without_a_rule_is_refused_and_one_may_mean_missing(tmp_path, declare):
     assert [scan.sex for scan in read_table(tmp_path, "sex", "2", "9", declare=declare)] == ["F", ""]
     assert "line 3: sex='3' has no rule in values.sex of" in refusal(tmp_path, "sex", "2", "3", declare=declare)
 

@@ -67,6 +67,8 @@ def test_values_of_a_session_are_added_to_its_scans(built, tmp_path):
         ([("participant_id", "split"), ("000", "x")], [], "column 'split' is written by the build"),
         ([("participant_id", "iq"), ("000", "2")], ["--columns", "qi"], "has no column 'qi' (did you mean 'iq'?)"),
         ([("participant_id", "iq"), ("nobody", "2")], [], "no row matches a scan"),
+        ([("participant_id", "iq"), ("000", "2"), ("001", "x"), ("002", "NA")], [], "line 3: iq='x' is not a number"),
+        ([("participant_id", "age"), ("000", "200")], ["--replace"], "line 2: age='200' is not a number of years"),
     ],
 )
 def test_an_invalid_table_is_rejected_with_one_line_and_changes_nothing(built, tmp_path, capsys, rows, options, text):
@@ -83,3 +85,28 @@ def test_an_existing_column_is_replaced_on_request(built, tmp_path):
     table = write(tmp_path / "t.tsv", [("participant_id", "age"), *((p, "33") for p in people)])
     after, _ = annotate_shards(built.root, table, replace=True)
     assert set(after.scans["age"]) == {33.0}
+
+
+def test_names_of_digits_keep_their_text_and_marks_are_missing(built, tmp_path):
+    people = sorted(set(built.scans["participant_id"]))
+    rows = [
+        ("participant_id", "family", "iq"),
+        (people[0], "007", "NA"),
+        (people[1], "7", "100"),
+        (people[2], ".", "101"),
+    ]
+    table = tmp_path / "t.tsv"
+    table.write_text("\n".join("\t".join(row) for row in rows), encoding="utf-16")
+    after, counts = annotate_shards(built.root, table)
+    families = after.scans.drop_duplicates("participant_id").set_index("participant_id")["family"]
+    assert [families[person] for person in people[:2]] == ["007", "7"]
+    assert families[people[2:]].isna().all()
+    assert counts == {"family": 4, "iq": 4}
+
+
+def test_ages_in_months_are_stored_in_years(built, tmp_path):
+    people = sorted(set(built.scans["participant_id"]))
+    table = write(tmp_path / "t.tsv", [("participant_id", "age"), *((p, "588") for p in people)])
+    (tmp_path / "t.json").write_text('{"age": {"Units": "months"}}')
+    after, _ = annotate_shards(built.root, table, replace=True)
+    assert set(after.scans["age"]) == {49.0}

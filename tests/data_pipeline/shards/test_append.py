@@ -15,6 +15,7 @@ from data_pipeline.cohort.split import assign_splits
 from data_pipeline.shards import writing
 from data_pipeline.shards.append import append_shards
 from data_pipeline.shards.build import build_shards
+from data_pipeline.shards.repair import repair_shards
 from data_pipeline.shards.verify import find_problems
 from data_pipeline.storage.manifest import Manifest
 from infra import cli
@@ -69,7 +70,7 @@ def test_another_data_set_is_added_after_the_existing_scans(built, other, capsys
     assert after.settings["appended"] == [
         {
             "dataset": "other", "simulated": False, "scans_found": 11, "quarantined": 0, "scans": 11,
-            "shards": ["other-000000.tar", "other-000001.tar"],
+            "shards": ["other-000000.tar", "other-000001.tar"], "array_orientations": {},
         }
     ]  # fmt: skip
     assert {k: v for k, v in after.settings.items() if k != "appended"} == built.settings
@@ -183,10 +184,14 @@ def test_columns_of_one_table_are_missing_values_for_the_other_s_scans(built, ot
 def test_a_column_of_another_type_is_rejected_with_one_line(built, other):
     text = (other / "participants.tsv").read_text()
     (other / "participants.tsv").write_text(text.replace("\t1400\n", "\tlarge\n", 1))
+    with pytest.raises(UserError, match=r"participants.tsv line \d+: tiv='large' is not a number, but 10 of"):
+        append_shards(other, built.root)
+    declared = other.parent / "columns.yaml"
+    declared.write_text("types: {tiv: text}")
     with pytest.raises(
         UserError, match=r"column 'tiv' holds numbers in .* and text in the cohort's table \(for example '"
     ):
-        append_shards(other, built.root)
+        append_shards(other, built.root, columns=declared)
     assert Manifest.load(built.root).digest == built.digest
     (other / "participants.tsv").write_text(text)
     assert len(append_shards(other, built.root).scans) == 59
@@ -274,3 +279,33 @@ def test_an_appended_simulated_cohort_marks_the_data_set_as_simulated(built, oth
     (other / "dataset_description.json").write_text('{"Simulated": true}')
     assert not built.simulated
     assert append_shards(other, built.root).simulated
+
+
+def test_numbers_join_a_column_of_text_as_they_are_written(built, other):
+    names = other / "participants.tsv"
+    head, *rows = names.read_text().splitlines()
+    numbered = [row.replace("site0", "12") for row in rows]
+    names.write_text("\n".join([f"{head}\tfamily", *(f"{row}\t{n:04d}" for n, row in enumerate(numbered))]))
+    first = append_shards(other, built.root)
+    assert sorted(first.scans["family"].dropna()) == [f"{n:04d}" for n in range(11)]
+    more = write_cohort(other.parent / "more", participants=3, seed=8)
+    head, *rows = (more / "participants.tsv").read_text().splitlines()
+    text = [f"{head}\tfamily", *(f"{row}\t{10234560 + n}" for n, row in enumerate(rows))]
+    (more / "participants.tsv").write_text("\n".join(text))
+    second = append_shards(more, built.root)
+    assert sorted(second.scans["family"].iloc[-3:]) == ["10234560", "10234561", "10234562"]
+    assert "family" in (built.root / "columns-more.html").read_text()
+    name = str(second.shards[-1]["name"])
+    (built.root / name).unlink()
+    assert repair_shards(second, more, {name: "is missing"}) == {}
+
+
+def test_a_participant_whose_split_is_declared_otherwise_later_is_refused(built, cohort, tmp_path):
+    source = copy_of(cohort, tmp_path / "tiny")
+    add_session(source, "000", 3)
+    names = source / "participants.tsv"
+    head, *rows = names.read_text().splitlines()
+    names.write_text("\n".join([f"{head}\tsplit", *(f"{row}\ttest" for row in rows)]))
+    with pytest.raises(UserError, match=r"participant tiny/\d+: split is 'test' in the cohort's table, but '"):
+        append_shards(source, built.root, dataset="tiny")
+    assert Manifest.load(built.root).digest == built.digest

@@ -59,9 +59,36 @@ def test_a_row_is_used_only_if_exactly_one_matches():
         ("participant_id\tage\n1\ttwenty\n", "line 2: age='twenty' is not a number of years"),
         ("participant_id\tage\n1\t999\n", "line 2: age='999' is not a number of years in 0..130"),
         ("participant_id\tsex\n1\tF\n2\t1\n", "line 3: sex='1' is not F, M, O"),
+        ("participant_id\tiq\n1\t90\n2\t95\n3\thigh\n", "line 4: iq='high' is not a number, but 2 of the column's 3"),
+        ("participant_id\tsplit\n1\ttest\n2\tNA\n", "line 3: split is missing, while other rows have one"),
+        ("participant_id\tage\n1\t4_0\n", "line 2: age='4_0' is not a number of years"),
         ("participant_id\tses\tsession_id\n1\t1\t1\n", "has several columns for session"),
     ],
 )
 def test_an_invalid_table_is_rejected_with_one_line(text, message):
     with pytest.raises(UserError, match=message):
         read_people(text.encode(), "participants.tsv")
+
+
+def test_marks_of_missing_values_names_of_digits_and_encodings_are_read_as_in_cohorts():
+    text = "participant_id\tfamily\tiq\tsite\n1\t007\tNA\tKöln\n2\t7\t100\t.\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        people = read_people(text.encode(encoding), "participants.tsv")
+        assert people.find({"participant_id": "1"}) == {"family": "007", "iq": None, "site": "Köln"}
+        assert people.find({"participant_id": "2"}) == {"family": "7", "iq": 100.0, "site": None}
+    with pytest.raises(UserError, match="iconv -f LATIN1 -t UTF-8 'participants.tsv'"):
+        read_people(text.encode("latin-1"), "participants.tsv")
+
+
+def test_units_and_labels_of_the_json_beside_the_table_are_applied(capsys):
+    text = b"participant_id\tage\tsex\tdiagnosis\ttiv\n1\t588\t1\t0\t1400000\n2\tn/a\tF\tAD\tn/a\n"
+    sidecar = b"""{"age": {"Units": "months"}, "sex": {"Levels": {"1": "male", "F": "femme"}}, "tiv": {"Units": "mm3"},
+                   "diagnosis": {"Levels": {"0": "control"}}}"""
+    people = read_people(text, "d/participants.tsv", sidecar)
+    assert people.find({"participant_id": "1"}) == {"age": 49.0, "sex": "M", "diagnosis": "control", "tiv": 1400.0}
+    assert people.find({"participant_id": "2"}) == {"age": None, "sex": "F", "diagnosis": "AD", "tiv": None}
+    with pytest.raises(UserError, match="d/participants.json: age: Units='moons' is not a known unit"):
+        read_people(text, "d/participants.tsv", sidecar.replace(b"months", b"moons"))
+    with pytest.raises(UserError, match="line 2: age='588' is not a number of years in 0..130"):
+        read_people(text.replace(b"\t1\t", b"\tM\t"), "d/participants.tsv", b"[1]")
+    assert "d/participants.json is ignored, it must hold keys and values, found list" in capsys.readouterr().err

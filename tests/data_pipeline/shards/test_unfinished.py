@@ -209,3 +209,22 @@ def test_a_worker_that_outlives_its_driver_cannot_replace_a_shard(people, tmp_pa
             writing.build_one(task)
     assert (out / "d-000000.tar").read_bytes() == b"of the new driver"
     assert not list(out.glob(".unfinished-*"))
+
+
+def test_what_a_build_left_that_was_killed_in_its_last_second_is_removed_and_told(tmp_path, capfd):
+    from data_pipeline.shards import unfinished
+
+    names = ["a-000000.tar", "a-000001.tar"]
+    gone = [".coarse-a-000000.tar.npy", ".coarse-a-000001.tar.npy", "..coarse-a-000000.tar.npy.x1.tmp",
+            ".coarse-a-000007.tar.npy", ".unfinished-a-000001.tar.json"]  # fmt: skip
+    kept = [".unfinished-a-000002.tar.json", ".coarse-a-000002.tar.npy", "a-000000.tar", "manifest.json"]
+    for name in (*gone, *kept):
+        (tmp_path / name).write_bytes(b"x")
+    with unfinished.locked(tmp_path):  # another command works here: only what the manifest lists is surely left over
+        unfinished.remove_records(tmp_path, names)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, gone[2], gone[3]}
+    unfinished.remove_records(tmp_path, names)
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+    assert f"removed 2 files that a killed build left in {tmp_path}" in capfd.readouterr().err
+    unfinished.remove_records(tmp_path, names)
+    assert capfd.readouterr().err == ""

@@ -220,3 +220,46 @@ def test_tasks_of_one_name_are_refused_before_anything_else(tasks, message, tmp_
     settings = EvaluationSettings(tasks=tuple(tasks))
     with pytest.raises(UserError, match=message):
         _make_context(settings, empty, "sqlite:///none", "e", cache=None, storage=tmp_path)
+
+
+@pytest.mark.parametrize("written", ["1", '"1"', '"1.0"', "1.0", '"01"'])
+@pytest.mark.parametrize(
+    "column", [[1.0, 0.0], [1, 0], ["1", "0"], ["1.0", "0.0"]], ids=["float", "int", "text", "decimal"]
+)
+def test_labels_compare_as_numbers_and_as_words(tmp_path, written, column):
+    text = PLAIN.replace("[AD]", f"[{written}]").replace("[control]", "[0]")
+    task = load_task(task_file(tmp_path, text), manifest(column * 20))
+    assert task.labels.tolist() == [1, 0] * 20
+
+
+def test_classes_that_are_numbers_are_named_as_they_are_written(tmp_path):
+    path = task_file(tmp_path, "title: t\nkind: multiclass\nlabel: diagnosis\n")
+    assert load_task(path, manifest([1.0, 2.0, 10.0, np.nan] * 10)).classes == ["1", "10", "2"]
+
+
+def test_yes_and_no_are_not_labels_until_they_are_quoted(tmp_path):
+    with pytest.raises(UserError, match="mine.yaml: positive.0: Input should be a valid string, found True"):
+        load_task(task_file(tmp_path, PLAIN.replace("[AD]", "[true]")), manifest(["AD", "control"] * 10))
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, ""], ids=["none", "nan", "empty"])
+@pytest.mark.parametrize("family", [10234560.0, "F12"], ids=["number", "text"])
+def test_a_participant_without_a_group_is_a_group_alone(tmp_path, missing, family):
+    families = [family] * 4 + [missing] * 56
+    given = manifest(["AD", "control"] * 30, family=pd.Series(families, dtype=object).infer_objects())
+    task = load_task(task_file(tmp_path, PLAIN + "groups: family\n"), given)
+    assert len(np.unique(task.groups)) == 57
+    assert len(np.unique(task.groups[:4])) == 1
+
+
+def test_a_scan_without_a_group_is_in_the_group_of_its_participant(tmp_path):
+    people = [f"p{n // 2}" for n in range(60)]
+    given = manifest(["AD", "AD", "control", "control"] * 15, people=people, family=["f", None] * 5 + [None] * 50)
+    task = load_task(task_file(tmp_path, PLAIN + "groups: family\n"), given)
+    assert len(np.unique(task.groups[:10])) == 1
+    assert len(np.unique(task.groups)) == 26
+
+
+def test_families_that_float_cannot_tell_apart_by_six_digits_stay_apart(tmp_path):
+    given = manifest(["AD", "control"] * 30, family=[10234560.0 + n for n in range(60)])
+    assert len(np.unique(load_task(task_file(tmp_path, PLAIN + "groups: family\n"), given).groups)) == 60

@@ -100,3 +100,18 @@ def test_a_wrong_option_is_refused_in_one_line(overrides, text):
     with pytest.raises(UserError, match=text) as caught:
         loss_options(recipe_of(*overrides).loss)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [(), ("--loss.name=regression",)])
+def test_the_distance_of_texts_is_refused(shards, options):
+    manifest = Manifest.load(str(shards))
+    manifest.scans["hand"] = ["left", "right", "both"] * (len(manifest.scans) // 3) + ["both"] * (
+        len(manifest.scans) % 3
+    )
+    rows = manifest.rows(split=["pretrain"])
+    recipe = recipe_of("--loss.proxies={hand: {kernel: gaussian, bandwidth: 1.0}}", *options)
+    with pytest.raises(
+        UserError, match="loss.proxies.hand: column 'hand' of .* is text .both, left, right, ....*no distance"
+    ):
+        build_objective(recipe, manifest, rows)
+    build_objective(recipe_of("--loss.proxies={hand: {kernel: same}}"), manifest, rows)

@@ -97,7 +97,7 @@ def test_unreadable_scans_are_left_out_and_named_at_the_end(tmp_path, encoder, c
         ([], "give either files, folders or tables of scans, or --shards; found neither"),
         (["x.nii", "--shards", "y"], "found both"),
         (["x.nii", "--split", "pretrain"], "--split and --query choose scans of --shards, which is not given"),
-        (["{empty}"], "holds no .nii or .nii.gz file"),
+        (["{empty}"], "holds no .nii or .nii.gz or .mgz or .npy file; give the folder of the scans"),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, encoder, capsys, arguments, message):
@@ -148,11 +148,11 @@ def test_only_features_of_the_same_encoder_options_and_files_are_taken_over(tmp_
     monkeypatch.setattr("pretrain.weights.feature_file.embed_source", stopped)
     header, stamps = killed_run(encoder, out, paths)
     cli.run(command)
-    PartialFile(out, header).start(stamps)
+    PartialFile(out, header).start(stamps, {})
     write_scans(tmp_path, 1)  # sub-000 is another file now
     os.utime(paths[0], ns=(1, 1))
     cli.run(command)
-    PartialFile(out, header).start(stamps)
+    PartialFile(out, header).start(stamps, {})
     cli.run([*command, "--layer", "layer1"])
     assert embedded == [[2], [0, 2], [0, 1, 2]]
 
@@ -166,5 +166,5 @@ def killed_run(encoder, out, paths):
     for path in paths[:2]:
         status = path.stat()
         entries[str(path)] = ([status.st_size, status.st_mtime_ns, None], np.ones(128, np.float32))
-    PartialFile(out, header).start(entries)
+    PartialFile(out, header).start(entries, {})
     return header, entries

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from data_pipeline.volume.grid import Grid
 from infra.errors import UserError
 from pretrain import Encoder
 from pretrain.encoders import build_encoder
@@ -15,7 +16,7 @@ from pretrain.weights.folder import find_encoder
 from pretrain.weights.write import export, write_encoder
 from tests.pretrain.weights.encoders import CONFIG, write_small_encoder
 
-GRID = {"shape": [16, 16, 16], "spacing": 6.0}
+GRID = Grid.centred((16, 16, 16), 6.0).to_dict()
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_a_loaded_encoder_gives_the_same_features(written):
     with torch.no_grad():
         assert torch.equal(encoder(volumes), network(volumes))
     assert (encoder.feature_size, encoder.training) == (128, False)
-    assert encoder.preprocessing["grid"]["spacing"] == 6.0
+    assert encoder.preprocessing["grid"]["spacing"] == [6.0, 6.0, 6.0]
 
 
 def test_an_encoder_is_found_from_its_run_its_checkpoint_and_its_own_folder(written):

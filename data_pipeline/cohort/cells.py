@@ -1,0 +1,78 @@
+"""What the text of a table's cell means: a missing value, a number, or text. Every command reads cells with these rules."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from infra.errors import UserError
+
+# What R, Python, Excel, SPSS, SAS and BIDS write for a missing value, in any column.
+MISSING = frozenset(
+    {"", "n/a", "N/A", "NA", "#N/A", "<NA>", "NaN", "nan", "NAN", "null", "NULL", "None", "."}
+)  # fmt: skip
+SEX_WORDS = {"f": "F", "female": "F", "m": "M", "male": "M", "o": "O", "other": "O"}
+# Columns that are never converted to numbers by themselves: names that may look like numbers; age and sex have checks.
+TEXT_COLUMNS = ("site", "diagnosis", "split", "age", "sex")
+TYPES = ("number", "text")  # what `types:` may declare of a column
+
+# float() takes more than a table means by a number: 1_000, other scripts' digits, infinity.
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
+# As float64 these would not keep the text that they are written in, so they are names: 007, 12345678901234567.
+NAME_OF_DIGITS = re.compile(r"[+-]?(0\d+|\d{16,})", re.ASCII)
+
+Text = tuple[str | None, str]
+"""The text of a cell, None if it is missing; and its file and line, for messages."""
+
+
+def parse_number(text: str) -> float | None:
+    """The finite number that a text is, or None."""
+    value = float(text) if NUMBER.fullmatch(text) else math.nan
+    return value if math.isfinite(value) else None
+
+
+def same(text: str, other: str) -> bool:
+    """Whether two texts are equal, or equal as numbers: 999, 999.0 and 0999."""
+    if text == other:
+        return True
+    number = parse_number(text)
+    return number is not None and number == parse_number(other)
+
+
+def number_as_text(value: float) -> str:
+    """A number as a table writes it: 10234560, not 10234560.0 or 1.02346e+07."""
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+
+
+def is_numeric(column: str, cells: Sequence[Text], declared: str = "") -> bool:
+    """Decide whether a column holds numbers, or text.
+
+    A column is text if less than half of its values are numbers, if one is a number that float64 would not give back as it
+    is written (007), or if it is one of ``TEXT_COLUMNS``.
+
+    Args:
+        column: its name.
+        cells: its values.
+        declared: ``number`` or ``text`` if the user declared it.
+
+    Raises:
+        UserError: a column of numbers has a cell with text; the message names the cell.
+    """
+    known = [(text, where) for text, where in cells if text is not None]
+    if column in TEXT_COLUMNS or declared == "text" or not known:
+        return False
+    words = [(text, where) for text, where in known if parse_number(text) is None]
+    numbers = len(known) - len(words)
+    commas = [text for text, _ in words if DECIMAL_COMMA.fullmatch(text)]
+    if not declared and (2 * (numbers + len(commas)) < len(known) or not numbers + len(commas)):
+        return False
+    if words:
+        text, where = words[0]
+        hint = "write decimal points, " if DECIMAL_COMMA.fullmatch(text) else "correct it, "
+        raise UserError(
+            f"{where}: {column}={text!r} is not a number, but {numbers} of the column's {len(known)} values are; {hint}"
+            f"or declare `missing: {{{column}: [{text!r}]}}` or `types: {{{column}: text}}`"
+        )
+    return declared == "number" or not any(NAME_OF_DIGITS.fullmatch(text) for text, _ in known)

@@ -1,0 +1,90 @@
+"""The JSON files beside tables (BIDS): the units of ages and head sizes, and the labels of codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.cohort.cells import parse_number, same
+from data_pipeline.cohort.texts import read_sidecar, warn
+from infra.errors import UserError
+
+DAYS_PER_YEAR = 365.25
+# Column -> unit -> the number by which a value is divided: to years, and to ml.
+UNITS = {
+    "age": {"years": 1.0, "months": 12.0, "weeks": DAYS_PER_YEAR / 7, "days": DAYS_PER_YEAR},
+    "tiv": {"ml": 1.0, "mm3": 1000.0, "l": 0.001},
+}
+SPELLINGS = {
+    "year": "years", "yr": "years", "yrs": "years", "y": "years", "years old": "years", "a": "years",
+    "month": "months", "mo": "months", "mos": "months", "week": "weeks", "wk": "weeks", "wks": "weeks", "w": "weeks",
+    "day": "days", "d": "days", "milliliter": "ml", "millilitre": "ml", "cm3": "ml", "cm^3": "ml", "cc": "ml",
+    "cm³": "ml", "mm^3": "mm3", "mm³": "mm3", "liter": "l", "litre": "l",
+}  # fmt: skip
+NOT_STATED = ("", "n/a", "none", "na")
+
+
+@dataclass
+class Sidecars:
+    """The sidecars of a data set's tables, each read once."""
+
+    read: dict[Path, dict[str, Any]] = field(default_factory=dict)
+
+    def column(self, table: Path, name: str) -> tuple[dict[str, Any], str]:
+        """What the sidecar of a table says of a column, and the sidecar's name."""
+        candidates = [table.with_suffix(".json")]
+        if table.name.endswith("_sessions.tsv"):  # BIDS: a file at the top of the data set holds for all below it
+            candidates.append(table.parent.parent / "sessions.json")
+        for path in candidates:
+            if path not in self.read:
+                self.read[path] = read_sidecar(path)
+            described = self.read[path].get(name)
+            if isinstance(described, dict):
+                return described, str(path)
+            if described is not None:
+                warn(f"{path}: {name} is ignored, it must hold keys and values, found {type(described).__name__}")
+                self.read[path] = {key: value for key, value in self.read[path].items() if key != name}
+        return {}, ""
+
+    def unit(self, column: str, table: Path, theirs: str, declared: str = "") -> str:
+        """The unit of a column in a table: the declared one, or else the sidecar's ``Units``; empty if none is stated.
+
+        Raises UserError if the sidecar's unit is not known.
+        """
+        if declared or column not in UNITS:
+            return declared
+        described, path = self.column(table, theirs)
+        stated = described.get("Units") or ""
+        if not isinstance(stated, str) or stated.strip().lower() not in NOT_STATED:
+            return known_unit(column, stated, f"{path}: {theirs}: Units")
+        return ""
+
+    def label(self, table: Path, theirs: str, text: str) -> tuple[str | None, str]:
+        """The label of a code in the sidecar's ``Levels``, and the sidecar's name; None if the code has no label.
+
+        Codes are numbers and single letters. Words are labels themselves; their ``Levels`` describe them.
+        """
+        if parse_number(text) is None and len(text) != 1:
+            return None, ""
+        described, path = self.column(table, theirs)
+        levels = described.get("Levels")
+        if isinstance(levels, dict):
+            for code, label in levels.items():
+                words = label.get("Description") if isinstance(label, dict) else label
+                if same(text, str(code).strip()) and isinstance(words, str):
+                    return words.strip(), path
+        return None, ""
+
+
+def known_unit(column: str, text: Any, where: str) -> str:
+    """The name of a unit in ``UNITS``; raises UserError, which begins with ``where``, if it is not known."""
+    units = UNITS[column]
+    word = str(text).strip().lower()
+    unit = SPELLINGS.get(word, word)
+    if unit not in units:
+        raise UserError(
+            f"{where}={text!r} is not a known unit; allowed: {', '.join(units)}; correct it, "
+            f"or declare `units: {{{column}: {next(iter(units))}}}` in a YAML file given with --columns"
+        )
+    return unit

@@ -1,0 +1,1 @@
+"""Processes that end with the process that started them, also if that one is killed, and their limits."""

@@ -1,0 +1,142 @@
+"""What config.json and preprocessing.json of an encoder may hold. Both are checked before anything is built from them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from data_pipeline.volume.limits import MAX_SIDE, MAX_VOXELS, is_too_large
+from data_pipeline.volume.preparation import CROPS, SCALINGS
+from infra.errors import UserError
+from pretrain.encoders import check_encoder
+
+Text = Annotated[str, Field(max_length=4096)]
+Share = Annotated[float, Field(ge=-1, le=1)]
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
+Rule = Literal["refuse", "zero", "resample", "keep"]
+
+
+class _Part(BaseModel):
+    """An object of JSON: types are not converted, and unknown keys are kept, since later versions may add some."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+def _allowed(words: tuple[str, ...]) -> Any:
+    def check(value: str) -> str:
+        if value not in words:
+            raise ValueError(f"allowed: {', '.join(words)}")
+        return value
+
+    return Annotated[str, AfterValidator(check)]
+
+
+def _as_base64(value: str) -> str:
+    try:
+        content = base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("allowed: float16 numbers in base64") from None
+    if len(content) % 2 or not content:
+        raise ValueError("allowed: float16 numbers in base64")
+    return value
+
+
+class _Network(_Part):
+    name: Text
+    options: dict[str, Any] = Field(max_length=64)
+
+
+class ConfigFile(_Part):
+    """config.json: the network, and where its weights come from."""
+
+    encoder: _Network
+    feature_size: int = Field(ge=1, le=2**20)
+    step: int = Field(ge=0)
+    run_name: Text
+    method: Text
+    split: list[Text] = Field(max_length=1000)
+    manifest_digest: Text | None = None
+    run_id: Text | None = None
+    version: Text | None = None
+    experiment: Text | None = None
+    simulated: bool = False
+    epoch: int | None = None
+
+
+def _is_read(shape: list[int]) -> list[int]:
+    if is_too_large(shape):
+        raise ValueError(f"more than {MAX_VOXELS} voxels")
+    return shape
+
+
+Sides = Annotated[
+    list[Annotated[int, Field(ge=1, le=MAX_SIDE)]], Field(min_length=3, max_length=3), AfterValidator(_is_read)
+]
+
+
+class _Grid(_Part):
+    shape: Sides
+    spacing: list[Annotated[Number, Field(gt=0)]] = Field(min_length=3, max_length=3)
+    affine: list[Annotated[list[Number], Field(min_length=4, max_length=4)]] = Field(min_length=4, max_length=4)
+
+
+class _Likeness(_Part):
+    volume: Annotated[str, Field(max_length=2**24), AfterValidator(_as_base64)]
+    scans: int = Field(ge=1)
+    median: Share
+    lowest: Share
+    means: list[Annotated[float, Field(allow_inf_nan=False, ge=0)]] = Field(min_length=2, max_length=2)
+
+
+class _Arrays(_Part):
+    orientations: dict[Text, Annotated[str, Field(pattern=r"^([RLAPSI]{3})?$")]] = Field(default={}, max_length=1000)
+    on_grid: bool = False
+
+
+class PreprocessingFile(_Part):
+    """preprocessing.json: what happens to a scan between its file and the network."""
+
+    grid: _Grid
+    normalisation: Literal["zscore"] = "zscore"
+    modality: Text | None = None
+    scaling: _allowed(SCALINGS) | None = None  # type: ignore[valid-type]
+    crop: _allowed(CROPS) | None = None  # type: ignore[valid-type]
+    intensity: Literal["none", "robust"] | None = None
+    nonfinite: Rule | None = None
+    rules: dict[Literal["nonfinite", "constant", "grid"], Rule] | None = None
+    arrays: _Arrays | None = None
+    likeness: _Likeness | None = None
+
+
+def check_config(content: dict[str, Any], path: Path) -> None:
+    """Check config.json and the network's options in it. Raises UserError, naming the key, if one is wrong."""
+    _check(ConfigFile, content, path)
+    try:
+        check_encoder(content["encoder"]["name"], content["encoder"]["options"])
+    except UserError as error:
+        raise UserError(f"{path}: {_line(str(error), 400)}") from None
+
+
+def check_preprocessing_file(content: dict[str, Any], path: Path) -> None:
+    """Check the content of preprocessing.json. Raises UserError, naming the key, if one is wrong."""
+    _check(PreprocessingFile, content, path)
+
+
+def _check(model: type[BaseModel], content: dict[str, Any], path: Path) -> None:
+    try:
+        model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = _line(".".join(map(str, first["loc"])), 80)
+        found = "" if first["type"] == "missing" else f"={repr(first['input'])[:60]}"
+        more = f" and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+        raise UserError(f"{path}: {key}{found}: {first['msg']}{more}; export the encoder again") from None
+
+
+def _line(text: str, most: int) -> str:
+    """Return the first letters of a text that may hold names of the file; letters that cannot be printed become ?."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:most])

@@ -1,0 +1,158 @@
+"""Files with random changes: each is read, or refused by an error of the kind that its reader promises, in time and memory.
+
+A few examples by default; ``pytest -m slow tests/faults/test_fuzz_files.py`` tries thousands.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import io
+import json
+import resource
+import time
+
+import nibabel
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.storage.manifest_file import check_content, digest_of
+from data_pipeline.volume.decoders import DECODERS, decode
+from infra.errors import UserError
+from pretrain.weights.schema import check_config, check_preprocessing_file
+from tests.cohorts import GRID
+from tests.pretrain.weights.encoders import CONFIG, PREPROCESSING
+
+SECONDS, BYTES = 10.0, 2 * 2**30
+COUNTS = [20, pytest.param(3000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+VOXELS = int(np.prod(GRID.shape))
+
+numbers = st.one_of(
+    st.integers(-(2**70), 2**70), st.floats(), st.sampled_from([0, -1, 2**31, 2**40, 2**63, 10**400, True, 1.5])
+)
+texts = st.one_of(
+    st.text(max_size=40),
+    st.sampled_from(["/etc/passwd", "..", "http://host/a.tar", "a\0b", "a\nb", "x" * 10_000, "ü" * 200]),
+)
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, texts),
+    lambda inner: st.one_of(st.lists(inner, max_size=5), st.dictionaries(texts, inner, max_size=4)),
+    max_leaves=12,
+)
+# What to do with one place of a JSON document: the place is chosen by the number, and gets the value or goes.
+changes = st.lists(st.tuples(st.integers(0, 10_000), st.one_of(st.just("remove"), values)), min_size=1, max_size=4)
+
+
+def changed(content, todo):
+    """Return a copy of a JSON document with some places changed."""
+    content = copy.deepcopy(content)
+    for number, value in todo:
+        places = []
+        waiting = [content]
+        while waiting:
+            node = waiting.pop()
+            items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+            for key, inner in items:
+                places.append((node, key))
+                waiting.append(inner)
+        if places:
+            node, key = places[number % len(places)]
+            if value == "remove":
+                del node[key]
+            else:
+                node[key] = value
+    return content
+
+
+def holds_or_refuses(function, *errors):
+    """Call a reader; only these errors, of one short line, may come, within time and memory."""
+    started, message = time.monotonic(), ""
+    try:
+        function()
+    except errors as error:
+        message = str(error) if isinstance(error, UserError) else ""
+    assert "\n" not in message
+    assert len(message) < 1000
+    assert time.monotonic() - started < SECONDS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < BYTES
+
+
+def examples(count):
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def manifest_content():
+    """Return the content of a small manifest."""
+    shards = [{"name": f"a-{n:06d}.tar", "bytes": 4096, "sha256": f"{n:064x}", "scans": 2} for n in range(2)]
+    return {
+        "format": 1, "grid": GRID.to_dict(), "dtype": "float16", "shards": shards,
+        "settings": {"dataset": "a", "modality": "vbm", "scaling": "none", "codec": "zst", "quarantined": 0,
+                     "appended": [{"dataset": "b", "scans": 2}]},
+        "scans": {"name": "scans.parquet", "rows": 4, "sha256": "0" * 64},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_changed_manifests(count):
+    def read(todo):
+        content = changed(manifest_content(), todo)
+        text = json.dumps({**content, "digest": digest_of(content)}).encode()
+        holds_or_refuses(lambda: check_content(text, "manifest.json"), UserError)
+
+    text = json.dumps({**manifest_content(), "digest": digest_of(manifest_content())}).encode()
+    assert check_content(text, "manifest.json")["format"] == 1, "the unchanged manifest is refused"
+    examples(count)(given(changes)(read))()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", ["config.json", "preprocessing.json"])
+def test_changed_files_of_an_encoder(count, name, tmp_path):
+    check, content = {
+        "config.json": (check_config, CONFIG),
+        "preprocessing.json": (check_preprocessing_file, {**PREPROCESSING, "grid": GRID.to_dict()}),
+    }[name]
+    check(content, tmp_path / name)
+    run = given(changes)(
+        lambda todo: holds_or_refuses(lambda: check(changed(content, todo), tmp_path / name), UserError)
+    )
+    examples(count)(run)()
+
+
+def member(codec):
+    """Return an intact member of a shard."""
+    voxels = np.random.default_rng(0).random(GRID.shape).astype(np.float16)
+    stream = io.BytesIO()
+    np.save(stream, voxels)
+    raw = stream.getvalue()
+    if codec.startswith("nii"):
+        raw = nibabel.Nifti1Image(voxels.astype(np.float32), np.array(GRID.affine)).to_bytes()
+    if codec.endswith(".gz"):
+        return gzip.compress(raw, mtime=0)
+    return zstandard.compress(raw) if codec == "zst" else raw
+
+
+# Where to write which bytes: most faults are in the first bytes, the header.
+patches = st.lists(
+    st.tuples(st.one_of(st.integers(0, 400), st.integers(0, 10**6)), st.binary(min_size=1, max_size=16)),
+    min_size=1, max_size=6,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("codec", DECODERS)
+def test_changed_members(count, codec):
+    intact = member(codec)
+    assert decode(intact, codec, voxels=VOXELS).shape == GRID.shape
+
+    def read(todo, cut):
+        payload = bytearray(intact)
+        for place, content in todo:
+            start = place % len(payload)
+            payload[start : start + len(content)] = content
+        # The reader counts a scan as unreadable whatever the exception; what counts is that it comes, and in time.
+        holds_or_refuses(lambda: decode(bytes(payload[: max(1, len(payload) - cut)]), codec, voxels=VOXELS), Exception)
+
+    examples(count)(given(patches, st.one_of(st.just(0), st.integers(0, 1000)))(read))()
