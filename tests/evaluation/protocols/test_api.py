@@ -27,7 +27,7 @@ from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
 
 OPTIONS = {"width": 0.125, "norm": "group"}
-SMALL = {"folds": 2, "draws": 2, "n_train": (8,), "workers": 2}
+SMALL = {"folds": 2, "draws": 2, "n_train": (8,), "workers": 2, "repeats": 1, "halvings": 0}
 
 
 @pytest.fixture(scope="module")
