@@ -38,9 +38,7 @@ FEW_SHOT_DRAWS = 0xC0DE  # training participants of a learning curve's draw; cou
 FINE_TUNING_ORDER = 0xF17E  # batches of a fine-tuning epoch; counter: epoch
 BOOTSTRAP = 0xB007  # participants of a bootstrap resample
 PERMUTATION = 0xDEA1  # labels of a permutation test
-RESAMPLES = (
-    0x4A1F  # repeats, halves and permuted features of a cross-validation; counter: kind, number, side or attempt
-)
+RESAMPLES = 0x4A1F  # repeats, halves, permuted features of a cross-validation; counter: kind, number, side or attempt
 
 
 def generator(seed: int, stream: int, counter: Sequence[int] = (0, 0, 0, 0)) -> np.random.Generator:

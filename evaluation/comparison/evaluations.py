@@ -205,7 +205,7 @@ def _why_none(uri: str, experiment: str, filter: str) -> str:
             "that failed again with the same `yaware evaluate`"
         )
     pretrainings = len(store.runs(uri, experiment, "pretraining"))
-    elsewhere = f", but {pretrainings} pretrainings" if pretrainings else ""
+    elsewhere = f", but pretrainings ({pretrainings})" if pretrainings else ""
     return (
         f"{place} has no evaluation{elsewhere}; run `yaware evaluate` first, or choose the --experiment and --tracking-uri "
         "that it was given (deleted runs do not count)"

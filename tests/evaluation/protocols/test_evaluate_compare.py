@@ -195,7 +195,7 @@ def test_saliency_needs_an_evaluation(shards, tmp_path, capsys):
     checkpoint(tmp_path / "ok", shards, uri, "ok", 0)
     base = [str(tmp_path / "ok"), "--shards", str(shards), "--tracking-uri", uri, "--experiment", "test"]
     for more, text in (
-        (["--task", "ad"], r"has no evaluation of task ad on these shards in experiment 'test'; run yaware evaluate"),
+        (["--task", "ad"], r"has no evaluation of task ad .* experiment 'test' \(.*\); run yaware evaluate"),
         (["--task", "site"], "task site is multiclass and has no single score"),
         (["--task", "ad", "--cubes", "1"], "--cubes=1 is too small; give at least 2"),
     ):
@@ -255,7 +255,7 @@ def test_compare_without_evaluations_names_the_command_to_run(evaluated, capsys)
     assert "experiment 'tset' is not in" in capsys.readouterr().err
     Tracker.open(uri, "empty", "x", tags={"yaware.kind": "pretraining"}).end()
     assert cli.run(["compare", "--experiment", "empty", "--tracking-uri", uri]) == 2
-    assert "has no finished evaluation; run `yaware evaluate` first" in capsys.readouterr().err
+    assert "has no evaluation, but pretrainings (1); run `yaware evaluate` first" in capsys.readouterr().err
 
 
 def test_participants_seen_in_pretraining_are_refused(shards, tmp_path, capsys):
