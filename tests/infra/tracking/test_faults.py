@@ -195,7 +195,7 @@ def compare(uri, tmp_path, capfd, *more):
 def test_compare_says_why_there_is_nothing_to_compare(tmp_path, capfd):
     uri, tags = f"sqlite:///{tmp_path}/mlflow.db", {"yaware.run_name": "y-aware"}
     Tracker.open(uri, "kept", "p", tags={"yaware.kind": "pretraining"}).end()
-    assert "has no evaluation, but 1 pretrainings; run `yaware evaluate` first" in compare(uri, tmp_path, capfd)
+    assert "has no evaluation, but pretrainings (1); run `yaware evaluate` first" in compare(uri, tmp_path, capfd)
     evaluation(uri, "FAILED", **tags)
     evaluation(uri, "", **tags)
     assert "no finished evaluation, but unfinished ones (1 failed, 1 running): wait" in compare(uri, tmp_path, capfd)
