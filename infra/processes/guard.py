@@ -17,6 +17,8 @@ from contextlib import suppress
 
 import psutil
 
+from infra.processes.words import words_of
+
 LOOK_SECONDS = 2.0  # between two looks for new processes
 WAIT_SECONDS = 10.0  # that the processes have to end by themselves, as most do
 
@@ -29,7 +31,7 @@ def guard_session() -> subprocess.Popen[bytes] | None:
     names = {
         match[0]
         for process in psutil.Process().children(recursive=True)
-        for match in re.finditer(r"session_\d{4}-[\w-]+", " ".join(_words(process)))
+        for match in re.finditer(r"session_\d{4}-[\w-]+", " ".join(words_of(process)))
     }
     if len(names) != 1:
         return None
@@ -44,7 +46,7 @@ def watch(driver: int, word: str) -> list[psutil.Process]:
     while True:
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(driver).children():
-                if any(word in text for text in _words(child)) and child.pid != os.getpid():
+                if any(word in text for text in words_of(child)) and child.pid != os.getpid():
                     noted |= {process.pid: process for process in (child, *child.children(recursive=True))}
         if select.select([0], [], [], LOOK_SECONDS)[0] and not os.read(0, 1):
             return list(noted.values())
@@ -57,13 +59,6 @@ def end_all(processes: list[psutil.Process], seconds: float = WAIT_SECONDS) -> l
         with suppress(psutil.NoSuchProcess):  # also raised if another process has its number now
             process.kill()
     return [process.pid for process in left]
-
-
-def _words(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-        return []
 
 
 if __name__ == "__main__":

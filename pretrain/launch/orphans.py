@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from infra.processes.words import words_of
 from infra.watchdog.exit_note import read_notes
-from pretrain.launch.processes import words_of
 
 WAIT_SECONDS = 60.0  # that a rank has to finish its step and its checkpoint
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from infra.processes.words import words_of
+
 LOOK_SECONDS, SEARCH_SECONDS = 0.1, 0.5
 
 
@@ -146,14 +148,6 @@ def _parent(process: psutil.Process) -> int:
         return int(process.ppid())
     except psutil.NoSuchProcess:
         return 0
-
-
-def words_of(process: psutil.Process) -> list[str]:
-    """Return a process's command line; empty if it has ended."""
-    try:
-        return list(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return []
 
 
 def _rank_of(process: psutil.Process) -> int:
