@@ -1,7 +1,8 @@
 """Nested cross-validation of probes with Ray Tune.
 
-For a grid (penalties, numbers of neighbours) one trial fits one task with one entry of the grid on every fold and every
-draw; afterwards each fold takes the entry with the best score on its inner folds. For a perceptron Optuna proposes the
+For a grid (penalties, numbers of neighbours) one trial takes one part of a task: its folds, its learning-curve draws or one of
+its resamples. All entries of the grid are scored on the inner folds of each training set, and the best one is fitted to it and
+predicts its test scans. For a perceptron Optuna proposes the
 settings from earlier scores, so every outer fold has a search of its own on its training scans.
 """
 
@@ -16,7 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.protocols.probes import FeatureTable, Params, Probe, ProbeModel, fit_predict, inner_metric, perceptron
+from evaluation.protocols.probes import (
+    FeatureTable,
+    Params,
+    Predictions,
+    Probe,
+    fit_predict,
+    fit_predict_each,
+    inner_metric,
+    perceptron,
+)
 from evaluation.statistics.metrics import auc
 from evaluation.tasks.folds import Draw, Fold, curve_draws, inner_folds, outer_folds
 from evaluation.tasks.resamples import NO_RESAMPLING, Resample, Resampling, make_resamples
@@ -103,54 +113,80 @@ def prepare(
     return PreparedTask(table, outer, curve_draws(task, outer, sizes, draws, seed), seed, repeats, resamples)
 
 
-def inner_score(model: ProbeModel, params: Params, prepared: PreparedTask, train: NDArray[Any]) -> float:
-    """Return the mean score over the inner folds of the training rows ``train``; NaN if it is undefined on all of them."""
-    table, scores = prepared.table, []
+def inner_scores(probe: Probe, prepared: PreparedTask, train: NDArray[Any]) -> NDArray[np.float64]:
+    """Return for each entry of a probe's grid the mean score over the inner folds of the rows ``train``: (entries,).
+
+    NaN if it is undefined on all of them.
+    """
+    table = prepared.table
+    scores: list[list[float]] = [[] for _ in probe.grid]
     folds = inner_folds(table.labels[train], table.groups[train], table.kind, prepared.seed, prepared.repeats)
     for inner, test in folds:
-        predicted = fit_predict(model, params, table, train[inner], train[test], prepared.seed).predicted
-        scores.append(inner_metric(table.labels[train[test]], predicted, table.kind))
-    return float(np.nanmean(scores)) if np.isfinite(scores).any() else float("nan")
+        labels = table.labels[train[test]]
+        for entry, fitted in zip(
+            scores, fit_predict_each(probe, table, train[inner], train[test], prepared.seed), strict=True
+        ):
+            entry.append(inner_metric(labels, fitted.predicted, table.kind))
+    return np.array([np.nanmean(entry) if np.isfinite(entry).any() else np.nan for entry in scores])
+
+
+class NestedFit(NamedTuple):
+    """The best entry of a grid for a training set: its number, the inner scores of all (entries,), and its predictions."""
+
+    chosen: int
+    scores: NDArray[np.float64]
+    predictions: Predictions
+
+
+def nested_fit(probe: Probe, prepared: PreparedTask, train: NDArray[Any], test: NDArray[Any]) -> NestedFit:
+    """Choose the grid's entry with the best inner score on the rows ``train`` and predict the rows ``test``.
+
+    Equal scores are decided by the order of the grid.
+    """
+    scores = inner_scores(probe, prepared, train)
+    chosen = int(np.nan_to_num(scores, nan=-np.inf).argmax())
+    fitted = fit_predict(probe.model, probe.grid[chosen], prepared.table, train, test, prepared.seed)
+    return NestedFit(chosen, scores, fitted)
 
 
 def trial(point: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """Fit one task's model with one entry of its grid on every fold and draw; ``choose`` decides later which are used.
+    """Fit a probe to one part of a task.
 
     Args:
-        point: task (its name) and params.
-        data: tasks (name -> PreparedTask) and model (ProbeModel).
+        point: task (its name) and part: ``folds``, ``draws``, or the number of a resample.
+        data: tasks (name -> PreparedTask) and probe.
 
     Returns:
-        ``point`` with inner (folds,), the scores on the training rows of each outer fold; predicted (N,) and probabilities
-        for the test rows of each outer fold; curve, for each draw its size, number, inner score, AUC and predictions;
-        resampled, for each resample its inner scores, predictions and probabilities.
+        ``point`` with, for draws, curve: size, number, AUC and predictions of each; for other parts chosen (folds,), inner
+        (folds, entries), and predicted (N,) and probabilities for the test rows of the folds. Always seconds.
     """
     started = time.monotonic()
-    prepared, model, params = data["tasks"][point["task"]], data["model"], point["params"]
-    table, curve = prepared.table, []
-    inner, predicted_scans, probabilities = _fold_predictions(model, params, prepared)
-    for draw in prepared.draws:
-        score = inner_score(model, params, prepared, draw.train)
-        predicted = fit_predict(model, params, table, draw.train, draw.test, prepared.seed).predicted
-        value = auc(table.labels[draw.test], predicted)
-        curve.append((draw.size, draw.number, score, value, predicted.astype(np.float32)))
-    return {
-        **point, "inner": inner, "predicted": predicted_scans, "probabilities": probabilities, "curve": curve,
-        "resampled": [_fold_predictions(model, params, _resampled(prepared, each)) for each in prepared.resamples],
-        "seconds": time.monotonic() - started,
-    }  # fmt: skip
+    prepared, probe, part = data["tasks"][point["task"]], data["probe"], point["part"]
+    if part == "draws":
+        found = {"curve": [_draw_row(probe, prepared, draw) for draw in prepared.draws]}
+    else:
+        found = _cross_validation(
+            probe, prepared if part == "folds" else _resampled(prepared, prepared.resamples[part])
+        )
+    return {**point, **found, "seconds": time.monotonic() - started}
 
 
-def _fold_predictions(
-    model: ProbeModel, params: Params, prepared: PreparedTask
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return the inner score of each outer fold (folds,), and predictions (N,) and probabilities for their test rows."""
-    result, inner = NestedCVResult.empty(prepared.table, []), []
+def _draw_row(probe: Probe, prepared: PreparedTask, draw: Draw) -> tuple[int, int, float, NDArray[np.float32]]:
+    predicted = nested_fit(probe, prepared, draw.train, draw.test).predictions.predicted
+    return draw.size, draw.number, auc(prepared.table.labels[draw.test], predicted), predicted.astype(np.float32)
+
+
+def _cross_validation(probe: Probe, prepared: PreparedTask) -> dict[str, Any]:
+    """Return chosen, inner, predicted and probabilities of a nested cross-validation, as ``trial`` does."""
+    result, fits = NestedCVResult.empty(prepared.table, []), []
     for train, test in prepared.folds:
-        inner.append(inner_score(model, params, prepared, train))
-        predictions = fit_predict(model, params, prepared.table, train, test, prepared.seed)
-        result.predicted[test], result.probabilities[test] = predictions
-    return np.array(inner), result.predicted, result.probabilities
+        fit = nested_fit(probe, prepared, train, test)
+        result.predicted[test], result.probabilities[test] = fit.predictions
+        fits.append(fit)
+    return {
+        "chosen": np.array([fit.chosen for fit in fits]), "inner": np.stack([fit.scores for fit in fits]),
+        "predicted": result.predicted, "probabilities": result.probabilities,
+    }  # fmt: skip
 
 
 def _resampled(prepared: PreparedTask, resample: Resample) -> PreparedTask:
@@ -166,7 +202,7 @@ def _resampled(prepared: PreparedTask, resample: Resample) -> PreparedTask:
 def search_grid(
     prepared: dict[str, PreparedTask], probe: Probe, storage: Path, title: str
 ) -> dict[str, NestedCVResult]:  # fmt: skip
-    """Run nested cross-validation of a probe for every task, with one Ray trial per task and entry of the probe's grid.
+    """Run nested cross-validation of a probe for every task, with one trial per task and part.
 
     Args:
         prepared: tasks by name.
@@ -174,55 +210,49 @@ def search_grid(
         storage: folder of the search; a search in it is continued.
         title: of the progress bar.
     """
-    points = [{"task": task, "params": params} for task in prepared for params in probe.grid]
-    data = {"tasks": prepared, "model": probe.model}
-    rows = tuning.tune_grid(trial, points, data=data, storage=storage, name="grid", here=True, title=title)
-    return {name: choose([row for row in rows if row["task"] == name], task) for name, task in prepared.items()}
+    points = [{"task": name, "part": part} for name, task in prepared.items() for part in parts_of(task)]
+    data = {"tasks": prepared, "probe": probe}
+    rows = tuning.tune_grid(trial, points, data=data, storage=storage, name="parts", here=True, title=title)
+    return {name: combine([row for row in rows if row["task"] == name], task, probe) for name, task in prepared.items()}
 
 
-def choose(rows: list[dict[str, Any]], prepared: PreparedTask) -> NestedCVResult:
-    """Take, for each outer fold and each draw, the predictions of the grid entry with the best inner score."""
-    entries = [(row["inner"], row["predicted"], row["probabilities"]) for row in rows]
-    result = _best_of_folds(prepared.table, prepared.folds, entries, [row["params"] for row in rows])
-    for number, resample in enumerate(prepared.resamples):
-        best = _best_of_folds(prepared.table, resample.folds, [row["resampled"][number] for row in rows])
-        result.resampled.append(ResampledPredictions(resample, best.predicted, best.probabilities))
-    for draws in zip(*(row["curve"] for row in rows), strict=True):
-        winner = int(np.nan_to_num([draw[2] for draw in draws], nan=-np.inf).argmax())
-        result.curve.append((draws[0][0], draws[0][1], draws[winner][3]))
-        result.draw_predicted.append(draws[winner][4])
-    for row in rows:
-        for number, value in enumerate(row["inner"]):
-            result.trials.append(
-                {"part": f"fold {number}", "point": row["params"], "inner_score": float(value),
-                 "seconds": row["seconds"] / max(1, len(row["inner"]))}
-            )  # fmt: skip
-    return result
+def search_task(prepared: PreparedTask, probe: Probe) -> NestedCVResult:
+    """Run nested cross-validation of a probe for one task in this process."""
+    data = {"tasks": {"": prepared}, "probe": probe}
+    return combine([trial({"task": "", "part": part}, data) for part in parts_of(prepared)], prepared, probe)
 
 
-def _best_of_folds(
-    table: FeatureTable, folds: list[Fold], entries: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]],
-    params: list[Params] | None = None,
-) -> NestedCVResult:  # fmt: skip
-    """Take each fold's predictions from the grid entry with the best inner score.
+def parts_of(prepared: PreparedTask) -> list[str | int]:
+    """Return the parts of a task's search: see ``trial``."""
+    return ["folds", *["draws"] * bool(prepared.draws), *range(len(prepared.resamples))]
 
-    Args:
-        table: with N scans.
-        folds: the outer folds.
-        entries: for each entry of the grid what ``_fold_predictions`` returns.
-        params: of the entries.
-    """
-    best = np.nan_to_num(np.stack([inner for inner, _, _ in entries]), nan=-np.inf).argmax(0)
-    result = NestedCVResult.empty(table, [params[winner] for winner in best] if params else [])
-    for number, ((_, test), winner) in enumerate(zip(folds, best, strict=True)):
-        result.predicted[test], result.probabilities[test] = entries[winner][1][test], entries[winner][2][test]
+
+def combine(rows: list[dict[str, Any]], prepared: PreparedTask, probe: Probe) -> NestedCVResult:
+    """Combine the trials of all parts of one task."""
+    by_part = {row["part"]: row for row in rows}
+    main = by_part["folds"]
+    result = NestedCVResult.empty(prepared.table, [probe.grid[int(entry)] for entry in main["chosen"]])
+    result.predicted, result.probabilities = main["predicted"], main["probabilities"]
+    for number, (_, test) in enumerate(prepared.folds):
         result.fold[test] = number
+    for number, resample in enumerate(prepared.resamples):
+        row = by_part[number]
+        result.resampled.append(ResampledPredictions(resample, row["predicted"], row["probabilities"]))
+    for size, draw, value, predicted in by_part["draws"]["curve"] if prepared.draws else ():
+        result.curve.append((size, draw, value))
+        result.draw_predicted.append(predicted)
+    seconds = main["seconds"] / main["inner"].size
+    for entry, params in enumerate(probe.grid):
+        for number, value in enumerate(main["inner"][:, entry]):
+            result.trials.append(
+                {"part": f"fold {number}", "point": params, "inner_score": float(value), "seconds": seconds}
+            )
     return result
 
 
 def perceptron_trial(params: Params, data: dict[str, Any]) -> Iterator[dict[str, float]]:
     """Yield the inner score of a perceptron's settings on the training rows of one fold."""
-    yield {"score": inner_score(perceptron, params, data["task"], data["train"])}
+    yield {"score": float(inner_scores(Probe(perceptron, [params]), data["task"], data["train"])[0])}
 
 
 def perceptron_predictions(point: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,8 +55,9 @@ class FeatureTable:
         return int(self.labels.max()) + 1 if self.kind == "multiclass" else 1
 
 
-class TrainTestSplit(NamedTuple):
-    """Scaled features and covariates of n training and m test scans."""
+@dataclass
+class TrainTestSplit:
+    """Scaled features and covariates of n training and m test scans. All entries of a grid are fitted to the same split."""
 
     train: NDArray[Any]  # (n, F)
     labels: NDArray[Any]  # (n,) of the training scans
@@ -63,6 +65,17 @@ class TrainTestSplit(NamedTuple):
     train_covariates: NDArray[Any]  # (n, C)
     test_covariates: NDArray[Any]  # (m, C)
     classes: int  # K of a multiclass task
+
+    @cached_property
+    def rotated(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Training (n, r) and test (m, r) features on the principal axes of the training scans, r = min(n, F).
+
+        This leaves the predictions of an L2-penalised model unchanged.
+        """
+        if self.train.shape[0] >= self.train.shape[1]:
+            return self.train, self.test
+        axes = _principal_axes(self.train)
+        return self.train @ axes, self.test @ axes
 
     def multiclass(self, present: NDArray[Any], probabilities: NDArray[Any]) -> Predictions:
         """Return predictions over all K classes from probabilities (m, k) of the ``present`` (k,) training classes."""
@@ -118,15 +131,10 @@ def standardised(train: NDArray[Any], test: NDArray[Any]) -> tuple[NDArray[Any],
 
 
 def linear(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predictions:
-    """Fit logistic or ridge regression with the L2 penalty ``params["penalty"]``; covariates are not penalised.
-
-    The features are rotated onto the principal axes of the training scans, which leaves the predictions of an L2-penalised
-    model unchanged and needs only min(n, F) dimensions.
-    """
-    axes = _principal_axes(split.train)
+    """Fit logistic or ridge regression with the L2 penalty ``params["penalty"]``; covariates are not penalised."""
     train, test = (
-        np.column_stack([features @ axes, UNPENALISED * covariates])
-        for features, covariates in ((split.train, split.train_covariates), (split.test, split.test_covariates))
+        np.column_stack([features, UNPENALISED * covariates])
+        for features, covariates in zip(split.rotated, (split.train_covariates, split.test_covariates), strict=True)
     )
     if kind == "regression":
         return _numbers(Ridge(alpha=params["penalty"]).fit(train, split.labels).predict(test))
@@ -147,9 +155,7 @@ def linear(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predi
 
 
 def _principal_axes(features: NDArray[Any]) -> NDArray[Any]:
-    """Return (F, r) orthonormal axes that span the training scans."""
-    if features.shape[0] >= features.shape[1]:
-        return np.eye(features.shape[1])
+    """Return (F, r) orthonormal axes that span the training scans; r <= n < F."""
     values, vectors = np.linalg.eigh(features @ features.T)
     kept = values > max(values[-1], 1e-12) * 1e-12
     return np.asarray(features.T @ (vectors[:, kept] / np.sqrt(values[kept])))
@@ -198,10 +204,9 @@ def perceptron(split: TrainTestSplit, kind: str, params: Params, seed: int) -> P
     """
     from sklearn.neural_network import MLPClassifier, MLPRegressor
 
-    axes = _principal_axes(split.train)
     train, test = (
-        np.column_stack([features @ axes, covariates])
-        for features, covariates in ((split.train, split.train_covariates), (split.test, split.test_covariates))
+        np.column_stack([features, covariates])
+        for features, covariates in zip(split.rotated, (split.train_covariates, split.test_covariates), strict=True)
     )
     options = {
         "hidden_layer_sizes": (params["hidden"],), "alpha": params["alpha"], "learning_rate_init": params["lr"],
@@ -243,12 +248,22 @@ def fit_predict(
 
     If all training labels are equal, that label is predicted with probability 1.
     """
+    return fit_predict_each(Probe(model, [params]), table, train, test, seed)[0]
+
+
+def fit_predict_each(
+    probe: Probe, table: FeatureTable, train: NDArray[Any], test: NDArray[Any], seed: int = 0
+) -> list[Predictions]:
+    """Return what `fit_predict` returns for each entry of a probe's grid. The features are scaled and rotated only once."""
     if table.kind != "regression" and len(np.unique(table.labels[train])) < 2:
         label = float(table.labels[train][0])
         if table.kind == "multiclass":
-            return Predictions(np.full(len(test), label), np.eye(table.classes)[np.full(len(test), int(label))])
-        return Predictions(np.full(len(test), 2 * label - 1), np.full(len(test), label))
-    return model(split_features(table, train, test), table.kind, params, seed)
+            only = Predictions(np.full(len(test), label), np.eye(table.classes)[np.full(len(test), int(label))])
+        else:
+            only = Predictions(np.full(len(test), 2 * label - 1), np.full(len(test), label))
+        return [only] * len(probe.grid)
+    split = split_features(table, train, test)
+    return [probe.model(split, table.kind, params, seed) for params in probe.grid]
 
 
 def inner_metric(labels: NDArray[Any], predicted: NDArray[Any], kind: str) -> float:

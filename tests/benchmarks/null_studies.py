@@ -22,8 +22,8 @@ import pandas as pd
 
 from evaluation.comparison.evaluations import CheckpointEvaluation
 from evaluation.comparison.resampled import chance_test, metric_interval, paired_interval
-from evaluation.protocols.nested_cv import choose, prepare, trial
-from evaluation.protocols.probes import Params, Predictions, TrainTestSplit
+from evaluation.protocols.nested_cv import prepare, search_task
+from evaluation.protocols.probes import Params, Predictions, Probe, TrainTestSplit
 from evaluation.protocols.results import RESAMPLE_COLUMNS, resample_rows
 from evaluation.statistics.intervals import corrected_interval, with_interval
 from evaluation.statistics.metrics import METRICS
@@ -100,8 +100,7 @@ def _labels(cell: Cell, generator: np.random.Generator) -> np.ndarray:
 
 def _evaluate(task: Task, features: np.ndarray, name: str, seed: int) -> Evaluated:
     prepared = prepare(task, features, folds=5, sizes=[], draws=1, seed=seed, resampling=Resampling())
-    data = {"tasks": {"null": prepared}, "model": ridge}
-    result = choose([trial({"task": "null", "params": params}, data) for params in GRID], prepared)
+    result = search_task(prepared, Probe(ridge, GRID))
     predictions = pd.DataFrame(
         {"task": "null", "kind": task.kind, "key": task.participants, "participant": task.participants,
          "label": task.labels.astype(float), "answer": result.predicted, "fold": result.fold}

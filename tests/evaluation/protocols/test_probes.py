@@ -11,17 +11,19 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from evaluation.protocols.nested_cv import choose, prepare, trial
+from evaluation.protocols.nested_cv import prepare, search_task
 from evaluation.protocols.probes import (
     LINEAR,
     NEAREST_NEIGHBOURS,
     FeatureTable,
     fit_predict,
+    inner_metric,
     linear,
     nearest_neighbours,
     perceptron,
 )
 from evaluation.statistics.metrics import auc
+from evaluation.tasks.folds import inner_folds
 from evaluation.tasks.tasks import Task
 
 TRAIN_TEST = {"train": np.arange(30), "test": np.arange(30, 39)}
@@ -54,14 +56,13 @@ def make_task(kind="binary", people=60, signal=0.0, features=80, seed=0):
 
 def run(task, features, sizes=(), draws=3):
     prepared = prepare(task, features, folds=5, sizes=list(sizes), draws=draws, seed=0)
-    return choose(trials(prepared), prepared), prepared
+    return search(prepared), prepared
 
 
-def trials(prepared, probe=LINEAR):
-    """Run the trials of a grid search in this process."""
+def search(prepared, probe=LINEAR):
+    """Run a grid search in this process."""
     with threadpool_limits(1):  # as in Ray's workers; threads do not speed up matrices of this size
-        data = {"tasks": {"t": prepared}, "model": probe.model}
-        return [trial({"task": "t", "params": params}, data) for params in probe.grid]
+        return search_task(prepared, probe)
 
 
 def table(features, labels, kind="binary", covariates=None, confounds=None, scale="each"):
@@ -173,14 +174,48 @@ def test_noise_stays_at_chance_however_many_penalties_are_tried():
 def test_a_signal_is_found(probe, correlation):
     task, features = make_task(signal=1.5, features=8)
     prepared = prepare(task, features, folds=5, sizes=[10, 30], draws=4, seed=0)
-    result = choose(trials(prepared, probe), prepared)
+    result = search(prepared, probe)
     assert auc(task.labels, result.predicted) > 0.8
     assert len(result.chosen) == 5
     assert [(size, draw) for size, draw, _ in result.curve] == [(s, d) for s in (10, 30) for d in range(4)]
     assert len(result.trials) == 5 * len(probe.grid)
     task, features = make_task("regression", signal=3.0, features=6)
     prepared = prepare(task, features, folds=5, sizes=[], draws=1, seed=0)
-    assert np.corrcoef(choose(trials(prepared, probe), prepared).predicted, task.labels)[0, 1] > correlation
+    assert np.corrcoef(search(prepared, probe).predicted, task.labels)[0, 1] > correlation
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass", "regression"])
+@pytest.mark.parametrize("features", [8, 200])  # fewer and more than training scans
+def test_a_search_gives_what_separate_fits_of_every_entry_give(kind, features):
+    task, values = make_task(kind, signal=1.0, features=features)
+    prepared = prepare(task, values, folds=3, sizes=[12] if kind == "binary" else [], draws=2, seed=0)
+    result, data = search(prepared), prepared.table
+
+    def naive(train, test):
+        scores = []
+        for params in LINEAR.grid:
+            folds = inner_folds(data.labels[train], data.groups[train], kind, 0, 1)
+            found = [fit_predict(linear, params, data, train[a], train[b]).predicted for a, b in folds]
+            scores.append(
+                np.nanmean(
+                    [inner_metric(data.labels[train[b]], f, kind) for (_, b), f in zip(folds, found, strict=True)]
+                )
+            )
+        best = LINEAR.grid[int(np.nan_to_num(scores, nan=-np.inf).argmax())]
+        return best, scores, fit_predict(linear, best, data, train, test)
+
+    with threadpool_limits(1):
+        for number, (train, test) in enumerate(prepared.folds):
+            best, scores, expected = naive(train, test)
+            assert result.chosen[number] == best
+            assert [row["inner_score"] for row in result.trials if row["part"] == f"fold {number}"] == scores
+            assert np.array_equal(result.predicted[test], expected.predicted)
+            assert np.array_equal(result.probabilities[test], expected.probability, equal_nan=True)
+            assert (result.fold[test] == number).all()
+        for draw, (_, _, value), predicted in zip(prepared.draws, result.curve, result.draw_predicted, strict=True):
+            expected = naive(draw.train, draw.test)[2].predicted
+            assert np.array_equal(predicted, expected.astype(np.float32))
+            assert value == auc(task.labels[draw.test], expected)
 
 
 def test_predictions_for_a_fold_do_not_depend_on_its_labels():
@@ -189,6 +224,4 @@ def test_predictions_for_a_fold_do_not_depend_on_its_labels():
     _, test = prepared.folds[0]
     task.labels[test] = 1 - task.labels[test]
     changed = replace(prepared, table=replace(prepared.table, labels=task.labels))
-    rows = trials(changed)
-    inner = np.stack([row["inner"] for row in rows])[:, 0]
-    np.testing.assert_allclose(rows[int(inner.argmax())]["predicted"][test], before.predicted[test])
+    np.testing.assert_allclose(search(changed).predicted[test], before.predicted[test])

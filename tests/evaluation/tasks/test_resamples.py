@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluation.protocols.nested_cv import NestedCVResult, choose, prepare, trial
-from evaluation.protocols.probes import linear
+from evaluation.protocols.nested_cv import NestedCVResult, prepare, search_task
+from evaluation.protocols.probes import Probe, linear
 from evaluation.protocols.results import resample_rows
 from evaluation.statistics.metrics import auc
 from evaluation.tasks.folds import outer_folds
@@ -120,11 +120,10 @@ def test_permuted_features_are_exchanged_between_groups():
 def test_the_resamples_of_a_search_are_those_of_separate_searches(kind):
     task = task_of(kind, scans=2)
     features = np.random.default_rng(1).normal(size=(len(task.rows), 3)) + task.labels[:, None]
-    grid = [{"penalty": 1.0}, {"penalty": 1000.0}]
+    probe = Probe(linear, [{"penalty": 1.0}, {"penalty": 1000.0}])
 
     def search(prepared):
-        data = {"tasks": {"t": prepared}, "model": linear}
-        return choose([trial({"task": "t", "params": params}, data) for params in grid], prepared)
+        return search_task(prepared, probe)
 
     asked = {"folds": 5, "sizes": [], "draws": 1, "seed": 0}
     prepared = prepare(task, features, **asked, resampling=Resampling(2, 5, 1))

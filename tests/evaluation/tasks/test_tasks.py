@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from evaluation.protocols.evaluate import _make_context
-from evaluation.protocols.nested_cv import choose, prepare, trial
-from evaluation.protocols.probes import linear
+from evaluation.protocols.nested_cv import prepare, search_task
+from evaluation.protocols.probes import Probe, linear
 from evaluation.protocols.settings import EvaluationSettings
 from evaluation.statistics.metrics import site_leakage
 from evaluation.tasks.columns import as_numbers
@@ -185,8 +185,8 @@ def test_few_people_of_a_site_count_as_people_not_as_scans_and_perfect_features_
     assert task.left_out == ["island 1"]
     features = np.eye(2)[task.labels]
     prepared = prepare(task, features, folds=5, sizes=[], draws=1, seed=0)
-    rows = [trial({"task": "t", "params": {"penalty": 1.0}}, {"tasks": {"t": prepared}, "model": linear})]
-    assert site_leakage(task.labels, choose(rows, prepared).predicted) == 1.0
+    found = search_task(prepared, Probe(linear, [{"penalty": 1.0}]))
+    assert site_leakage(task.labels, found.predicted) == 1.0
 
 
 def test_a_fixed_test_set_needs_a_class_on_both_sides_only(tmp_path):
