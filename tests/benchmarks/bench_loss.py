@@ -24,6 +24,7 @@ from torch import Tensor
 from pretrain.kernels import KERNELS
 from pretrain.losses.contrastive import y_aware_infonce
 from pretrain.losses.gather import AllGather
+from tests import memory
 from tests.distributed.ranks import Ranks
 
 DEPTH = 128
@@ -77,9 +78,8 @@ def peak_bytes(device: str, reset: bool = False) -> int:
             torch.cuda.reset_peak_memory_stats()
         return int(torch.cuda.max_memory_allocated())
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        memory.reset_peak()
+    return memory.peak_bytes()
 
 
 def measure(form: str, scans: int, device: str, repeats: int) -> dict[str, float]:

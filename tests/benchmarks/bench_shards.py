@@ -38,6 +38,7 @@ from data_pipeline.simulation.cohort import simulate_cohort
 from data_pipeline.storage.manifest import Manifest, write_manifest
 from data_pipeline.volume.grid import Grid
 from infra import ray_cluster
+from tests.memory import peak_bytes
 
 GRID = Grid.vbm(1.5)
 MIB = 2**20
@@ -120,9 +121,7 @@ def _watch_workers(peak: list[int], stop: threading.Event) -> None:
         for process in psutil.Process().children(recursive=True):
             try:
                 if process.name().startswith("ray::build_one"):
-                    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                    line = next(line for line in lines if line.startswith("VmHWM"))
-                    peak[0] = max(peak[0], 1024 * int(line.split()[1]))
+                    peak[0] = max(peak[0], peak_bytes(process.pid))
             except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError, StopIteration):
                 continue
 

@@ -9,7 +9,6 @@ import copy
 import gzip
 import io
 import json
-import resource
 import time
 
 import nibabel
@@ -24,6 +23,7 @@ from data_pipeline.volume.decoders import DECODERS, decode
 from infra.errors import UserError
 from pretrain.weights.schema import check_config, check_preprocessing_file
 from tests.cohorts import GRID
+from tests.memory import peak_bytes, reset_peak
 from tests.pretrain.weights.encoders import CONFIG, PREPROCESSING
 
 SECONDS, BYTES = 10.0, 2 * 2**30
@@ -69,7 +69,8 @@ def changed(content, todo):
 
 def holds_or_refuses(function, *errors):
     """Call a reader; only these errors, of one short line, may come, within time and memory."""
-    started, message = time.monotonic(), ""
+    reset_peak()
+    held, started, message = peak_bytes(), time.monotonic(), ""
     try:
         function()
     except errors as error:
@@ -77,7 +78,7 @@ def holds_or_refuses(function, *errors):
     assert "\n" not in message
     assert len(message) < 1000
     assert time.monotonic() - started < SECONDS
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < BYTES
+    assert peak_bytes() - held < BYTES
 
 
 def examples(count):

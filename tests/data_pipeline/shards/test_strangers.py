@@ -247,8 +247,9 @@ MEMBERS = {
     "no frame": lambda: b"not zstd at all",
 }
 READER = """
-import resource, sys
+import sys
 from data_pipeline.storage.manifest import Manifest
+from tests.memory import peak_bytes
 manifest = Manifest.load(sys.argv[1])
 row = int(manifest.scans.index[manifest.scans["key"] == sys.argv[2]][0])
 try:
@@ -257,7 +258,7 @@ except Exception as error:
     print(type(error).__name__, str(error)[:200])
 else:
     print("read")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(peak_bytes() >> 20)
 """
 
 

@@ -120,15 +120,17 @@ def test_weights_are_compared_before_the_network_is_built(folder, options):
     (folder / "config.json").write_text(json.dumps(content))
     renew(folder)
     code = """
-        import resource, sys
+        import sys
         from infra.errors import UserError
         from pretrain.weights.encoder import Encoder
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        from tests.memory import peak_bytes, reset_peak
+        reset_peak()
+        before = peak_bytes()
         try:
             Encoder.from_pretrained(sys.argv[1])
         except UserError as error:
             print(error)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+        print((peak_bytes() - before) >> 20)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(folder)],
