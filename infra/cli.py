@@ -21,6 +21,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "launch": ("pretrain.launch.cli", "pretrain an encoder from a recipe, on the hosts of a hostfile"),
     "export": ("pretrain.weights.cli", "copy the encoder of a checkpoint into a folder (safetensors)"),
     "embed": ("pretrain.weights.cli", "compute features of scans with an exported encoder"),
+    "readouts": ("pretrain.readouts.cli", "fit predictions of the proxies (age, ...) to an encoder's features"),
     "import-weights": ("pretrain.weights.cli", "convert published weights (BHB-10K) into an exported encoder"),
     "evaluate": ("evaluation.cli", "evaluate checkpoints on downstream tasks and log the results to MLflow"),
     "compare": ("evaluation.compare_cli", "compare evaluated checkpoints: tables, LaTeX and an HTML report"),
