@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -148,6 +149,7 @@ class PooledEncoder(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.trunk = trunk
+        self.channels = channels
         self.feature_size = channels * (2 if pooling == "mean+max" else 1)
         self.name, self.norm, self.pooling = name, norm, pooling
         self.smallest, self.multiple, self.channels_last = smallest, multiple, channels_last
@@ -158,6 +160,21 @@ class PooledEncoder(nn.Module):
 
     def forward(self, volumes_N1DHW: torch.Tensor) -> torch.Tensor:
         """Return the features (N, feature_size) of volumes (N, 1, D, H, W)."""
+        return POOLINGS[self.pooling](self._trunk_output(volumes_N1DHW))
+
+    def map_and_features(self, volumes_N1DHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the last feature map (N, C, d, h, w) and the features (N, feature_size) of volumes (N, 1, D, H, W).
+
+        The map covers the padded volume (`padding_of`). A transformer's tokens are put on their grid, without the class token.
+        """
+        output = self._trunk_output(volumes_N1DHW)
+        features = POOLINGS[self.pooling](output)
+        if output.ndim == 3:
+            sides = [-(-side // self.multiple) for side in volumes_N1DHW.shape[2:]]
+            output = output[:, :, -math.prod(sides) :].reshape(*output.shape[:2], *sides)  # a class token comes first
+        return output, features
+
+    def _trunk_output(self, volumes_N1DHW: torch.Tensor) -> torch.Tensor:
         check_sides(self.name, self.norm, self.smallest, tuple(volumes_N1DHW.shape[2:]))
         if self.norm == "sync-batch" and self.training and not volumes_N1DHW.is_cuda:
             raise UserError(NO_SYNC_ON_CPU)
@@ -165,7 +182,8 @@ class PooledEncoder(nn.Module):
         if self.channels_last:
             # With one channel both layouts have the same order in memory, so that .contiguous() would change nothing.
             volumes = torch.empty_like(volumes, memory_format=torch.channels_last_3d).copy_(volumes)
-        return POOLINGS[self.pooling](self.trunk(volumes))
+        output: torch.Tensor = self.trunk(volumes)
+        return output
 
 
 NO_SYNC_ON_CPU = (
@@ -191,8 +209,11 @@ def pad_to(volumes: torch.Tensor, multiple: int) -> torch.Tensor:
 
     The minimum would not do as padding: in a view with noise it is an outlier, and it differs between the two views.
     """
-    padding: list[int] = []
-    for side in reversed(volumes.shape[2:]):
-        lacking = -side % multiple
-        padding += [lacking // 2, lacking - lacking // 2]
+    padding = [voxels for axis in reversed(padding_of(volumes.shape[2:], multiple)) for voxels in axis]
     return nn.functional.pad(volumes, padding, mode="replicate") if any(padding) else volumes
+
+
+def padding_of(sides: Sequence[int], multiple: int) -> list[tuple[int, int]]:
+    """Return how many voxels `pad_to` adds before and after each side."""
+    lacking = [-side % multiple for side in sides]
+    return [(voxels // 2, voxels - voxels // 2) for voxels in lacking]
