@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store, TCPStore, register_rendezvous_handler
+from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed.rendezvous import register_rendezvous_handler
 
 from infra.distributed import is_loopback, rank, world_size
 
@@ -33,14 +34,18 @@ def _meet(url: str, timeout: timedelta = timedelta(minutes=10), **_: Any) -> Ite
 
     Raises OSError if ``MASTER_PORT`` is taken.
     """
-    port, options = int(os.environ["MASTER_PORT"]), {}
+    port, handle = int(os.environ["MASTER_PORT"]), None
     if rank() == 0:
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((LOOPBACK, port))
         listener.listen(socket.SOMAXCONN)
-        options["master_listen_fd"] = listener.detach()  # the store closes it
-    yield TCPStore(LOOPBACK, port, world_size(), rank() == 0, timeout, **options), rank(), world_size()
+        handle = listener.detach()  # the store closes it
+    yield (
+        TCPStore(LOOPBACK, port, world_size(), rank() == 0, timeout, master_listen_fd=handle),
+        rank(),
+        world_size(),
+    )
 
 
-register_rendezvous_handler(SCHEME, _meet)
+register_rendezvous_handler(SCHEME, _meet)  # type: ignore[no-untyped-call]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from infra.distributed import loopback_of_gloo, unchanged_environment
 from infra.errors import UserError
 from infra.extensions import extensions_folder
 from infra.processes.with_parent import command_with_parent
+from infra.scratch import scratch_folder
 from infra.watchdog.exit_note import read_notes, remove_notes
 from pretrain.launch.launchers import LAUNCHERS, Job, Launcher
 from pretrain.launch.orphans import end_orphans
@@ -51,8 +51,8 @@ def start_recipe(recipe: Recipe, ranks: int) -> JobEnd:
     from pretrain.config import check_world_size
 
     check_world_size(recipe.batch.global_, ranks)
-    with tempfile.TemporaryDirectory(prefix="yaware-") as folder:
-        path = Path(folder) / "recipe.yaml"
+    with scratch_folder("recipe") as folder:
+        path = folder / "recipe.yaml"
         recipe.save(path)
         return start_on_this_host([str(path)], ranks, Path(recipe.run.output))
 
