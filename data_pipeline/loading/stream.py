@@ -41,8 +41,8 @@ from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.reader import VolumeReader
 from data_pipeline.storage.remote import is_remote
 from infra.errors import UserError
+from infra.processes.scratch import scratch_folder
 from infra.random_streams import SHARD_ORDER, generator
-from infra.scratch import scratch_folder
 
 
 class StreamedMember(NamedTuple):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from evaluation.protocols.variant import ProtocolVariant
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, Statistic
 from infra.errors import UserError
-from infra.scratch import scratch_folder
+from infra.processes.scratch import scratch_folder
 from infra.tracking import runs as store
 from infra.tracking.faults import hide_password
 

@@ -22,8 +22,8 @@ from evaluation.tasks.leakage import check_leakage
 from evaluation.tasks.tasks import Task, load_task
 from infra.errors import UserError
 from infra.files import sha256_of
+from infra.processes.scratch import scratch_folder
 from infra.progress import Progress
-from infra.scratch import scratch_folder
 from infra.tracking import runs
 from infra.tracking.tracker import Tracker, default_uri
 from pretrain.weights.encoder import Encoder

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
 from infra.files import atomic_write
+from infra.processes.scratch import scratch_folder
 from infra.progress import Progress
-from infra.scratch import scratch_folder
 
 SLAB = 65_536  # voxels multiplied at a time
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from infra.distributed import loopback_of_gloo, unchanged_environment
 from infra.errors import UserError
 from infra.extensions import extensions_folder
+from infra.processes.scratch import scratch_folder
 from infra.processes.with_parent import command_with_parent
-from infra.scratch import scratch_folder
 from infra.watchdog.exit_note import read_notes, remove_notes
 from pretrain.launch.launchers import LAUNCHERS, Job, Launcher
 from pretrain.launch.orphans import end_orphans

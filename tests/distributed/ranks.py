@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from infra.scratch import scratch_folder
+from infra.processes.scratch import scratch_folder
 
 TIMEOUT_S = 120
 

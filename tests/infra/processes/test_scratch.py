@@ -10,10 +10,12 @@ import sys
 import pytest
 
 from infra.errors import UserError
-from infra.scratch import PREFIX, scratch_folder
+from infra.processes.scratch import PREFIX, scratch_folder
 from tests.runs import ROOT, environment
 
-KEEP_ONE = "from infra.scratch import scratch_folder\nwith scratch_folder('x') as f: print(f, flush=True); input()"
+KEEP_ONE = (
+    "from infra.processes.scratch import scratch_folder\nwith scratch_folder('x') as f: print(f, flush=True); input()"
+)
 
 
 @pytest.fixture
