@@ -103,6 +103,8 @@ class ProxySection:
     covariance: list[list[float]] | Literal["scott", "silverman"] | None = None  # multivariate-gaussian
     otherwise: float | None = None  # kernel same: weight of a pair whose proxies differ
     same: float | None = None  # kernel different: weight of a pair whose proxies are equal
+    # Weight of a pair of scans of which one lacks this proxy. null: 0; 1: such pairs are compared by the other proxies alone.
+    missing: float | None = Field(default=None, ge=0, le=1)
 
     def options(self) -> dict[str, Any]:
         """Return the options that are set, as arguments of pretrain.losses.proxies.build_kernel."""

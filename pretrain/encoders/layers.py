@@ -202,6 +202,28 @@ class PooledEncoder(nn.Module):
 
     def forward(self, volumes_N1DHW: torch.Tensor) -> torch.Tensor:
         """Return the features (N, feature_size) of volumes (N, 1, D, H, W)."""
+        return self._pooled(self._trunk_output(volumes_N1DHW), volumes_N1DHW.shape[2:])
+
+    def map_and_features(self, volumes_N1DHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the last feature map (N, C, d, h, w) and the features (N, feature_size) of volumes (N, 1, D, H, W).
+
+        The map covers the padded volume (`padding_of`). A transformer's tokens are put on their grid, without the class token.
+        """
+        output, sides = self._trunk_output(volumes_N1DHW), volumes_N1DHW.shape[2:]
+        return as_map(output, self.patches(sides)), self._pooled(output, sides)
+
+    def _pooled(self, output: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
+        """Return the features (N, feature_size) of the trunk's output for volumes of some sides in voxels."""
+        features = POOLINGS[self.pooling](as_map(output, self.patches(sides)) if self.pooling in SPATIAL else output)
+        if features.shape[1] != self.feature_size:
+            found = "x".join(map(str, sides))
+            raise UserError(
+                f"this {self.name} without pooling has {self.feature_size} features, and scans of {found} voxels give it "
+                f"{features.shape[1]}; it can be used only on scans of the grid in encoder.options.grid"
+            )
+        return features
+
+    def _trunk_output(self, volumes_N1DHW: torch.Tensor) -> torch.Tensor:
         check_sides(self.name, self.norm, self.smallest, tuple(volumes_N1DHW.shape[2:]))
         if self.norm == "sync-batch" and self.training and not volumes_N1DHW.is_cuda:
             raise UserError(NO_SYNC_ON_CPU)
@@ -209,17 +231,8 @@ class PooledEncoder(nn.Module):
         if self.channels_last:
             # With one channel both layouts have the same order in memory, so that .contiguous() would change nothing.
             volumes = torch.empty_like(volumes, memory_format=torch.channels_last_3d).copy_(volumes)
-        output = self.trunk(volumes)
-        if self.pooling in SPATIAL:
-            output = as_map(output, self.patches(volumes_N1DHW.shape[2:]))
-        features = POOLINGS[self.pooling](output)
-        if features.shape[1] != self.feature_size:
-            found = "x".join(map(str, volumes_N1DHW.shape[2:]))
-            raise UserError(
-                f"this {self.name} without pooling has {self.feature_size} features, and scans of {found} voxels give it "
-                f"{features.shape[1]}; it can be used only on scans of the grid in encoder.options.grid"
-            )
-        return features
+        output: torch.Tensor = self.trunk(volumes)
+        return output
 
 
 NO_SYNC_ON_CPU = (
@@ -245,8 +258,11 @@ def pad_to(volumes: torch.Tensor, multiple: int) -> torch.Tensor:
 
     The minimum would not do as padding: in a view with noise it is an outlier, and it differs between the two views.
     """
-    padding: list[int] = []
-    for side in reversed(volumes.shape[2:]):
-        lacking = -side % multiple
-        padding += [lacking // 2, lacking - lacking // 2]
+    padding = [voxels for axis in reversed(padding_of(volumes.shape[2:], multiple)) for voxels in axis]
     return nn.functional.pad(volumes, padding, mode="replicate") if any(padding) else volumes
+
+
+def padding_of(sides: Sequence[int], multiple: int) -> list[tuple[int, int]]:
+    """Return how many voxels `pad_to` adds before and after each side."""
+    lacking = [-side % multiple for side in sides]
+    return [(voxels // 2, voxels - voxels // 2) for voxels in lacking]
