@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from evaluation.tasks.leakage import check_leakage
 from evaluation.tasks.tasks import Task, load_task
 from infra.errors import UserError
 from infra.files import sha256_of
+from infra.processes.scratch import scratch_folder
 from infra.progress import Progress
 from infra.tracking import runs
 from infra.tracking.tracker import Tracker, default_uri
@@ -78,8 +78,8 @@ def add_saliency(
         encoder, manifest, task, features=features, train=train, test=test, params=params, cubes=cubes
     )  # fmt: skip
     tracker = Tracker.open(uri, experiment, str(run["name"]), run_id=run["run_id"])
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / f"saliency_{task.name}.npz"
+    with scratch_folder("saliency") as temporary:
+        path = temporary / f"saliency_{task.name}.npz"
         np.savez_compressed(path, allow_pickle=False, **maps)
         tracker.log_artifact(path, "evaluation")
         tracker.end()
@@ -180,8 +180,8 @@ def _find_evaluation(
         reasons.add(reason or "one is of other tasks")
         if reason:
             continue
-        with tempfile.TemporaryDirectory() as temporary:
-            path = runs.download(uri, run["run_id"], "evaluation", Path(temporary))
+        with scratch_folder("saliency") as temporary:
+            path = runs.download(uri, run["run_id"], "evaluation", temporary)
             predictions, trials = pd.read_parquet(path / "predictions.parquet"), pd.read_csv(path / "trials.csv")
         if task.name in set(predictions["task"]):
             fold = trials[(trials["task"] == task.name) & (trials["part"] == "fold 0")]
