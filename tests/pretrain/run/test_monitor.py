@@ -14,8 +14,6 @@ from data_pipeline.loading.order import EveryScan
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError
 from pretrain.config import MonitorSection, load_recipe
-from pretrain.encoders.layers import PooledEncoder
-from pretrain.encoders.pooling import POOLINGS
 from pretrain.engine import engine
 from pretrain.engine.ema import Average
 from pretrain.engine.engine import NotFinite
@@ -75,42 +73,6 @@ def test_a_moving_average_is_encoded_instead_of_the_engines_encoder(trained, man
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
     plain = encode(trained, manifest, rows, device=CPU, dtype=torch.float32, batch=2)
     assert not np.allclose(found, plain, rtol=1e-4, atol=1e-5)
-
-
-def test_the_monitor_pools_the_last_map_as_its_recipe_says(one_rank, manifest):
-    recipe = load_recipe("demo-cpu", SMALL)
-    trained = engine.build_engine(recipe, build_model(recipe), lr_factor(recipe.optimizer, 20, 10))
-    torch.manual_seed(0)
-    trunk = torch.nn.Sequential(torch.nn.Conv3d(1, 3, 3, stride=2, padding=1))
-    network = PooledEncoder(trunk, 3, name="small", norm="group", pooling="mean")
-    rows = np.array([5, 0, 9])
-    found = encode(trained, manifest, rows, device=CPU, dtype=torch.float32, batch=2, encoder=network, pooling="grid2")
-    with torch.no_grad():
-        maps = torch.cat([trunk(part) for _, part in volumes(manifest, rows, 1)])
-    np.testing.assert_allclose(found, POOLINGS["grid2"](maps).numpy(), rtol=1e-4, atol=1e-5)
-    assert found.shape == (3, 3 * 8)
-
-
-@pytest.mark.parametrize(
-    ("override", "text"),
-    [
-        ("--monitor.pooling=grid", r"monitor.pooling='grid' is not known \(did you mean 'grid\d'\?\); allowed: mean"),
-        (
-            "--monitor.pooling=grid2",
-            "pooling grid2 needs a map of 2 or more positions along each side, and the map is 1x1x1",
-        ),
-        ("--encoder.options.pooling=grid3", "pooling grid3 needs a map of 3 or more"),
-        ("--encoder.options.pooling=none", "pooling='none' needs encoder.options.grid"),
-        (
-            "--encoder.options={pooling: none, grid: [30, 36, 30]}",
-            r"encoder.options.grid=\[30, 36, 30\] is not the grid of the scans, \[\d+, \d+, \d+\], which pooling none needs",
-        ),
-    ],
-)
-def test_a_pooling_that_does_not_fit_the_scans_is_refused_by_the_plan(shards, tmp_path, override, text):
-    settings = [f"--data.shards={shards}", f"--run.output={tmp_path / 'run'}", "--monitor.every_epochs=1"]
-    with pytest.raises(UserError, match=text):
-        make_plan(load_recipe("demo-cpu", [*SMALL, *settings, "--monitor.split=downstream", override]), 1)
 
 
 def test_probes_predict_labels_that_are_in_the_features_and_no_others():
