@@ -192,6 +192,8 @@ class MonitorSection:
     # Alarm if the embeddings' standard deviation (1: spread evenly over the sphere, 0: all equal) is below this
     collapse_below: float = Field(default=0.05, ge=0, lt=1)
     batch: int = Field(default=8, ge=1)  # scans that a rank encodes at a time
+    # Pooling of the encoder's last map for the probes: grid2 to grid8, none, max, std; mean: the encoder's own features
+    pooling: str = "mean"
 
 
 @dataclass(config=_strict)

@@ -128,7 +128,7 @@ class StreamSource:
             if isinstance(voxels, str):
                 bad.append((row, voxels))
                 row, voxels = self._replacement(step, row, epoch, in_batch, bad)
-            samples.append(Sample(row, bad, self.view_sampler.arrays(voxels, row, epoch)))
+            samples.append(Sample(row, bad, epoch, self.view_sampler.arrays(voxels, row, epoch)))
         return samples
 
     def _next(self, position: int) -> tuple[int, int, Any]:
