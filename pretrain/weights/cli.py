@@ -104,7 +104,12 @@ def _embed_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="table to write, .tsv or .parquet; default: .tsv on standard output")
     parser.add_argument("--layer", help="a block inside the network; default: its end")
-    parser.add_argument("--pooling", nargs="+", default=["mean"], help="of a block: mean, max, std (default: mean)")
+    parser.add_argument(
+        "--pooling",
+        nargs="+",
+        default=["mean"],
+        help="of a block: mean, max, std, grid2 to grid8, none (default: mean; without --layer the encoder's own features)",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="scans per forward pass (default: 8)")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--workers", type=int, help="threads that read ahead (default: one per core, at most 8)")
