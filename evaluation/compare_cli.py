@@ -53,6 +53,9 @@ def saliency(arguments: list[str]) -> int:
     parser.add_argument("--scans", type=int, default=16, help="held-out scans to average over (default: 16)")
     parser.add_argument("--cubes", type=int, default=6, help="cubes along the longest side of the volume (default: 6)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of scans (default: 0)")
+    parser.add_argument(
+        "--cache", type=Path, help="folder of computed features (default: .features in the shards, or the user's cache)"
+    )
     parser.add_argument("--tracking-uri", help=STORE)
     options = parser.parse_args(arguments)
     for name in ("scans", "cubes"):
@@ -63,6 +66,7 @@ def saliency(arguments: list[str]) -> int:
     maps = add_saliency(
         options.checkpoint, options.shards, options.task, experiment=options.experiment,
         tracking_uri=options.tracking_uri, scans=options.scans, cubes=options.cubes, seed=options.seed,
+        cache=options.cache,
     )  # fmt: skip
     print(
         f"saliency: {options.task}: map of {int(maps['scans'])} scans with cubes of {int(maps['side'])} voxels a side, stored "

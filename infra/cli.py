@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from infra.errors import UserError, nearest
+from infra.lean_imports import own_process
 
 # subcommand -> (module with its COMMANDS table, one line of help)
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
@@ -72,6 +73,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    own_process()
     print_any_text()
     sys.exit(run(sys.argv[1:]))
 

@@ -8,6 +8,7 @@ import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
@@ -130,7 +131,19 @@ def single_process_environment() -> dict[str, str]:
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     values = {name: os.environ.get(name, default) for name, default in defaults.items()}
     values["MASTER_PORT"] = os.environ.get("MASTER_PORT") or str(free_port())
+    if is_loopback(values["MASTER_ADDR"]) and "GLOO_SOCKET_IFNAME" not in os.environ:
+        values |= loopback_of_gloo()
     return values
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address or a host name is that of the loopback interface, which other hosts do not reach."""
+    return address == "localhost" or address.startswith("127.")
+
+
+def loopback_of_gloo() -> dict[str, str]:
+    """Return the variable that lets gloo listen on the loopback interface; none where its name is not ``lo``."""
+    return {"GLOO_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").exists() else {}
 
 
 @contextmanager

@@ -22,6 +22,7 @@ EPOCH_ORDER = 0x04DE4  # permutation of the scans in an epoch; counter: epoch
 BALANCED_ORDER = 0xBA1A  # order of groups, and first session of each subject; counter: epoch + 1
 SHARD_ORDER = 0x57EA  # order of the shards in an epoch of a sequential reader; counter: epoch
 AUGMENTATION = 0xA06  # parameters of one augmented view; counter: epoch, scan, view
+MASKED_PATCHES = 0xA08  # patches of a view that pretraining masks; counter: epoch, scan, view
 NOISE_BANK = 0xA07  # standard normal voxels from which the noise of all views is cut
 SIMULATED_ORDER = 0x51A1  # order in which diagnoses are given to simulated participants
 SIMULATED_PERSON = 0x51A2  # age, sex, sessions and regional deviations; counter: participant

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from infra.distributed import loopback_of_gloo
 from infra.errors import UserError
 from infra.files import short_temporary_folder
 from infra.lean_imports import quiet_imports
@@ -54,12 +55,13 @@ def session(workers: int | None = None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    address = os.environ.get("RAY_ADDRESS")
+    one_host = {} if address else loopback_of_gloo()
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": WORKER_THREADS},
+        "runtime_env": {"env_vars": {**WORKER_THREADS, **one_host}},
     }
-    address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_reachable(address)
         try:
@@ -71,10 +73,11 @@ def session(workers: int | None = None) -> Iterator[Any]:
             ) from None
     else:
         os.environ.setdefault("RAY_TMPDIR", str(short_temporary_folder("RAY_TMPDIR")))
-        ray.init(
-            address="local", num_cpus=workers or len(os.sched_getaffinity(0)), include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES, **options,
-        )  # fmt: skip
+        with _on_loopback(ray):
+            ray.init(
+                address="local", num_cpus=workers or len(os.sched_getaffinity(0)), include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES, **options,
+            )  # fmt: skip
     from infra.processes.guard import guard_session
 
     guard = None if address else guard_session()
@@ -85,6 +88,27 @@ def session(workers: int | None = None) -> Iterator[Any]:
         if guard and guard.stdin:
             guard.stdin.close()
             guard.wait()
+
+
+@contextmanager
+def _on_loopback(ray: Any) -> Iterator[None]:
+    """Let a local cluster that starts within the block listen on 127.0.0.1 only, where no other host reaches it.
+
+    Ray listens on all addresses unless the address of its node is 127.0.0.1. It replaces that address by the host's own, also
+    in ``_node_ip_address``, unless it is told that the platform has no clusters, as on macOS.
+    """
+    constants = ray._private.ray_constants
+    variable = str(constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
+    before, constant = os.environ.get(variable), constants.ENABLE_RAY_CLUSTER
+    os.environ[variable], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = constant
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 _cluster_on_demand: Callable[[], Any] | None = None

@@ -103,6 +103,8 @@ class ProxySection:
     covariance: list[list[float]] | Literal["scott", "silverman"] | None = None  # multivariate-gaussian
     otherwise: float | None = None  # kernel same: weight of a pair whose proxies differ
     same: float | None = None  # kernel different: weight of a pair whose proxies are equal
+    # Weight of a pair of scans of which one lacks this proxy. null: 0; 1: such pairs are compared by the other proxies alone.
+    missing: float | None = Field(default=None, ge=0, le=1)
 
     def options(self) -> dict[str, Any]:
         """Return the options that are set, as arguments of pretrain.losses.proxies.build_kernel."""
@@ -190,6 +192,8 @@ class MonitorSection:
     # Alarm if the embeddings' standard deviation (1: spread evenly over the sphere, 0: all equal) is below this
     collapse_below: float = Field(default=0.05, ge=0, lt=1)
     batch: int = Field(default=8, ge=1)  # scans that a rank encodes at a time
+    # Pooling of the encoder's last map for the probes: grid2 to grid8, none, max, std; mean: the encoder's own features
+    pooling: str = "mean"
 
 
 @dataclass(config=_strict)

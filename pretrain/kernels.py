@@ -1,9 +1,9 @@
 """Kernels: how related two scans are, computed from their proxies.
 
 A kernel maps ``(proxies_a (A, P), proxies_b (B, P))`` to weights (A, B) in [0, 1]. The weights are symmetric, 1 for equal
-proxies, decrease with the distance of the proxies, and are 0 if a proxy of either scan is missing (NaN). A kernel compares
-*different* scans. The losses (`pretrain.losses.contrastive`) give the two views of one scan weight 1; a scan with a missing
-proxy therefore has its own other view as its only positive.
+proxies, decrease with the distance of the proxies, and are 0 if a proxy of either scan is missing (NaN), unless `with_missing`
+gives such pairs another weight. A kernel compares *different* scans. The losses (`pretrain.losses.contrastive`) give the two
+views of one scan weight 1; a scan with a missing proxy therefore has its own other view as its only positive.
 
 A, B = scans, P = proxies.
 """
@@ -162,7 +162,7 @@ class CategoryKernel:
         equal = torch.ones(len(proxies_a), len(proxies_b), dtype=torch.bool, device=proxies_a.device)
         for column in range(proxies_a.shape[1]):
             equal &= proxies_a[:, column, None] == proxies_b[None, :, column]
-        weights = torch.where(equal, self.same, self.different).to(proxies_a.dtype)
+        weights = torch.where(equal, proxies_a.new_tensor(self.same), proxies_a.new_tensor(self.different))
         return weights.masked_fill(~_all_present(proxies_a, proxies_b), 0.0)
 
 
@@ -223,10 +223,31 @@ def multivariate_gaussian(covariance: Sequence[Sequence[float]]) -> WhitenedKern
 
 
 @dataclass(frozen=True)
+class MissingKernel:
+    """``kernel``, with the weight ``weight`` for a pair of scans of which a proxy is missing, instead of 0."""
+
+    kernel: Kernel
+    weight: float
+
+    def __call__(self, proxies_a: Tensor, proxies_b: Tensor) -> Tensor:
+        weights = self.kernel(proxies_a, proxies_b)
+        return weights.masked_fill(~_all_present(proxies_a, proxies_b), self.weight)
+
+
+def with_missing(kernel: Kernel, weight: float) -> MissingKernel:
+    """Give pairs with a missing proxy a weight of their own; 1 leaves the proxy out of a product for these pairs.
+
+    Raises UserError if the weight is not in [0, 1].
+    """
+    return MissingKernel(kernel, _check_weight("missing", weight))
+
+
+@dataclass(frozen=True)
 class ProductKernel:
     """w = Π_f k_f(a_f, b_f): each factor is a kernel and the columns of the proxies that it compares.
 
-    If any proxy is missing, w = 0. Raises UserError, when called, if the factors do not cover each column exactly once.
+    If any proxy is missing, w = 0, except where a factor is a `MissingKernel`. Raises UserError, when called, if the factors do
+    not cover each column exactly once.
     """
 
     factors: tuple[tuple[Kernel, tuple[int, ...]], ...]

@@ -16,6 +16,7 @@ import torch
 from infra import distributed, watchdog
 from infra.cli import print_any_text
 from infra.errors import LoaderError, UserError
+from infra.lean_imports import own_process
 from infra.processes.limits import raise_open_files
 from infra.processes.with_parent import end_with_parent
 from pretrain.config import Recipe, load_recipe
@@ -158,5 +159,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
+    own_process()
     print_any_text()
     sys.exit(main(sys.argv[1:]))

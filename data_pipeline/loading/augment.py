@@ -66,6 +66,10 @@ class Augmentation:
     def __hash__(self) -> int:
         return hash(tuple(self._settings.items()))
 
+    def without(self, name: str) -> Augmentation:
+        """Return these settings with one operator left out; what the others draw stays the same."""
+        return Augmentation(**{kept: self._settings[kept] for kept in self.operators if kept != name})
+
     def __repr__(self) -> str:
         used = ", ".join(f"{name}={self._settings[name]}" for name in self.operators)
         return f"Augmentation({used})"

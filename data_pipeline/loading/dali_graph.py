@@ -7,7 +7,10 @@ graph runs on the CPU and on a GPU. nvidia.dali is imported only here and inside
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +49,7 @@ class AugmentPipeline:
             lambda iteration: list(zip(*source(iteration), strict=True)), settings, shape, gpu
         )
         self._pipeline.build()
+        _remove_generated_sources()
         self._gpu = gpu
 
     def run(self) -> torch.Tensor:
@@ -59,6 +63,18 @@ class AugmentPipeline:
     def close(self) -> None:
         """Free the graph's memory."""
         self._pipeline = None
+
+
+def _remove_generated_sources() -> None:
+    """Remove the source files in TMPDIR that DALI has made of the graph's conditions, and has loaded.
+
+    DALI removes them at the end of the process, so they would stay behind a process that is killed or ends by ``os._exit``.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("__autograph_generated_file") and module.__file__:
+            compiled = importlib.util.cache_from_source(module.__file__)
+            for path in (Path(module.__file__), Path(compiled)):
+                path.unlink(missing_ok=True)
 
 
 def _graph(source: Any, settings: Augmentation, shape: Sequence[int], gpu: bool) -> tuple[Any, Any]:

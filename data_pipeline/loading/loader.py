@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ from data_pipeline.volume.intensity import zscore
 from infra.errors import LoaderError, UserError, nearest
 
 READERS = ("index", *SEQUENTIAL)
+# (row numbers (B,), how often each scan was shown before (B,)) -> arrays by name
+Details = Callable[[NDArray[np.int64], NDArray[np.int64]], dict[str, NDArray[Any]]]
 TOLERATED_BAD_SCANS = 3  # this many unreadable scans never stop a run, however small the data set
 
 
@@ -34,7 +36,7 @@ class TwoViewLoader:
     - ``proxies`` (B, P) float32, NaN where missing;
     - ``scan`` (B,) int64, row numbers of scans.parquet.
 
-    B is this rank's share of ``global_batch``.
+    and what ``details`` adds. B is this rank's share of ``global_batch``.
 
     With ``reader="index"``, which scans a step sees and how they are augmented depends only on (seed, step): the ranks'
     batches together are the same for every number of ranks, and ``start_step`` or ``load_state_dict`` continue exactly where
@@ -75,6 +77,8 @@ class TwoViewLoader:
             every scan once per epoch.
         buffer: number of scans that a sequential reader holds for shuffling.
         max_bad_share: largest share of unreadable scans.
+        details: called with the batch's row numbers (B,) and how often each scan was shown before (B,); the arrays that it
+            returns are added to the batch (``data_pipeline.loading.view_details``).
 
     Raises:
         UserError: if an argument is invalid.
@@ -100,6 +104,7 @@ class TwoViewLoader:
         order: Order | None = None,
         buffer: int = 256,
         max_bad_share: float = 0.001,
+        details: Details | None = None,
     ) -> None:
         _check(rows, device, reader, order)
         settings = augmentation if isinstance(augmentation, Augmentation) else load_augmentation(augmentation)
@@ -123,7 +128,10 @@ class TwoViewLoader:
         self._threaded = device == "cpu" and self._workers > 0
         self._thread: ThreadPoolExecutor | None = None
         self._next_views: Future[torch.Tensor] | None = None
-        self._delivered: dict[int, NDArray[np.int64]] = {}
+        self._details = details
+        self._delivered: dict[
+            int, tuple[NDArray[np.int64], NDArray[np.int64]]
+        ] = {}  # step -> rows, and how often shown
         self.step = start_step
         self.wait_seconds = 0.0
 
@@ -154,13 +162,15 @@ class TwoViewLoader:
         else:
             views = (self._next_views or self._thread.submit(self._pipeline.run)).result()
             self._next_views = self._thread.submit(self._pipeline.run)
-        rows = self._delivered.pop(self.step)
+        rows, shown = self._delivered.pop(self.step)
         self.step += 1
+        details = self._details(rows, shown) if self._details else {}
         self.wait_seconds = time.perf_counter() - started
         return {
             "views": views,
             "proxies": torch.from_numpy(self._proxies[rows]),
             "scan": torch.from_numpy(rows.copy()),
+            **{name: torch.from_numpy(array) for name, array in details.items()},
         }
 
     def _open(self) -> None:
@@ -187,7 +197,8 @@ class TwoViewLoader:
         assert self._readers is not None
         samples = self._readers.get(step)
         self._bad.see(step, samples)
-        self._delivered[step] = np.array([sample.row for sample in samples], dtype=np.int64)
+        rows = np.array([(sample.row, sample.shown) for sample in samples], dtype=np.int64).reshape(-1, 2)
+        self._delivered[step] = rows[:, 0], rows[:, 1]
         return [sample.arrays for sample in samples]
 
     def state_dict(self) -> dict[str, Any]:

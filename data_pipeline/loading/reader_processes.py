@@ -120,8 +120,8 @@ class ReaderProcesses:
                 raise LoaderError(answer)
             assert answered == step == reader.pending.pop(0), f"step {step} was expected, a reader sent {answered}"
             return [
-                Sample(row, bad, [_array_at(reader.memory, *location) for location in locations])
-                for row, bad, locations in answer
+                Sample(row, bad, shown, [_array_at(reader.memory, *location) for location in locations])
+                for row, bad, shown, locations in answer
             ]
 
     def _replace(self, number: int) -> None:
@@ -193,14 +193,14 @@ def _answer(source: Source, step: int, positions: Sequence[int], memory: mmap.mm
     """Write a step's samples to memory from ``start`` on; return their rows and array locations, or an error's text."""
     try:
         answer = []
-        for row, bad, arrays in source.samples(step, positions):
+        for row, bad, shown, arrays in source.samples(step, positions):
             locations = []
             for array in arrays:
                 location = (start, array.shape, array.dtype.str)
                 _array_at(memory, *location)[...] = array
                 locations.append(location)
                 start += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
-            answer.append((row, bad, locations))
+            answer.append((row, bad, shown, locations))
         return answer
     except LoaderError as error:
         return str(error)

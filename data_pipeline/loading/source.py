@@ -32,6 +32,7 @@ class Sample(NamedTuple):
 
     row: int  # row number in scans.parquet; the replacement's if the planned scan was unreadable
     bad: list[tuple[int, str]]  # row number and reason of each unreadable scan that this one replaces
+    shown: int  # how often the scan was shown before: the epoch from which its views are drawn
     arrays: list[NDArray[Any]]  # the graph's inputs: voxels (D, H, W, 1) float16, then both views' arrays
 
 
@@ -127,7 +128,7 @@ class IndexSource:
                 bad.append((row, voxels))
             else:
                 raise too_many_unreadable(step, bad)
-        return Sample(row, bad, self.view_sampler.arrays(voxels, row, shown))
+        return Sample(row, bad, shown, self.view_sampler.arrays(voxels, row, shown))
 
 
 def too_many_unreadable(step: int, bad: Sequence[tuple[int, str]]) -> LoaderError:

@@ -16,7 +16,6 @@ members, padding); ``yaware shards verify`` does.
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +41,7 @@ from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.reader import VolumeReader
 from data_pipeline.storage.remote import is_remote
 from infra.errors import UserError
+from infra.processes.scratch import scratch_folder
 from infra.random_streams import SHARD_ORDER, generator
 
 
@@ -128,7 +128,7 @@ class StreamSource:
             if isinstance(voxels, str):
                 bad.append((row, voxels))
                 row, voxels = self._replacement(step, row, epoch, in_batch, bad)
-            samples.append(Sample(row, bad, self.view_sampler.arrays(voxels, row, epoch)))
+            samples.append(Sample(row, bad, epoch, self.view_sampler.arrays(voxels, row, epoch)))
         return samples
 
     def _next(self, position: int) -> tuple[int, int, Any]:
@@ -210,7 +210,7 @@ def _by_webdataset(parts: list[ShardPart], extension: str, buffer: int, seed: in
 def _by_dali(parts: list[ShardPart], extension: str, buffer: int, seed: int) -> Iterator[tuple[str, Any]]:
     from data_pipeline.loading.dali_graph import read_members
 
-    with tempfile.TemporaryDirectory(prefix="yaware-index-") as folder:
+    with scratch_folder("index") as folder:
         indexes = []
         for number, (_, members) in enumerate(parts):
             lines = [f"{extension} {member.offset} {member.size} {member.name}\n" for member in members]

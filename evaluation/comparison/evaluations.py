@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from evaluation.protocols.variant import ProtocolVariant
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, Statistic
 from infra.errors import UserError
+from infra.processes.scratch import scratch_folder
 from infra.tracking import runs as store
 from infra.tracking.faults import hide_password
 
@@ -149,10 +149,10 @@ def read_evaluations(uri: str, experiment: str, filter: str) -> tuple[list[Check
     runs_of = _finished_runs(uri, experiment, filter)
     names = _names(runs_of)
     evaluations, superseded = [], []
-    with tempfile.TemporaryDirectory() as temporary:
+    with scratch_folder("evaluations") as temporary:
         for identity, runs in runs_of.items():
             pretraining, name = names[identity]
-            evaluation, lines = _read(uri, runs, pretraining, name, Path(temporary))
+            evaluation, lines = _read(uri, runs, pretraining, name, temporary)
             evaluations.append(evaluation)
             superseded += lines
     return evaluations, superseded

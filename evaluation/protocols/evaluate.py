@@ -13,7 +13,7 @@ import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
 from evaluation.protocols.context import Candidate, EvaluationContext, default_storage, feature_folder
-from evaluation.protocols.finetune import FineTuning
+from evaluation.protocols.finetune import FineTuning, check_head_pooling
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
 from evaluation.protocols.protocols import PROTOCOLS, check_protocols, variant_of
 from evaluation.protocols.record import log_result, open_run
@@ -176,6 +176,8 @@ def _load_candidate(path: Path, context: EvaluationContext) -> Candidate:
     tags = check_leakage(encoder, path, context.manifest, context.rows, str(path))
     if any(PROTOCOLS[name].uses_layer for name in context.settings.protocols):
         intermediate_features(encoder.network, context.settings.layer, context.settings.pooling)
+    if any(PROTOCOLS[name].model == "network" for name in context.settings.protocols):
+        check_head_pooling(encoder.network, context.settings.finetune.pooling, context.manifest.grid["shape"])
     config = encoder.config
     return Candidate(
         name=config["run_name"], method=config["method"], step=int(config["step"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from evaluation.tasks.leakage import check_leakage
 from evaluation.tasks.tasks import Task, load_task
 from infra.errors import UserError
 from infra.files import sha256_of
+from infra.processes.scratch import scratch_folder
 from infra.progress import Progress
 from infra.tracking import runs
 from infra.tracking.tracker import Tracker, default_uri
@@ -39,6 +40,7 @@ Box = tuple[slice, slice, slice]
 def add_saliency(
     checkpoint: str | Path, shards: str | Path, task_name: str, *, experiment: str = "yaware",
     tracking_uri: str | None = None, scans: int = SCANS, cubes: int = CUBES, seed: int = 0,
+    cache: str | os.PathLike[str] | None = None,
 ) -> dict[str, NDArray[Any]]:  # fmt: skip
     """Compute the occlusion map of an evaluated checkpoint and task, and add it to the evaluation's MLflow run.
 
@@ -54,6 +56,7 @@ def add_saliency(
         scans: number of held-out scans.
         cubes: number of cubes along the longest side of the volume.
         seed: of the choice of scans.
+        cache: folder of computed features; by default that of ``evaluate``.
 
     Returns:
         The arrays of ``occlusion``.
@@ -64,22 +67,22 @@ def add_saliency(
     manifest, uri = Manifest.load(shards), tracking_uri or default_uri()
     folder, encoder = find_encoder(checkpoint), Encoder.from_pretrained(checkpoint)
     check_preprocessing(encoder.preprocessing, manifest, str(checkpoint))
-    task = load_task(task_name, manifest)
+    task = load_task(task_name, manifest, folds=2)  # the folds are those of the evaluation, whatever their number
     check_leakage(encoder, checkpoint, manifest, task.rows, str(checkpoint))
     if task.kind == "multiclass":
         raise UserError(f"task {task.name} is multiclass and has no single score; choose a binary task or a regression")
     weights = sha256_of(folder / "model.safetensors")
     run, predictions, params = _find_evaluation(uri, experiment, task, weights, manifest, str(checkpoint))
-    cache = feature_folder(manifest) / cache_name(weights, manifest.digest, None, ("mean",))
-    features = features_of(encoder, manifest, task.rows, cache, f"features of {encoder.config['run_name']}")
+    stored = feature_folder(manifest, cache) / cache_name(weights, manifest.digest, None, ("mean",))
+    features = features_of(encoder, manifest, task.rows, stored, f"features of {encoder.config['run_name']}")
     train, test = _first_fold(task, manifest, predictions)
     test = _sample(test, task, scans, seed)
     maps = occlusion(
         encoder, manifest, task, features=features, train=train, test=test, params=params, cubes=cubes
     )  # fmt: skip
     tracker = Tracker.open(uri, experiment, str(run["name"]), run_id=run["run_id"])
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / f"saliency_{task.name}.npz"
+    with scratch_folder("saliency") as temporary:
+        path = temporary / f"saliency_{task.name}.npz"
         np.savez_compressed(path, allow_pickle=False, **maps)
         tracker.log_artifact(path, "evaluation")
         tracker.end()
@@ -180,8 +183,8 @@ def _find_evaluation(
         reasons.add(reason or "one is of other tasks")
         if reason:
             continue
-        with tempfile.TemporaryDirectory() as temporary:
-            path = runs.download(uri, run["run_id"], "evaluation", Path(temporary))
+        with scratch_folder("saliency") as temporary:
+            path = runs.download(uri, run["run_id"], "evaluation", temporary)
             predictions, trials = pd.read_parquet(path / "predictions.parquet"), pd.read_csv(path / "trials.csv")
         if task.name in set(predictions["task"]):
             fold = trials[(trials["task"] == task.name) & (trials["part"] == "fold 0")]

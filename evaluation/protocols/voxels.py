@@ -7,7 +7,6 @@ N x N, where X is N x 2.1 million at 1.5 mm. Neither labels nor folds enter Z.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
 from infra.files import atomic_write
+from infra.processes.scratch import scratch_folder
 from infra.progress import Progress
 
 SLAB = 65_536  # voxels multiplied at a time
@@ -45,10 +45,8 @@ def gram_matrix(manifest: Manifest, rows: NDArray[Any]) -> NDArray[np.float64]:
     reader = manifest.reader()
     voxels = int(np.prod([int(side) for side in manifest.grid["shape"]]))
     gram = np.zeros((len(rows), len(rows)))
-    with tempfile.TemporaryDirectory(prefix="yaware-voxels-") as folder:
-        stack = np.lib.format.open_memmap(
-            Path(folder) / "scans.npy", mode="w+", dtype=np.float16, shape=(len(rows), voxels)
-        )
+    with scratch_folder("voxels") as folder:
+        stack = np.lib.format.open_memmap(folder / "scans.npy", mode="w+", dtype=np.float16, shape=(len(rows), voxels))
         with Progress(len(rows), "scans", "voxels") as progress:
             for position, row in enumerate(rows):
                 stack[position] = reader.read(int(row)).reshape(-1)

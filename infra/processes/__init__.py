@@ -1,1 +1,1 @@
-"""Processes that end with the process that started them, also if that one is killed, and their limits."""
+"""Processes that end with the process that started them, their limits, and the temporary folders that they leave."""

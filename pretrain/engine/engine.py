@@ -21,9 +21,10 @@ from infra.extensions import exclusive_build, hidden_compiler_checks
 from infra.internals import library_changed, replaced_internal, set_internal
 from pretrain.config import Recipe
 from pretrain.engine.deepspeed_config import deepspeed_config, zero_stage
-from pretrain.engine.importing import import_deepspeed, import_muon_uncompiled
+from pretrain.engine.importing import import_deepspeed, import_muon_uncompiled, without_compiler
 from pretrain.engine.optimizers import LayerWise, build_optimizer, parameter_groups
 from pretrain.engine.partitions import deepspeed_internal, keeps_float32_copies, local_shards
+from pretrain.engine.rendezvous import init_method
 from pretrain.engine.safe_load import no_code
 
 # The loss scaler needs 24 skipped steps to come down from 2^24 to 1. More than this many in a row mean a NaN.
@@ -62,7 +63,7 @@ def start_ranks() -> torch.device:
     warm()
     # Otherwise every rank prints that the collectives were built.
     with redirect_stdout(io.StringIO()), hidden_compiler_checks(), _no_shared_buffers():
-        import_deepspeed().init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        import_deepspeed().init_distributed("nccl" if cuda else "gloo", verbose=False, init_method=init_method())
     return torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
 
 
@@ -124,6 +125,8 @@ def build_engine(
     """
     make_contiguous(model)
     _check_fp16(recipe)
+    if not recipe.encoder.options.get("compile"):
+        without_compiler()
     groups = parameter_groups(model, recipe.optimizer)
     optimizer = build_optimizer(recipe.optimizer, groups)
     if zero_stage(recipe) == 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.distributed import unchanged_environment
+from infra.distributed import loopback_of_gloo, unchanged_environment
 from infra.errors import UserError
 from infra.extensions import extensions_folder
+from infra.processes.scratch import scratch_folder
 from infra.processes.with_parent import command_with_parent
 from infra.watchdog.exit_note import read_notes, remove_notes
 from pretrain.launch.launchers import LAUNCHERS, Job, Launcher
@@ -51,8 +51,8 @@ def start_recipe(recipe: Recipe, ranks: int) -> JobEnd:
     from pretrain.config import check_world_size
 
     check_world_size(recipe.batch.global_, ranks)
-    with tempfile.TemporaryDirectory(prefix="yaware-") as folder:
-        path = Path(folder) / "recipe.yaml"
+    with scratch_folder("recipe") as folder:
+        path = folder / "recipe.yaml"
         recipe.save(path)
         return start_on_this_host([str(path)], ranks, Path(recipe.run.output))
 
@@ -67,9 +67,7 @@ def start_on_this_host(recipe: Sequence[str], ranks: int, run_folder: Path) -> J
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         cause = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         raise UserError(f"launch.ranks={ranks} needs a GPU for each rank; found {gpus}{cause}; lower launch.ranks")
-    defaults = {"DS_ACCELERATOR": device}
-    if Path("/sys/class/net/lo").exists():
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # no other host can reach the ranks' collectives
+    defaults = {"DS_ACCELERATOR": device, **loopback_of_gloo()}
     if ranks > 1 and device == "cpu":
         defaults["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     launcher, job = LAUNCHERS["one-host"], Job(recipe, {"localhost": ranks})

@@ -3,6 +3,7 @@
 proxies: {age: {kernel: gaussian, bandwidth: 5.0}}                                         # the paper
 proxies: {age: {kernel: gaussian, bandwidth: scott}, sex: {kernel: same}}                  # age x sex, bandwidth by rule
 proxies: {age: {kernel: gaussian, bandwidth: 5.0}, site: {kernel: different, same: 0.5}}   # same site: half the weight
+proxies: {age: {kernel: gaussian, bandwidth: 5.0}, tiv: {kernel: gaussian, bandwidth: 100.0, missing: 1.0}}  # where known
 proxies: {age+tiv: {kernel: multivariate-gaussian, covariance: silverman}}                 # one kernel of two columns
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import UserError, nearest
-from pretrain.kernels import KERNELS, Kernel, ProductKernel
+from pretrain.kernels import KERNELS, Kernel, ProductKernel, with_missing
 
 JOINT = "+"
 RULES = ("scott", "silverman")
@@ -70,7 +71,8 @@ def build_kernel(
     """Build the kernel of a recipe's ``proxies`` section, over the columns of `proxy_columns`.
 
     Args:
-        proxies: name -> {"kernel": a key of KERNELS, and options of that kernel}.
+        proxies: name -> {"kernel": a key of KERNELS, options of that kernel, and perhaps "missing": the weight of a pair of
+            which the proxy is missing}.
         values: column -> its values in the manifest; needed only for the bandwidth rules "scott" and "silverman".
 
     Raises:
@@ -88,7 +90,7 @@ def build_kernel(
 
 def _build_factor(name: str, settings: Mapping[str, Any], values: Mapping[str, Sequence[float] | Tensor]) -> Kernel:
     options = dict(settings)
-    kind = str(options.pop("kernel", None))
+    kind, missing = str(options.pop("kernel", None)), options.pop("missing", None)
     if kind not in KERNELS:
         allowed = ", ".join(KERNELS)
         raise UserError(f"proxies.{name}.kernel={kind!r} is not known{nearest(kind, KERNELS)}; allowed: {allowed}")
@@ -96,9 +98,10 @@ def _build_factor(name: str, settings: Mapping[str, Any], values: Mapping[str, S
         if isinstance(options.get(option), str):
             options[option] = by_rule(options[option], _columns_of(name, options[option], values))
     try:
-        return KERNELS[kind](**options)
+        kernel = KERNELS[kind](**options)
     except TypeError as error:
         raise UserError(f"proxies.{name}: kernel {kind!r}: {error}") from None
+    return kernel if missing is None else with_missing(kernel, missing)
 
 
 def _bandwidths_by_rule(rule: str, values: Tensor) -> list[float] | float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from data_pipeline.loading.order import Order
 from data_pipeline.storage.manifest import Manifest, check_shards
 from data_pipeline.storage.remote import Access
 from infra import distributed
-from infra.errors import UserError
+from infra.errors import UserError, nearest
 from pretrain.config import Recipe, check_world_size
-from pretrain.encoders import check_encoder
+from pretrain.encoders import build_encoder, check_encoder
+from pretrain.encoders.pooling import SPATIAL
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.run import folder
 from pretrain.run.objective import Objective, build_objective
 from pretrain.run.online_probes import Watched, check_held_out, watched_scans
+from pretrain.weights.layers import POOLINGS
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Plan:
         check_held_out(recipe.monitor, manifest, rows)
         objective = build_objective(recipe, manifest, rows)
         check_encoder(recipe.encoder.name, recipe.encoder.options, grid=manifest.grid["shape"], training=True)
+        _check_poolings(recipe, manifest.grid["shape"])
         steps_per_epoch = order.length / recipe.batch.global_
         return cls(
             recipe=recipe, manifest=manifest, rows=rows, order=order, total_steps=total_steps(recipe, order.length),
@@ -71,6 +75,25 @@ class Plan:
     def steps_per_epoch(self) -> float:
         """Optimiser steps per epoch; a fraction if the batch does not divide the scans."""
         return self.order.length / self.recipe.batch.global_
+
+
+def _check_poolings(recipe: Recipe, sides: Sequence[int]) -> None:
+    """Raise UserError if a pooling that keeps places does not fit the last map of scans of some sides in voxels."""
+    options, watched = recipe.encoder.options, recipe.monitor.pooling if recipe.monitor.every_epochs else "mean"
+    if watched not in POOLINGS:
+        raise UserError(
+            f"monitor.pooling={watched!r} is not known{nearest(watched, POOLINGS)}; allowed: {', '.join(POOLINGS)}"
+        )
+    if options.get("pooling") == "none" and list(options.get("grid") or sides) != list(sides):
+        raise UserError(
+            f"encoder.options.grid={list(options['grid'])} is not the grid of the scans, {list(sides)}, which pooling none "
+            "needs; set it to theirs"
+        )
+    if {options.get("pooling"), watched} & set(SPATIAL):
+        encoder = build_encoder(recipe.encoder.name, options)
+        for pooling in (options.get("pooling"), watched):
+            if pooling in SPATIAL:
+                encoder.use_pooling(pooling, sides)  # type: ignore[operator]
 
 
 def make_plan(recipe: Recipe, world_size: int) -> Plan:

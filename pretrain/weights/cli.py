@@ -119,7 +119,12 @@ def _embed_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="table to write, .tsv or .parquet; default: .tsv on standard output")
     parser.add_argument("--layer", help="a block inside the network; default: its end")
-    parser.add_argument("--pooling", nargs="+", default=["mean"], help="of a block: mean, max, std (default: mean)")
+    parser.add_argument(
+        "--pooling",
+        nargs="+",
+        default=["mean"],
+        help="of a block: mean, max, std, grid2 to grid8, none (default: mean; without --layer the encoder's own features)",
+    )
     parser.add_argument(
         "--readouts",
         action="store_true",

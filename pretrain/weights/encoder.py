@@ -113,7 +113,8 @@ class Encoder(nn.Module):
             device: ``cpu``, ``cuda``, ...; None is the GPU if there is one. The encoder is moved back afterwards.
             workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
             layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.
-            pooling: ``mean``, ``max`` or ``std`` over the block's voxels, or several, concatenated.
+            pooling: of the block's voxels: ``mean``, ``max``, ``std``, ``grid2`` to ``grid8`` (means over cells), ``none``,
+                or several, concatenated. Without a layer ``mean`` means the encoder's own features.
             orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
             on_error: what an unreadable scan does: ``raise``, or ``skip`` it with a warning.
             progress: show progress on stderr.
@@ -173,7 +174,8 @@ def embed(
         device: ``cpu``, ``cuda``, ...; None is the GPU if there is one.
         workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
         layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.
-        pooling: ``mean``, ``max`` or ``std`` over the block's voxels, or several, concatenated.
+        pooling: of the block's voxels: ``mean``, ``max``, ``std``, ``grid2`` to ``grid8`` (means over cells), ``none``, or
+            several, concatenated. Without a layer ``mean`` means the encoder's own features.
         orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
         on_error: what an unreadable scan does: ``raise``, or ``skip`` it with a warning.
         progress: show progress on stderr.

@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from infra.processes.scratch import scratch_folder
 
 TIMEOUT_S = 120
 
@@ -60,8 +60,8 @@ class Ranks:
 
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self._folder = tempfile.TemporaryDirectory(prefix="yaware-ranks-")
-        store = str(Path(self._folder.name) / "store")
+        self._scratch = contextlib.ExitStack()
+        store = str(self._scratch.enter_context(scratch_folder("ranks")) / "store")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(self._world):
@@ -107,7 +107,7 @@ class Ranks:
             if process.is_alive():
                 process.kill()
                 process.join()
-        self._folder.cleanup()
+        self._scratch.close()
 
     def __enter__(self) -> Ranks:
         return self

@@ -14,6 +14,7 @@ import pytest
 
 from pretrain.launch.orphans import end_orphans
 from pretrain.launch.processes import local_ranks
+from tests.listening import reachable
 from tests.runs import ROOT, environment, losses, pretrain_command, run
 
 STEPS = 40
@@ -31,6 +32,7 @@ def test_no_rank_trains_on_after_its_command_was_killed(shards, tmp_path):
         time.sleep(0.02)
     below = psutil.Process(started.pid).children(recursive=True)
     assert len(local_ranks(started.pid)) == 2
+    assert not reachable(below), "the store of the ranks, gloo and the watchdog listen on loopback"
     started.send_signal(signal.SIGKILL)
     started.wait()
     _, alive = psutil.wait_procs(below, timeout=100)

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from threadpoolctl import threadpool_info
 
 from infra import ray_cluster, tuning
 from infra.errors import UserError
+from tests.listening import reachable
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,6 +52,12 @@ def trial(point, data):
 def test_tasks_yield_their_index_and_run_with_one_thread():
     done = dict(ray_cluster.map_unordered(square, [(n,) for n in range(10)], in_flight=3))
     assert done == {n: (n * n, "1") for n in range(10)}
+
+
+def test_a_local_cluster_listens_on_loopback_only():
+    list(ray_cluster.map_unordered(square, [(1,)], in_flight=1))  # a worker has started
+    assert not reachable([psutil.Process(), *psutil.Process().children(recursive=True)])
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ  # other clusters are as before
 
 
 def test_an_exception_of_a_task_is_raised_in_the_caller():

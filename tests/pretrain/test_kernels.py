@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import UserError
-from pretrain.kernels import KERNELS, Kernel, product
+from pretrain.kernels import KERNELS, Kernel, product, with_missing
 from tests.reference import naive
 
 CONTINUOUS = ["gaussian", "epanechnikov", "exponential", "cauchy", "linear", "cosine"]
@@ -119,6 +119,18 @@ def test_a_product_multiplies_one_kernel_per_proxy() -> None:
     assert (found[5] == 0).all()
     with pytest.raises(UserError, match=r"compare the proxy columns \[0, 1\]"):
         product([age, sex])(scans[:, :1], scans[:, :1])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_pairs_with_a_missing_proxy_get_the_weight_that_is_set_for_them(name: str) -> None:
+    a = torch.tensor([[30.0, 1.0], [math.nan, 1.0], [31.0, 0.0], [31.0, math.nan]])
+    plain, found = make(name, 2)(a, a), with_missing(make(name, 2), 0.25)(a, a)
+    known = torch.tensor([0, 2])
+    assert torch.equal(found[known][:, known], plain[known][:, known])
+    assert (found[[1, 3]] == 0.25).all()
+    assert (found[:, [1, 3]] == 0.25).all()
+    with pytest.raises(UserError, match="missing=1.5"):
+        with_missing(make(name, 2), 1.5)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -56,6 +56,30 @@ def test_parameters_features_and_deepest_map_at_the_vbm_grid(name):
     assert encoder.trunk(pad_to(volumes, encoder.multiple)).shape[2:] == deepest
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_last_map_comes_with_the_features_also_of_transformers(name):
+    with torch.device("cpu" if name == "swin-unetr" else "meta"):
+        encoder = build_encoder(name, {})
+    last_map, features = encoder.to("meta").map_and_features(torch.empty(2, 1, *VBM, device="meta"))
+    deepest = (8, 10, 8) if name.startswith("vit") else KNOWN[name][2]
+    assert last_map.shape == (2, encoder.channels, *deepest)
+    assert features.shape == (2, encoder.feature_size)
+
+
+@pytest.mark.parametrize("pooling", ["class", "mean"])
+def test_the_tokens_of_a_vit_are_put_on_the_grid_of_its_patches(pooling):
+    torch.manual_seed(0)
+    encoder = build_encoder("vit-small", {"grid": [48, 32, 64], "pooling": pooling}).eval()
+    # Without blocks each token knows its own patch only.
+    encoder.trunk.blocks, encoder.trunk.norm = nn.ModuleList(), nn.Identity()
+    volumes = torch.randn(2, 1, 41, 32, 64)
+    with torch.no_grad():
+        last_map, features = encoder.map_and_features(volumes)
+        position = encoder.trunk.position.transpose(1, 2).reshape(1, 384, 3, 2, 4)
+        assert torch.equal(last_map, encoder.trunk.patches(pad_to(volumes, 16)) + position)
+        assert torch.equal(features, encoder(volumes))
+
+
 @pytest.mark.parametrize("name", FORWARD)
 def test_every_parameter_gets_a_gradient_on_the_coarse_grid(name):
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from infra.errors import UserError
 from pretrain.kernels import KERNELS
 from pretrain.losses.contrastive import LOSSES
+from pretrain.losses.proxies import build_kernel
 from tests.reference import naive
 
 KERNEL_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -92,6 +94,32 @@ def test_every_loss_with_every_kernel_equals_the_naive_loops(loss: str, case: st
     for tile in (None, 2):
         found = LOSSES[loss](views, ages, kernel=KERNELS[name](**options), tile=tile)
         assert_equal(value_and_gradient(found, views), expected, 1e-10)
+
+
+@pytest.mark.parametrize("tile", [None, 2])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_with_a_product_of_kernels_equals_the_naive_loops(loss: str, tile: int | None) -> None:
+    """Age and head size (continuous) times sex (a category); each is missing for one scan, with a weight of its own or 0."""
+    views, ages = batch(7)
+    sex = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, math.nan, 0.0], dtype=torch.float64)
+    size = torch.tensor([1.4, 1.5, math.nan, 1.3, 1.6, 1.5, 1.4], dtype=torch.float64)
+    proxies = torch.stack([ages[:, 0], sex, size], dim=1)
+    recipe = {
+        "age": {"kernel": "gaussian", "bandwidth": 20.0},
+        "sex": {"kernel": "same", "otherwise": 0.3, "missing": 0.6},
+        "size": {"kernel": "cauchy", "bandwidth": 0.1, "missing": 1.0},
+    }
+
+    def weight(a: Sequence[float], b: Sequence[float]) -> float:
+        unknown = [math.isnan(x) or math.isnan(y) for x, y in zip(a, b, strict=True)]
+        by_age = 0.0 if unknown[0] else math.exp(-0.5 * ((a[0] - b[0]) / 20.0) ** 2)
+        by_sex = 0.6 if unknown[1] else (1.0 if a[1] == b[1] else 0.3)
+        by_size = 1.0 if unknown[2] else 1 / (1 + ((a[2] - b[2]) / 0.1) ** 2)
+        return by_age * by_sex * by_size
+
+    expected = value_and_gradient(naive.TWINS[loss](views, proxies, weight), views)
+    found = LOSSES[loss](views, proxies, kernel=build_kernel(recipe), tile=tile)
+    assert_equal(value_and_gradient(found, views), expected, 1e-10)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)

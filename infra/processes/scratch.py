@@ -1,0 +1,61 @@
+"""Temporary folders that do not stay after a kill: the next one that is made removes those whose process has ended.
+
+A process that is killed, or that ends by ``os._exit``, removes nothing itself. Every folder holds a locked file; the kernel
+releases the lock with the process, whichever container it ran in.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from infra.errors import UserError
+from infra.files import lock
+
+PREFIX, LOCK = "yaware-scratch-", ".lock"
+
+
+@contextmanager
+def scratch_folder(title: str) -> Iterator[Path]:
+    """Make a folder in TMPDIR, only for this user and inside the block; remove those that killed processes have left.
+
+    On a file system without locks the others are left alone, since their processes may still run.
+
+    Args:
+        title: a word for the folder's name, for example ``voxels``.
+
+    Raises:
+        UserError: if no temporary folder can be written.
+    """
+    try:
+        parent = Path(tempfile.gettempdir())
+        folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}{title}-", dir=parent))
+    except OSError as error:
+        raise UserError(
+            f"TMPDIR: no temporary folder can be written ({error.strerror or error}); set TMPDIR to one that can"
+        ) from None
+    with (folder / LOCK).open("wb") as held:
+        if lock(held):
+            _remove_left(parent)
+        # It gets its final name once it is locked; until then no other process takes it for one that was left.
+        visible = parent / folder.name.removeprefix(".")
+        folder.rename(visible)
+        try:
+            yield visible
+        finally:
+            shutil.rmtree(visible, ignore_errors=True)
+
+
+def _remove_left(parent: Path) -> None:
+    """Remove this user's scratch folders that no process locks."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # locked, or another process has removed it
+            if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+                continue
+            with (folder / LOCK).open("rb") as stream:
+                if lock(stream, wait=False):
+                    shutil.rmtree(folder, ignore_errors=True)
