@@ -26,6 +26,7 @@ from pretrain.model import build_model
 from pretrain.run import checkpoint, folder
 from pretrain.run.agreement import plan_together
 from pretrain.run.checkpoint import CheckpointFailed
+from pretrain.run.final_readouts import fit_final_readouts
 from pretrain.run.log import RunLog
 from pretrain.run.loop import TrainingLoop
 from pretrain.run.plan import Plan, make_plan
@@ -99,6 +100,8 @@ def _train(plan: Plan, device: torch.device) -> None:
     log = RunLog(plan, state) if distributed.is_main() else None
     try:
         stopped_by = TrainingLoop(plan, trained, average, device, log, state).run()
+        if not stopped_by:
+            fit_final_readouts(plan, device, log)
     except BaseException:
         if log:
             log.close("FAILED")

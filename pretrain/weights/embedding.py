@@ -25,7 +25,7 @@ from torch import nn
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
 from infra.progress import Progress
-from pretrain.weights.layers import intermediate_features
+from pretrain.weights.layers import Block, features_of_blocks, intermediate_features
 from pretrain.weights.readouts import Readouts
 from pretrain.weights.scan_source import ScanSource
 
@@ -59,7 +59,7 @@ def embed_source(
     poolings = (pooling,) if isinstance(pooling, str) else tuple(pooling)
     compute = intermediate_features(network, layer, poolings)
     if readouts is not None:
-        compute = _with_readouts(network, compute, (layer, poolings), readouts)
+        compute = _with_readouts(network, (layer, poolings), readouts)
     target, threads = choose_device(device), default_workers(workers)
     stream = sys.stderr if progress else io.StringIO()
     with (
@@ -126,18 +126,13 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _with_readouts(
-    network: nn.Module, compute: Features, read: tuple[str | None, tuple[str, ...]], readouts: Readouts
-) -> Features:
-    """Return a function from volumes to the features of ``compute``, which reads a layer and pooling, and to readouts."""
-    of_readouts = (readouts.layer, readouts.pooling)
-    same = of_readouts == read
-    compute_theirs = compute if same else intermediate_features(network, *of_readouts)
+def _with_readouts(network: nn.Module, block: Block, readouts: Readouts) -> Features:
+    """Return a function from volumes to the features of a block and the columns of readouts, in one forward pass."""
+    compute = features_of_blocks(network, [block, (readouts.layer, readouts.pooling)])
 
     def features(volumes_B1DHW: torch.Tensor) -> torch.Tensor:
         """Return features and readouts (B, F + columns) on the CPU."""
-        own = compute(volumes_B1DHW).float().cpu()
-        theirs = own if same else compute_theirs(volumes_B1DHW).float().cpu()
+        own, theirs = (values.float().cpu() for values in compute(volumes_B1DHW))
         columns = np.array(readouts.table(theirs.numpy()), np.float32)
         return torch.cat([own, torch.from_numpy(columns)], dim=1)
 
