@@ -13,7 +13,7 @@ import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
 from evaluation.features.tables import reduced, table_of
-from evaluation.protocols.context import Candidate, EvaluationContext, default_storage, feature_folder
+from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder, search_folder
 from evaluation.protocols.finetune import FineTuning, check_head_pooling
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
 from evaluation.protocols.protocols import PROTOCOLS, candidate_tables, check_features, check_protocols, variant_of
@@ -110,7 +110,7 @@ def evaluate(
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
     context = _make_context(
         settings, manifest, tracking_uri or default_uri(), experiment,
-        cache=feature_folder(manifest, cache), storage=default_storage() if storage is None else Path(storage),
+        cache=feature_folder(manifest, cache), storage=search_folder(storage),
     )  # fmt: skip
     candidates = [_load_candidate(path, context) for path in checkpoint_paths(checkpoints, all_steps=all_steps)]
     _print_tasks(context)
