@@ -110,7 +110,7 @@ def prepare(
     outer = outer_folds(task, folds, seed, by_site)
     resamples = make_resamples(task, outer, resampling, count=folds, seed=seed, by_site=by_site)
     drawn = curve_draws(task, outer, sizes, draws, seed)
-    return PreparedTask(table, outer, drawn, seed, repeats, resamples, list(candidates))
+    return PreparedTask(table, outer, drawn, seed, repeats, resamples=resamples, candidates=list(candidates))
 
 
 def inner_scores(probe: Probe, prepared: PreparedTask, train: NDArray[Any]) -> NDArray[np.float64]:
