@@ -64,7 +64,7 @@ def make_result(
     trials = {name: result.trials for name, result in results.items()}
     return EvaluationResult(
         metrics, pd.concat(predictions), pd.concat(curves), trials, embedding,
-        pd.DataFrame(resamples, columns=RESAMPLE_COLUMNS), chosen_table(results),
+        resamples=pd.DataFrame(resamples, columns=RESAMPLE_COLUMNS), chosen=chosen_table(results),
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class ProtocolVariant:
         return cls(
             tags.get("yaware.protocol", ""), tags.get("yaware.model", ""), tags.get("yaware.evaluates", "checkpoint"),
             tags.get("yaware.leave_site_out") == "True", tags.get("yaware.layer", ""),
-            tuple(name for name in tags.get("yaware.pooling", "").split(",") if name), tags.get("yaware.scale", ""),
+            tuple(name for name in tags.get("yaware.pooling", "").split(",") if name), scale=tags.get("yaware.scale", ""),
         )  # fmt: skip
 
     @property

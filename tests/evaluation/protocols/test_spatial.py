@@ -54,7 +54,8 @@ def evaluate(world, name, *more):
 
 
 def test_features_are_chosen_in_each_fold_and_reported(world, tmp_path, capsys):
-    status, uri, (row,) = evaluate(world, "auto", "--tasks", "ad,age", "--protocols", "paper", "--layer", "auto")
+    more = ["--tasks", "ad,age", "--protocols", "paper", "--layer", "auto"]
+    status, uri, (row,) = evaluate(world, "auto", *more)
     assert status == 0
     variant = ProtocolVariant.from_tags(row["tags"])
     assert (variant.label, variant.layer, variant.pooling) == ("paper, auto", "auto", ())
