@@ -45,6 +45,8 @@ def candidate_blocks(network: nn.Module, sides: Sequence[int]) -> list[Block]:
     multiple = getattr(network, "multiple", 1)
     patches = [-(-side // multiple) for side in sides]
     blocks: list[Block] = [(None, OWN)]
+    end = [name for name, _ in getattr(network, "trunk", network).named_children()][-1:]
+    repeats_own = {(name, "mean") for name in end if getattr(network, "pooling", "") == "mean"}
     shapes = map_shapes(getattr(network, "trunk", network), names, [side * multiple for side in patches])
     for name, shape in zip(names, shapes, strict=True):
         if len(shape) not in (2, 4):
@@ -53,6 +55,7 @@ def candidate_blocks(network: nn.Module, sides: Sequence[int]) -> list[Block]:
         for pooling in POOLED_BY:
             fits = pooling not in GRIDS or min(map_sides) >= GRIDS[pooling]
             differs = pooling == "mean" or math.prod(map_sides) > (27 if pooling == "grid3" else 1)
+            differs = differs and (name, pooling) not in repeats_own
             if fits and differs and feature_count(pooling, channels, map_sides) <= MOST_FEATURES:
                 blocks.append((name, (pooling,)))
     return blocks
