@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from infra.errors import UserError, nearest
+from infra.errors import UserError, nearest, storage_line
 from infra.lean_imports import own_process
 
 # subcommand -> (module with its COMMANDS table, one line of help)
@@ -48,7 +48,8 @@ def print_any_text() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a subcommand and return its exit status. A UserError is printed as one line on stderr, with status 2."""
+    """Run a subcommand and return its exit status. A UserError, and an error of the
+    file system, is printed as one line on stderr, with status 2."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         return 0 if arguments else 2
@@ -65,6 +66,12 @@ def run(arguments: Sequence[str]) -> int:
         return int(importlib.import_module(SUBCOMMANDS[name][0]).COMMANDS[name](rest) or 0)
     except UserError as error:
         print(f"yaware: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        line = storage_line(error)
+        if not line:
+            raise
+        print(f"yaware: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("yaware: interrupted", file=sys.stderr)

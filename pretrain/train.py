@@ -5,7 +5,6 @@ Starting the same command again continues the run from its last checkpoint.
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 
 from infra import distributed, watchdog
 from infra.cli import print_any_text
-from infra.errors import LoaderError, UserError
+from infra.errors import STORAGE_ERRORS, LoaderError, UserError
 from infra.lean_imports import own_process
 from infra.processes.limits import raise_open_files
 from infra.processes.with_parent import end_with_parent
@@ -32,11 +31,6 @@ from pretrain.run.log import RunLog
 from pretrain.run.loop import TrainingLoop
 from pretrain.run.plan import Plan, make_plan
 from pretrain.run.step import lr_factor
-
-# Errors of the file system, which are reported in one line. Any other OSError is a bug and keeps its traceback.
-STORAGE_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN,
-}  # fmt: skip
 
 
 def train(recipe: Recipe | Plan) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import UserError
+from infra.files import check_output
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +24,7 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("checkpoint", help="a run folder (its latest checkpoint) or one of its checkpoints/step-*")
     parser.add_argument("out", type=Path, help="the folder to make")
     options = parser.parse_args(arguments)
+    check_output(options.out, "OUT")
     from pretrain.weights.write import export as copy_encoder
 
     print(f"export: wrote {copy_encoder(options.checkpoint, options.out)}")
@@ -42,6 +44,7 @@ def embed(arguments: list[str]) -> int:
 
     if options.out:
         check_format(options.out)
+        check_output(options.out, "--out")
     if options.gap and options.shards is None:
         raise UserError("--gap needs the true values, which are in --shards; that is not given")
     encoder = Encoder.from_pretrained(options.encoder)
@@ -90,6 +93,7 @@ def import_weights(arguments: list[str]) -> int:
     )
     parser.add_argument("--allow-missing", action="store_true", help="leave weights that the file lacks as initialised")
     options = parser.parse_args(arguments)
+    check_output(options.out, "--out")
     from pretrain.weights.import_weights import import_weights as import_file
     from pretrain.weights.import_weights import preprocessing_from
 
