@@ -24,10 +24,17 @@ UNPENALISED = 1e4
 
 
 def linear(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predictions:
-    """Fit logistic or ridge regression with the L2 penalty ``params["penalty"]``; covariates are not penalised."""
+    """Fit logistic or ridge regression with the L2 penalty ``params["penalty"]``; covariates are not penalised.
+
+    Readouts have the penalty ``params["readout_penalty"]``; without it, or if it is 0, they are not penalised.
+    """
+    of_readouts = params.get("readout_penalty")
+    # A column that is multiplied by w is penalised by 1/w² of the penalty.
+    weight = np.sqrt(params["penalty"] / of_readouts) if of_readouts else UNPENALISED
+    covariates = (split.train_covariates, split.test_covariates)
     train, test = (
-        np.column_stack([features, UNPENALISED * covariates])
-        for features, covariates in zip(split.rotated, (split.train_covariates, split.test_covariates), strict=True)
+        np.column_stack([features, UNPENALISED * beside, weight * readouts])
+        for features, beside, readouts in zip(split.rotated, covariates, split.readouts, strict=True)
     )
     if kind == "regression":
         return _numbers(Ridge(alpha=params["penalty"]).fit(train, split.labels).predict(test))
@@ -126,7 +133,15 @@ class Probe(NamedTuple):
 LINEAR = Probe(linear, [{"penalty": float(penalty)} for penalty in 10.0 ** np.arange(-1, 6)])
 # Features of variance 1 add up: with thousands of them the best penalty can be above those of LINEAR.
 LINEAR_WIDE = Probe(linear, [{"penalty": float(penalty)} for penalty in 10.0 ** np.arange(-1, 8)])
+# Of readouts that have a penalty of their own; 0 is none.
+READOUT_PENALTIES = (0.0, 1.0, 10.0, 100.0, 1000.0)
 NEAREST_NEIGHBOURS = Probe(nearest_neighbours, [{"k": k} for k in (1, 3, 7, 15, 31, 63)])
+
+
+def with_readout_penalties(probe: Probe) -> Probe:
+    """Return a linear probe whose grid has every penalty of the readouts beside every penalty of the features."""
+    grid = [{**params, "readout_penalty": penalty} for params in probe.grid for penalty in READOUT_PENALTIES]
+    return Probe(probe.model, grid)
 
 
 def fit_predict(

@@ -194,9 +194,7 @@ def test_people_of_the_readouts_are_refused_by_name_and_by_voxels(tmp_path):
     three, four = np.array([rows_of["003"]]), np.array([rows_of["004"]])
     readouts = Readouts({}, "0" * 64, fitted_on=[source_of(manifest, three, "readouts")])
     check_readouts(readouts, manifest, four, "mine")
-    with pytest.raises(
-        UserError, match=r"mine: its readouts were fitted on participants .*003.; evaluate on other"
-    ):
+    with pytest.raises(UserError, match=r"mine: its readouts were fitted on participants .*003.; evaluate on other"):
         check_readouts(readouts, manifest, np.concatenate([three, four]), "mine")
     renamed_row = np.flatnonzero(other.scans["participant_id"] == "903")
     with pytest.raises(UserError, match=r"its readouts were fitted, under another name, on voxels of .*903"):
