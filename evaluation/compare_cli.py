@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infra.errors import UserError
+from infra.files import check_output
 
 STORE = "MLflow store (default: MLFLOW_TRACKING_URI, or else mlruns/mlflow.db)"
 
@@ -28,6 +29,7 @@ def compare(arguments: list[str]) -> int:
     )
     parser.add_argument("--tracking-uri", help=STORE)
     options = parser.parse_args(arguments)
+    check_output(options.out, "--out")
     from evaluation.comparison.comparison import compare as compare_checkpoints
     from evaluation.comparison.terminal import print_comparison
     from infra.tracking.runs import ui_command

@@ -56,6 +56,18 @@ def writable_folder(
     raise UserError(f"no folder can be {verb} for {name} ({'; '.join(tried)}); {choose} XDG_CACHE_HOME to one that can")
 
 
+def check_output(path: str | os.PathLike[str], option: str) -> None:
+    """Raise UserError if a file or folder cannot be made at ``path``, before the work whose result it is to hold.
+
+    Its nearest existing parent must be a folder that can be written. ``option`` is how the user chose it, or could.
+    """
+    parent = Path(path).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if problem := _unusable(parent):
+        raise UserError(f"{option}={os.fspath(path)} cannot be written ({problem}: {parent}); choose another place")
+
+
 def _candidates(programs: bool) -> Iterator[Path]:
     """The folders of this program in the user's cache and in the temporary folder."""
     if os.environ.get("XDG_CACHE_HOME"):

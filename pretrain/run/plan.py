@@ -18,14 +18,15 @@ from data_pipeline.storage.manifest import Manifest, check_shards
 from data_pipeline.storage.remote import Access
 from infra import distributed
 from infra.errors import UserError, nearest
-from pretrain.config import Recipe, check_world_size
+from pretrain.config import ReadoutSection, Recipe, check_world_size
 from pretrain.encoders import build_encoder, check_encoder
 from pretrain.encoders.pooling import SPATIAL
 from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.readouts.targets import check_columns
 from pretrain.run import folder
 from pretrain.run.objective import Objective, build_objective
 from pretrain.run.online_probes import Watched, check_held_out, watched_scans
-from pretrain.weights.layers import POOLINGS
+from pretrain.weights.layers import POOLINGS, intermediate_features
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Plan:
         objective = build_objective(recipe, manifest, rows)
         check_encoder(recipe.encoder.name, recipe.encoder.options, grid=manifest.grid["shape"], training=True)
         _check_poolings(recipe, manifest.grid["shape"])
+        _check_readouts(recipe, manifest)
         steps_per_epoch = order.length / recipe.batch.global_
         return cls(
             recipe=recipe, manifest=manifest, rows=rows, order=order, total_steps=total_steps(recipe, order.length),
@@ -94,6 +96,18 @@ def _check_poolings(recipe: Recipe, sides: Sequence[int]) -> None:
         for pooling in (options.get("pooling"), watched):
             if pooling in SPATIAL:
                 encoder.use_pooling(pooling, sides)  # type: ignore[operator]
+
+
+def _check_readouts(recipe: Recipe, manifest: Manifest) -> None:
+    """Raise UserError if a column of ``readouts`` is not in the shards, or its block or pooling is not the encoder's."""
+    settings = recipe.readouts
+    if settings.fit is False:
+        return
+    check_columns(manifest, settings.columns, "readouts.columns")
+    if settings.layer is not None or settings.pooling != ReadoutSection().pooling:
+        intermediate_features(
+            build_encoder(recipe.encoder.name, recipe.encoder.options), settings.layer, settings.pooling
+        )
 
 
 def make_plan(recipe: Recipe, world_size: int) -> Plan:

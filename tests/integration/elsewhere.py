@@ -29,6 +29,10 @@ for words in json.loads(sys.argv[1]):
 """
 
 
+# The same, on after a failure.
+EACH = SEVERAL.partition("    if status:")[0]
+
+
 @dataclass
 class World:
     """What is unusual: each attribute is a row of the matrix.

@@ -6,12 +6,13 @@ a run of two steps.
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
 
 from tests.cohorts import write_cohort
-from tests.integration.elsewhere import World
+from tests.integration.elsewhere import EACH, World
 from tests.runs import pretrain_command, run
 from tests.stores import store_at
 
@@ -104,6 +105,37 @@ def test_everything_unusual_at_once(made, tmp_path):
     check(world.yaware(*commands), commands)
     assert "Zürich" in (tmp_path / "out/inspect/inspect.html").read_text(encoding="utf-8")
     assert list((world.tmpdir / "yaware-12345/.cache/yaware").iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_one_line(made, tmp_path):
+    store = f"sqlite:///{made}/mlflow.db"
+    table = tmp_path / "bmi.tsv"
+    table.write_text("participant_id\tbmi\nsub-000\t21\n")
+    world = world_of(tmp_path, made)
+    shards, checkpoint, cohort, inside = made / "shards", made / "run", made / "cohort", made / "shards" / "new"
+    evaluate = ["evaluate", checkpoint, "--shards", shards, "--tasks", "age", "--folds", "2", "--tracking-uri", store]
+    expected = {
+        "--out=.*preview.png cannot be written": ["shards", "preview", shards],
+        "--out=.*new cannot be written": ["cohort", "inspect", cohort, "--out", inside],
+        r"shards/\S+: Read-only file system; give a folder that can be written": ["shards", "annotate", shards, table],
+        r"shards/\S+: Read-only file system; give a folder": ["shards", "append", cohort, shards, "--dataset", "second"],
+        "new: Read-only file system; give a folder that": ["shards", "build", cohort, inside],
+        "new: Read-only file system; give a": ["cohort", "simulate", inside, "--participants", "4", "--spacing", "12"],
+        "OUT=.*new cannot be written": ["export", checkpoint, inside],
+        "--out=.*new.tsv cannot be written": ["embed", checkpoint, "--shards", shards, "--out", f"{inside}.tsv"],
+        "--cache=.*new cannot be written": [*evaluate, "--cache", inside],
+        "--storage=.*new cannot be written": [*evaluate, "--storage", inside],
+        "--out=.*new.html cannot be written": ["compare", "--tracking-uri", store, "--out", f"{inside}.html"],
+        "run.output=.*new cannot be written": [
+            "pretrain", "--config", "demo-cpu", *SMALL, f"--data.shards={shards}", f"--run.output={inside}"
+        ],
+    }  # fmt: skip
+    done = world.yaware(*expected.values(), code=EACH)
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count(": status 2") == len(errors) == len(expected)
+    for pattern, line in zip(expected, errors, strict=True):
+        assert re.search(f"^yaware: error: .*{pattern}", line), (pattern, line)
 
 
 @pytest.mark.slow
