@@ -15,7 +15,7 @@ from evaluation.features.tables import FeatureTable as FeatureTable  # a model o
 from evaluation.features.tables import Predictions as Predictions
 from evaluation.features.tables import TrainTestSplit as TrainTestSplit
 from evaluation.features.tables import split_features
-from evaluation.protocols.logistic import fit_logistic
+from evaluation.statistics.logistic import fit_logistic
 from evaluation.statistics.metrics import inner_metric as inner_metric
 
 Params = dict[str, Any]

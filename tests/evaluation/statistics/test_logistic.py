@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from evaluation.protocols.logistic import fit_logistic
+from evaluation.statistics.logistic import fit_logistic
 
 
 def scikit_learn(features, labels, penalty):
