@@ -84,15 +84,15 @@ def candidate_scores(
 
 
 def ridge_answers(split: TrainTestSplit, kind: str, penalties: Sequence[float]) -> list[NDArray[Any]]:
-    """Return the predictions (m,) of ridge regression for each penalty; intercept and covariates are not penalised.
+    """Return the predictions (m,) of ridge regression for each penalty; intercept, covariates and readouts are not penalised.
 
     Classes have equal weight. A binary task is a regression on -1 and 1, a multiclass one on a column for each class, of which
     the largest is predicted.
     """
     gram, cross = split.gram
     targets_nK, root = _targets(split, kind)
-    design = root * _with_intercept(split.train_covariates)
-    test_design = _with_intercept(split.test_covariates)
+    design = root * _with_intercept(split.train_covariates, split.readouts[0])
+    test_design = _with_intercept(split.test_covariates, split.readouts[1])
     inverse = np.linalg.pinv(design)
     # Unpenalised columns are projected out of features and targets (Frisch, Waugh and Lovell), here of inner products.
     residual = np.eye(len(gram)) - design @ inverse
@@ -119,5 +119,5 @@ def _targets(split: TrainTestSplit, kind: str) -> tuple[NDArray[np.float64], NDA
     return 2.0 * labels[:, None] - 1.0, root
 
 
-def _with_intercept(covariates: NDArray[Any]) -> NDArray[np.float64]:
-    return np.column_stack([np.ones(len(covariates)), covariates])
+def _with_intercept(covariates: NDArray[Any], readouts: NDArray[Any]) -> NDArray[np.float64]:
+    return np.column_stack([np.ones(len(covariates)), covariates, readouts])

@@ -106,9 +106,11 @@ def _check_readouts(recipe: Recipe, manifest: Manifest) -> None:
         return
     check_columns(manifest, settings.columns, "readouts.columns")
     if settings.layer is not None or settings.pooling != ReadoutSection().pooling:
-        intermediate_features(
-            build_encoder(recipe.encoder.name, recipe.encoder.options), settings.layer, settings.pooling
-        )
+        encoder = build_encoder(recipe.encoder.name, recipe.encoder.options)
+        intermediate_features(encoder, settings.layer, settings.pooling)
+        if settings.layer is None:
+            for pooling in sorted(set(settings.pooling) & set(SPATIAL)):
+                encoder.use_pooling(pooling, manifest.grid["shape"])  # type: ignore[operator]
 
 
 def make_plan(recipe: Recipe, world_size: int) -> Plan:
