@@ -12,18 +12,26 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
+from evaluation.features.tables import reduced, table_of
 from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder, search_folder
 from evaluation.protocols.finetune import FineTuning, check_head_pooling
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
-from evaluation.protocols.protocols import PROTOCOLS, check_protocols, variant_of
+from evaluation.protocols.protocols import (
+    PROTOCOLS,
+    add_readouts,
+    candidate_tables,
+    check_features,
+    check_protocols,
+    variant_of,
+)
 from evaluation.protocols.record import log_result, open_run
-from evaluation.protocols.results import EvaluationResult, is_complete, make_result, write_result
-from evaluation.protocols.settings import EvaluationSettings, load_fine_tuning
+from evaluation.protocols.results import EvaluationResult, chosen_lines, is_complete, make_result, write_result
+from evaluation.protocols.settings import AUTO, EvaluationSettings, load_fine_tuning
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS
-from evaluation.tasks.leakage import check_copies, check_leakage
+from evaluation.tasks.leakage import check_copies, check_leakage, check_readouts
 from evaluation.tasks.published import PUBLISHED, SOURCE
 from evaluation.tasks.resamples import NO_RESAMPLING
-from evaluation.tasks.tasks import Task, load_task
+from evaluation.tasks.tasks import Task, check_names, load_task
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
@@ -31,6 +39,7 @@ from infra.tracking.tracker import default_uri
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder, list_checkpoints
 from pretrain.weights.layers import intermediate_features
+from pretrain.weights.readouts import readouts_folder
 from pretrain.weights.scan_source import check_preprocessing
 
 COLUMNS = ["checkpoint", "step", "protocol", "task", "metric", "value", "low", "high", "run_id"]
@@ -40,10 +49,11 @@ def evaluate(
     checkpoints: Any, shards: str | os.PathLike[str] | Manifest, *, tasks: str | Sequence[str],
     protocols: str | Sequence[str] = ("paper",), folds: int = 5, n_train: Sequence[int] = (100, 300, 500), draws: int = 10,
     seed: int = 0, inner_repeats: int = 1, leave_site_out: bool = False, layer: str | None = None,
-    pooling: str | Sequence[str] = ("mean",), mlp_trials: int = 12, repeats: int = 3, halvings: int = 10, permutations: int = 0,
-    finetune: FineTuning | Mapping[str, Any] | None = None, all_steps: bool = False, experiment: str = "yaware",
-    tracking_uri: str | None = None, workers: int | None = None, cache: str | os.PathLike[str] | None = None,
-    storage: str | os.PathLike[str] | None = None,
+    pooling: str | Sequence[str] = ("mean",), scale: str = "each", readouts: str = "no",
+    mlp_trials: int = 12, repeats: int = 3, halvings: int = 10,
+    permutations: int = 0, finetune: FineTuning | Mapping[str, Any] | None = None, all_steps: bool = False,
+    experiment: str = "yaware", tracking_uri: str | None = None, workers: int | None = None,
+    cache: str | os.PathLike[str] | None = None, storage: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Evaluate checkpoints on downstream tasks, log the results to MLflow and return the metrics.
 
@@ -63,8 +73,13 @@ def evaluate(
         seed: of folds, draws and models.
         inner_repeats: number of shuffles of the inner folds.
         leave_site_out: make folds of whole sites.
-        layer: use the features of this block inside the encoder instead of the encoder's own.
-        pooling: of that block over its voxels: mean, max, std or several.
+        layer: use the features of this block inside the encoder instead of the encoder's own; ``auto``: block, pooling and
+            scale are chosen on the inner folds of each training set (protocols paper and linear).
+        pooling: of that block over its voxels: mean, max, std, grid2 to grid8, none or several; see ``Encoder.embed``.
+        scale: of the features of paper and linear: ``each`` has variance 1, or one scale for ``all``.
+        readouts: give the proxies that the encoder's readouts predict to the models of paper and linear, beside the features:
+            ``free`` of the penalty, as covariates are, or ``penalised``: with a penalty of their own, chosen on inner folds,
+            which may be none; ``no`` does not.
         mlp_trials: settings that Optuna tries for each fold of the protocol mlp.
         repeats: nested cross-validations of all scans, each with other folds, by the protocols on fixed features.
         halvings: random divisions of the participants into halves, each cross-validated, for the intervals and tests of
@@ -97,12 +112,14 @@ def evaluate(
     """
     settings = EvaluationSettings(
         tasks=_names(tasks), protocols=_names(protocols), folds=folds, n_train=tuple(n_train), draws=draws, seed=seed,
-        inner_repeats=inner_repeats, leave_site_out=leave_site_out, layer=layer, pooling=_names(pooling),
+        inner_repeats=inner_repeats, leave_site_out=leave_site_out, layer=layer, pooling=_names(pooling), scale=scale,
+        readouts=readouts,
         mlp_trials=mlp_trials, repeats=repeats, halvings=halvings, permutations=permutations,
         finetune=finetune if isinstance(finetune, FineTuning) else load_fine_tuning(finetune or {}, seed),
     )  # fmt: skip
     settings.check()
     check_protocols(settings.protocols)
+    check_features(settings)
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
     context = _make_context(
         settings, manifest, tracking_uri or default_uri(), experiment,
@@ -147,7 +164,7 @@ def _make_context(
     settings: EvaluationSettings, manifest: Manifest, uri: str, experiment: str, *, cache: Path, storage: Path
 ) -> EvaluationContext:
     """Load and check the tasks."""
-    _check_names(settings.tasks)
+    check_names(settings.tasks)
     tasks = [load_task(name, manifest, settings.folds) for name in settings.tasks]
     check_copies(tasks, manifest)
     return EvaluationContext(
@@ -156,28 +173,17 @@ def _make_context(
     )  # fmt: skip
 
 
-def _check_names(tasks: Sequence[str]) -> None:
-    """Raise UserError if two tasks have one name: results are kept by the name of the task, that of its file."""
-    of_name: dict[str, str] = {}
-    for task in tasks:
-        name = Path(task).stem if task.endswith((".yaml", ".yml")) else task
-        if name in of_name:
-            raise UserError(
-                f"tasks: {of_name[name]} and {task} have one name, {name!r}, by which results are kept; "
-                + ("name it once" if of_name[name] == task else "rename one of the files")
-            )
-        of_name[name] = task
-
-
 def _load_candidate(path: Path, context: EvaluationContext) -> Candidate:
     """Load a checkpoint and check it against the shards: preprocessing, leakage, layer."""
     folder, encoder = find_encoder(path), Encoder.from_pretrained(path)
     check_preprocessing(encoder.preprocessing, context.manifest, str(path))
     tags = check_leakage(encoder, path, context.manifest, context.rows, str(path))
-    if any(PROTOCOLS[name].uses_layer for name in context.settings.protocols):
+    if context.settings.layer != AUTO and any(PROTOCOLS[name].uses_layer for name in context.settings.protocols):
         intermediate_features(encoder.network, context.settings.layer, context.settings.pooling)
     if any(PROTOCOLS[name].model == "network" for name in context.settings.protocols):
         check_head_pooling(encoder.network, context.settings.finetune.pooling, context.manifest.grid["shape"])
+    if any(PROTOCOLS[name].gives_readouts(context.settings) for name in context.settings.protocols):
+        check_readouts(encoder.need_readouts(), context.manifest, context.rows, str(path))
     config = encoder.config
     return Candidate(
         name=config["run_name"], method=config["method"], step=int(config["step"]),
@@ -214,6 +220,8 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
     """
     protocol, variant = PROTOCOLS[name], variant_of(name, context.settings)
     used = protocol.params(context.settings)
+    if protocol.gives_readouts(context.settings) and candidate.folder is not None:
+        used["readouts_sha256"] = sha256_of(readouts_folder(candidate.folder) / "checksums.json")
     work = context.work_folder(name, candidate, used)
     logged, run_file, result_folder = work / "metrics.json", work / "run.json", work / "result"
     run_id = json.loads(run_file.read_text())["run_id"] if run_file.is_file() else None
@@ -251,17 +259,24 @@ def compute_result(context: EvaluationContext, name: str, candidate: Candidate, 
     protocol, settings = PROTOCOLS[name], context.settings
     baseline_of_shards = candidate.name == name
     title = name if baseline_of_shards else f"{name} of {candidate.name} step {candidate.step}"
-    features = protocol.inputs(context, candidate)
+    features, scale = protocol.inputs(context, candidate), protocol.scale_of(settings)
+    columns, count = reduced(features, scale)
+    choices = candidate_tables(context, candidate) if protocol.uses_layer and settings.layer == AUTO else {}
     curve = protocol.learning_curve(settings)
     prepared = {
         task.name: prepare(
-            task, features[context.positions_of(task)], folds=settings.folds, sizes=list(settings.n_train) if curve else [],
+            task, table_of(task, columns[context.positions_of(task)], scale, count=count), folds=settings.folds,
+            sizes=list(settings.n_train) if curve else [],
             draws=settings.draws, seed=settings.seed, repeats=settings.inner_repeats, by_site=settings.leave_site_out,
-            scale=protocol.scale, resampling=settings.resampling if protocol.resamples else NO_RESAMPLING,
+            resampling=settings.resampling if protocol.resamples else NO_RESAMPLING, candidates=choices.get(task.name, ()),
         )
         for task in context.tasks
     }  # fmt: skip
+    if protocol.gives_readouts(settings):
+        prepared = add_readouts(context, candidate, prepared)
     results = protocol.search(context, candidate, prepared, work, title)
+    for line in chosen_lines(results):
+        print(f"evaluate: {line}")
     if curve:
         _print_missing_sizes(context, results)
     return make_result(context, results, features[:, protocol.map_features])

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.intensity import zscore
-from evaluation.protocols.probes import Params, Predictions, inner_metric, log_odds, standardised
+from evaluation.features.tables import Predictions, standardised
+from evaluation.protocols.probes import Params, inner_metric, log_odds
 from evaluation.tasks.folds import inner_folds
 from infra import random_streams
 from infra.errors import UserError, nearest

@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from evaluation.features.tables import SCALES
 from evaluation.protocols.finetune import FineTuning
 from evaluation.statistics.training_sets import FEWEST_HALVINGS
 from evaluation.tasks.resamples import Resampling
-from infra.errors import UserError
+from infra.errors import UserError, nearest
 from infra.settings import load_settings
+from pretrain.weights.layers import OWN
+
+READOUTS = ("no", "free", "penalised")
+AUTO = "auto"  # as a layer: block, pooling and scale are chosen on inner folds
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class EvaluationSettings:
     leave_site_out: bool = False
     layer: str | None = None
     pooling: tuple[str, ...] = ("mean",)
+    scale: str = "each"
+    readouts: str = "no"
     mlp_trials: int = 12
     repeats: int = 3
     halvings: int = 10
@@ -45,6 +52,16 @@ class EvaluationSettings:
             raise UserError(
                 f"halvings={self.halvings} is too small for an interval; give at least {FEWEST_HALVINGS}, or 0 for none"
             )
+        if self.scale not in SCALES:
+            raise UserError(
+                f"scale={self.scale!r} is not known{nearest(self.scale, SCALES)}; allowed: {', '.join(SCALES)}"
+            )
+        if self.readouts not in READOUTS:
+            raise UserError(
+                f"readouts={self.readouts!r} is not known{nearest(self.readouts, READOUTS)}; allowed: {', '.join(READOUTS)}"
+            )
+        if self.layer == AUTO and (self.pooling, self.scale) != (OWN, "each"):
+            raise UserError("layer=auto chooses pooling and scale too; leave out --pooling and --scale")
         if not self.tasks:
             raise UserError("tasks is empty; name at least one, for example ad, scz, age or site")
         if self.finetune.batch < 2 * self.finetune.ranks:
