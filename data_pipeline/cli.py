@@ -16,6 +16,7 @@ from data_pipeline.cli_arguments import (
     parse_with_quality,
     reading_options,
 )
+from infra.files import check_output
 
 
 def cohort(arguments: list[str]) -> int:
@@ -176,6 +177,7 @@ def _preview(options: argparse.Namespace) -> int:
 
     remote = "://" in options.shards
     out = options.out or Path("." if remote else options.shards) / "preview.png"
+    check_output(out, "--out")
     write_preview(Manifest.load(options.shards), out, augmentation=options.augmentation, scans=options.scans)
     print(f"shards: wrote {out}")
     return 0

@@ -38,8 +38,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--protocols", default=("paper",), type=_names,
         help="paper (the default), linear, knn, mlp, finetune, scratch or voxels, or several: linear,knn,voxels")  # fmt: skip
     add("--all-steps", action="store_true", help="evaluate every checkpoint of the run folders, not only the latest")
-    add("--layer", help="use the features of a block inside the encoder, for example layer3 or denseblock2")
-    add("--pooling", default=("mean",), type=_names, help="pooling over the voxels of that block: mean, max, std")
+    add("--layer", help="use the features of a block inside the encoder, for example layer3 or denseblock2; auto: block, "
+        "pooling and scale are chosen on the inner folds of each training set (paper, linear)")  # fmt: skip
+    add(
+        "--pooling",
+        default=("mean",),
+        type=_names,
+        help="pooling over the voxels of that block, or of the last map: mean, max, std, grid2 to grid8, none",
+    )
+    add("--scale", default="each", help="paper, linear: each feature has variance 1, or one scale for all: each, all")
     add("--experiment", default="yaware", help="MLflow experiment")
     add("--folds", type=int, default=5, help="number of outer folds")
     add("--leave-site-out", action="store_true", help="make folds of whole sites")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infra.errors import UserError
+from infra.files import check_output
 
 STORE = "MLflow store (default: MLFLOW_TRACKING_URI, or else mlruns/mlflow.db)"
 
@@ -28,6 +29,7 @@ def compare(arguments: list[str]) -> int:
     )
     parser.add_argument("--tracking-uri", help=STORE)
     options = parser.parse_args(arguments)
+    check_output(options.out, "--out")
     from evaluation.comparison.comparison import compare as compare_checkpoints
     from evaluation.comparison.terminal import print_comparison
     from infra.tracking.runs import ui_command
@@ -53,6 +55,9 @@ def saliency(arguments: list[str]) -> int:
     parser.add_argument("--scans", type=int, default=16, help="held-out scans to average over (default: 16)")
     parser.add_argument("--cubes", type=int, default=6, help="cubes along the longest side of the volume (default: 6)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of scans (default: 0)")
+    parser.add_argument(
+        "--cache", type=Path, help="folder of computed features (default: .features in the shards, or the user's cache)"
+    )
     parser.add_argument("--tracking-uri", help=STORE)
     options = parser.parse_args(arguments)
     for name in ("scans", "cubes"):
@@ -63,6 +68,7 @@ def saliency(arguments: list[str]) -> int:
     maps = add_saliency(
         options.checkpoint, options.shards, options.task, experiment=options.experiment,
         tracking_uri=options.tracking_uri, scans=options.scans, cubes=options.cubes, seed=options.seed,
+        cache=options.cache,
     )  # fmt: skip
     print(
         f"saliency: {options.task}: map of {int(maps['scans'])} scans with cubes of {int(maps['side'])} voxels a side, stored "

@@ -10,7 +10,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from infra.errors import UserError, nearest
+from infra.errors import UserError, nearest, storage_line
+from infra.lean_imports import own_process
 
 # subcommand -> (module with its COMMANDS table, one line of help)
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
@@ -21,6 +22,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "launch": ("pretrain.launch.cli", "pretrain an encoder from a recipe, on the hosts of a hostfile"),
     "export": ("pretrain.weights.cli", "copy the encoder of a checkpoint into a folder (safetensors)"),
     "embed": ("pretrain.weights.cli", "compute features of scans with an exported encoder"),
+    "readouts": ("pretrain.readouts.cli", "fit predictions of the proxies (age, ...) to an encoder's features"),
     "import-weights": ("pretrain.weights.cli", "convert published weights (BHB-10K) into an exported encoder"),
     "evaluate": ("evaluation.cli", "evaluate checkpoints on downstream tasks and log the results to MLflow"),
     "compare": ("evaluation.compare_cli", "compare evaluated checkpoints: tables, LaTeX and an HTML report"),
@@ -46,7 +48,8 @@ def print_any_text() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a subcommand and return its exit status. A UserError is printed as one line on stderr, with status 2."""
+    """Run a subcommand and return its exit status. A UserError, and an error of the
+    file system, is printed as one line on stderr, with status 2."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         return 0 if arguments else 2
@@ -64,6 +67,12 @@ def run(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"yaware: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        line = storage_line(error)
+        if not line:
+            raise
+        print(f"yaware: error: {line}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("yaware: interrupted", file=sys.stderr)
         return 130
@@ -71,6 +80,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    own_process()
     print_any_text()
     sys.exit(run(sys.argv[1:]))
 

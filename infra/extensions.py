@@ -18,14 +18,15 @@ from infra.files import locked_file, writable_folder
 
 
 def extensions_folder() -> Path:
-    """Return ``TORCH_EXTENSIONS_DIR`` as an existing folder. Raises UserError if it cannot be written.
+    """Return ``TORCH_EXTENSIONS_DIR`` as an existing folder. Raises UserError if it cannot be written, or
+    if programs in it cannot run.
 
     If it is not set, set it to ``.cache`` in the checkout, or in the user's cache folder for an installed package.
     """
     chosen, checkout = os.environ.get("TORCH_EXTENSIONS_DIR"), Path(__file__).resolve().parent.parent
     if chosen is None and (checkout / "pyproject.toml").exists() and os.access(checkout, os.W_OK):
         chosen = str(checkout / ".cache" / "torch_extensions")
-    folder = writable_folder("torch_extensions", chosen, "TORCH_EXTENSIONS_DIR")
+    folder = writable_folder("torch_extensions", chosen, "TORCH_EXTENSIONS_DIR", programs=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     return folder
 

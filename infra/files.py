@@ -22,7 +22,9 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 SHORT = 40  # letters of a temporary folder: the path of a socket has at most 107, of which Ray needs about 65
 
 
-def writable_folder(name: str, explicit: str | os.PathLike[str] | None = None, option: str = "") -> Path:
+def writable_folder(
+    name: str, explicit: str | os.PathLike[str] | None = None, option: str = "", *, programs: bool = False
+) -> Path:
     """Return a folder for what this program keeps between commands; it exists, and files can be made in it.
 
     The first of these that can be written: ``$XDG_CACHE_HOME/yaware/NAME``, ``~/.cache/yaware/NAME``, and
@@ -32,35 +34,48 @@ def writable_folder(name: str, explicit: str | os.PathLike[str] | None = None, o
         name: of the folder, for example ``evaluations``.
         explicit: a folder that the user chose; no other is tried.
         option: how the user chose it, or could, for the message: ``--storage``.
+        programs: the folder is for compiled programs; the system must allow to run them there (no mount with noexec), and
+            ``/tmp`` and ``/var/tmp`` are tried too.
 
     Raises:
         UserError: if the chosen folder, or none of them, can be written.
     """
+    verb = "used" if programs else "written"
     if explicit is not None:
-        problem = _unwritable(Path(explicit))
+        problem = _unusable(Path(explicit), programs)
         if problem:
-            raise UserError(f"{option}={os.fspath(explicit)} cannot be written ({problem}); choose another folder")
+            raise UserError(f"{option}={os.fspath(explicit)} cannot be {verb} ({problem}); choose another folder")
         return Path(explicit)
     tried = []
-    for folder in _candidates():
-        problem = _unwritable(folder / name)
+    for folder in _candidates(programs):
+        problem = _unusable(folder / name, programs)
         if not problem:
             return folder / name
         tried.append(f"{folder}: {problem}")
     choose = f"give {option}, or set" if option else "set"
-    raise UserError(
-        f"no folder can be written for {name} ({'; '.join(tried)}); {choose} XDG_CACHE_HOME to one that can"
-    )
+    raise UserError(f"no folder can be {verb} for {name} ({'; '.join(tried)}); {choose} XDG_CACHE_HOME to one that can")
 
 
-def _candidates() -> Iterator[Path]:
+def check_output(path: str | os.PathLike[str], option: str) -> None:
+    """Raise UserError if a file or folder cannot be made at ``path``, before the work whose result it is to hold.
+
+    Its nearest existing parent must be a folder that can be written. ``option`` is how the user chose it, or could.
+    """
+    parent = Path(path).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if problem := _unusable(parent):
+        raise UserError(f"{option}={os.fspath(path)} cannot be written ({problem}: {parent}); choose another place")
+
+
+def _candidates(programs: bool) -> Iterator[Path]:
     """The folders of this program in the user's cache and in the temporary folder."""
     if os.environ.get("XDG_CACHE_HOME"):
         yield Path(os.environ["XDG_CACHE_HOME"]) / "yaware"
     with suppress(RuntimeError):  # no HOME, and a user that the system does not know
         yield Path.home() / ".cache" / "yaware"
-    with suppress(OSError):  # no temporary folder can be written
-        own = Path(tempfile.gettempdir()) / f"yaware-{os.getuid()}"
+    for temporary in _temporary_folders(programs):
+        own = temporary / f"yaware-{os.getuid()}"
         with suppress(OSError):
             own.mkdir(mode=0o700, exist_ok=True)
         # Anyone may make a folder of this name first.
@@ -68,12 +83,20 @@ def _candidates() -> Iterator[Path]:
             yield own
 
 
-def _unwritable(folder: Path) -> str:
+def _temporary_folders(programs: bool) -> Iterator[Path]:
+    with suppress(OSError):  # no temporary folder can be written
+        yield Path(tempfile.gettempdir())
+    yield from (Path("/tmp"), Path("/var/tmp")) if programs else ()
+
+
+def _unusable(folder: Path, programs: bool = False) -> str:
     """Make a folder and a file in it; return what is wrong, or an empty text."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return ""
+            pass
+        noexec = programs and os.statvfs(folder).f_flag & os.ST_NOEXEC
+        return "mounted with noexec, programs in it cannot run" if noexec else ""
     except OSError as error:
         return error.strerror or str(error)
 
@@ -84,7 +107,7 @@ def short_temporary_folder(option: str) -> Path:
     Raises UserError if there is none; ``option`` is the variable that sets it.
     """
     for folder in (Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp"), Path("/dev/shm")):
-        if len(str(folder)) <= SHORT and folder.is_dir() and not _unwritable(folder):
+        if len(str(folder)) <= SHORT and folder.is_dir() and not _unusable(folder):
             return folder
     raise UserError(
         f"TMPDIR={tempfile.gettempdir()} is too long for sockets (at most {SHORT} letters), and /tmp cannot be written; set "

@@ -7,6 +7,23 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_own_process = False
+
+
+def own_process() -> None:
+    """Say that this process runs a command of this project and nothing else; call it once, at its start.
+
+    `without_optional` and `pretrain.engine.importing.without_compiler` then leave out what no command uses. In the process of
+    another program, such as a notebook, they change nothing.
+    """
+    global _own_process
+    _own_process = True
+
+
+def is_own_process() -> bool:
+    """Whether `own_process` was called."""
+    return _own_process
+
 
 @contextmanager
 def without(*names: str) -> Iterator[None]:
@@ -23,6 +40,16 @@ def without(*names: str) -> Iterator[None]:
         for name in hidden:
             if sys.modules.get(name, ...) is None:
                 del sys.modules[name]
+
+
+@contextmanager
+def without_optional(*names: str) -> Iterator[None]:
+    """As `without` in a process that runs a command of this project; in other processes the modules are imported as usual.
+
+    For optional parts of a library that another program may want.
+    """
+    with without(*(names if _own_process else ())):
+        yield
 
 
 @contextmanager

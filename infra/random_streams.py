@@ -33,6 +33,7 @@ SIMULATED_TIV = 0x71B  # measurement error of the total intracranial volume; cou
 
 # pretrain
 MONITORED_SCANS = 0x0B5  # scans that the online probes see, where the split has more than they use
+READOUT_FOLDS = 0x4EAD  # order in which participants are dealt to the folds of a readout
 
 # evaluation
 FEW_SHOT_DRAWS = 0xC0DE  # training participants of a learning curve's draw; counter: size, draw

@@ -16,6 +16,7 @@ from infra.watchdog.exit_note import read_notes
 from pretrain.config import Recipe
 from pretrain.launch.start import JobEnd, start_recipe
 from pretrain.run.checkpoint import newest_step, step_folder, verify_checkpoint
+from pretrain.run.final_readouts import readouts_due
 from pretrain.run.folder import read_metrics
 from pretrain.run.log import SPOOL
 from pretrain.run.plan import Plan, make_plan
@@ -145,7 +146,7 @@ def pretrain(
 
 
 def report_if_complete(plan: Plan) -> bool:
-    """Return whether a run has all its steps and an undamaged last checkpoint; if so, print that it is complete.
+    """Return whether a run has all its steps, an undamaged last checkpoint and its readouts; if so, print that it is complete.
 
     What the run could not send to MLflow is sent then. A damaged last checkpoint is made again from the one before.
     """
@@ -153,6 +154,8 @@ def report_if_complete(plan: Plan) -> bool:
     checkpoints = Path(recipe.run.output) / "checkpoints"
     newest = newest_step(checkpoints)
     if newest is None or newest < plan.total_steps or verify_checkpoint(step_folder(checkpoints, newest)):
+        return False
+    if readouts_due(plan):
         return False
     spool = Path(recipe.run.output) / SPOOL
     if spool.is_file() and send_spool(recipe.run.tracking_uri or default_uri(), spool):

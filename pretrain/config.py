@@ -213,6 +213,21 @@ class MonitorSection:
     # Alarm if the embeddings' standard deviation (1: spread evenly over the sphere, 0: all equal) is below this
     collapse_below: float = Field(default=0.05, ge=0, lt=1)
     batch: int = Field(default=8, ge=1)  # scans that a rank encodes at a time
+    # Pooling of the encoder's last map for the probes: grid2 to grid8, none, max, std; mean: the encoder's own features
+    pooling: str = "mean"
+
+
+@dataclass(config=_strict)
+class ReadoutSection:
+    """Predictions of the proxies from the features, fitted to the training scans at the end and kept with the encoder."""
+
+    # true, false, or auto: if every scan was shown 3.3 times or more, so that the fit costs at most 5 % of the training, and
+    # features or scans are at most 4096
+    fit: bool | Literal["auto"] = "auto"
+    columns: list[str] = field(default_factory=list)  # of scans.parquet, beside those of loss.proxies: sex, ...
+    layer: str | None = None  # a block of the encoder, as of yaware embed --layer; null: the encoder's end
+    pooling: list[str] = Field(default_factory=lambda: ["mean"], min_length=1)  # of that block
+    batch: int = Field(default=8, ge=1)  # scans that a rank encodes at a time
 
 
 @dataclass(config=_strict)
@@ -237,6 +252,7 @@ class Recipe:
     train: TrainSection = field(default_factory=TrainSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     monitor: MonitorSection = field(default_factory=MonitorSection)
+    readouts: ReadoutSection = field(default_factory=ReadoutSection)
     # DeepSpeed's configuration, passed through, except keys that the recipe sets (pretrain.engine.deepspeed_config)
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
     launch: LaunchSection = field(default_factory=LaunchSection)

@@ -5,7 +5,6 @@ Starting the same command again continues the run from its last checkpoint.
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ import torch
 
 from infra import distributed, watchdog
 from infra.cli import print_any_text
-from infra.errors import LoaderError, UserError
+from infra.errors import STORAGE_ERRORS, LoaderError, UserError
+from infra.lean_imports import own_process
 from infra.processes.limits import raise_open_files
 from infra.processes.with_parent import end_with_parent
 from pretrain.config import Recipe, load_recipe
@@ -26,15 +26,11 @@ from pretrain.model import build_model
 from pretrain.run import checkpoint, folder
 from pretrain.run.agreement import plan_together
 from pretrain.run.checkpoint import CheckpointFailed
+from pretrain.run.final_readouts import fit_final_readouts
 from pretrain.run.log import RunLog
 from pretrain.run.loop import TrainingLoop
 from pretrain.run.plan import Plan, make_plan
 from pretrain.run.step import lr_factor
-
-# Errors of the file system, which are reported in one line. Any other OSError is a bug and keeps its traceback.
-STORAGE_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN,
-}  # fmt: skip
 
 
 def train(recipe: Recipe | Plan) -> None:
@@ -104,6 +100,8 @@ def _train(plan: Plan, device: torch.device) -> None:
     log = RunLog(plan, state) if distributed.is_main() else None
     try:
         stopped_by = TrainingLoop(plan, trained, average, device, log, state).run()
+        if not stopped_by:
+            fit_final_readouts(plan, device, log)
     except BaseException:
         if log:
             log.close("FAILED")
@@ -158,5 +156,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
+    own_process()
     print_any_text()
     sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ from data_pipeline.quality.page import write_page
 from data_pipeline.quality.rules import write_quarantine
 from data_pipeline.quality.survey import Survey, survey_cohort, tables
 from infra.errors import UserError
+from infra.files import check_output
 
 FILE_COLUMNS = 140  # width of the tables if the output is not a terminal
 
@@ -37,6 +38,7 @@ def inspect_cohort(cohort: str | Path, out: Path | None = None, **reading: Any) 
         raise UserError(
             f"--out={folder} is inside the cohort, which is never written to; choose a folder outside {root}"
         )
+    check_output(folder, "--out")
     survey = survey_cohort(root, parts=folder, **reading)
     print_tables(survey)
     write_quarantine(folder / "quarantine.tsv", survey.removals)

@@ -89,8 +89,13 @@ class EvaluationContext:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def default_storage() -> Path:
-    """Return the folder of unfinished searches. Only the user can use it, because Tune keeps pickles in it."""
+def search_folder(chosen: str | os.PathLike[str] | None = None) -> Path:
+    """Return the folder of unfinished searches: the chosen one, or one in the user's cache that only the user can use.
+
+    Tune keeps pickles in it. Raises UserError if it cannot be written.
+    """
+    if chosen is not None:
+        return writable_folder("evaluations", chosen, "--storage")
     folder = writable_folder("evaluations", option="--storage")
     if folder.stat().st_uid == os.geteuid():
         folder.chmod(0o700)

@@ -12,13 +12,14 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
-from evaluation.protocols.context import Candidate, EvaluationContext, default_storage, feature_folder
-from evaluation.protocols.finetune import FineTuning
+from evaluation.features.tables import reduced, table_of
+from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder, search_folder
+from evaluation.protocols.finetune import FineTuning, check_head_pooling
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
-from evaluation.protocols.protocols import PROTOCOLS, check_protocols, variant_of
+from evaluation.protocols.protocols import PROTOCOLS, candidate_tables, check_features, check_protocols, variant_of
 from evaluation.protocols.record import log_result, open_run
-from evaluation.protocols.results import EvaluationResult, is_complete, make_result, write_result
-from evaluation.protocols.settings import EvaluationSettings, load_fine_tuning
+from evaluation.protocols.results import EvaluationResult, chosen_lines, is_complete, make_result, write_result
+from evaluation.protocols.settings import AUTO, EvaluationSettings, load_fine_tuning
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS
 from evaluation.tasks.leakage import check_copies, check_leakage
 from evaluation.tasks.published import PUBLISHED, SOURCE
@@ -40,10 +41,10 @@ def evaluate(
     checkpoints: Any, shards: str | os.PathLike[str] | Manifest, *, tasks: str | Sequence[str],
     protocols: str | Sequence[str] = ("paper",), folds: int = 5, n_train: Sequence[int] = (100, 300, 500), draws: int = 10,
     seed: int = 0, inner_repeats: int = 1, leave_site_out: bool = False, layer: str | None = None,
-    pooling: str | Sequence[str] = ("mean",), mlp_trials: int = 12, repeats: int = 3, halvings: int = 10, permutations: int = 0,
-    finetune: FineTuning | Mapping[str, Any] | None = None, all_steps: bool = False, experiment: str = "yaware",
-    tracking_uri: str | None = None, workers: int | None = None, cache: str | os.PathLike[str] | None = None,
-    storage: str | os.PathLike[str] | None = None,
+    pooling: str | Sequence[str] = ("mean",), scale: str = "each", mlp_trials: int = 12, repeats: int = 3, halvings: int = 10,
+    permutations: int = 0, finetune: FineTuning | Mapping[str, Any] | None = None, all_steps: bool = False,
+    experiment: str = "yaware", tracking_uri: str | None = None, workers: int | None = None,
+    cache: str | os.PathLike[str] | None = None, storage: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Evaluate checkpoints on downstream tasks, log the results to MLflow and return the metrics.
 
@@ -63,8 +64,10 @@ def evaluate(
         seed: of folds, draws and models.
         inner_repeats: number of shuffles of the inner folds.
         leave_site_out: make folds of whole sites.
-        layer: use the features of this block inside the encoder instead of the encoder's own.
-        pooling: of that block over its voxels: mean, max, std or several.
+        layer: use the features of this block inside the encoder instead of the encoder's own; ``auto``: block, pooling and
+            scale are chosen on the inner folds of each training set (protocols paper and linear).
+        pooling: of that block over its voxels: mean, max, std, grid2 to grid8, none or several; see ``Encoder.embed``.
+        scale: of the features of paper and linear: ``each`` has variance 1, or one scale for ``all``.
         mlp_trials: settings that Optuna tries for each fold of the protocol mlp.
         repeats: nested cross-validations of all scans, each with other folds, by the protocols on fixed features.
         halvings: random divisions of the participants into halves, each cross-validated, for the intervals and tests of
@@ -97,16 +100,17 @@ def evaluate(
     """
     settings = EvaluationSettings(
         tasks=_names(tasks), protocols=_names(protocols), folds=folds, n_train=tuple(n_train), draws=draws, seed=seed,
-        inner_repeats=inner_repeats, leave_site_out=leave_site_out, layer=layer, pooling=_names(pooling),
+        inner_repeats=inner_repeats, leave_site_out=leave_site_out, layer=layer, pooling=_names(pooling), scale=scale,
         mlp_trials=mlp_trials, repeats=repeats, halvings=halvings, permutations=permutations,
         finetune=finetune if isinstance(finetune, FineTuning) else load_fine_tuning(finetune or {}, seed),
     )  # fmt: skip
     settings.check()
     check_protocols(settings.protocols)
+    check_features(settings)
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
     context = _make_context(
         settings, manifest, tracking_uri or default_uri(), experiment,
-        cache=feature_folder(manifest, cache), storage=default_storage() if storage is None else Path(storage),
+        cache=feature_folder(manifest, cache), storage=search_folder(storage),
     )  # fmt: skip
     candidates = [_load_candidate(path, context) for path in checkpoint_paths(checkpoints, all_steps=all_steps)]
     _print_tasks(context)
@@ -174,8 +178,10 @@ def _load_candidate(path: Path, context: EvaluationContext) -> Candidate:
     folder, encoder = find_encoder(path), Encoder.from_pretrained(path)
     check_preprocessing(encoder.preprocessing, context.manifest, str(path))
     tags = check_leakage(encoder, path, context.manifest, context.rows, str(path))
-    if any(PROTOCOLS[name].uses_layer for name in context.settings.protocols):
+    if context.settings.layer != AUTO and any(PROTOCOLS[name].uses_layer for name in context.settings.protocols):
         intermediate_features(encoder.network, context.settings.layer, context.settings.pooling)
+    if any(PROTOCOLS[name].model == "network" for name in context.settings.protocols):
+        check_head_pooling(encoder.network, context.settings.finetune.pooling, context.manifest.grid["shape"])
     config = encoder.config
     return Candidate(
         name=config["run_name"], method=config["method"], step=int(config["step"]),
@@ -249,17 +255,22 @@ def compute_result(context: EvaluationContext, name: str, candidate: Candidate, 
     protocol, settings = PROTOCOLS[name], context.settings
     baseline_of_shards = candidate.name == name
     title = name if baseline_of_shards else f"{name} of {candidate.name} step {candidate.step}"
-    features = protocol.inputs(context, candidate)
+    features, scale = protocol.inputs(context, candidate), protocol.scale_of(settings)
+    columns, count = reduced(features, scale)
+    choices = candidate_tables(context, candidate) if protocol.uses_layer and settings.layer == AUTO else {}
     curve = protocol.learning_curve(settings)
     prepared = {
         task.name: prepare(
-            task, features[context.positions_of(task)], folds=settings.folds, sizes=list(settings.n_train) if curve else [],
+            task, table_of(task, columns[context.positions_of(task)], scale, count=count), folds=settings.folds,
+            sizes=list(settings.n_train) if curve else [],
             draws=settings.draws, seed=settings.seed, repeats=settings.inner_repeats, by_site=settings.leave_site_out,
-            scale=protocol.scale, resampling=settings.resampling if protocol.resamples else NO_RESAMPLING,
+            resampling=settings.resampling if protocol.resamples else NO_RESAMPLING, candidates=choices.get(task.name, ()),
         )
         for task in context.tasks
     }  # fmt: skip
     results = protocol.search(context, candidate, prepared, work, title)
+    for line in chosen_lines(results):
+        print(f"evaluate: {line}")
     if curve:
         _print_missing_sizes(context, results)
     return make_result(context, results, features[:, protocol.map_features])

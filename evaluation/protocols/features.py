@@ -15,7 +15,7 @@ from data_pipeline.storage.manifest import Manifest
 from infra.files import atomic_write
 from infra.progress import Progress
 from pretrain.weights.encoder import Encoder
-from pretrain.weights.layers import intermediate_features
+from pretrain.weights.layers import OWN, Block, features_of_blocks
 
 BATCH = 16
 
@@ -38,27 +38,49 @@ def features_of(
     Raises:
         UserError: if the encoder has no such block or the pooling is unknown.
     """
-    compute = intermediate_features(encoder.network, layer, pooling)
-    features_of_row = _read(cache)
-    missing = np.array([row for row in rows if int(row) not in features_of_row], dtype=np.int64)
+    block = layer, tuple(pooling)
+    return features_of_each(encoder, manifest, rows, {block: cache}, title)[block]
+
+
+def features_of_each(
+    encoder: Encoder, manifest: Manifest, rows: NDArray[Any], caches: dict[Block, Path], title: str
+) -> dict[Block, NDArray[np.float32]]:
+    """Return features (len(rows), F) of several blocks and poolings; missing ones are computed in one pass over the scans.
+
+    ``caches`` gives the .npz file of each block; other arguments and errors as ``features_of``.
+    """
+    blocks = list(caches)
+    compute = features_of_blocks(encoder.network, blocks)
+    stored = {block: _read(cache) for block, cache in caches.items()}
+    missing = np.array([row for row in rows if any(int(row) not in kept for kept in stored.values())], dtype=np.int64)
     if len(missing):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         encoder.eval().to(device)
         with torch.no_grad(), Progress(len(missing), "scans", title) as progress:
             for batch_rows, batch in volumes(manifest, missing, BATCH):
-                for row, features in zip(batch_rows, compute(batch.to(device)).float().cpu().numpy(), strict=True):
-                    features_of_row[int(row)] = features
+                for block, values in zip(blocks, compute(batch.to(device)), strict=True):
+                    stored[block] |= zip(map(int, batch_rows), values.float().cpu().numpy(), strict=True)
                 progress.advance(len(batch_rows))
-        with atomic_write(cache) as stream:
-            stored_rows = np.array(list(features_of_row), dtype=np.int64)
-            np.savez(stream, rows=stored_rows, features=np.stack(list(features_of_row.values())))
-    return np.stack([features_of_row[int(row)] for row in rows])
+        for block, cache in caches.items():
+            _write(cache, stored[block])
+    features = {}
+    for block in blocks:  # one block's rows at a time are in memory twice
+        kept = stored.pop(block)
+        features[block] = np.stack([kept[int(row)] for row in rows])
+    return features
 
 
 def cache_name(weights: str, digest: str, layer: str | None, pooling: Sequence[str]) -> str:
     """Return the name of the cache file for weights (SHA-256), a manifest digest, a layer and its pooling."""
-    tail = "" if layer is None else f"-{layer}-{'+'.join(pooling)}"
+    own = layer is None and tuple(pooling) in ((), OWN)
+    tail = "" if own else f"-{layer or 'end'}-{'+'.join(pooling)}"
     return f"{weights[:16]}-{digest[:16]}{tail}.npz"
+
+
+def _write(cache: Path, features_of_row: dict[int, NDArray[np.float32]]) -> None:
+    with atomic_write(cache) as stream:
+        rows = np.array(list(features_of_row), dtype=np.int64)
+        np.savez(stream, rows=rows, features=np.stack(list(features_of_row.values())))
 
 
 def _read(cache: Path) -> dict[int, NDArray[np.float32]]:

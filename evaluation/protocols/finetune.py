@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,13 +18,17 @@ from torch.nn import functional
 
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.intensity import zscore
-from evaluation.protocols.probes import Params, Predictions, inner_metric, log_odds, standardised
+from evaluation.features.tables import Predictions, standardised
+from evaluation.protocols.probes import Params, inner_metric, log_odds
 from evaluation.tasks.folds import inner_folds
 from infra import random_streams
+from infra.errors import UserError, nearest
 from pretrain.encoders import build_encoder
+from pretrain.encoders.pooling import SPATIAL
 from pretrain.engine.optimizers import depth_of
 from pretrain.weights.encoder import Encoder
 
+HEAD_POOLINGS = ("mean", "max", *SPATIAL)
 HEAD_LR = 10.0  # learning rate of the new head over that of the last block
 
 
@@ -44,6 +48,8 @@ class FineTuning:
     inner_folds: int = Field(default=1, ge=1, le=3)  # number of the three inner folds on which a trial is scored
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
     ranks: int = Field(default=1, ge=1)  # data-parallel processes of the final fits (Ray Train)
+    # Pooling of the last map under the head: grid2 to grid8, none, max, mean; null: the encoder's own
+    pooling: str | None = None
     curve: bool = False  # also compute learning curves, at the sizes of --n-train
     cpus_per_trial: float = Field(default=1, gt=0)
     gpus_per_trial: float | None = Field(default=None, ge=0, le=1)  # null: 1 if the cluster has a GPU
@@ -65,6 +71,7 @@ class TrainingJob:
     covariates: NDArray[Any]  # (N, C)
     settings: FineTuning
     device: str
+    sides: tuple[int, ...] = ()  # of the volumes in voxels
 
     @property
     def outputs(self) -> int:
@@ -106,7 +113,22 @@ def build(job: TrainingJob, seed: int) -> EncoderWithHead:
         else:
             pretrained = Encoder.from_pretrained(job.folder)
             encoder, features = pretrained.network, pretrained.feature_size
+        if job.settings.pooling is not None:
+            encoder.use_pooling(job.settings.pooling, job.sides)  # type: ignore[operator]
+            features = int(encoder.feature_size)  # type: ignore[arg-type]
         return EncoderWithHead(encoder, features, job.covariates.shape[1], job.outputs)
+
+
+def check_head_pooling(encoder: nn.Module, pooling: str | None, sides: Sequence[int]) -> None:
+    """Raise UserError unless the encoder's last map can be pooled by ``pooling``, for volumes of some sides in voxels."""
+    if pooling is None:
+        return
+    if pooling not in HEAD_POOLINGS:
+        hint = nearest(pooling, HEAD_POOLINGS)
+        raise UserError(f"finetune.pooling={pooling!r} is not known{hint}; allowed: {', '.join(HEAD_POOLINGS)}")
+    before = encoder.pooling
+    encoder.use_pooling(pooling, sides)  # type: ignore[operator]
+    encoder.use_pooling(before, sides)  # type: ignore[operator]
 
 
 def parameter_groups(network: EncoderWithHead, lr: float, layer_decay: float) -> list[dict[str, Any]]:

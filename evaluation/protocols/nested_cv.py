@@ -9,7 +9,7 @@ settings from earlier scores, so every outer fold has a search of its own on its
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.features.candidates import FeatureChoice, candidate_scores
+from evaluation.features.tables import permuted, table_of
 from evaluation.protocols.probes import (
     FeatureTable,
     Params,
@@ -50,6 +52,7 @@ class PreparedTask:
     seed: int
     repeats: int = 1  # of the inner folds
     resamples: list[Resample] = field(default_factory=list)  # used by grid searches only
+    candidates: list[FeatureChoice] = field(default_factory=list)  # features to choose from instead of the table's
 
 
 class ResampledPredictions(NamedTuple):
@@ -84,14 +87,15 @@ class NestedCVResult:
 
 
 def prepare(
-    task: Task, features: NDArray[Any], *, folds: int, sizes: list[int], draws: int, seed: int, repeats: int = 1,
+    task: Task, features: NDArray[Any] | FeatureTable, *, folds: int, sizes: list[int], draws: int, seed: int, repeats: int = 1,
     by_site: bool = False, scale: str = "each", resampling: Resampling = NO_RESAMPLING,
+    candidates: Sequence[FeatureChoice] = (),
 ) -> PreparedTask:  # fmt: skip
     """Combine a task with its features (N, F) and make its outer folds and learning-curve draws.
 
     Args:
         task: with N scans.
-        features: (N, F); F is 0 for networks, which read the scans themselves.
+        features: (N, F), or a table from ``table_of``; F is 0 for networks, which read the scans themselves.
         folds: number of outer folds.
         sizes: training-set sizes of the learning curve; none if empty.
         draws: training sets of each size.
@@ -100,17 +104,13 @@ def prepare(
         by_site: leave out whole sites.
         scale: ``each`` or ``all``; see ``probes.split_features``.
         resampling: how many repeats, halvings and permutations a grid search runs beside.
+        candidates: features to choose from on inner folds, in place of ``features``.
     """
-    none = np.empty((len(task.rows), 0))
-    table = FeatureTable(
-        features.astype(np.float64), task.labels, task.groups, task.kind,
-        covariates=none if task.covariates is None else task.covariates,
-        confounds=none if task.confounds is None else task.confounds,
-        scale=scale,
-    )  # fmt: skip
+    table = features if isinstance(features, FeatureTable) else table_of(task, features, scale)
     outer = outer_folds(task, folds, seed, by_site)
     resamples = make_resamples(task, outer, resampling, count=folds, seed=seed, by_site=by_site)
-    return PreparedTask(table, outer, curve_draws(task, outer, sizes, draws, seed), seed, repeats, resamples)
+    drawn = curve_draws(task, outer, sizes, draws, seed)
+    return PreparedTask(table, outer, drawn, seed, repeats, resamples=resamples, candidates=list(candidates))
 
 
 def inner_scores(probe: Probe, prepared: PreparedTask, train: NDArray[Any]) -> NDArray[np.float64]:
@@ -131,22 +131,36 @@ def inner_scores(probe: Probe, prepared: PreparedTask, train: NDArray[Any]) -> N
 
 
 class NestedFit(NamedTuple):
-    """The best entry of a grid for a training set: its number, the inner scores of all (entries,), and its predictions."""
+    """The best entry of a grid for a training set: its number, the inner scores of all (entries,), and its predictions.
+
+    If features were chosen too: the number of the chosen candidate, and the inner scores of all candidates.
+    """
 
     chosen: int
     scores: NDArray[np.float64]
     predictions: Predictions
+    candidate: int
+    candidate_scores: NDArray[np.float64]
 
 
 def nested_fit(probe: Probe, prepared: PreparedTask, train: NDArray[Any], test: NDArray[Any]) -> NestedFit:
     """Choose the grid's entry with the best inner score on the rows ``train`` and predict the rows ``test``.
 
-    Equal scores are decided by the order of the grid.
+    Equal scores are decided by the order of the grid. If there are candidates for the features, one is chosen first, on the
+    same inner folds.
     """
+    candidate, of_candidates = 0, np.empty(0)
+    if prepared.candidates:
+        table = prepared.table
+        folds = inner_folds(table.labels[train], table.groups[train], table.kind, prepared.seed, prepared.repeats)
+        penalties = [params["penalty"] for params in probe.grid]
+        of_candidates = candidate_scores(prepared.candidates, train, folds, penalties)
+        candidate = int(np.nan_to_num(of_candidates, nan=-np.inf).argmax())
+        prepared = replace(prepared, table=prepared.candidates[candidate].table, candidates=[])
     scores = inner_scores(probe, prepared, train)
     chosen = int(np.nan_to_num(scores, nan=-np.inf).argmax())
     fitted = fit_predict(probe.model, probe.grid[chosen], prepared.table, train, test, prepared.seed)
-    return NestedFit(chosen, scores, fitted)
+    return NestedFit(chosen, scores, fitted, candidate, of_candidates)
 
 
 def trial(point: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -186,17 +200,18 @@ def _cross_validation(probe: Probe, prepared: PreparedTask) -> dict[str, Any]:
     return {
         "chosen": np.array([fit.chosen for fit in fits]), "inner": np.stack([fit.scores for fit in fits]),
         "predicted": result.predicted, "probabilities": result.probabilities,
+        "candidate": np.array([fit.candidate for fit in fits]),
+        "candidates": np.stack([fit.candidate_scores for fit in fits]),
     }  # fmt: skip
 
 
 def _resampled(prepared: PreparedTask, resample: Resample) -> PreparedTask:
     """Return the task with the folds of a resample; labels and groups keep their place if the features are permuted."""
-    table, rows = prepared.table, resample.rows
+    table, candidates, rows = prepared.table, prepared.candidates, resample.rows
     if rows is not None:
-        table = replace(
-            table, features=table.features[rows], covariates=table.covariates[rows], confounds=table.confounds[rows]
-        )
-    return PreparedTask(table, resample.folds, [], resample.seed, prepared.repeats)
+        table = permuted(table, rows)
+        candidates = [FeatureChoice(params, permuted(features, rows)) for params, features in candidates]
+    return PreparedTask(table, resample.folds, [], resample.seed, prepared.repeats, candidates=candidates)
 
 
 def search_grid(
@@ -231,7 +246,9 @@ def combine(rows: list[dict[str, Any]], prepared: PreparedTask, probe: Probe) ->
     """Combine the trials of all parts of one task."""
     by_part = {row["part"]: row for row in rows}
     main = by_part["folds"]
-    result = NestedCVResult.empty(prepared.table, [probe.grid[int(entry)] for entry in main["chosen"]])
+    names = [candidate.params for candidate in prepared.candidates] or [{}]
+    chosen = [{**names[int(c)], **probe.grid[int(e)]} for c, e in zip(main["candidate"], main["chosen"], strict=True)]
+    result = NestedCVResult.empty(prepared.table, chosen)
     result.predicted, result.probabilities = main["predicted"], main["probabilities"]
     for number, (_, test) in enumerate(prepared.folds):
         result.fold[test] = number
@@ -244,8 +261,14 @@ def combine(rows: list[dict[str, Any]], prepared: PreparedTask, probe: Probe) ->
     seconds = main["seconds"] / main["inner"].size
     for entry, params in enumerate(probe.grid):
         for number, value in enumerate(main["inner"][:, entry]):
+            point = {**names[int(main["candidate"][number])], **params}
             result.trials.append(
-                {"part": f"fold {number}", "point": params, "inner_score": float(value), "seconds": seconds}
+                {"part": f"fold {number}", "point": point, "inner_score": float(value), "seconds": seconds}
+            )
+    for number, values in enumerate(main["candidates"]):  # by ridge regression, with the best penalty of each
+        for params, value in zip(names, values, strict=False):
+            result.trials.append(
+                {"part": f"fold {number}", "point": params, "inner_score": float(value), "seconds": 0.0}
             )
     return result
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,121 +11,16 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from evaluation.statistics.metrics import auc, balanced_accuracy, mae
+from evaluation.features.tables import FeatureTable as FeatureTable  # a model of one's own needs these
+from evaluation.features.tables import Predictions as Predictions
+from evaluation.features.tables import TrainTestSplit as TrainTestSplit
+from evaluation.features.tables import split_features
+from evaluation.statistics.metrics import inner_metric as inner_metric
 
 Params = dict[str, Any]
 
 # A column scaled by 1e4 is penalised by 1e-8 of the penalty: effectively unpenalised.
 UNPENALISED = 1e4
-
-
-class Predictions(NamedTuple):
-    """Predictions for m test scans.
-
-    ``predicted`` (m,) is a score for a binary task (0 where both classes would be equally likely if they were equally
-    common), a class code for a multiclass task and a number for a regression. ``probability`` is that of the positive class
-    (m,) or of every class (m, K), for classes as common as in the training scans; NaN (m,) for a regression.
-    """
-
-    predicted: NDArray[Any]
-    probability: NDArray[Any]
-
-
-@dataclass(frozen=True)
-class FeatureTable:
-    """Features (N, F) of the N scans of a task, with everything else that a model needs.
-
-    ``covariates`` (N, C) are given to the model beside the features, ``confounds`` (N, D) are regressed out of them. ``scale``
-    is ``each`` or ``all``; see ``split_features``.
-    """
-
-    features: NDArray[Any]
-    labels: NDArray[Any]
-    groups: NDArray[Any]
-    kind: str
-    covariates: NDArray[Any]
-    confounds: NDArray[Any]
-    scale: str = "each"
-
-    @property
-    def classes(self) -> int:
-        """Number of classes K of a multiclass task, else 1."""
-        return int(self.labels.max()) + 1 if self.kind == "multiclass" else 1
-
-
-@dataclass
-class TrainTestSplit:
-    """Scaled features and covariates of n training and m test scans. All entries of a grid are fitted to the same split."""
-
-    train: NDArray[Any]  # (n, F)
-    labels: NDArray[Any]  # (n,) of the training scans
-    test: NDArray[Any]  # (m, F)
-    train_covariates: NDArray[Any]  # (n, C)
-    test_covariates: NDArray[Any]  # (m, C)
-    classes: int  # K of a multiclass task
-
-    @cached_property
-    def rotated(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Training (n, r) and test (m, r) features on the principal axes of the training scans, r = min(n, F).
-
-        This leaves the predictions of an L2-penalised model unchanged.
-        """
-        if self.train.shape[0] >= self.train.shape[1]:
-            return self.train, self.test
-        axes = _principal_axes(self.train)
-        return self.train @ axes, self.test @ axes
-
-    def multiclass(self, present: NDArray[Any], probabilities: NDArray[Any]) -> Predictions:
-        """Return predictions over all K classes from probabilities (m, k) of the ``present`` (k,) training classes."""
-        every = np.zeros((len(probabilities), self.classes))
-        every[:, present.astype(np.int64)] = probabilities
-        return Predictions(every.argmax(1), every)
-
-
-def split_features(table: FeatureTable, train: NDArray[Any], test: NDArray[Any]) -> TrainTestSplit:
-    """Regress confounds out of the features and scale them, fitting both to the training rows only.
-
-    ``scale`` ``each`` gives every feature variance 1 over the training scans. ``all`` divides all features by one number,
-    which keeps their proportions (needed for the coordinates of voxels).
-    """
-    x, y = table.features[train], table.features[test]
-    if table.confounds.shape[1]:
-        x, y = _without_confounds(x, y, table.confounds[train], table.confounds[test])
-    mean, deviation = x.mean(0), x.std(0)
-    if table.scale == "all":
-        deviation = np.full_like(deviation, np.sqrt(np.square(deviation).mean()))
-    deviation[deviation < 1e-8] = 1.0
-    train_covariates, test_covariates = standardised(table.covariates[train], table.covariates[test])
-    return TrainTestSplit(
-        (x - mean) / deviation, table.labels[train], (y - mean) / deviation, train_covariates, test_covariates, table.classes
-    )  # fmt: skip
-
-
-def _without_confounds(
-    train: NDArray[Any], test: NDArray[Any], train_confounds: NDArray[Any], test_confounds: NDArray[Any]
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Subtract the linear prediction of the features from the confounds, fitted to the training scans."""
-    designs = (
-        np.column_stack([np.ones(len(confounds)), confounds])
-        for confounds in standardised(train_confounds, test_confounds)
-    )
-    train_design, test_design = designs
-    weights = np.linalg.lstsq(train_design, train, rcond=None)[0]
-    return train - train_design @ weights, test - test_design @ weights
-
-
-def standardised(train: NDArray[Any], test: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Scale columns to mean 0 and variance 1 over the training scans; a missing value becomes the mean.
-
-    A column that is constant in training becomes 0 in training and in test.
-    """
-    if not train.shape[1]:
-        return train, test
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # raised for a column without a value in the training scans
-        mean, deviation = np.nan_to_num(np.nanmean(train, axis=0)), np.nan_to_num(np.nanstd(train, axis=0))
-    deviation[deviation < 1e-8] = np.inf
-    return np.nan_to_num((train - mean) / deviation), np.nan_to_num((test - mean) / deviation)
 
 
 def linear(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predictions:
@@ -152,13 +45,6 @@ def linear(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predi
     # The classes were weighted to be equally common; the log odds of their proportion shift the intercept back.
     score = np.asarray(model.decision_function(test))
     return Predictions(score, expit(score + log_odds(split.labels)))
-
-
-def _principal_axes(features: NDArray[Any]) -> NDArray[Any]:
-    """Return (F, r) orthonormal axes that span the training scans; r <= n < F."""
-    values, vectors = np.linalg.eigh(features @ features.T)
-    kept = values > max(values[-1], 1e-12) * 1e-12
-    return np.asarray(features.T @ (vectors[:, kept] / np.sqrt(values[kept])))
 
 
 def log_odds(labels: NDArray[Any]) -> float:
@@ -238,6 +124,8 @@ class Probe(NamedTuple):
 
 
 LINEAR = Probe(linear, [{"penalty": float(penalty)} for penalty in 10.0 ** np.arange(-1, 6)])
+# Features of variance 1 add up: with thousands of them the best penalty can be above those of LINEAR.
+LINEAR_WIDE = Probe(linear, [{"penalty": float(penalty)} for penalty in 10.0 ** np.arange(-1, 8)])
 NEAREST_NEIGHBOURS = Probe(nearest_neighbours, [{"k": k} for k in (1, 3, 7, 15, 31, 63)])
 
 
@@ -264,10 +152,3 @@ def fit_predict_each(
         return [only] * len(probe.grid)
     split = split_features(table, train, test)
     return [probe.model(split, table.kind, params, seed) for params in probe.grid]
-
-
-def inner_metric(labels: NDArray[Any], predicted: NDArray[Any], kind: str) -> float:
-    """Return the score by which params are chosen, higher is better: AUC, balanced accuracy or minus the MAE."""
-    if kind == "binary":
-        return auc(labels, predicted)
-    return balanced_accuracy(labels, predicted) if kind == "multiclass" else -mae(labels, predicted)

@@ -10,15 +10,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.features.candidates import FeatureChoice, candidate_blocks
+from evaluation.features.tables import SCALES, WIDE, reduced, table_of
 from evaluation.protocols.context import Candidate, EvaluationContext
-from evaluation.protocols.features import cache_name, features_of
+from evaluation.protocols.features import cache_name, features_of, features_of_each
 from evaluation.protocols.nested_cv import NestedCVResult, PreparedTask, search_grid, search_perceptrons
-from evaluation.protocols.probes import LINEAR, NEAREST_NEIGHBOURS, Probe
-from evaluation.protocols.settings import EvaluationSettings
+from evaluation.protocols.probes import LINEAR, LINEAR_WIDE, NEAREST_NEIGHBOURS, Probe
+from evaluation.protocols.settings import AUTO, EvaluationSettings
 from evaluation.protocols.tune_networks import search_fine_tuning, training_jobs
 from evaluation.protocols.variant import ProtocolVariant
 from evaluation.protocols.voxels import voxel_coordinates
 from infra.errors import UserError, nearest
+from pretrain.weights.layers import OWN, Block
 
 # Settings of the protocols that search a grid: these repeat their cross-validation; perceptrons and networks do not.
 RESAMPLING = ("repeats", "halvings", "permutations")
@@ -44,7 +47,7 @@ class Protocol:
         settings: the fields of ``EvaluationSettings``, beyond those of every protocol, on which results depend.
         learning_curve: whether these settings ask for learning curves.
         uses_layer: whether ``layer`` and ``pooling`` select the features.
-        scale: of the features; see ``probes.split_features``.
+        scale: of the features; see ``features.tables.split_features``; ``setting``: that of the settings.
         plain_names: log metrics on the checkpoint's own page in MLflow as ``TASK.METRIC``, not ``PROTOCOL/TASK.METRIC``.
         map_features: the columns of the inputs from which the map of the scans is made.
     """
@@ -57,7 +60,7 @@ class Protocol:
     settings: tuple[str, ...] = ("inner_repeats", *RESAMPLING)
     learning_curve: Callable[[EvaluationSettings], bool] = lambda settings: False
     uses_layer: bool = False
-    scale: Literal["each", "all"] = "each"
+    scale: Literal["each", "all", "setting"] = "each"
     plain_names: bool = False
     map_features: slice = field(default_factory=lambda: slice(None))
 
@@ -70,16 +73,48 @@ class Protocol:
         """Return the settings on which results of this protocol depend, as MLflow parameters."""
         curve = ("n_train", "draws") if self.learning_curve(settings) else ()
         layer = ("layer", "pooling") if self.uses_layer else ()
-        return settings.as_params(("folds", "seed", "leave_site_out", *self.settings, *curve, *layer))
+        scale = ("scale",) if self.scale == "setting" else ()
+        return settings.as_params(("folds", "seed", "leave_site_out", *self.settings, *curve, *layer, *scale))
+
+    def scale_of(self, settings: EvaluationSettings) -> str:
+        """Return the scale of the features: ``each`` or ``all``."""
+        return settings.scale if self.scale == "setting" else self.scale
 
 
 def frozen_features(context: EvaluationContext, candidate: Candidate) -> NDArray[np.float32]:
     """Return the features (N, F) of the candidate's encoder, or of the configured layer, from the cache if they are there."""
     assert candidate.encoder is not None
     layer, pooling = context.settings.layer, context.settings.pooling
+    if layer == AUTO:  # the map of the scans shows the encoder's own features
+        layer = None
     cache = context.cache / cache_name(candidate.weights, context.manifest.digest, layer, pooling)
     title = f"features of {candidate.name} step {candidate.step}"
     return features_of(candidate.encoder, context.manifest, context.rows, cache, title, layer=layer, pooling=pooling)
+
+
+def candidate_features(context: EvaluationContext, candidate: Candidate) -> dict[Block, NDArray[np.float32]]:
+    """Return the features (N, F) of every block and pooling that ``--layer auto`` chooses from, computed in one pass."""
+    assert candidate.encoder is not None
+    network, manifest = candidate.encoder.network, context.manifest
+    caches = {
+        block: context.cache / cache_name(candidate.weights, manifest.digest, *block)
+        for block in candidate_blocks(network, manifest.grid["shape"])
+    }
+    title = f"features of {len(caches)} candidates of {candidate.name} step {candidate.step}"
+    return features_of_each(candidate.encoder, manifest, context.rows, caches, title)
+
+
+def candidate_tables(context: EvaluationContext, candidate: Candidate) -> dict[str, list[FeatureChoice]]:
+    """Return the features that ``--layer auto`` chooses from, for each task by name; the tasks share the arrays."""
+    choices: dict[str, list[FeatureChoice]] = {task.name: [] for task in context.tasks}
+    for (layer, pooling), features in candidate_features(context, candidate).items():
+        for scale in SCALES:
+            columns, count = reduced(features, scale)
+            params = {"layer": layer or "encoder", "pooling": "+".join(pooling), "scale": scale}
+            for task in context.tasks:
+                places = context.positions_of(task)
+                choices[task.name].append(FeatureChoice(params, table_of(task, columns, scale, places, count)))
+    return choices
 
 
 def voxel_features(context: EvaluationContext, candidate: Candidate) -> NDArray[np.float64]:
@@ -100,7 +135,8 @@ def grid_of(probe: Probe) -> Search:
         context: EvaluationContext, candidate: Candidate, prepared: dict[str, PreparedTask], folder: Path, title: str
     ) -> dict[str, NestedCVResult]:
         """Try every entry of the grid on every task."""
-        return search_grid(prepared, probe, folder, title)
+        chosen = LINEAR_WIDE if probe is LINEAR and any(map(has_wide, prepared.values())) else probe
+        return search_grid(prepared, chosen, folder, title)
 
     return search
 
@@ -117,15 +153,21 @@ def _networks(
     return search_fine_tuning(training_jobs(context, candidate), prepared, folder, title)
 
 
+def has_wide(prepared: PreparedTask) -> bool:
+    """Whether a task's features may need a larger penalty than those of ``LINEAR``."""
+    table = prepared.table
+    return bool(prepared.candidates) or table.features.dtype == np.float32 or table.count > WIDE
+
+
 PROTOCOLS: dict[str, Protocol] = {
     "paper": Protocol(
         "logistic regression (ridge for a regression) on frozen features, with learning curves",
         "checkpoint", "linear", frozen_features, grid_of(LINEAR),
-        learning_curve=lambda settings: True, uses_layer=True, plain_names=True,
+        learning_curve=lambda settings: True, uses_layer=True, scale="setting", plain_names=True,
     ),
     "linear": Protocol(
         "the model of paper, without learning curves",
-        "checkpoint", "linear", frozen_features, grid_of(LINEAR), uses_layer=True, plain_names=True,
+        "checkpoint", "linear", frozen_features, grid_of(LINEAR), uses_layer=True, scale="setting", plain_names=True,
     ),
     "knn": Protocol(
         "nearest neighbours by cosine similarity on frozen features",
@@ -170,11 +212,29 @@ def check_protocols(names: tuple[str, ...]) -> None:
             )
 
 
+def check_features(settings: EvaluationSettings) -> None:
+    """Raise UserError if no protocol uses the scale, or one cannot choose its features."""
+    names = [name for name in settings.protocols if PROTOCOLS[name].scale == "setting"]
+    if settings.scale != "each" and not names:
+        raise UserError(
+            f"scale={settings.scale} is not used by {', '.join(settings.protocols)}; only by paper and linear"
+        )
+    others = [name for name in settings.protocols if PROTOCOLS[name].uses_layer and name not in names]
+    if settings.layer == AUTO and (others or not names):
+        raise UserError(
+            f"layer={AUTO} is for the protocols paper and linear, and not for {', '.join(others or settings.protocols)}; name "
+            "a block, or leave out the layer"
+        )
+
+
 def variant_of(name: str, settings: EvaluationSettings) -> ProtocolVariant:
     """Return a protocol with the options that apply to it."""
     protocol = PROTOCOLS[name]
     layer = settings.layer if protocol.uses_layer else None
+    if protocol.uses_layer and layer is None and settings.pooling != OWN:
+        layer = "end"
+    scale = settings.scale if protocol.scale == "setting" and settings.scale != "each" else ""
     return ProtocolVariant(
         protocol=name, model=protocol.model, evaluates=protocol.evaluates, leave_site_out=settings.leave_site_out,
-        layer=layer or "", pooling=settings.pooling if layer else (),
+        layer=layer or "", pooling=settings.pooling if layer and layer != AUTO else (), scale=scale,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from evaluation.tasks.resamples import Resample
 from evaluation.tasks.tasks import Task
 from infra.files import write_json
 
-TABLES = ("predictions.parquet", "embedding.parquet", "curve.csv", "trials.csv", "resamples.csv")
+TABLES = ("predictions.parquet", "embedding.parquet", "curve.csv", "trials.csv", "resamples.csv", "chosen.csv")
 RESAMPLE_COLUMNS = ["task", "metric", "kind", "number", "side", "value", "chance"]
 
 
@@ -38,6 +39,7 @@ class EvaluationResult:
     trials: dict[str, list[dict[str, Any]]]
     embedding: pd.DataFrame
     resamples: pd.DataFrame
+    chosen: pd.DataFrame
 
 
 def make_result(
@@ -62,7 +64,7 @@ def make_result(
     trials = {name: result.trials for name, result in results.items()}
     return EvaluationResult(
         metrics, pd.concat(predictions), pd.concat(curves), trials, embedding,
-        pd.DataFrame(resamples, columns=RESAMPLE_COLUMNS),
+        resamples=pd.DataFrame(resamples, columns=RESAMPLE_COLUMNS), chosen=chosen_table(results),
     )  # fmt: skip
 
 
@@ -135,6 +137,27 @@ def trials_table(trials: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def chosen_table(results: dict[str, NestedCVResult]) -> pd.DataFrame:
+    """Return what was chosen for each task and fold: task, fold, and a column for each setting, such as layer and penalty."""
+    rows = [
+        {"task": task, "fold": fold, **params}
+        for task, result in results.items()
+        for fold, params in enumerate(result.chosen)
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["task", "fold"])
+
+
+def chosen_lines(results: dict[str, NestedCVResult]) -> list[str]:
+    """Return a line for each task whose features were chosen: which, and in how many folds."""
+    lines = []
+    for task, result in results.items():
+        names = [" ".join((p["layer"], p["pooling"], p["scale"])) for p in result.chosen if "scale" in p]
+        counts = [f"{name} ({number} of {len(names)} folds)" for name, number in Counter(names).most_common()]
+        if counts:
+            lines.append(f"task {task}: chosen features (layer, pooling, scale): {', '.join(counts)}")
+    return lines
+
+
 def write_result(result: EvaluationResult, folder: Path) -> None:
     """Write a result as files, from which ``record.log_result`` logs it; ``is_complete`` is true once all are written."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +166,7 @@ def write_result(result: EvaluationResult, folder: Path) -> None:
     result.curve.to_csv(folder / "curve.csv", index=False)
     trials_table(result.trials).to_csv(folder / "trials.csv", index=False)
     result.resamples.to_csv(folder / "resamples.csv", index=False)
+    result.chosen.to_csv(folder / "chosen.csv", index=False)
     write_json(folder / "trials.json", result.trials)
     write_json(folder / "metrics.json", result.metrics)
 

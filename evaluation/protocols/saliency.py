@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ Box = tuple[slice, slice, slice]
 def add_saliency(
     checkpoint: str | Path, shards: str | Path, task_name: str, *, experiment: str = "yaware",
     tracking_uri: str | None = None, scans: int = SCANS, cubes: int = CUBES, seed: int = 0,
+    cache: str | os.PathLike[str] | None = None,
 ) -> dict[str, NDArray[Any]]:  # fmt: skip
     """Compute the occlusion map of an evaluated checkpoint and task, and add it to the evaluation's MLflow run.
 
@@ -54,6 +56,7 @@ def add_saliency(
         scans: number of held-out scans.
         cubes: number of cubes along the longest side of the volume.
         seed: of the choice of scans.
+        cache: folder of computed features; by default that of ``evaluate``.
 
     Returns:
         The arrays of ``occlusion``.
@@ -64,14 +67,14 @@ def add_saliency(
     manifest, uri = Manifest.load(shards), tracking_uri or default_uri()
     folder, encoder = find_encoder(checkpoint), Encoder.from_pretrained(checkpoint)
     check_preprocessing(encoder.preprocessing, manifest, str(checkpoint))
-    task = load_task(task_name, manifest)
+    task = load_task(task_name, manifest, folds=2)  # the folds are those of the evaluation, whatever their number
     check_leakage(encoder, checkpoint, manifest, task.rows, str(checkpoint))
     if task.kind == "multiclass":
         raise UserError(f"task {task.name} is multiclass and has no single score; choose a binary task or a regression")
     weights = sha256_of(folder / "model.safetensors")
     run, predictions, params = _find_evaluation(uri, experiment, task, weights, manifest, str(checkpoint))
-    cache = feature_folder(manifest) / cache_name(weights, manifest.digest, None, ("mean",))
-    features = features_of(encoder, manifest, task.rows, cache, f"features of {encoder.config['run_name']}")
+    stored = feature_folder(manifest, cache) / cache_name(weights, manifest.digest, None, ("mean",))
+    features = features_of(encoder, manifest, task.rows, stored, f"features of {encoder.config['run_name']}")
     train, test = _first_fold(task, manifest, predictions)
     test = _sample(test, task, scans, seed)
     maps = occlusion(

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from evaluation.features.tables import SCALES
 from evaluation.protocols.finetune import FineTuning
 from evaluation.statistics.training_sets import FEWEST_HALVINGS
 from evaluation.tasks.resamples import Resampling
-from infra.errors import UserError
+from infra.errors import UserError, nearest
 from infra.settings import load_settings
+from pretrain.weights.layers import OWN
+
+AUTO = "auto"  # as a layer: block, pooling and scale are chosen on inner folds
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class EvaluationSettings:
     leave_site_out: bool = False
     layer: str | None = None
     pooling: tuple[str, ...] = ("mean",)
+    scale: str = "each"
     mlp_trials: int = 12
     repeats: int = 3
     halvings: int = 10
@@ -45,6 +50,12 @@ class EvaluationSettings:
             raise UserError(
                 f"halvings={self.halvings} is too small for an interval; give at least {FEWEST_HALVINGS}, or 0 for none"
             )
+        if self.scale not in SCALES:
+            raise UserError(
+                f"scale={self.scale!r} is not known{nearest(self.scale, SCALES)}; allowed: {', '.join(SCALES)}"
+            )
+        if self.layer == AUTO and (self.pooling, self.scale) != (OWN, "each"):
+            raise UserError("layer=auto chooses pooling and scale too; leave out --pooling and --scale")
         if not self.tasks:
             raise UserError("tasks is empty; name at least one, for example ad, scz, age or site")
         if self.finetune.batch < 2 * self.finetune.ranks:

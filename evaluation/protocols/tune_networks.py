@@ -47,7 +47,7 @@ def training_jobs(context: EvaluationContext, candidate: Candidate) -> dict[str,
             folder=None if candidate.folder is None else str(candidate.folder),
             encoder=candidate.encoder.config["encoder"], rows=task.rows, labels=task.labels, groups=task.groups,
             kind=task.kind, covariates=np.empty((len(task.rows), 0)) if task.covariates is None else task.covariates,
-            settings=settings, device=device,
+            settings=settings, device=device, sides=tuple(manifest.grid["shape"]),
         )  # fmt: skip
     return jobs
 

@@ -12,7 +12,8 @@ class ProtocolVariant:
 
     ``model`` names what is fitted; protocols that fit the same model share it (``paper`` and ``linear``).
     ``evaluates`` is ``checkpoint``, ``architecture`` or ``shards`` (see ``protocols.Protocol``). ``layer`` is the block
-    whose output was pooled by ``pooling``; empty for the encoder's own features.
+    whose output was pooled by ``pooling``: empty for the encoder's own features, ``end`` for its last map, ``auto`` if block,
+    pooling and scale were chosen on inner folds. ``scale`` is ``all`` if all features have one scale, and empty otherwise.
     """
 
     protocol: str = ""
@@ -21,13 +22,14 @@ class ProtocolVariant:
     leave_site_out: bool = False
     layer: str = ""
     pooling: tuple[str, ...] = ()
+    scale: str = ""
 
     def to_tags(self) -> dict[str, str]:
         """Return the MLflow tags of the variant; ``from_tags`` reads them."""
         return {
             "yaware.protocol": self.protocol, "yaware.model": self.model, "yaware.evaluates": self.evaluates,
             "yaware.leave_site_out": str(self.leave_site_out), "yaware.layer": self.layer,
-            "yaware.pooling": ",".join(self.pooling),
+            "yaware.pooling": ",".join(self.pooling), "yaware.scale": self.scale,
         }  # fmt: skip
 
     @classmethod
@@ -36,7 +38,7 @@ class ProtocolVariant:
         return cls(
             tags.get("yaware.protocol", ""), tags.get("yaware.model", ""), tags.get("yaware.evaluates", "checkpoint"),
             tags.get("yaware.leave_site_out") == "True", tags.get("yaware.layer", ""),
-            tuple(name for name in tags.get("yaware.pooling", "").split(",") if name),
+            tuple(name for name in tags.get("yaware.pooling", "").split(",") if name), scale=tags.get("yaware.scale", ""),
         )  # fmt: skip
 
     @property
@@ -45,15 +47,15 @@ class ProtocolVariant:
         return self.evaluates != "checkpoint"
 
     @property
-    def fitted(self) -> tuple[str, str, tuple[str, ...]]:
-        """Model, layer and pooling: equal if the same model was fitted to the same features; the folds may differ."""
-        return self.model or self.protocol, self.layer, self.pooling
+    def fitted(self) -> tuple[str, str, tuple[str, ...], str]:
+        """Model, layer, pooling and scale: equal if the same model was fitted to the same features; the folds may differ."""
+        return self.model or self.protocol, self.layer, self.pooling, self.scale
 
     @property
     def options(self) -> list[str]:
         """Return the options that differ from the defaults, as text for people."""
-        layer = [f"{self.layer} {'+'.join(self.pooling)}"] if self.layer else []
-        return layer + ["sites left out"] * self.leave_site_out
+        layer = [f"{self.layer} {'+'.join(self.pooling)}".strip()] if self.layer else []
+        return layer + ["one scale"] * (self.scale == "all") + ["sites left out"] * self.leave_site_out
 
     @property
     def label(self) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
+from evaluation.features.tables import coordinates_of
 from infra.files import atomic_write
 from infra.processes.scratch import scratch_folder
 from infra.progress import Progress
@@ -32,8 +33,7 @@ def voxel_coordinates(manifest: Manifest, rows: NDArray[Any], cache: Path) -> ND
         gram = gram_matrix(manifest, rows)
         with atomic_write(cache) as stream:
             np.savez(stream, rows=rows, gram=gram)
-    values, vectors = np.linalg.eigh(gram)
-    return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
+    return coordinates_of(gram)
 
 
 def gram_matrix(manifest: Manifest, rows: NDArray[Any]) -> NDArray[np.float64]:

@@ -226,3 +226,10 @@ def _ratio(numerator: NDArray[Any], denominator: NDArray[Any]) -> NDArray[Any]:
     """Return the quotient, NaN where the denominator is not positive."""
     positive = denominator > 0
     return np.where(positive, numerator / np.where(positive, denominator, 1), np.nan)
+
+
+def inner_metric(labels: NDArray[Any], predicted: NDArray[Any], kind: str) -> float:
+    """Return the score by which params are chosen, higher is better: AUC, balanced accuracy or minus the MAE."""
+    if kind == "binary":
+        return auc(labels, predicted)
+    return balanced_accuracy(labels, predicted) if kind == "multiclass" else -mae(labels, predicted)

@@ -10,9 +10,10 @@ from torch import nn
 
 from data_pipeline.volume.limits import is_too_large
 from infra.errors import UserError, nearest
-from infra.lean_imports import quiet_imports
+from infra.lean_imports import quiet_imports, without_optional
 from pretrain.encoders import networks
-from pretrain.encoders.layers import NO_SYNC_ON_CPU, NORMS, POOLINGS, check_sides
+from pretrain.encoders.layers import NO_SYNC_ON_CPU, NORMS, check_sides
+from pretrain.encoders.pooling import GRIDS, NONE_NEEDS_GRID
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "densenet121": networks.densenet121,
@@ -27,8 +28,13 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
 }
 # Options of training that do not change what the network computes; an exported encoder is built without them.
 TRAINING_ONLY = ("checkpointing", "compile")
+# Packages that MONAI imports if they are installed, and that its networks do not use: 2.5 s of CPU.
+_UNUSED_BY_NETWORKS = (
+    "mlflow", "ignite", "matplotlib", "scipy.signal", "scipy", "skimage", "sklearn", "nibabel", "itk", "pandas", "PIL",
+    "optuna", "boto3", "botocore", "requests", "tensorboard", "tensorboardX", "transformers",
+)  # fmt: skip
 
-_POOLINGS = [pooling for pooling in POOLINGS if pooling != "class"]
+_POOLINGS = ["mean", "max", "mean+max", *GRIDS, "none"]
 _VIT: dict[str, Sequence[str]] = {"norm": ("layer",), "pooling": ("class", *_POOLINGS)}
 _CHOICES: dict[str, dict[str, Sequence[str]]] = {
     "vit-small": _VIT,
@@ -59,7 +65,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("checkpointing", "channels_last", "compile", "max_pool"), _SWITCH),
     **dict.fromkeys(("dropout", "drop_path"), _RATE),
     "width": (lambda value: _is_number(value) and 0.125 <= value <= 8, "0.125 to 8"),
-    "grid": (_is_grid, "three sides in voxels, as [121, 145, 121]"),
+    "grid": (lambda value: value is None or _is_grid(value), "three sides in voxels, as [121, 145, 121]"),
 }
 
 
@@ -87,6 +93,8 @@ def check_encoder(
                 f"encoder.options.{option} is not an option of {name}{hint}; allowed: {', '.join(defaults)}"
             )
         _check_value(name, option, value)
+    if options.get("pooling") == "none" and options.get("grid", defaults["grid"]) is None:
+        raise UserError(NONE_NEEDS_GRID)
     norm = options.get("norm", defaults["norm"])
     if options.get("compile") and options.get("checkpointing") and norm in ("batch", "sync-batch"):
         raise UserError(
@@ -114,5 +122,5 @@ def _check_value(name: str, option: str, value: Any) -> None:
 def build_encoder(name: str, options: dict[str, Any]) -> nn.Module:
     """Build the encoder ``name`` with ``options``; raises UserError as `check_encoder` does."""
     check_encoder(name, options)
-    with quiet_imports():  # of MONAI
+    with quiet_imports(), without_optional(*_UNUSED_BY_NETWORKS):  # of MONAI
         return ENCODERS[name](**options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,6 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 from infra.errors import UserError
 from infra.internals import library_changed
+from pretrain.encoders.pooling import (
+    GRIDS,
+    MOST_FEATURES,
+    NONE_NEEDS_GRID,
+    POOLINGS,
+    SPATIAL,
+    as_map,
+    check_cells,
+    feature_count,
+    map_shapes,
+)
 
 # Number of channels -> layer. By default torch's InstanceNorm3d, and so MONAI's "instance", has no weights.
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -21,13 +31,6 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "sync-batch": nn.SyncBatchNorm,
     "group": lambda channels: _group_norm(channels),
     "instance": lambda channels: nn.InstanceNorm3d(channels, affine=True),
-}
-# (N, C, ...) -> (N, C), or (N, 2C) for "mean+max". AdaptiveAvgPool3d has no CPU kernel for bfloat16; mean() has one.
-POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "mean": lambda features: features.flatten(2).mean(dim=2),
-    "max": lambda features: features.flatten(2).amax(dim=2),
-    "mean+max": lambda features: torch.cat([POOLINGS["mean"](features), POOLINGS["max"](features)], dim=1),
-    "class": lambda features: features[:, :, 0],
 }
 
 
@@ -133,46 +136,92 @@ class PooledEncoder(nn.Module):
         name: the encoder's name, for messages.
         norm: a key of `NORMS`, or "layer".
         pooling: a key of `POOLINGS`.
+        grid: sides of the volumes; needed for the pooling "none", whose number of features depends on it.
         smallest: smallest side of a volume, in voxels.
         multiple: sides are padded to a multiple of it.
         channels_last: use torch's channels-last memory layout.
         compile: compile the trunk with torch.compile.
 
     Raises:
-        UserError: in the forward pass, if a side is below ``smallest``, or if a SyncBatchNorm is trained on a CPU, for which
+        UserError: if the pooling is "none" without ``grid``, or gives more than 2^20 features; in the forward pass, if the
+            map does not fit the pooling, if a side is below ``smallest``, or if a SyncBatchNorm is trained on a CPU, for which
             torch has no implementation.
     """
 
     def __init__(
-        self, trunk: nn.Module, channels: int, *, name: str, norm: str, pooling: str, smallest: int = 1,
-        multiple: int = 1, channels_last: bool = False, compile: bool = False,
+        self, trunk: nn.Module, channels: int, *, name: str, norm: str, pooling: str,
+        grid: Sequence[int] | None = None, smallest: int = 1, multiple: int = 1, channels_last: bool = False,
+        compile: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.trunk = trunk
-        self.channels = channels
-        self.feature_size = channels * (2 if pooling == "mean+max" else 1)
-        self.name, self.norm, self.pooling = name, norm, pooling
+        self.channels, self.name, self.norm = channels, name, norm
         self.smallest, self.multiple, self.channels_last = smallest, multiple, channels_last
+        self.use_pooling(pooling, grid if pooling == "none" else None)
         if channels_last:
             self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         if compile:
             trunk.compile()  # in place, which keeps the names of the weights
 
+    def use_pooling(self, pooling: str, sides: Sequence[int] | None) -> None:
+        """Pool by ``pooling`` from now on. The weights stay as they are.
+
+        Args:
+            pooling: a key of `POOLINGS`.
+            sides: of the volumes in voxels; None if unknown, which "none" does not allow. A grid is checked against it.
+
+        Raises:
+            UserError: if the pooling does not fit the map, or gives too many features.
+        """
+        shape = None
+        if pooling in SPATIAL and sides is not None:
+            shape = self.map_of(sides)[1:]
+        if pooling == "none" and shape is None:
+            raise UserError(NONE_NEEDS_GRID)
+        if pooling in GRIDS and shape is not None:
+            check_cells(GRIDS[pooling], shape)
+        size = feature_count(pooling, self.channels, shape)
+        if size > MOST_FEATURES:
+            raise UserError(
+                f"pooling {pooling} gives {size} features; at most {MOST_FEATURES} are possible; choose a grid"
+            )
+        self.pooling, self.feature_size = pooling, size
+
+    def map_of(self, sides: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape (C, d, h, w) of the last map of volumes of some sides in voxels, without the class token.
+
+        Raises UserError if a side is too small.
+        """
+        check_sides(self.name, self.norm, self.smallest, tuple(sides))
+        shape = map_shapes(self.trunk, [""], [side + -side % self.multiple for side in sides])[0]
+        return shape if len(shape) == 4 else (shape[0], *self.patches(sides))
+
+    def patches(self, sides: Sequence[int]) -> tuple[int, ...]:
+        """Return the number of patches of a transformer along each side of volumes of some sides in voxels."""
+        return tuple(-(-side // self.multiple) for side in sides)
+
     def forward(self, volumes_N1DHW: torch.Tensor) -> torch.Tensor:
         """Return the features (N, feature_size) of volumes (N, 1, D, H, W)."""
-        return POOLINGS[self.pooling](self._trunk_output(volumes_N1DHW))
+        return self._pooled(self._trunk_output(volumes_N1DHW), volumes_N1DHW.shape[2:])
 
     def map_and_features(self, volumes_N1DHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the last feature map (N, C, d, h, w) and the features (N, feature_size) of volumes (N, 1, D, H, W).
 
         The map covers the padded volume (`padding_of`). A transformer's tokens are put on their grid, without the class token.
         """
-        output = self._trunk_output(volumes_N1DHW)
-        features = POOLINGS[self.pooling](output)
-        if output.ndim == 3:
-            sides = [-(-side // self.multiple) for side in volumes_N1DHW.shape[2:]]
-            output = output[:, :, -math.prod(sides) :].reshape(*output.shape[:2], *sides)  # a class token comes first
-        return output, features
+        output, sides = self._trunk_output(volumes_N1DHW), volumes_N1DHW.shape[2:]
+        return as_map(output, self.patches(sides)), self._pooled(output, sides)
+
+    def _pooled(self, output: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
+        """Return the features (N, feature_size) of the trunk's output for volumes of some sides in voxels."""
+        features = POOLINGS[self.pooling](as_map(output, self.patches(sides)) if self.pooling in SPATIAL else output)
+        if features.shape[1] != self.feature_size:
+            found = "x".join(map(str, sides))
+            raise UserError(
+                f"this {self.name} without pooling has {self.feature_size} features, and scans of {found} voxels give it "
+                f"{features.shape[1]}; it can be used only on scans of the grid in encoder.options.grid"
+            )
+        return features
 
     def _trunk_output(self, volumes_N1DHW: torch.Tensor) -> torch.Tensor:
         check_sides(self.name, self.norm, self.smallest, tuple(volumes_N1DHW.shape[2:]))

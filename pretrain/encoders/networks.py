@@ -47,8 +47,8 @@ def smallest_side(name: str, norm: str, max_pool: bool = True) -> int:
 
 
 def densenet121(
-    *, norm: str = "batch", pooling: str = "mean", dropout: float = 0.0, checkpointing: bool = False,
-    channels_last: bool = False, compile: bool = False,
+    *, norm: str = "batch", pooling: str = "mean", grid: Sequence[int] | None = None, dropout: float = 0.0,
+    checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Build the 3D DenseNet121 of Dufumier et al. 2021: growth 32, blocks 6/12/24/16, no final norm5; 1024 features.
 
@@ -68,14 +68,14 @@ def densenet121(
     blocks["relu5"] = nn.ReLU()
     recompute = [block for block in blocks if block.startswith("denseblock")] if checkpointing else []
     return PooledEncoder(
-        Trunk(blocks, recompute, channels_last), 1024, name="densenet121", norm=norm, pooling=pooling,
+        Trunk(blocks, recompute, channels_last), 1024, name="densenet121", norm=norm, pooling=pooling, grid=grid,
         smallest=smallest_side("densenet121", norm), channels_last=channels_last, compile=compile,
     )  # fmt: skip
 
 
 def resnet18(
-    *, norm: str = "batch", pooling: str = "mean", width: float = 1.0, max_pool: bool = True, checkpointing: bool = False,
-    channels_last: bool = False, compile: bool = False,
+    *, norm: str = "batch", pooling: str = "mean", grid: Sequence[int] | None = None, width: float = 1.0,
+    max_pool: bool = True, checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Build MONAI's 3D ResNet18 (He et al. 2016); ``512 * width`` features.
 
@@ -83,25 +83,25 @@ def resnet18(
     keeps twice the resolution, for coarse grids.
     """
     return _resnet(
-        "resnet18", 512, norm=norm, pooling=pooling, width=width, max_pool=max_pool, checkpointing=checkpointing,
+        "resnet18", 512, norm=norm, pooling=pooling, grid=grid, width=width, max_pool=max_pool, checkpointing=checkpointing,
         channels_last=channels_last, compile=compile,
     )  # fmt: skip
 
 
 def resnet50(
-    *, norm: str = "batch", pooling: str = "mean", width: float = 1.0, max_pool: bool = True, checkpointing: bool = False,
-    channels_last: bool = False, compile: bool = False,
+    *, norm: str = "batch", pooling: str = "mean", grid: Sequence[int] | None = None, width: float = 1.0,
+    max_pool: bool = True, checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Build MONAI's 3D ResNet50 (He et al. 2016); ``2048 * width`` features. Options as in `resnet18`."""
     return _resnet(
-        "resnet50", 2048, norm=norm, pooling=pooling, width=width, max_pool=max_pool, checkpointing=checkpointing,
+        "resnet50", 2048, norm=norm, pooling=pooling, grid=grid, width=width, max_pool=max_pool, checkpointing=checkpointing,
         channels_last=channels_last, compile=compile,
     )  # fmt: skip
 
 
 def _resnet(
-    name: str, channels: int, *, norm: str, pooling: str, width: float, max_pool: bool, checkpointing: bool,
-    channels_last: bool, compile: bool,
+    name: str, channels: int, *, norm: str, pooling: str, grid: Sequence[int] | None, width: float, max_pool: bool,
+    checkpointing: bool, channels_last: bool, compile: bool,
 ) -> nn.Module:  # fmt: skip
     from monai.networks import nets
 
@@ -113,13 +113,13 @@ def _resnet(
     recompute = [block for block in blocks if block.startswith("layer")] if checkpointing else []
     return PooledEncoder(
         Trunk(blocks, recompute, channels_last), int(512 * width) * (channels // 512), name=name, norm=norm, pooling=pooling,
-        smallest=smallest_side(name, norm, max_pool), channels_last=channels_last, compile=compile,
+        grid=grid, smallest=smallest_side(name, norm, max_pool), channels_last=channels_last, compile=compile,
     )  # fmt: skip
 
 
 def unet(
-    *, norm: str = "batch", pooling: str = "mean", dropout: float = 0.0, checkpointing: bool = False,
-    channels_last: bool = False, compile: bool = False,
+    *, norm: str = "batch", pooling: str = "mean", grid: Sequence[int] | None = None, dropout: float = 0.0,
+    checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Build the contracting half of a 3D U-Net (Cicek et al. 2016) from MONAI's blocks; 512 features.
 
@@ -134,18 +134,18 @@ def unet(
     replace_norms(nn.ModuleDict(blocks), norm)
     trunk = Trunk(blocks, tuple(blocks) if checkpointing else (), channels_last)
     return PooledEncoder(
-        trunk, widths[-1], name="unet", norm=norm, pooling=pooling, smallest=smallest_side("unet", norm),
+        trunk, widths[-1], name="unet", norm=norm, pooling=pooling, grid=grid, smallest=smallest_side("unet", norm),
         channels_last=channels_last, compile=compile,
     )  # fmt: skip
 
 
 def resenc_l(
-    *, norm: str = "instance", pooling: str = "mean", checkpointing: bool = False, channels_last: bool = False,
-    compile: bool = False,
+    *, norm: str = "instance", pooling: str = "mean", grid: Sequence[int] | None = None, checkpointing: bool = False,
+    channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Build a residual encoder like nnU-Net's ResEnc-L (Isensee et al. 2024): 6 stages, 320 features."""
     return PooledEncoder(
-        resenc_trunk(norm, checkpointing, channels_last), FEATURES[-1], name="resenc-l", norm=norm, pooling=pooling,
+        resenc_trunk(norm, checkpointing, channels_last), FEATURES[-1], name="resenc-l", norm=norm, pooling=pooling, grid=grid,
         smallest=smallest_side("resenc-l", norm), channels_last=channels_last, compile=compile,
     )  # fmt: skip
 
@@ -171,7 +171,7 @@ def vit_small(
         384, 6, grid, class_token=pooling == "class", dropout=dropout, drop_path=drop_path, checkpointing=checkpointing
     )
     return PooledEncoder(
-        trunk, 384, name="vit-small", norm=norm, pooling=pooling, multiple=PATCH, channels_last=channels_last,
+        trunk, 384, name="vit-small", norm=norm, pooling=pooling, grid=grid, multiple=PATCH, channels_last=channels_last,
         compile=compile,
     )  # fmt: skip
 
@@ -185,7 +185,7 @@ def vit_base(
         768, 12, grid, class_token=pooling == "class", dropout=dropout, drop_path=drop_path, checkpointing=checkpointing
     )
     return PooledEncoder(
-        trunk, 768, name="vit-base", norm=norm, pooling=pooling, multiple=PATCH, channels_last=channels_last,
+        trunk, 768, name="vit-base", norm=norm, pooling=pooling, grid=grid, multiple=PATCH, channels_last=channels_last,
         compile=compile,
     )  # fmt: skip
 
@@ -200,24 +200,24 @@ def vit_large(
         blocks=24,
     )  # fmt: skip
     return PooledEncoder(
-        trunk, 1024, name="vit-large", norm=norm, pooling=pooling, multiple=PATCH, channels_last=channels_last,
+        trunk, 1024, name="vit-large", norm=norm, pooling=pooling, grid=grid, multiple=PATCH, channels_last=channels_last,
         compile=compile,
     )  # fmt: skip
 
 
 def swin_unetr(
-    *, norm: str = "layer", pooling: str = "mean", dropout: float = 0.0, drop_path: float = 0.0, checkpointing: bool = False,
-    channels_last: bool = False, compile: bool = False,
+    *, norm: str = "layer", pooling: str = "mean", grid: Sequence[int] | None = None, dropout: float = 0.0,
+    drop_path: float = 0.0, checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Build MONAI's encoder of SwinUNETR (Hatamizadeh et al. 2022) with 48 channels at the first scale; 768 features."""
     return PooledEncoder(
-        _Swin(48, dropout, drop_path, checkpointing), 768, name="swin-unetr", norm=norm, pooling=pooling, multiple=32,
-        channels_last=channels_last, compile=compile,
+        _Swin(48, dropout, drop_path, checkpointing), 768, name="swin-unetr", norm=norm, pooling=pooling, grid=grid,
+        multiple=32, channels_last=channels_last, compile=compile,
     )  # fmt: skip
 
 
 class _ViT(nn.Module):
-    """(N, 1, D, H, W), sides multiples of 16, -> tokens (N, C, T), with the class token, if there is one, first."""
+    """(N, 1, D, H, W), sides multiples of 16, -> map (N, C, d, h, w), or tokens (N, C, T) with the class token first."""
 
     def __init__(
         self, width: int, heads: int, grid: Sequence[int], *, class_token: bool, dropout: float, drop_path: float,
@@ -255,7 +255,7 @@ class _ViT(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
-        """Return the tokens (N, C, T) of volumes (N, 1, D, H, W)."""
+        """Return the map (N, C, d, h, w) of volumes (N, 1, D, H, W); with a class token the tokens (N, C, T), it first."""
         patches_NCdhw = self.patches(volumes)
         tokens_NTC = patches_NCdhw.flatten(2).transpose(1, 2) + self._position(tuple(patches_NCdhw.shape[2:]))
         if self.class_token is not None:
@@ -264,7 +264,8 @@ class _ViT(nn.Module):
         for block in self.blocks:
             tokens_NTC = run_block(block, tokens_NTC, self.checkpointing)
         normed: torch.Tensor = self.norm(tokens_NTC)
-        return normed.transpose(1, 2)
+        tokens_NCT = normed.transpose(1, 2)
+        return tokens_NCT if self.class_token is not None else tokens_NCT.reshape(patches_NCdhw.shape)
 
     def _position(self, patches_per_side: tuple[int, ...]) -> torch.Tensor:
         """Return the positions (1, T, C) for a volume of so many patches, interpolated if its shape is not ``grid``."""

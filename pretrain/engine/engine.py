@@ -21,7 +21,7 @@ from infra.extensions import exclusive_build, hidden_compiler_checks
 from infra.internals import library_changed, replaced_internal, set_internal
 from pretrain.config import Recipe
 from pretrain.engine.deepspeed_config import deepspeed_config, zero_stage
-from pretrain.engine.importing import import_deepspeed, import_muon_uncompiled
+from pretrain.engine.importing import import_deepspeed, import_muon_uncompiled, without_compiler
 from pretrain.engine.optimizers import LayerWise, build_optimizer, parameter_groups
 from pretrain.engine.partitions import deepspeed_internal, keeps_float32_copies, local_shards
 from pretrain.engine.rendezvous import init_method
@@ -125,6 +125,8 @@ def build_engine(
     """
     make_contiguous(model)
     _check_fp16(recipe)
+    if not recipe.encoder.options.get("compile"):
+        without_compiler()
     groups = parameter_groups(model, recipe.optimizer)
     optimizer = build_optimizer(recipe.optimizer, groups)
     if zero_stage(recipe) == 0:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from infra.extensions import extensions_folder
-from infra.internals import replaced_internal
-from infra.lean_imports import quiet_imports, without
+from infra.internals import internal, replaced_internal
+from infra.lean_imports import is_own_process, quiet_imports, without
 
 
 def import_deepspeed() -> Any:
@@ -43,3 +43,24 @@ def import_muon_uncompiled() -> None:
     compiler = import_module("deepspeed.runtime.compiler")
     with replaced_internal("deepspeed", compiler, "compile", lambda *_, **__: lambda function: function):
         import_module("deepspeed.runtime.zero.muon.original_muon")
+
+
+def without_compiler() -> None:
+    """Let torch's optimizers run without importing torch's compiler, 1.2 s of CPU, in a process of this project.
+
+    Functions that torch.compile must not trace are wrapped: the wrapper imports the compiler at its first call, unless it finds
+    the function to call under ``__dynamo_disable``. The optimizers' ``step`` imports it for a graph break, which does nothing
+    if nothing is compiled. Call this only then, and before an optimizer is made.
+    """
+    if not is_own_process() or "torch._dynamo" in sys.modules:
+        return
+    for function in vars(torch.optim.Optimizer).values():
+        if getattr(function, "__code__", None) is _WRAPPER:
+            function.__wrapped__.__dynamo_disable = function.__wrapped__
+    for kind in (torch.optim.Adam, torch.optim.SGD):
+        if kind.step.__code__.co_name == "_use_grad":
+            kind.step = torch.no_grad()(internal("torch", kind.step, "__wrapped__"))  # type: ignore[method-assign]
+
+
+# The code of the wrapper, which all wrapped functions share.
+_WRAPPER = internal("torch", torch, "_disable_dynamo")(lambda: None).__code__

@@ -22,7 +22,7 @@ CHANGEABLE = (
     "run.output", "run.tracking_uri",
     "data.shards", "data.workers", "data.threads", "data.prefetch", "data.device", "data.max_bad_share",
     "data.cache", "data.retries", "data.timeout", "deepspeed.zero_optimization.", "checkpoint.", "launch.",
-    "train.watchdog_seconds", "train.max_skipped_steps", "run.resume", "run.trust", "monitor.",
+    "train.watchdog_seconds", "train.max_skipped_steps", "run.resume", "run.trust", "monitor.", "readouts.",
 )  # fmt: skip
 # Keys that must be equal for another run's checkpoint to fit the model and the optimiser (`run.resume: PATH`).
 NETWORK_KEYS = (

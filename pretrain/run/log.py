@@ -20,6 +20,7 @@ from pretrain.losses.diagnostics import Positives
 from pretrain.run import checkpoint
 from pretrain.run import folder as run_folder
 from pretrain.run.plan import Plan
+from pretrain.weights.readouts import Readouts
 
 SPOOL = "mlflow-spool.jsonl"
 STEPS_PER_MLFLOW_CALL = 20
@@ -138,6 +139,12 @@ class RunLog:
         if alarm:
             print(f"pretrain: ALARM after {step + 1} steps: {alarm}", flush=True)
             self.tracker.set_tags({"yaware.collapse": f"after {step + 1} steps: {alarm}"})
+
+    def readouts(self, steps: int, fitted: Readouts) -> None:
+        """Log and print the out-of-fold errors of the readouts."""
+        self._note({f"readouts/{name}_mae": readout.summary["mae"] for name, readout in fitted.readouts.items()}, steps)
+        for line in fitted.lines():
+            print(f"pretrain: {line}", flush=True)
 
     def close(self, status: str, stopped: str = "") -> None:
         """End the MLflow run and print where the results are. ``stopped``: the signal that ended the run early."""

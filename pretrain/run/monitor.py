@@ -28,6 +28,7 @@ from pretrain.run import checkpoint
 from pretrain.run.log import RunLog
 from pretrain.run.online_probes import Watched, missing_split, probe_metrics, score_of, view_metrics
 from pretrain.run.plan import Plan
+from pretrain.weights.layers import intermediate_features
 
 
 class OnlineMonitor:
@@ -65,7 +66,7 @@ class OnlineMonitor:
         )
         features = encode(
             self._engine, self._plan.manifest, watched.rows, device=self._device, dtype=self._dtype,
-            batch=settings.batch, encoder=averaged,
+            batch=settings.batch, encoder=averaged, pooling=settings.pooling,
         )  # fmt: skip
         views = self._embed_views(watched)
         better = False
@@ -131,7 +132,7 @@ class OnlineMonitor:
 
 def encode(
     engine: Any, manifest: Manifest, rows: NDArray[np.int64], *, device: torch.device, dtype: torch.dtype, batch: int,
-    encoder: nn.Module | None = None,
+    encoder: nn.Module | None = None, pooling: str = "mean",
 ) -> NDArray[np.float32]:  # fmt: skip
     """Return the features (n, F) of scans from the encoder in evaluation mode, on all ranks. Collective.
 
@@ -145,14 +146,16 @@ def encode(
         dtype: type of the network's input.
         batch: scans per pass.
         encoder: a network to use instead of the engine's, such as its moving average.
+        pooling: of the encoder's last map; ``mean``: the encoder's own features.
     """
     world, rank = distributed.world_size(), distributed.rank()
     share = -(-len(rows) // world)
     padded = np.resize(rows, share * world)[rank * share : (rank + 1) * share]
     training, encoder = engine.module.training, encoder or engine.module.encoder
+    compute = intermediate_features(encoder, None, (pooling,))
     engine.module.eval()
     with torch.no_grad():
-        own = [encoder(scans.to(device, dtype)).float() for _, scans in volumes(manifest, padded, batch)]
+        own = [compute(scans.to(device, dtype)).float() for _, scans in volumes(manifest, padded, batch)]
     engine.module.train(training)
     features: NDArray[np.float32] = gather_rows(torch.cat(own))[: len(rows)].cpu().numpy()
     return features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from data_pipeline.loading.view_details import PATCHES, ViewDetails, masked_patc
 from data_pipeline.storage.manifest import Manifest, check_shards
 from data_pipeline.storage.remote import Access
 from infra import distributed
-from infra.errors import UserError
-from pretrain.config import Recipe, check_world_size
-from pretrain.encoders import check_encoder
+from infra.errors import UserError, nearest
+from pretrain.config import ReadoutSection, Recipe, check_world_size
+from pretrain.encoders import build_encoder, check_encoder
+from pretrain.encoders.pooling import SPATIAL
 from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.readouts.targets import check_columns
 from pretrain.run import folder
 from pretrain.run.objective import Objective, build_objective
 from pretrain.run.online_probes import Watched, check_held_out, watched_scans
+from pretrain.weights.layers import POOLINGS, intermediate_features
 
 
 @dataclass
@@ -61,6 +65,8 @@ class Plan:
         objective, augmentation = build_objective(recipe, manifest, rows), load_augmentation(recipe.augmentation)
         check_something_hidden(recipe, augmentation)
         check_encoder(recipe.encoder.name, recipe.encoder.options, grid=manifest.grid["shape"], training=True)
+        _check_poolings(recipe, manifest.grid["shape"])
+        _check_readouts(recipe, manifest)
         steps_per_epoch = order.length / recipe.batch.global_
         return cls(
             recipe=recipe, manifest=manifest, rows=rows, order=order, total_steps=total_steps(recipe, order.length),
@@ -97,6 +103,37 @@ def check_something_hidden(recipe: Recipe, augmentation: Augmentation) -> None:
             f"loss.reconstruction.masked={section.masked:g} masks none of the {PATCHES**3} patches of a view and "
             f"augmentation has no cutout, so that nothing is hidden; give at least {1 / PATCHES**3:.3f}, or leave "
             "loss.reconstruction out"
+        )
+
+
+def _check_poolings(recipe: Recipe, sides: Sequence[int]) -> None:
+    """Raise UserError if a pooling that keeps places does not fit the last map of scans of some sides in voxels."""
+    options, watched = recipe.encoder.options, recipe.monitor.pooling if recipe.monitor.every_epochs else "mean"
+    if watched not in POOLINGS:
+        raise UserError(
+            f"monitor.pooling={watched!r} is not known{nearest(watched, POOLINGS)}; allowed: {', '.join(POOLINGS)}"
+        )
+    if options.get("pooling") == "none" and list(options.get("grid") or sides) != list(sides):
+        raise UserError(
+            f"encoder.options.grid={list(options['grid'])} is not the grid of the scans, {list(sides)}, which pooling none "
+            "needs; set it to theirs"
+        )
+    if {options.get("pooling"), watched} & set(SPATIAL):
+        encoder = build_encoder(recipe.encoder.name, options)
+        for pooling in (options.get("pooling"), watched):
+            if pooling in SPATIAL:
+                encoder.use_pooling(pooling, sides)  # type: ignore[operator]
+
+
+def _check_readouts(recipe: Recipe, manifest: Manifest) -> None:
+    """Raise UserError if a column of ``readouts`` is not in the shards, or its block or pooling is not the encoder's."""
+    settings = recipe.readouts
+    if settings.fit is False:
+        return
+    check_columns(manifest, settings.columns, "readouts.columns")
+    if settings.layer is not None or settings.pooling != ReadoutSection().pooling:
+        intermediate_features(
+            build_encoder(recipe.encoder.name, recipe.encoder.options), settings.layer, settings.pooling
         )
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import UserError
+from infra.files import check_output
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pretrain.weights.encoder import Encoder
     from pretrain.weights.scan_source import ScanSource
 
@@ -21,6 +24,7 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("checkpoint", help="a run folder (its latest checkpoint) or one of its checkpoints/step-*")
     parser.add_argument("out", type=Path, help="the folder to make")
     options = parser.parse_args(arguments)
+    check_output(options.out, "OUT")
     from pretrain.weights.write import export as copy_encoder
 
     print(f"export: wrote {copy_encoder(options.checkpoint, options.out)}")
@@ -35,22 +39,36 @@ def embed(arguments: list[str]) -> int:
     options = _embed_parser().parse_args(arguments)
     from pretrain.weights.embedding import embed_table
     from pretrain.weights.encoder import Encoder
-    from pretrain.weights.feature_file import check_format, embed_to_file, to_tsv
+    from pretrain.weights.feature_file import check_format, embed_to_file, to_tsv, write_table
     from pretrain.weights.scan_source import unlike_line
 
     if options.out:
         check_format(options.out)
+        check_output(options.out, "--out")
+    if options.gap and options.shards is None:
+        raise UserError("--gap needs the true values, which are in --shards; that is not given")
     encoder = Encoder.from_pretrained(options.encoder)
     source = _source(options, encoder)
     names = ("layer", "pooling", "batch_size", "device", "workers")
     keywords: dict[str, Any] = {name: getattr(options, name) for name in names}
+    if options.readouts or options.gap:
+        keywords["readouts"] = encoder.need_readouts()
     if options.out:
         table, unreadable, taken = embed_to_file(options.encoder, source, options.out, loaded=encoder, **keywords)
+        if options.gap and len(table):
+            table = _with_gaps(table, encoder, options.shards)
+            write_table(table, options.out)
         continued = f", {taken} of them embedded before the last run ended" if taken else ""
         if len(table):
-            print(f"embed: wrote {options.out}: {len(table)} scans{continued}, {table.shape[1]} features")
+            others = [str(name) for name in table if not str(name).removeprefix("f").isdigit()]
+            added = "".join(f", {name}" for name in others)
+            print(
+                f"embed: wrote {options.out}: {len(table)} scans{continued}, {table.shape[1] - len(others)} features{added}"
+            )
     else:
         table, unreadable = embed_table(encoder.network, source, **keywords)
+        if options.gap and len(table):
+            table = _with_gaps(table, encoder, options.shards)
         print(to_tsv(table), end="")
     if source.unlike:
         print(f"embed: warning: {unlike_line(source, encoder.preprocessing)}", file=sys.stderr)
@@ -75,6 +93,7 @@ def import_weights(arguments: list[str]) -> int:
     )
     parser.add_argument("--allow-missing", action="store_true", help="leave weights that the file lacks as initialised")
     options = parser.parse_args(arguments)
+    check_output(options.out, "--out")
     from pretrain.weights.import_weights import import_weights as import_file
     from pretrain.weights.import_weights import preprocessing_from
 
@@ -104,11 +123,37 @@ def _embed_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="table to write, .tsv or .parquet; default: .tsv on standard output")
     parser.add_argument("--layer", help="a block inside the network; default: its end")
-    parser.add_argument("--pooling", nargs="+", default=["mean"], help="of a block: mean, max, std (default: mean)")
+    parser.add_argument(
+        "--pooling",
+        nargs="+",
+        default=["mean"],
+        help="of a block: mean, max, std, grid2 to grid8, none (default: mean; without --layer the encoder's own features)",
+    )
+    parser.add_argument(
+        "--readouts",
+        action="store_true",
+        help="add predictions of the proxies with 95%% intervals: predicted_age, predicted_age_low, predicted_age_high",
+    )
+    parser.add_argument(
+        "--gap",
+        action="store_true",
+        help="with --shards: --readouts, and gap_age: predicted minus true age, without its dependence on age",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="scans per forward pass (default: 8)")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--workers", type=int, help="threads that read ahead (default: one per core, at most 8)")
     return parser
+
+
+def _with_gaps(table: pd.DataFrame, encoder: Encoder, shards: str) -> pd.DataFrame:
+    """Add the corrected gaps of scans of shards; the index of the table holds their keys."""
+    import pandas as pd
+
+    from data_pipeline.storage.manifest import Manifest
+
+    scans = Manifest.load(shards).scans
+    true = scans.set_index(scans["key"].astype(str)).loc[table.index]
+    return pd.concat([table, encoder.need_readouts().gaps(table, true)], axis=1)
 
 
 def _source(options: argparse.Namespace, encoder: Encoder) -> ScanSource:

@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 from data_pipeline.storage.manifest import Manifest
 from pretrain.weights.embedding import BATCH_SIZE
 from pretrain.weights.encoder import Encoder
-from pretrain.weights.layers import intermediate_features
+from pretrain.weights.layers import OWN, intermediate_features
 from pretrain.weights.scan_source import EmbeddableScans
 
 
@@ -32,7 +32,8 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         encoder: an ``Encoder``, or the path of an exported encoder, a checkpoint or a run folder.
         manifest: the data set, or its folder or URL, that ``X`` are rows of.
         layer: a block inside the network; None is its end.
-        pooling: ``mean``, ``max`` or ``std`` over the block's voxels, or several.
+        pooling: of the block's voxels: ``mean``, ``max``, ``std``, ``grid2`` to ``grid8``, ``none``, or several. Without a
+            layer ``mean`` means the encoder's own features.
         batch_size: scans per forward pass.
         device: None is the GPU if there is one.
         workers: threads that read ahead; None is one per core, at most 8.
@@ -68,8 +69,8 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         """Load the encoder; ``X`` and ``y`` are not used. Raises UserError if the encoder or the block does not exist."""
         self.encoder_ = self.encoder if isinstance(self.encoder, Encoder) else Encoder.from_pretrained(self.encoder)
         self.n_features_out_ = self.encoder_.feature_size
-        if self.layer is not None:
-            pooling = [self.pooling] if isinstance(self.pooling, str) else self.pooling
+        pooling = [self.pooling] if isinstance(self.pooling, str) else self.pooling
+        if self.layer is not None or tuple(pooling) != OWN:
             features = intermediate_features(self.encoder_.network, self.layer, pooling)
             shape, device = self.encoder_.preprocessing["grid"]["shape"], next(self.encoder_.parameters()).device
             with torch.no_grad():

@@ -25,7 +25,8 @@ from torch import nn
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
 from infra.progress import Progress
-from pretrain.weights.layers import intermediate_features
+from pretrain.weights.layers import Block, features_of_blocks, intermediate_features
+from pretrain.weights.readouts import Readouts
 from pretrain.weights.scan_source import ScanSource
 
 BATCH_SIZE = 8
@@ -38,23 +39,27 @@ class FeatureBatch:
     """Features of some scans, by their positions, and the reasons why others could not be read."""
 
     positions: list[int]
-    features: NDArray[np.float32]  # (len(positions), F)
+    features: NDArray[np.float32]  # (len(positions), F), then the columns of readouts if they were asked for
     unreadable: dict[int, str]
 
 
 def embed_source(
     network: nn.Module, source: ScanSource, positions: Sequence[int], *, layer: str | None = None,
     pooling: str | Sequence[str] = "mean", device: str | torch.device | None = None, batch_size: int = BATCH_SIZE,
-    workers: int | None = None, progress: bool = True,
+    workers: int | None = None, progress: bool = True, readouts: Readouts | None = None,
 ) -> Generator[FeatureBatch, None, None]:  # fmt: skip
     """Yield the features of a source's scans at some positions, in their order; arguments as ``Encoder.embed``.
 
+    With ``readouts`` their columns (``Readouts.columns``) follow the features.
     The network is moved to the device in evaluation mode; when the generator ends or is closed, the network is moved back and
     the reading threads have ended.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be 1 or more")
-    compute = intermediate_features(network, layer, [pooling] if isinstance(pooling, str) else pooling)
+    poolings = (pooling,) if isinstance(pooling, str) else tuple(pooling)
+    compute = intermediate_features(network, layer, poolings)
+    if readouts is not None:
+        compute = _with_readouts(network, (layer, poolings), readouts)
     target, threads = choose_device(device), default_workers(workers)
     stream = sys.stderr if progress else io.StringIO()
     with (
@@ -83,12 +88,18 @@ def embed_table(
                 names += [source.names[position] for position in batch.positions]
                 parts.append(batch.features)
     features = np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
-    return feature_table(names, features, source.index), unreadable
+    return feature_table(names, features, source.index, options.get("readouts")), unreadable
 
 
-def feature_table(names: Sequence[str], features: NDArray[np.float32], index: str) -> pd.DataFrame:
-    """Return features (n, F) as a table: columns ``f0``, ``f1``, ...; ``names`` as the index, which is named ``index``."""
-    columns = [f"f{number}" for number in range(features.shape[1])]
+def feature_table(
+    names: Sequence[str], features: NDArray[np.float32], index: str, readouts: Readouts | None = None
+) -> pd.DataFrame:
+    """Return features (n, F) as a table: columns ``f0``, ``f1``, ...; ``names`` as the index, which is named ``index``.
+
+    With ``readouts`` the last columns are theirs and have their names.
+    """
+    last = readouts.columns if readouts is not None and features.shape[1] else []
+    columns = [*(f"f{number}" for number in range(features.shape[1] - len(last))), *last]
     table = pd.DataFrame(features, index=list(names), columns=columns)
     table.index.name = index
     return table
@@ -113,6 +124,19 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"device={str(device)!r} cannot be used here ({reason}); give cpu or cuda") from None
     return chosen
+
+
+def _with_readouts(network: nn.Module, block: Block, readouts: Readouts) -> Features:
+    """Return a function from volumes to the features of a block and the columns of readouts, in one forward pass."""
+    compute = features_of_blocks(network, [block, (readouts.layer, readouts.pooling)])
+
+    def features(volumes_B1DHW: torch.Tensor) -> torch.Tensor:
+        """Return features and readouts (B, F + columns) on the CPU."""
+        own, theirs = (values.float().cpu() for values in compute(volumes_B1DHW))
+        columns = np.array(readouts.table(theirs.numpy()), np.float32)
+        return torch.cat([own, torch.from_numpy(columns)], dim=1)
+
+    return features
 
 
 def _batches(

@@ -19,6 +19,7 @@ from infra.files import sha256_of
 from pretrain.encoders import TRAINING_ONLY, build_encoder
 from pretrain.weights.embedding import BATCH_SIZE, embed_table
 from pretrain.weights.folder import FILES, find_encoder, read_json
+from pretrain.weights.readouts import Readouts, read_readouts
 from pretrain.weights.scan_source import EmbeddableScans, scan_source, unlike_line
 from pretrain.weights.schema import check_config, check_preprocessing_file
 from pretrain.weights.weight_shapes import check_shapes
@@ -33,11 +34,13 @@ class Encoder(nn.Module):
         preprocessing: content of preprocessing.json: all that happens to a scan between its file and the network.
         feature_size: number of features.
         folder: the exported folder that the encoder was read from; None if it was made in memory.
+        readouts: predictions of the proxies from the features (``yaware readouts``); None if it has none.
     """
 
     def __init__(self, network: nn.Module, config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
         super().__init__()
         self.folder: Path | None = None
+        self.readouts: Readouts | None = None
         self.network = network
         self.config = config
         self.preprocessing = preprocessing
@@ -71,6 +74,7 @@ class Encoder(nn.Module):
             config["model_id"] = read_json(path / "mlflow.json").get("model_id")
         encoder = cls(network, config, preprocessing).eval()
         encoder.folder = path
+        encoder.readouts = read_readouts(path, sha256_of(path / "model.safetensors"))
         return encoder
 
     def forward(self, volumes_B1DHW: torch.Tensor) -> torch.Tensor:
@@ -78,12 +82,22 @@ class Encoder(nn.Module):
         features: torch.Tensor = self.network(volumes_B1DHW)
         return features
 
+    def need_readouts(self) -> Readouts:
+        """Return the readouts. Raises UserError if the encoder has none."""
+        if self.readouts is None or not self.readouts.readouts:
+            reasons = [] if self.readouts is None else self.readouts.lines()
+            raise UserError(
+                f"{self.folder or 'the encoder'} has no readouts ({'; '.join(reasons) or 'none were fitted'}); fit them on the "
+                "scans of its pretraining: yaware readouts CHECKPOINT --shards SHARDS"
+            )
+        return self.readouts
+
     def embed(
         self, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
         tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE,
         device: str | torch.device | None = None, workers: int | None = None,
         layer: str | None = None, pooling: str | Sequence[str] = "mean", orientation: str = "",
-        on_error: Literal["raise", "skip"] = "raise", progress: bool = True,
+        on_error: Literal["raise", "skip"] = "raise", progress: bool = True, readouts: bool = False,
     ) -> pd.DataFrame:  # fmt: skip
         """Return the features of scans, each brought to the encoder's grid as its training scans were.
 
@@ -99,25 +113,28 @@ class Encoder(nn.Module):
             device: ``cpu``, ``cuda``, ...; None is the GPU if there is one. The encoder is moved back afterwards.
             workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
             layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.
-            pooling: ``mean``, ``max`` or ``std`` over the block's voxels, or several, concatenated.
+            pooling: of the block's voxels: ``mean``, ``max``, ``std``, ``grid2`` to ``grid8`` (means over cells), ``none``,
+                or several, concatenated. Without a layer ``mean`` means the encoder's own features.
             orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
             on_error: what an unreadable scan does: ``raise``, or ``skip`` it with a warning.
             progress: show progress on stderr.
+            readouts: add the readouts and the limits of their 95 % intervals as columns, such as ``predicted_age``,
+                ``predicted_age_low`` and ``predicted_age_high``.
 
         Returns:
-            A row per scan in the order given, columns ``f0``, ``f1``, ... (float32). The index is the path of a file
-            (named ``path``) or the key of a scan of shards (``key``).
+            A row per scan in the order given, columns ``f0``, ``f1``, ... (float32), then those of the readouts. The index is
+            the path of a file (named ``path``) or the key of a scan of shards (``key``).
 
         Raises:
-            UserError: if there are no scans, an argument is wrong, the shards were prepared otherwise, or, with
-                ``on_error="raise"``, a scan cannot be read.
+            UserError: if there are no scans, an argument is wrong, the encoder has no readouts that are asked for, the
+                shards were prepared otherwise, or, with ``on_error="raise"``, a scan cannot be read.
         """
         source = scan_source(scans, self.preprocessing, manifest, tiv, orientation)
         if not source.names:
             raise UserError("there are no scans to embed")
         table, unreadable = embed_table(
             self.network, source, stop_at_unreadable=on_error == "raise", layer=layer, pooling=pooling, device=device,
-            batch_size=batch_size, workers=workers, progress=progress,
+            batch_size=batch_size, workers=workers, progress=progress, readouts=self.need_readouts() if readouts else None,
         )  # fmt: skip
         if unreadable:
             listed = "; ".join(f"{name}: {reason}" for name, reason in unreadable.items())
@@ -143,7 +160,7 @@ def embed(
     encoder: Encoder | str | Path, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
     tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE, device: str | torch.device | None = None,
     workers: int | None = None, layer: str | None = None, pooling: str | Sequence[str] = "mean", orientation: str = "",
-    on_error: Literal["raise", "skip"] = "raise", progress: bool = True,
+    on_error: Literal["raise", "skip"] = "raise", progress: bool = True, readouts: bool = False,
 ) -> pd.DataFrame:  # fmt: skip
     """Return the features of scans from an encoder, or from a folder that ``Encoder.from_pretrained`` takes.
 
@@ -157,10 +174,12 @@ def embed(
         device: ``cpu``, ``cuda``, ...; None is the GPU if there is one.
         workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
         layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.
-        pooling: ``mean``, ``max`` or ``std`` over the block's voxels, or several, concatenated.
+        pooling: of the block's voxels: ``mean``, ``max``, ``std``, ``grid2`` to ``grid8`` (means over cells), ``none``, or
+            several, concatenated. Without a layer ``mean`` means the encoder's own features.
         orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
         on_error: what an unreadable scan does: ``raise``, or ``skip`` it with a warning.
         progress: show progress on stderr.
+        readouts: add the readouts and the limits of their 95 % intervals as columns, such as ``predicted_age``.
 
     Returns:
         A row per scan in the order given, columns ``f0``, ``f1``, ... (float32), as from ``Encoder.embed``.
@@ -172,5 +191,5 @@ def embed(
     loaded = encoder if isinstance(encoder, Encoder) else Encoder.from_pretrained(encoder)
     return loaded.embed(
         scans, manifest=manifest, tiv=tiv, batch_size=batch_size, device=device, workers=workers, layer=layer,
-        pooling=pooling, orientation=orientation, on_error=on_error, progress=progress,
+        pooling=pooling, orientation=orientation, on_error=on_error, progress=progress, readouts=readouts,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from infra.files import atomic_write, sha256_of
 from pretrain.weights.embedding import embed_source, feature_table
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
+from pretrain.weights.readouts import readouts_folder
 from pretrain.weights.scan_source import ScanSource
 
 FORMATS = (".tsv", ".parquet")
@@ -79,17 +80,20 @@ def embed_to_file(
         source: the scans.
         out: the table to write, ``.tsv`` or ``.parquet``; not written if no scan can be read.
         loaded: the encoder, if it has been loaded already.
-        options: those of ``embed_source``; ``layer`` and ``pooling`` must be those of the killed run to continue it.
+        options: those of ``embed_source``; ``layer``, ``pooling`` and ``readouts`` must be those of the killed run to
+            continue it.
 
     Returns:
         The table, the reason of each scan that cannot be read, and the number of scans taken from a killed run.
     """
     check_format(out)
     network = loaded or Encoder.from_pretrained(encoder)
-    header = {
+    header: dict[str, Any] = {
         "encoder": sha256_of(find_encoder(encoder) / "checksums.json"), "layer": options.get("layer"),
         "pooling": list(options.get("pooling", ["mean"])),
     }  # fmt: skip
+    if options.get("readouts") is not None:
+        header["readouts"] = sha256_of(readouts_folder(find_encoder(encoder)) / "checksums.json")
     partial = PartialFile(out, header)
     stamps = [source.stamp(position) for position in range(len(source.names))]
     stored, unlike = partial.read()
@@ -114,7 +118,7 @@ def embed_to_file(
             unreadable |= {source.names[position]: reason for position, reason in batch.unreadable.items()}
     readable = [name for name in source.names if name in computed]
     features = np.stack([computed[name][1] for name in readable]) if readable else np.empty((0, 0), np.float32)
-    table = feature_table(readable, features, source.index)
+    table = feature_table(readable, features, source.index, options.get("readouts"))
     if readable:
         write_table(table, out)
     partial.path.unlink()

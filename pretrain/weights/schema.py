@@ -1,4 +1,4 @@
-"""What config.json and preprocessing.json of an encoder may hold. Both are checked before anything is built from them."""
+"""What the JSON files of an encoder may hold: config, preprocessing, readouts. They are checked before anything is built."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import binascii
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_pipeline.volume.limits import MAX_SIDE, MAX_VOXELS, is_too_large
 from data_pipeline.volume.preparation import CROPS, SCALINGS
@@ -17,6 +17,7 @@ from pretrain.encoders import check_encoder
 Text = Annotated[str, Field(max_length=4096)]
 Share = Annotated[float, Field(ge=-1, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Rule = Literal["refuse", "zero", "resample", "keep"]
 
 
@@ -112,6 +113,69 @@ class PreprocessingFile(_Part):
     likeness: _Likeness | None = None
 
 
+class _Summary(_Part):
+    scale: Literal["each", "all"]
+    penalty: Annotated[float, Field(allow_inf_nan=False, gt=0)]
+    people: int = Field(ge=1)
+    scans: int = Field(ge=1)
+    missing: int = Field(ge=0)
+    unreadable: int = Field(ge=0)
+    mae: Finite
+    r2: Finite
+    slope: Finite | None = None
+    offset: Finite | None = None
+
+
+class _ErrorRow(_Part):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    by: Literal["all", "age", "site"]
+    group: Text
+    people: int = Field(ge=1)
+    scans: int = Field(ge=1)
+    mae: Finite
+    bias: Finite
+
+
+class _Readout(_Part):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    classes: list[Text] = Field(max_length=2)
+    intercept: Finite
+    summary: _Summary
+    errors: list[_ErrorRow] = Field(max_length=100_000)
+
+    @model_validator(mode="after")
+    def _numbers_have_a_line(self) -> _Readout:
+        if len(self.classes) != 2 and (self.classes or self.summary.slope is None or self.summary.offset is None):
+            raise ValueError("allowed: two classes, or none with a slope and an offset")
+        return self
+
+
+class _Seen(_Part):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    manifest_digest: Text
+    role: Text
+    participants: list[Text]
+    voxels: list[Text] | None = None
+
+
+class ReadoutsFile(_Part):
+    """readouts.json: what the numbers of readouts.safetensors are."""
+
+    weights: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    layer: Text | None
+    pooling: list[Text] = Field(min_length=1, max_length=16)
+    readouts: list[_Readout] = Field(max_length=64)
+    left_out: dict[Text, Text] = Field(max_length=1000)
+    fitted_on: list[_Seen] = Field(max_length=1000)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ReadoutsFile:
+        if len({readout.name for readout in self.readouts}) < len(self.readouts):
+            raise ValueError("allowed: one readout of each name")
+        return self
+
+
 def check_config(content: dict[str, Any], path: Path) -> None:
     """Check config.json and the network's options in it. Raises UserError, naming the key, if one is wrong."""
     _check(ConfigFile, content, path)
@@ -124,6 +188,11 @@ def check_config(content: dict[str, Any], path: Path) -> None:
 def check_preprocessing_file(content: dict[str, Any], path: Path) -> None:
     """Check the content of preprocessing.json. Raises UserError, naming the key, if one is wrong."""
     _check(PreprocessingFile, content, path)
+
+
+def check_readouts_file(content: dict[str, Any], path: Path) -> None:
+    """Check the content of readouts.json. Raises UserError, naming the key, if one is wrong."""
+    _check(ReadoutsFile, content, path)
 
 
 def _check(model: type[BaseModel], content: dict[str, Any], path: Path) -> None:

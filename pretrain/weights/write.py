@@ -21,6 +21,7 @@ from infra.files import sha256_of, write_json
 from pretrain.weights import likeness, seen_scans
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import FILES, find_encoder
+from pretrain.weights.readouts import FOLDER, readouts_folder
 
 
 def preprocessing_of(manifest: Manifest, rows: NDArray[np.integer[Any]] | None = None) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def write_encoder(
 
 
 def export(checkpoint: str | Path, out: str | Path) -> Path:
-    """Copy a checkpoint's encoder to the folder ``out``, completely or not at all, and return ``out``.
+    """Copy a checkpoint's encoder, with its readouts, to the folder ``out``, completely or not at all, and return ``out``.
 
     Args:
         checkpoint: a run folder (its latest checkpoint), a checkpoint, or another exported encoder.
@@ -89,7 +90,11 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
     Encoder.from_pretrained(checkpoint)  # checks every file
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        shutil.copytree(find_encoder(checkpoint), Path(temporary) / "encoder")
+        encoder = find_encoder(checkpoint)
+        shutil.copytree(encoder, Path(temporary) / "encoder")
+        readouts = readouts_folder(encoder)
+        if readouts.is_dir() and readouts.parent != encoder:
+            shutil.copytree(readouts, Path(temporary) / "encoder" / FOLDER)
         (Path(temporary) / "encoder").rename(out)
     return out
 

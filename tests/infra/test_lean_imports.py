@@ -5,13 +5,37 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
 from infra.lean_imports import without
 
 LARGE = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "deepspeed", "monai", "mlflow", "ray", "pandas", "sklearn",
-         "nvidia.dali", "matplotlib.pyplot", "nibabel")  # fmt: skip
+         "nvidia.dali", "matplotlib.pyplot", "nibabel", "scipy.signal", "optuna", "transformers")  # fmt: skip
+OWN = "from infra.lean_imports import own_process; own_process()\n"
+ENCODERS = """
+from pretrain.encoders import ENCODERS, build_encoder
+for name, encoder in ENCODERS.items():
+    if name not in ("vit-base", "vit-large"):
+        options = {"width": 0.25} if "width" in encoder.__kwdefaults__ else {}
+        assert build_encoder(name, options).feature_size > 0, name
+"""
+STEP = """
+import torch
+from pretrain.engine.importing import without_compiler
+without_compiler()
+for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = kind([weight], lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: print("hook"))
+    weight.exp().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert weight.requires_grad and weight.grad is None and torch.is_grad_enabled()
+    print(kind.__name__, weight.tolist())
+"""
 HELP = """
 from contextlib import suppress
 from infra.cli import run
@@ -40,10 +64,38 @@ def large_modules(code: str) -> set[str]:
             {"torch", "deepspeed"},
         ),
         ("import pretrain.train", {"torch", "pandas", "nibabel"}),
+        (OWN + ENCODERS, {"torch", "monai"}),
+        (OWN + STEP, {"torch"}),
     ],
 )
 def test_an_entry_imports_only_what_it_needs(code, allowed):
     assert large_modules(code) <= allowed
+
+
+def printed(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_optimizers_do_the_same_without_the_compiler():
+    lean, usual = printed(OWN + STEP), printed(STEP)
+    assert lean == usual
+    assert lean.count("hook") == 3
+
+
+def test_in_another_programs_process_nothing_is_hidden():
+    code = """
+        from infra.lean_imports import without_optional
+        with without_optional("colorsys"):
+            import colorsys
+        import torch
+        before = torch.optim.Adam.step, vars(torch.optim.Optimizer)["zero_grad"]
+        from pretrain.engine.importing import without_compiler
+        without_compiler()
+        assert before == (torch.optim.Adam.step, vars(torch.optim.Optimizer)["zero_grad"])
+        assert not hasattr(torch.optim.Optimizer.zero_grad.__wrapped__, "__dynamo_disable")
+    """
+    printed(textwrap.dedent(code))
 
 
 def test_a_module_is_hidden_only_within_the_block():

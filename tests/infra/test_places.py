@@ -65,6 +65,31 @@ def test_a_chosen_place_that_cannot_be_written_is_named(places):
         writable_folder("x", places / "xdg" / "deep", "--storage")
 
 
+def test_programs_are_not_put_where_they_cannot_run(places):
+    block(places / "xdg")
+    block(places / "home")
+    mount = f"mount --bind {places}/tmp {places}/tmp && mount -o remount,bind,noexec {places}/tmp"
+    own = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    inside = ["unshare", *own, "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    if subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    code = (
+        "from infra.files import writable_folder; import sys; print(writable_folder('x'), writable_folder('x', programs=True));"
+        "writable_folder('x', sys.argv[1], 'TORCH_EXTENSIONS_DIR', programs=True)"
+    )
+    names = ("XDG_CACHE_HOME", "HOME", "TMPDIR")
+    done = subprocess.run(
+        [*inside, sys.executable, "-c", code, places / "tmp" / "chosen"], capture_output=True, text=True,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | {name: os.environ[name] for name in names},
+    )  # fmt: skip
+    name = f"yaware-{os.geteuid()}/x"
+    assert done.stdout.split() == [f"{places}/tmp/{name}", f"/tmp/{name}"]
+    assert (
+        "chosen cannot be used (mounted with noexec, programs in it cannot run); choose another folder" in done.stderr
+    )
+    Path(f"/tmp/{name}").rmdir()
+
+
 def test_sockets_get_a_short_folder(places):
     assert len(str(places / "tmp")) > SHORT
     assert short_temporary_folder("RAY_TMPDIR") in (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))

@@ -16,6 +16,7 @@ from evaluation.protocols.finetune import (
     TaskScans,
     TrainingJob,
     build,
+    check_head_pooling,
     epochs,
     final_fit,
     parameter_groups,
@@ -24,7 +25,9 @@ from evaluation.protocols.finetune import (
 )
 from evaluation.protocols.probes import inner_metric
 from infra import ray_cluster, tuning
+from infra.errors import UserError
 from pretrain.encoders import ENCODERS, build_encoder
+from pretrain.encoders.pooling import POOLINGS
 from tests.pretrain.engine.test_optimizers import DEPTHS
 
 ENCODER = {"name": "resnet18", "options": {"width": 0.125, "norm": "group"}}
@@ -75,6 +78,32 @@ def test_a_frozen_encoder_does_not_change_until_it_is_unfrozen(job):
     assert not torch.equal(before["head.weight"], frozen.head.weight)
     unfrozen, _, _ = train_all(job, 3)
     assert not torch.equal(before["encoder.trunk.conv1.weight"], unfrozen.encoder.trunk.conv1.weight)
+
+
+@pytest.mark.parametrize(("pooling", "features"), [("grid2", 8), ("none", 12)])
+def test_the_head_can_have_the_places_of_the_last_map(job, pooling, features):
+    sides = (64, 96, 64)
+    job = replace(job, settings=replace(job.settings, pooling=pooling), sides=sides)
+    check_head_pooling(build_encoder(ENCODER["name"], ENCODER["options"]), pooling, sides)
+    network, volumes = build(job, 0).eval(), torch.randn(2, 1, *sides)
+    assert network.head.in_features == 64 * features
+    with torch.no_grad():
+        expected = network.head(POOLINGS[pooling](network.encoder.trunk(volumes)))
+        torch.testing.assert_close(network(volumes, torch.empty(2, 0)), expected)
+    network(volumes, torch.empty(2, 0)).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_a_pooling_of_the_head_that_does_not_fit_is_refused():
+    encoder = build_encoder(ENCODER["name"], ENCODER["options"])
+    with pytest.raises(
+        UserError, match=r"finetune.pooling='grid9' is not known \(did you mean .*\); allowed: mean, max, grid2"
+    ):
+        check_head_pooling(encoder, "grid9", (64, 64, 64))
+    with pytest.raises(UserError, match="pooling grid3 needs a map of 3 or more"):
+        check_head_pooling(encoder, "grid3", (64, 64, 64))
+    check_head_pooling(encoder, "grid2", (64, 64, 64))
+    assert (encoder.pooling, encoder.feature_size) == ("mean", 64)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

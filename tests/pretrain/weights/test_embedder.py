@@ -65,7 +65,7 @@ def test_scikit_learns_conventions(files):
     assert table.columns.tolist() == names.tolist() == [f"f{number}" for number in range(len(names))]
     assert table.index.tolist() == list(range(5, 17))
     np.testing.assert_array_equal(table.to_numpy(), features)
-    assert embedder.set_params(layer=None).fit(paths).transform(paths).shape == (12, 128)
+    assert embedder.set_params(layer=None, pooling="mean").fit(paths).transform(paths).shape == (12, 128)
     with pytest.raises(UserError, match="--layer=layer9 is not a block"):
         embedder.set_params(layer="layer9").fit(paths)
 

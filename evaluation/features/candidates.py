@@ -1,0 +1,120 @@
+"""Which features to use: candidates are compared on the inner folds of each training set, by ridge regression.
+
+A candidate is a block of the encoder, a pooling and a scale. Ridge regression on numbers, or on classes of equal weight, gives
+the answers of all penalties from one decomposition; logistic regression would take minutes for what this does in seconds.
+n = training scans, m = test scans, C = covariates, P = penalties, K = targets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from evaluation.features.tables import FeatureTable, TrainTestSplit, split_features
+from evaluation.statistics.metrics import inner_metric
+from pretrain.encoders.pooling import GRIDS, feature_count, map_shapes
+from pretrain.weights.layers import OWN, Block, main_blocks
+
+MOST_FEATURES = 50_000  # of a candidate: 200 kB a scan
+MOST_BLOCKS = 6  # of an encoder with more, such as a ViT, so many are tried, evenly spaced, with the last
+POOLED_BY = ("mean", "grid3", "none")
+
+
+class FeatureChoice(NamedTuple):
+    """Features that can be chosen: their name (layer, pooling, scale) and the table of a task with them."""
+
+    params: dict[str, str]
+    table: FeatureTable
+
+
+def candidate_blocks(network: nn.Module, sides: Sequence[int]) -> list[Block]:
+    """Return the blocks and poolings that ``--layer auto`` chooses from; the encoder's own features come first.
+
+    They are the main blocks of the encoder with the poolings POOLED_BY, as far as the map of scans of ``sides`` voxels has more
+    positions than cells and the features are at most MOST_FEATURES.
+    """
+    names = main_blocks(network)
+    last = len(names) - 1
+    if len(names) > MOST_BLOCKS:
+        names = [names[round(number * last / (MOST_BLOCKS - 1))] for number in range(MOST_BLOCKS)]
+    multiple = getattr(network, "multiple", 1)
+    patches = [-(-side // multiple) for side in sides]
+    blocks: list[Block] = [(None, OWN)]
+    shapes = map_shapes(getattr(network, "trunk", network), names, [side * multiple for side in patches])
+    for name, shape in zip(names, shapes, strict=True):
+        if len(shape) not in (2, 4):
+            continue
+        channels, map_sides = (shape[0], shape[1:]) if len(shape) == 4 else (shape[1], patches)  # tokens (T, C)
+        for pooling in POOLED_BY:
+            fits = pooling not in GRIDS or min(map_sides) >= GRIDS[pooling]
+            differs = pooling == "mean" or math.prod(map_sides) > (27 if pooling == "grid3" else 1)
+            if fits and differs and feature_count(pooling, channels, map_sides) <= MOST_FEATURES:
+                blocks.append((name, (pooling,)))
+    return blocks
+
+
+def candidate_scores(
+    candidates: Sequence[FeatureChoice], train: NDArray[Any], folds: Sequence[tuple[NDArray[Any], NDArray[Any]]],
+    penalties: Sequence[float],
+) -> NDArray[np.float64]:  # fmt: skip
+    """Return for each candidate its best mean score over the inner folds of the rows ``train``: (candidates,).
+
+    ``folds`` are positions in ``train``. NaN if the score is undefined on all of them. No other rows are used.
+    """
+    best = []
+    for _, table in candidates:
+        scores = []
+        for inner, test in folds:
+            labels = table.labels[train[test]]
+            if table.kind != "regression" and len(np.unique(table.labels[train[inner]])) < 2:
+                continue
+            split = split_features(table, train[inner], train[test])
+            scores.append([inner_metric(labels, p, table.kind) for p in ridge_answers(split, table.kind, penalties)])
+        means = [np.nanmean(column) if np.isfinite(column).any() else np.nan for column in np.array(scores).T]
+        best.append(np.nanmax(means) if np.isfinite(means).any() else np.nan)
+    return np.array(best)
+
+
+def ridge_answers(split: TrainTestSplit, kind: str, penalties: Sequence[float]) -> list[NDArray[Any]]:
+    """Return the predictions (m,) of ridge regression for each penalty; intercept and covariates are not penalised.
+
+    Classes have equal weight. A binary task is a regression on -1 and 1, a multiclass one on a column for each class, of which
+    the largest is predicted.
+    """
+    gram, cross = split.gram
+    targets_nK, root = _targets(split, kind)
+    design = root * _with_intercept(split.train_covariates)
+    test_design = _with_intercept(split.test_covariates)
+    inverse = np.linalg.pinv(design)
+    # Unpenalised columns are projected out of features and targets (Frisch, Waugh and Lovell), here of inner products.
+    residual = np.eye(len(gram)) - design @ inverse
+    weighted = root * gram * root.T
+    test_weighted = cross * root.T
+    values, vectors = np.linalg.eigh(residual @ weighted @ residual)
+    test_axes = (test_weighted - test_design @ (inverse @ weighted)) @ residual @ vectors
+    rotated = vectors.T @ (residual @ (root * targets_nK))
+    base = test_design @ (inverse @ (root * targets_nK))
+    values = np.maximum(values, 0.0)[:, None]
+    answers = [base + test_axes @ (rotated / (values + penalty)) for penalty in penalties]
+    return [answer.argmax(1) if kind == "multiclass" else answer[:, 0] for answer in answers]
+
+
+def _targets(split: TrainTestSplit, kind: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the targets (n, K) and the square roots of the weights (n, 1) of the training scans."""
+    labels = split.labels
+    if kind == "regression":
+        return labels[:, None].astype(np.float64), np.ones((len(labels), 1))
+    codes, counts = np.unique(labels, return_counts=True)
+    root = np.sqrt(len(labels) / (len(codes) * counts[np.searchsorted(codes, labels)]))[:, None]
+    if kind == "multiclass":
+        return np.eye(split.classes)[labels.astype(np.int64)], root
+    return 2.0 * labels[:, None] - 1.0, root
+
+
+def _with_intercept(covariates: NDArray[Any]) -> NDArray[np.float64]:
+    return np.column_stack([np.ones(len(covariates)), covariates])

@@ -1,0 +1,89 @@
+"""Add readouts to a checkpoint or an exported encoder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from data_pipeline.storage.manifest import Manifest, check_shards
+from infra.errors import UserError
+from pretrain.losses.proxies import JOINT
+from pretrain.readouts.fit import ReadoutSettings, fit_readouts
+from pretrain.readouts.targets import check_columns
+from pretrain.weights.embedding import BATCH_SIZE
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.readouts import Readouts, readouts_folder, write_readouts
+
+WORK = ".readouts-unfinished"  # folder of features beside the readouts, until they are written
+
+
+def add_readouts(
+    encoder: str | Path, shards: str | Path | Manifest, *, columns: Sequence[str] | None = None,
+    split: Sequence[str] | None = None, query: str | None = None, layer: str | None = None,
+    pooling: str | Sequence[str] = ("mean",), seed: int = 0, batch_size: int = BATCH_SIZE, device: str | None = None,
+    workers: int | None = None, replace: bool = False, progress: bool = True,
+) -> Readouts:  # fmt: skip
+    """Fit readouts of an encoder to scans of shards, store them beside it and return them. A killed call is continued.
+
+    Args:
+        encoder: a run folder (its latest checkpoint), a checkpoint or an exported encoder.
+        shards: folder or URL of shards, or their manifest. The people in them cannot be tested on with these readouts.
+        columns: columns of the scan table to predict: numbers, or texts with two values; None is the proxies of the run that
+            the encoder is a checkpoint of, and ``age`` for other encoders.
+        split: splits of the shards to fit to; None is those of the pretraining, with its ``data.query`` if these are its
+            shards.
+        query: only scans that fulfil this pandas query.
+        layer: a block inside the network; None is its end.
+        pooling: of that block.
+        seed: of the folds of people.
+        batch_size: scans per forward pass.
+        device: None is the GPU if there is one.
+        workers: threads that read ahead; None is one per core, at most 8.
+        replace: whether readouts that are there are replaced.
+        progress: show progress on stderr.
+
+    Raises:
+        UserError: if there are readouts already, a column or split does not exist, no column can be predicted, or the shards do
+            not fit the encoder.
+    """
+    loaded = Encoder.from_pretrained(encoder)
+    assert loaded.folder is not None
+    folder = readouts_folder(loaded.folder)
+    if folder.is_dir() and not replace:
+        raise UserError(f"{folder} exists already; --replace fits the readouts again")
+    manifest = shards if isinstance(shards, Manifest) else Manifest.load(shards)
+    recipe = _recipe_of(loaded.folder)
+    chosen = list(columns) if columns is not None else _proxies_of(recipe)
+    check_columns(manifest, chosen, "--columns")
+    if split is None and query is None and loaded.config.get("manifest_digest") == manifest.digest:
+        query = OmegaConf.select(recipe, "data.query")
+    rows = manifest.rows(split=list(split) if split is not None else loaded.config["split"], query=query)
+    if not len(rows):
+        raise UserError(f"--query={query!r} leaves no scan of {manifest.url}")
+    check_shards(manifest, rows)
+    settings = ReadoutSettings(
+        columns=chosen, layer=layer, pooling=(pooling,) if isinstance(pooling, str) else tuple(pooling), seed=seed,
+        batch_size=batch_size, device=device, workers=workers, progress=progress,
+    )  # fmt: skip
+    work = folder.parent / WORK
+    fitted = fit_readouts(loaded, manifest, rows, settings, work)
+    if not fitted.readouts:
+        raise UserError(f"{manifest.url}: {'; '.join(fitted.lines())}")
+    write_readouts(folder, fitted)
+    shutil.rmtree(work, ignore_errors=True)
+    return fitted
+
+
+def _recipe_of(encoder: Path) -> Any:
+    """Return the recipe of the run that an encoder is a checkpoint of; empty for an exported encoder."""
+    path = encoder.parent.parent.parent / "recipe.yaml"
+    return OmegaConf.load(path) if path.is_file() else OmegaConf.create({})
+
+
+def _proxies_of(recipe: Any) -> list[str]:
+    proxies = OmegaConf.select(recipe, "loss.proxies") or {"age": None}
+    return [column for name in proxies for column in str(name).split(JOINT)]

@@ -1,0 +1,146 @@
+"""Spatial features by the real command: chosen on inner folds, or named; their tags, tables, caches and refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from data_pipeline.shards.build import build_shards
+from data_pipeline.storage.manifest import Manifest
+from evaluation.protocols.features import cache_name, features_of, features_of_each
+from evaluation.protocols.settings import EvaluationSettings
+from evaluation.protocols.variant import ProtocolVariant
+from infra import cli
+from infra.tracking import runs
+from pretrain.encoders import build_encoder
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.layers import intermediate_features
+from pretrain.weights.seen_scans import source_of
+from pretrain.weights.write import write_encoder
+from tests.cohorts import write_cohort
+
+OPTIONS = {"width": 0.125, "norm": "group"}
+SMALL = ["--folds", "2", "--draws", "2", "--n-train", "8", "--repeats", "1", "--halvings", "0"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("spatial")
+    shards = root / "shards"
+    build_shards(write_cohort(root / "tiny", participants=54), shards, splits={"pretrain": 0.2, "downstream": 0.8})
+    manifest = Manifest.load(shards)
+    torch.manual_seed(0)
+    config = {
+        "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 64, "step": 3, "run_id": None, "run_name": "first",
+        "method": "y-aware", "manifest_digest": manifest.digest, "split": ["pretrain"], "version": "0.1.0",
+        "simulated": False, "experiment": "test",
+    }  # fmt: skip
+    preprocessing = {"grid": manifest.grid, "normalisation": "zscore", "modality": "vbm", "scaling": "none"}
+    state = build_encoder("resnet18", OPTIONS).state_dict()
+    seen = [source_of(manifest, manifest.rows(split="pretrain"))]
+    write_encoder(root / "encoder", state, config, preprocessing, seen)
+    return root, shards
+
+
+def evaluate(world, name, *more):
+    """Run ``yaware evaluate`` with a store of its own; return its status, the store and its finished runs."""
+    root, shards = world
+    uri = f"sqlite:///{root}/{name}.db"
+    given = ["evaluate", str(root / "encoder"), "--shards", str(shards), "--experiment", name, "--workers", "1"]
+    status = cli.run([*given, *SMALL, "--storage", str(root / "storage"), "--tracking-uri", uri, *more])
+    return status, uri, runs.runs(uri, name, "evaluation") if status == 0 else []
+
+
+def test_features_are_chosen_in_each_fold_and_reported(world, tmp_path, capsys):
+    more = ["--tasks", "ad,age", "--protocols", "paper", "--layer", "auto"]
+    status, uri, (row,) = evaluate(world, "auto", *more)
+    assert status == 0
+    variant = ProtocolVariant.from_tags(row["tags"])
+    assert (variant.label, variant.layer, variant.pooling) == ("paper, auto", "auto", ())
+    printed = capsys.readouterr().out
+    assert "evaluate: task ad: chosen features (layer, pooling, scale): " in printed
+    folder = runs.download(uri, row["run_id"], "evaluation", tmp_path)
+    chosen, trials = pd.read_csv(folder / "chosen.csv"), pd.read_csv(folder / "trials.csv")
+    assert chosen.groupby("task").size().to_dict() == {"ad": 2, "age": 2}
+    assert {"layer", "pooling", "scale", "penalty"} <= set(chosen)
+    assert set(chosen["scale"]) <= {"each", "all"}
+    assert trials["point"].str.contains('"layer": "layer1", "pooling": "grid3", "scale": "all"').any()
+    assert np.isfinite([row["metrics"]["ad.auc"], row["metrics"]["age.mae"], row["metrics"]["ad.auc.n8"]]).all()
+
+
+@pytest.mark.parametrize(
+    ("more", "label"),
+    [
+        (["--layer", "layer1", "--pooling", "grid2", "--scale", "all"], "linear, layer1 grid2, one scale"),
+        (["--pooling", "none"], "linear, end none"),
+        (["--layer", "layer1", "--pooling", "mean,none"], "linear, layer1 mean+none"),
+    ],
+)
+def test_named_features_have_their_own_variant(world, more, label):
+    name = f"named-{len(label)}"
+    status, _, (row,) = evaluate(world, name, "--tasks", "ad", "--protocols", "linear", *more)
+    assert status == 0
+    variant = ProtocolVariant.from_tags(row["tags"])
+    assert variant.label == label
+    assert ProtocolVariant.from_tags(variant.to_tags()) == variant
+    assert variant.fitted != ProtocolVariant(protocol="linear", model="linear").fitted
+    assert row["params"]["scale"] == ("all" if "one scale" in label else "each")
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (
+            ["--layer", "auto", "--pooling", "grid3"],
+            "layer=auto chooses pooling and scale too; leave out --pooling and --scale",
+        ),
+        (
+            ["--layer", "auto", "--protocols", "paper,knn"],
+            "layer=auto is for the protocols paper and linear, and not for knn",
+        ),
+        (["--scale", "one"], "scale='one' is not known; allowed: each, all"),
+        (["--scale", "all", "--protocols", "knn"], "scale=all is not used by knn; only by paper and linear"),
+        (
+            ["--layer", "layer4", "--pooling", "grid2"],
+            "pooling grid2 needs a map of 2 or more positions along each side",
+        ),
+        (["--pooling", "grid"], "--pooling=grid is not known (did you mean 'grid"),
+    ],
+)
+def test_what_is_not_possible_is_refused_in_one_line(world, capsys, more, text):
+    status, _, _ = evaluate(world, "refused", "--tasks", "ad", *more)
+    assert status == 2
+    assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_blocks_are_computed_in_one_pass_and_cached_each(world, tmp_path):
+    manifest, encoder = Manifest.load(world[1]), Encoder.from_pretrained(world[0] / "encoder")
+    blocks = [(None, ("mean",)), ("layer1", ("none",)), ("layer2", ("mean", "std"))]
+    caches = {block: tmp_path / cache_name("a" * 64, manifest.digest, *block) for block in blocks}
+    assert len(set(caches.values())) == 3
+    passes = []
+    encoder.network.register_forward_hook(lambda *_: passes.append(1))
+    rows = np.array([7, 3, 20, 5])
+    features = features_of_each(encoder, manifest, rows, caches, "test")
+    assert len(passes) == 1
+    volumes = torch.from_numpy(np.stack([manifest.read_volume(int(row)).astype(np.float32) for row in rows]))[:, None]
+    volumes = (volumes - volumes.mean((2, 3, 4), keepdim=True)) / volumes.std((2, 3, 4), keepdim=True, correction=0)
+    with torch.no_grad():
+        for block, found in features.items():
+            expected = intermediate_features(encoder.network, *block)(volumes).numpy()
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    before = len(passes)
+    again = features_of_each(encoder, manifest, rows[::-1], caches, "test")
+    alone = features_of(encoder, manifest, rows, caches[blocks[1]], "test", layer="layer1", pooling=("none",))
+    assert len(passes) == before  # all from the caches
+    np.testing.assert_array_equal(alone, features[blocks[1]])
+    np.testing.assert_array_equal(again[blocks[2]][::-1], features[blocks[2]])
+
+
+def test_the_cache_of_the_own_features_keeps_its_name():
+    assert cache_name("w" * 64, "d" * 64, None, ("mean",)) == cache_name("w" * 64, "d" * 64, None, ())
+    assert cache_name("w" * 64, "d" * 64, None, ("mean",)) == f"{'w' * 16}-{'d' * 16}.npz"
+    assert cache_name("w" * 64, "d" * 64, "layer2", ("mean",)) == f"{'w' * 16}-{'d' * 16}-layer2-mean.npz"
+    assert EvaluationSettings(("ad",)).scale == "each"

@@ -1,0 +1,66 @@
+"""Poolings that keep places in the monitor and in the plan of a run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.loading.loader import volumes
+from data_pipeline.storage.manifest import Manifest
+from infra.errors import UserError
+from pretrain.config import load_recipe
+from pretrain.encoders.layers import PooledEncoder
+from pretrain.encoders.pooling import POOLINGS
+from pretrain.engine import engine
+from pretrain.model import build_model
+from pretrain.run.monitor import encode
+from pretrain.run.plan import make_plan
+from pretrain.run.step import lr_factor
+
+SMALL = ["--encoder.options={width: 0.25, norm: group}", "--batch.global=4"]
+
+
+def test_the_monitor_pools_the_last_map_as_its_recipe_says(one_rank, shards):
+    manifest, recipe = Manifest.load(shards), load_recipe("demo-cpu", SMALL)
+    trained = engine.build_engine(recipe, build_model(recipe), lr_factor(recipe.optimizer, 20, 10))
+    torch.manual_seed(0)
+    trunk = torch.nn.Sequential(torch.nn.Conv3d(1, 3, 3, stride=2, padding=1))
+    network = PooledEncoder(trunk, 3, name="small", norm="group", pooling="mean")
+    rows = np.array([5, 0, 9])
+    found = encode(
+        trained,
+        manifest,
+        rows,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        batch=2,
+        encoder=network,
+        pooling="grid2",
+    )
+    with torch.no_grad():
+        maps = torch.cat([trunk(part) for _, part in volumes(manifest, rows, 1)])
+    np.testing.assert_allclose(found, POOLINGS["grid2"](maps).numpy(), rtol=1e-4, atol=1e-5)
+    assert found.shape == (3, 3 * 8)
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("--monitor.pooling=grid", r"monitor.pooling='grid' is not known \(did you mean 'grid\d'\?\); allowed: mean"),
+        (
+            "--monitor.pooling=grid2",
+            "pooling grid2 needs a map of 2 or more positions along each side, and the map is 1x1x1",
+        ),
+        ("--encoder.options.pooling=grid3", "pooling grid3 needs a map of 3 or more"),
+        ("--encoder.options.pooling=none", "pooling='none' needs encoder.options.grid"),
+        (
+            "--encoder.options={pooling: none, grid: [30, 36, 30]}",
+            r"encoder.options.grid=\[30, 36, 30\] is not the grid of the scans, \[\d+, \d+, \d+\], which pooling none needs",
+        ),
+    ],
+)
+def test_a_pooling_that_does_not_fit_the_scans_is_refused_by_the_plan(shards, tmp_path, override, text):
+    settings = [f"--data.shards={shards}", f"--run.output={tmp_path / 'run'}", "--monitor.every_epochs=1"]
+    with pytest.raises(UserError, match=text):
+        make_plan(load_recipe("demo-cpu", [*SMALL, *settings, "--monitor.split=downstream", override]), 1)
