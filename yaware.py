@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pretrain import Encoder as Encoder
     from pretrain import Recipe as Recipe
     from pretrain import Run as Run
+    from pretrain import add_readouts as add_readouts
     from pretrain import embed as embed
     from pretrain import export as export
     from pretrain import pretrain as pretrain
@@ -46,6 +47,7 @@ _PACKAGES = {
     "Recipe": "pretrain",
     "Run": "pretrain",
     "TwoViewLoader": "data_pipeline",
+    "add_readouts": "pretrain",
     "build_shards": "data_pipeline",
     "compare": "evaluation",
     "embed": "pretrain",

@@ -47,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         help="pooling over the voxels of that block, or of the last map: mean, max, std, grid2 to grid8, none",
     )
     add("--scale", default="each", help="paper, linear: each feature has variance 1, or one scale for all: each, all")
+    add("--readouts", default="no", help="paper, linear: give the predicted proxies (yaware readouts) to the model beside the "
+        "features: free of the penalty, or penalised, with a penalty of their own that is chosen on inner folds; no, free, "
+        "penalised")  # fmt: skip
     add("--experiment", default="yaware", help="MLflow experiment")
     add("--folds", type=int, default=5, help="number of outer folds")
     add("--leave-site-out", action="store_true", help="make folds of whole sites")

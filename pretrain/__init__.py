@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pretrain.encoders import ENCODERS as ENCODERS
     from pretrain.kernels import KERNELS as KERNELS
     from pretrain.losses import LOSSES as LOSSES
+    from pretrain.readouts.add import add_readouts as add_readouts
     from pretrain.weights.embedder import Embedder as Embedder
     from pretrain.weights.encoder import Encoder as Encoder
     from pretrain.weights.encoder import embed as embed
@@ -26,6 +27,7 @@ _MODULES = {
     "LOSSES": "pretrain.losses",
     "Recipe": "pretrain.config",
     "Run": "pretrain.api",
+    "add_readouts": "pretrain.readouts.add",
     "embed": "pretrain.weights.encoder",
     "export": "pretrain.weights.write",
     "pretrain": "pretrain.api",

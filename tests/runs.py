@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.stores import store_at
+
 ROOT = Path(__file__).resolve().parents[1]
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SMALL = ["--encoder.options={width: 0.25, norm: batch}", "--batch.global=8", "--checkpoint.every_steps=4",
@@ -23,7 +25,7 @@ def environment(folder: Path) -> dict[str, str]:
 
     A test with a process group in this process has set the variables of its rank; a run of its own must not inherit them.
     """
-    store = f"sqlite:///{folder}/mlflow.db"
+    store = store_at(folder / "mlflow.db")
     inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     return {**inherited, "MLFLOW_TRACKING_URI": store, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 

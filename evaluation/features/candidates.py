@@ -45,6 +45,8 @@ def candidate_blocks(network: nn.Module, sides: Sequence[int]) -> list[Block]:
     multiple = getattr(network, "multiple", 1)
     patches = [-(-side // multiple) for side in sides]
     blocks: list[Block] = [(None, OWN)]
+    end = [name for name, _ in getattr(network, "trunk", network).named_children()][-1:]
+    repeats_own = {(name, "mean") for name in end if getattr(network, "pooling", "") == "mean"}
     shapes = map_shapes(getattr(network, "trunk", network), names, [side * multiple for side in patches])
     for name, shape in zip(names, shapes, strict=True):
         if len(shape) not in (2, 4):
@@ -53,6 +55,7 @@ def candidate_blocks(network: nn.Module, sides: Sequence[int]) -> list[Block]:
         for pooling in POOLED_BY:
             fits = pooling not in GRIDS or min(map_sides) >= GRIDS[pooling]
             differs = pooling == "mean" or math.prod(map_sides) > (27 if pooling == "grid3" else 1)
+            differs = differs and (name, pooling) not in repeats_own
             if fits and differs and feature_count(pooling, channels, map_sides) <= MOST_FEATURES:
                 blocks.append((name, (pooling,)))
     return blocks
@@ -81,15 +84,15 @@ def candidate_scores(
 
 
 def ridge_answers(split: TrainTestSplit, kind: str, penalties: Sequence[float]) -> list[NDArray[Any]]:
-    """Return the predictions (m,) of ridge regression for each penalty; intercept and covariates are not penalised.
+    """Return the predictions (m,) of ridge regression for each penalty; intercept, covariates and readouts are not penalised.
 
     Classes have equal weight. A binary task is a regression on -1 and 1, a multiclass one on a column for each class, of which
     the largest is predicted.
     """
     gram, cross = split.gram
     targets_nK, root = _targets(split, kind)
-    design = root * _with_intercept(split.train_covariates)
-    test_design = _with_intercept(split.test_covariates)
+    design = root * _with_intercept(split.train_covariates, split.readouts[0])
+    test_design = _with_intercept(split.test_covariates, split.readouts[1])
     inverse = np.linalg.pinv(design)
     # Unpenalised columns are projected out of features and targets (Frisch, Waugh and Lovell), here of inner products.
     residual = np.eye(len(gram)) - design @ inverse
@@ -116,5 +119,5 @@ def _targets(split: TrainTestSplit, kind: str) -> tuple[NDArray[np.float64], NDA
     return 2.0 * labels[:, None] - 1.0, root
 
 
-def _with_intercept(covariates: NDArray[Any]) -> NDArray[np.float64]:
-    return np.column_stack([np.ones(len(covariates)), covariates])
+def _with_intercept(covariates: NDArray[Any], readouts: NDArray[Any]) -> NDArray[np.float64]:
+    return np.column_stack([np.ones(len(covariates)), covariates, readouts])

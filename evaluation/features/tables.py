@@ -49,6 +49,8 @@ class FeatureTable:
         scale: ``each`` or ``all``; see ``split_features``.
         places: (N,) row of ``features`` of each scan; None: the rows are those of the scans.
         count: number of features that the columns stand for; 0: their number. Coordinates have fewer columns.
+        readouts: (N, R) predicted proxies, given to a linear model beside the features; None: none. Confounds are regressed
+            out of them as out of features.
     """
 
     features: NDArray[Any]
@@ -60,6 +62,7 @@ class FeatureTable:
     scale: str = "each"
     places: NDArray[Any] | None = None
     count: int = 0
+    readouts: NDArray[Any] | None = None
 
     @property
     def classes(self) -> int:
@@ -80,6 +83,7 @@ class TrainTestSplit:
     test_scans: NDArray[Any]  # (m,)
     train_covariates: NDArray[Any]  # (n, C)
     test_covariates: NDArray[Any]  # (m, C)
+    last_fit: NDArray[Any] | None = None  # of a logistic regression, from which the next penalty's starts
 
     @property
     def labels(self) -> NDArray[Any]:
@@ -112,6 +116,17 @@ class TrainTestSplit:
             deviation = np.full_like(deviation, np.sqrt(variance))
         deviation[deviation < 1e-8] = 1.0
         return (x - mean) / deviation, (y - mean) / deviation
+
+    @cached_property
+    def readouts(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Predicted proxies of the training (n, R) and test scans (m, R): without confounds, variance 1; R is 0 without any."""
+        table, (train, test) = self.table, (self.train_scans, self.test_scans)
+        if table.readouts is None:
+            return np.empty((len(train), 0)), np.empty((len(test), 0))
+        x, y = table.readouts[train], table.readouts[test]
+        if table.confounds.shape[1]:
+            x, y = _without_confounds(x, y, table.confounds[train], table.confounds[test])
+        return standardised(x, y)
 
     @property
     def _by_slabs(self) -> bool:
@@ -199,8 +214,10 @@ def split_features(table: FeatureTable, train: NDArray[Any], test: NDArray[Any])
 
 
 def permuted(table: FeatureTable, rows: NDArray[Any]) -> FeatureTable:
-    """Return the table with the features, covariates and confounds of the scans ``rows`` (N,); labels and groups stay."""
+    """Return the table with the features and other columns of the scans ``rows`` (N,); labels and groups stay."""
     changed = {"features": table.features[rows]} if table.places is None else {"places": table.places[rows]}
+    if table.readouts is not None:
+        changed["readouts"] = table.readouts[rows]
     return replace(table, covariates=table.covariates[rows], confounds=table.confounds[rows], **changed)
 
 

@@ -16,15 +16,22 @@ from evaluation.features.tables import reduced, table_of
 from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder, search_folder
 from evaluation.protocols.finetune import FineTuning, check_head_pooling
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
-from evaluation.protocols.protocols import PROTOCOLS, candidate_tables, check_features, check_protocols, variant_of
+from evaluation.protocols.protocols import (
+    PROTOCOLS,
+    add_readouts,
+    candidate_tables,
+    check_features,
+    check_protocols,
+    variant_of,
+)
 from evaluation.protocols.record import log_result, open_run
 from evaluation.protocols.results import EvaluationResult, chosen_lines, is_complete, make_result, write_result
 from evaluation.protocols.settings import AUTO, EvaluationSettings, load_fine_tuning
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS
-from evaluation.tasks.leakage import check_copies, check_leakage
+from evaluation.tasks.leakage import check_copies, check_leakage, check_readouts
 from evaluation.tasks.published import PUBLISHED, SOURCE
 from evaluation.tasks.resamples import NO_RESAMPLING
-from evaluation.tasks.tasks import Task, load_task
+from evaluation.tasks.tasks import Task, check_names, load_task
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
@@ -32,6 +39,7 @@ from infra.tracking.tracker import default_uri
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder, list_checkpoints
 from pretrain.weights.layers import intermediate_features
+from pretrain.weights.readouts import readouts_folder
 from pretrain.weights.scan_source import check_preprocessing
 
 COLUMNS = ["checkpoint", "step", "protocol", "task", "metric", "value", "low", "high", "run_id"]
@@ -41,7 +49,8 @@ def evaluate(
     checkpoints: Any, shards: str | os.PathLike[str] | Manifest, *, tasks: str | Sequence[str],
     protocols: str | Sequence[str] = ("paper",), folds: int = 5, n_train: Sequence[int] = (100, 300, 500), draws: int = 10,
     seed: int = 0, inner_repeats: int = 1, leave_site_out: bool = False, layer: str | None = None,
-    pooling: str | Sequence[str] = ("mean",), scale: str = "each", mlp_trials: int = 12, repeats: int = 3, halvings: int = 10,
+    pooling: str | Sequence[str] = ("mean",), scale: str = "each", readouts: str = "no",
+    mlp_trials: int = 12, repeats: int = 3, halvings: int = 10,
     permutations: int = 0, finetune: FineTuning | Mapping[str, Any] | None = None, all_steps: bool = False,
     experiment: str = "yaware", tracking_uri: str | None = None, workers: int | None = None,
     cache: str | os.PathLike[str] | None = None, storage: str | os.PathLike[str] | None = None,
@@ -68,6 +77,9 @@ def evaluate(
             scale are chosen on the inner folds of each training set (protocols paper and linear).
         pooling: of that block over its voxels: mean, max, std, grid2 to grid8, none or several; see ``Encoder.embed``.
         scale: of the features of paper and linear: ``each`` has variance 1, or one scale for ``all``.
+        readouts: give the proxies that the encoder's readouts predict to the models of paper and linear, beside the features:
+            ``free`` of the penalty, as covariates are, or ``penalised``: with a penalty of their own, chosen on inner folds,
+            which may be none; ``no`` does not.
         mlp_trials: settings that Optuna tries for each fold of the protocol mlp.
         repeats: nested cross-validations of all scans, each with other folds, by the protocols on fixed features.
         halvings: random divisions of the participants into halves, each cross-validated, for the intervals and tests of
@@ -101,6 +113,7 @@ def evaluate(
     settings = EvaluationSettings(
         tasks=_names(tasks), protocols=_names(protocols), folds=folds, n_train=tuple(n_train), draws=draws, seed=seed,
         inner_repeats=inner_repeats, leave_site_out=leave_site_out, layer=layer, pooling=_names(pooling), scale=scale,
+        readouts=readouts,
         mlp_trials=mlp_trials, repeats=repeats, halvings=halvings, permutations=permutations,
         finetune=finetune if isinstance(finetune, FineTuning) else load_fine_tuning(finetune or {}, seed),
     )  # fmt: skip
@@ -151,26 +164,13 @@ def _make_context(
     settings: EvaluationSettings, manifest: Manifest, uri: str, experiment: str, *, cache: Path, storage: Path
 ) -> EvaluationContext:
     """Load and check the tasks."""
-    _check_names(settings.tasks)
+    check_names(settings.tasks)
     tasks = [load_task(name, manifest, settings.folds) for name in settings.tasks]
     check_copies(tasks, manifest)
     return EvaluationContext(
         manifest=manifest, tasks=tasks, rows=np.unique(np.concatenate([task.rows for task in tasks])), settings=settings,
         cache=cache, storage=storage, uri=uri, experiment=experiment,
     )  # fmt: skip
-
-
-def _check_names(tasks: Sequence[str]) -> None:
-    """Raise UserError if two tasks have one name: results are kept by the name of the task, that of its file."""
-    of_name: dict[str, str] = {}
-    for task in tasks:
-        name = Path(task).stem if task.endswith((".yaml", ".yml")) else task
-        if name in of_name:
-            raise UserError(
-                f"tasks: {of_name[name]} and {task} have one name, {name!r}, by which results are kept; "
-                + ("name it once" if of_name[name] == task else "rename one of the files")
-            )
-        of_name[name] = task
 
 
 def _load_candidate(path: Path, context: EvaluationContext) -> Candidate:
@@ -182,6 +182,8 @@ def _load_candidate(path: Path, context: EvaluationContext) -> Candidate:
         intermediate_features(encoder.network, context.settings.layer, context.settings.pooling)
     if any(PROTOCOLS[name].model == "network" for name in context.settings.protocols):
         check_head_pooling(encoder.network, context.settings.finetune.pooling, context.manifest.grid["shape"])
+    if any(PROTOCOLS[name].gives_readouts(context.settings) for name in context.settings.protocols):
+        check_readouts(encoder.need_readouts(), context.manifest, context.rows, str(path))
     config = encoder.config
     return Candidate(
         name=config["run_name"], method=config["method"], step=int(config["step"]),
@@ -218,6 +220,8 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
     """
     protocol, variant = PROTOCOLS[name], variant_of(name, context.settings)
     used = protocol.params(context.settings)
+    if protocol.gives_readouts(context.settings) and candidate.folder is not None:
+        used["readouts_sha256"] = sha256_of(readouts_folder(candidate.folder) / "checksums.json")
     work = context.work_folder(name, candidate, used)
     logged, run_file, result_folder = work / "metrics.json", work / "run.json", work / "result"
     run_id = json.loads(run_file.read_text())["run_id"] if run_file.is_file() else None
@@ -268,6 +272,8 @@ def compute_result(context: EvaluationContext, name: str, candidate: Candidate, 
         )
         for task in context.tasks
     }  # fmt: skip
+    if protocol.gives_readouts(settings):
+        prepared = add_readouts(context, candidate, prepared)
     results = protocol.search(context, candidate, prepared, work, title)
     for line in chosen_lines(results):
         print(f"evaluate: {line}")

@@ -153,7 +153,7 @@ def nested_fit(probe: Probe, prepared: PreparedTask, train: NDArray[Any], test: 
     if prepared.candidates:
         table = prepared.table
         folds = inner_folds(table.labels[train], table.groups[train], table.kind, prepared.seed, prepared.repeats)
-        penalties = [params["penalty"] for params in probe.grid]
+        penalties = list(dict.fromkeys(params["penalty"] for params in probe.grid))
         of_candidates = candidate_scores(prepared.candidates, train, folds, penalties)
         candidate = int(np.nan_to_num(of_candidates, nan=-np.inf).argmax())
         prepared = replace(prepared, table=prepared.candidates[candidate].table, candidates=[])

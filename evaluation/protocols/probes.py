@@ -15,6 +15,7 @@ from evaluation.features.tables import FeatureTable as FeatureTable  # a model o
 from evaluation.features.tables import Predictions as Predictions
 from evaluation.features.tables import TrainTestSplit as TrainTestSplit
 from evaluation.features.tables import split_features
+from evaluation.statistics.logistic import fit_logistic
 from evaluation.statistics.metrics import inner_metric as inner_metric
 
 Params = dict[str, Any]
@@ -24,26 +25,30 @@ UNPENALISED = 1e4
 
 
 def linear(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predictions:
-    """Fit logistic or ridge regression with the L2 penalty ``params["penalty"]``; covariates are not penalised."""
+    """Fit logistic or ridge regression with the L2 penalty ``params["penalty"]``; covariates are not penalised.
+
+    Readouts have the penalty ``params["readout_penalty"]``; without it, or if it is 0, they are not penalised.
+    """
+    of_readouts = params.get("readout_penalty")
+    # A column that is multiplied by w is penalised by 1/w² of the penalty.
+    weight = np.sqrt(params["penalty"] / of_readouts) if of_readouts else UNPENALISED
+    covariates = (split.train_covariates, split.test_covariates)
     train, test = (
-        np.column_stack([features, UNPENALISED * covariates])
-        for features, covariates in zip(split.rotated, (split.train_covariates, split.test_covariates), strict=True)
+        np.column_stack([features, UNPENALISED * beside, weight * readouts])
+        for features, beside, readouts in zip(split.rotated, covariates, split.readouts, strict=True)
     )
     if kind == "regression":
         return _numbers(Ridge(alpha=params["penalty"]).fit(train, split.labels).predict(test))
-    model = LogisticRegression(
-        C=1.0 / params["penalty"], max_iter=300, class_weight="balanced", solver="newton-cholesky"
-    )
     if kind == "multiclass":
-        model.set_params(solver="lbfgs")  # multinomial; newton-cholesky fits one class against the rest
-    with warnings.catch_warnings():
-        # A fit that stops before convergence is scored on the inner folds like any other.
-        warnings.simplefilter("ignore")
-        model.fit(train, split.labels)
-    if kind == "multiclass":
+        model = LogisticRegression(C=1.0 / params["penalty"], max_iter=300, class_weight="balanced")
+        with warnings.catch_warnings():
+            # A fit that stops before convergence is scored on the inner folds like any other.
+            warnings.simplefilter("ignore")
+            model.fit(train, split.labels)
         return split.multiclass(model.classes_, model.predict_proba(test))
+    split.last_fit = fit_logistic(train, split.labels, params["penalty"], split.last_fit)
+    score = test @ split.last_fit[:-1] + split.last_fit[-1]
     # The classes were weighted to be equally common; the log odds of their proportion shift the intercept back.
-    score = np.asarray(model.decision_function(test))
     return Predictions(score, expit(score + log_odds(split.labels)))
 
 
@@ -126,7 +131,15 @@ class Probe(NamedTuple):
 LINEAR = Probe(linear, [{"penalty": float(penalty)} for penalty in 10.0 ** np.arange(-1, 6)])
 # Features of variance 1 add up: with thousands of them the best penalty can be above those of LINEAR.
 LINEAR_WIDE = Probe(linear, [{"penalty": float(penalty)} for penalty in 10.0 ** np.arange(-1, 8)])
+# Of readouts that have a penalty of their own; 0 is none.
+READOUT_PENALTIES = (0.0, 1.0, 10.0, 100.0, 1000.0)
 NEAREST_NEIGHBOURS = Probe(nearest_neighbours, [{"k": k} for k in (1, 3, 7, 15, 31, 63)])
+
+
+def with_readout_penalties(probe: Probe) -> Probe:
+    """Return a linear probe whose grid has every penalty of the readouts beside every penalty of the features."""
+    grid = [{**params, "readout_penalty": penalty} for params in probe.grid for penalty in READOUT_PENALTIES]
+    return Probe(probe.model, grid)
 
 
 def fit_predict(
@@ -151,4 +164,5 @@ def fit_predict_each(
             only = Predictions(np.full(len(test), 2 * label - 1), np.full(len(test), label))
         return [only] * len(probe.grid)
     split = split_features(table, train, test)
-    return [probe.model(split, table.kind, params, seed) for params in probe.grid]
+    # From the last entry to the first: a logistic regression starts from the one before, and large penalties are quick.
+    return [probe.model(split, table.kind, params, seed) for params in reversed(probe.grid)][::-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from evaluation.features.tables import SCALES, WIDE, reduced, table_of
 from evaluation.protocols.context import Candidate, EvaluationContext
 from evaluation.protocols.features import cache_name, features_of, features_of_each
 from evaluation.protocols.nested_cv import NestedCVResult, PreparedTask, search_grid, search_perceptrons
-from evaluation.protocols.probes import LINEAR, LINEAR_WIDE, NEAREST_NEIGHBOURS, Probe
+from evaluation.protocols.probes import LINEAR, LINEAR_WIDE, NEAREST_NEIGHBOURS, Probe, with_readout_penalties
 from evaluation.protocols.settings import AUTO, EvaluationSettings
 from evaluation.protocols.tune_networks import search_fine_tuning, training_jobs
 from evaluation.protocols.variant import ProtocolVariant
@@ -48,6 +48,7 @@ class Protocol:
         learning_curve: whether these settings ask for learning curves.
         uses_layer: whether ``layer`` and ``pooling`` select the features.
         scale: of the features; see ``features.tables.split_features``; ``setting``: that of the settings.
+        uses_readouts: whether predicted proxies can be given to the model (``EvaluationSettings.readouts``).
         plain_names: log metrics on the checkpoint's own page in MLflow as ``TASK.METRIC``, not ``PROTOCOL/TASK.METRIC``.
         map_features: the columns of the inputs from which the map of the scans is made.
     """
@@ -61,6 +62,7 @@ class Protocol:
     learning_curve: Callable[[EvaluationSettings], bool] = lambda settings: False
     uses_layer: bool = False
     scale: Literal["each", "all", "setting"] = "each"
+    uses_readouts: bool = False
     plain_names: bool = False
     map_features: slice = field(default_factory=lambda: slice(None))
 
@@ -74,7 +76,13 @@ class Protocol:
         curve = ("n_train", "draws") if self.learning_curve(settings) else ()
         layer = ("layer", "pooling") if self.uses_layer else ()
         scale = ("scale",) if self.scale == "setting" else ()
-        return settings.as_params(("folds", "seed", "leave_site_out", *self.settings, *curve, *layer, *scale))
+        readouts = ("readouts",) if self.gives_readouts(settings) else ()
+        names = ("folds", "seed", "leave_site_out", *self.settings, *curve, *layer, *scale, *readouts)
+        return settings.as_params(names)
+
+    def gives_readouts(self, settings: EvaluationSettings) -> bool:
+        """Return whether predicted proxies are given to the model."""
+        return self.uses_readouts and settings.readouts != "no"
 
     def scale_of(self, settings: EvaluationSettings) -> str:
         """Return the scale of the features: ``each`` or ``all``."""
@@ -117,6 +125,27 @@ def candidate_tables(context: EvaluationContext, candidate: Candidate) -> dict[s
     return choices
 
 
+def add_readouts(
+    context: EvaluationContext, candidate: Candidate, prepared: dict[str, PreparedTask]
+) -> dict[str, PreparedTask]:
+    """Return the tasks with the proxies that the candidate's readouts predict for their scans."""
+    assert candidate.encoder is not None
+    readouts = candidate.encoder.need_readouts()
+    layer, pooling = readouts.layer, readouts.pooling
+    cache = context.cache / cache_name(candidate.weights, context.manifest.digest, layer, pooling)
+    title = f"readouts of {candidate.name} step {candidate.step}"
+    features = features_of(
+        candidate.encoder, context.manifest, context.rows, cache, title, layer=layer, pooling=pooling
+    )
+    values = readouts.predict(features)
+    added = {}
+    for task in context.tasks:
+        entry, own = prepared[task.name], values[context.positions_of(task)]
+        candidates = [choice._replace(table=replace(choice.table, readouts=own)) for choice in entry.candidates]
+        added[task.name] = replace(entry, table=replace(entry.table, readouts=own), candidates=candidates)
+    return added
+
+
 def voxel_features(context: EvaluationContext, candidate: Candidate) -> NDArray[np.float64]:
     """Return coordinates (N, N) of the scans with the inner products of their voxels."""
     cache = context.cache / f"voxels-{context.manifest.digest[:16]}.npz"
@@ -136,6 +165,9 @@ def grid_of(probe: Probe) -> Search:
     ) -> dict[str, NestedCVResult]:
         """Try every entry of the grid on every task."""
         chosen = LINEAR_WIDE if probe is LINEAR and any(map(has_wide, prepared.values())) else probe
+        given = any(entry.table.readouts is not None for entry in prepared.values())
+        if given and context.settings.readouts == "penalised":
+            chosen = with_readout_penalties(chosen)
         return search_grid(prepared, chosen, folder, title)
 
     return search
@@ -163,11 +195,12 @@ PROTOCOLS: dict[str, Protocol] = {
     "paper": Protocol(
         "logistic regression (ridge for a regression) on frozen features, with learning curves",
         "checkpoint", "linear", frozen_features, grid_of(LINEAR),
-        learning_curve=lambda settings: True, uses_layer=True, scale="setting", plain_names=True,
+        learning_curve=lambda settings: True, uses_layer=True, scale="setting", uses_readouts=True, plain_names=True,
     ),
     "linear": Protocol(
         "the model of paper, without learning curves",
-        "checkpoint", "linear", frozen_features, grid_of(LINEAR), uses_layer=True, scale="setting", plain_names=True,
+        "checkpoint", "linear", frozen_features, grid_of(LINEAR), uses_layer=True, scale="setting", uses_readouts=True,
+        plain_names=True,
     ),
     "knn": Protocol(
         "nearest neighbours by cosine similarity on frozen features",
@@ -213,11 +246,15 @@ def check_protocols(names: tuple[str, ...]) -> None:
 
 
 def check_features(settings: EvaluationSettings) -> None:
-    """Raise UserError if no protocol uses the scale, or one cannot choose its features."""
+    """Raise UserError if no protocol uses the scale or the readouts, or one cannot choose its features."""
     names = [name for name in settings.protocols if PROTOCOLS[name].scale == "setting"]
     if settings.scale != "each" and not names:
         raise UserError(
             f"scale={settings.scale} is not used by {', '.join(settings.protocols)}; only by paper and linear"
+        )
+    if settings.readouts != "no" and not any(PROTOCOLS[name].uses_readouts for name in settings.protocols):
+        raise UserError(
+            f"readouts={settings.readouts} is not used by {', '.join(settings.protocols)}; only by paper and linear"
         )
     others = [name for name in settings.protocols if PROTOCOLS[name].uses_layer and name not in names]
     if settings.layer == AUTO and (others or not names):
@@ -237,4 +274,5 @@ def variant_of(name: str, settings: EvaluationSettings) -> ProtocolVariant:
     return ProtocolVariant(
         protocol=name, model=protocol.model, evaluates=protocol.evaluates, leave_site_out=settings.leave_site_out,
         layer=layer or "", pooling=settings.pooling if layer and layer != AUTO else (), scale=scale,
+        readouts=settings.readouts if protocol.gives_readouts(settings) else "",
     )  # fmt: skip

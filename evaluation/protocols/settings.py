@@ -14,6 +14,7 @@ from infra.errors import UserError, nearest
 from infra.settings import load_settings
 from pretrain.weights.layers import OWN
 
+READOUTS = ("no", "free", "penalised")
 AUTO = "auto"  # as a layer: block, pooling and scale are chosen on inner folds
 
 
@@ -32,6 +33,7 @@ class EvaluationSettings:
     layer: str | None = None
     pooling: tuple[str, ...] = ("mean",)
     scale: str = "each"
+    readouts: str = "no"
     mlp_trials: int = 12
     repeats: int = 3
     halvings: int = 10
@@ -53,6 +55,10 @@ class EvaluationSettings:
         if self.scale not in SCALES:
             raise UserError(
                 f"scale={self.scale!r} is not known{nearest(self.scale, SCALES)}; allowed: {', '.join(SCALES)}"
+            )
+        if self.readouts not in READOUTS:
+            raise UserError(
+                f"readouts={self.readouts!r} is not known{nearest(self.readouts, READOUTS)}; allowed: {', '.join(READOUTS)}"
             )
         if self.layer == AUTO and (self.pooling, self.scale) != (OWN, "each"):
             raise UserError("layer=auto chooses pooling and scale too; leave out --pooling and --scale")

@@ -14,6 +14,7 @@ class ProtocolVariant:
     ``evaluates`` is ``checkpoint``, ``architecture`` or ``shards`` (see ``protocols.Protocol``). ``layer`` is the block
     whose output was pooled by ``pooling``: empty for the encoder's own features, ``end`` for its last map, ``auto`` if block,
     pooling and scale were chosen on inner folds. ``scale`` is ``all`` if all features have one scale, and empty otherwise.
+    ``readouts`` is ``free`` or ``penalised`` if predicted proxies were given to the model, and empty otherwise.
     """
 
     protocol: str = ""
@@ -23,6 +24,7 @@ class ProtocolVariant:
     layer: str = ""
     pooling: tuple[str, ...] = ()
     scale: str = ""
+    readouts: str = ""
 
     def to_tags(self) -> dict[str, str]:
         """Return the MLflow tags of the variant; ``from_tags`` reads them."""
@@ -30,6 +32,7 @@ class ProtocolVariant:
             "yaware.protocol": self.protocol, "yaware.model": self.model, "yaware.evaluates": self.evaluates,
             "yaware.leave_site_out": str(self.leave_site_out), "yaware.layer": self.layer,
             "yaware.pooling": ",".join(self.pooling), "yaware.scale": self.scale,
+            "yaware.readouts": self.readouts,
         }  # fmt: skip
 
     @classmethod
@@ -39,6 +42,7 @@ class ProtocolVariant:
             tags.get("yaware.protocol", ""), tags.get("yaware.model", ""), tags.get("yaware.evaluates", "checkpoint"),
             tags.get("yaware.leave_site_out") == "True", tags.get("yaware.layer", ""),
             tuple(name for name in tags.get("yaware.pooling", "").split(",") if name), scale=tags.get("yaware.scale", ""),
+            readouts=tags.get("yaware.readouts", ""),
         )  # fmt: skip
 
     @property
@@ -47,15 +51,16 @@ class ProtocolVariant:
         return self.evaluates != "checkpoint"
 
     @property
-    def fitted(self) -> tuple[str, str, tuple[str, ...], str]:
-        """Model, layer, pooling and scale: equal if the same model was fitted to the same features; the folds may differ."""
-        return self.model or self.protocol, self.layer, self.pooling, self.scale
+    def fitted(self) -> tuple[str, str, tuple[str, ...], str, str]:
+        """Model, layer, pooling, scale, readouts: equal if the same model was fitted to the same input; folds may differ."""
+        return self.model or self.protocol, self.layer, self.pooling, self.scale, self.readouts
 
     @property
     def options(self) -> list[str]:
         """Return the options that differ from the defaults, as text for people."""
         layer = [f"{self.layer} {'+'.join(self.pooling)}".strip()] if self.layer else []
-        return layer + ["one scale"] * (self.scale == "all") + ["sites left out"] * self.leave_site_out
+        readouts = [f"{self.readouts} readouts"] if self.readouts else []
+        return layer + ["one scale"] * (self.scale == "all") + readouts + ["sites left out"] * self.leave_site_out
 
     @property
     def label(self) -> str:

@@ -31,11 +31,10 @@ def site_bias(
         participants: (n,) participant of each scan; all of a person's scans together count as one person.
 
     Returns:
-        - site, people, scans
-        - bias: mean over people of predicted minus true values; bias_low, bias_high: its 95 % interval (Student's t)
-        - coverage: share of people (of their scans) whose interval holds the true value
-        - corrected_coverage: the same after the bias is subtracted, which for each person is that of the other people of the
-          site; NaN at a site of one person
+        A table with these columns. ``bias``: mean over people of predicted minus true values, with its 95 % interval
+        ``bias_low`` to ``bias_high`` (Student's t). ``coverage``: share of people (of their scans) whose interval holds the
+        true value. ``corrected_coverage``: the same after the bias is subtracted, which for each person is that of the other
+        people of the site; NaN at a site of one person. And ``site``, ``people`` and ``scans``.
 
     Raises:
         ValueError: if the arrays differ in length, or no true value is known.

@@ -20,6 +20,7 @@ from evaluation.tasks.tasks import Task
 from infra.errors import UserError
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
+from pretrain.weights.readouts import Readouts
 from pretrain.weights.seen_scans import DIGITS, SeenScans, participant_digest, participants_of, read, source_of
 
 
@@ -54,15 +55,7 @@ def check_leakage(
         )
         return {"leakage.checked": "nothing"}
     trained = [source for source in sources if source.role == "trained"]
-    seen_people = _in_sources(trained, manifest, rows)
-    # A participant with one seen scan counts as seen in every session, even if that scan is not a test scan.
-    all_rows = np.arange(len(manifest.scans))
-    of_test_people = np.flatnonzero(np.isin(participants_of(manifest, all_rows), participants_of(manifest, rows)))
-    copies = of_test_people[_voxels_in_sources(trained, manifest, of_test_people)]
-    seen_voxels = np.isin(participants_of(manifest, rows), participants_of(manifest, copies))
-    if seen_people.any() or seen_voxels.any():
-        overlap = _describe_overlap(manifest, rows, seen_people, seen_voxels, copies)
-        raise UserError(f"{name}: {overlap}; evaluate on other scans")
+    _refuse_overlap(trained, manifest, rows, name, "pretrained")
     watched = _in_sources([source for source in sources if source.role == "watched"], manifest, rows)
     if watched.any():
         print(
@@ -74,6 +67,34 @@ def check_leakage(
         "leakage.checked": "participants" if no_voxels else "participants, voxels",
         "leakage.watched": str(int(watched.sum())),
     }
+
+
+def check_readouts(readouts: Readouts, manifest: Manifest, rows: NDArray[Any], name: str) -> None:
+    """Refuse readouts that were fitted to participants, or to voxels, of the scans that they are to be tested on.
+
+    Args:
+        readouts: of an encoder.
+        manifest: of the shards to evaluate on.
+        rows: (N,) rows of the test scans in the manifest.
+        name: of the encoder in messages.
+
+    Raises:
+        UserError: if there is an overlap; the message names the participants.
+    """
+    _refuse_overlap(readouts.fitted_on, manifest, rows, name, "its readouts were fitted")
+
+
+def _refuse_overlap(sources: Sequence[SeenScans], manifest: Manifest, rows: NDArray[Any], name: str, what: str) -> None:
+    """Raise UserError if participants of ``rows``, or voxels of them, are in one of the sources; ``what`` was done on these."""
+    seen_people = _in_sources(sources, manifest, rows)
+    # A participant with one seen scan counts as seen in every session, even if that scan is not a test scan.
+    all_rows = np.arange(len(manifest.scans))
+    of_test_people = np.flatnonzero(np.isin(participants_of(manifest, all_rows), participants_of(manifest, rows)))
+    copies = of_test_people[_voxels_in_sources(sources, manifest, of_test_people)]
+    seen_voxels = np.isin(participants_of(manifest, rows), participants_of(manifest, copies))
+    if seen_people.any() or seen_voxels.any():
+        overlap = _describe_overlap(manifest, rows, seen_people, seen_voxels, copies=copies, what=what)
+        raise UserError(f"{name}: {overlap}; evaluate on other scans")
 
 
 def check_copies(tasks: Iterable[Task], manifest: Manifest) -> None:
@@ -128,17 +149,19 @@ def _describe_overlap(
     rows: NDArray[Any],
     seen_people: NDArray[np.bool_],
     seen_voxels: NDArray[np.bool_],
+    *,
     copies: NDArray[Any],
+    what: str,
 ) -> str:
     names = np.array(participants_of(manifest, rows), dtype=object)
     parts = []
     if seen_people.any():
-        parts.append(f"pretrained on participants of the test scans ({_first_names(sorted(set(names[seen_people])))})")
+        parts.append(f"{what} on participants of the test scans ({_first_names(sorted(set(names[seen_people])))})")
     renamed = sorted(set(names[seen_voxels & ~seen_people]))
     if renamed:
         keys = manifest.scans["key"].iloc[copies[np.isin(participants_of(manifest, copies), renamed)]].tolist()
         parts.append(
-            f"pretrained, under another name, on voxels of the test participants {_first_names(renamed)} "
+            f"{what}, under another name, on voxels of the test participants {_first_names(renamed)} "
             f"(scan {keys[0]}{' and others' if len(keys) > 1 else ''})"
         )
     return "; ".join(parts)

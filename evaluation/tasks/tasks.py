@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -83,6 +84,19 @@ class Task:
     covariates: Any = None  # (N, C) float64, NaN where missing
     confounds: Any = None  # (N, D) float64
     left_out: list[str] = field(default_factory=list)  # classes with too few participants, each with their number
+
+
+def check_names(tasks: Sequence[str]) -> None:
+    """Raise UserError if two tasks have one name: results are kept by the name of the task, that of its file."""
+    of_name: dict[str, str] = {}
+    for task in tasks:
+        name = Path(task).stem if task.endswith((".yaml", ".yml")) else task
+        if name in of_name:
+            raise UserError(
+                f"tasks: {of_name[name]} and {task} have one name, {name!r}, by which results are kept; "
+                + ("name it once" if of_name[name] == task else "rename one of the files")
+            )
+        of_name[name] = task
 
 
 def load_task(name: str, manifest: Manifest, folds: int = 5) -> Task:

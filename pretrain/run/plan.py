@@ -20,7 +20,7 @@ from data_pipeline.storage.remote import Access
 from infra import distributed
 from infra.errors import UserError, nearest
 from pretrain.config import ReadoutSection, Recipe, check_world_size
-from pretrain.encoders import build_encoder, check_encoder
+from pretrain.encoders import TRAINING_ONLY, build_encoder, check_encoder
 from pretrain.encoders.pooling import SPATIAL
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.readouts.targets import check_columns
@@ -119,7 +119,8 @@ def _check_poolings(recipe: Recipe, sides: Sequence[int]) -> None:
             "needs; set it to theirs"
         )
     if {options.get("pooling"), watched} & set(SPATIAL):
-        encoder = build_encoder(recipe.encoder.name, options)
+        plain = {name: value for name, value in options.items() if name not in TRAINING_ONLY}
+        encoder = build_encoder(recipe.encoder.name, plain)
         for pooling in (options.get("pooling"), watched):
             if pooling in SPATIAL:
                 encoder.use_pooling(pooling, sides)  # type: ignore[operator]
@@ -132,9 +133,11 @@ def _check_readouts(recipe: Recipe, manifest: Manifest) -> None:
         return
     check_columns(manifest, settings.columns, "readouts.columns")
     if settings.layer is not None or settings.pooling != ReadoutSection().pooling:
-        intermediate_features(
-            build_encoder(recipe.encoder.name, recipe.encoder.options), settings.layer, settings.pooling
-        )
+        encoder = build_encoder(recipe.encoder.name, recipe.encoder.options)
+        intermediate_features(encoder, settings.layer, settings.pooling)
+        if settings.layer is None:
+            for pooling in sorted(set(settings.pooling) & set(SPATIAL)):
+                encoder.use_pooling(pooling, manifest.grid["shape"])  # type: ignore[operator]
 
 
 def make_plan(recipe: Recipe, world_size: int) -> Plan:

@@ -130,7 +130,11 @@ class Readouts:
         ]
 
     def predict(self, features: NDArray[Any]) -> Floats:
-        """Return the predictions (n, number of readouts) for features (n, F)."""
+        """Return the predictions (n, number of readouts) for features (n, F).
+
+        Raises UserError if they are not the features that the readouts were fitted to.
+        """
+        self._check(features)
         return np.stack([readout.predict(features) for readout in self.readouts.values()], axis=1)
 
     def table(self, features: NDArray[Any]) -> pd.DataFrame:
@@ -138,16 +142,19 @@ class Readouts:
 
         Raises UserError if they are not the features that the readouts were fitted to.
         """
+        self._check(features)
+        values: list[Floats] = []
+        for readout in self.readouts.values():
+            values += [readout.predict(features), *(() if readout.classes else readout.interval(features))]
+        return pd.DataFrame(dict(zip(self.columns, values, strict=True)))
+
+    def _check(self, features: NDArray[Any]) -> None:
         for name, readout in self.readouts.items():
             if features.shape[1] != len(readout.coefficients):
                 raise UserError(
                     f"readout {name} was fitted to {len(readout.coefficients)} features, this encoder gives "
                     f"{features.shape[1]}; {REPAIR}"
                 )
-        values: list[Floats] = []
-        for readout in self.readouts.values():
-            values += [readout.predict(features), *(() if readout.classes else readout.interval(features))]
-        return pd.DataFrame(dict(zip(self.columns, values, strict=True)))
 
     def gaps(self, predicted: pd.DataFrame, true: pd.DataFrame) -> pd.DataFrame:
         """Return columns such as ``gap_age``: predicted minus true, without its dependence on the true value (n rows).

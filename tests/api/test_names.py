@@ -22,13 +22,24 @@ PACKAGES = {
         "LOSSES",
         "Recipe",
         "Run",
+        "add_readouts",
         "embed",
         "export",
         "pretrain",
     ],
     "evaluation": ["Comparison", "PROTOCOLS", "compare", "evaluate"],
 }
-FUNCTIONS = ["build_shards", "compare", "embed", "evaluate", "export", "pretrain", "read_cohort", "simulate_cohort"]
+FUNCTIONS = [
+    "add_readouts",
+    "build_shards",
+    "compare",
+    "embed",
+    "evaluate",
+    "export",
+    "pretrain",
+    "read_cohort",
+    "simulate_cohort",
+]
 # Imported before the names are used: submodules whose names could replace a function of the same name.
 SUBMODULES = [
     "data_pipeline.shards.build", "data_pipeline.cohort.read", "data_pipeline.simulation.cohort", "data_pipeline.cli",

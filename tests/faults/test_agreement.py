@@ -15,6 +15,7 @@ from infra.distributed import free_port
 from tests.cohorts import write_cohort
 from tests.faults import rank_process
 from tests.faults.rank_process import wait
+from tests.stores import store_at
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -160,7 +161,7 @@ def late_folder(rank: int) -> None:
 def test_ranks_that_agree_train_with_other_paths_to_the_same_data(shards, tmp_path):
     with contextlib.suppress(FileExistsError):
         (tmp_path / "link").symlink_to(shards)
-    store = f"sqlite:///{tmp_path}/mlflow.db"
+    store = store_at(tmp_path / "mlflow.db")
     commands = [
         arguments(path, tmp_path / "run", **{"run.tracking_uri": uri})
         for path, uri in ((shards, store), (tmp_path / "link", "sqlite:////elsewhere.db"))

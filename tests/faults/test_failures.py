@@ -27,6 +27,7 @@ from pretrain import train
 from pretrain.run.checkpoint import verify_checkpoint
 from tests.faults.rank_process import start, wait
 from tests.runs import losses
+from tests.stores import store_at
 
 WORLD, STEPS = 2, 8
 pytestmark = pytest.mark.timeout(1200)
@@ -45,7 +46,7 @@ def arguments(shards: Path, output: Path, store: str, **more: object) -> list[st
 @pytest.fixture(scope="module")
 def store(shards):
     # Shared with test_kill_points.py: creating the tables takes longer than a run.
-    return f"sqlite:///{shards.parent}/kill-points.db"
+    return store_at(shards.parent / "kill-points.db")
 
 
 def logs(folder: Path) -> str:
@@ -229,7 +230,7 @@ def test_a_tracking_server_that_fails_during_the_run_gets_everything_later(shard
 def mlflow_server(folder: Path) -> tuple[str, subprocess.Popen[bytes]]:
     """Start an MLflow server; return its address and process."""
     port = free_port()
-    given = {"host": "127.0.0.1", "port": port, "backend-store-uri": f"sqlite:///{folder}/server.db", "workers": 1,
+    given = {"host": "127.0.0.1", "port": port, "backend-store-uri": store_at(folder / "server.db"), "workers": 1,
              "artifacts-destination": folder / "artifacts"}  # fmt: skip
     command = [sys.executable, "-m", "mlflow", "server", *(f"--{key}={value}" for key, value in given.items())]
     with (folder / "server.log").open("ab") as log:

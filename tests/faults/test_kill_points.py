@@ -17,6 +17,7 @@ import pytest
 from infra.files import sha256_of
 from tests.faults.rank_process import Fault, start, wait
 from tests.runs import losses
+from tests.stores import store_at
 
 WORLD, STEPS, EVERY = 2, 12, 3
 # Random points: a phase of the watchdog, and the longest delay of the kill after its beginning, in seconds.
@@ -42,7 +43,7 @@ def command_of(shards: Path, folder: Path) -> list[str]:
         "monitor.every_epochs": 1, "monitor.split": "downstream", "monitor.max_scans": 20, "monitor.view_scans": 8,
         "train.watchdog_seconds": 30,
         # One store for all runs, because creating its tables takes longer than a run.
-        "run.tracking_uri": f"sqlite:///{shards.parent}/kill-points.db",
+        "run.tracking_uri": store_at(shards.parent / "kill-points.db"),
     }  # fmt: skip
     return ["--config", "demo-cpu", *(f"--{key}={value}" for key, value in given.items())]
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.faults.rank_process import at_phase, start, wait
 from tests.runs import ROOT, environment, losses, pretrain_command, run
+from tests.stores import store_at
 
 STEPS = 8
 # Batch statistics would differ with the number of ranks.
@@ -105,7 +106,7 @@ def signal_in_step_2(rank):
 
 def test_a_signal_after_the_forward_pass_takes_effect_in_that_step(shards, tmp_path):
     words = pretrain_command(shards, tmp_path / "run", STEPS, *GROUP)
-    command = [*words[words.index("--config") :], f"--run.tracking_uri=sqlite:///{tmp_path}/mlflow.db"]
+    command = [*words[words.index("--config") :], f"--run.tracking_uri={store_at(tmp_path / 'mlflow.db')}"]
     assert wait(start(command, tmp_path, 2, harm=signal_in_step_2)) == [0, 0], (tmp_path / "rank-0.log").read_text()
     output = (tmp_path / "rank-0.log").read_text()
     assert "pretrain: stopped by a signal to another rank after step 3, saved; the same command continues" in output

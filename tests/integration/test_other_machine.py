@@ -14,6 +14,7 @@ import pytest
 from tests.cohorts import write_cohort
 from tests.integration.elsewhere import EACH, World
 from tests.runs import pretrain_command, run
+from tests.stores import store_at
 
 SMALL = ["--train.steps=2", "--batch.global=8", "--monitor.every_epochs=0", "--data.workers=1", "--launch.ranks=1"]
 SMALL += ["--encoder.options={width: 0.25, norm: group}"]
@@ -37,7 +38,7 @@ def made(tmp_path_factory):
 def reading(made, world):
     """The commands that read what is there and write elsewhere."""
     out, shards, checkpoint = world.folder / "out", made / "shards", made / "run"
-    store = f"sqlite:///{world.folder}/mlflow.db"
+    store = store_at(world.folder / "mlflow.db")
     evaluate = [
         "evaluate",
         checkpoint,

@@ -7,12 +7,13 @@ import pytest
 from evaluation import compare
 from infra.tracking.tracker import Tracker
 from tests.evaluation.comparison.stored import log_evaluation, people
+from tests.stores import store_at
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
     root = tmp_path_factory.mktemp("kept")
-    uri = f"sqlite:///{root}/mlflow.db"
+    uri = store_at(root / "mlflow.db")
     tracker = Tracker.open(uri, "kept", "y-aware", tags={"yaware.kind": "pretraining"})
     tracker.log_params({"loss.name": "y-aware", "loss.note": "5 & <6>"})
     tracker.log_metrics(

@@ -13,6 +13,7 @@ from evaluation.protocols.variant import ProtocolVariant
 from infra import cli
 from infra.tracking.tracker import Tracker
 from tests.evaluation.comparison.stored import log_evaluation, people
+from tests.stores import store_at
 
 
 def evaluations_of(protocol, count=1, name=None, leave_site_out=False):
@@ -77,7 +78,7 @@ def test_unknown_checkpoints_and_filters_without_a_match_are_user_errors(store, 
 
 def test_evaluations_of_one_checkpoint_on_different_tasks_are_one_row(tmp_path, capsys):
     """The checkpoint is evaluated on scz and age, then on age and site, and on site by another protocol."""
-    uri, scans = f"sqlite:///{tmp_path}/mlflow.db", people()
+    uri, scans = store_at(tmp_path / "mlflow.db"), people()
     linear, knn = {"yaware.protocol": "linear"}, {"yaware.protocol": "knn"}
     first = log_evaluation(
         uri, tmp_path / "a", "x", step=1, skill=0.9, scans=scans, tasks=("scz", "age"), tags=linear, saliency=True,
@@ -107,7 +108,7 @@ def test_evaluations_of_one_checkpoint_on_different_tasks_are_one_row(tmp_path, 
 
 
 def test_an_evaluation_that_is_wholly_superseded_is_not_read(tmp_path):
-    uri, scans = f"sqlite:///{tmp_path}/mlflow.db", people()
+    uri, scans = store_at(tmp_path / "mlflow.db"), people()
     options = {"step": 1, "scans": scans, "tasks": ("scz",), "params": {"tasks": "scz"}}
     old = log_evaluation(uri, tmp_path / "a", "x", skill=0.2, tags={"yaware.manifest_digest": "b" * 64}, **options)
     new = log_evaluation(uri, tmp_path / "b", "x", skill=0.9, **options)
@@ -118,7 +119,7 @@ def test_an_evaluation_that_is_wholly_superseded_is_not_read(tmp_path):
 
 
 def test_checkpoints_with_equal_names_are_told_apart(tmp_path):
-    uri, options = f"sqlite:///{tmp_path}/mlflow.db", {"skill": 0.5, "scans": people(), "tasks": ("scz",)}
+    uri, options = store_at(tmp_path / "mlflow.db"), {"skill": 0.5, "scans": people(), "tasks": ("scz",)}
     pretrainings = []
     for number in range(2):
         tracker = Tracker.open(uri, "kept", "x", tags={"yaware.kind": "pretraining"})

@@ -180,3 +180,11 @@ def test_every_encoder_has_candidates_of_bounded_size(name):
     ]
     assert max(sizes) <= MOST_FEATURES
     assert sizes[0] == encoder.feature_size
+
+
+def test_the_candidates_of_a_resnet_on_a_coarse_grid():
+    encoder = build_encoder("resnet18", {"width": 0.125, "norm": "group"})
+    places = [("layer1", ("grid3",)), ("layer1", ("none",)), ("layer2", ("grid3",)), ("layer2", ("none",))]
+    means = [(name, ("mean",)) for name in ("layer1", "layer2", "layer3")]  # that of layer4 is the encoder's own
+    last = [("layer3", ("none",)), ("layer4", ("none",))]  # 2 x 3 x 2 and 1 x 2 x 1 positions have no three cells
+    assert sorted(candidate_blocks(encoder, (30, 36, 30))[1:]) == sorted([*places, *means, *last])

@@ -25,6 +25,7 @@ from pretrain.weights.encoder import Encoder
 from pretrain.weights.seen_scans import source_of
 from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
+from tests.stores import store_at
 
 OPTIONS = {"width": 0.125, "norm": "group"}
 SMALL = {"folds": 2, "draws": 2, "n_train": (8,), "workers": 2, "repeats": 1, "halvings": 0}
@@ -63,7 +64,7 @@ def ray_is_running():
 
 
 def test_the_table_holds_the_logged_metrics_and_two_calls_in_one_process_agree(shards, exports, tmp_path):
-    uri, threads = f"sqlite:///{tmp_path}/mlflow.db", set(threading.enumerate())
+    uri, threads = store_at(tmp_path / "mlflow.db"), set(threading.enumerate())
     given = {
         "tasks": ["ad", "age"],
         "protocols": ["linear", "voxels"],
@@ -97,7 +98,7 @@ def test_the_table_holds_the_logged_metrics_and_two_calls_in_one_process_agree(s
 
 
 def test_ray_is_stopped_and_the_run_marked_failed_after_an_error(shards, exports, tmp_path, monkeypatch):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = store_at(tmp_path / "mlflow.db")
 
     def broken(context, candidate):
         raise RuntimeError("no inputs")
@@ -141,7 +142,7 @@ CENTROID = Probe(nearest_centroid, [{"shrinkage": 0.0}, {"shrinkage": 0.5}])
 
 def test_a_protocol_with_a_new_model_costs_one_entry_of_the_table(shards, exports, tmp_path, monkeypatch, capsys):
     """It is evaluated, logged with its tags, trials and settings, and compared like the others."""
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = store_at(tmp_path / "mlflow.db")
     centroid = Protocol(
         "nearest centroid", "checkpoint", "centroid", frozen_features, grid_of(CENTROID), uses_layer=True
     )

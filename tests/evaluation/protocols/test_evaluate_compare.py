@@ -29,6 +29,7 @@ from infra.tracking.tracker import Tracker
 from pretrain.encoders import build_encoder
 from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
+from tests.stores import store_at
 
 OPTIONS = {"width": 0.25, "norm": "group"}
 TASKS = ["--tasks", "ad,age,site,sex", "--n-train", "8,16,99", "--draws", "3", "--repeats", "2", "--halvings", "5"]
@@ -65,7 +66,7 @@ def checkpoint(folder, shards, uri, name, seed, split="pretrain"):
 @pytest.fixture(scope="module")
 def evaluated(shards, tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluated")
-    uri = f"sqlite:///{root}/mlflow.db"
+    uri = store_at(root / "mlflow.db")
     models = [checkpoint(root / name, shards, uri, name, seed) for seed, name in enumerate(("first", "second"))]
     given = [str(root / "first"), str(root / "second"), "--shards", str(shards), "--experiment", "test"]
     assert cli.run(["evaluate", *given, *TASKS, "--tracking-uri", uri]) == 0
@@ -191,7 +192,7 @@ def test_cubes_tile_the_brain_without_overlap_and_leave_out_air():
 
 
 def test_saliency_needs_an_evaluation(shards, tmp_path, capsys):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = store_at(tmp_path / "mlflow.db")
     checkpoint(tmp_path / "ok", shards, uri, "ok", 0)
     base = [str(tmp_path / "ok"), "--shards", str(shards), "--tracking-uri", uri, "--experiment", "test"]
     for more, text in (
@@ -259,7 +260,7 @@ def test_compare_without_evaluations_names_the_command_to_run(evaluated, capsys)
 
 
 def test_participants_seen_in_pretraining_are_refused(shards, tmp_path, capsys):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = store_at(tmp_path / "mlflow.db")
     checkpoint(tmp_path / "leaky", shards, uri, "leaky", 0, split="downstream")
     given = [str(tmp_path / "leaky"), "--shards", str(shards), "--tasks", "ad", "--tracking-uri", uri]
     assert cli.run(["evaluate", *given]) == 2
@@ -268,7 +269,7 @@ def test_participants_seen_in_pretraining_are_refused(shards, tmp_path, capsys):
 
 
 def test_wrong_options_are_refused_in_one_line(shards, tmp_path, capsys):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = store_at(tmp_path / "mlflow.db")
     checkpoint(tmp_path / "ok", shards, uri, "ok", 0)
     base = ["--shards", str(shards), "--tracking-uri", uri]
     for arguments, text in (

@@ -31,6 +31,7 @@ from pretrain.weights.seen_scans import source_of
 from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
 from tests.runs import ROOT, environment
+from tests.stores import store_at
 
 OPTIONS = {"width": 0.125, "norm": "group"}
 SMALL = ["--folds", "2", "--draws", "2", "--n-train", "8,500", "--repeats", "1", "--halvings", "0"]
@@ -72,7 +73,7 @@ def world(tmp_path_factory):
 def evaluate(world, name, *more):
     """Run ``yaware evaluate`` with a store of its own; return the store and its runs by (label of the protocol, step)."""
     root, shards = world
-    uri = f"sqlite:///{root}/{name}.db"
+    uri = store_at(root / f"{name}.db")
     given = ["evaluate", str(root / "runs" / "first"), "--shards", str(shards), "--experiment", name, "--workers", "2"]
     assert cli.run([*given, *SMALL, "--storage", str(root / "storage"), "--tracking-uri", uri, *more]) == 0
     assert not list((root / "storage").iterdir())  # the work folders are removed
@@ -139,7 +140,7 @@ def test_a_network_trial_is_named_after_task_fold_and_params():
 def test_no_result_is_lost_if_the_store_fails(world, monkeypatch, capsys, times):
     root, shards = world
     name = f"outage-{times}"
-    uri, storage = f"sqlite:///{root}/{name}.db", root / name
+    uri, storage = store_at(root / f"{name}.db"), root / name
     given = ["evaluate", str(root / "runs" / "first" / "checkpoints" / "latest"), "--shards", str(shards), *SMALL]
     given += ["--tasks", "ad", "--protocols", "linear", "--experiment", name, "--workers", "2"]
     given += ["--storage", str(storage), "--tracking-uri", uri]
@@ -217,7 +218,7 @@ def test_fine_tuning_on_two_ranks(world):
 @pytest.mark.timeout(900)
 def test_a_killed_evaluation_continues_in_the_same_run(world):
     root, shards = world
-    uri, storage = f"sqlite:///{root}/killed.db", root / "killed"
+    uri, storage = store_at(root / "killed.db"), root / "killed"
     command = [
         sys.executable, "-m", "infra.cli", "evaluate", str(root / "runs" / "first"), "--shards", str(shards), *SMALL,
         "--tasks", "ad", "--protocols", "knn,mlp", "--mlp-trials", "5", "--experiment", "killed", "--workers", "2",

@@ -12,7 +12,7 @@ import torch
 
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from evaluation.tasks.leakage import check_copies, check_leakage
+from evaluation.tasks.leakage import check_copies, check_leakage, check_readouts
 from evaluation.tasks.tasks import load_task
 from infra.errors import UserError
 from pretrain.config import load_recipe
@@ -20,6 +20,7 @@ from pretrain.encoders import build_encoder
 from pretrain.run.loop import scans_seen
 from pretrain.run.plan import Plan
 from pretrain.weights.encoder import Encoder
+from pretrain.weights.readouts import Readouts
 from pretrain.weights.seen_scans import participants_of, read, source_of, to_json
 from pretrain.weights.write import export, write_encoder
 from tests.cohorts import write_cohort
@@ -180,3 +181,21 @@ def test_a_resumed_run_has_seen_the_scans_of_the_run_it_started_from(world, shar
     recipe.run.resume = "auto"
     assert [source for source in scans_seen(plan, 4) if source.role == "trained"][:2] == seen[:2]
     assert len(to_json(scans_seen(plan, 4))["sources"]) == len(seen)
+
+
+def test_people_of_the_readouts_are_refused_by_name_and_by_voxels(tmp_path):
+    """Readouts that were fitted to other people than the pretraining, also to scans under another name."""
+    cohort = write_cohort(tmp_path / "cohort", 8)
+    build_shards(cohort, tmp_path / "shards", splits={"pretrain": 1.0})
+    copied = renamed(cohort, tmp_path / "copied", "sub-003", "sub-903")
+    build_shards(copied, tmp_path / "other", splits={"pretrain": 1.0})
+    manifest, other = Manifest.load(tmp_path / "shards"), Manifest.load(tmp_path / "other")
+    rows_of = {str(name): row for row, name in enumerate(manifest.scans["participant_id"])}
+    three, four = np.array([rows_of["003"]]), np.array([rows_of["004"]])
+    readouts = Readouts({}, "0" * 64, fitted_on=[source_of(manifest, three, "readouts")])
+    check_readouts(readouts, manifest, four, "mine")
+    with pytest.raises(UserError, match=r"mine: its readouts were fitted on participants .*003.; evaluate on other"):
+        check_readouts(readouts, manifest, np.concatenate([three, four]), "mine")
+    renamed_row = np.flatnonzero(other.scans["participant_id"] == "903")
+    with pytest.raises(UserError, match=r"its readouts were fitted, under another name, on voxels of .*903"):
+        check_readouts(readouts, other, renamed_row, "mine")

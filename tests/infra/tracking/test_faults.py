@@ -19,6 +19,7 @@ from infra.tracking import runs
 from infra.tracking.faults import describe_fault, hide_password
 from infra.tracking.mlflow_store import client_of
 from infra.tracking.tracker import Tracker
+from tests.stores import store_at
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def compare(uri, tmp_path, capfd, *more):
 
 
 def test_compare_says_why_there_is_nothing_to_compare(tmp_path, capfd):
-    uri, tags = f"sqlite:///{tmp_path}/mlflow.db", {"yaware.run_name": "y-aware"}
+    uri, tags = store_at(tmp_path / "mlflow.db"), {"yaware.run_name": "y-aware"}
     Tracker.open(uri, "kept", "p", tags={"yaware.kind": "pretraining"}).end()
     assert "has no evaluation, but pretrainings (1); run `yaware evaluate` first" in compare(uri, tmp_path, capfd)
     evaluation(uri, "FAILED", **tags)

@@ -9,12 +9,13 @@ from infra.errors import UserError
 from infra.files import sha256_of
 from infra.tracking import registry
 from infra.tracking.tracker import Tracker
+from tests.stores import store_at
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     root = tmp_path_factory.mktemp("registry")
-    uri = f"sqlite:///{root}/mlflow.db"
+    uri = store_at(root / "mlflow.db")
     tracker = Tracker.open(uri, "test", "y-aware", tags={"yaware.kind": "pretraining"})
     models = {}
     for step in (10, 20):

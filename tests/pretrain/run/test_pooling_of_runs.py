@@ -17,6 +17,11 @@ from pretrain.model import build_model
 from pretrain.run.monitor import encode
 from pretrain.run.plan import make_plan
 from pretrain.run.step import lr_factor
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.weight_shapes import network_shapes
+from pretrain.weights.write import write_encoder
+from tests.cohorts import GRID
+from tests.pretrain.weights.encoders import CONFIG, PREPROCESSING
 
 SMALL = ["--encoder.options={width: 0.25, norm: group}", "--batch.global=4"]
 
@@ -42,6 +47,27 @@ def test_the_monitor_pools_the_last_map_as_its_recipe_says(one_rank, shards):
         maps = torch.cat([trunk(part) for _, part in volumes(manifest, rows, 1)])
     np.testing.assert_allclose(found, POOLINGS["grid2"](maps).numpy(), rtol=1e-4, atol=1e-5)
     assert found.shape == (3, 3 * 8)
+
+
+@pytest.mark.parametrize(("pooling", "places"), [("grid2", 8), ("none", 12)])
+def test_the_projector_takes_every_place_and_a_written_encoder_keeps_them(tmp_path, pooling, places):
+    options = {"width": 0.125, "norm": "group", "pooling": pooling, "grid": [64, 96, 64]}
+    text = ", ".join(f"{name}: {value}" for name, value in options.items())
+    recipe = load_recipe("demo-cpu", [f"--encoder.options={{{text}}}"])
+    model = build_model(recipe)
+    assert model.projector[0].in_features == 64 * places
+    embeddings, _ = model(torch.randn(2, 1, 1, 64, 96, 64))
+    embeddings.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    shapes = {name: tuple(value.shape) for name, value in model.encoder.state_dict().items()}
+    assert network_shapes("resnet18", options) == shapes
+    config = {**CONFIG, "encoder": {"name": "resnet18", "options": options}, "feature_size": 64 * places}
+    grid = {**GRID.to_dict(), "shape": [64, 96, 64]}
+    write_encoder(tmp_path / "encoder", model.encoder.state_dict(), config, {**PREPROCESSING, "grid": grid})
+    encoder, volumes = Encoder.from_pretrained(tmp_path / "encoder"), torch.randn(1, 1, 64, 96, 64)
+    with torch.no_grad():
+        assert torch.equal(encoder(volumes), model.encoder.eval()(volumes))
+    assert encoder.feature_size == 64 * places
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from infra.errors import UserError
 from pretrain import Encoder
 from pretrain.weights.import_weights import ARCHITECTURES, import_weights, match_keys, preprocessing_from
 from tests.cohorts import write_cohort
+from tests.stores import store_at
 
 BLOCKS, GROWTH = (6, 12, 24, 16), 32
 
@@ -230,7 +231,7 @@ def test_an_imported_encoder_is_evaluated_by_the_real_command(tmp_path, capsys):
     cohort = write_cohort(tmp_path / "cohort", participants=40)
     shards = tmp_path / "shards"
     build_shards(cohort, shards, grid=Grid.vbm(5.5), splits={"pretrain": 0.1, "downstream": 0.9})
-    file, out, uri = write(tmp_path / "bhb.pth", published_state()), tmp_path / "bhb", f"sqlite:///{tmp_path}/mlflow.db"
+    file, out, uri = write(tmp_path / "bhb.pth", published_state()), tmp_path / "bhb", store_at(tmp_path / "mlflow.db")
     layout = ["--arch", "densenet121-yaware", "--out", str(out), "--grid", str(shards)]
     assert cli.run(["import-weights", str(file), *layout]) == 0
     given = ["--shards", str(shards), "--tasks", "age", "--experiment", "test", "--tracking-uri", uri]

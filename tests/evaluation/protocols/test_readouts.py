@@ -1,0 +1,225 @@
+"""Predicted proxies beside the features of linear models: penalties, confounds, the real command, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from data_pipeline.shards.build import build_shards
+from data_pipeline.storage.manifest import Manifest
+from evaluation.features.candidates import ridge_answers
+from evaluation.features.tables import FeatureTable, permuted, split_features
+from evaluation.protocols.probes import (
+    LINEAR,
+    READOUT_PENALTIES,
+    Probe,
+    fit_predict,
+    fit_predict_each,
+    linear,
+    with_readout_penalties,
+)
+from evaluation.protocols.variant import ProtocolVariant
+from infra import cli
+from infra.errors import UserError
+from infra.tracking import runs
+from pretrain.encoders import build_encoder
+from pretrain.readouts.add import add_readouts
+from pretrain.weights.readouts import readouts_folder
+from pretrain.weights.seen_scans import source_of
+from pretrain.weights.write import write_encoder
+from tests.cohorts import write_cohort
+
+OPTIONS = {"width": 0.125, "norm": "group"}
+TRAIN, TEST = np.arange(50), np.arange(50, 70)
+
+
+def table_with(readouts, *, kind="regression", covariates=None, confounds=None, features=8):
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(70, features))
+    labels = x[:, 0] + 2.0 * readouts[:, 0] + rng.normal(size=70)
+    none = np.empty((70, 0))
+    return FeatureTable(
+        x, (labels > 0).astype(float) if kind == "binary" else labels, np.arange(70), kind,
+        covariates=none if covariates is None else covariates, confounds=none if confounds is None else confounds,
+        readouts=readouts,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def readouts():
+    return np.random.default_rng(5).normal(size=(70, 2)) * [1.0, 30.0] + 50.0
+
+
+@pytest.mark.parametrize("kind", ["regression", "binary"])
+@pytest.mark.parametrize("features", [8, 90])
+def test_free_readouts_are_covariates(readouts, kind, features):
+    given = table_with(readouts, kind=kind, features=features)
+    as_covariates = table_with(readouts, kind=kind, features=features, covariates=readouts)
+    as_covariates = FeatureTable(**{**vars(as_covariates), "readouts": None})
+    for params in ({"penalty": 10.0}, {"penalty": 10.0, "readout_penalty": 0.0}):
+        found = fit_predict(linear, params, given, TRAIN, TEST)
+        expected = fit_predict(linear, {"penalty": 10.0}, as_covariates, TRAIN, TEST)
+        np.testing.assert_allclose(found.predicted, expected.predicted, rtol=1e-6, atol=1e-8)
+    for one, other in zip(
+        ridge_answers(split_features(given, TRAIN, TEST), kind, [1.0, 100.0]),
+        ridge_answers(split_features(as_covariates, TRAIN, TEST), kind, [1.0, 100.0]),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other)
+
+
+def test_readouts_have_a_penalty_of_their_own(readouts):
+    """Ridge regression in closed form with the penalty 10 for features and 300 for readouts."""
+    table = table_with(readouts)
+    found = fit_predict(linear, {"penalty": 10.0, "readout_penalty": 300.0}, table, TRAIN, TEST).predicted
+    x = np.column_stack([table.features, readouts])
+    mean, deviation = x[TRAIN].mean(0), x[TRAIN].std(0)
+    z, y = (x[TRAIN] - mean) / deviation, table.labels[TRAIN]
+    weights = np.linalg.solve(z.T @ z + np.diag([10.0] * 8 + [300.0] * 2), z.T @ (y - y.mean()))
+    np.testing.assert_allclose(found, (x[TEST] - mean) / deviation @ weights + y.mean(), rtol=1e-6)
+
+
+def test_the_grid_has_every_pair_of_penalties():
+    grid = with_readout_penalties(LINEAR).grid
+    pairs = {(params["penalty"], params["readout_penalty"]) for params in grid}
+    assert len(grid) == len(pairs) == len(LINEAR.grid) * len(READOUT_PENALTIES)
+    assert 0.0 in READOUT_PENALTIES
+
+
+def test_confounds_are_regressed_out_of_readouts(readouts):
+    """A readout that is a line of the confound has no effect; scans outside the training set are not used for it."""
+    confounds = np.random.default_rng(6).normal(size=(70, 1))
+    line = np.column_stack([3.0 * confounds[:, 0] - 5.0])
+    with_line = table_with(line, confounds=confounds)
+    labels = np.random.default_rng(7).normal(size=70)
+    with_line = FeatureTable(**{**vars(with_line), "labels": labels})
+    without = FeatureTable(**{**vars(with_line), "readouts": None})
+    found, expected = (fit_predict(linear, {"penalty": 1.0}, table, TRAIN, TEST) for table in (with_line, without))
+    np.testing.assert_allclose(found.predicted, expected.predicted, atol=1e-6)
+
+
+def test_test_scans_do_not_change_predictions_of_others(readouts):
+    table = table_with(readouts)
+    changed = FeatureTable(**{**vars(table), "readouts": np.where(np.arange(70)[:, None] == 69, 1e3, readouts)})
+    probe = Probe(linear, [{"penalty": 1.0}])
+    (one,), (other,) = (fit_predict_each(probe, each, TRAIN, TEST) for each in (table, changed))
+    np.testing.assert_array_equal(one.predicted[:-1], other.predicted[:-1])
+    assert one.predicted[-1] != other.predicted[-1]
+
+
+def test_permuted_features_take_their_readouts_along(readouts):
+    table, rows = table_with(readouts), np.random.default_rng(8).permutation(70)
+    found = permuted(table, rows)
+    np.testing.assert_array_equal(found.readouts, readouts[rows])
+    np.testing.assert_array_equal(found.features, table.features[rows])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Shards with 24 people to pretrain on, and an encoder with readouts that were fitted to them."""
+    root = tmp_path_factory.mktemp("readouts")
+    build_shards(
+        write_cohort(root / "tiny", participants=90), root / "shards", splits={"pretrain": 0.4, "downstream": 0.6}
+    )
+    manifest = Manifest.load(root / "shards")
+    torch.manual_seed(0)
+    config = {
+        "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 64, "step": 3, "run_id": None, "run_name": "first",
+        "method": "y-aware", "manifest_digest": manifest.digest, "split": ["pretrain"], "version": "0.1.0",
+        "simulated": False, "experiment": "test",
+    }  # fmt: skip
+    preprocessing = {"grid": manifest.grid, "normalisation": "zscore", "modality": "vbm", "scaling": "none"}
+    state, seen = (
+        build_encoder("resnet18", OPTIONS).state_dict(),
+        [source_of(manifest, manifest.rows(split="pretrain"))],
+    )
+    for name in ("encoder", "without", "other"):
+        write_encoder(root / name, state, config, preprocessing, seen)
+    add_readouts(root / "encoder", manifest, columns=["age", "sex"], progress=False)
+    add_readouts(root / "other", manifest, columns=["age"], split=["downstream"], progress=False)
+    return root
+
+
+def evaluate(root, name, *more, encoder="encoder"):
+    """Run ``yaware evaluate`` with a store of its own; return its status, the store and its finished runs."""
+    uri = f"sqlite:///{root}/{name}.db"
+    small = ["--folds", "2", "--draws", "2", "--n-train", "8", "--repeats", "1", "--halvings", "0", "--workers", "1"]
+    given = ["evaluate", str(root / encoder), "--shards", str(root / "shards"), "--experiment", name, "--tasks", "ad"]
+    status = cli.run([*given, *small, "--storage", str(root / "storage"), "--tracking-uri", uri, *more])
+    return status, uri, runs.runs(uri, name, "evaluation") if status == 0 else []
+
+
+@pytest.mark.parametrize(
+    ("more", "label"),
+    [
+        (["--readouts", "free"], "linear, free readouts"),
+        (["--readouts", "penalised"], "linear, penalised readouts"),
+        (["--readouts", "penalised", "--layer", "auto"], "linear, auto, penalised readouts"),
+    ],
+)
+def test_the_command_knows_readouts_in_tags_params_and_choices(world, tmp_path, more, label):
+    name = "-".join(more[1::2])
+    status, uri, (row,) = evaluate(world, name, "--protocols", "linear", *more)
+    assert status == 0
+    variant = ProtocolVariant.from_tags(row["tags"])
+    assert (variant.label, variant.readouts) == (label, more[1])
+    assert row["params"]["readouts"] == more[1]
+    assert len(row["params"]["readouts_sha256"]) == 64
+    chosen = pd.read_csv(runs.download(uri, row["run_id"], "evaluation", tmp_path) / "chosen.csv")
+    assert ("readout_penalty" in chosen) == (more[1] == "penalised")
+
+
+def test_without_readouts_nothing_says_so(world):
+    _, _, (row,) = evaluate(world, "plain", "--protocols", "linear")
+    assert row["tags"]["yaware.readouts"] == ""
+    assert not {"readouts", "readouts_sha256"} & set(row["params"])
+
+
+def test_predicted_proxies_reach_the_model(world, tmp_path):
+    """Both evaluations differ only in the readouts, and so do their predictions."""
+    predicted = []
+    for name, more in (("with", ["--readouts", "free"]), ("no", [])):
+        _, uri, (row,) = evaluate(world, name, "--protocols", "linear", *more)
+        folder = runs.download(uri, row["run_id"], "evaluation", tmp_path / name)
+        predicted.append(pd.read_parquet(folder / "predictions.parquet").set_index("key")["answer"].sort_index())
+    assert predicted[0].index.equals(predicted[1].index)
+    assert not np.allclose(predicted[0], predicted[1])
+
+
+@pytest.mark.parametrize(
+    ("more", "encoder", "message"),
+    [
+        (["--readouts", "maybe"], "encoder", "readouts='maybe' is not known; allowed: no, free, penalised"),
+        (
+            ["--readouts", "free", "--protocols", "knn,voxels"],
+            "encoder",
+            "readouts=free is not used by knn, voxels; only by paper",
+        ),
+        (
+            ["--readouts", "free"],
+            "without",
+            "has no readouts (none were fitted); fit them on the scans of its pretraining",
+        ),
+        (["--readouts", "free"], "other", "its readouts were fitted on participants of the test scans"),
+    ],
+)
+def test_refusals(world, capsys, more, encoder, message):
+    status, _, _ = evaluate(world, "refused", *more, encoder=encoder)
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_people_of_the_readouts_may_be_tested_on_without_them(world):
+    status, _, _ = evaluate(world, "unused", "--protocols", "linear", encoder="other")
+    assert status == 0
+
+
+def test_readouts_of_other_features_are_one_line(world):
+    from pretrain.weights.encoder import Encoder
+
+    readouts = Encoder.from_pretrained(world / "encoder").readouts
+    with pytest.raises(UserError, match=r"readout age was fitted to 64 features, this encoder gives 5; remove"):
+        readouts.predict(np.zeros((2, 5)))
+    assert readouts_folder(world / "encoder").is_dir()
