@@ -39,8 +39,8 @@ def cell_points(grid: int, like: Tensor) -> Tensor:
     count = POINTS_PER_SIDE * grid
     along = (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count
     points = torch.stack(torch.meshgrid(along, along, along, indexing="ij"), dim=-1)
-    cells = points.view(grid, POINTS_PER_SIDE, grid, POINTS_PER_SIDE, grid, POINTS_PER_SIDE, 3)
-    return cells.permute(0, 2, 4, 1, 3, 5, 6).reshape(grid**3, POINTS_PER_SIDE**3, 3)
+    cells = points.view((grid, POINTS_PER_SIDE) * 3 + (3,))
+    return cells.permute((0, 2, 4, 1, 3, 5, 6)).reshape(grid**3, POINTS_PER_SIDE**3, 3)
 
 
 def points_in_views(placement_N34: Tensor, cutout_N23: Tensor, grid: int) -> tuple[Tensor, Tensor]:
