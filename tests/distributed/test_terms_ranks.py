@@ -31,8 +31,8 @@ def batch():
     shown = torch.rand(TOTAL, 8, generator=source) < 0.6
     shown[:, 0], shown[1:, 1], shown[:3, 2], shown[3:, 2] = False, False, True, False
     ages = 20 + 30 * torch.rand(TOTAL, 1, generator=source, dtype=torch.float64)
-    volumes = torch.randn(2, 2, TOTAL, 1, 4, 3, 2, generator=source, dtype=torch.float64)
-    hidden = torch.rand(2, TOTAL, 1, 4, 3, 2, generator=source) < torch.rand((2, TOTAL, 1, 1, 1, 1), generator=source)
+    volumes = torch.randn((2, 2, TOTAL, 1, 4, 3, 2), generator=source, dtype=torch.float64)
+    hidden = torch.rand((2, TOTAL, 1, 4, 3, 2), generator=source) < torch.rand((2, TOTAL, 1, 1, 1, 1), generator=source)
     return cells, shown, ages, torch.tensor([0, 1, 2, 0, 4, 1]), volumes[0], volumes[1], hidden
 
 
