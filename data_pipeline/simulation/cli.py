@@ -48,6 +48,21 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.site_effects,
         help="scale of the sites' gain, bias field and noise (default 1)",
     )
+    parser.add_argument("--sites", type=int, default=default.sites, help="number of sites (default 12)")
+    parser.add_argument(
+        "--misregistration", type=float, default=default.misregistration, metavar="MM",
+        help="mm by which registration misses, another error for every scan (default 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--individuality", type=float, default=default.individuality,
+        help="scale of the pattern of folds that is a participant's own (default 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--subtypes",
+        type=int,
+        default=default.subtypes,
+        help="subtypes of each disease, with different foci (default 1)",
+    )
     parser.add_argument(
         "--shares",
         type=_parse_shares,
@@ -70,7 +85,9 @@ def run_simulate(options: argparse.Namespace) -> int:
     simulate_cohort(
         options.out, participants=options.participants, spacing=options.spacing, modality=options.modality,
         seed=options.seed, effect=options.effect, acceleration=options.acceleration,
-        heterogeneity=options.heterogeneity, site_effects=options.site_effects, shares=options.shares,
+        heterogeneity=options.heterogeneity, site_effects=options.site_effects, sites=options.sites,
+        misregistration=options.misregistration, individuality=options.individuality, subtypes=options.subtypes,
+        shares=options.shares,
         workers=options.workers,
     )  # fmt: skip
     if was_complete:
