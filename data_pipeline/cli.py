@@ -99,7 +99,7 @@ def _index(options: argparse.Namespace) -> int:
     manifest = index_shards(
         options.shards, options.out, participants=options.participants, modality=options.modality,
         dataset=options.dataset, spacing=options.spacing, key_pattern=options.key_pattern, seed=options.seed,
-        orientation=options.orientation,
+        orientation=options.orientation, columns=options.columns,
         workers=options.workers, splits=parse_splits(options.splits) if options.splits else None,
     )  # fmt: skip
     excluded = int(manifest.settings["quarantined"])

@@ -102,6 +102,12 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--participants", help="participants' table (default: participants.tsv beside the tars or one folder up)"
     )
+    parser.add_argument(
+        "--columns",
+        type=Path,
+        metavar="FILE",
+        help="YAML file that declares the table's columns and rules for their values",
+    )
     parser.add_argument("--modality", help="name of the modality (default: by shape, vbm, or quasiraw for 182x218x182)")
     parser.add_argument(
         "--dataset", help="data set of scans whose key and table name none (default: the name of the folder)"

@@ -46,7 +46,9 @@ def number_as_text(value: float) -> str:
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
 
 
-def is_numeric(column: str, cells: Sequence[Text], declared: str = "") -> bool:
+def is_numeric(
+    column: str, cells: Sequence[Text], declared: str = "", stored: bool = False, *, declarable: bool = True
+) -> bool:
     """Decide whether a column holds numbers, or text.
 
     A column is text if less than half of its values are numbers, if one is a number that float64 would not give back as it
@@ -56,6 +58,8 @@ def is_numeric(column: str, cells: Sequence[Text], declared: str = "") -> bool:
         column: its name.
         cells: its values.
         declared: ``number`` or ``text`` if the user declared it.
+        declarable: the user can declare a missing mark or a type.
+        stored: the shards to which the cells will be added hold numbers in this column.
 
     Raises:
         UserError: a column of numbers has a cell with text; the message names the cell.
@@ -64,6 +68,15 @@ def is_numeric(column: str, cells: Sequence[Text], declared: str = "") -> bool:
     if column in TEXT_COLUMNS or declared == "text" or not known:
         return False
     words = [(text, where) for text, where in known if parse_number(text) is None]
+    if stored:
+        words = words or [(text, where) for text, where in known if NAME_OF_DIGITS.fullmatch(text)]
+        if words:
+            text, where = words[0]
+            raise UserError(
+                f"{where}: {column}={text!r} is not a number, but the shards hold numbers in this column; correct it, declare "
+                f"`missing: {{{column}: [{text!r}]}}`, or give the column another name in `columns:`"
+            )
+        return True
     numbers = len(known) - len(words)
     commas = [text for text, _ in words if DECIMAL_COMMA.fullmatch(text)]
     if not declared and (2 * (numbers + len(commas)) < len(known) or not numbers + len(commas)):
@@ -71,8 +84,9 @@ def is_numeric(column: str, cells: Sequence[Text], declared: str = "") -> bool:
     if words:
         text, where = words[0]
         hint = "write decimal points, " if DECIMAL_COMMA.fullmatch(text) else "correct it, "
+        declare = f"declare `missing: {{{column}: [{text!r}]}}` or `types: {{{column}: text}}`"
         raise UserError(
-            f"{where}: {column}={text!r} is not a number, but {numbers} of the column's {len(known)} values are; {hint}"
-            f"or declare `missing: {{{column}: [{text!r}]}}` or `types: {{{column}: text}}`"
+            f"{where}: {column}={text!r} is not a number, but {numbers} of the column's {len(known)} values are; {hint}or "
+            + (declare if declarable else "write n/a if unknown")
         )
     return declared == "number" or not any(NAME_OF_DIGITS.fullmatch(text) for text, _ in known)

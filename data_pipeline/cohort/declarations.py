@@ -11,7 +11,7 @@ import yaml
 
 from data_pipeline.cohort.cells import TEXT_COLUMNS, TYPES, parse_number
 from data_pipeline.cohort.scan import safe_name
-from data_pipeline.cohort.sidecars import UNITS, known_unit
+from data_pipeline.cohort.sidecars import UNITS, WITH_COLUMNS, known_unit
 from data_pipeline.cohort.tables import SESSION_COLUMNS
 from infra.errors import UserError, nearest
 
@@ -45,7 +45,9 @@ class DataSet:
         person: our names of columns that hold for every session of a person, also those without a row.
         age: the columns of the dates of ``birth`` and ``scan``, and the ``format`` of dates.
         declared_in: the file that declares it, for messages.
+        declared: a file declares it.
         text: our names of columns that are text, because they are text in another data set; not declared.
+        number: our names of columns that hold numbers in the shards to which the scans will be added; not declared.
     """
 
     path: Path
@@ -64,11 +66,18 @@ class DataSet:
     person: tuple[str, ...] = ()
     age: dict[str, str] = field(default_factory=dict)
     declared_in: str = ""
+    declared: bool = False
     text: tuple[str, ...] = ()
+    number: tuple[str, ...] = ()
 
     def column(self, name: str) -> str:
         """Their name of one of our columns."""
         return (self.columns or {}).get(name, name)
+
+    @property
+    def place(self) -> str:
+        """Where its rules are declared, or could be, for messages."""
+        return f"in {self.declared_in}" if self.declared else f"in {WITH_COLUMNS}"
 
     def type_of(self, name: str) -> str:
         """``number`` or ``text`` if the type of one of our columns is fixed, else empty."""
@@ -110,7 +119,7 @@ def declare(source: DataSet, path: Path) -> DataSet:
     return replace(declared, path=source.path, name=source.name, layout=source.layout)
 
 
-KEYS = [key.name for key in fields(DataSet) if key.name not in ("declared_in", "text")]
+KEYS = [key.name for key in fields(DataSet) if key.name not in ("declared_in", "declared", "text", "number")]
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -184,6 +193,7 @@ def _data_set(entry: dict[str, Any], where: str, folder: Path, allowed: Sequence
         person=_names(entry.get("person", []), f"{where}: person"),
         age=age,
         declared_in=where,
+        declared=True,
     )
 
 

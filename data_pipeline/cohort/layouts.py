@@ -105,7 +105,9 @@ def read_cat12(source: DataSet, modality: str) -> CohortScans:
     """
     folder = _folder(source)
     if modality != "vbm":
-        raise UserError(f"modality={modality!r}: layout cat12 has vbm only; use --layout bids for {modality}")
+        raise UserError(
+            f"modality={modality!r}: layout cat12 has vbm only; give the folder of the raw scans, or --modality vbm"
+        )
     people = _participant_table(source, [folder / "participants.tsv"])
     files = []
     for path in sorted(visible(folder, folder.rglob("mri/mwp1*.nii*"))):
@@ -267,7 +269,7 @@ def _nothing_listed(source: DataSet, files: Sequence[ScanFile], modality: str, p
     """The message for a data set without a scan that a table lists."""
     start = f"cohort {source.path} has no {modality} scan of a listed participant"
     if not files:
-        return f"{start}; searched for {pattern}; choose another --modality"
+        return f"{start}; no file is named {pattern}; check the folder, --layout and --modality"
     first = files[0]
     reason = (
         first.reason or f"no table lists {first.participant!r}; compare the column {source.column('participant_id')}"

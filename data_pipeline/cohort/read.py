@@ -83,17 +83,22 @@ def read_with_changes(
     columns: str | Path | None = None,
     key_file: str | Path | None = None,
     text: Collection[str] = (),
+    number: Collection[str] = (),
 ) -> CohortScans:
     """Read the scans of a cohort as ``read_cohort`` does, and the cells of its tables that a rule changed.
 
-    ``text`` names columns that are read as text even if they hold numbers only, because the shards hold text.
+    ``text`` names columns that are read as text even if they hold numbers only, because the shards hold text; the columns
+    ``number`` must hold numbers, because the shards do.
     """
     if modality not in MODALITIES:
         raise UserError(
             f"modality={modality!r} is not known{nearest(modality, MODALITIES)}; allowed: {', '.join(MODALITIES)}"
         )
     key = None if key_file is None else read_key(Path(key_file))
-    data_sets = [_as_text(data_set, text) for data_set in _data_sets(Path(source), dataset, layout, columns)]
+    data_sets = [
+        replace(_as_text(data_set, text), number=tuple(number))
+        for data_set in _data_sets(Path(source), dataset, layout, columns)
+    ]
     parts = [_read(data_set, modality) for data_set in data_sets]
     mixed = _mixed_columns([scan for part in parts for scan in part.scans])
     if mixed:  # read again, because a number does not keep the text that it was written in

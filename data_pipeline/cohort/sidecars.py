@@ -23,13 +23,15 @@ SPELLINGS = {
     "cm³": "ml", "mm^3": "mm3", "mm³": "mm3", "liter": "l", "litre": "l",
 }  # fmt: skip
 NOT_STATED = ("", "n/a", "none", "na")
+WITH_COLUMNS = "a YAML file given with --columns"
 
 
 @dataclass
 class Sidecars:
-    """The sidecars of a data set's tables, each read once."""
+    """The sidecars of a data set's tables, each read once; ``place`` is where a unit can be declared, for messages."""
 
     read: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    place: str = f"in {WITH_COLUMNS}"
 
     def column(self, table: Path, name: str) -> tuple[dict[str, Any], str]:
         """What the sidecar of a table says of a column, and the sidecar's name."""
@@ -57,7 +59,7 @@ class Sidecars:
         described, path = self.column(table, theirs)
         stated = described.get("Units") or ""
         if not isinstance(stated, str) or stated.strip().lower() not in NOT_STATED:
-            return known_unit(column, stated, f"{path}: {theirs}: Units")
+            return known_unit(column, stated, f"{path}: {theirs}: Units", self.place)
         return ""
 
     def label(self, table: Path, theirs: str, text: str) -> tuple[str | None, str]:
@@ -77,14 +79,17 @@ class Sidecars:
         return None, ""
 
 
-def known_unit(column: str, text: Any, where: str) -> str:
-    """The name of a unit in ``UNITS``; raises UserError, which begins with ``where``, if it is not known."""
+def known_unit(column: str, text: Any, where: str, place: str = "") -> str:
+    """The name of a unit in ``UNITS``; raises UserError, which begins with ``where``, if it is not known.
+
+    ``place`` is where another unit can be declared; empty if nowhere else.
+    """
     units = UNITS[column]
     word = str(text).strip().lower()
     unit = SPELLINGS.get(word, word)
     if unit not in units:
         raise UserError(
-            f"{where}={text!r} is not a known unit; allowed: {', '.join(units)}; correct it, "
-            f"or declare `units: {{{column}: {next(iter(units))}}}` in a YAML file given with --columns"
+            f"{where}={text!r} is not a known unit; allowed: {', '.join(units)}; correct it"
+            + (f", or declare `units: {{{column}: {next(iter(units))}}}` {place}" if place else "")
         )
     return unit

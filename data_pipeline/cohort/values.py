@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from infra.errors import UserError, nearest
 AT_LEAST = re.compile(
     r"(?:[>≥]=?\s*(?P<after>[\d.]+)|(?P<before>[\d.]+)\s*(?:\+|(?:or|and) (?:older|over|above|more)))"
 )
-OLD = 100  # years; several ages above it are more likely months
+OLD, OLDEST = 100, 130  # years; several ages above the first are more likely months, one above the second is no age
 
 
 class Change(NamedTuple):
@@ -112,7 +112,7 @@ class _Reading:
             if cap is None:
                 raise UserError(
                     f"{cell.where}: {column}={text!r} is a lower bound, not a number; "
-                    f"declare `cap: {{{column}: {number_as_text(value)}}}` in a YAML file given with --columns, "
+                    f"declare `cap: {{{column}: {number_as_text(value)}}}` {self.source.place}, "
                     "which reads this and all higher values as that number"
                 )
         assert value is not None
@@ -123,6 +123,8 @@ class _Reading:
         if cap is not None and bound is not None and value < cap:
             raise UserError(f"{cell.where}: {column}={text!r} may be below the declared cap of {number_as_text(cap)}; "
                             f"declare `cap: {{{column}: {number_as_text(value)}}}`")  # fmt: skip
+        if column == "age" and bound is None and value > OLDEST:
+            return value  # no age in years, which a cap must not hide
         if cap is not None and (value > cap or bound is not None):
             self.note(column, cell.where, text, cap, f"cap: {number_as_text(cap)}")
             value = cap
@@ -131,17 +133,19 @@ class _Reading:
     def value(self, column: str, theirs: str, cell: Cell, text: str, numeric: bool) -> Any:
         """Convert a text to the value of a column; raises UserError naming the cell if it is not allowed."""
         if column == "age":
-            return _in_years(cell.where, column, text, self.number(column, theirs, cell, text))
+            return _in_years(cell.where, column, text, self.number(column, theirs, cell, text), self.source.place)
         if column == "sex":
-            sex = _sex(cell.where, text)
+            sex = _sex(cell.where, text, self.source.place)
             if sex != text:
                 self.note(column, cell.where, text, sex, "words for sexes")
             return sex
         return self.number(column, theirs, cell, text) if numeric else text
 
 
-def typed_values(rows: Sequence[Row], source: DataSet) -> tuple[list[dict[str, Any]], list[Change]]:
-    """Convert the texts of rows to values by the declared rules.
+def typed_values(
+    rows: Sequence[Row], source: DataSet, sidecars: Sidecars | None = None
+) -> tuple[list[dict[str, Any]], list[Change]]:
+    """Convert the texts of rows to values by the declared rules; ``sidecars`` if they have been read already.
 
     Returns:
         For each row, our column name -> value: age in years, sex F, M or O, numbers as float, text as str, missing None.
@@ -152,7 +156,7 @@ def typed_values(rows: Sequence[Row], source: DataSet) -> tuple[list[dict[str, A
             column does not exist.
     """
     present = dict.fromkeys(column for row in rows for column in row.columns())
-    columns, reading = _columns(source, present), _Reading(source)
+    columns, reading = _columns(source, present), _Reading(source, replace(sidecars or Sidecars(), place=source.place))
     values = [dict[str, Any]() for _ in rows]
     for name, theirs in columns.items():
         if isinstance(source.values.get(name), str):
@@ -160,12 +164,12 @@ def typed_values(rows: Sequence[Row], source: DataSet) -> tuple[list[dict[str, A
         cells = [row.cell(theirs) for row in rows]
         texts = [reading.recode(name, theirs, cell) for cell in cells]
         if name == SPLIT:
-            _check_complete(texts, cells)
+            _check_complete(texts, cells, source.place)
         numeric = _is_numeric(reading, name, texts, cells)
         for row_values, text, cell in zip(values, texts, cells, strict=True):
             row_values[name] = None if text is None else reading.value(name, theirs, cell, text, numeric)
         if name == "age":
-            _warn_of_months(reading, theirs, cells, [row_values["age"] for row_values in values])
+            _warn_of_months(reading, theirs, cells, texts)
     for name, rule in source.values.items():
         if isinstance(rule, str):
             constant = _constant(reading, name, rule)
@@ -184,7 +188,8 @@ def _is_numeric(reading: _Reading, name: str, texts: Sequence[str | None], cells
         ("0" if capped and text is not None and AT_LEAST.fullmatch(text.lower()) else text, cell.where)
         for text, cell in zip(texts, cells, strict=True)
     ]
-    return is_numeric(name, checked, "number" if capped else reading.source.type_of(name))
+    declared = "number" if capped else reading.source.type_of(name)
+    return is_numeric(name, checked, declared, stored=name in reading.source.number)
 
 
 def _constant(reading: _Reading, name: str, rule: str) -> Any:
@@ -230,51 +235,51 @@ def _columns(source: DataSet, present: Iterable[str]) -> dict[str, str]:
     return taken
 
 
-def _check_complete(texts: Sequence[str | None], cells: Sequence[Cell]) -> None:
+def _check_complete(texts: Sequence[str | None], cells: Sequence[Cell], place: str) -> None:
     """Raise UserError if some scans have a split and others none."""
     missing = [cell for text, cell in zip(texts, cells, strict=True) if text is None]
     if missing and len(missing) < len(cells):
         raise UserError(
             f"{missing[0].where}: split={missing[0].text!r} is missing, while other rows have one; write it, or declare "
-            "a split for such rows, as in `default: {split: downstream}`, in a YAML file given with --columns"
+            f"a split for such rows, as in `default: {{split: downstream}}`, {place}"
         )
 
 
-def _sex(where: str, text: str) -> str:
+def _sex(where: str, text: str, place: str) -> str:
     if text.lower() in SEX_WORDS:
         return SEX_WORDS[text.lower()]
     if text.replace(".", "").lstrip("-").isdigit():
         raise UserError(
             f"{where}: sex={text!r} is a code without a declared meaning; "
-            "declare it, as in `values: {sex: {0: M, 1: F}}`, in a YAML file given with --columns"
+            f"declare it, as in `values: {{sex: {{0: M, 1: F}}}}`, {place}"
         )
     raise UserError(f"{where}: sex={text!r} is not F, M, O, female, male or other; write n/a if unknown")
 
 
-def _in_years(where: str, name: str, text: str, age: float | None) -> float:
-    """Check that an age is a number in 0..130; ``text`` is how it was written."""
-    if age is None or not 0 <= age <= 130:
-        months = "; if ages are in months, declare `units: {age: months}`" if age is not None and age > 130 else ""
-        raise UserError(
-            f"{where}: {name}={text!r} is not a number of years in 0..130; write n/a if unknown, "
-            f"or declare it in a YAML file given with --columns, as in `missing: {{age: [{text}]}}`{months}"
-        )
+def _in_years(where: str, name: str, text: str, age: float | None, place: str = "") -> float:
+    """Check that an age is a number in 0..130; ``text`` is how it was written, ``place`` where it can be declared missing."""
+    if age is None or not 0 <= age <= OLDEST:
+        declare = "correct the dates"
+        if place:
+            declare = f"write n/a if unknown, or declare it {place}, as in `missing: {{age: [{text}]}}`"
+            declare += "; if ages are in months, declare `units: {age: months}`" if (age or 0) > OLDEST else ""
+        raise UserError(f"{where}: {name}={text!r} is not a number of years in 0..{OLDEST}; {declare}")
     return age
 
 
-def _warn_of_months(reading: _Reading, theirs: str, cells: Sequence[Cell], ages: Sequence[float | None]) -> None:
-    """Warn if ages without a stated unit look like months."""
+def _warn_of_months(reading: _Reading, theirs: str, cells: Sequence[Cell], texts: Sequence[str | None]) -> None:
+    """Warn if ages without a stated unit look like months; ``texts`` are as written, before a cap."""
     if not cells or reading.sidecars.unit("age", cells[0].table, theirs, reading.source.units.get("age", "")):
         return
     described, _ = reading.sidecars.column(cells[0].table, theirs)
     words = f"{theirs} {described.get('Description', '')} {described.get('LongName', '')}".lower()
     word = next((word for word in ("month", "week", "day") if word in words), "")
-    old = sum(age is not None and age > OLD for age in ages)
-    if word or old > max(1, len(ages) // 50):
-        reason = f"the table calls them {word}s" if word else f"{old} of {len(ages)} are above {OLD}"
+    old = sum((parse_number(text or "") or 0.0) > OLD for text in texts)
+    if word or old > max(1, len(texts) // 50):
+        reason = f"the table calls them {word}s" if word else f"{old} of {len(texts)} are above {OLD}"
         warn(
             f"{reading.source.name}: ages are read as years, but look like {word or 'month'}s ({reason}); declare "
-            f"`units: {{age: {word or 'month'}s}}` or `units: {{age: years}}` in a YAML file given with --columns"
+            f"`units: {{age: {word or 'month'}s}}` or `units: {{age: years}}` {reading.source.place}"
         )
 
 

@@ -286,7 +286,7 @@ class BadScans:
         if len(self.rows) > max(TOLERATED_BAD_SCANS, self._share * seen):
             raise LoaderError(
                 f"{len(self.rows)} of the first {seen} scans cannot be read, more than data.max_bad_share="
-                f"{self._share:g} allows; run `yaware shards verify {self._manifest.root}`"
+                f"{self._share:g} allows; run `yaware shards verify {self._manifest.url}`"
             )
 
     def _name(self, row: int, reason: str) -> str:

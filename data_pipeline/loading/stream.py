@@ -16,7 +16,9 @@ members, padding); ``yaware shards verify`` does.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -194,17 +196,39 @@ class StreamSource:
 
 
 def _by_webdataset(parts: list[ShardPart], extension: str, buffer: int, seed: int) -> Iterator[tuple[str, Any]]:
-    import webdataset
+    from webdataset import DataPipeline, SimpleShardList, shuffle
+    from webdataset.tariterators import group_by_keys, url_opener
 
-    wanted = {member.name for _, members in parts for member in members}
-    # The handler skips the rest of a damaged shard; the caller notices which scans are missing.
-    dataset = webdataset.WebDataset(
-        [path for path, _ in parts], shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False,
-        handler=lambda error: True, select_files=lambda name: name in wanted,
-    ).shuffle(buffer, initial=buffer, rng=random.Random(seed))  # fmt: skip
-    for sample in dataset:
+    wanted = {member.name: member.size for _, members in parts for member in members}
+
+    def skip(_: Exception) -> bool:
+        """Skip the rest of a damaged shard; the caller notices which scans are missing."""
+        return True
+
+    pipeline = DataPipeline(
+        SimpleShardList([path for path, _ in parts]), lambda paths: url_opener(paths, handler=skip),
+        lambda tars: _wanted_members(tars, wanted), lambda members: group_by_keys(members, handler=skip),
+        shuffle(buffer, initial=buffer, rng=random.Random(seed)),
+    )  # fmt: skip
+    for sample in pipeline:
         if extension in sample:
             yield f"{sample['__key__']}.{extension}", sample[extension]
+
+
+def _wanted_members(tars: Iterable[dict[str, Any]], wanted: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Yield name and bytes of the wanted members (name -> size) of some opened tars; an empty one ends each tar.
+
+    The library's own stage reads whatever size a member's header claims, also a sparse one of a terabyte.
+    """
+    for opened in tars:
+        with suppress(tarfile.TarError, EOFError, OSError), tarfile.open(fileobj=opened["stream"], mode="r|*") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # otherwise the headers of the whole tar are kept
+                if member.isreg() and not member.issparse() and member.size == wanted.get(member.name):
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    yield {"fname": member.name, "data": content.read(), "__url__": opened["url"]}
+        yield {}
 
 
 def _by_dali(parts: list[ShardPart], extension: str, buffer: int, seed: int) -> Iterator[tuple[str, Any]]:

@@ -161,8 +161,8 @@ def load_quality(recipe: Path | None, overrides: Sequence[str] = ()) -> Quality:
     return load_settings(_Recipe, recipe, overrides).quality
 
 
-def check_quality(quality: Quality, scans: Iterable[Scan]) -> None:
-    """Check the rules against the columns of a cohort.
+def check_quality(quality: Quality, scans: Iterable[Scan], built: str = "") -> None:
+    """Check the rules against the columns of a cohort; ``built`` names the shards whose rules they are, if they exist.
 
     Raises:
         UserError: a limit names a column that does not exist or is not numeric, or the CAT12 column holds another value
@@ -177,7 +177,11 @@ def check_quality(quality: Quality, scans: Iterable[Scan]) -> None:
         if not isinstance(rating, int | float) or not 0 < rating <= WORST_RATING:
             raise UserError(
                 f"{quality.cat12.column}={rating!r} of {scan.key} is not a CAT12 rating of 0.5..{WORST_RATING} (1 is best); "
-                f"correct the column, or set --quality.cat12.use=false and use --quality.limits for this column"
+                + (
+                    f"correct the column; the rules are those of {built}"
+                    if built
+                    else "correct the column, or set --quality.cat12.use=false and use --quality.limits for this column"
+                )
             )
     for name in quality.limits:
         if name not in numeric:

@@ -120,10 +120,10 @@ def _typed(rows: pd.DataFrame, places: Sequence[str], name: str, old: Manifest, 
     if not declared and name in old.scans and pd.api.types.is_string_dtype(old.scans[name].dropna()):
         declared = "text"
     cells = list(zip(known, places, strict=True))
-    if not is_numeric("age in years" if name == "age" else name, cells, declared):
+    if not is_numeric("age in years" if name == "age" else name, cells, declared, declarable=False):
         return pd.Series(known, index=rows.index, dtype=object)
     numbers = pd.Series([math.nan if text is None else float(text) for text in known], index=rows.index)
-    unit = Sidecars().unit(name, path, name)
+    unit = Sidecars(place="").unit(name, path, name)
     if unit:
         numbers /= UNITS[name][unit]
     if name == "age" and ((numbers < 0) | (numbers > 130)).any():

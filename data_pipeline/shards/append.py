@@ -23,7 +23,7 @@ from data_pipeline.quality.rules import (
 )
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.damage import same_value
-from data_pipeline.shards.scan_table import LOCATION_COLUMNS, describe, text_columns
+from data_pipeline.shards.scan_table import LOCATION_COLUMNS, describe, number_columns, text_columns
 from data_pipeline.shards.tar import encode
 from data_pipeline.shards.writing import quality_rules, write_shards
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
@@ -88,9 +88,10 @@ def append_shards(
             columns=columns,
             key_file=key_file,
             text=text_columns(old.scans),
+            number=number_columns(old.scans),
         )
         _check_splits(scans, old)
-        check_quality(quality_rules(old.settings), scans)
+        check_quality(quality_rules(old.settings), scans, str(folder))
         stored_keys = set(old.scans["key"])
         _check_unchanged([scan for scan in scans if scan.key in stored_keys], old, workers, reread)
         new = [scan for scan in scans if scan.key not in stored_keys]

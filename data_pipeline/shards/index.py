@@ -65,6 +65,7 @@ def index_shards(
     dataset: str | None = None,
     spacing: float | None = None,
     key_pattern: str | None = None,
+    columns: str | Path | None = None,
     orientation: str = "",
     splits: dict[str, float] | None = None,
     seed: int = 0,
@@ -85,6 +86,7 @@ def index_shards(
         dataset: name for scans whose key and table name no data set; None uses the folder's name.
         spacing: edge of a voxel in mm, for .npy members with another shape; the volume is then centred on the origin.
         key_pattern: regular expression with named groups for keys of another form, see ``index_table.parse_key``.
+        columns: a YAML file that declares the table's columns and the rules for their values, as for a cohort.
         orientation: orientation of .npy members, as in ``LAS``; empty uses the one of ``grid.ARRAY_BOXES`` for the shape.
         splits: shares of the healthy participants.
         seed: of the splits.
@@ -102,7 +104,7 @@ def index_shards(
     if spacing is not None and not 0.1 <= spacing <= 20:
         raise UserError(f"--spacing={spacing} is not in 0.1..20 mm")
     names = _list_tars(shards, access)
-    people = _find_people(shards, participants, access)
+    people = _find_people(shards, participants, access, None if columns is None else Path(columns))
     dataset = safe_name(dataset or shards.rstrip("/").rpartition("/")[2] or "shards")
     indexed = _index_all(shards, names, access, workers)
     geometry, bad = _common_geometry(names, indexed)
@@ -220,14 +222,14 @@ def _list_tars(shards: str, access: Access) -> list[str]:
     return names
 
 
-def _find_people(shards: str, participants: str | None, access: Access) -> People:
+def _find_people(shards: str, participants: str | None, access: Access, rules: Path | None) -> People:
     candidates = (
         [participants] if participants else [join(shards, "participants.tsv"), join(shards, "../participants.tsv")]
     )
     for url in candidates:
         try:
             with open_file(url, access) as stream:
-                return read_people(stream.read(), url, _sidecar(url, access))
+                return read_people(stream.read(), url, _sidecar(url, access), rules)
         except FileNotFoundError:
             continue
         except OSError as error:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from data_pipeline.cohort.cells import MISSING, SEX_WORDS, TEXT_COLUMNS, is_numeric, parse_number
-from data_pipeline.cohort.sidecars import UNITS, Sidecars
-from data_pipeline.cohort.split import SPLIT
+from data_pipeline.cohort.cells import MISSING
+from data_pipeline.cohort.declarations import DataSet, declare
+from data_pipeline.cohort.sidecars import Sidecars
+from data_pipeline.cohort.tables import Row
 from data_pipeline.cohort.texts import decode_text, parse_sidecar
+from data_pipeline.cohort.values import typed_values
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
@@ -27,7 +29,6 @@ ENTITIES = {
     "dataset": ("dataset", "study", "ds", "source"),
 }
 PREFIXES = ("sub-", "ses-", "run-")
-OLDEST = 130  # years
 RESERVED = (*LOCATION_COLUMNS, "codec")  # the manifest's columns; a table's columns with these names are ignored
 
 
@@ -105,22 +106,28 @@ class People:
         return first
 
 
-def read_people(content: bytes, path: str, sidecar: bytes | None = None) -> People:
-    """Read a participants.tsv, which may have a row per session, and check ages and sexes.
+def read_people(content: bytes, path: str, sidecar: bytes | None = None, rules: Path | None = None) -> People:
+    """Read a participants.tsv, which may have a row per session, by the rules of cohorts' tables.
 
     Args:
         content: the file's bytes.
         path: its name for error messages.
         sidecar: the bytes of the JSON file beside it, whose ``Units`` and ``Levels`` are applied; None if there is none.
+        rules: a YAML file that declares columns and the rules for their values (``--columns``).
 
     Raises:
-        UserError: if it is not a table, or a value is invalid.
+        UserError: if it is not a table, or a value or a rule is invalid.
     """
     text = decode_text(content, path, "a tab-separated table")
     try:
         table = pd.read_csv(io.StringIO(text), sep="\t", dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"{path} is not a tab-separated table: {' '.join(str(error).split())}") from None
+    source = DataSet(Path(path), Path(path).name, declared_in="the table")
+    source = source if rules is None else declare(source, rules)
+    for ours in ENTITIES:
+        if ours in (source.columns or {}) and source.column(ours) in table.columns:
+            table = table.rename(columns={source.column(ours): ours})
     if "participant_id" not in table.columns:
         raise UserError(f"{path} has no column participant_id; found: {', '.join(table.columns)}")
     aliases = {alias: name for name, words in ENTITIES.items() for alias in words if name not in table.columns}
@@ -131,57 +138,24 @@ def read_people(content: bytes, path: str, sidecar: bytes | None = None) -> Peop
         raise UserError(f"{path} has several columns for {repeated[0]}; keep one of them")
     table_path = Path(path)
     described = {} if sidecar is None else parse_sidecar(sidecar, str(table_path.with_suffix(".json")))
-    sidecars = Sidecars({table_path.with_suffix(".json"): described})
-    for name in [column for column in table.columns if column not in (*ENTITIES, *UNITS)]:
-        words = SEX_WORDS if name == "sex" else ()
-        table[name] = [
-            text if text.lower() in words else sidecars.label(table_path, str(name), text)[0] or text
-            for text in table[name]
-        ]
-    texts = (*TEXT_COLUMNS, *ENTITIES)
-    numeric = {name for name in table.columns if name not in texts and is_numeric(str(name), _cells(path, table[name]))}
-    _check_splits(path, table)
+    names = [str(name) for name in table.columns if name not in ENTITIES]
+    records = [{str(name): str(value) for name, value in record.items()} for record in table.to_dict("records")]
+    lines = [
+        Row({name: record[name] for name in names}, f"{path} line {line}", table_path)
+        for line, record in enumerate(records, start=2)
+    ]
+    typed, _ = typed_values(lines, source, Sidecars({table_path.with_suffix(".json"): described}))
     rows: dict[str, list[dict[str, Any]]] = {}
-    for line, record in enumerate(table.to_dict("records"), start=2):
-        values = {str(k): _value(path, line, str(k), str(v), str(k) in numeric) for k, v in record.items()}
-        for name in UNITS:
-            unit = sidecars.unit(name, table_path, name)
-            if unit and isinstance(values.get(name), float):
-                values[name] /= UNITS[name][unit]
-        if not 0 <= (values.get("age") or 0) <= OLDEST:
-            raise UserError(f"{path} line {line}: age={record['age']!r} is not a number of years in 0..{OLDEST}; "
-                            "write n/a if unknown")  # fmt: skip
-        rows.setdefault(str(values.pop("participant_id")), []).append(values)
+    for record, values in zip(records, typed, strict=True):
+        if "path" in names and source.columns is None:  # a cohort's column of files; here a column like others
+            values["path"] = None if record["path"] in MISSING else record["path"]
+        entities = {name: _entity(record[name]) for name in ENTITIES if name in record}
+        rows.setdefault(str(entities.pop("participant_id")), []).append({**entities, **values})
     return People(path, rows)
 
 
-def _cells(path: str, column: pd.Series[str]) -> list[tuple[str | None, str]]:
-    """The texts of a column, None where missing, and their places."""
-    return [(None if text in MISSING else text, f"{path} line {line}") for line, text in enumerate(column, start=2)]
-
-
-def _check_splits(path: str, table: pd.DataFrame) -> None:
-    """Raise UserError if some rows have a split and others none: people declared as test must not be trained on."""
-    missing = table[SPLIT].isin(MISSING) if SPLIT in table.columns else pd.Series(dtype=bool)
-    if missing.any() and not missing.all():
-        line = int(missing.to_numpy().argmax()) + 2
-        raise UserError(f"{path} line {line}: split is missing, while other rows have one; write it")
-
-
-def _value(path: str, line: int, column: str, text: str, number: bool) -> Any:
+def _entity(text: str) -> str | None:
+    """A participant, session, run or data set without its prefix; None if it is missing."""
     if text in MISSING:
         return None
-    if column in ENTITIES:
-        return text[4:] if text.startswith(PREFIXES) else text
-    if column == "sex":
-        if text.lower() not in SEX_WORDS:
-            raise UserError(
-                f"{path} line {line}: sex={text!r} is not F, M, O, female, male or other; write n/a if unknown"
-            )
-        return SEX_WORDS[text.lower()]
-    if column != "age":
-        return float(text) if number else text
-    age = parse_number(text)
-    if age is None:
-        raise UserError(f"{path} line {line}: age={text!r} is not a number of years in 0..130; write n/a if unknown")
-    return age
+    return text[4:] if text.startswith(PREFIXES) else text

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from data_pipeline.cohort.cells import TEXT_COLUMNS
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.cohort.split import assign_splits
 from data_pipeline.quality.rules import COLUMNS as QUALITY_COLUMNS
@@ -46,4 +47,15 @@ def text_columns(table: pd.DataFrame) -> list[str]:
         str(name)
         for name, column in table.items()
         if not column.isna().all() and pd.api.types.is_string_dtype(column.dropna())
+    ]
+
+
+def number_columns(table: pd.DataFrame) -> list[str]:
+    """The columns of a scan table that come from a cohort's tables and hold numbers."""
+    return [
+        str(name)
+        for name, column in table.items()
+        if name not in (*LOCATION_COLUMNS, *TEXT_COLUMNS)
+        and not column.isna().all()
+        and pd.api.types.is_numeric_dtype(column)
     ]

@@ -198,9 +198,14 @@ def check_shards(manifest: Manifest, rows: NDArray[np.int64]) -> None:
             wrong.append(f"{row['name']} has {path.stat().st_size} bytes, not {row['bytes']}")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        again = (
+            ""
+            if manifest.settings.get("indexed")
+            else (f", or build them again: yaware shards verify {manifest.url} --repair COHORT")
+        )
         raise LoaderError(
             f"{len(wrong)} of {len(used)} shards in {manifest.shards_root} cannot be used ({', '.join(wrong[:3])}{more}); "
-            f"restore them, or build them again: yaware shards verify {manifest.url} --repair COHORT"
+            f"restore them{again}"
         )
 
 

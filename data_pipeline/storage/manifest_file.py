@@ -46,7 +46,9 @@ def check_content(text: bytes, name: str) -> dict[str, Any]:
         raise UserError(f"{name} is not valid JSON ({error}); build the shards again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else content
-        raise UserError(f"{name} has format {repr(found)[:60]}, this version reads {FORMAT}; build the shards again")
+        newer = isinstance(found, int) and found > FORMAT
+        fix = "update yaware, or build the shards with this version" if newer else "build the shards again"
+        raise UserError(f"{name} has format {repr(found)[:60]}, this version reads {FORMAT}; {fix}")
     if content.get("digest") != digest_of(content):
         raise UserError(f"{name} was edited: its digest does not match its content; build the shards again")
     check_manifest(content, name)

@@ -85,7 +85,8 @@ def site_folds(task: Task, count: int, seed: int) -> list[Fold]:
     A participant who was scanned at a left-out site is removed from that fold's training scans at every site.
 
     Raises:
-        UserError: if the task has fewer than two sites, its classes are the sites, or a training set has only one class.
+        UserError: if a scan has no site, the task has fewer than two sites, its classes
+            are the sites, or a training set has only one class.
     """
     if task.kind == "multiclass" and task.sites is not None and len(np.unique(task.sites)) == len(task.classes):
         raise UserError(
@@ -96,6 +97,15 @@ def site_folds(task: Task, count: int, seed: int) -> list[Fold]:
         raise UserError(
             f"task {task.name}: --leave-site-out needs scans of two sites or more; name the column of the sites under "
             "sites in the task file"
+        )
+    missing = task.sites == ""
+    if missing.any():
+        # As a site of their own, scans of one unknown site could be in the training and in the test scans.
+        raise UserError(
+            f"task {task.name}: --leave-site-out: {missing.sum()} of {len(missing)} scans have no site (the first is of "
+            f"{task.participants[missing][0]}); add their sites to the shards with `yaware shards annotate --replace`, or "
+            "leave these scans out with a query in the task file, such as query: "
+            f"{task.sites_column} == {task.sites_column} and {task.sites_column} != ''"
         )
     codes = np.unique(task.sites, return_inverse=True)[1]
     splitter = GroupKFold(min(count, codes.max() + 1), shuffle=True, random_state=seed)

@@ -79,7 +79,8 @@ class Task:
     classes: list[str]
     participants: Any = None  # (N,) dataset/participant_id
     strata: Any = None  # (N,) codes; None: stratify by the label
-    sites: Any = None  # (N,) names; None: the manifest has no such column
+    sites: Any = None  # (N,) names, empty where missing; None: the manifest has no such column
+    sites_column: str = "site"
     test: Any = None  # (N,) bool, the fixed test set; None: folds
     covariates: Any = None  # (N, C) float64, NaN where missing
     confounds: Any = None  # (N, D) float64
@@ -135,7 +136,8 @@ def load_task(name: str, manifest: Manifest, folds: int = 5) -> Task:
         classes=classes, participants=participants,
         strata=as_strata(labels, spec.kind, scans, spec.strata) if spec.strata and len(scans) else None,
         sites=as_text(scans[spec.sites]).to_numpy() if spec.sites in scans else None,
-        test=test, covariates=as_numbers(scans, spec.covariates), confounds=as_numbers(scans, spec.confounds),
+        sites_column=spec.sites, test=test,
+        covariates=as_numbers(scans, spec.covariates), confounds=as_numbers(scans, spec.confounds),
         left_out=left_out,
     )  # fmt: skip
     _check_size(task, spec, path.name, folds)

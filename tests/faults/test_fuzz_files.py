@@ -108,6 +108,13 @@ def test_changed_manifests(count):
     examples(count)(given(changes)(read))()
 
 
+def test_a_manifest_of_a_later_version_is_told_to_update_yaware():
+    for found, fix in ((2, "update yaware"), (0, "build the shards again"), ("1", "build the shards again")):
+        text = json.dumps({**manifest_content(), "format": found}).encode()
+        with pytest.raises(UserError, match=f"manifest.json has format .*, this version reads 1; {fix}"):
+            check_content(text, "manifest.json")
+
+
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("name", ["config.json", "preprocessing.json"])
 def test_changed_files_of_an_encoder(count, name, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from data_pipeline.cohort.read import is_simulated, read_cohort
 from infra.errors import UserError
+from tests.cohorts import write_cohort
 from tests.data_pipeline.cohort.test_cohort import bids, cat12, image, table
 
 
@@ -186,6 +187,36 @@ def test_a_wrong_list_of_data_sets_is_one_clear_line(tmp_path, text, expected):
         read_cohort(datasets(tmp_path, text), modality="t1w")
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("cell", "rule"),
+    [("sex\t1", "sex: {0: M, 1: F}"), ("age\t89+", "cap: {age: 89}"), ("age\t999", "missing: {age: [999]}")],
+)
+def test_a_list_of_data_sets_is_told_to_declare_in_its_own_file(tmp_path, cell, rule):
+    """``--columns`` is refused for a list."""
+    write_cohort(tmp_path / "raw", participants=1)
+    (tmp_path / "raw" / "participants.tsv").write_text(
+        "\n".join(f"{who}\t{text}" for who, text in zip(("participant_id", "sub-000"), cell.split("\t"), strict=True))
+    )
+    path = datasets(tmp_path, "datasets: [{path: raw}]")
+    with pytest.raises(UserError) as error:
+        read_cohort(path)
+    assert rule in str(error.value)
+    assert f"in {path}: datasets[0]" in str(error.value)
+    assert "--columns" not in str(error.value)
+
+
+def test_dates_that_give_no_age_are_not_to_be_declared_missing_by_the_age(tmp_path):
+    text = refusal(tmp_path, "born,scanned", "2020-01-01,2019-01-01", declare="age: {birth: born, scan: scanned}")
+    assert "age from dates='-1.00' is not a number of years in 0..130; correct the dates" in text
+    assert "missing" not in text
+
+
+def test_a_folder_without_such_scans_is_told_so(tmp_path):
+    write_cohort(tmp_path / "raw", participants=1)
+    with pytest.raises(UserError, match=r"no file is named .*; check the folder, --layout and --modality"):
+        read_cohort(tmp_path / "raw", modality="quasiraw", layout="bids")
 
 
 def test_options_for_one_data_set_are_refused_for_a_list(tmp_path):

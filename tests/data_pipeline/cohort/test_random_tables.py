@@ -127,7 +127,7 @@ def meanings(scans, declared) -> tuple[dict[tuple[str, str], object], set[tuple[
                     value = min(years, 89.0) if declared["cap"] else years
             if name == "age" and text == "999":
                 years = 999 / UNITS[declared["unit"]]
-                value = min(years, 89.0) if declared["cap"] else years if years <= 130 else WRONG
+                value = WRONG if years > 130 else min(years, 89.0) if declared["cap"] else years
             if name == "sex" and text == "1" and not declared["rule"]:
                 value = WRONG
             if name == "split" and value is None:

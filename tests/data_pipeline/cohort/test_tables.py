@@ -95,6 +95,16 @@ def test_units_may_be_declared_and_unknown_ones_are_refused(tmp_path):
     )
 
 
+def test_a_cap_does_not_hide_ages_in_months(tmp_path, capsys):
+    with pytest.raises(UserError, match="age='588' is not a number of years in 0..130.*declare `units: {age: months}`"):
+        read_table(tmp_path, "age", "588", declare="cap: 89")
+    ages = "\n".join(["age", *["120"] * 20])
+    assert {scan.age for scan in read_table(tmp_path, *ages.splitlines(), declare="cap: 89")} == {89.0}
+    assert "look like months (20 of 20 are above 100)" in capsys.readouterr().err
+    (scan,) = read_table(tmp_path, "age", "1188", declare="cap: 89\nunits: {age: months}")
+    assert scan.age == 89
+
+
 def test_ages_that_look_like_months_are_warned_of(tmp_path, capsys):
     read_table(tmp_path, "age", *(str(60 + 3 * n) for n in range(20)))
     assert "ages are read as years, but look like months (6 of 20 are above 100)" in capsys.readouterr().err

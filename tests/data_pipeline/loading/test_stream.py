@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +18,11 @@ from data_pipeline.loading.augment import PRESETS
 from data_pipeline.loading.loader import TwoViewLoader
 from data_pipeline.loading.stream import SEQUENTIAL, StreamSource
 from data_pipeline.shards.build import build_shards
+from data_pipeline.shards.tar import CODECS
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.intensity import zscore
 from infra.errors import LoaderError, UserError
+from tests.memory import peak_bytes, reset_peak
 
 QUERY = "age > 30"
 
@@ -191,6 +195,43 @@ def test_the_ranks_divide_each_epoch_among_them(scans, world_size, shards, epoch
     runs = np.flatnonzero(np.diff(shard[whole])) + 1
     assert len(runs) + 1 == len(np.unique(shard))
     assert all(np.all(np.diff(run) > 0) for run in np.split(whole, runs))
+
+
+def sparse_member(name, size):
+    """The 512 bytes of a GNU sparse member that claims ``size`` bytes and has none."""
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"00000000000\0" * 2  # a block of no bytes
+    header[482:495] = b"\0" + b"%011o\0" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def test_a_sparse_member_of_the_name_of_a_scan_takes_no_memory(case, tmp_path, capsys):
+    reader, shards = case
+    folder = tmp_path / "sparse"
+    shutil.copytree(shards.root, folder)
+    rows = shards.rows(query=QUERY)
+    scan = shards.scans.iloc[int(rows[0])]
+    path = folder / str(shards.shards[int(scan["shard"])]["name"])
+    name = f"{scan['key']}.{CODECS[str(shards.settings['codec'])]}"
+    path.write_bytes(sparse_member(name, 6 * 2**30) + path.read_bytes())
+    with tarfile.open(path) as tar:
+        assert tar.getmember(name).size < 2**30 < 6 * 2**30 == tar.getmembers()[0].size
+    table = shards.scans.copy()
+    table.loc[table["shard"] == scan["shard"], "offset"] += 512
+    moved = copy.copy(shards)
+    moved.root, moved.url, moved.scans = folder, str(folder), table
+    reset_peak()
+    before = peak_bytes()
+    seen = [
+        row for batch in batches(moved, reader, len(rows) // 6, augmentation="none") for row in batch["scan"].tolist()
+    ]
+    assert set(seen) <= set(rows.tolist())
+    assert peak_bytes() - before < 2**30
+    assert "bad" not in capsys.readouterr().err
 
 
 def test_shards_with_an_unsupported_codec_are_rejected(plain):

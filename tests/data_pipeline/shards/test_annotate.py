@@ -67,7 +67,11 @@ def test_values_of_a_session_are_added_to_its_scans(built, tmp_path):
         ([("participant_id", "split"), ("000", "x")], [], "column 'split' is written by the build"),
         ([("participant_id", "iq"), ("000", "2")], ["--columns", "qi"], "has no column 'qi' (did you mean 'iq'?)"),
         ([("participant_id", "iq"), ("nobody", "2")], [], "no row matches a scan"),
-        ([("participant_id", "iq"), ("000", "2"), ("001", "x"), ("002", "NA")], [], "line 3: iq='x' is not a number"),
+        (
+            [("participant_id", "iq"), ("000", "2"), ("001", "x"), ("002", "NA")],
+            [],
+            "values are; correct it, or write n/a if unknown",
+        ),
         ([("participant_id", "age"), ("000", "200")], ["--replace"], "line 2: age='200' is not a number of years"),
     ],
 )

@@ -58,9 +58,9 @@ def test_a_row_is_used_only_if_exactly_one_matches():
         ("subject\tage\n1\t3\n", "has no column participant_id; found: subject, age"),
         ("participant_id\tage\n1\ttwenty\n", "line 2: age='twenty' is not a number of years"),
         ("participant_id\tage\n1\t999\n", "line 2: age='999' is not a number of years in 0..130"),
-        ("participant_id\tsex\n1\tF\n2\t1\n", "line 3: sex='1' is not F, M, O"),
+        ("participant_id\tsex\n1\tF\n2\t1\n", "line 3: sex='1' is a code without a declared meaning"),
         ("participant_id\tiq\n1\t90\n2\t95\n3\thigh\n", "line 4: iq='high' is not a number, but 2 of the column's 3"),
-        ("participant_id\tsplit\n1\ttest\n2\tNA\n", "line 3: split is missing, while other rows have one"),
+        ("participant_id\tsplit\n1\ttest\n2\tNA\n", "line 3: split='NA' is missing, while other rows have one"),
         ("participant_id\tage\n1\t4_0\n", "line 2: age='4_0' is not a number of years"),
         ("participant_id\tses\tsession_id\n1\t1\t1\n", "has several columns for session"),
     ],
@@ -92,3 +92,21 @@ def test_units_and_labels_of_the_json_beside_the_table_are_applied(capsys):
     with pytest.raises(UserError, match="line 2: age='588' is not a number of years in 0..130"):
         read_people(text.replace(b"\t1\t", b"\tM\t"), "d/participants.tsv", b"[1]")
     assert "d/participants.json is ignored, it must hold keys and values, found list" in capsys.readouterr().err
+
+
+def test_declared_rules_hold_for_an_index_too(tmp_path, capsys):
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        "columns: {participant_id: code, age: age_months, sex: gender, iq: iq}\nunits: {age: months}\ncap: {age: 89}\n"
+        "values: {sex: {1: M, 2: F}, cohort: a}\nmissing: {iq: [999]}\n"
+    )
+    text = b"code\tage_months\tgender\tiq\tspare\nsub-1\t588\t1\t999\tx\nsub-2\t1200\t2\t101\ty\n"
+    people = read_people(text, "participants.tsv", rules=rules)
+    assert people.find({"participant_id": "1"}) == {"age": 49.0, "sex": "M", "iq": None, "cohort": "a"}
+    assert people.find({"participant_id": "2"}) == {"age": 89.0, "sex": "F", "iq": 101.0, "cohort": "a"}
+    rules.write_text("values: {gender: {1: M}}")
+    with pytest.raises(UserError, match="values.gender: .* has no column 'gender'"):
+        read_people(b"participant_id\tage\n1\t20\n", "participants.tsv", rules=rules)
+    months = "participant_id\tage\n" + "".join(f"{n}\t{101 + n}\n" for n in range(20))
+    read_people(months.encode(), "participants.tsv")
+    assert "ages are read as years, but look like months (20 of 20 are above 100)" in capsys.readouterr().err

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from evaluation.tasks.folds import curve_draws, inner_folds, make_folds, outer_folds
@@ -72,6 +74,20 @@ def test_sites_that_cannot_be_left_out_are_refused():
     task = replace(task, labels=np.unique(task.sites, return_inverse=True)[1], classes=["a", "b", "c", "d"])
     with pytest.raises(UserError, match="its classes are the sites"):
         outer_folds(task, 5, 0, by_site=True)
+
+
+@pytest.mark.parametrize("column", [["a", "", "b"], ["a", None, "b"], ["a", float("nan"), "b"]])
+def test_scans_without_a_site_are_no_site_and_the_query_of_the_message_leaves_them_out(column):
+    task = make_task()
+    task.sites[:3] = ""
+    task.participants = np.array([f"set/{group:03d}" for group in task.groups])
+    who = re.escape(str(task.participants[0]))
+    with pytest.raises(
+        UserError, match=f"3 of {len(task.sites)} scans have no site .the first is of {who}.*"
+    ) as caught:
+        outer_folds(task, 5, 0, by_site=True)
+    query = str(caught.value).rpartition("query: ")[2]
+    assert pd.DataFrame({"site": column}).query(query)["site"].to_list() == ["a", "b"]
 
 
 def test_a_fixed_test_set_is_the_one_fold():
