@@ -86,7 +86,8 @@ def _check_poolings(recipe: Recipe, sides: Sequence[int]) -> None:
         raise UserError(
             f"monitor.pooling={watched!r} is not known{nearest(watched, POOLINGS)}; allowed: {', '.join(POOLINGS)}"
         )
-    grid = options.get("grid", (ENCODERS[recipe.encoder.name].__kwdefaults__ or {}).get("grid"))
+    defaults: dict[str, Any] = ENCODERS[recipe.encoder.name].__kwdefaults__ or {}
+    grid = options.get("grid", defaults.get("grid")) or sides
     if options.get("pooling") == "none" and list(grid) != list(sides):
         raise UserError(
             f"encoder.options.grid={list(grid)} is not the grid of the scans, {list(sides)}, which pooling none "
