@@ -20,7 +20,7 @@ from data_pipeline.storage.remote import Access
 from infra import distributed
 from infra.errors import UserError, nearest
 from pretrain.config import ReadoutSection, Recipe, check_world_size
-from pretrain.encoders import TRAINING_ONLY, build_encoder, check_encoder
+from pretrain.encoders import ENCODERS, TRAINING_ONLY, build_encoder, check_encoder
 from pretrain.encoders.pooling import SPATIAL
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.readouts.targets import check_columns
@@ -113,9 +113,11 @@ def _check_poolings(recipe: Recipe, sides: Sequence[int]) -> None:
         raise UserError(
             f"monitor.pooling={watched!r} is not known{nearest(watched, POOLINGS)}; allowed: {', '.join(POOLINGS)}"
         )
-    if options.get("pooling") == "none" and list(options.get("grid") or sides) != list(sides):
+    defaults: dict[str, Any] = ENCODERS[recipe.encoder.name].__kwdefaults__ or {}
+    grid = options.get("grid", defaults.get("grid")) or sides
+    if options.get("pooling") == "none" and list(grid) != list(sides):
         raise UserError(
-            f"encoder.options.grid={list(options['grid'])} is not the grid of the scans, {list(sides)}, which pooling none "
+            f"encoder.options.grid={list(grid)} is not the grid of the scans, {list(sides)}, which pooling none "
             "needs; set it to theirs"
         )
     if {options.get("pooling"), watched} & set(SPATIAL):
