@@ -28,6 +28,9 @@ SIMULATED_ORDER = 0x51A1  # order in which diagnoses are given to simulated part
 SIMULATED_PERSON = 0x51A2  # age, sex, sessions and regional deviations; counter: participant
 SIMULATED_SITE = 0x51A3  # ages, contrast and noise of a simulated site; counter: site
 SIMULATED_FOCI = 0x51A4  # how strongly disease acts on each region of a patient; counter: participant
+SIMULATED_SUBTYPE = 0x51A5  # subtype of a patient; counter: 0, participant
+SIMULATED_SUBTYPES = 0x51A6  # how strongly a subtype acts on each region; counter: 0, subtype
+SIMULATED_MISREGISTRATION = 0x51A7  # error of the registration of a simulated scan; counter: participant, session
 SIMULATED_VOLUME = 0x5CA4  # folding and noise of a simulated scan; counter: participant, session (0: all sessions)
 SIMULATED_TIV = 0x71B  # measurement error of the total intracranial volume; counter: participant, session
 

@@ -112,6 +112,24 @@ class ProxySection:
 
 
 @dataclass(config=_strict)
+class ReconstructionSection:
+    """A light decoder rebuilds the voxels that cutout and masking hid (pretrain.losses.reconstruction), in training only."""
+
+    weight: float = Field(default=1.0, gt=0)  # of its mean squared error in the whole loss
+    masked: float = Field(
+        default=0.25, ge=0, lt=1
+    )  # share of each view's 8 x 8 x 8 patches that is masked, besides cutout
+
+
+@dataclass(config=_strict)
+class DenseSection:
+    """The loss between the same places of the brain in different views and scans (pretrain.losses.dense)."""
+
+    weight: float = Field(default=1.0, gt=0)  # of the dense loss in the whole loss
+    grid: int = Field(default=3, ge=2, le=6)  # cells per side of a scan
+
+
+@dataclass(config=_strict)
 class LossSection:
     """The contrastive loss over the embeddings of all ranks."""
 
@@ -125,6 +143,9 @@ class LossSection:
     tile: int | Literal["auto"] | None = None  # columns of the matrix of pairs at a time; null = all
     # The loss's own options, such as {scale: 2.0, ridge: 0.1} of decoupled-uniformity.
     options: dict[str, Any] = field(default_factory=dict)
+    # Further terms, added to the loss of the embeddings; null = off
+    reconstruction: ReconstructionSection | None = None
+    dense: DenseSection | None = None
 
 
 @dataclass(config=_strict)

@@ -8,46 +8,33 @@ from pathlib import Path
 from data_pipeline.simulation.cohort import is_complete, simulate_cohort
 from data_pipeline.simulation.settings import SHARES, Simulation
 
+# Help of the options whose default is that of the field of ``Simulation`` of the same name.
+HELP = {
+    "participants": "number of participants",
+    "spacing": "edge of a voxel in mm; the paper's grid has 1.5",
+    "modality": "vbm, t1w or both",
+    "seed": "another seed gives other participants and sites",
+    "effect": "scale of every disease's effect",
+    "acceleration": "0: disease is a pattern of regions, 2: accelerated ageing, 1: half of each",
+    "heterogeneity": "0: a disease is the same in every patient, 1: each patient has their own foci",
+    "site_effects": "scale of the sites' gain, bias field and noise",
+    "sites": "number of sites",
+    "misregistration": "mm by which registration misses, another error for every scan",
+    "individuality": "scale of the pattern of folds that is a participant's own",
+    "subtypes": "subtypes of each disease, with different foci",
+}
+
 
 def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``yaware cohort simulate`` to a parser."""
     default = Simulation()
     shares = ",".join(f"{name}={share:g}" for name, share in SHARES.items())
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument(
-        "--participants", type=int, default=default.participants, help="number of participants (default 1200)"
-    )
-    parser.add_argument(
-        "--spacing",
-        type=float,
-        default=default.spacing,
-        help="edge of a voxel in mm (default 6; the paper's grid has 1.5)",
-    )
-    parser.add_argument("--modality", default=default.modality, help="vbm (default), t1w or both")
-    parser.add_argument(
-        "--seed", type=int, default=default.seed, help="another seed gives other participants and sites (default 0)"
-    )
-    parser.add_argument(
-        "--effect", type=float, default=default.effect, help="scale of every disease's effect (default 1)"
-    )
-    parser.add_argument(
-        "--acceleration",
-        type=float,
-        default=default.acceleration,
-        help="0: disease is a pattern of regions, 2: accelerated ageing, 1 (default): half of each",
-    )
-    parser.add_argument(
-        "--heterogeneity",
-        type=float,
-        default=default.heterogeneity,
-        help="0 (default): a disease is the same in every patient, 1: each patient has their own foci",
-    )
-    parser.add_argument(
-        "--site-effects",
-        type=float,
-        default=default.site_effects,
-        help="scale of the sites' gain, bias field and noise (default 1)",
-    )
+    for name, text in HELP.items():
+        value = getattr(default, name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{text} (default %(default)s)"
+        )
     parser.add_argument(
         "--shares",
         type=_parse_shares,
@@ -67,12 +54,8 @@ def _parse_shares(text: str) -> dict[str, float]:
 def run_simulate(options: argparse.Namespace) -> int:
     """Run ``yaware cohort simulate``; return the exit status."""
     was_complete = is_complete(options.out)
-    simulate_cohort(
-        options.out, participants=options.participants, spacing=options.spacing, modality=options.modality,
-        seed=options.seed, effect=options.effect, acceleration=options.acceleration,
-        heterogeneity=options.heterogeneity, site_effects=options.site_effects, shares=options.shares,
-        workers=options.workers,
-    )  # fmt: skip
+    settings = {name: getattr(options, name) for name in HELP}
+    simulate_cohort(options.out, **settings, shares=options.shares, workers=options.workers)
     if was_complete:
         print(f"cohort: already simulated: {options.participants} participants in {options.out}")
     else:

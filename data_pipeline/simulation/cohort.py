@@ -39,6 +39,10 @@ def simulate_cohort(
     acceleration: float = 1.0,
     heterogeneity: float = 0.0,
     site_effects: float = 1.0,
+    sites: int = 12,
+    misregistration: float = 0.0,
+    individuality: float = 1.0,
+    subtypes: int = 1,
     shares: Mapping[str, float] | None = None,
     workers: int | None = None,
 ) -> Path:
@@ -59,6 +63,10 @@ def simulate_cohort(
         heterogeneity: 0: a disease is the same in every patient; 1: each patient has their own foci. The mean over
             patients does not change.
         site_effects: scale of the sites' gain, bias field and noise.
+        sites: number of sites.
+        misregistration: mm by which registration misses, in each direction (standard deviation), another error for every scan.
+        individuality: scale of the pattern of folds that is a participant's own.
+        subtypes: number of subtypes of each disease, with different weights of the regions; the mean over them is the disease.
         shares: the share of each patient group (AD, MCI, SCZ, BD) among the participants; the others are healthy.
             Default ``SHARES``; ``{}`` for none.
         workers: processes; default: every core.
@@ -73,7 +81,8 @@ def simulate_cohort(
         raise UserError(f"workers={workers} must be at least 1")
     settings = Simulation(
         participants=participants, spacing=spacing, modality=modality, seed=seed, effect=effect,
-        acceleration=acceleration, heterogeneity=heterogeneity, site_effects=site_effects,
+        acceleration=acceleration, heterogeneity=heterogeneity, site_effects=site_effects, sites=sites,
+        misregistration=misregistration, individuality=individuality, subtypes=subtypes,
         shares=tuple((SHARES if shares is None else shares).items()),
     )  # fmt: skip
     settings.check()
@@ -81,7 +90,9 @@ def simulate_cohort(
     _claim(folder, settings)
     if is_complete(folder):
         return folder
-    people = draw_people(settings.participants, dict(settings.shares), settings.seed)
+    people = draw_people(
+        settings.participants, dict(settings.shares), settings.seed, sites=settings.sites, subtypes=settings.subtypes
+    )
     load_template(Grid.vbm(settings.spacing))  # made once here; the workers read it from the cache
     truths = _write_people(folder, settings, people, workers or len(os.sched_getaffinity(0)))
     _write_tables(folder, people, truths)

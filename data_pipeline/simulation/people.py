@@ -8,6 +8,7 @@ disease removes about a fifth of the hippocampus, schizophrenia about 2.6 % of t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,6 @@ from infra import random_streams
 AGES = {"AD": (74.0, 7.0), "MCI": (72.0, 7.0), "SCZ": (34.0, 10.0), "BD": (38.0, 11.0)}  # mean and SD in years
 AGE_LIMITS = (6.0, 90.0)
 MEAN_TIV = 1450.0  # ml
-SITES = 12
 
 # Ageing of a region in addition to that of all grey matter: insula and frontal lobes lose more, occipital lobes less.
 AGEING_WEIGHT = {
@@ -59,6 +59,7 @@ class Person:
     log_ventricle: float
     regions: NDArray[np.float64]  # (R,) log deviations of the regions
     foci: NDArray[np.float64]  # (R + 1,) weights of mean 1 for a heterogeneous disease: of each region, and of ageing
+    subtype: int  # of the disease, from 0
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,25 @@ class Site:
     t1_bias: float  # of T1-like images, in log units
 
 
-def draw_people(participants: int, shares: dict[str, float], seed: int) -> list[Person]:
+def draw_people(
+    participants: int, shares: dict[str, float], seed: int, *, sites: int = 12, subtypes: int = 1
+) -> list[Person]:
     """Draw all participants of a cohort; participant n depends only on the arguments and on n."""
     counts = {name: round(participants * share) for name, share in shares.items()}
     diagnoses = [name for name, count in counts.items() for _ in range(count)]
     diagnoses += ["control"] * (participants - len(diagnoses))
     order = random_streams.generator(seed, random_streams.SIMULATED_ORDER).permutation(participants)
-    return [_draw_person(n, diagnoses[order[n]], shares, seed) for n in range(participants)]
+    return [
+        _draw_person(n, diagnoses[order[n]], shares, seed=seed, sites=sites, subtypes=subtypes)
+        for n in range(participants)
+    ]
 
 
-def _draw_person(number: int, diagnosis: str, shares: dict[str, float], seed: int) -> Person:
+def _draw_person(
+    number: int, diagnosis: str, shares: dict[str, float], *, seed: int, sites: int, subtypes: int
+) -> Person:
     generator = random_streams.generator(seed, random_streams.SIMULATED_PERSON, (0, 0, number, 0))
-    site_number = int(generator.integers(SITES))
+    site_number = int(generator.integers(sites))
     site = site_of(site_number, seed)
     age_group = diagnosis
     if diagnosis == "control" and generator.random() < 0.35:
@@ -109,6 +117,7 @@ def _draw_person(number: int, diagnosis: str, shares: dict[str, float], seed: in
     deviations[REGIONS.index("hippocampus_left")] += both_sides
     deviations[REGIONS.index("hippocampus_right")] += both_sides
     foci = random_streams.generator(seed, random_streams.SIMULATED_FOCI, (0, 0, number, 0))
+    subtype = random_streams.generator(seed, random_streams.SIMULATED_SUBTYPE, (0, 0, number, 0)).integers(subtypes)
     return Person(
         number=number,
         site=site_number,
@@ -122,6 +131,7 @@ def _draw_person(number: int, diagnosis: str, shares: dict[str, float], seed: in
         log_ventricle=0.32 * float(generator.standard_normal()),
         regions=deviations,
         foci=foci.standard_exponential(len(REGIONS) + 1),
+        subtype=int(subtype),
     )
 
 
@@ -150,7 +160,8 @@ def change_with_age(person: Person, age: float, settings: Simulation) -> tuple[N
         settings: ``effect`` scales the disease. ``acceleration`` moves it from a pattern of regions (0) over half of each
             (1) to accelerated ageing (2). ``heterogeneity`` moves it from the same in every patient (0) to foci of each
             patient's own (1): each region, and the ageing, is then weighted by the patient's draw from an exponential
-            distribution of mean 1, so that the mean over patients does not change.
+            distribution of mean 1, so that the mean over patients does not change. ``subtypes`` above 1 do the same for
+            groups of patients.
 
     Returns:
         Log multipliers of grey matter: (R,) of each region, in addition to that of all grey matter; of all grey matter;
@@ -159,6 +170,7 @@ def change_with_age(person: Person, age: float, settings: Simulation) -> tuple[N
     disease, share = MILDER.get(person.diagnosis, (person.diagnosis, 1.0))
     severity = settings.effect * share * person.severity
     foci = 1.0 + settings.heterogeneity * (person.foci - 1.0)
+    foci *= subtype_weights(settings.subtypes, settings.seed)[person.subtype]
     accelerated = severity * settings.acceleration * ACCELERATION.get(disease, 0.0) * float(foci[-1])
     brain_age = min(age + person.gap + accelerated, 105.0)
     whole = -_loss(brain_age, early=0.0030, late=0.0085, middle=55.0) + 0.16 / (1.0 + np.exp((brain_age - 16.0) / 5.0))
@@ -174,6 +186,17 @@ def change_with_age(person: Person, age: float, settings: Simulation) -> tuple[N
     growth = _loss(brain_age, early=0.012, late=0.032, middle=55.0)
     ventricle = growth + person.log_ventricle + severity * VENTRICLES.get(disease, 0.0)
     return regions, float(whole), float(ventricle)
+
+
+@lru_cache(maxsize=4)
+def subtype_weights(subtypes: int, seed: int) -> NDArray[np.float64]:
+    """Weights (subtypes, R + 1) of each region, and of ageing, in the subtypes of a disease; 1 on average over subtypes."""
+    streams = [
+        random_streams.generator(seed, random_streams.SIMULATED_SUBTYPES, (0, 0, number, 0))
+        for number in range(subtypes)
+    ]
+    draws = np.stack([stream.standard_exponential(len(REGIONS) + 1) for stream in streams])
+    return np.asarray(draws / draws.mean(axis=0))
 
 
 def _loss(age: float, *, early: float, late: float, middle: float, width: float = 8.0) -> float:

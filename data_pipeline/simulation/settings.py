@@ -23,6 +23,10 @@ class Simulation:
     acceleration: float = 1.0
     heterogeneity: float = 0.0
     site_effects: float = 1.0
+    sites: int = 12
+    misregistration: float = 0.0  # mm
+    individuality: float = 1.0
+    subtypes: int = 1
     shares: tuple[tuple[str, float], ...] = tuple(SHARES.items())  # pairs, so that the settings are hashable
 
     def to_dict(self) -> dict[str, Any]:
@@ -35,12 +39,18 @@ class Simulation:
             raise UserError(f"participants={self.participants} must be at least 1")
         if not 1.0 <= self.spacing <= 12.0:
             raise UserError(f"spacing={self.spacing} is not in 1..12 mm; the paper's grid has 1.5 mm")
+        for name in ("sites", "subtypes"):
+            if not 1 <= getattr(self, name) <= 1000:
+                raise UserError(f"{name}={getattr(self, name)} is not in 1..1000")
         if self.modality not in MODALITIES:
             raise UserError(
                 f"modality={self.modality!r} is not known{nearest(self.modality, MODALITIES)}; "
                 f"allowed: {', '.join(MODALITIES)}"
             )
-        for name, highest in (("effect", None), ("acceleration", 2), ("heterogeneity", 1), ("site_effects", None)):
+        for name, highest in (
+            ("effect", None), ("acceleration", 2), ("heterogeneity", 1), ("site_effects", None), ("misregistration", 10),
+            ("individuality", 10),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value < 0 or (highest is not None and value > highest):
                 limits = "0 or more" if highest is None else f"in 0..{highest}"

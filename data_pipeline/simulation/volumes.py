@@ -22,6 +22,7 @@ VENTRICLE_ML = 14.0  # at age 20, for the mean head size
 VENTRICLE_REACH = 12.0  # mm over which the displacement around growing ventricles decays to 1/e
 STEEPEST = 0.4  # bound on the norm of the deformation's gradient: its Jacobian stays above (1 - 0.4)³ = 0.21
 DISPLACEMENT = 1.2  # mm, standard deviation of each component of the deformation
+FOLDS = 0.09  # standard deviation of the individual pattern of folds, in log units of grey matter
 
 
 def make_volume(
@@ -47,7 +48,7 @@ def make_volume(
     regions, whole, ventricle = change_with_age(person, age, settings)
     site = site_of(person.site, settings.seed, settings.site_effects)
     change = np.float32(whole) + regions.astype(np.float32) @ anatomy.template.regions
-    change += np.float32(0.09) * anatomy.in_brain(anatomy.gyri, anatomy.gyri.draw(of_person))
+    change += np.float32(FOLDS * settings.individuality) * anatomy.in_brain(anatomy.gyri, anatomy.gyri.draw(of_person))
     deformation = anatomy.draw_deformation(of_person)
     if modality == "vbm":
         volume = _grey_matter(
@@ -55,6 +56,8 @@ def make_volume(
         )
     else:
         volume = _t1(anatomy, change, deformation, ventricle=ventricle, site=site, generator=of_session)
+    if settings.misregistration > 0:
+        volume = anatomy.misregister(volume, settings, person.number, session)
     return volume, anatomy.template.grid
 
 
@@ -168,9 +171,31 @@ class Anatomy:
     def draw_deformation(self, generator: np.random.Generator) -> list[NDArray[np.float32]]:
         """Draw the control points of a displacement (x, y, z) in mm, about 1.2 mm each, that never folds."""
         control = [np.float32(DISPLACEMENT) * self.coarse.draw(generator) for _ in range(3)]
+        return self._never_folding(control)
+
+    def _never_folding(self, control: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """Scale the control points of a displacement (x, y, z) in mm down until its gradient nowhere exceeds STEEPEST."""
         gradient = np.stack([np.stack(list(np.gradient(self.lattice.evaluate(axis), 10.0))) for axis in control])
         steepest = float(np.sqrt((gradient**2).sum(axis=(0, 1)).max()))
         return [axis * np.float32(min(1.0, STEEPEST / steepest)) for axis in control]
+
+    def misregister(
+        self, volume: NDArray[np.float32], settings: Simulation, participant: int, session: int
+    ) -> NDArray[np.float32]:
+        """Return a volume (D, H, W) displaced by the error of its registration.
+
+        The error is the sum of a shift of the whole brain and of a smooth displacement; each component of the sum has a
+        standard deviation of ``settings.misregistration`` mm.
+        """
+        generator = random_streams.generator(
+            settings.seed, random_streams.SIMULATED_MISREGISTRATION, (0, 0, participant, session)
+        )
+        size = np.float32(settings.misregistration / np.sqrt(2.0))
+        shift = size * generator.standard_normal(3, dtype=np.float32)
+        local = self._never_folding([size * self.coarse.draw(generator) for _ in range(3)])
+        error = np.stack([self.coarse.evaluate(control) for control in local]) + shift[:, None, None, None]
+        moved: NDArray[np.float32] = ndimage.map_coordinates(volume, self.index + error / self.spacing, order=1)
+        return moved
 
     def ventricle_push(self, ml: float) -> float:
         """Return by how many mm the ventricles' wall moves outward for a ventricle volume of ``ml``."""

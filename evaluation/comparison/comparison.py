@@ -110,6 +110,12 @@ class Comparison:
         return age_and_site.brain_age_table(self.last)
 
     @property
+    def chosen_features(self) -> list[tuple[str, str, str]]:
+        """Checkpoint, task and the features that its folds chose, for evaluations with ``--layer auto``."""
+        rows = [(each.name, task, each.chosen_features(task)) for each in self.evaluations for task in each.tasks]
+        return [row for row in rows if row[2]]
+
+    @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table by the name of its attribute."""
         names = (

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from evaluation.features.candidates import choices_text
 from evaluation.protocols.variant import ProtocolVariant
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, Statistic
 from infra.errors import UserError
@@ -38,6 +39,7 @@ class CheckpointEvaluation:
         saliency: task -> arrays of its occlusion map (``map``, ``background``, ...).
         pretraining: name of the pretraining, shared by its checkpoints and unique among pretrainings.
         resamples: the metrics of further cross-validations (``results.RESAMPLE_COLUMNS``); empty if none were made.
+        chosen: a row per task and fold with the settings chosen on inner folds, such as layer, pooling, scale and penalty.
         earlier: task -> its evaluation run, for tasks whose results are not from ``run``.
     """
 
@@ -50,6 +52,7 @@ class CheckpointEvaluation:
     pretraining: str = ""
     earlier: dict[str, RunRow] = field(default_factory=dict)
     resamples: pd.DataFrame = field(default_factory=pd.DataFrame)
+    chosen: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def run_of(self, task: str) -> RunRow:
         """Return the evaluation run that a task's results are from."""
@@ -93,6 +96,13 @@ class CheckpointEvaluation:
     def of(self, task: str) -> pd.DataFrame:
         """Return the predictions of a task."""
         return self.predictions[self.predictions["task"] == task]
+
+    def chosen_features(self, task: str) -> str:
+        """Return the features that the folds of a task chose (``--layer auto``), as text; empty if they were given."""
+        if "scale" not in self.chosen:
+            return ""
+        rows = self.chosen[(self.chosen["task"] == task) & self.chosen["scale"].notna()]
+        return choices_text([dict(zip(rows.columns, row, strict=True)) for row in rows.to_numpy()])
 
     def kind(self, task: str) -> str:
         """Return binary, multiclass or regression."""
@@ -242,7 +252,7 @@ def _read(
 
     Also returns a line for each run with superseded results.
     """
-    predictions, curves, resamples, superseded = [], [], [], []
+    predictions, curves, resamples, chosen, superseded = [], [], [], [], []
     saliency: dict[str, dict[str, Any]] = {}
     source: dict[str, RunRow] = {}  # task -> the run that its results are from
     embedding = pd.DataFrame()
@@ -261,6 +271,9 @@ def _read(
             if (path / "resamples.csv").is_file():  # versions before it logged none
                 table = pd.read_csv(path / "resamples.csv")
                 resamples.append(table[~table["task"].isin(done)])
+            if (path / "chosen.csv").is_file():
+                table = pd.read_csv(path / "chosen.csv")
+                chosen.append(table[~table["task"].isin(done)])
             saliency = {**_read_saliency(path), **saliency}
             embedding = embedding if len(embedding) else pd.read_parquet(path / "embedding.parquet")
         if tasks & done:
@@ -269,7 +282,7 @@ def _read(
             )
     evaluation = CheckpointEvaluation(
         name=name, run=runs[0], predictions=_concatenate(predictions), curve=_concatenate(curves), embedding=embedding,
-        saliency=saliency, pretraining=pretraining, resamples=_concatenate(resamples),
+        saliency=saliency, pretraining=pretraining, resamples=_concatenate(resamples), chosen=_concatenate(chosen),
         earlier={task: run for task, run in source.items() if run is not runs[0]},
     )  # fmt: skip
     return evaluation, superseded

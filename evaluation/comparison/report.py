@@ -65,6 +65,11 @@ SECTIONS: dict[str, Section] = {
         "models fitted again to permuted features, exact; halves: from the spread over halves. In the plot the dashed line is chance level (for a regression, the error of always predicting the median).",
         sections.metrics, plots.forest,
     ),
+    "chosen": Section(
+        "Chosen features",
+        "Block, pooling and scale that the training scans of each fold chose on inner folds (--layer auto).",
+        text=sections.chosen_features, applies=lambda comparison: bool(comparison.chosen_features),
+    ),
     "learning_curve": Section(
         "Learning curves",
         "The same probe fitted to fewer training scans. With the same seed and folds, every checkpoint has the same draws, each "

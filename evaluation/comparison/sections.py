@@ -187,6 +187,13 @@ def subgroups(comparison: Comparison) -> str:
     return note + "".join(parts)
 
 
+def chosen_features(comparison: Comparison) -> str:
+    """Return the table of the features that folds chose."""
+    return _table(
+        ["checkpoint", "task", "features: layer, pooling, scale"], [list(row) for row in comparison.chosen_features]
+    )
+
+
 def site_and_age(comparison: Comparison) -> str:
     """Return the tables of site leakage and of the brain-age gap."""
     parts = []

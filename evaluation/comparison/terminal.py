@@ -35,6 +35,8 @@ def print_comparison(comparison: Comparison) -> None:
         )  # fmt: skip
     if len(comparison.differences):
         console.print(f"{COVERS_BOTH} {COVERS_PEOPLE}", highlight=False)
+    for name, task, text in comparison.chosen_features:
+        console.print(f"chosen features (layer, pooling, scale), {name}, {task}: {text}", highlight=False, markup=False)
     for line in comparison.unpaired:
         console.print(f"not compared: {line}", highlight=False)
     for line in comparison.superseded:

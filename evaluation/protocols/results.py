@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
+from evaluation.features.candidates import choices_text
 from evaluation.protocols.context import EvaluationContext
 from evaluation.protocols.embedding import embedding_table
 from evaluation.protocols.nested_cv import NestedCVResult, ResampledPredictions
@@ -149,13 +149,8 @@ def chosen_table(results: dict[str, NestedCVResult]) -> pd.DataFrame:
 
 def chosen_lines(results: dict[str, NestedCVResult]) -> list[str]:
     """Return a line for each task whose features were chosen: which, and in how many folds."""
-    lines = []
-    for task, result in results.items():
-        names = [" ".join((p["layer"], p["pooling"], p["scale"])) for p in result.chosen if "scale" in p]
-        counts = [f"{name} ({number} of {len(names)} folds)" for name, number in Counter(names).most_common()]
-        if counts:
-            lines.append(f"task {task}: chosen features (layer, pooling, scale): {', '.join(counts)}")
-    return lines
+    texts = {task: choices_text(result.chosen) for task, result in results.items()}
+    return [f"task {task}: chosen features (layer, pooling, scale): {text}" for task, text in texts.items() if text]
 
 
 def write_result(result: EvaluationResult, folder: Path) -> None:

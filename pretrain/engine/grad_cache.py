@@ -17,71 +17,99 @@ B = scans of this rank, P = embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# (embeddings (2, B, P), learned temperature or None) -> this rank's scalar loss
-EmbeddingLoss = Callable[[Tensor, Tensor | None], Tensor]
+# (embeddings (2, B, P), learned temperature or None, further outputs of the model (2, B, ...)) -> this rank's loss: a scalar,
+# or its terms (T,), whose sum is differentiated
+EmbeddingLoss = Callable[..., Tensor]
 
 
 class ForwardPass(NamedTuple):
-    """The result of a forward pass: ``loss`` (scalar), the learned ``temperature`` or None, and ``backward()``."""
+    """The result of a forward pass: ``loss`` (scalar, or terms), the learned ``temperature`` or None, and ``backward()``."""
 
     loss: Tensor
     temperature: Tensor | None
     backward: Callable[[], None]
 
 
-def full_pass(engine: Any, views: Tensor, loss: EmbeddingLoss) -> ForwardPass:
-    """Embed this rank's ``views`` (2, B, 1, D, H, W) in one pass and compute their loss. Collective."""
-    embeddings, temperature = engine(views)
-    value = loss(at_least_float32(embeddings), temperature)
-    return ForwardPass(value, temperature, lambda: engine.backward(value))
+def full_pass(
+    engine: Any, views: Tensor, loss: EmbeddingLoss, details: Mapping[str, Tensor] = MappingProxyType({})
+) -> ForwardPass:
+    """Embed this rank's ``views`` (2, B, 1, D, H, W) in one pass and compute their loss. Collective.
+
+    ``details``, tensors (2, B, ...), are keyword arguments of the model.
+    """
+    embeddings, temperature, *further = engine(views, **details)
+    value = loss(at_least_float32(embeddings), temperature, *map(at_least_float32, further))
+    return ForwardPass(value, temperature, lambda: engine.backward(_total(value)))
 
 
-def cached_pass(engine: Any, views: Tensor, loss: EmbeddingLoss, micro: int) -> ForwardPass:
+def cached_pass(
+    engine: Any, views: Tensor, loss: EmbeddingLoss, micro: int, details: Mapping[str, Tensor] = MappingProxyType({})
+) -> ForwardPass:
     """Compute the same loss and gradients as `full_pass` from micro-batches of ``micro`` scans.
 
     Both the forward pass and ``backward()`` are collective; every rank must have the same number of micro-batches.
 
     Args:
-        engine: DeepSpeed's engine around the model, which returns embeddings (2, b, P) and the learned temperature.
+        engine: DeepSpeed's engine around the model, which returns embeddings (2, b, P), the learned temperature, and perhaps
+            further outputs (2, b, ...).
         views: this rank's views (2, B, 1, D, H, W).
-        loss: a function of all embeddings of this rank (2, B, P) and the temperature, called once.
+        loss: a function of all embeddings of this rank (2, B, P), the temperature and the further outputs (2, B, ...), called
+            once.
         micro: scans per micro-batch; the last one is smaller if ``micro`` does not divide B.
+        details: tensors (2, B, ...), keyword arguments of the model.
     """
-    micro_batches, random_states = torch.split(views, micro, dim=1), []
-    embedded, temperature = [], None
+    micro_batches, random_states = _split(views, details, micro), []
+    parts, temperature = [], None
     with torch.no_grad(), frozen_statistics(engine.module):
-        for micro_batch in micro_batches:
-            random_states.append(_random_state(micro_batch))
-            embeddings, temperature = engine(micro_batch)
-            embedded.append(at_least_float32(embeddings))
-    leaves = [torch.cat(embedded, dim=1).requires_grad_()]
+        for part, part_details in micro_batches:
+            random_states.append(_random_state(part))
+            embeddings, temperature, *further = engine(part, **part_details)
+            parts.append([at_least_float32(output) for output in (embeddings, *further)])
+    outputs = [torch.cat(pieces, dim=1).requires_grad_() for pieces in zip(*parts, strict=True)]
+    leaves = list(outputs)
     if temperature is not None:
         leaves.append(temperature.detach().clone().requires_grad_())
-    value = loss(leaves[0], leaves[1] if temperature is not None else None)
+    value = loss(outputs[0], leaves[-1] if temperature is not None else None, *outputs[1:])
 
     def backward() -> None:
-        """Embed the micro-batches again and back-propagate the gradient of their embeddings."""
+        """Embed the micro-batches again and back-propagate the gradient of the model's outputs."""
         # The gathered loss gives these embeddings the gradient of the losses of all ranks; no further factor is needed.
-        embedding_gradient, *temperature_gradient = torch.autograd.grad(value, leaves)
-        gradients = torch.split(embedding_gradient, micro, dim=1)
-        for index, (micro_batch, gradient) in enumerate(zip(micro_batches, gradients, strict=True)):
-            _set_random_state(micro_batch, random_states[index])
+        gradients = torch.autograd.grad(_total(value), leaves)
+        split = [torch.split(gradient, micro, dim=1) for gradient in gradients[: len(outputs)]]
+        for index, (part, part_details) in enumerate(micro_batches):
+            _set_random_state(part, random_states[index])
             engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
-            embeddings, learned = engine(micro_batch)
-            surrogate = (at_least_float32(embeddings) * gradient).sum()
-            if temperature_gradient:  # in equal shares: ZeRO expects every parameter in every backward pass
-                surrogate = surrogate + learned * temperature_gradient[0] / len(micro_batches)
+            embeddings, learned, *further = engine(part, **part_details)
+            surrogate = (at_least_float32(embeddings) * split[0][index]).sum()
+            for output, gradient in zip(further, split[1:], strict=True):
+                surrogate = surrogate + (at_least_float32(output) * gradient[index]).sum()
+            if learned is not None:  # in equal shares: ZeRO expects every parameter in every backward pass
+                surrogate = surrogate + learned * gradients[-1] / len(micro_batches)
             engine.backward(surrogate, scale_wrt_gas=False)
 
     return ForwardPass(value, temperature, backward)
+
+
+def _split(views: Tensor, details: Mapping[str, Tensor], micro: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Return the micro-batches of ``micro`` scans, each with its details."""
+    parts = {name: torch.split(tensor, micro, dim=1) for name, tensor in details.items()}
+    return [
+        (part, {name: pieces[index] for name, pieces in parts.items()})
+        for index, part in enumerate(torch.split(views, micro, dim=1))
+    ]
+
+
+def _total(loss: Tensor) -> Tensor:
+    return loss if loss.ndim == 0 else loss.sum()
 
 
 def at_least_float32(embeddings: Tensor) -> Tensor:

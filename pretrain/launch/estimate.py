@@ -30,11 +30,11 @@ def scan_flops(model: ContrastiveModel, grid: Sequence[int]) -> int:
 
     torch.utils.flop_counter counts them from the shapes: convolutions and matrix products, which are nearly all. A
     multiply-add counts as two. Recomputation and GradCache's second pass are not included, as usual for model FLOPs
-    utilisation (MFU).
+    utilisation (MFU). Nor are the decoder and the cells of the further terms of the loss, which are small.
     """
     views_2B1DHW = torch.empty(2, 1, 1, *grid, device="meta")
     with FlopCounterMode(display=False) as counter:
-        embeddings, _ = model(views_2B1DHW)
+        embeddings, *_ = model(views_2B1DHW)
         embeddings.sum().backward()
     return int(counter.get_total_flops())
 

@@ -97,6 +97,10 @@ class SingleProcess:
         """Return the tensor, detached."""
         return value.detach()
 
+    def of_sizes(self, sizes: Sequence[int]) -> SingleProcess:
+        """Return this gather."""
+        return self
+
 
 def _bytes(rows: Tensor) -> Tensor:
     """View rows (B, ...) of any type as (B, bytes per row) uint8."""
@@ -187,6 +191,10 @@ class AllGather:
         rows_GF, bytes_GS = _GatherRows.apply(rows_BF, bytes_BS, sizes, self.group)  # type: ignore[no-untyped-call]
         z_2GD = rows_GF.view(-1, 2, depth).transpose(0, 1)
         return Columns(z_2GD, _unpack(bytes_GS, metadata), sum(sizes[: self.rank]), self.world_size)
+
+    def of_sizes(self, sizes: Sequence[int]) -> AllGather:
+        """Return a gather over the same ranks for a known number of scans of each rank."""
+        return type(self)(self.group, sizes)
 
     def _sizes(self, scans: int, device: torch.device) -> list[int]:
         if self.sizes is not None:

@@ -28,6 +28,8 @@ CHANGEABLE = (
 NETWORK_KEYS = (
     "encoder.name", "encoder.options.", "projector.", "optimizer.name", "train.precision", "loss.temperature_bounds",
 )  # fmt: skip
+# Terms of the loss that add weights to the model: both recipes must have them, or neither.
+NETWORK_TERMS = ("loss.reconstruction.weight", "loss.dense.weight")
 # Sections whose keys the user chooses: they have no defaults.
 USER_KEYS = ("loss.proxies.", "encoder.options.", "augmentation.", "deepspeed.")
 
@@ -61,7 +63,10 @@ def check_same_network(recipe: Recipe, other: Any) -> None:
     """Raise UserError if a checkpoint of recipe ``other`` (nested dicts) does not fit this recipe's model and optimiser."""
     if not isinstance(other, dict) or not other:
         raise UserError(f"run.resume={recipe.run.resume}: state.json says no recipe; take another checkpoint")
-    changed = {key: v for key, v in _changes(recipe, other).items() if key.startswith(NETWORK_KEYS)}
+    changed = {
+        key: values for key, values in _changes(recipe, other).items()
+        if key.startswith(NETWORK_KEYS) or (key in NETWORK_TERMS and None in values)
+    }  # fmt: skip
     if changed:
         raise UserError(
             f"run.resume={recipe.run.resume} is a checkpoint of another network ({_shown(changed)}); set the old values, or "

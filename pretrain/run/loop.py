@@ -89,10 +89,10 @@ class TrainingLoop:
         plan, data, recipe = self.plan, self.plan.recipe.data, self.plan.recipe
         loader = TwoViewLoader(
             plan.manifest, rows=plan.rows, global_batch=recipe.batch.global_, rank=distributed.rank(),
-            world_size=distributed.world_size(), seed=recipe.run.seed, augmentation=plan.augmentation,
+            world_size=distributed.world_size(), seed=recipe.run.seed, augmentation=plan.loader_augmentation,
             proxies=proxy_columns(recipe.loss.proxies), device=self._augment_on, start_step=self.first_step,
             workers=data.workers, threads=data.threads, prefetch=data.prefetch, reader=data.reader, order=plan.order,
-            buffer=data.buffer, max_bad_share=data.max_bad_share,
+            buffer=data.buffer, max_bad_share=data.max_bad_share, details=plan.view_details,
         )  # fmt: skip
         if self._state and self._state.get("loader"):
             loader.load_state_dict(self._state["loader"])
@@ -126,7 +126,7 @@ class TrainingLoop:
         try:
             metrics, (stop_votes, save_votes) = train_step(
                 self.trained, self.plan.objective.loss, batch, step, self._dtype, self.plan.recipe.batch.micro,
-                votes=self._votes,
+                votes=self._votes, weights=self.plan.objective.weights,
             )  # fmt: skip
         except NotFinite as error:
             message = self._skips.skip(self.trained, step, batch, error)

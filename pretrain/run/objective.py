@@ -5,7 +5,8 @@ B = scans of this rank, P = size of the projector's output.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from infra import distributed
 from infra.errors import UserError
 from pretrain.config import LossSection, Recipe
 from pretrain.kernels import Kernel
+from pretrain.losses.dense import cells_shown, dense_loss
 from pretrain.losses.diagnostics import effective_positives
-from pretrain.losses.gather import AllGather
+from pretrain.losses.gather import AllGather, SingleProcess
 from pretrain.losses.options import SHARED_OPTIONS, check_own_options, find_loss, takes
 from pretrain.losses.proxies import build_kernel, proxy_columns
+from pretrain.losses.reconstruction import reconstruction_error
 from pretrain.losses.supervised import SUPERVISED, target_scale
 from pretrain.losses.temperature import Temperature
 
@@ -38,6 +41,9 @@ class Objective:
         options: further arguments of the loss.
         subjects: participant number of each row of the manifest; None if sessions of one participant are not masked.
         cross_view: whether only pairs of different views are compared.
+        weights: weights of the terms, by name, if there are further terms: ``contrastive`` (1), then ``reconstruction`` and
+            ``dense``, in the order of the model's further outputs.
+        grid: cells per side of the dense loss.
     """
 
     name: str
@@ -45,21 +51,44 @@ class Objective:
     options: dict[str, Any]
     subjects: torch.Tensor | None
     cross_view: bool
+    weights: dict[str, float] = field(default_factory=dict)
+    grid: int = 0
 
     def loss(
-        self, views_2BP: torch.Tensor, temperature: torch.Tensor | None, batch: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+        self, views_2BP: torch.Tensor, temperature: torch.Tensor | None, batch: dict[str, torch.Tensor],
+        *further: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """Return this rank's scalar; the mean over the ranks is the loss of the whole batch. Collective.
+
+        With further terms, return the terms (T,), each without its weight.
 
         Args:
             views_2BP: embeddings of both views, (2, B, P).
             temperature: the learned temperature, a scalar; None takes the recipe's.
             batch: the loader's batch, with ``proxies`` (B, number of proxies) and ``scan`` (B,).
+            further: the model's further outputs (`pretrain.model.ContrastiveModel`).
         """
+        gather, subjects, proxies = _gather(), self._subjects_of(batch), batch["proxies"]
+        terms = [self._contrastive(views_2BP, proxies, gather, subjects, temperature)]
+        if not further:
+            return terms[0]
+        outputs = list(further)
+        if "reconstruction" in self.weights:
+            terms.append(reconstruction_error(outputs.pop(0), gather))
+        if "dense" in self.weights:
+            shown = cells_shown(batch["placement"], batch["cutout"], self.grid)
+            of_cell = partial(self._contrastive, temperature=temperature)
+            terms.append(dense_loss(outputs.pop(0), shown, proxies, loss=of_cell, gather=gather, subjects=subjects))
+        return torch.stack([term.to(terms[0].dtype) for term in terms])
+
+    def _contrastive(
+        self, views_2BP: torch.Tensor, proxies: torch.Tensor, gather: AllGather | SingleProcess | None,
+        subjects: torch.Tensor | None, temperature: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
         loss, learned = find_loss(self.name), {} if temperature is None else {"temperature": temperature}
-        supplied = {"kernel": self.kernel, "gather": _gather(), "subjects": self._subjects_of(batch)}
+        supplied = {"kernel": self.kernel, "gather": gather, "subjects": subjects}
         taken = {name: value for name, value in supplied.items() if takes(loss, name)}
-        return loss(views_2BP, batch["proxies"], **{**taken, **self.options, **learned})
+        return loss(views_2BP, proxies, **{**taken, **self.options, **learned})
 
     def effective_positives(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the effective number of positives (B,) of this rank's scans, by the loss's own kernel. Collective."""
@@ -83,7 +112,15 @@ def build_objective(recipe: Recipe, manifest: Manifest, rows: NDArray[np.int64])
     if recipe.loss.name in SUPERVISED:
         options |= target_scale(torch.from_numpy(manifest.proxies(proxy_columns(recipe.loss.proxies), rows)))
     subjects = torch.from_numpy(manifest.subjects()) if recipe.loss.mask_subjects else None
-    return Objective(recipe.loss.name, kernel, options, subjects, recipe.loss.cross_view)
+    further = {"reconstruction": recipe.loss.reconstruction, "dense": recipe.loss.dense}
+    weights = {name: section.weight for name, section in further.items() if section is not None}
+    if recipe.loss.dense is not None and recipe.loss.name in SUPERVISED:
+        raise UserError(f"loss.dense compares scans, and the loss {recipe.loss.name} does not; leave loss.dense out")
+    return Objective(
+        recipe.loss.name, kernel, options, subjects, recipe.loss.cross_view,
+        weights={"contrastive": 1.0, **weights} if weights else {},
+        grid=recipe.loss.dense.grid if recipe.loss.dense else 0,
+    )  # fmt: skip
 
 
 def recipe_kernel(recipe: Recipe, manifest: Manifest, rows: NDArray[np.int64]) -> Kernel:

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from data_pipeline.loading.augment import Augmentation, load_augmentation
 from data_pipeline.loading.balance import build_order
 from data_pipeline.loading.order import Order
+from data_pipeline.loading.view_details import PATCHES, ViewDetails, masked_patches
 from data_pipeline.storage.manifest import Manifest, check_shards
 from data_pipeline.storage.remote import Access
 from infra import distributed
 from infra.errors import UserError, nearest
 from pretrain.config import ReadoutSection, Recipe, check_world_size
-from pretrain.encoders import TRAINING_ONLY, build_encoder, check_encoder
+from pretrain.encoders import ENCODERS, TRAINING_ONLY, build_encoder, check_encoder
 from pretrain.encoders.pooling import SPATIAL
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.readouts.targets import check_columns
@@ -61,22 +62,48 @@ class Plan:
     ) -> Plan:
         """Check the recipe against its scans and the number of ranks. Raises UserError for what cannot work."""
         check_held_out(recipe.monitor, manifest, rows)
-        objective = build_objective(recipe, manifest, rows)
+        objective, augmentation = build_objective(recipe, manifest, rows), load_augmentation(recipe.augmentation)
+        check_something_hidden(recipe, augmentation)
         check_encoder(recipe.encoder.name, recipe.encoder.options, grid=manifest.grid["shape"], training=True)
         _check_poolings(recipe, manifest.grid["shape"])
         _check_readouts(recipe, manifest)
         steps_per_epoch = order.length / recipe.batch.global_
         return cls(
             recipe=recipe, manifest=manifest, rows=rows, order=order, total_steps=total_steps(recipe, order.length),
-            objective=objective, augmentation=load_augmentation(recipe.augmentation),
+            objective=objective, augmentation=augmentation,
             deepspeed=deepspeed_config(recipe, world_size),
             watched=watched_scans(recipe.monitor, manifest, steps_per_epoch, recipe.run.seed),
         )  # fmt: skip
 
     @property
+    def loader_augmentation(self) -> Augmentation:
+        """The augmentation of the training loader: without cutout if there is a reconstruction, whose model hides the box."""
+        return self.augmentation if self.recipe.loss.reconstruction is None else self.augmentation.without("cutout")
+
+    @property
+    def view_details(self) -> ViewDetails | None:
+        """What the loader adds to a batch for the further terms of the loss; None if there are none."""
+        if not self.objective.weights:
+            return None
+        d, h, w = (int(side) for side in self.manifest.grid["shape"])
+        masked = 0.0 if self.recipe.loss.reconstruction is None else self.recipe.loss.reconstruction.masked
+        return ViewDetails(self.augmentation, (d, h, w), self.recipe.run.seed, masked)
+
+    @property
     def steps_per_epoch(self) -> float:
         """Optimiser steps per epoch; a fraction if the batch does not divide the scans."""
         return self.order.length / self.recipe.batch.global_
+
+
+def check_something_hidden(recipe: Recipe, augmentation: Augmentation) -> None:
+    """Raise UserError if there is a reconstruction, but nothing is ever hidden."""
+    section = recipe.loss.reconstruction
+    if section is not None and masked_patches(section.masked) == 0 and "cutout" not in augmentation.operators:
+        raise UserError(
+            f"loss.reconstruction.masked={section.masked:g} masks none of the {PATCHES**3} patches of a view and "
+            f"augmentation has no cutout, so that nothing is hidden; give at least {1 / PATCHES**3:.3f}, or leave "
+            "loss.reconstruction out"
+        )
 
 
 def _check_poolings(recipe: Recipe, sides: Sequence[int]) -> None:
@@ -86,9 +113,11 @@ def _check_poolings(recipe: Recipe, sides: Sequence[int]) -> None:
         raise UserError(
             f"monitor.pooling={watched!r} is not known{nearest(watched, POOLINGS)}; allowed: {', '.join(POOLINGS)}"
         )
-    if options.get("pooling") == "none" and list(options.get("grid") or sides) != list(sides):
+    defaults: dict[str, Any] = ENCODERS[recipe.encoder.name].__kwdefaults__ or {}
+    grid = options.get("grid", defaults.get("grid")) or sides
+    if options.get("pooling") == "none" and list(grid) != list(sides):
         raise UserError(
-            f"encoder.options.grid={list(options['grid'])} is not the grid of the scans, {list(sides)}, which pooling none "
+            f"encoder.options.grid={list(grid)} is not the grid of the scans, {list(sides)}, which pooling none "
             "needs; set it to theirs"
         )
     if {options.get("pooling"), watched} & set(SPATIAL):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,14 +13,17 @@ from infra import distributed, watchdog
 from pretrain.config import OptimizerSection
 from pretrain.engine.engine import NotFinite, update
 from pretrain.engine.grad_cache import cached_pass, full_pass
+from pretrain.model import VIEW_DETAILS
 
-# (embeddings (2, B, P), learned temperature or None, batch of the loader) -> this rank's scalar
-BatchLoss = Callable[[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]], torch.Tensor]
+# (embeddings (2, B, P), learned temperature or None, batch of the loader, further outputs of the model) -> this rank's scalar,
+# or, if the model has further outputs, the terms of the loss (T,)
+BatchLoss = Callable[..., torch.Tensor]
 
 
 def train_step(
     engine: Any, loss: BatchLoss, batch: dict[str, torch.Tensor], step: int, dtype: torch.dtype,
     micro: int | None = None, votes: Callable[[], Sequence[float]] = tuple,
+    weights: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[dict[str, float], list[float]]:  # fmt: skip
     """Run forward pass, backward pass and update on one batch. Collective.
 
@@ -31,6 +35,7 @@ def train_step(
         dtype: type of the network's input.
         micro: scans that are embedded at a time (GradCache); None embeds all at once.
         votes: called after the forward pass; its numbers are summed over the ranks in the collective that the loss needs.
+        weights: names and weights of the terms of the loss, if it has several; they are logged apart, as ``loss/NAME``.
 
     Returns:
         the metrics to log (loss, lr, grad_norm, ...) and the sums of the votes.
@@ -41,18 +46,24 @@ def train_step(
     views_2B1DHW = batch["views"].to(dtype)
     watchdog.phase(f"the forward pass of step {step}")
 
-    def loss_of_batch(embeddings_2BP: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
+    def loss_of_batch(
+        embeddings_2BP: torch.Tensor, temperature: torch.Tensor | None, *further: torch.Tensor
+    ) -> torch.Tensor:
         watchdog.phase(f"the exchange of embeddings of step {step}")
-        return loss(embeddings_2BP, temperature, batch)
+        value = loss(embeddings_2BP, temperature, batch, *further)
+        return value * value.new_tensor(list(weights.values())) if weights else value
 
+    details = {name: batch[name] for name in VIEW_DETAILS if name in batch}
     if micro is None or micro >= views_2B1DHW.shape[1]:
-        value, temperature, backward = full_pass(engine, views_2B1DHW, loss_of_batch)
+        value, temperature, backward = full_pass(engine, views_2B1DHW, loss_of_batch, details)
     else:
-        value, temperature, backward = cached_pass(engine, views_2B1DHW, loss_of_batch, micro)
+        value, temperature, backward = cached_pass(engine, views_2B1DHW, loss_of_batch, micro, details)
     # One small collective returns the loss of the whole batch and tells every rank of any rank's NaN.
     # float() waits for the device: votes are read afterwards, so that a signal during the forward pass counts in this step.
-    total, *sums = distributed.reduce_scalars([float(value.detach()), *votes()])
-    mean = total / distributed.world_size()
+    own_terms = [float(term) for term in value.detach().reshape(-1).tolist()]
+    reduced = distributed.reduce_scalars([*own_terms, *votes()])
+    terms, sums = [total / distributed.world_size() for total in reduced[: len(own_terms)]], reduced[len(own_terms) :]
+    mean = sum(terms[1:], start=terms[0])
     if not math.isfinite(mean):
         raise NotFinite(f"step {step}: the loss is {mean}")
     watchdog.phase(f"the gradient reduction of step {step}")
@@ -63,7 +74,8 @@ def train_step(
     except NotFinite as error:
         raise NotFinite(f"step {step}: {error}") from None
     learned = {} if temperature is None else {"temperature": float(temperature.detach())}
-    return {"loss": mean, "lr": lr, **updated, **learned}, sums
+    apart = {f"loss/{name}": term / weights[name] for name, term in zip(weights, terms, strict=False)}
+    return {"loss": mean, **apart, "lr": lr, **updated, **learned}, sums
 
 
 def lr_factor(settings: OptimizerSection, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.loading.augment import load_augmentation
+from data_pipeline.loading.view_details import ViewDetails
 from pretrain.config import Recipe, load_recipe
 from pretrain.engine import engine
 from pretrain.engine.ema import Average
@@ -21,10 +24,12 @@ from pretrain.engine.optimizers import build_optimizer, parameter_groups
 from pretrain.kernels import KERNELS
 from pretrain.losses.contrastive import y_aware_infonce
 from pretrain.losses.gather import AllGather
+from pretrain.losses.reconstruction import Decoder
 from pretrain.losses.temperature import Temperature
-from pretrain.model import ContrastiveModel, Projector
+from pretrain.model import VIEW_DETAILS, CellProjector, ContrastiveModel, Projector
 from pretrain.run import checkpoint
 from pretrain.run.loop import DTYPES
+from pretrain.run.objective import Objective
 from pretrain.run.step import lr_factor, train_step
 
 BATCH, SIDE, TOTAL = 12, 4, 40
@@ -47,6 +52,7 @@ class TinyEncoder(nn.Module):
     """An encoder with the parameter names of the real ones; a buffer counts the forward passes."""
 
     feature_size = 10
+    channels, multiple = 5, 1
     passes: Tensor
 
     def __init__(self) -> None:
@@ -66,13 +72,39 @@ class TinyEncoder(nn.Module):
         features: Tensor = self.trunk(volumes)
         return features
 
+    def map_and_features(self, volumes: Tensor) -> tuple[Tensor, Tensor]:
+        features = self(volumes)
+        return features.view(-1, 5, 2, 1, 1), features
+
 
 def build(recipe: Recipe) -> ContrastiveModel:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         encoder, projector = TinyEncoder(), Projector(10, 9, 7)
+        decoder = None if recipe.loss.reconstruction is None else Decoder(5)
+        cells = None if recipe.loss.dense is None else CellProjector(5, 8, 6, recipe.loss.dense.grid)
     learned = recipe.loss.temperature_bounds
-    return ContrastiveModel(encoder, projector, None if learned is None else Temperature(0.1, *learned))
+    return ContrastiveModel(
+        encoder, projector, None if learned is None else Temperature(0.1, *learned), decoder, cells
+    )  # fmt: skip
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """The objective of a recipe with age as its proxy, without a manifest."""
+    further = {"reconstruction": recipe.loss.reconstruction, "dense": recipe.loss.dense}
+    weights = {name: section.weight for name, section in further.items() if section is not None}
+    return Objective(
+        "y-aware", KERNELS["gaussian"](bandwidth=5.0), {"temperature": 0.1}, None, False,
+        weights={"contrastive": 1.0, **weights}, grid=recipe.loss.dense.grid if recipe.loss.dense else 0,
+    )  # fmt: skip
+
+
+def details_of(step: int) -> dict[str, Tensor]:
+    """Return the details of the views of the global batch of a step: flips, crops and boxes, and masked patches."""
+    moved = {"preset": "none", "flip": {"p": 0.5}, "crop": {"p": 0.5}, "cutout": {"p": 0.5, "side": 0.5}}
+    details = ViewDetails(load_augmentation(moved), (SIDE, SIDE, SIDE), seed=0, masked=0.2)
+    arrays = details(np.arange(BATCH), np.full(BATCH, step % 2))
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def batch_of(step: int, rank: int, world: int) -> dict[str, Tensor]:
@@ -82,7 +114,8 @@ def batch_of(step: int, rank: int, world: int) -> dict[str, Tensor]:
     views = torch.stack([volumes + 0.3 * torch.randn(volumes.shape, generator=source) for _ in range(2)])
     ages = 20.0 + 40.0 * torch.rand(BATCH, 1, generator=source)
     share = BATCH // world
-    return {"views": views[:, rank * share :][:, :share], "proxies": ages[rank * share :][:share]}
+    details = {name: tensor[:, rank * share :][:, :share] for name, tensor in details_of(step).items()}
+    return {"views": views[:, rank * share :][:, :share], "proxies": ages[rank * share :][:share], **details}
 
 
 def steps_on_ranks(group: Any, rank: int, runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -99,11 +132,16 @@ def plain_steps(options: Sequence[str], last: int) -> list[dict[str, float]]:
     metrics = []
     for step in range(last):
         batch = batch_of(step, 0, 1)
-        views, temperature = model(batch["views"])
+        views, temperature, *further = model(batch["views"], *(batch[name] for name in VIEW_DETAILS))
         value = y_aware_infonce(
             views, batch["proxies"], kernel=KERNELS["gaussian"](bandwidth=5.0),
             temperature=0.1 if temperature is None else temperature,
         )  # fmt: skip
+        if further:
+            objective = objective_of(recipe)
+            terms = objective.loss(views, temperature, batch, *further)
+            assert terms[0] == value
+            value = sum(weight * term for weight, term in zip(objective.weights.values(), terms, strict=True))
         optimizer.zero_grad()
         value.backward()
         largest = recipe.deepspeed.get("gradient_clipping") or float("inf")
@@ -124,6 +162,7 @@ def _steps(rank: int, run: Run) -> dict[str, Any]:
     if average and state:
         average.load(Path(state["folder"]))
     kernel, gather = KERNELS["gaussian"](bandwidth=5.0), AllGather() if world > 1 else None
+    objective = objective_of(recipe) if recipe.loss.reconstruction or recipe.loss.dense else None
     trained.train()
     for step in range(state["step"] if state else 0, run.last):
 
@@ -136,8 +175,9 @@ def _steps(rank: int, run: Run) -> dict[str, Any]:
 
         try:
             step_metrics, _ = train_step(
-                trained, loss, batch_of(step, rank, world), step, DTYPES[recipe.train.precision], recipe.batch.micro
-            )
+                trained, objective.loss if objective else loss, batch_of(step, rank, world), step,
+                DTYPES[recipe.train.precision], recipe.batch.micro, weights=objective.weights if objective else {},
+            )  # fmt: skip
         except engine.NotFinite as error:
             return {"metrics": metrics, "stopped": str(error)}
         metrics.append({"step": step, **step_metrics})

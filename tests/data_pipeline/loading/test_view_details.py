@@ -73,6 +73,8 @@ def test_ranks_workers_and_readers_do_not_change_the_details(manifest, whole):
         for name in names:
             parts = [ranks[rank][step][name] for rank in range(2)]
             assert torch.equal(batch[name], torch.cat(parts, dim=0 if name == "scan" else 1)), (step, name)
+    (resumed,) = batches(manifest, 1, MOVED, start_step=9, workers=2)
+    assert all(torch.equal(resumed[name], whole[9][name]) for name in names)
     by_scan = {scan: batch["placement"][:, i] for batch in whole[:8] for i, scan in enumerate(batch["scan"].tolist())}
     (streamed,) = batches(manifest, 1, MOVED, reader="stream", workers=1)
     for position, scan in enumerate(streamed["scan"].tolist()):

@@ -10,11 +10,12 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import ndimage
 
 from data_pipeline.cohort.read import is_simulated, read_cohort
 from data_pipeline.simulation.atlas import REGIONS, SmoothField
 from data_pipeline.simulation.cohort import simulate_cohort
-from data_pipeline.simulation.people import change_with_age, draw_people, site_of
+from data_pipeline.simulation.people import PATTERN, change_with_age, draw_people, site_of, subtype_weights
 from data_pipeline.simulation.settings import Simulation
 from data_pipeline.simulation.volumes import anatomy_at, make_volume
 from data_pipeline.volume.grid import Grid
@@ -121,6 +122,10 @@ def test_a_killed_simulation_continues_and_other_content_is_refused(tmp_path, ca
         ({"acceleration": 3.0}, "acceleration=3.0 must be in 0..2"),
         ({"heterogeneity": 1.5}, "heterogeneity=1.5 must be in 0..1"),
         ({"site_effects": -1.0}, "site_effects=-1.0 must be 0 or more"),
+        ({"misregistration": -1.0}, "misregistration=-1.0 must be in 0..10"),
+        ({"individuality": 11.0}, "individuality=11.0 must be in 0..10"),
+        ({"sites": 0}, "sites=0 is not in 1..1000"),
+        ({"subtypes": 0}, "subtypes=0 is not in 1..1000"),
         ({"shares": {"PD": 0.1}}, "shares=PD=0.1: PD is not a simulated disease; allowed: AD, MCI, SCZ, BD"),
         ({"shares": {"AD": -0.1}}, "shares=AD=-0.1: every share must be 0 or more"),
         ({"shares": {"AD": 0.7, "SCZ": 0.4}}, "shares=AD=0.7,SCZ=0.4: .* and their sum at most 1"),
@@ -184,6 +189,65 @@ def test_site_effects_scale_gain_bias_and_noise_of_the_scanners(people):
     assert strong.noise == pytest.approx(3 * plain.noise)
     assert (none.gain, none.bias, none.noise) == (1.0, 0.0, 0.0)
     assert not np.array_equal(scan(people[0]), scan(people[0], replace(SETTINGS, site_effects=3.0)))
+
+
+def test_subtypes_divide_the_patients_and_leave_the_mean_disease(people):
+    weights = subtype_weights(3, 0)
+    assert weights.shape == (3, len(REGIONS) + 1)
+    np.testing.assert_allclose(weights.mean(0), 1.0)
+    assert weights.std(0).min() > 0.05
+    grouped = draw_people(300, dict(SETTINGS.shares), 0, subtypes=3)
+    assert np.bincount([p.subtype for p in grouped]).min() > 70
+    assert {p.subtype for p in people} == {0}
+    for plain, person in zip(people, grouped, strict=True):  # everything else is as without subtypes
+        assert (plain.age, plain.severity, plain.log_tiv) == (person.age, person.severity, person.log_tiv)
+    settings, insula = replace(SETTINGS, subtypes=3, acceleration=0.0), REGIONS.index("insula_left")
+    of_subtype = [
+        change_with_age(as_patient(replace(grouped[0], subtype=number), "SCZ"), 34.0, settings)[0][insula]
+        - change_with_age(as_healthy(grouped[0]), 34.0, settings)[0][insula]
+        for number in range(3)
+    ]
+    expected = 2.0 * PATTERN["SCZ"]["insula"] * weights[:, insula]
+    np.testing.assert_allclose(of_subtype, expected)
+    assert np.mean(of_subtype) == pytest.approx(2.0 * PATTERN["SCZ"]["insula"])
+
+
+def test_the_number_of_sites_is_a_setting():
+    sites = [person.site for person in draw_people(300, {}, 0, sites=3)]
+    assert set(sites) == {0, 1, 2}
+
+
+def centre_of(volume):
+    """Centre of grey matter in mm."""
+    return 6.0 * np.array(ndimage.center_of_mass(volume))
+
+
+def test_misregistration_displaces_each_scan_by_the_stated_distance(people):
+    settings = replace(SETTINGS, misregistration=3.0)
+    shifts = np.array([
+        centre_of(scan(person, settings, session)) - centre_of(scan(person, SETTINGS, session))
+        for person in people[:30] for session in (1, 2)
+    ])  # fmt: skip
+    # The shift of the whole brain has a standard deviation of 3 / sqrt 2 mm; the local error adds little to its centre.
+    assert shifts.std() == pytest.approx(3.0 / np.sqrt(2.0), rel=0.3)
+    assert abs(np.corrcoef(shifts[::2].ravel(), shifts[1::2].ravel())[0, 1]) < 0.4  # sessions err independently
+    assert np.array_equal(scan(people[0], settings), scan(people[0], settings))
+
+
+def test_individual_folds_make_people_less_alike_and_sessions_no_less(people):
+    settings = replace(SETTINGS, individuality=3.0, site_effects=0.0)
+    plain = replace(SETTINGS, site_effects=0.0)
+    likeness = {}
+    for name, of in (("plain", plain), ("folded", settings)):
+        first = [scan(as_healthy(p), of, 1, age=40.0).ravel() for p in people[:12]]
+        second = [scan(as_healthy(p), of, 2, age=40.0).ravel() for p in people[:12]]
+        table = np.corrcoef(first)
+        likeness[name] = (
+            table[~np.eye(12, dtype=bool)].mean(),
+            np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(first, second, strict=True)]),
+        )
+    assert likeness["folded"][0] < likeness["plain"][0] - 0.05
+    assert likeness["folded"][1] == pytest.approx(likeness["plain"][1], abs=1e-3)
 
 
 def test_diagnoses_have_the_given_shares_and_typical_ages(people):

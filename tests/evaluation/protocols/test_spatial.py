@@ -9,6 +9,7 @@ import torch
 
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
+from evaluation.features.candidates import choices_text
 from evaluation.protocols.features import cache_name, features_of, features_of_each
 from evaluation.protocols.settings import EvaluationSettings
 from evaluation.protocols.variant import ProtocolVariant
@@ -67,6 +68,15 @@ def test_features_are_chosen_in_each_fold_and_reported(world, tmp_path, capsys):
     assert {"layer", "pooling", "scale", "penalty"} <= set(chosen)
     assert set(chosen["scale"]) <= {"each", "all"}
     assert trials["point"].str.contains('"layer": "layer1", "pooling": "grid3", "scale": "all"').any()
+    assert (
+        cli.run(["compare", "--experiment", "auto", "--tracking-uri", uri, "--out", str(tmp_path / "report.html")]) == 0
+    )
+    text = choices_text(chosen[chosen["task"] == "ad"].to_dict("records"))
+    assert "of 2 folds)" in text
+    assert f"chosen features (layer, pooling, scale), first, ad: {text}" in " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "report.html").read_text()
+    assert text in page
+    assert "Chosen features" in page
     assert np.isfinite([row["metrics"]["ad.auc"], row["metrics"]["age.mae"], row["metrics"]["ad.auc.n8"]]).all()
 
 

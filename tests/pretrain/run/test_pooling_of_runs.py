@@ -84,6 +84,10 @@ def test_the_projector_takes_every_place_and_a_written_encoder_keeps_them(tmp_pa
             "--encoder.options={pooling: none, grid: [30, 36, 30]}",
             r"encoder.options.grid=\[30, 36, 30\] is not the grid of the scans, \[\d+, \d+, \d+\], which pooling none needs",
         ),
+        (
+            "--encoder={name: vit-small, options: {pooling: none}}",  # whose default grid is that of the paper
+            r"encoder.options.grid=\[121, 145, 121\] is not the grid of the scans",
+        ),
     ],
 )
 def test_a_pooling_that_does_not_fit_the_scans_is_refused_by_the_plan(shards, tmp_path, override, text):
