@@ -105,7 +105,7 @@ def report(table: pd.DataFrame) -> str:
     cells = table.pivot_table("score", "features", ["encoder", "task", "size"], sort=False)
     of_seeds = table.pivot_table("score", "features", ["encoder", "task", "size", "seed"], sort=False)
     better = of_seeds.gt(of_seeds.loc["encoder mean each"]).drop(columns="untrained", level="encoder", errors="ignore")
-    text = cells.round(3).assign(better=better.sum(axis=1)).to_string()
+    text = pd.concat([cells.round(3), better.sum(axis=1).rename(("better", "", "")).to_frame()], axis=1).to_string()
     return f"{text}\nbetter: than the encoder's own features, of {better.shape[1]} cells of the pretrained encoder and one seed"
 
 
