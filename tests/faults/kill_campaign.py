@@ -4,8 +4,8 @@ Five commands are killed in turn with SIGKILL: in half of the cases the command 
 processes, if it has any at that moment. The moment is drawn between the start-up of the interpreter and the duration of a run
 that is not killed; a command that has ended by then is started again with another moment. After the kill the same command
 is started again at once, and killed again in a third of the cases. Its end is compared with that of a run that was not
-killed: the results (see ``tests.faults.kill_commands``) and the names of all files in its folder, so that no temporary file stays. No
-process of the killed command may be left 30 s after the kill.
+killed: the results (see ``tests.faults.kill_commands``) and the names of all files in its folder, so that no temporary file
+stays. No process of the killed command may be left 30 s after the kill.
 """
 
 from __future__ import annotations
