@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class ReadoutSettings:
         batch_size: scans per forward pass.
         workers: threads that read ahead; None is one per core, at most 8.
         device: to compute features on; None is the GPU if there is one.
-        progress: whether to show progress on stderr.
+        progress: whether to show progress on stderr, or the stream to show it on.
     """
 
     columns: Sequence[str]
@@ -91,7 +91,7 @@ class ReadoutSettings:
     batch_size: int = BATCH_SIZE
     workers: int | None = None
     device: str | torch.device | None = None
-    progress: bool = True
+    progress: bool | TextIO = True
 
 
 @dataclass(frozen=True)

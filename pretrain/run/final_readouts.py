@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def fit_final_readouts(plan: Plan, device: torch.device, log: RunLog | None) -> 
         ReadoutSettings(
             columns=[*proxy_columns(recipe.loss.proxies), *settings.columns], layer=settings.layer,
             pooling=tuple(settings.pooling), seed=recipe.run.seed, batch_size=settings.batch, device=device,
-            workers=max(1, recipe.data.workers), progress=log is not None,
+            workers=max(1, recipe.data.workers), progress=sys.stdout if log else False,
             largest=CHEAP_FEATURES if settings.fit == "auto" else LARGEST,
         ),
         work, ranks=Ranks(distributed.rank(), distributed.world_size(), device=device), beat=watchdog.beat,

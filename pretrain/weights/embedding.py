@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
@@ -46,11 +46,11 @@ class FeatureBatch:
 def embed_source(
     network: nn.Module, source: ScanSource, positions: Sequence[int], *, layer: str | None = None,
     pooling: str | Sequence[str] = "mean", device: str | torch.device | None = None, batch_size: int = BATCH_SIZE,
-    workers: int | None = None, progress: bool = True, readouts: Readouts | None = None,
+    workers: int | None = None, progress: bool | TextIO = True, readouts: Readouts | None = None,
 ) -> Generator[FeatureBatch, None, None]:  # fmt: skip
     """Yield the features of a source's scans at some positions, in their order; arguments as ``Encoder.embed``.
 
-    With ``readouts`` their columns (``Readouts.columns``) follow the features.
+    ``progress`` may be the stream to show it on. With ``readouts`` their columns (``Readouts.columns``) follow the features.
     The network is moved to the device in evaluation mode; when the generator ends or is closed, the network is moved back and
     the reading threads have ended.
     """
@@ -61,7 +61,7 @@ def embed_source(
     if readouts is not None:
         compute = _with_readouts(network, (layer, poolings), readouts)
     target, threads = choose_device(device), default_workers(workers)
-    stream = sys.stderr if progress else io.StringIO()
+    stream = progress if not isinstance(progress, bool) else sys.stderr if progress else io.StringIO()
     with (
         _on_device(network, target),
         Progress(len(source.names), "scans", "embedding", len(source.names) - len(positions), stream) as shown,

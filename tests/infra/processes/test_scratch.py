@@ -27,10 +27,16 @@ def temporary(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def other(temporary):
+def store(tmp_path_factory):
+    """The folder of the MLflow store of processes."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def other(temporary, store):
     """Another process that holds a scratch folder, and the folder."""
     process = subprocess.Popen(
-        [sys.executable, "-c", KEEP_ONE], cwd=ROOT, env=environment(temporary), stdin=subprocess.PIPE,
+        [sys.executable, "-c", KEEP_ONE], cwd=ROOT, env=environment(store), stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     yield process, temporary / process.stdout.readline().strip().rpartition("/")[2]
@@ -94,9 +100,9 @@ os._exit(7)
 """
 
 
-def test_dali_leaves_no_files_in_a_process_that_ends_at_once(temporary, shards):
+def test_dali_leaves_no_files_in_a_process_that_ends_at_once(temporary, store, shards):
     done = subprocess.run(
-        [sys.executable, "-c", DALI, str(shards)], cwd=ROOT, env=environment(temporary), capture_output=True, text=True
+        [sys.executable, "-c", DALI, str(shards)], cwd=ROOT, env=environment(store), capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (7, "True\n"), done.stderr[-2000:]
     assert not list(temporary.iterdir())
