@@ -38,7 +38,7 @@ NOTICED = {
 
 def command(folder: Path, name: str, code: str) -> Command:
     return Command(name, lambda out: [sys.executable, "-c", code, str(out)], empty, contents,
-                   folder / "undisturbed", folder / "killed", lambda out: dict(os.environ))  # fmt: skip
+                   folder / "undisturbed", folder / "killed", environment=lambda out: dict(os.environ))  # fmt: skip
 
 
 def test_a_command_that_continues_passes(tmp_path):
