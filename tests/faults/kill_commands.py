@@ -53,7 +53,8 @@ def commands_in(folder: Path) -> dict[str, Command]:
     def command(name: str, line: Callable[[Path], list[str]], prepare: Callable[[Path], None],
                 result: Callable[[Path], Result]) -> Command:  # fmt: skip
         place = name.split()[-1]
-        return Command(name, line, prepare, result, folder / "undisturbed" / place, folder / "killed" / place)
+        return Command(name=name, line=line, prepare=prepare, result=result,
+                       undisturbed=folder / "undisturbed" / place, killed=folder / "killed" / place)  # fmt: skip
 
     def with_store(out: Path) -> None:
         out.mkdir(parents=True)

@@ -37,8 +37,10 @@ NOTICED = {
 
 
 def command(folder: Path, name: str, code: str) -> Command:
-    return Command(name, lambda out: [sys.executable, "-c", code, str(out)], empty, contents,
-                   folder / "undisturbed", folder / "killed", environment=lambda out: dict(os.environ))  # fmt: skip
+    return Command(
+        name=name, line=lambda out: [sys.executable, "-c", code, str(out)], prepare=empty, result=contents,
+        undisturbed=folder / "undisturbed", killed=folder / "killed", environment=lambda out: dict(os.environ),
+    )  # fmt: skip
 
 
 def test_a_command_that_continues_passes(tmp_path):
