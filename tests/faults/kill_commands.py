@@ -65,7 +65,7 @@ def commands_in(folder: Path) -> dict[str, Command]:
         for made in (
             command(
                 "shards build",  # two workers of Ray, although the scans are few: they are the child processes
-                lambda out: yaware("shards", "build", cohort, out / "shards", "--scans-per-shard=5", "--workers=2"),
+                lambda out: yaware(["shards", "build", cohort, out / "shards", "--scans-per-shard=5", "--workers=2"]),
                 empty, lambda out: contents(out / "shards"),
             ),
             command(
@@ -74,23 +74,23 @@ def commands_in(folder: Path) -> dict[str, Command]:
             ),
             command(
                 "evaluate",
-                lambda out: yaware("evaluate", run, "--shards", shards, *EVALUATION, "--cache", out / "cache",
-                                   "--storage", out / "storage"),
+                lambda out: yaware(["evaluate", run, "--shards", shards, *EVALUATION, "--cache", out / "cache",
+                                    "--storage", out / "storage"]),
                 with_store, evaluation,
             ),
             command(
                 "compare",
-                lambda out: yaware("compare", "--out", out / "report.html", "--tracking-uri",
-                                   f"sqlite:///{evaluate / 'mlflow.db'}"),
+                lambda out: yaware(["compare", "--out", out / "report.html", "--tracking-uri",
+                                    f"sqlite:///{evaluate / 'mlflow.db'}"]),
                 empty, lambda out: contents(out, TABLES),
             ),
-            command("export", lambda out: yaware("export", run, out / "encoder"), empty,
+            command("export", lambda out: yaware(["export", run, out / "encoder"]), empty,
                     lambda out: contents(out / "encoder")),
         )
     }  # fmt: skip
 
 
-def yaware(*arguments: object) -> list[str]:
+def yaware(arguments: list[object]) -> list[str]:
     return [sys.executable, "-m", "infra.cli", *map(str, arguments)]
 
 
