@@ -20,39 +20,44 @@ PREFIX, LOCK = "yaware-scratch-", ".lock"
 
 
 @contextmanager
-def scratch_folder(title: str) -> Iterator[Path]:
+def scratch_folder(title: str, beside: Path | None = None) -> Iterator[Path]:
     """Make a folder in TMPDIR, only for this user and inside the block; remove those that killed processes have left.
 
     On a file system without locks the others are left alone, since their processes may still run.
 
     Args:
         title: a word for the folder's name, for example ``voxels``.
+        beside: make the folder beside this path instead, with a hidden name: for a result that is renamed to this path.
 
     Raises:
         UserError: if no temporary folder can be written.
+        OSError: if no folder can be made beside ``beside``.
     """
+    prefix = PREFIX if beside is None else f".{PREFIX}"
     try:
-        parent = Path(tempfile.gettempdir())
-        folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}{title}-", dir=parent))
+        parent = Path(tempfile.gettempdir()) if beside is None else beside.parent
+        folder = Path(tempfile.mkdtemp(prefix=f".{prefix}{title}-", dir=parent))
     except OSError as error:
+        if beside is not None:
+            raise
         raise UserError(
             f"TMPDIR: no temporary folder can be written ({error.strerror or error}); set TMPDIR to one that can"
         ) from None
     with (folder / LOCK).open("wb") as held:
         if lock(held):
-            _remove_left(parent)
+            _remove_left(parent, prefix)
         # It gets its final name once it is locked; until then no other process takes it for one that was left.
-        visible = parent / folder.name.removeprefix(".")
-        folder.rename(visible)
+        final = parent / folder.name.removeprefix(".")
+        folder.rename(final)
         try:
-            yield visible
+            yield final
         finally:
-            shutil.rmtree(visible, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)
 
 
-def _remove_left(parent: Path) -> None:
+def _remove_left(parent: Path, prefix: str) -> None:
     """Remove this user's scratch folders that no process locks."""
-    for folder in parent.glob(f"{PREFIX}*"):
+    for folder in parent.glob(f"{prefix}*"):
         with suppress(OSError):  # locked, or another process has removed it
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
                 continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.grid import Grid
 from infra.errors import UserError, nearest
 from infra.files import sha256_of
+from infra.processes.scratch import scratch_folder
 from pretrain.encoders import build_encoder, check_encoder
 from pretrain.weights.write import preprocessing_of, write_encoder
 
@@ -216,8 +216,8 @@ def _first(names: list[str]) -> str:
 def _write(out: Path, state: State, config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
     source = config["source"]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        folder = Path(temporary) / "encoder"
+    with scratch_folder("import", beside=out) as temporary:
+        folder = temporary / "encoder"
         write_encoder(folder, {name: tensor.contiguous() for name, tensor in state.items()}, config, preprocessing)
         with (folder / "README.md").open("a", encoding="utf-8") as card:
             card.write(

@@ -8,7 +8,6 @@ residuals) and ``readouts.json`` (everything else), whose digests are in ``check
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
+from infra.processes.scratch import scratch_folder
 from pretrain.weights.folder import read_json
 from pretrain.weights.schema import check_readouts_file
 from pretrain.weights.seen_scans import SeenScans
@@ -215,8 +215,8 @@ def readouts_folder(encoder: Path) -> Path:
 def write_readouts(folder: Path, readouts: Readouts) -> None:
     """Write readouts to a folder ``readouts``, completely or not at all; older ones are replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
-        temporary = Path(place) / folder.name
+    with scratch_folder("readouts", beside=folder) as place:
+        temporary = place / folder.name
         temporary.mkdir()
         tensors, entries = {}, []
         for number, readout in enumerate(readouts.readouts.values()):
@@ -237,7 +237,7 @@ def write_readouts(folder: Path, readouts: Readouts) -> None:
         shutil.copymode(temporary / JSON, temporary / TENSORS)  # safetensors makes the file private
         write_json(temporary / "checksums.json", {name: sha256_of(temporary / name) for name in (TENSORS, JSON)})
         if folder.exists():
-            folder.rename(Path(place) / "replaced")
+            folder.rename(place / "replaced")
         temporary.rename(folder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.preparation import DEFAULT_PREPARATION, file_rules
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
+from infra.processes.scratch import scratch_folder
 from pretrain.weights import likeness, seen_scans
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import FILES, find_encoder
@@ -81,22 +81,38 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
         checkpoint: a run folder (its latest checkpoint), a checkpoint, or another exported encoder.
         out: the folder to make.
 
+    If ``out`` holds the same files already, it stays: the command may have been killed after its last step, and is repeated.
+
     Raises:
-        UserError: if ``out`` exists, or if there is no complete encoder at ``checkpoint``.
+        UserError: if ``out`` exists and is not this export, or if there is no complete encoder at ``checkpoint``.
     """
     out = Path(out)
-    if out.exists():
+    if out.exists() and not (out / "checksums.json").is_file():
         raise UserError(f"{out} exists already; choose a new folder")
     Encoder.from_pretrained(checkpoint)  # checks every file
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+    with scratch_folder("export", beside=out) as temporary:
         encoder = find_encoder(checkpoint)
-        shutil.copytree(encoder, Path(temporary) / "encoder")
+        shutil.copytree(encoder, temporary / "encoder")
         readouts = readouts_folder(encoder)
         if readouts.is_dir() and readouts.parent != encoder:
-            shutil.copytree(readouts, Path(temporary) / "encoder" / FOLDER)
-        (Path(temporary) / "encoder").rename(out)
+            shutil.copytree(readouts, temporary / "encoder" / FOLDER)
+        if not out.exists():
+            (temporary / "encoder").rename(out)
+        elif not _same_files(temporary / "encoder", out):
+            raise UserError(f"{out} exists already and is not this encoder's export; choose a new folder")
     return out
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    """Return whether two exports hold the same files; the checksums come first, since ``other`` may be anything."""
+    if sha256_of(one / "checksums.json") != sha256_of(other / "checksums.json"):
+        return False
+    first, second = (
+        {path.relative_to(folder): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+        for folder in (one, other)
+    )
+    return first == second
 
 
 def _model_card(config: dict[str, Any], preprocessing: dict[str, Any]) -> str:

@@ -174,6 +174,8 @@ class Campaign:
         """Kill a command, start it again and compare. At most ``most`` kills are made."""
         command, record = self.commands[name], self.records[name]
         killed, differences = self._kill_while_running(command, afresh=True)
+        if not killed:
+            return
         if most > 1 and self.draw.random() < 1 / 3:
             again, more = self._kill_while_running(command, afresh=False)
             killed, differences = killed + again, differences + more
@@ -273,6 +275,7 @@ def run_campaign(kills: int, seed: int, folder: Path, commands: dict[str, Comman
             missing = wanted[name] - campaign.records[name].kills
             if missing > 0:
                 campaign.case(name, missing)
+        say(f"so far\n{campaign.table()}")
     return campaign
 
 

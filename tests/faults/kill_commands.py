@@ -123,7 +123,10 @@ def pretraining(out: Path) -> Result:
 
 
 def evaluation(out: Path) -> Result:
-    """Return all metrics of finished evaluations, to the last digit, and the bytes of their predictions."""
+    """Return the metrics of each finished evaluation, to the last digit, and the bytes of their tables.
+
+    A command that is killed after its last step evaluates again; this second evaluation must be equal to the first.
+    """
     with sqlite3.connect(f"file:{out / 'mlflow.db'}?mode=ro", uri=True) as store:
         rows = store.execute(
             "select runs.run_uuid, runs.name, key, step, value from metrics join runs using (run_uuid) "
@@ -131,14 +134,17 @@ def evaluation(out: Path) -> Result:
         ).fetchall()
     store.close()
     assert rows, "no evaluation was logged"
-    names = {run_id: name for run_id, name, *_ in rows}
-    tables = {
-        f"{names[run_id]}: {name}": content
-        for run_id in sorted(names, key=lambda run_id: names[run_id])
-        for name, content in contents(out / "artifacts" / run_id).items()
-        if not name.endswith("trials.csv")  # has the seconds that each trial took
-    }
-    return {"metrics": sorted((name, key, step, repr(value)) for _, name, key, step, value in rows), **tables}
+    metrics: dict[str, list[tuple[object, ...]]] = {}
+    for run_id, name, *metric in rows:
+        metrics.setdefault(f"{run_id} {name}", []).append((*metric[:2], repr(metric[2])))
+    ends: dict[str, set[object]] = {}
+    for run, logged in metrics.items():
+        run_id, name = run.split(" ", 1)
+        ends.setdefault(f"{name}: metrics", set()).add(tuple(sorted(logged)))
+        for file, content in contents(out / "artifacts" / run_id).items():
+            if not file.endswith("trials.csv"):  # has the seconds that each trial took
+                ends.setdefault(f"{name}: {file}", set()).add(content)
+    return dict(ends)
 
 
 def file_names(folder: Path) -> set[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from pretrain.encoders import build_encoder
 from pretrain.weights.folder import find_encoder
 from pretrain.weights.write import export, write_encoder
 from tests.pretrain.weights.encoders import CONFIG, write_small_encoder
+from tests.runs import ROOT
 
 GRID = Grid.centred((16, 16, 16), 6.0).to_dict()
 
@@ -70,14 +74,57 @@ def test_weights_of_another_encoder_are_refused_in_one_line(written):
     assert "\n" not in str(caught.value)
 
 
-def test_export_copies_the_whole_folder_and_refuses_to_overwrite(written):
+def test_export_copies_the_whole_folder_and_may_be_repeated(written):
     _, _, root = written
     out = export(root / "run", root / "deep" / "exported")
     assert Encoder.from_pretrained(out).config["step"] == 5
     assert "**simulated** scans" in (out / "README.md").read_text()
     assert [p.name for p in out.parent.iterdir()] == ["exported"]
-    with pytest.raises(UserError, match="exists already"):
+    before = out.stat()
+    assert export(root / "run", out) == out, "a command that was killed after its last step is repeated"
+    assert out.stat() == before
+    assert [p.name for p in out.parent.iterdir()] == ["exported"]
+
+
+@pytest.mark.parametrize("change", ["note", "weights", "empty", "file"])
+def test_export_refuses_a_folder_that_holds_something_else(written, change):
+    network, _, root = written
+    out = root / "exported"
+    if change == "file":
+        out.write_text("mine")
+    elif change == "empty":
+        out.mkdir()
+    elif change == "weights":
+        state = {name: value + 1 for name, value in network.state_dict().items()}
+        write_encoder(out, state, CONFIG, {"grid": GRID})
+    else:
+        (export(root / "run", out) / "note").write_text("mine")
+    before = contents(out)
+    with pytest.raises(UserError, match="exported exists already.*; choose a new folder"):
         export(root / "run", out)
+    assert contents(out) == before
+    assert not list(root.glob(".*"))
+
+
+def contents(path):
+    return path.read_bytes() if path.is_file() else {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+KILLED = """
+import os, signal, sys
+from pretrain.weights import write
+write.find_encoder = lambda checkpoint: os.kill(os.getpid(), signal.SIGKILL)  # called inside the temporary folder
+write.export(*sys.argv[1:])
+"""
+
+
+def test_export_removes_what_a_killed_export_left(written):
+    _, _, root = written
+    out = root / "deep" / "exported"
+    assert subprocess.run([sys.executable, "-c", KILLED, root / "run", out], cwd=ROOT).returncode == -signal.SIGKILL
+    assert len(list(out.parent.iterdir())) == 1, "the kill came inside the temporary folder"
+    export(root / "run", out)
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_the_model_id_is_read_from_mlflow_json(written):
