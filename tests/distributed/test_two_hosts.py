@@ -13,6 +13,7 @@ import pytest
 
 from infra.distributed import free_port
 from infra.watchdog import EXIT_STATUS
+from tests.faults.rank_process import run_ranks
 from tests.netns import Pair, two_hosts, why_not, write_hostfile
 from tests.runs import ROOT, SMALL, environment, losses
 
@@ -83,14 +84,10 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_host(shards, store, tmp_path_factory):
+def one_host(shards, tmp_path_factory):
     """The losses of two ranks on one host. A rank has one thread, as it has on two hosts."""
     folder = tmp_path_factory.mktemp("one-host")
-    command = [*launcher(), "--num_accelerators", "2", "--master_port", str(free_port())]
-    done = subprocess.run([*command, *training(shards, folder / "run")], cwd=ROOT, env=environment(store),
-                          capture_output=True, text=True, timeout=240)  # fmt: skip
-    print(done.stdout[-3000:], done.stderr[-3000:])
-    assert done.returncode == 0
+    run_ranks(training(shards, folder / "run"), folder)
     return losses(folder / "run")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.faults.rank_process import run_ranks
 from tests.runs import kill_ranks_when, losses, pretrain_command, run
 
 STEPS = 14
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def uninterrupted(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert run(pretrain_command(shards, folder / "run", STEPS), folder).returncode == 0
+    run_ranks(pretrain_command(shards, folder / "run", STEPS), folder)
     expected = losses(folder / "run")
     assert [step for step, _ in expected] == list(range(STEPS))
     assert len({loss for _, loss in expected}) == STEPS

@@ -21,7 +21,8 @@ from data_pipeline.loading.loader import TwoViewLoader
 from data_pipeline.loading.order import global_batch
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import LoaderError
-from tests.runs import ROOT, kill_ranks_when, losses, pretrain_command, run
+from tests.faults.rank_process import Fault, run_ranks
+from tests.runs import ROOT, losses, pretrain_command, run
 
 STEPS = 40
 
@@ -169,14 +170,13 @@ def test_a_run_continues_after_a_damaged_scan_and_reports_it(shards, damage, tmp
     first_batch, _ = global_batch(len(candidates), seed=0, step=0, batch=8)
     folder = damage([int(candidates[first_batch[0]])])  # rank 0, which writes metrics.jsonl, reads it in the first step
     output = tmp_path / "run"
-    done = run(pretrain_command(folder, output, 12, "--data.workers=1"), tmp_path)
-    assert done.returncode == 0
-    assert "fails its checksum; run `yaware shards verify" in done.stderr
+    printed = run_ranks(pretrain_command(folder, output, 12, "--data.workers=1"), tmp_path)
+    assert "fails its checksum; run `yaware shards verify" in printed
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["wait_seconds"] / row["seconds"] == pytest.approx(row["data_stall"]) for row in rows)
     assert all(row["data_stall"] <= 1 for row in rows)
     assert [row["bad_scans"] for row in rows] == [1] * 12
-    assert "stall" in done.stdout
+    assert "stall" in printed
 
 
 @pytest.mark.distributed
@@ -194,11 +194,9 @@ def test_a_run_on_damaged_shards_ends_with_one_line(damage, tmp_path):
 @pytest.mark.parametrize("reader", ["stream", "dali"])
 def test_a_killed_run_with_a_sequential_reader_resumes_exactly(shards, tmp_path, reader):
     more = [f"--data.reader={reader}", "--data.buffer=8"]
-    assert run(pretrain_command(shards, tmp_path / "whole", 10, *more), tmp_path).returncode == 0
+    run_ranks(pretrain_command(shards, tmp_path / "whole", 10, *more), tmp_path / "logs")
     command = pretrain_command(shards, tmp_path / "killed", 10, *more)
-    kill_ranks_when(command, tmp_path, lambda: len(losses(tmp_path / "killed")) >= 6)
-    assert len(losses(tmp_path / "killed")) < 10, "the run was killed too late"
-    done = run(command, tmp_path)
-    assert done.returncode == 0
-    assert "resuming after step" in done.stdout
+    run_ranks(command, tmp_path / "logs", fault=Fault(0, "the forward pass of step 7"))
+    assert 6 <= len(losses(tmp_path / "killed")) < 10, "the run was not killed in its eighth step"
+    assert "resuming after step" in run_ranks(command, tmp_path / "resumed")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")

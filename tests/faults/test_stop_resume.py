@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.faults.rank_process import at_phase, start, wait
+from tests.faults.rank_process import at_phase, run_ranks, start, wait
 from tests.runs import ROOT, environment, losses, pretrain_command, run
 from tests.stores import store_at
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def uninterrupted(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert run(pretrain_command(shards, folder / "run", STEPS, *GROUP), folder).returncode == 0
+    run_ranks(pretrain_command(shards, folder / "run", STEPS, *GROUP), folder)
     return losses(folder / "run"), folder / "run"
 
 
@@ -75,10 +75,9 @@ def test_the_same_command_ends_like_an_uninterrupted_run(stopped, uninterrupted,
 def test_a_run_continued_on_other_ranks_has_equal_losses_within_rounding(stopped, uninterrupted, shards, tmp_path):
     ranks, stage = 1, 3
     shutil.copytree(stopped[0] / "run", tmp_path / "run")
-    other = (f"--launch.ranks={ranks}", f"--deepspeed.zero_optimization.stage={stage}")
-    done = run(pretrain_command(shards, tmp_path / "run", STEPS, *GROUP, *other), tmp_path)
-    assert done.returncode == 0
-    assert f"of 2 ranks under ZeRO 1 is converted for {ranks} under ZeRO {stage}" in done.stdout
+    command = pretrain_command(shards, tmp_path / "run", STEPS, *GROUP, f"--deepspeed.zero_optimization.stage={stage}")
+    printed = run_ranks(command, tmp_path, ranks)
+    assert f"of 2 ranks under ZeRO 1 is converted for {ranks} under ZeRO {stage}" in printed
     continued = losses(tmp_path / "run")
     assert [step for step, _ in continued] == [step for step, _ in uninterrupted[0]]
     for (_, loss), (_, expected) in zip(continued, uninterrupted[0], strict=True):
