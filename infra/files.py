@@ -115,26 +115,48 @@ def short_temporary_folder(option: str) -> Path:
     )
 
 
+UNFINISHED_FILE = ".yaware.tmp"  # the end of the name of a file that is being written
+_cleaned: set[tuple[int, Path]] = set()  # (process, folder): where this process has removed what killed ones left
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path``; after the block, flush it to disk and rename it to ``path``.
 
-    If the block raises, ``path`` is not created, and an older file at ``path`` stays unchanged.
+    If the block raises, ``path`` is not created, and an older file at ``path`` stays unchanged. The temporary file is locked;
+    those that killed processes have left in the folder are removed at the first write of this process there.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    _remove_left(target.parent)
+    handle, new = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent)
+    temporary = Path(new)
     try:
         with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as stream:
+            with suppress(OSError):
+                lock(stream, wait=False)
+            # It gets this name once it is locked; until then no other process takes it for one that was left.
+            temporary = temporary.rename(temporary.with_suffix(UNFINISHED_FILE))
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp creates private files; give shards and reports the permissions that open() would give.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
+            # mkstemp creates private files; give shards and reports the permissions that open() would give.
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove the temporary files in a folder that no process locks, once per process. Without locks they stay."""
+    if (os.getpid(), folder) in _cleaned:
+        return
+    _cleaned.add((os.getpid(), folder))
+    for path in folder.glob(f".*{UNFINISHED_FILE}"):
+        with suppress(OSError), path.open("r+b") as stream:  # locked, of another user, or removed meanwhile
+            if lock(stream, wait=False):
+                path.unlink()
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

@@ -22,7 +22,7 @@ def export(arguments: list[str]) -> int:
     """Copy a checkpoint's encoder to a folder that needs nothing else."""
     parser = argparse.ArgumentParser(prog="yaware export", description=export.__doc__)
     parser.add_argument("checkpoint", help="a run folder (its latest checkpoint) or one of its checkpoints/step-*")
-    parser.add_argument("out", type=Path, help="the folder to make")
+    parser.add_argument("out", type=Path, help="the folder to make; if it holds this export already, it stays")
     options = parser.parse_args(arguments)
     check_output(options.out, "OUT")
     from pretrain.weights.write import export as copy_encoder
