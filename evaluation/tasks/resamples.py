@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.tasks.folds import Fold, outer_folds
+from evaluation.tasks.folds import INNER_FOLDS, Fold, outer_folds
 from evaluation.tasks.tasks import Task
 from infra import random_streams
 from infra.errors import UserError
@@ -151,7 +151,7 @@ def _folds_of(task: Task, positions: NDArray[np.int64], count: int, seed: int, b
     for train, test in folds:
         if task.kind != "regression" and len(np.unique(part.labels[train])) < 2:
             return []
-        if not len(test):
+        if not len(test) or len(np.unique(part.groups[train])) < INNER_FOLDS:
             return []
     return [(positions[train], positions[test]) for train, test in folds]
 

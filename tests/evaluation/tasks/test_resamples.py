@@ -9,7 +9,7 @@ from evaluation.protocols.nested_cv import NestedCVResult, prepare, search_task
 from evaluation.protocols.probes import Probe, linear
 from evaluation.protocols.results import resample_rows
 from evaluation.statistics.metrics import auc
-from evaluation.tasks.folds import outer_folds
+from evaluation.tasks.folds import inner_folds, outer_folds
 from evaluation.tasks.resamples import NO_RESAMPLING, Resampling, halves, make_resamples, permuted_rows
 from evaluation.tasks.tasks import Task
 
@@ -81,6 +81,21 @@ def test_a_half_has_as_many_folds_as_its_smallest_class_and_too_small_a_class_ha
     few = task_of(people=40, positives=3)
     made = make_resamples(few, [(groups, groups)], Resampling(1, 6), count=5, seed=0, by_site=False)
     assert made == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scans", [1, 2])
+def test_a_half_has_enough_people_for_the_inner_folds_or_is_left_out(kind, scans):
+    with_halves = []
+    for people in range(5, 20):
+        task = task_of(kind, people=people, positives=people // 2, scans=scans)
+        folds = outer_folds(task, 2, 0)
+        for made in make_resamples(task, folds, Resampling(1, 5), count=2, seed=0, by_site=False):
+            for train, _ in made.folds:
+                assert len(inner_folds(task.labels[train], task.groups[train], kind, made.seed)) == 3
+            with_halves.append(people)
+    assert min(with_halves) < 18
+    assert 5 not in with_halves
 
 
 def test_left_out_sites_stay_whole_in_halves():
