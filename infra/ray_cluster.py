@@ -71,23 +71,36 @@ def session(workers: int | None = None) -> Iterator[Any]:
                 f"RAY_ADDRESS={address}: cannot join this cluster ({_first_line(error.__cause__ or error)}); if it requires "
                 "a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from None
-    else:
-        os.environ.setdefault("RAY_TMPDIR", str(short_temporary_folder("RAY_TMPDIR")))
-        with _on_loopback(ray):
-            ray.init(
-                address="local", num_cpus=workers or len(os.sched_getaffinity(0)), include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES, **options,
-            )  # fmt: skip
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+        return
+    os.environ.setdefault("RAY_TMPDIR", str(short_temporary_folder("RAY_TMPDIR")))
+    with _guarded():
+        try:
+            with _on_loopback(ray):
+                ray.init(
+                    address="local", num_cpus=workers or len(os.sched_getaffinity(0)), include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES, **options,
+                )  # fmt: skip
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _guarded() -> Iterator[None]:
+    """End the processes of a Ray cluster that starts in the block after the block, or when this process is killed in it."""
     from infra.processes.guard import guard_session
 
-    guard = None if address else guard_session()
+    guard = guard_session()
     try:
-        yield ray
+        yield
     finally:
-        ray.shutdown()
-        if guard and guard.stdin:
+        if guard.stdin:
             guard.stdin.close()
-            guard.wait()
+        guard.wait()
 
 
 @contextmanager

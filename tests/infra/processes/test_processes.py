@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 
 import psutil
 import pytest
 
 from infra.processes.guard import end_all
 from infra.processes.with_parent import command_with_parent
+from infra.processes.words import words_of
 from tests.runs import ROOT
 
 DRIVER = """
@@ -28,10 +30,11 @@ BELOW = "import subprocess; below = subprocess.Popen(['sleep', '100']); print(be
 GUARDED = """
 import os, subprocess, sys, time
 from infra.processes.guard import guard_session
+guard = guard_session()  # before the processes that it guards
 charge = subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[1]], stdout=subprocess.PIPE, text=True)
 below = int(charge.stdout.readline())
 other = subprocess.Popen(["sleep", "100"])
-print(charge.pid, below, other.pid, guard_session().pid, flush=True)
+print(charge.pid, below, other.pid, guard.pid, flush=True)
 time.sleep(100)
 """
 
@@ -96,6 +99,29 @@ def test_the_guard_ends_what_a_killed_driver_has_left():
         assert psutil.pid_exists(other), "a process that is none of the session's was ended"
     finally:
         os.kill(other, signal.SIGKILL)
+
+
+STARTS_RAY = "from infra.ray_cluster import session\nwith session(1): input()"
+
+
+@pytest.mark.distributed
+def test_a_driver_that_is_killed_while_its_cluster_starts_leaves_none_of_it():
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    driver = subprocess.Popen([sys.executable, "-c", STARTS_RAY], cwd=ROOT, env=environment, stdin=subprocess.PIPE)
+    limit, family = time.monotonic() + 100, []
+    while not any("Agent" in " ".join(words_of(process)) for process in family):  # an agent that has renamed itself
+        assert driver.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+        family = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.communicate()
+    try:
+        assert [process.pid for process in family if not ends(process.pid)] == []
+    finally:
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_end_all_returns_what_did_not_end_by_itself():
