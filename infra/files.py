@@ -116,6 +116,7 @@ def short_temporary_folder(option: str) -> Path:
 
 
 UNFINISHED_FILE = ".yaware.tmp"  # the end of the name of a file that is being written
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _cleaned: set[tuple[int, Path]] = set()  # (process, folder): where this process has removed what killed ones left
 
 
@@ -124,7 +125,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     """Open a temporary file beside ``path``; after the block, flush it to disk and rename it to ``path``.
 
     If the block raises, ``path`` is not created, and an older file at ``path`` stays unchanged. The temporary file is locked;
-    those that killed processes have left in the folder are removed at the first write of this process there.
+    those that killed processes of this host have left in the folder are removed at the first write of this process there.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             with suppress(OSError):
                 lock(stream, wait=False)
             # It gets this name once it is locked; until then no other process takes it for one that was left.
-            temporary = temporary.rename(temporary.with_suffix(UNFINISHED_FILE))
+            temporary = temporary.rename(temporary.with_suffix(f".{host_tag()}{UNFINISHED_FILE}"))
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -148,12 +149,24 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         raise
 
 
+def host_tag() -> str:
+    """Return eight letters that tell the running systems apart that may write to one folder; empty if there is no boot id.
+
+    On some shared file systems a lock holds on one host only, so what looks unlocked there may be another host's.
+    """
+    try:
+        return hashlib.sha256(_BOOT_ID.read_bytes()).hexdigest()[:8]
+    except OSError:
+        return ""
+
+
 def _remove_left(folder: Path) -> None:
-    """Remove the temporary files in a folder that no process locks, once per process. Without locks they stay."""
+    """Remove this host's temporary files in a folder that no process locks, once per process. Without locks they stay."""
     if (os.getpid(), folder) in _cleaned:
         return
     _cleaned.add((os.getpid(), folder))
-    for path in folder.glob(f".*{UNFINISHED_FILE}"):
+    tag = host_tag()
+    for path in folder.glob(f".*.{tag}{UNFINISHED_FILE}") if tag else ():
         with suppress(OSError), path.open("r+b") as stream:  # locked, of another user, or removed meanwhile
             if lock(stream, wait=False):
                 path.unlink()

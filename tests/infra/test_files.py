@@ -47,6 +47,13 @@ def test_what_a_killed_write_left_goes_with_the_next_process_that_writes_there(t
     assert sorted(path.name for path in tmp_path.iterdir()) == [mine.name, "other.json"]
 
 
+def test_what_another_host_is_writing_stays(tmp_path):
+    others = tmp_path / ".table.csv.x.0123abcd.yaware.tmp"  # not locked, as seen from here
+    others.write_text("")
+    next_process(tmp_path)
+    assert others.exists()
+
+
 def next_process(folder):
     code = "import sys; from infra.files import write_json; write_json(sys.argv[1] + '/other.json', 1)"
     subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, check=True)
