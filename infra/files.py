@@ -7,9 +7,11 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -116,7 +118,6 @@ def short_temporary_folder(option: str) -> Path:
 
 
 UNFINISHED_FILE = ".yaware.tmp"  # the end of the name of a file that is being written
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _cleaned: set[tuple[int, Path]] = set()  # (process, folder): where this process has removed what killed ones left
 
 
@@ -149,15 +150,17 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         raise
 
 
+@cache
 def host_tag() -> str:
-    """Return eight letters that tell the running systems apart that may write to one folder; empty if there is no boot id.
+    """Return eight letters that tell the running systems apart that may write to one folder: a digest of Linux's boot id.
 
     On some shared file systems a lock holds on one host only, so what looks unlocked there may be another host's.
     """
     try:
-        return hashlib.sha256(_BOOT_ID.read_bytes()).hexdigest()[:8]
+        host = Path("/proc/sys/kernel/random/boot_id").read_bytes()
     except OSError:
-        return ""
+        host = platform.node().encode()
+    return hashlib.sha256(host).hexdigest()[:8]
 
 
 def _remove_left(folder: Path) -> None:
@@ -165,8 +168,7 @@ def _remove_left(folder: Path) -> None:
     if (os.getpid(), folder) in _cleaned:
         return
     _cleaned.add((os.getpid(), folder))
-    tag = host_tag()
-    for path in folder.glob(f".*.{tag}{UNFINISHED_FILE}") if tag else ():
+    for path in folder.glob(f".*.{host_tag()}{UNFINISHED_FILE}"):
         with suppress(OSError), path.open("r+b") as stream:  # locked, of another user, or removed meanwhile
             if lock(stream, wait=False):
                 path.unlink()

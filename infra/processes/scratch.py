@@ -34,7 +34,7 @@ def scratch_folder(title: str, beside: Path | None = None) -> Iterator[Path]:
         OSError: if no folder can be made beside ``beside``.
     """
     # Beside a result, which other hosts may see too, only folders of this host are removed; see `host_tag`.
-    prefix = PREFIX if beside is None else f".{PREFIX}{host_tag() or 'unknown'}-"
+    prefix = PREFIX if beside is None else f".{PREFIX}{host_tag()}-"
     try:
         parent = Path(tempfile.gettempdir()) if beside is None else beside.parent
         folder = Path(tempfile.mkdtemp(prefix=f".{prefix}{title}-", dir=parent))
@@ -45,7 +45,7 @@ def scratch_folder(title: str, beside: Path | None = None) -> Iterator[Path]:
             f"TMPDIR: no temporary folder can be written ({error.strerror or error}); set TMPDIR to one that can"
         ) from None
     with (folder / LOCK).open("wb") as held:
-        if lock(held) and (beside is None or host_tag()):
+        if lock(held):
             _remove_left(parent, prefix)
         # It gets its final name once it is locked; until then no other process takes it for one that was left.
         final = parent / folder.name.removeprefix(".")

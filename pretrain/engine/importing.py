@@ -54,13 +54,10 @@ def without_compiler() -> None:
     """
     if not is_own_process() or "torch._dynamo" in sys.modules:
         return
+    wrapper = internal("torch", torch, "_disable_dynamo")(lambda: None).__code__  # all wrapped functions share it
     for function in vars(torch.optim.Optimizer).values():
-        if getattr(function, "__code__", None) is _WRAPPER:
+        if getattr(function, "__code__", None) is wrapper:
             function.__wrapped__.__dynamo_disable = function.__wrapped__
     for kind in (torch.optim.Adam, torch.optim.SGD):
         if kind.step.__code__.co_name == "_use_grad":
             kind.step = torch.no_grad()(internal("torch", kind.step, "__wrapped__"))  # type: ignore[method-assign]
-
-
-# The code of the wrapper, which all wrapped functions share.
-_WRAPPER = internal("torch", torch, "_disable_dynamo")(lambda: None).__code__

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline.storage.manifest import Manifest, check_shards
 from infra.errors import UserError
-from pretrain.losses.proxies import JOINT
+from pretrain.losses.proxies import proxy_columns
 from pretrain.readouts.fit import ReadoutSettings, fit_readouts
 from pretrain.readouts.targets import check_columns
 from pretrain.weights.embedding import BATCH_SIZE
@@ -57,7 +57,9 @@ def add_readouts(
         raise UserError(f"{folder} exists already; --replace fits the readouts again")
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(shards)
     recipe = _recipe_of(loaded.folder)
-    chosen = list(columns) if columns is not None else _proxies_of(recipe)
+    chosen = (
+        list(columns) if columns is not None else proxy_columns(OmegaConf.select(recipe, "loss.proxies") or {"age": {}})
+    )
     check_columns(manifest, chosen, "--columns")
     if split is None and query is None and loaded.config.get("manifest_digest") == manifest.digest:
         query = OmegaConf.select(recipe, "data.query")
@@ -82,8 +84,3 @@ def _recipe_of(encoder: Path) -> Any:
     """Return the recipe of the run that an encoder is a checkpoint of; empty for an exported encoder."""
     path = encoder.parent.parent.parent / "recipe.yaml"
     return OmegaConf.load(path) if path.is_file() else OmegaConf.create({})
-
-
-def _proxies_of(recipe: Any) -> list[str]:
-    proxies = OmegaConf.select(recipe, "loss.proxies") or {"age": None}
-    return [column for name in proxies for column in str(name).split(JOINT)]

@@ -74,7 +74,7 @@ def train_step(
     except NotFinite as error:
         raise NotFinite(f"step {step}: {error}") from None
     learned = {} if temperature is None else {"temperature": float(temperature.detach())}
-    apart = {f"loss/{name}": term / weights[name] for name, term in zip(weights, terms, strict=False)}
+    apart = {f"loss/{name}": term / weights[name] for name, term in zip(weights, terms, strict=True)} if weights else {}
     return {"loss": mean, **apart, "lr": lr, **updated, **learned}, sums
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
@@ -24,14 +23,12 @@ from evaluation.protocols.variant import ProtocolVariant
 from infra import cli
 from infra.errors import UserError
 from infra.tracking import runs
-from pretrain.encoders import build_encoder
 from pretrain.readouts.add import add_readouts
 from pretrain.weights.readouts import readouts_folder
-from pretrain.weights.seen_scans import source_of
-from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
+from tests.pretrain.weights.encoders import write_encoders_of
+from tests.stores import store_at
 
-OPTIONS = {"width": 0.125, "norm": "group"}
 TRAIN, TEST = np.arange(50), np.arange(50, 70)
 
 
@@ -124,19 +121,7 @@ def world(tmp_path_factory):
         write_cohort(root / "tiny", participants=90), root / "shards", splits={"pretrain": 0.4, "downstream": 0.6}
     )
     manifest = Manifest.load(root / "shards")
-    torch.manual_seed(0)
-    config = {
-        "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 64, "step": 3, "run_id": None, "run_name": "first",
-        "method": "y-aware", "manifest_digest": manifest.digest, "split": ["pretrain"], "version": "0.1.0",
-        "simulated": False, "experiment": "test",
-    }  # fmt: skip
-    preprocessing = {"grid": manifest.grid, "normalisation": "zscore", "modality": "vbm", "scaling": "none"}
-    state, seen = (
-        build_encoder("resnet18", OPTIONS).state_dict(),
-        [source_of(manifest, manifest.rows(split="pretrain"))],
-    )
-    for name in ("encoder", "without", "other"):
-        write_encoder(root / name, state, config, preprocessing, seen)
+    write_encoders_of(manifest, *(root / name for name in ("encoder", "without", "other")))
     add_readouts(root / "encoder", manifest, columns=["age", "sex"], progress=False)
     add_readouts(root / "other", manifest, columns=["age"], split=["downstream"], progress=False)
     return root
@@ -144,7 +129,7 @@ def world(tmp_path_factory):
 
 def evaluate(root, name, *more, encoder="encoder"):
     """Run ``yaware evaluate`` with a store of its own; return its status, the store and its finished runs."""
-    uri = f"sqlite:///{root}/{name}.db"
+    uri = store_at(root / f"{name}.db")
     small = ["--folds", "2", "--draws", "2", "--n-train", "8", "--repeats", "1", "--halvings", "0", "--workers", "1"]
     given = ["evaluate", str(root / encoder), "--shards", str(root / "shards"), "--experiment", name, "--tasks", "ad"]
     status = cli.run([*given, *small, "--storage", str(root / "storage"), "--tracking-uri", uri, *more])

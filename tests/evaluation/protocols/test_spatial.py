@@ -15,14 +15,12 @@ from evaluation.protocols.settings import EvaluationSettings
 from evaluation.protocols.variant import ProtocolVariant
 from infra import cli
 from infra.tracking import runs
-from pretrain.encoders import build_encoder
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.layers import intermediate_features
-from pretrain.weights.seen_scans import source_of
-from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
+from tests.pretrain.weights.encoders import write_encoders_of
+from tests.stores import store_at
 
-OPTIONS = {"width": 0.125, "norm": "group"}
 SMALL = ["--folds", "2", "--draws", "2", "--n-train", "8", "--repeats", "1", "--halvings", "0"]
 
 
@@ -32,23 +30,14 @@ def world(tmp_path_factory):
     shards = root / "shards"
     build_shards(write_cohort(root / "tiny", participants=54), shards, splits={"pretrain": 0.2, "downstream": 0.8})
     manifest = Manifest.load(shards)
-    torch.manual_seed(0)
-    config = {
-        "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 64, "step": 3, "run_id": None, "run_name": "first",
-        "method": "y-aware", "manifest_digest": manifest.digest, "split": ["pretrain"], "version": "0.1.0",
-        "simulated": False, "experiment": "test",
-    }  # fmt: skip
-    preprocessing = {"grid": manifest.grid, "normalisation": "zscore", "modality": "vbm", "scaling": "none"}
-    state = build_encoder("resnet18", OPTIONS).state_dict()
-    seen = [source_of(manifest, manifest.rows(split="pretrain"))]
-    write_encoder(root / "encoder", state, config, preprocessing, seen)
+    write_encoders_of(manifest, root / "encoder")
     return root, shards
 
 
 def evaluate(world, name, *more):
     """Run ``yaware evaluate`` with a store of its own; return its status, the store and its finished runs."""
     root, shards = world
-    uri = f"sqlite:///{root}/{name}.db"
+    uri = store_at(root / f"{name}.db")
     given = ["evaluate", str(root / "encoder"), "--shards", str(shards), "--experiment", name, "--workers", "1"]
     status = cli.run([*given, *SMALL, "--storage", str(root / "storage"), "--tracking-uri", uri, *more])
     return status, uri, runs.runs(uri, name, "evaluation") if status == 0 else []

@@ -8,6 +8,7 @@ import torch
 
 from data_pipeline.volume.grid import Grid
 from pretrain.encoders import build_encoder
+from pretrain.weights.seen_scans import source_of
 from pretrain.weights.write import write_encoder
 from tests.cohorts import GRID, blob
 
@@ -27,6 +28,21 @@ def write_small_encoder(folder, grid=GRID, **preprocessing):
     network = build_encoder("resnet18", OPTIONS).eval()
     write_encoder(folder, network.state_dict(), CONFIG, {**PREPROCESSING, "grid": grid, **preprocessing})
     return network
+
+
+def write_encoders_of(manifest, *folders, width=0.125):
+    """Write an exported encoder to some folders, as one that was trained on the split ``pretrain`` of a data set."""
+    torch.manual_seed(0)
+    options = {**OPTIONS, "width": width}
+    network = build_encoder("resnet18", options)
+    config = {
+        **CONFIG, "encoder": {"name": "resnet18", "options": options}, "feature_size": int(network.feature_size),
+        "run_name": "first", "manifest_digest": manifest.digest, "simulated": False,
+    }  # fmt: skip
+    preprocessing = {**PREPROCESSING, "modality": "vbm", "grid": manifest.grid}
+    seen = [source_of(manifest, manifest.rows(split="pretrain"))]
+    for folder in folders:
+        write_encoder(folder, network.state_dict(), config, preprocessing, seen)
 
 
 def write_scans(folder, count, first=0):
