@@ -21,6 +21,7 @@ from typing import Any
 from infra.distributed import loopback_of_gloo
 from infra.errors import UserError
 from infra.files import short_temporary_folder
+from infra.internals import internal, replaced_internal
 from infra.lean_imports import quiet_imports
 
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -109,15 +110,17 @@ def _on_loopback(ray: Any) -> Iterator[None]:
 
     Ray listens on all addresses unless the address of its node is 127.0.0.1. It replaces that address by the host's own, also
     in ``_node_ip_address``, unless it is told that the platform has no clusters, as on macOS.
+
+    Raises LibraryChanged if Ray has no such switch: the cluster would be open to other hosts.
     """
-    constants = ray._private.ray_constants
-    variable = str(constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
-    before, constant = os.environ.get(variable), constants.ENABLE_RAY_CLUSTER
-    os.environ[variable], constants.ENABLE_RAY_CLUSTER = "0", False
+    constants = internal("ray", internal("ray", ray, "_private"), "ray_constants")
+    variable = str(internal("ray", constants, "ENABLE_RAY_CLUSTERS_ENV_VAR"))
+    before = os.environ.get(variable)
+    os.environ[variable] = "0"
     try:
-        yield
+        with replaced_internal("ray", constants, "ENABLE_RAY_CLUSTER", False):
+            yield
     finally:
-        constants.ENABLE_RAY_CLUSTER = constant
         if before is None:
             del os.environ[variable]
         else:

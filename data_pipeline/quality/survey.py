@@ -267,7 +267,7 @@ def _worst(survey: Survey) -> Table:
 
 def _excluded(survey: Survey) -> Table:
     rows = [
-        [removal.key, removal.rule, _number(removal.figure, ".4g"), _number(removal.threshold, ".4g"), removal.reason]
+        [removal.key, removal.rule, _number(removal.measured, ".4g"), _number(removal.threshold, ".4g"), removal.reason]
         for removal in survey.removals[:MOST_ROWS]
     ]
     hidden = len(survey.removals) - len(rows)

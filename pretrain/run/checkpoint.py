@@ -263,14 +263,20 @@ def clean_checkpoints(checkpoints: Path, keep: int) -> None:
 
 
 def read_best(checkpoints: Path) -> dict[str, Any] | None:
-    """Return step, metric and score of the best encoder so far, as ``note_best`` wrote them; None if there is none."""
+    """Return ``step``, ``metric`` and ``score`` of the best encoder so far, as ``note_best`` wrote them; None if there is none.
+
+    Older files call the metric ``figure``.
+    """
     path = checkpoints / f"{BEST}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    best: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {"step": best["step"], "metric": best.get("metric", best.get("figure")), "score": best["score"]}
 
 
 def note_best(checkpoints: Path, step: int, metric: str, score: float) -> None:
     """Write the score of the encoder after ``step`` steps, the best so far by ``metric``. Rank 0 only."""
-    write_json(checkpoints / f"{BEST}.json", {"step": step, "figure": metric, "score": score})
+    write_json(checkpoints / f"{BEST}.json", {"step": step, "metric": metric, "score": score})
 
 
 def point_to_best(checkpoints: Path, step: int) -> None:

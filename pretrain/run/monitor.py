@@ -93,7 +93,7 @@ class OnlineMonitor:
         folder = Path(self._plan.recipe.run.output) / "checkpoints"
         metric, sign = score_of(watched.tasks[0])
         best = checkpoint.read_best(folder)
-        comparable = best if best and best.get("figure") == metric and best["step"] < steps_done else None
+        comparable = best if best and best["metric"] == metric and best["step"] < steps_done else None
         if comparable and sign * (metrics[metric] - comparable["score"]) <= 0:
             return False
         checkpoint.note_best(folder, steps_done, metric, metrics[metric])

@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_info
 
 from infra import ray_cluster, tuning
 from infra.errors import UserError
+from infra.internals import LibraryChanged
 from tests.listening import reachable
 
 
@@ -58,6 +59,20 @@ def test_a_local_cluster_listens_on_loopback_only():
     list(ray_cluster.map_unordered(square, [(1,)], in_flight=1))  # a worker has started
     assert not reachable([psutil.Process(), *psutil.Process().children(recursive=True)])
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ  # other clusters are as before
+
+
+@pytest.mark.parametrize("name", ["ENABLE_RAY_CLUSTER", "ENABLE_RAY_CLUSTERS_ENV_VAR"])
+def test_a_ray_without_the_switch_of_loopback_starts_no_cluster(monkeypatch, name):
+    ray = ray_cluster.import_ray()
+    monkeypatch.delattr(ray._private.ray_constants, name)
+    before = dict(os.environ)
+    with (
+        pytest.raises(LibraryChanged, match=f"ray .* ray._private.ray_constants has no attribute '{name}'"),
+        ray_cluster._on_loopback(ray),
+    ):
+        pytest.fail("the block ran, so a cluster would have started")
+    assert not hasattr(ray._private.ray_constants, name)
+    assert dict(os.environ) == before
 
 
 def test_an_exception_of_a_task_is_raised_in_the_caller():

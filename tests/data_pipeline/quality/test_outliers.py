@@ -63,7 +63,7 @@ def test_a_stricter_threshold_removes_a_superset(tmp_path_factory, seed, first, 
         verdict = judge(table, files, Quality(outlier=Outlier(robust_z=limit, least_drop=0.0)), paths(table))
         removed.append({removal.key for removal in verdict.removals})
         assert removed[-1] == set(table["key"][verdict.z < limit])
-        assert all(removal.figure < limit == removal.threshold for removal in verdict.removals)
+        assert all(removal.measured < limit == removal.threshold for removal in verdict.removals)
     assert removed[0] <= removed[1]
 
 
@@ -115,7 +115,7 @@ def test_the_first_key_of_each_group_of_copies_is_kept_for_any_order_of_rows(tmp
     for removal in verdict.removals:
         assert f"same voxels as {first[digest[removal.key]]}," in removal.reason
         assert "listed as two participants" in removal.reason
-        assert removal.figure == (digest == digest[removal.key]).sum()
+        assert removal.measured == (digest == digest[removal.key]).sum()
 
 
 def test_a_copy_in_another_data_set_is_a_duplicate(tmp_path):
