@@ -194,7 +194,7 @@ def _first_line(error: BaseException) -> str:
 
 def map_unordered(
     function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, in_flight: int, retries: int = 3,
-    here: bool = False,
+    in_process: bool = False,
 ) -> Iterator[tuple[int, Any]]:  # fmt: skip
     """Run ``function(*arguments[i])`` for every i as Ray tasks; yield (i, result) in the order of completion.
 
@@ -203,13 +203,13 @@ def map_unordered(
         arguments: one tuple of arguments for each task.
         in_flight: how many tasks are submitted at a time.
         retries: how often a task runs again after its worker process has died.
-        here: run the tasks in this process, in order.
+        in_process: run the tasks in this process, in order.
 
     Raises:
         UserError: if the workers of a task die at every attempt.
         Exception: any exception of ``function``.
     """
-    if here:
+    if in_process:
         with one_thread():
             yield from ((index, function(*task_arguments)) for index, task_arguments in enumerate(arguments))
         return

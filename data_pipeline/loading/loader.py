@@ -338,5 +338,5 @@ def volumes(
     """
     reader = manifest.reader()
     for first in range(0, len(rows), batch_size):
-        part = rows[first : first + batch_size]
-        yield part, torch.from_numpy(np.stack([zscore(reader.read(int(row)))[None] for row in part]))
+        batch_rows = rows[first : first + batch_size]
+        yield batch_rows, torch.from_numpy(np.stack([zscore(reader.read(int(row)))[None] for row in batch_rows]))

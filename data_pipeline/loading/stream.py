@@ -99,14 +99,14 @@ class StreamSource:
 
     def count(self) -> int:
         """Return the number of scans in a step of this rank."""
-        part = rank_slice(self.batch, self.rank, self.world_size)
-        return int(part.stop - part.start)
+        own = rank_slice(self.batch, self.rank, self.world_size)
+        return int(own.stop - own.start)
 
     @property
     def scans_per_epoch(self) -> int:
         """Number of scans that this rank reads in an epoch."""
-        part = rank_slice(len(self.rows), self.rank, self.world_size)
-        return int(part.stop - part.start)
+        own = rank_slice(len(self.rows), self.rank, self.world_size)
+        return int(own.stop - own.start)
 
     def sequence(self, epoch: int) -> NDArray[np.int64]:
         """Return the indices into ``rows`` of this rank's part of an epoch, in the order in which they are read."""

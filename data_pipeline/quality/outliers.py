@@ -46,12 +46,12 @@ class Verdict(NamedTuple):
     scale: float | None  # 1.4826 x median absolute deviation; None if the cohort is too small
 
 
-def judge(
+def find_outliers(
     table: pd.DataFrame,
     coarse: Sequence[Path],
     quality: Quality,
     paths: Mapping[str, str],
-    known: Mapping[str, str] | None = None,
+    stored_digests: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Compare all scans of a cohort with each other and with their median scan.
 
@@ -63,11 +63,11 @@ def judge(
         coarse: the coarse files of the parts.
         quality: the rules.
         paths: each key's file, as the quarantine may name it.
-        known: digest -> key of the scans that the shards hold already; a new copy of one of them is excluded.
+        stored_digests: digest -> key of the scans that the shards hold already; a new copy of one of them is excluded.
     """
     removed: dict[int, Removal] = {}
     if quality.duplicate == "refuse":
-        removed = _find_duplicates(table, paths, known or {})
+        removed = _find_duplicates(table, paths, stored_digests or {})
     kept = np.ones(len(table), dtype=bool)
     kept[list(removed)] = False
     correlation = _correlations(coarse, kept)
@@ -95,7 +95,9 @@ def robust_scale(correlation: NDArray[np.float64]) -> tuple[float, float]:
     return location, 1.4826 * max(float(np.median(np.abs(correlation - location))), LEAST_SPREAD)
 
 
-def _find_duplicates(table: pd.DataFrame, paths: Mapping[str, str], known: Mapping[str, str]) -> dict[int, Removal]:
+def _find_duplicates(
+    table: pd.DataFrame, paths: Mapping[str, str], stored_digests: Mapping[str, str]
+) -> dict[int, Removal]:
     """Row -> removal of every copy but the one with the first key; scans that the shards hold already precede new ones."""
     participants = (table["dataset"].astype(str) + "/" + table["participant_id"].astype(str)).to_numpy()
     keys, digests = table["key"].to_numpy(), table["voxels_sha256"].to_numpy()
@@ -104,8 +106,8 @@ def _find_duplicates(table: pd.DataFrame, paths: Mapping[str, str], known: Mappi
     removed: dict[int, Removal] = {}
     for row in np.argsort(keys, kind="stable"):
         digest = digests[row]
-        if digest in known:
-            reason = f"same voxels as {known[digest]}, which the shards hold already"
+        if digest in stored_digests:
+            reason = f"same voxels as {stored_digests[digest]}, which the shards hold already"
         elif digest in first_row:
             other = first_row[digest]
             same = participants[row] == participants[other]
@@ -114,7 +116,7 @@ def _find_duplicates(table: pd.DataFrame, paths: Mapping[str, str], known: Mappi
         else:
             first_row[digest] = int(row)
             continue
-        count = float(copies[digest] + (digest in known))
+        count = float(copies[digest] + (digest in stored_digests))
         removed[int(row)] = Removal(keys[row], paths[keys[row]], "duplicate", count, 1.0, reason)
     return removed
 

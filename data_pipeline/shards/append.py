@@ -184,7 +184,7 @@ def _check_unchanged(scans: list[Scan], old: Manifest, workers: int | None, rere
     changed: list[str] = []
     small = ray_cluster.is_small(bytes_of(scans), workers)
     with ray_cluster.session_on_demand(workers), Progress(len(scans), "scans", "comparing known scans") as progress:
-        for index, checksums in ray_cluster.map_unordered(_checksums, tasks, in_flight=64, here=small):
+        for index, checksums in ray_cluster.map_unordered(_checksums, tasks, in_flight=64, in_process=small):
             first = starts[index]
             rows = stored.iloc[first : first + len(checksums)]
             expected = zip(rows["size"], rows["crc32c"], strict=True)

@@ -125,7 +125,10 @@ def occlusion(
     total = np.zeros(len(boxes))
     with torch.no_grad(), Progress(len(test), "scans", f"occlusion for {task.name}") as progress:
         for position, (_, batch) in zip(test, volumes(manifest, task.rows[test], 1), strict=True):
-            occluded = [encoder(part.to(device)).float().cpu().numpy() for part in _occluded(batch[0], boxes)]
+            occluded = [
+                encoder(occluded_scans.to(device)).float().cpu().numpy()
+                for occluded_scans in _occluded(batch[0], boxes)
+            ]
             variants = np.concatenate([features[position][None], *occluded])
             scores = _scores(task, features, train, position, variants, params)
             total += np.abs(scores[1:] - scores[0])

@@ -42,12 +42,12 @@ def metric_history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
         return sorted((int(metric.step), float(metric.value)) for metric in client.get_metric_history(run_id, name))
 
 
-def download(uri: str, run_id: str, artifact_path: str, to: Path) -> Path:
-    """Copy an artifact (a file or a directory) of a run into folder ``to``. Return the path of the copy."""
+def download(uri: str, run_id: str, artifact_path: str, folder: Path) -> Path:
+    """Copy an artifact (a file or a directory) of a run into ``folder``. Return the path of the copy."""
     client = client_of(uri, create=False)
-    to.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with query_errors(uri):
-        return Path(client.download_artifacts(run_id, artifact_path, str(to)))
+        return Path(client.download_artifacts(run_id, artifact_path, str(folder)))
 
 
 def checkpoints(uri: str, run_id: str) -> list[dict[str, Any]]:

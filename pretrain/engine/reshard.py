@@ -170,18 +170,18 @@ def _check_numbers(states: dict[Any, Any], count: int) -> None:
 
 def _join_segments(stored: Iterator[Stored]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name in the joined file, tensor) for every state of every parameter, flat and whole, or a scalar."""
-    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for state, segments in stored:
         for key, value in state.items():
             for segment in segments:
                 if not torch.is_tensor(value) or value.ndim == 0:
                     if value is not None:
-                        parts[f"{SCALAR}/{key}/{segment.name}"] = [(0, torch.as_tensor(value))]
+                        pieces[f"{SCALAR}/{key}/{segment.name}"] = [(0, torch.as_tensor(value))]
                     continue
-                part = value.detach().reshape(-1)[segment.offset : segment.offset + segment.size]
-                parts.setdefault(f"{STATE}/{key}/{segment.name}", []).append((segment.start, part))
-    for name, pairs in parts.items():
-        ordered = [part for _, part in sorted(pairs, key=lambda pair: pair[0])]
+                piece = value.detach().reshape(-1)[segment.offset : segment.offset + segment.size]
+                pieces.setdefault(f"{STATE}/{key}/{segment.name}", []).append((segment.start, piece))
+    for name, pairs in pieces.items():
+        ordered = [piece for _, piece in sorted(pairs, key=lambda pair: pair[0])]
         yield name, (ordered[0].clone() if name.startswith(SCALAR) else torch.cat(ordered))
 
 

@@ -150,8 +150,8 @@ def _reduce_scatter(rows_GF: Tensor, sizes: Sequence[int], group: dist.ProcessGr
         return parts.view(len(sizes), sizes[rank], width).sum(dim=0)
     slot = max(sizes)
     padded = rows_GF.new_zeros(len(sizes) * slot, width)
-    for r, part in enumerate(torch.split(rows_GF, list(sizes))):
-        padded[r * slot : r * slot + len(part)] = part
+    for r, rows_of_rank in enumerate(torch.split(rows_GF, list(sizes))):
+        padded[r * slot : r * slot + len(rows_of_rank)] = rows_of_rank
     summed = rows_GF.new_empty(slot, width)
     _reduce_scatter_flat(summed, padded, op=dist.ReduceOp.SUM, group=group)
     return summed[: sizes[rank]]
