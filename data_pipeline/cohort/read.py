@@ -89,6 +89,8 @@ def read_with_changes(
 
     ``text`` names columns that are read as text even if they hold numbers only, because the shards hold text; the columns
     ``number`` must hold numbers, because the shards do.
+
+    Raises UserError as ``read_cohort`` does, and if a column of ``number`` holds other texts.
     """
     if modality not in MODALITIES:
         raise UserError(

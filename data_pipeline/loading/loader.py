@@ -145,11 +145,6 @@ class TwoViewLoader:
         """Bytes of memory shared with the reader processes; 0 if there are none or they have not started."""
         return self._readers.bytes if isinstance(self._readers, ReaderProcesses) else 0
 
-    @property
-    def reader_pids(self) -> list[int]:
-        """Process ids of the reader processes."""
-        return self._readers.pids if isinstance(self._readers, ReaderProcesses) else []
-
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return self
 

@@ -255,7 +255,7 @@ def _download(
         return payload
 
     def download_once() -> None:
-        """Write the shard from its beginning."""
+        """Write the shard from its beginning. Raises OSError if a block or the SHA-256 is wrong."""
         part_file.seek(0)
         digest, done = hashlib.sha256(), 0
         while done < size:

@@ -231,12 +231,6 @@ def search_grid(
     return {name: combine([row for row in rows if row["task"] == name], task, probe) for name, task in prepared.items()}
 
 
-def search_task(prepared: PreparedTask, probe: Probe) -> NestedCVResult:
-    """Run nested cross-validation of a probe for one task in this process."""
-    data = {"tasks": {"": prepared}, "probe": probe}
-    return combine([trial({"task": "", "part": part}, data) for part in parts_of(prepared)], prepared, probe)
-
-
 def parts_of(prepared: PreparedTask) -> list[str | int]:
     """Return the parts of a task's search: see ``trial``."""
     return ["folds", *["draws"] * bool(prepared.draws), *range(len(prepared.resamples))]

@@ -71,7 +71,7 @@ class Wire:
             self._close(error)
 
     def receive(self) -> list[dict[str, Any]]:
-        """Return the messages that have arrived. Input that is no JSON closes the wire."""
+        """Return the messages that have arrived. Input that is not JSON, or a line above 1 MB, closes the wire."""
         try:
             while block := self._socket.recv(1 << 16):
                 self._inbox += block

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from infra import distributed
+from infra import distributed, random_streams
 from infra.errors import UserError
 from infra.files import atomic_write, flush_folder, sha256_of, write_json
 from pretrain.engine.engine import load_engine, load_scaler_state, save_engine, scaler_state
@@ -209,7 +209,7 @@ def load_checkpoint(
         if same_ranks:
             _read_random_state(folder)
         else:  # the old ranks' random states do not fit; seed new ones, equal in every repetition of this resume
-            torch.manual_seed(1_000_003 * int(state["step"]) + distributed.rank())
+            torch.manual_seed(random_streams.resumed_seed(int(state["step"]), distributed.rank()))
         return state
     if damaged:
         raise UserError(
@@ -263,15 +263,10 @@ def clean_checkpoints(checkpoints: Path, keep: int) -> None:
 
 
 def read_best(checkpoints: Path) -> dict[str, Any] | None:
-    """Return ``step``, ``metric`` and ``score`` of the best encoder so far, as ``note_best`` wrote them; None if there is none.
-
-    Older files call the metric ``figure``.
-    """
+    """Return ``step``, ``metric`` (older files: ``figure``) and ``score`` of the best encoder so far; None if there is none."""
     path = checkpoints / f"{BEST}.json"
-    if not path.is_file():
-        return None
-    best: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {"step": best["step"], "metric": best.get("metric", best.get("figure")), "score": best["score"]}
+    best = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return best and {"step": best["step"], "metric": best.get("metric", best.get("figure")), "score": best["score"]}
 
 
 def note_best(checkpoints: Path, step: int, metric: str, score: float) -> None:

@@ -53,6 +53,8 @@ def embed_source(
     ``progress`` may be the stream to show it on. With ``readouts`` their columns (``Readouts.columns``) follow the features.
     The network is moved to the device in evaluation mode; when the generator ends or is closed, the network is moved back and
     the reading threads have ended.
+
+    Raises UserError if the layer, pooling, batch size, device or number of workers is not possible.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be 1 or more")

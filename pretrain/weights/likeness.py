@@ -79,7 +79,10 @@ class Likeness:
             self._limit = median - max(least, FACTOR * (median - lowest))
 
     def fault(self, stored: NDArray[np.float16]) -> str:
-        """Return in what voxels as shards store them, (D, H, W), differ from the training scans; empty if they do not."""
+        """Return how voxels (D, H, W), as shards store them, differ from the training scans; empty if they do not.
+
+        Raises UserError if the stored mean scan has another number of values than a scan on its grid.
+        """
         voxels = stored.astype(np.float32)
         if not self._measure:
             peak = float(voxels.max())

@@ -213,7 +213,10 @@ def readouts_folder(encoder: Path) -> Path:
 
 
 def write_readouts(folder: Path, readouts: Readouts) -> None:
-    """Write readouts to a folder ``readouts``, completely or not at all; older ones are replaced."""
+    """Write readouts to a folder ``readouts``, completely or not at all; older ones are replaced.
+
+    Raises OSError if the folder cannot be written.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder("readouts", beside=folder) as place:
         temporary = place / folder.name
