@@ -71,11 +71,11 @@ def check_schema(uri: str, file: Path | None, create: bool) -> None:
 def create_sqlite(file: Path) -> None:
     """Make an empty store in a new sqlite file, whole or not at all: a kill leaves no store with some of the tables."""
     from mlflow.store.db import utils
-    from sqlalchemy import create_engine
 
+    sqlalchemy = internal("mlflow", utils, "sqlalchemy")
     with scratch_folder("store") as folder:
         new = folder / "mlflow.db"
-        engine = create_engine(f"sqlite:///{new}")
+        engine = sqlalchemy.create_engine(f"sqlite:///{new}")
         try:
             internal("mlflow", utils, "_initialize_tables")(engine)
         finally:
@@ -100,12 +100,14 @@ def _tables(uri: str, file: Path | None) -> tuple[set[str], str | None]:
             names = {str(name) for (name,) in connection.execute(TABLES)}
             rows = connection.execute(REVISIONS).fetchall() if REVISION_TABLE in names else []
     else:
-        from sqlalchemy import create_engine, inspect, text
-        from sqlalchemy.pool import NullPool
+        from mlflow.store.db import utils
 
-        with create_engine(uri, poolclass=NullPool).connect() as connected:
-            names = set(inspect(connected).get_table_names())
-            rows = [tuple(row) for row in connected.execute(text(REVISIONS))] if REVISION_TABLE in names else []
+        sqlalchemy = internal("mlflow", utils, "sqlalchemy")
+        with sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool).connect() as connected:
+            names = set(sqlalchemy.inspect(connected).get_table_names())
+            rows = (
+                [tuple(row) for row in connected.execute(sqlalchemy.text(REVISIONS))] if REVISION_TABLE in names else []
+            )
     return names, ", ".join(sorted(str(row[0]) for row in rows)) or None
 
 
@@ -113,10 +115,10 @@ def _tables(uri: str, file: Path | None) -> tuple[set[str], str | None]:
 def _expected() -> tuple[str, set[str], set[str]]:
     """The installed MLflow's newest revision, the tables it needs, and all revisions that it knows."""
     with quiet_imports():
-        from alembic.script import ScriptDirectory
         from mlflow.store.db import utils
 
     config = internal("mlflow", utils, "_get_alembic_config")("")
-    revisions = {str(script.revision) for script in ScriptDirectory.from_config(config).walk_revisions()}
+    scripts = internal("mlflow", utils, "ScriptDirectory").from_config(config)
+    revisions = {str(script.revision) for script in scripts.walk_revisions()}
     newest = str(internal("mlflow", utils, "_get_latest_schema_revision")())
     return newest, set(internal("mlflow", utils, "Base").metadata.tables), revisions

@@ -12,6 +12,7 @@ import pytest
 from infra import cli
 from infra.errors import UserError
 from infra.tracking import registry, runs
+from infra.tracking.database import check_schema
 from infra.tracking.faults import describe_fault
 from infra.tracking.mlflow_store import client_of
 from infra.tracking.tracker import Tracker, store_uri
@@ -170,6 +171,20 @@ def test_a_pipe_or_folder_in_place_of_the_file(tmp_path, kind):
     for call in (lambda uri: client_of(uri, create=False), client_of, store_uri):
         with pytest.raises(UserError, match=f"mlflow.db is a (named )?{kind}, not a file"):
             call(f"sqlite:///{file}")
+
+
+def test_other_databases_are_asked_in_the_same_way(good, tmp_path):
+    """A server's tables are listed by SQLAlchemy; here it lists those of sqlite files."""
+    sql(tmp_path / "a.db", "CREATE TABLE bookmarks(url)")
+    with pytest.raises(UserError, match=NONE):
+        check_schema(f"sqlite:///{tmp_path}/a.db", None, create=True)
+    older(shutil.copy(good, tmp_path / "b.db"))
+    with pytest.raises(UserError, match="the older schema"):
+        check_schema(f"sqlite:///{tmp_path}/b.db", None, create=True)
+    check_schema(f"sqlite:///{good}", None, create=False)
+    check_schema(f"sqlite:///{tmp_path}/new.db", None, create=True)
+    with pytest.raises(UserError, match="it is empty"):
+        check_schema(f"sqlite:///{tmp_path}/new.db", None, create=False)
 
 
 def test_a_run_starts_with_no_database_of_something_else(tmp_path):
