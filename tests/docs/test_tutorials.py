@@ -40,6 +40,7 @@ def printed(cell):
     return [re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", line) for line in lines]
 
 
+@pytest.mark.jobs
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tutorial_runs_and_shows_what_its_committed_copy_shows(name, tmp_path):
