@@ -30,6 +30,7 @@ def kinds(cell):
     return shown
 
 
+@pytest.mark.jobs
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tutorial_runs_and_shows_what_its_committed_copy_shows(name, tmp_path):

@@ -179,6 +179,7 @@ def test_a_run_continues_after_a_damaged_scan_and_reports_it(shards, damage, tmp
     assert "stall" in printed
 
 
+@pytest.mark.jobs
 @pytest.mark.distributed
 def test_a_run_on_damaged_shards_ends_with_one_line(damage, tmp_path):
     folder = damage(range(72))

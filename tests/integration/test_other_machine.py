@@ -99,6 +99,7 @@ def world_of(folder, made, **unusual):
     return world
 
 
+@pytest.mark.jobs
 def test_everything_unusual_at_once(made, tmp_path):
     world = world_of(tmp_path, made, **ALL, no_flock=True)
     commands = [*reading(made, world), *writing(made, world)]
