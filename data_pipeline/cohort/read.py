@@ -24,8 +24,8 @@ from data_pipeline.cohort.layouts import (
 )
 from data_pipeline.cohort.pseudonyms import pseudonymise, read_key
 from data_pipeline.cohort.scan import Scan, safe_name
-from data_pipeline.cohort.split import SPLIT, check_declared_splits
-from data_pipeline.cohort.texts import read_sidecar
+from data_pipeline.cohort.split import KNOWN_SPLITS, SPLIT, check_declared_splits
+from data_pipeline.cohort.texts import read_sidecar, warn
 from infra.errors import UserError, nearest
 
 LAYOUTS: dict[str, Callable[[DataSet, str], CohortScans]] = {
@@ -107,7 +107,9 @@ def read_with_changes(
     unlisted = [scan for part in parts for scan in part.unlisted]
     changes = [change for part in parts for change in part.changes]
     _check_unique_keys(scans, source)
-    check_declared_splits((f"{scan.dataset}/{scan.participant_id}", scan.extra.get(SPLIT)) for scan in scans)
+    splits = check_declared_splits((f"{scan.dataset}/{scan.participant_id}", scan.extra.get(SPLIT)) for scan in scans)
+    for name in sorted({*splits.values()} - {*KNOWN_SPLITS}):
+        warn(f"split {name!r} is none of {', '.join(KNOWN_SPLITS)}; only recipes and tasks that name it use its scans")
     if key is not None:
         scans, unlisted = pseudonymise(scans, key), pseudonymise(unlisted, key)
         changes = [change._replace(before="") for change in changes]  # the text of a cell may hold an id

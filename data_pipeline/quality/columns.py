@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.cohort.cells import number_as_text
+from data_pipeline.cohort.reading import Change
 from data_pipeline.cohort.scan import Scan
-from data_pipeline.cohort.values import Change
 from infra.files import atomic_write
 from infra.page import STYLE
 

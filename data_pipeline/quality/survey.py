@@ -13,6 +13,7 @@ import pandas as pd
 from data_pipeline.cohort.grid import common_grid
 from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
 from data_pipeline.cohort.scan import Scan, bytes_of
+from data_pipeline.cohort.split import SPLIT
 from data_pipeline.quality.columns import Table, column_tables
 from data_pipeline.quality.outliers import Verdict, coarse_path, judge, save_coarse
 from data_pipeline.quality.rules import COLUMNS, Quality, Removal, check_quality, read_scan, unlisted_removals
@@ -112,7 +113,8 @@ def survey_cohort(
     parts.mkdir(parents=True, exist_ok=True)
     participants = pd.DataFrame(
         {"key": s.key, "path": s.reported_path, "dataset": s.dataset, "participant_id": s.participant_id,
-         "session": s.session, "site": s.site, "age": s.age, "sex": s.sex} for s in (*scans, *unlisted)
+         "session": s.session, "split": s.extra.get(SPLIT), "site": s.site, "age": s.age, "sex": s.sex}
+        for s in (*scans, *unlisted)
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=parts, prefix=".survey-") as folder, ray_cluster.session_on_demand(workers):
         small = ray_cluster.is_small(bytes_of(scans), workers)

@@ -11,7 +11,8 @@ import pandas as pd
 
 from data_pipeline.cohort.cells import MISSING, is_numeric
 from data_pipeline.cohort.sidecars import UNITS, Sidecars
-from data_pipeline.cohort.tables import read_rows, without_prefix
+from data_pipeline.cohort.table_file import read_rows
+from data_pipeline.cohort.tables import without_prefix
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.storage.manifest import Manifest, write_manifest

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from data_pipeline.quality.outliers import coarse_path, judge
+from data_pipeline.cohort.split import SPLIT
+from data_pipeline.quality.outliers import StoredScan, coarse_path, judge
 from data_pipeline.quality.rules import Quality, Removal
 from data_pipeline.shards.tar import CODECS, copy_without, payloads
 from data_pipeline.shards.unfinished import UNFINISHED
@@ -29,7 +30,7 @@ def purge_shards(
     *,
     codec: str,
     paths: Mapping[str, str],
-    known: Mapping[str, str] | None = None,
+    known: Mapping[str, StoredScan] | None = None,
 ) -> tuple[list[ShardRow], list[ScanRow], list[Removal]]:
     """Compare the scans of written shards with each other and remove those that the rules refuse.
 
@@ -52,6 +53,7 @@ def purge_shards(
         return shards, rows, []
     names = ("key", "dataset", "participant_id", "voxels_sha256")
     table = pd.DataFrame({name: [row[name] for row in rows] for name in names})
+    table[SPLIT] = pd.Series([row.get(SPLIT) for row in rows], dtype=object)
     coarse = [coarse_path(folder, str(shard["name"])) for shard in shards]
     verdict = judge(table, coarse, quality, paths, known)
     rows = [{**row, "quality_correlation": float(r)} for row, r in zip(rows, verdict.correlation, strict=True)]

@@ -35,7 +35,7 @@ from evaluation.tasks.tasks import Task, check_names, load_task
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
-from infra.tracking.tracker import default_uri
+from infra.tracking.tracker import store_uri
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder, list_checkpoints
 from pretrain.weights.layers import intermediate_features
@@ -122,7 +122,7 @@ def evaluate(
     check_features(settings)
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
     context = _make_context(
-        settings, manifest, tracking_uri or default_uri(), experiment,
+        settings, manifest, store_uri(tracking_uri), experiment,
         cache=feature_folder(manifest, cache), storage=search_folder(storage),
     )  # fmt: skip
     candidates = [_load_candidate(path, context) for path in checkpoint_paths(checkpoints, all_steps=all_steps)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
 from data_pipeline.quality import outliers
-from data_pipeline.quality.outliers import judge, save_coarse
+from data_pipeline.quality.outliers import StoredScan, judge, save_coarse
 from data_pipeline.quality.rules import Outlier, Quality
 from data_pipeline.shards.build import build_shards
 from tests.data_pipeline.shards.faults import write_faulty_cohort
@@ -128,7 +128,7 @@ def test_a_copy_in_another_data_set_is_a_duplicate(tmp_path):
 
 def test_a_copy_of_a_scan_in_the_shards_is_a_duplicate(tmp_path):
     table = table_of(["x", "y", "z"])
-    known = {"y": "old_sub-9_ses-1"}
+    known = {"y": StoredScan("old_sub-9_ses-1", "downstream")}
     verdict = judge(table, write_parts(tmp_path, volumes(0)[:3], []), Quality(), paths(table), known)
     assert [(removal.key, removal.rule) for removal in verdict.removals] == [("a_sub-01_ses-1", "duplicate")]
     assert "old_sub-9_ses-1, which the shards hold already" in verdict.removals[0].reason
