@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from evaluation.comparison.plots import style, to_png
 from evaluation.experiments.bootstrap import BootstrapMetrics
@@ -37,46 +39,49 @@ def write_report(out: Path, results: Path, plan: SecondPlan) -> None:
     }  # fmt: skip
     missing = [piece.name for piece in pieces if piece not in done]
     people = {(entry.clinic, entry.task): len(np.unique(entry.people)) for entry in answers}
+    missing_lines = [f"Not yet: {', '.join(missing)}.", ""] if missing else []
     lines = [
-        f"Plan: {plan}", "", f"{len(done)} of {len(pieces)} pieces are done.", "",
-        *([f"Not yet: {', '.join(missing)}.", ""] if missing else []),
+        f"Plan: {plan}", "", f"{len(done)} of {len(pieces)} pieces are done.", "", *missing_lines,
         "Test people: " + ", ".join(f"{level} {task} {count}" for (level, task), count in people.items()), "",
+        *_sections(contents),
     ]  # fmt: skip
-    for title, table in (
-        ("What was hoped for", contents["hopes"]),
-        (
-            "Primary comparisons at the middle level: difference in AUC, 95 % interval, p corrected by Holm's method",
-            tables.wide(primary, ["minus"], "difference"),
-        ),
-        (
-            "Other comparisons at the middle level, not corrected",
-            tables.wide(contents["secondary"], ["method", "minus"], "difference"),
-        ),
-        *(
-            (f"Primary comparisons at the {level} level, not corrected", tables.wide(rows, ["minus"], "difference"))
-            for level, rows in contents["levels"].groupby("level", sort=False)
-            if level != MIDDLE
-        ),
-        *(
-            (f"AUC at the {level} level, 95 % interval", tables.wide(auc[auc["level"] == level], ["method"], "auc"))
-            for level in LEVELS
-            if level in set(auc["level"])
-        ),
-        ("Error of the predicted age of healthy people at the test sites, years", contents["age"]),
-    ):
-        if len(table):
-            lines += [f"## {title}", "", *markdown(table), ""]
     for name, table in contents.items():
         with atomic_write(out / f"{name}.csv", "w") as stream:
             table.to_csv(stream, index=False)
     with atomic_write(out / "results.md", "w") as stream:
         stream.write("\n".join(lines))
+    _write_plots(out, contents)
+
+
+def _sections(contents: dict[str, pd.DataFrame]) -> Iterator[str]:
+    """Yield the lines of results.md with the tables."""
+    auc, wide = contents["auc"], tables.wide
+    sections = {
+        "What was hoped for": contents["hopes"],
+        "Primary comparisons at the middle level: difference in AUC, 95 % interval, p corrected by Holm's method": wide(
+            contents["primary"], ["minus"], "difference"
+        ),
+        "Other comparisons at the middle level, not corrected": wide(
+            contents["secondary"], ["method", "minus"], "difference"
+        ),
+    }
+    for level, rows in contents["levels"].groupby("level", sort=False):
+        if level != MIDDLE:
+            sections[f"Primary comparisons at the {level} level, not corrected"] = wide(rows, ["minus"], "difference")
+    for level in LEVELS:
+        sections[f"AUC at the {level} level, 95 % interval"] = wide(auc[auc["level"] == level], ["method"], "auc")
+    sections["Error of the predicted age of healthy people at the test sites, years"] = contents["age"]
+    for title, table in sections.items():
+        if len(table):
+            yield from (f"## {title}", "", *markdown(table), "")
+
+
+def _write_plots(out: Path, contents: dict[str, pd.DataFrame]) -> None:
+    auc = contents["auc"]
+    sources = {"middle": auc[auc["level"] == MIDDLE], "levels": auc, "differences": contents["levels"]}
     for name, plot in PICTURES.items():
-        source = contents["levels"] if name == "differences" else auc
-        if name == "middle":
-            source = source[source["level"] == MIDDLE]
-        if len(source):
+        if len(sources[name]):
             with style():
-                image = to_png(plot(source), dpi=110)
+                image = to_png(plot(sources[name]), dpi=110)
             with atomic_write(out / f"experiment2_{name}.png") as stream:
                 stream.write(image)

@@ -106,7 +106,9 @@ def measure(run_folder: Path, manifest: Manifest, work: Path) -> dict[str, float
     found = {}
     with ray_cluster.one_thread():
         for kind, (block, scale) in KINDS.items():
-            table = FeatureTable(features[block].astype(np.float64), ages, groups, "regression", none, none, scale)
+            table = FeatureTable(
+                features[block].astype(np.float64), ages, groups, "regression", covariates=none, confounds=none, scale=scale
+            )  # fmt: skip
             fit = nested_fit(LINEAR_WIDE, PreparedTask(table, [], [], 0), train, test)
             found[f"{kind}: age error"] = mae(ages[test], fit.predictions.predicted)
             found[f"{kind}: effective rank"] = effective_rank(features[block][test])
