@@ -71,6 +71,12 @@ def slurm_environment(variables: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
+def slurm_attempt(variables: Mapping[str, str] = os.environ) -> str:
+    """Return which start of which job of SLURM this is: "1234.0", and "1234.1" after a requeue; empty outside SLURM."""
+    job = variables.get("SLURM_JOB_ID", "")
+    return f"{job}.{variables.get('SLURM_RESTART_COUNT') or 0}" if job else ""
+
+
 SLURM_OTHER_NAMES = {
     "SLURM_NTASKS": ("SLURM_STEP_NUM_TASKS",),
     "SLURM_NODELIST": ("SLURM_JOB_NODELIST",),

@@ -13,7 +13,7 @@ from pathlib import Path
 CORES = sorted(os.sched_getaffinity(0))
 
 
-def _ip(arguments: str) -> None:
+def ip(arguments: str) -> None:
     """Run ``ip`` with space-separated arguments."""
     subprocess.run(["ip", *arguments.split()], check=True, capture_output=True, text=True)
 
@@ -25,11 +25,11 @@ def why_not() -> str | None:
         return f"{' and '.join(missing)} not found (Debian: iproute2, util-linux)"
     name = f"yw{os.getpid()}t"
     try:
-        _ip(f"netns add {name}")
+        ip(f"netns add {name}")
         try:
-            _ip(f"-n {name} link add va type veth peer name vb")
+            ip(f"-n {name} link add va type veth peer name vb")
         finally:
-            _ip(f"netns del {name}")
+            ip(f"netns del {name}")
     except subprocess.CalledProcessError as error:
         return f"no permission to create network namespaces: {error.stderr.strip()}"
     return None
@@ -64,22 +64,22 @@ class Pair:
     def create(self) -> None:
         """Create both hosts and connect them."""
         for host in (self.a, self.b):
-            _ip(f"netns add {host.namespace}")
+            ip(f"netns add {host.namespace}")
         cable = self.interface
-        _ip(f"-n {self.a.namespace} link add {cable} type veth peer name {cable} netns {self.b.namespace}")
+        ip(f"-n {self.a.namespace} link add {cable} type veth peer name {cable} netns {self.b.namespace}")
         for host in (self.a, self.b):
-            _ip(f"-n {host.namespace} address add {host.address}/24 dev {cable}")
-            _ip(f"-n {host.namespace} link set lo up")
+            ip(f"-n {host.namespace} address add {host.address}/24 dev {cable}")
+            ip(f"-n {host.namespace} link set lo up")
         self.connect()
 
     def connect(self) -> None:
         """Plug the cable in."""
         for host in (self.a, self.b):
-            _ip(f"-n {host.namespace} link set {self.interface} up")
+            ip(f"-n {host.namespace} link set {self.interface} up")
 
     def cut(self) -> None:
         """Unplug the cable at host b: packets are lost, and open connections get no error."""
-        _ip(f"-n {self.b.namespace} link set {self.interface} down")
+        ip(f"-n {self.b.namespace} link set {self.interface} down")
 
     def remove(self) -> None:
         """Remove both hosts; the cable goes with them."""

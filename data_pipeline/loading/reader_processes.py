@@ -18,8 +18,8 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -31,6 +31,9 @@ from infra.errors import LoaderError
 
 MAX_DEATHS = 3  # of reader processes between two batches; more have a lasting cause
 ALIGNMENT = 64  # bytes
+# A terminal (Ctrl-C) and SLURM send these to all processes of a job. The training process handles them: it saves and closes
+# the pipes, at which the reader processes end.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass
@@ -163,7 +166,8 @@ class ReaderProcesses:
             str(size),
         ]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        process = subprocess.Popen(command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL)
+        with _blocked(SIGNALS):  # the process inherits the mask, until it ignores them
+            process = subprocess.Popen(command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL)
         memory = mmap.mmap(handle, size)
         os.close(handle)
         reader_end.close()
@@ -173,9 +177,21 @@ class ReaderProcesses:
         return reader
 
 
+@contextmanager
+def _blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """Hold signals back from this thread within the block; they arrive at its end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def serve() -> None:
     """Run a reader process: receive steps from the pipe and write arrays to shared memory until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process handles Ctrl-C
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     pipe_handle, memory_handle, size = map(int, sys.argv[1:4])
     memory = mmap.mmap(memory_handle, size)
     pipe = Connection(pipe_handle)

@@ -37,6 +37,7 @@ class ExitNote:
     pid: int
     ending: str = RUNNING  # or TERMINATED, "ended by the watchdog", "failed: RuntimeError: ..."
     verdict: str = ""  # the watchdog's line about the lost rank, if this rank knew it
+    attempt: str = ""  # the start of a SLURM job, see ``distributed.slurm_attempt``
 
 
 class RankNote:
@@ -51,7 +52,7 @@ class RankNote:
     """
 
     def __init__(self, run_folder: Path, before_termination: Callable[[], None] = lambda: None) -> None:
-        self.note = ExitNote(distributed.rank(), socket.gethostname(), os.getpid())
+        self.note = ExitNote(distributed.rank(), socket.gethostname(), os.getpid(), attempt=distributed.slurm_attempt())
         self._path = run_folder / FOLDER / f"rank-{self.note.rank:05d}.json"
         self._before_termination = before_termination
         self._lock = threading.Lock()

@@ -69,11 +69,15 @@ def one_host(job: Job) -> list[str]:
             "use pdsh, node or slurm"
         )
     (ranks,) = job.hosts.values()
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(ranks)}).encode()).decode()
     return [
-        *LOCAL_RANKS, f"--world_info={world}", "--master_addr=127.0.0.1",
+        *LOCAL_RANKS, f"--world_info={_encoded({'localhost': _devices(ranks)})}", "--master_addr=127.0.0.1",
         f"--master_port={job.master_port or free_port()}", "--log_level=error", *_training(job),
     ]  # fmt: skip
+
+
+def _encoded(devices: dict[str, list[int | str]]) -> str:
+    """Return the devices of each host as DeepSpeed's launcher reads them."""
+    return base64.urlsafe_b64encode(json.dumps(devices).encode()).decode()
 
 
 def _devices(ranks: int) -> list[int | str]:
@@ -107,8 +111,13 @@ def this_host(job: Job) -> list[str]:
             f"--node_rank={job.node_rank} is not a host of {job.hostfile}, which has {len(job.hosts)}: "
             f"0 to {len(job.hosts) - 1}"
         )
-    alone = ["--no_ssh", "--node_rank", str(job.node_rank)]
-    return [*DEEPSPEED, "--hostfile", str(job.hostfile), *alone, *_master(job), *_training(job)]
+    ids: dict[str, list[int | str]] = {host: list(range(ranks)) for host, ranks in job.hosts.items()}
+    own = list(job.hosts)[job.node_rank]
+    ids[own] = _devices(job.hosts[own])
+    return [
+        *LOCAL_RANKS, f"--world_info={_encoded(ids)}", "--node_rank", str(job.node_rank), *_master(job), "--log_level=error",
+        *_training(job),
+    ]  # fmt: skip
 
 
 def slurm(job: Job) -> list[str]:

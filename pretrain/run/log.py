@@ -19,6 +19,7 @@ from infra.tracking.tracker import Tracker, default_uri
 from pretrain.losses.diagnostics import Positives
 from pretrain.run import checkpoint
 from pretrain.run import folder as run_folder
+from pretrain.run.ending import FINISHED, RUNNING, STOPPED, RunStatus
 from pretrain.run.plan import Plan
 from pretrain.weights.readouts import Readouts
 
@@ -51,6 +52,8 @@ class RunLog:
         self._started = time.monotonic()
         system_metrics(output)  # CPU use is measured from here
         self._announce(state, first)
+        self._first = first
+        RunStatus(RUNNING, first, first, plan.total_steps).write(output)
         title = f"pretraining {recipe.run.name}"
         self.progress = Progress(plan.total_steps, "steps", title, done=first)
         self.progress.__enter__()
@@ -154,8 +157,10 @@ class RunLog:
         self.tracker.end(status)
         output = Path(self.plan.recipe.run.output)
         if stopped:
-            step = checkpoint.newest_step(output / "checkpoints")
+            step = checkpoint.newest_step(output / "checkpoints") or 0
+            RunStatus(STOPPED, self._first, step, self.plan.total_steps, stopped).write(output)
             print(f"pretrain: stopped by {stopped} after step {step}, saved; the same command continues", flush=True)
         if status == "FINISHED":
+            RunStatus(FINISHED, self._first, self.plan.total_steps, self.plan.total_steps).write(output)
             took = clock(time.monotonic() - self._started)
             print(f"pretrain: done in {took}; checkpoints in {output}/checkpoints, losses in {output}/metrics.jsonl")

@@ -19,6 +19,7 @@ import torch
 
 from data_pipeline.loading.loader import TwoViewLoader
 from data_pipeline.loading.order import global_batch
+from data_pipeline.loading.reader_processes import ReaderProcesses
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import LoaderError
 from tests.faults.rank_process import Fault, run_ranks
@@ -125,6 +126,32 @@ def test_a_new_loader_continues_where_a_failed_one_stopped(shards, undisturbed):
     again.load_state_dict(state)
     assert torch.equal(next(again)["views"], undisturbed[5]["views"])
     again.close()
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["while they read", "while they start"])
+def test_signals_to_a_whole_job_reach_no_reader_process(shards, undisturbed, capfd, monkeypatch, started):
+    """SLURM and a terminal send SIGTERM, SIGUSR1 and SIGINT to all processes of a job; the trainer alone handles them."""
+
+    def send_to(pid):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(pid, number)
+
+    def started_reader(*arguments, start=ReaderProcesses._start):
+        reader = start(*arguments)
+        send_to(reader.process.pid)
+        return reader
+
+    if not started:
+        monkeypatch.setattr(ReaderProcesses, "_start", started_reader)
+    loader = loader_of(shards, workers=2, prefetch=1)
+    batches = [next(loader)]
+    for pid in reader_pids(loader):
+        send_to(pid)
+    batches += [next(loader) for _ in range(5)]
+    for batch, expected in zip(batches, undisturbed, strict=False):
+        assert torch.equal(batch["views"], expected["views"])
+    loader.close()
+    assert "a reader process was lost" not in capfd.readouterr().err
 
 
 def test_reader_processes_end_when_the_training_process_is_killed(shards):

@@ -155,48 +155,6 @@ def test_the_launcher_understands_every_documented_command(word, shown):
         load_recipe(*parse_arguments(rest))
 
 
-@pytest.mark.parametrize("name", ["pretrain.sbatch", "pretrain-deepspeed.sbatch"])
-def test_a_batch_script_starts_the_ranks_and_requeues_after_the_watchdog(name, tmp_path):
-    """Scripts stand in for srun and scontrol; they record their arguments, and srun runs its command."""
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    scripts = {
-        "bin/srun": 'echo "srun $1 $2" >> calls; while [[ $1 == --* ]]; do shift; done; exec "$@"',
-        "bin/scontrol": '[ "$1" = show ] && printf "gpu07\\ngpu08\\n" || echo "scontrol $*" >> calls',
-        ".venv/bin/python": 'echo "python $*" >> calls; exit 75',
-        # The shell must ignore USR1, which would end it.
-        ".venv/bin/yaware": 'echo "yaware $*" >> calls; cat "$3" >> calls; kill -USR1 $$; exit 75',
-    }
-    for path, body in scripts.items():
-        (tmp_path / path).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / path).chmod(0o755)
-    variables = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path),
-                 "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_GPUS_ON_NODE": "8",
-                 "SLURM_NODEID": "1"}  # fmt: skip
-    done = subprocess.run(["bash", str(LAUNCH / name), "demo-cpu", "--run.name=a b"], env=variables, cwd=tmp_path,
-                          capture_output=True, text=True)  # fmt: skip
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert done.returncode == 75
-    assert calls[0] == "srun --kill-on-bad-exit=1 --gpu-bind=none"
-    if name == "pretrain.sbatch":
-        assert calls[1:] == ["python -u -m pretrain.train --config demo-cpu --run.name=a b", "scontrol requeue 123456"]
-    else:
-        assert calls[2:] == ["gpu07 slots=8", "gpu08 slots=8", "scontrol requeue 123456"]
-        assert re.sub(r"\S+/\.hostfile-123456", "HOSTS", calls[1]) == (
-            "yaware launch --hostfile HOSTS --node_rank 1 --master_addr gpu07 --master_port 23456 "
-            "--config demo-cpu --run.name=a b"
-        )
-    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (LAUNCH / name).read_text(), re.MULTILINE))
-    assert directives["signal"] == "USR1@120", "the ranks save at SIGUSR1; a B: would send it to the shell alone"
-    assert {"requeue", "nodes", "ntasks-per-node", "gpus-per-node", "time"} <= directives.keys()
-    assert directives["open-mode"] == "append", "a requeued job continues its log"
-    assert not list(tmp_path.glob(".hostfile-*"))
-    usage = subprocess.run(["bash", str(LAUNCH / name)], env=variables, cwd=tmp_path, capture_output=True, text=True)
-    assert usage.returncode != 0
-    assert "usage: sbatch" in usage.stderr
-
-
 def test_the_files_that_the_container_copies_are_a_working_package(tmp_path):
     """The copied files alone resolve every subcommand, have every module that pyproject.toml names, and the pins."""
     text = (LAUNCH / "Containerfile").read_text()

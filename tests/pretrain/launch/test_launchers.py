@@ -146,6 +146,8 @@ def test_node_starts_one_host_and_refuses_a_number_beyond_the_hostfile(tmp_path)
     given = ["demo-cpu", "--encoder.options={width: 1}"]
     command = LAUNCHERS["node"].command(job(given, hostfile=tmp_path, node_rank=1))
     assert command[command.index("--node_rank") + 1] == "1"
+    assert command[command.index("--master_addr") + 1] == "node01"
+    assert devices_of(command) == {"node01": list(range(8)), "node02": list(range(8))}
     assert command[-2:] == given
     with pytest.raises(UserError, match="--node_rank=2 is not a host of .*, which has 2: 0 to 1"):
         LAUNCHERS["node"].command(job(["demo-cpu"], hostfile=tmp_path, node_rank=2))
@@ -225,14 +227,14 @@ def test_launch_trains_on_one_host_of_a_hostfile(shards, tmp_path):
     )
     print(done.stdout[-3000:], done.stderr[-3000:])
     assert done.returncode == 0
-    assert "launch: deepspeed --hostfile" in done.stdout
+    assert " -m pretrain.engine.local_ranks --world_info=" in done.stdout
     assert [step for step, _ in losses(tmp_path / "run")] == [0]
 
 
-def devices_of(command: list[str]) -> list[int | str]:
-    """Return the devices that a command for one host gives its ranks."""
+def devices_of(command: list[str]) -> dict[str, list[int | str]]:
+    """Return the devices that a command gives the ranks of each host."""
     (word,) = [word for word in command if word.startswith("--world_info=")]
-    return json.loads(base64.urlsafe_b64decode(word.partition("=")[2]))["localhost"]
+    return json.loads(base64.urlsafe_b64decode(word.partition("=")[2]))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,9 @@ def test_one_host_keeps_the_gpus_that_the_user_made_visible(monkeypatch, visible
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert devices_of(LAUNCHERS["one-host"].command(Job(["demo-cpu"], {"localhost": 2}))) == devices
+    assert devices_of(LAUNCHERS["one-host"].command(Job(["demo-cpu"], {"localhost": 2}))) == {"localhost": devices}
+    two_hosts = LAUNCHERS["node"].command(Job(["demo-cpu"], {"a": 2, "b": 2}, node_rank=1))
+    assert devices_of(two_hosts) == {"a": [0, 1], "b": devices}
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch, tmp_path):

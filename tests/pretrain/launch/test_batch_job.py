@@ -1,0 +1,172 @@
+"""The end of a batch job of SLURM: which jobs are queued again, and what is said."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from infra.errors import UserError
+from infra.files import write_json
+from infra.watchdog.exit_note import ExitNote
+from pretrain.launch import batch_job
+from pretrain.launch.batch_job import (
+    Requeue,
+    bound_reached,
+    check_job,
+    end_job,
+    fields_of_job,
+    read_requeues,
+    why_unfinished,
+)
+from pretrain.run.ending import FINISHED, RUNNING, STOPPED, RunStatus, read_status
+
+JOB = {"SLURM_JOB_ID": "12"}
+STOP = RunStatus(STOPPED, 0, 40, 900, "SIGTERM", "12.0")
+VERDICT = "watchdog: rank 1 (b) has died (its connection closed); the same command continues from the last checkpoint"
+
+
+def note(ending: str = "running", verdict: str = "", attempt: str = "12.0", rank: int = 0) -> ExitNote:
+    return ExitNote(rank, "a", 1, ending, verdict, attempt)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "notes", "preempted", "again", "reason"),
+    [
+        (0, STOP, [], True, True, "stopped by SIGTERM after step 40"),
+        # DeepSpeed's launcher may have got the signal too.
+        (241, STOP, [], True, True, "stopped by SIGTERM after step 40"),
+        (0, RunStatus(STOPPED, 0, 40, 900, "SIGINT", "12.0"), [], False, False, "stopped by SIGINT after step 40"),
+        (1, None, [], True, True, "preempted"),
+        (75, RunStatus(RUNNING, 0, 0, 900, "", "12.0"), [note("ended by the watchdog", VERDICT)], False, True,
+         VERDICT.removeprefix("watchdog: ")),
+        # srun gives the highest status of the tasks, here of one that it ended itself.
+        (143, None, [note("failed: NotFinite: the loss is nan"), note("ended by SIGTERM", rank=1)], False, False,
+         "failed: NotFinite: the loss is nan"),
+        (143, None, [note("failed: RuntimeError: Connection reset"), note(rank=1)], False, True, "rank 1 (a) was lost"),
+        (138, None, [], False, True, "ended with status 138"),
+        (2, None, [], False, False, "ended with status 2"),
+        (0, None, [], False, False, "ended with status 0"),
+    ],
+)  # fmt: skip
+def test_an_unfinished_run_continues_unless_it_failed_or_the_user_stopped_it(
+    status, said, notes, preempted, again, reason
+):
+    assert why_unfinished(status, said, notes, preempted) == (again, reason)
+
+
+@pytest.fixture
+def requeued(monkeypatch):
+    """What scontrol was asked; it agrees."""
+    asked = []
+    monkeypatch.setattr(batch_job, "_scontrol", lambda *words: asked.append(words) or ("", ""))
+    return asked
+
+
+def test_a_stopped_run_is_recorded_and_requeued_in_one_line(tmp_path, requeued, capsys):
+    STOP.write(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest").write_text("step-00000040\n")
+    assert end_job(0, tmp_path, {"JobState": "RUNNING"}, JOB) == 75
+    assert requeued == [("requeue", "12")]
+    assert read_requeues(tmp_path) == [Requeue("12.0", "step-00000040", "stopped by SIGTERM after step 40")]
+    assert capsys.readouterr().out == (
+        "pretrain: stopped by SIGTERM after step 40; requeueing job 12 (1 of at most 100 times)\n"
+    )
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", "TIMEOUT"])
+def test_a_job_that_slurm_ends_itself_is_left_alone(tmp_path, requeued, capsys, state):
+    STOP.write(tmp_path)
+    assert end_job(0, tmp_path, {"JobState": state}, JOB) == 0
+    assert requeued == []
+    assert capsys.readouterr().out == ""
+
+
+def test_a_finished_run_keeps_its_status_and_says_nothing(tmp_path, requeued, capsys):
+    RunStatus(FINISHED, 0, 900, 900, "", "12.0").write(tmp_path)
+    assert end_job(0, tmp_path, {"JobState": "RUNNING", "PreemptTime": "2026-01-01"}, JOB) == 0
+    assert requeued == []
+    assert capsys.readouterr().out == ""
+
+
+def test_the_words_of_an_earlier_start_do_not_count(tmp_path, requeued, capsys):
+    STOP.write(tmp_path)
+    (tmp_path / "ranks").mkdir()
+    write_json(
+        tmp_path / "ranks/rank-00001.json", {"rank": 1, "host": "a", "pid": 1, "verdict": VERDICT, "attempt": "12.0"}
+    )
+    assert end_job(2, tmp_path, {"JobState": "RUNNING"}, {**JOB, "SLURM_RESTART_COUNT": "1"}) == 2
+    assert requeued == []
+    assert capsys.readouterr().out == "pretrain: ended with status 2; job 12 is not queued again\n"
+
+
+def test_a_refusal_of_slurm_is_said(tmp_path, monkeypatch, capsys):
+    STOP.write(tmp_path)
+    monkeypatch.setattr(
+        batch_job, "_scontrol", lambda *words: ("", "scontrol: Requested operation is presently disabled")
+    )
+    assert end_job(0, tmp_path, {"JobState": "RUNNING"}, JOB) == 75
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "pretrain: stopped by SIGTERM after step 40; job 12 is not queued again: scontrol: Requested operation is presently "
+        "disabled; the same command continues"
+    )
+
+
+def test_requeues_are_bounded_in_all_and_without_a_new_checkpoint():
+    def record(*names: str, job: int = 12) -> list[Requeue]:
+        return [Requeue(f"{job}.{number}", name, "stopped") for number, name in enumerate(names)]
+
+    assert bound_reached("", [], JOB) == ""
+    assert bound_reached("c", record("a", "b", "b"), JOB) == ""
+    assert bound_reached("b", record("a", "b", "b"), JOB) == ""
+    assert bound_reached("b", record("b", "b", "b"), JOB) == "3 requeues brought no new checkpoint (YAWARE_RESTARTS=3)"
+    assert bound_reached("b", record("b", "b", "b", job=11), JOB) == "", "requeues of another job"
+    assert bound_reached("b", record("b"), {**JOB, "YAWARE_RESTARTS": "1"}) != ""
+    restarted = {**JOB, "SLURM_RESTART_COUNT": "100"}
+    assert bound_reached("c", [], restarted) == "it was restarted 100 times (YAWARE_MAX_REQUEUES=100)"
+    assert bound_reached("c", [], {**restarted, "YAWARE_MAX_REQUEUES": "101"}) == ""
+
+
+def test_a_truncated_line_of_the_record_is_left_out(tmp_path):
+    line = json.dumps({"attempt": "12.0", "checkpoint": "a", "reason": "stopped"})
+    (tmp_path / "requeues.jsonl").write_text(f'{line}\n{{"attempt": "12\n[1]\n')
+    assert read_requeues(tmp_path) == [Requeue("12.0", "a", "stopped")]
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"SLURM_ARRAY_JOB_ID": "7"}, "SLURM_ARRAY_JOB_ID: .* job array .*; submit one job a run, without --array"),
+        ({"SLURM_HET_SIZE": "2"}, "SLURM_HET_SIZE=2: a heterogeneous job .*; submit one part"),
+        ({"YAWARE_MAX_REQUEUES": "many"}, "YAWARE_MAX_REQUEUES='many' is not a number of requeues; give 0 or more"),
+        ({"YAWARE_RESTARTS": "-1"}, "YAWARE_RESTARTS='-1' is not a number"),
+    ],
+)
+def test_a_job_that_cannot_run_is_refused_with_its_variable(variables, text):
+    check_job(JOB)
+    with pytest.raises(UserError, match=text):
+        check_job({**JOB, **variables})
+
+
+def test_a_wrong_recipe_ends_the_batch_script_before_its_step(capsys, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    assert batch_job.main(["begin", "demo-cpu", "--train.stepps=3"]) == 2
+    assert "train.stepps" in capsys.readouterr().err
+    assert batch_job.main(["begin", "demo-cpu", "--train.steps=3"]) == 0
+
+
+def test_the_fields_of_a_job_are_not_taken_from_its_command_line():
+    text = "JobId=12 JobState=RUNNING PreemptTime=None Command=/x.sbatch demo-cpu --a.JobState=CANCELLED PreemptTime=1"
+    assert {"JobState": "RUNNING", "PreemptTime": "None"}.items() <= fields_of_job(text).items()
+
+
+def test_a_status_file_that_says_nothing_is_none(tmp_path):
+    assert read_status(tmp_path) is None
+    for content in ("", "[1]", '{"state": "running"}'):
+        (tmp_path / "status.json").write_text(content)
+        assert read_status(tmp_path) is None
+    STOP.write(tmp_path)
+    assert read_status(tmp_path) == STOP
