@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from infra.errors import UserError, nearest
+from infra.errors import Kind, UserError, check_arguments, nearest
 from infra.files import atomic_write
 from infra.settings import change_settings, load_settings, to_yaml
 
@@ -263,6 +263,7 @@ class Recipe:
 
         Raises UserError for an unknown name or key, or a value that is not allowed.
         """
+        check_arguments(Kind((str, os.PathLike), "a recipe's name or a path"), name=name)
         return load_recipe(os.fspath(name), list(overrides))
 
     def with_(self, **sections: Mapping[str, Any]) -> Recipe:

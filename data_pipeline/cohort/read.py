@@ -26,7 +26,7 @@ from data_pipeline.cohort.pseudonyms import pseudonymise, read_key
 from data_pipeline.cohort.scan import Scan, safe_name
 from data_pipeline.cohort.split import SPLIT, check_declared_splits
 from data_pipeline.cohort.texts import read_sidecar
-from infra.errors import UserError, nearest
+from infra.errors import OPTIONAL_PATH, OPTIONAL_TEXT, PATH, UserError, check_arguments, nearest
 
 LAYOUTS: dict[str, Callable[[DataSet, str], CohortScans]] = {
     "bids": read_bids_layout,
@@ -71,6 +71,9 @@ def read_cohort(
         UserError: a folder, a table, a declaration or a value is wrong, the layout is ambiguous, two files have one key, or
             a table declares several splits for one participant.
     """
+    check_arguments(PATH, source=source)
+    check_arguments(OPTIONAL_TEXT, dataset=dataset, layout=layout)
+    check_arguments(OPTIONAL_PATH, columns=columns, key_file=key_file)
     return read_with_changes(source, dataset, modality, layout=layout, columns=columns, key_file=key_file)[:2]
 
 

@@ -10,7 +10,7 @@ from data_pipeline.cohort.layouts import CohortScans
 from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
 from data_pipeline.cohort.scan import array_orientations
-from data_pipeline.cohort.split import DEFAULT_SPLITS
+from data_pipeline.cohort.split import DEFAULT_SPLITS, check_shares
 from data_pipeline.quality.columns import PAGE, write_columns
 from data_pipeline.quality.rules import Quality, check_quality, unlisted_removals, write_quarantine
 from data_pipeline.shards import unfinished
@@ -20,7 +20,8 @@ from data_pipeline.shards.writing import shard_name, write_shards
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
 from data_pipeline.volume.grid import Grid
 from data_pipeline.volume.preparation import DEFAULT_PREPARATION, check_preparation, check_scaling
-from infra.errors import UserError, nearest
+from infra import ray_cluster
+from infra.errors import OPTIONAL_PATH, PATH, WHOLE, Kind, UserError, check_arguments, nearest
 from infra.settings import to_dict
 
 
@@ -76,8 +77,15 @@ def build_shards(
     Raises:
         UserError: if an option or the cohort is invalid, no scan can be used, or ``out`` holds another build.
     """
+    check_arguments(PATH, cohort=cohort, out=out)
+    check_arguments(WHOLE, scans_per_shard=scans_per_shard, seed=seed)
+    check_arguments(OPTIONAL_PATH, columns=columns, key_file=key_file)
+    check_arguments(Kind((Quality, type(None)), "a data_pipeline.quality.rules.Quality or None"), quality=quality)
+    ray_cluster.check_workers(workers)
     folder, root = Path(out).resolve(), Path(cohort).resolve()  # absolute: Ray workers run in another directory
     check_scaling(scaling)
+    if splits is not None:
+        check_shares(splits, splits)
     if codec not in CODECS:
         raise UserError(f"codec={codec!r} is not known{nearest(codec, CODECS)}; allowed: {', '.join(CODECS)}")
     if scans_per_shard < 1:

@@ -27,7 +27,7 @@ from data_pipeline.storage.reader import VolumeReader as VolumeReader
 from data_pipeline.storage.remote import Access, ShardStore, is_remote, join, read_whole, with_retries
 from data_pipeline.storage.table_schema import read_table
 from data_pipeline.volume.grid import Grid
-from infra.errors import LoaderError, UserError, nearest
+from infra.errors import PATH, LoaderError, UserError, check_arguments, nearest
 from infra.files import atomic_write, flush_folder, sha256_of, writable_folder, write_json
 
 
@@ -75,11 +75,17 @@ class Manifest:
         Raises:
             UserError: if a file is missing, cannot be read, or was changed, or if a key or column has an impossible value.
         """
+        check_arguments(PATH, url=url)
         url, access = str(url), access or Access()
         root = fetch(url, access) if is_remote(url) else Path(url)
         content, table = read_checked(root)
         scans = read_table(table, content, str(table_path(root, content)))
         return cls(root, content, scans, url, access)
+
+    def __repr__(self) -> str:
+        """Name the folder and count the scans."""
+        shape = "x".join(map(str, self.grid.get("shape", ())))
+        return f"Manifest({self.url!r}: {len(self.scans)} scans, grid {shape})"
 
     @property
     def shards_root(self) -> str:

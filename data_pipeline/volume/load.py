@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,10 @@ def _open_array(path: Path, orientation: str, arrays_on: Grid | None) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> BadScan:
     """The BadScan for an error, without the file's path, which may hold a participant's name."""
-    text = " ".join(str(error).split())
-    for name in (str(path), str(path.parent), path.name, path.name.partition(".")[0]):
-        text = text.replace(name, "the file")
+    names = {str(path), str(path.parent), path.name, path.name.partition(".")[0]}
+    # Whole paths only: in "sub/a.nii" the name "a" is also in every other word.
+    any_name = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    text = re.sub(
+        rf"(?:\b[Ff]ile )?(['\"]?)(?<![\w./-])(?:{any_name})(?![\w/-])\1", "the file", " ".join(str(error).split())
+    )
     return BadScan(f"unreadable: {type(error).__name__}: {text[:120]}")

@@ -26,7 +26,7 @@ from evaluation.protocols.protocols import (
 )
 from evaluation.protocols.record import log_result, open_run
 from evaluation.protocols.results import EvaluationResult, chosen_lines, is_complete, make_result, write_result
-from evaluation.protocols.settings import AUTO, EvaluationSettings, load_fine_tuning
+from evaluation.protocols.settings import AUTO, EvaluationSettings, check_types, load_fine_tuning, names_of
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS
 from evaluation.tasks.leakage import check_copies, check_leakage, check_readouts
 from evaluation.tasks.published import PUBLISHED, SOURCE
@@ -35,6 +35,7 @@ from evaluation.tasks.tasks import Task, check_names, load_task
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
+from infra.processes.unchanged import unchanged_environment
 from infra.tracking.tracker import default_uri
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder, list_checkpoints
@@ -45,6 +46,7 @@ from pretrain.weights.scan_source import check_preprocessing
 COLUMNS = ["checkpoint", "step", "protocol", "task", "metric", "value", "low", "high", "run_id"]
 
 
+@unchanged_environment()
 def evaluate(
     checkpoints: Any, shards: str | os.PathLike[str] | Manifest, *, tasks: str | Sequence[str],
     protocols: str | Sequence[str] = ("paper",), folds: int = 5, n_train: Sequence[int] = (100, 300, 500), draws: int = 10,
@@ -90,7 +92,7 @@ def evaluate(
         all_steps: evaluate every checkpoint of the given run folders.
         experiment: MLflow experiment.
         tracking_uri: MLflow store; by default MLFLOW_TRACKING_URI, else mlruns/mlflow.db.
-        workers: CPUs of the local Ray cluster; by default all. With RAY_ADDRESS set, that cluster is used instead.
+        workers: CPUs of the local Ray cluster, at least 1; by default all. With RAY_ADDRESS set, that cluster is used instead.
         cache: folder of computed features; by default ``.features`` in the shards, or in the user's cache if that is read-only.
         storage: folder of unfinished searches; by default in the user's cache. All nodes of a Ray cluster must see it.
 
@@ -110,9 +112,11 @@ def evaluate(
         UserError: if an argument, a checkpoint, the shards or a task cannot be used; if a checkpoint was trained on test
             participants; if the MLflow store did not take a result, which then stays in ``storage``.
     """
+    check_types(seed, n_train, finetune, tasks=tasks, protocols=protocols, pooling=pooling)
+    ray_cluster.check_workers(workers)
     settings = EvaluationSettings(
-        tasks=_names(tasks), protocols=_names(protocols), folds=folds, n_train=tuple(n_train), draws=draws, seed=seed,
-        inner_repeats=inner_repeats, leave_site_out=leave_site_out, layer=layer, pooling=_names(pooling), scale=scale,
+        tasks=names_of(tasks), protocols=names_of(protocols), folds=folds, n_train=tuple(n_train), draws=draws, seed=seed,
+        inner_repeats=inner_repeats, leave_site_out=leave_site_out, layer=layer, pooling=names_of(pooling), scale=scale,
         readouts=readouts,
         mlp_trials=mlp_trials, repeats=repeats, halvings=halvings, permutations=permutations,
         finetune=finetune if isinstance(finetune, FineTuning) else load_fine_tuning(finetune or {}, seed),
@@ -120,12 +124,13 @@ def evaluate(
     settings.check()
     check_protocols(settings.protocols)
     check_features(settings)
+    paths = checkpoint_paths(checkpoints, all_steps=all_steps)
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
     context = _make_context(
         settings, manifest, tracking_uri or default_uri(), experiment,
         cache=feature_folder(manifest, cache), storage=search_folder(storage),
     )  # fmt: skip
-    candidates = [_load_candidate(path, context) for path in checkpoint_paths(checkpoints, all_steps=all_steps)]
+    candidates = [_load_candidate(path, context) for path in paths]
     _print_tasks(context)
     _print_cost(context)
     rows = []
@@ -153,11 +158,9 @@ def checkpoint_paths(checkpoints: Any, *, all_steps: bool = False) -> list[Path]
                 "checkpoint or an export"
             )
         paths += list_checkpoints(Path(folder)) if all_steps else [Path(folder)]
+    if not paths:
+        raise UserError(f"checkpoints={checkpoints!r:.80} names none; give one or more")
     return paths
-
-
-def _names(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _make_context(

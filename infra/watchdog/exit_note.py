@@ -25,6 +25,9 @@ from infra import distributed
 from infra.files import write_json
 
 FOLDER = "ranks"
+# Variable with the path of a file for the line of wrong input that ends the ranks, for the program that has started them. A
+# note cannot hold it: the input may be the run's folder.
+PROBLEM_FILE = "YAWARE_PROBLEM_FILE"
 RUNNING, TERMINATED = "running", "ended by SIGTERM"
 
 
@@ -133,6 +136,13 @@ def remove_notes(run_folder: Path, host: str | None = None) -> None:
         with contextlib.suppress(OSError, ValueError):
             if host is None or json.loads(path.read_text(encoding="utf-8")).get("host") == host:
                 path.unlink()
+
+
+def tell_problem(error: Exception) -> None:
+    """Write an error's text to the file of `PROBLEM_FILE`, if the program that started this rank named one."""
+    if path := os.environ.get(PROBLEM_FILE):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(str(error), encoding="utf-8")
 
 
 def first_line(error: BaseException | None) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data_pipeline.storage.manifest import Manifest
-from infra.errors import UserError
+from infra.errors import OPTIONAL_TEXT, OPTIONAL_WHOLE, WHOLE, UserError, check_arguments
 from infra.files import sha256_of
 from pretrain.encoders import TRAINING_ONLY, build_encoder
 from pretrain.weights.embedding import BATCH_SIZE, embed_table
@@ -23,6 +23,8 @@ from pretrain.weights.readouts import Readouts, read_readouts
 from pretrain.weights.scan_source import EmbeddableScans, scan_source, unlike_line
 from pretrain.weights.schema import check_config, check_preprocessing_file
 from pretrain.weights.weight_shapes import check_shapes
+
+ON_ERROR = ("raise", "skip")
 
 
 class Encoder(nn.Module):
@@ -129,6 +131,11 @@ class Encoder(nn.Module):
             UserError: if there are no scans, an argument is wrong, the encoder has no readouts that are asked for, the
                 shards were prepared otherwise, or, with ``on_error="raise"``, a scan cannot be read.
         """
+        check_arguments(WHOLE, batch_size=batch_size)
+        check_arguments(OPTIONAL_WHOLE, workers=workers)
+        check_arguments(OPTIONAL_TEXT, layer=layer)
+        if on_error not in ON_ERROR:
+            raise UserError(f"on_error={on_error!r} is not known; allowed: {', '.join(ON_ERROR)}")
         source = scan_source(scans, self.preprocessing, manifest, tiv, orientation)
         if not source.names:
             raise UserError("there are no scans to embed")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from infra.errors import UserError
+from infra.errors import PATH, UserError, check_arguments
 
 MAX_JSON_BYTES = 2**26  # of one file
 # The files that every exported encoder has; checksums.json lists their digests.
@@ -24,6 +24,7 @@ def find_encoder(path: str | Path) -> Path:
     Raises:
         UserError: if there is no encoder.
     """
+    check_arguments(PATH, encoder=path)
     path = Path(path)
     candidates = [path, path / "encoder"]
     pointers = [path] if path.name in ("best", "latest") else []

@@ -100,7 +100,7 @@ class Readout:
         return np.asarray(np.asarray(predicted, np.float64) - line)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Readouts:
     """All readouts of an encoder.
 
@@ -119,6 +119,11 @@ class Readouts:
     pooling: tuple[str, ...] = ("mean",)
     left_out: dict[str, str] = field(default_factory=dict)
     fitted_on: list[SeenScans] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Name the columns and the number of features that they are read from."""
+        features = next((readout.coefficients.size for readout in self.readouts.values()), 0)
+        return f"Readouts({', '.join(self.readouts) or 'none'}: {features} features)"
 
     @property
     def columns(self) -> list[str]:

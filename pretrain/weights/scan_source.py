@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +57,8 @@ class FileSource:
         self, paths: Sequence[str], preprocessing: Mapping[str, Any], tiv: Sequence[float] | None = None,
         orientation: str = "",
     ) -> None:  # fmt: skip
+        if not paths:
+            raise UserError("there are no scans to embed")
         self.names = list(paths)
         self.unlike: dict[str, str] = {}
         self._file = FilePreparation.of(preprocessing)
@@ -148,6 +150,11 @@ def scan_source(
         return _table_source(scans, preprocessing, tiv, orientation)
     if isinstance(scans, str | os.PathLike):
         raise UserError(f"scans={str(scans)!r} is one path; give a list of paths: [{str(scans)!r}]")
+    if not isinstance(scans, Iterable):
+        raise UserError(
+            f"scans={scans!r:.80} is of type {type(scans).__name__}; allowed: paths, a manifest, a table of paths, or, "
+            "with manifest=..., rows of its table or row numbers"
+        )
     for scan in scans:
         if not isinstance(scan, str | os.PathLike):
             raise UserError(
