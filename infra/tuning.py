@@ -4,7 +4,7 @@ Each result is written atomically to a file of its own beside Tune's state. Tune
 kill it may miss trials that have finished; the files do not. All nodes of a cluster must see the folder ``storage``.
 
 Tune pickles its state, and a pickle can run code when it is read. So ``storage`` must be a folder to which only the user can
-write; this is checked before anything in it is read. The results themselves are no pickles (infra.trust.results).
+write; this is checked before anything in it is read. The results themselves are not pickles (infra.trust.results).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from infra.errors import UserError
 AT_LEAST = re.compile(
     r"(?:[>≥]=?\s*(?P<after>[\d.]+)|(?P<before>[\d.]+)\s*(?:\+|(?:or|and) (?:older|over|above|more)))"
 )
-OLDEST = 130  # years; a number above it is no age
+OLDEST = 130  # years; a number above it is not an age
 
 
 class Change(NamedTuple):
@@ -97,7 +97,7 @@ class Reading:
         return value
 
     def number(self, column: str, theirs: str, cell: Cell, text: str) -> float | None:
-        """The number that a text is, in our unit, at most the declared cap; None if the text is no number.
+        """Parse a text as a number in our unit, at most the declared cap; None if it is not one.
 
         Raises UserError for a lower bound such as 89+ if it has no declared cap.
         """

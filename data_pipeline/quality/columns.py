@@ -89,7 +89,7 @@ def _type(name: str, values: Sequence[Any]) -> str:
 
 
 def _range(values: Sequence[Any]) -> tuple[str, str]:
-    """The smallest and the largest value, of text by the alphabet."""
+    """Smallest and largest value; texts in alphabetical order."""
     if not values:
         return "", ""
     ends = min(values), max(values)

@@ -66,7 +66,7 @@ def annotate_shards(
 def _read(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """Return the table as text, with ids without prefixes and missing values as None, and the place of each row.
 
-    Raises UserError if the file is no table, or a participant (and session) appears twice.
+    Raises UserError if the file is not a table, or a participant (and session) appears twice.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; give a .tsv or .csv file with a column participant_id")

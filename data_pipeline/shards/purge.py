@@ -18,7 +18,7 @@ from infra import ray_cluster
 from infra.files import sha256_of
 from infra.progress import Progress
 
-ShardRow = dict[str, Any]  # a shard's row of the manifest: name, bytes, sha256, scans
+ShardRow = dict[str, Any]  # Row of a shard in the manifest: name, bytes, sha256, scans
 ScanRow = dict[str, Any]  # a scan's row of the scan table, with the number of its shard
 
 

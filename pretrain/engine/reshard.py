@@ -162,7 +162,7 @@ def _read_stage3(paths: Sequence[Path], model: dict[str, Any]) -> Iterator[Store
 
 
 def _check_numbers(states: dict[Any, Any], count: int) -> None:
-    """States are found by the number of their tensor; under other keys all of them would be lost."""
+    """Refuse states that are not keyed by tensor number; they would be ignored. Raises _UnknownForm."""
     unknown = [key for key in states if key not in range(count)]
     if unknown:
         raise _UnknownForm(f"optimiser state under {unknown[0]!r}, not under the numbers of its {count} tensors")

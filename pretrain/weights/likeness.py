@@ -1,4 +1,4 @@
-"""Whether a scan looks like an encoder's training scans: a raw head is no grey-matter map, though both fill the grid.
+"""Whether a scan looks like an encoder's training scans: a raw head is not a grey-matter map, though both fill the grid.
 
 Scans are compared as coarse volumes (blocks of about 8 mm): r is Pearson's correlation with the mean of some training scans,
 which does not depend on the unit of the voxels. The unit is compared by the mean voxel. Between templates of MNI space r is
