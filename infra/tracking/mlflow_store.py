@@ -245,7 +245,7 @@ def check_uri(uri: str) -> None:
 
 
 def check_not_foreign(uri: str) -> None:
-    """Raise UserError if ``uri`` is not a store's address, or a sqlite file that holds something else. Other faults may pass."""
+    """Raise UserError if ``uri`` is not a store's address, or a sqlite file of something else. Other faults may pass."""
     check_uri(uri)
     file = _sqlite_file(uri)
     if file is not None:

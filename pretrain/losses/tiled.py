@@ -96,7 +96,7 @@ class _SumByRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the saved gradients times that of the value."""
+        """Return the saved gradients times the gradient of the value."""
         return (*(gradients[0] * saved for saved in ctx.saved_tensors), None, None, None)
 
 
@@ -331,7 +331,7 @@ class _YAwareSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the saved gradients times that of the value."""
+        """Return the saved gradients times the gradient of the value."""
         return (*(gradients[0] * saved for saved in ctx.saved_tensors), None, None, None)
 
 

@@ -25,7 +25,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A published layout.
+    """A published architecture: the names of its weights and the encoder that they fit.
 
     Attributes:
         encoder: key of ``pretrain.encoders.ENCODERS``.

@@ -74,7 +74,8 @@ class Readout:
 
         CV+ of Barber, Candès, Ramdas and Tibshirani (Annals of Statistics 49, 2021): with the prediction m_k(x) without fold
         k and the residual R_i of scan i of fold k(i), the limits are quantiles over i of m_k(i)(x) - R_i and of
-        m_k(i)(x) + R_i. Each scan of a person with k scans has weight 1/k, since persons, not scans, are exchangeable. The guarantee is 2 x coverage - 1; the coverage of stable regressions as this one is near ``coverage``.
+        m_k(i)(x) + R_i. Each scan of a person with k scans has weight 1/k, since persons, not scans, are exchangeable. The
+        guarantee is 2 x coverage - 1; the coverage of stable regressions as this one is near ``coverage``.
         It holds for people like those of the fit: at a scanner that shifts all predictions it does not.
         """
         of_folds_nK = np.asarray(features, np.float64) @ self.fold_coefficients.T + self.fold_intercepts
@@ -121,7 +122,10 @@ class Readouts:
 
     @property
     def columns(self) -> list[str]:
-        """Columns of ``table``: predicted_age, predicted_age_low, predicted_age_high; a class has no limits: predicted_sex only."""
+        """Columns of ``table``: predicted_age, predicted_age_low, predicted_age_high.
+
+        A class has no limits: predicted_sex only.
+        """
         return [
             f"{PREFIX}{name}{ending}"
             for name, readout in self.readouts.items()
