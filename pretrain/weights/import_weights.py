@@ -25,7 +25,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A published architecture: the names of its weights and the encoder that they fit.
+    """A published architecture: the encoder that takes its weights, and how to rename them.
 
     Attributes:
         encoder: key of ``pretrain.encoders.ENCODERS``.
