@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -181,9 +183,75 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         stream.write("\n")
 
 
+# What a path may be instead of a regular file, by the type in its mode.
+KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def other_kind(path: str | os.PathLike[str]) -> str:
+    """Return what is at ``path`` instead of a regular file, for example "a named pipe"; empty if there is one, or nothing."""
+    try:
+        return _kind(Path(path).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise UserError if something else than a regular file is at ``path``: opening a pipe or a device may wait forever.
+
+    A path where nothing is raises nothing; the caller's way to open it says so.
+    """
+    _refuse(path, other_kind(path))
+
+
+def open_descriptor(path: str | os.PathLike[str]) -> int:
+    """Open a regular file for reading; return its descriptor.
+
+    Raises UserError if something else is there, else as ``open`` does.
+    """
+    check_regular(path)  # a socket cannot even be opened
+    handle = os.open(
+        path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    )  # without waiting for a pipe's writer
+    try:
+        _refuse(path, _kind(os.fstat(handle).st_mode))
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _kind(mode: int) -> str:
+    return "" if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
+
+
+def _refuse(path: str | os.PathLike[str], kind: str) -> None:
+    if kind:
+        raise UserError(f"{os.fspath(path)} is {kind}, not a file; give or restore the file")
+
+
+def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a regular file for reading, as bytes. Raises UserError if something else is there, else as ``open`` does."""
+    return os.fdopen(open_descriptor(path), "rb")
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return the content of a regular file. Raises as ``open_file``."""
+    with open_file(path) as stream:
+        return stream.read()
+
+
+def read_text(path: str | os.PathLike[str], errors: str = "strict") -> str:
+    """Return the UTF-8 text of a regular file, each end of line as ``\\n``. Raises as ``open_file``, and UnicodeDecodeError."""
+    with io.TextIOWrapper(open_file(path), encoding="utf-8", errors=errors) as stream:
+        return stream.read()
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file's bytes, as hexadecimal digits."""
-    with open(path, "rb") as stream:
+    """Return the SHA-256 of a file's bytes, as hexadecimal digits. Raises as ``open_file``."""
+    with open_file(path) as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):
             digest.update(block)

@@ -16,7 +16,7 @@ import torch
 from infra import distributed, watchdog
 from infra.cli import print_any_text
 from infra.errors import STORAGE_ERRORS, LoaderError, UserError
-from infra.lean_imports import own_process
+from infra.lean_imports import is_own_process, own_process
 from infra.processes.limits import raise_open_files
 from infra.processes.unchanged import unchanged_process
 from infra.processes.with_parent import end_with_parent
@@ -95,8 +95,9 @@ def _train(plan: Plan, device: torch.device) -> None:
         _train_engine(plan, trained, device)
         done = True
     finally:
-        # DeepSpeed's hooks hold the engine. If one rank of several has failed, this would wait for the others' work on the GPU.
-        if done or distributed.world_size() == 1:
+        # DeepSpeed's hooks hold the engine. A rank's own process ends now. If one rank of several has failed, this would wait for
+        # the others.
+        if not is_own_process() and (done or distributed.world_size() == 1):
             engine.close_engine(trained)
 
 

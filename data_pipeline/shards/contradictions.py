@@ -29,7 +29,7 @@ def members_of(path: Path) -> tuple[list[Member], str]:
         with tarfile.open(path, "r:") as tar:
             places += ((m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse())
     except FAULTS as error:
-        fault = f"is no whole tar: {error}"
+        fault = f"is not a whole tar: {error}"
     with path.open("rb") as stream:
         return [(name, offset, size, _checksum(stream, offset, size)) for name, offset, size in places], fault
 
@@ -47,7 +47,7 @@ def members_of_stream(stream: HashingStream) -> tuple[list[Member], str]:
                     crc = int.from_bytes(checksum.digest(), "big")
                     members.append((member.name, member.offset_data, member.size, crc))
     except FAULTS as error:
-        fault = f"is no whole tar: {error}"
+        fault = f"is not a whole tar: {error}"
     while stream.read(BLOCK):
         pass
     return members, fault

@@ -99,13 +99,13 @@ def check_manifest(content: dict[str, Any], name: str) -> None:
             name, "settings.root", settings["root"], "the folder or URL of an index made by `yaware shards index`"
         )
     appended = settings.get("appended", [])
-    if not isinstance(appended, list) or not all(isinstance(part, dict) for part in appended):
+    if not isinstance(appended, list) or not all(isinstance(addition, dict) for addition in appended):
         raise _error(name, "settings.appended", appended, "a list of objects")
-    for number, part in enumerate(appended):
-        _check(part, f"settings.appended[{number}].", {"dataset": WORD, "scans": _is_number(0, MAX_ROWS)}, name)
-    for part in (settings, *appended):
-        if "quarantined" in part:
-            _check(part, "settings.", {"quarantined": _is_number(0, MAX_ROWS)}, name)
+    for number, addition in enumerate(appended):
+        _check(addition, f"settings.appended[{number}].", {"dataset": WORD, "scans": _is_number(0, MAX_ROWS)}, name)
+    for addition in (settings, *appended):
+        if "quarantined" in addition:
+            _check(addition, "settings.", {"quarantined": _is_number(0, MAX_ROWS)}, name)
     _check_shards(_part(content, "shards", list, name), indexed, name)
 
 

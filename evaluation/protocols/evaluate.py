@@ -36,7 +36,7 @@ from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
 from infra.processes.unchanged import unchanged_environment
-from infra.tracking.tracker import default_uri
+from infra.tracking.tracker import store_uri
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder, list_checkpoints
 from pretrain.weights.layers import intermediate_features
@@ -127,7 +127,7 @@ def evaluate(
     paths = checkpoint_paths(checkpoints, all_steps=all_steps)
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
     context = _make_context(
-        settings, manifest, tracking_uri or default_uri(), experiment,
+        settings, manifest, store_uri(tracking_uri), experiment,
         cache=feature_folder(manifest, cache), storage=search_folder(storage),
     )  # fmt: skip
     candidates = [_load_candidate(path, context) for path in paths]
@@ -246,7 +246,7 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
             tracker.end("FAILED")  # a run without its tables must not count as finished
         raise UserError(
             f"MLflow store {context.uri} has not taken all of {candidate.name} step {candidate.step}, {variant.label}; the "
-            f"result is kept in {result_folder}: run the same command again when this is mended: "
+            f"result is kept in {result_folder}: fix this and run the same command again: "
             + (tracker.fault or "it rejected a file or a trial, see the warning above")
         )
     metrics: dict[str, float] = json.loads((result_folder / "metrics.json").read_text())
@@ -316,14 +316,14 @@ def _print_tasks(context: EvaluationContext) -> None:
 
 
 def _print_cost(context: EvaluationContext) -> None:
-    """Say how many cross-validations the resamples add, if permutations were asked for, or that they have no effect."""
+    """Print how many cross-validations the permutations add, and which protocols do not use them."""
     settings = context.settings
     names = [name for name in settings.protocols if PROTOCOLS[name].resamples]
     if settings.permutations and names:
         more = settings.repeats - 1 + settings.halvings
         print(
-            f"evaluate: permutations={settings.permutations}: {', '.join(names)} fit every task and checkpoint "
-            f"{settings.permutations} times more; without them it would be {1 + more} times"
+            f"evaluate: permutations={settings.permutations}: {', '.join(names)}: adds {settings.permutations} "
+            f"cross-validations for each task and checkpoint, to {1 + more} without permutations"
         )
     if settings.permutations and len(names) < len(settings.protocols):
         others = [name for name in settings.protocols if name not in names]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from infra.errors import UserError
 from infra.files import locked_file
 from infra.internals import internal
 from infra.lean_imports import quiet_imports
-from infra.tracking.faults import check_sqlite, describe_fault, hide_password
+from infra.tracking.database import check_schema, create_sqlite, reading_client
+from infra.tracking.faults import check_is_file, check_sqlite, describe_fault, hide_password, refuse_foreign
 from infra.tracking.spool import Entry, warn
 
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # limits of MLflow's log_batch
@@ -187,41 +189,70 @@ def query_errors(uri: str) -> Iterator[None]:
 def client_of(uri: str, create: bool = True) -> Any:
     """Return an MLflow client of the store ``uri``, with telemetry off and few retries.
 
-    A sqlite store that does not exist is created if ``create``. Raises UserError if ``uri`` is not a store URI, or if the
-    sqlite file is missing and ``create`` is False.
+    A sqlite store that does not exist is created if ``create``; else nothing is written. Raises UserError if ``uri`` is not a
+    store URI, if the sqlite file is missing and ``create`` is False, or if the database is not an MLflow store of this version.
     """
     check_uri(uri)
     file = _sqlite_file(uri)
-    if not create and file is not None and not file.is_file():
+    if not create and file is not None and not file.exists():
         raise UserError(
             f"tracking store {uri} does not exist; set --tracking-uri to the store that the run was logged to"
         )
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    if file is not None:
+        check_sqlite(uri, file)
     with quiet_imports():
         from mlflow import MlflowClient
 
     # It prints tracebacks of several pages for errors that are raised, too.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    if file is not None:
-        check_sqlite(uri, file)
     with query_errors(uri):
-        if file is None or not create:
+        if is_server(uri):
             return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        if not create or file is None:
+            check_schema(uri, file, create)
+            return MlflowClient(tracking_uri=uri, registry_uri=uri) if create else reading_client(uri)
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked_file(Path(f"{file}.lock")):  # if two processes create the tables at once, both fail
+            if not file.exists():
+                create_sqlite(file)
+            check_schema(uri, file, create)
             return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def is_server(uri: str) -> bool:
+    """Return whether an address is that of a server of MLflow, whose tables are its own business."""
+    return uri.startswith(("http:", "https:", "databricks"))
 
 
 def check_uri(uri: str) -> None:
-    """Raise UserError if ``uri`` has none of the schemes in ``SCHEMES``."""
+    """Raise UserError if ``uri`` has none of the schemes in ``SCHEMES``, or is a sqlite address without a file."""
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme not in SCHEMES or ":" not in uri:
         raise UserError(
-            f"tracking URI {uri!r} is not an MLflow store; allowed schemes are {', '.join(SCHEMES)}, "
+            f"tracking URI {hide_password(uri)!r} is not an MLflow store; allowed schemes are {', '.join(SCHEMES)}, "
             "e.g. sqlite:////data/mlruns/mlflow.db or http://server:5000"
         )
+    if scheme == "sqlite":
+        file = re.fullmatch(r"sqlite(\+pysqlite)?:///([^?]+)(\?.*)?", uri)
+        if file is None or file[2] == ":memory:" or file[2].startswith("file:"):
+            raise UserError(
+                f"tracking URI {uri!r} names no file; write sqlite:///relative/path.db or sqlite:////absolute/path.db (a "
+                "database in memory would be lost with the process)"
+            )
+
+
+def check_not_foreign(uri: str) -> None:
+    """Raise UserError if ``uri`` is not a store's address, or a sqlite file of something else. Other faults may pass."""
+    check_uri(uri)
+    file = _sqlite_file(uri)
+    if file is not None:
+        with suppress(sqlite3.Error, OSError):  # the run then keeps its entries in a file
+            check_is_file(uri, file)
+            if file.exists():
+                refuse_foreign(uri, file)
 
 
 def _sqlite_file(uri: str) -> Path | None:

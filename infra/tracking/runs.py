@@ -11,7 +11,8 @@ from typing import Any
 from infra.errors import UserError, nearest
 from infra.tracking.mlflow_store import check_not_deleted, client_of, query_errors
 
-# Error codes of a reachable store for a logged model that it does not have.
+# Error codes of a reachable store for a filter that it does not understand, and for a logged model that it does not have.
+WRONG_FILTER = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 UNKNOWN_MODEL = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND")
 
 
@@ -19,7 +20,8 @@ def runs(uri: str, experiment: str, kind: str, filter: str = "") -> list[dict[st
     """Return the runs with tag yaware.kind=``kind``, newest first.
 
     ``filter`` is an MLflow filter that must hold too. Each run is a dict with run_id, name, tags, params, metrics (last
-    values), start_time (ms since 1970) and status. Raises UserError if the store or the experiment does not exist.
+    values), start_time (ms since 1970) and status. Raises UserError if the store or the experiment does not exist, or if the
+    filter is none.
     """
     client = client_of(uri, create=False)
     with query_errors(uri):
@@ -32,7 +34,17 @@ def runs(uri: str, experiment: str, kind: str, filter: str = "") -> list[dict[st
         check_not_deleted(uri, stored)
         condition = f"tags.`yaware.kind` = '{kind}'" + (f" and {filter}" if filter else "")
         query = {"filter_string": condition, "order_by": ["attributes.start_time DESC"]}
-        return [_run_row(run) for run in _pages(client.search_runs, [stored.experiment_id], query)]
+        try:
+            return [_run_row(run) for run in _pages(client.search_runs, [stored.experiment_id], query)]
+        except Exception as error:
+            if not filter.strip() or getattr(error, "error_code", None) not in WRONG_FILTER:
+                raise
+            words = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"--filter {filter!r} is not a filter of MLflow ({words}); write for example "
+                "\"tags.`yaware.run_name` = 'y-aware'\" "
+                'or "metrics.auc > 0.7", joined by and'
+            ) from None
 
 
 def metric_history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
@@ -42,12 +54,12 @@ def metric_history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
         return sorted((int(metric.step), float(metric.value)) for metric in client.get_metric_history(run_id, name))
 
 
-def download(uri: str, run_id: str, artifact_path: str, to: Path) -> Path:
-    """Copy an artifact (a file or a directory) of a run into folder ``to``. Return the path of the copy."""
+def download(uri: str, run_id: str, artifact_path: str, folder: Path) -> Path:
+    """Copy an artifact (a file or a directory) of a run into ``folder``. Return the path of the copy."""
     client = client_of(uri, create=False)
-    to.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with query_errors(uri):
-        return Path(client.download_artifacts(run_id, artifact_path, str(to)))
+        return Path(client.download_artifacts(run_id, artifact_path, str(folder)))
 
 
 def checkpoints(uri: str, run_id: str) -> list[dict[str, Any]]:

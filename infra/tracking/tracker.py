@@ -15,7 +15,7 @@ from typing import Any
 
 from infra.errors import UserError
 from infra.tracking.faults import describe_fault
-from infra.tracking.mlflow_store import StoredRun, check_uri, client_of
+from infra.tracking.mlflow_store import StoredRun, check_not_foreign, check_uri, client_of
 from infra.tracking.spool import Entry, Spool, warn
 
 # The wait doubles at each failure, because one try may take 20 s.
@@ -25,6 +25,16 @@ SECONDS_BETWEEN_TRIES, MOST_SECONDS_BETWEEN_TRIES = 30.0, 600.0
 def default_uri(root: Path = Path("mlruns")) -> str:
     """Return MLFLOW_TRACKING_URI if set, else the sqlite store ``<root>/mlflow.db`` (created at first use)."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve()}/mlflow.db"
+
+
+def store_uri(uri: str | None = None) -> str:
+    """Return the store to log to: ``uri``, or ``default_uri()``.
+
+    Raises UserError if it is not a store's address, or a database of something else, into which nothing may be written.
+    """
+    uri = uri or default_uri()
+    check_not_foreign(uri)
+    return uri
 
 
 class Tracker:

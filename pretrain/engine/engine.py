@@ -1,4 +1,4 @@
-"""DeepSpeed: process group, engine, optimisation step and checkpoint files. The only module that imports deepspeed."""
+"""DeepSpeed: process group, engine, optimisation step and checkpoint files. Only `pretrain.engine` imports deepspeed."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def close_engine(engine: Any) -> None:
         offload = import_module("deepspeed.runtime.zero.parameter_offload")
         running, own = internal("deepspeed", offload, "FWD_MODULE_STACK"), set(engine.module.modules())
         running[:] = [module for module in running if module not in own]
-        # Graphs inside torch still hold the engine after steps: let go of the weights, the state and the process groups.
+        # Something still holds a stage-3 engine after its steps (torch 2.13): let go of the weights and the state.
         for parameter in engine.module.parameters():
             vars(parameter).clear()
         vars(engine.optimizer).clear()

@@ -19,6 +19,7 @@ from data_pipeline.storage.manifest import Manifest, check_shards
 from data_pipeline.storage.remote import Access
 from infra import distributed
 from infra.errors import UserError, nearest
+from infra.tracking.tracker import store_uri
 from pretrain.config import ReadoutSection, Recipe, check_world_size
 from pretrain.encoders import ENCODERS, TRAINING_ONLY, build_encoder, check_encoder
 from pretrain.encoders.pooling import SPATIAL
@@ -153,6 +154,8 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
     manifest = Manifest.load(data.shards, Access(data.cache, data.cache_gb, data.retries, data.timeout))
     folder.check_same_manifest(output, manifest)
     rows = manifest.rows(split=data.split, query=data.query)
+    if distributed.is_main():
+        store_uri(recipe.run.tracking_uri)
     if distributed.local_rank() == 0:  # all ranks of a host see the same files
         check_shards(manifest, rows)
         folder.check_writable(output)

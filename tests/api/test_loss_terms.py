@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from pretrain import Run
 from tests.api.test_pretrain import python
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.jobs]
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def test_a_learned_temperature_gets_the_gradient_of_all_ranks(ranks: Ranks, size
         assert gradient_error < 1e-10
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.jobs)])
 def test_micro_batches_under_zero_equal_one_process(world_size: int) -> None:
     losses = LOSSES if world_size == 2 else ["y-aware"]
     jobs = [Job((4,) * world_size, loss, {"kernel": KERNEL, "tile": tile}, micro=micro, learned=learned, seed=micro)

@@ -99,6 +99,7 @@ def test_two_hosts_give_the_losses_of_one(pair, shards, tmp_path, one_host, stor
     assert losses(tmp_path / "run") == one_host
 
 
+@pytest.mark.jobs
 def test_a_cut_cable_ends_both_hosts_and_a_restart_continues_exactly(pair, shards, tmp_path, one_host, store):
     output = tmp_path / "run"
     job = Job(pair, tmp_path / "cut", training(shards, output), store)

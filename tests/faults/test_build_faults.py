@@ -94,11 +94,12 @@ def name_of(process: psutil.Process) -> str:
         return ""
 
 
-def slow_seeds(count: int) -> list:
-    return [pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, count)]
+def more_seeds(count: int) -> list:
+    """The seeds after 0: one runs with the whole jobs, the others with the slow tests."""
+    return [pytest.param(seed, marks=pytest.mark.jobs if seed == 1 else pytest.mark.slow) for seed in range(1, count)]
 
 
-@pytest.mark.parametrize("seed", [0, 1, *slow_seeds(12)])
+@pytest.mark.parametrize("seed", [0, *more_seeds(12)])
 def test_a_build_continues_after_its_driver_is_killed(big_cohort, head, whole, tmp_path, seed):
     out, moments = tmp_path / "shards", random.Random(seed)
     kept: dict[str, int] = {}
@@ -122,7 +123,7 @@ def test_a_build_continues_after_its_driver_is_killed(big_cohort, head, whole, t
     assert files(out) == whole
 
 
-@pytest.mark.parametrize("seed", [0, *slow_seeds(8)])
+@pytest.mark.parametrize("seed", [0, *more_seeds(8)])
 def test_a_build_survives_the_death_of_its_workers(big_cohort, head, whole, tmp_path, seed):
     out, moments = tmp_path / "shards", random.Random(seed)
     killed = 0
@@ -144,6 +145,7 @@ def test_a_build_survives_the_death_of_its_workers(big_cohort, head, whole, tmp_
     assert files(out) == whole
 
 
+@pytest.mark.jobs
 def test_a_killed_driver_with_its_own_cluster_leaves_no_worker_running(big_cohort, whole, tmp_path):
     out = tmp_path / "shards"
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -20,6 +20,7 @@ from tests.runs import ROOT, environment, losses, pretrain_command, run
 STEPS = 40
 
 
+@pytest.mark.jobs
 @pytest.mark.distributed
 def test_no_rank_trains_on_after_its_command_was_killed(shards, tmp_path):
     command = pretrain_command(shards, tmp_path / "run", STEPS, "--checkpoint.every_steps=1000")

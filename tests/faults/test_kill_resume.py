@@ -10,7 +10,7 @@ from tests.faults.rank_process import run_ranks
 from tests.runs import kill_ranks_when, losses, pretrain_command, run
 
 STEPS = 14
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.jobs]
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,7 @@ def test_a_run_continued_on_other_ranks_has_equal_losses_within_rounding(stopped
     assert not list((tmp_path / "run/checkpoints").glob(".unfinished-*"))
 
 
+@pytest.mark.jobs
 def test_resume_never_and_another_precision_are_refused_in_one_line(stopped, shards, tmp_path):
     for option, text in (
         ("--train.precision=bf16", "train.precision was 'fp32', now 'bf16'"),

@@ -57,6 +57,7 @@ def command_for(shards: Path, folder: Path, world: int, seconds: float) -> list[
     return pretrain_command(shards, folder / "run", STEPS, *more)
 
 
+@pytest.mark.jobs
 def test_a_stopped_rank_ends_the_other_and_a_restart_continues_exactly(shards, tmp_path):
     command = command_for(shards, tmp_path, 2, SECONDS)
     with running(command, tmp_path) as (launcher, ranks):
@@ -84,6 +85,7 @@ def last_line(folder: Path) -> str:
     return (folder / "run.log").read_text().strip().splitlines()[-1]
 
 
+@pytest.mark.jobs
 def test_a_killed_rank_of_three_is_named_at_the_end(shards, tmp_path):
     with running(command_for(shards, tmp_path, 3, LONG), tmp_path) as (launcher, ranks):
         assert sorted(ranks) == [0, 1, 2]

@@ -66,6 +66,7 @@ def start_driver(folder, kind):
     )  # fmt: skip
 
 
+@pytest.mark.jobs
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", [pytest.param("grid", marks=pytest.mark.slow), "search"])

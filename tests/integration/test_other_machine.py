@@ -22,7 +22,7 @@ SMALL += ["--encoder.options={width: 0.25, norm: group}"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A cohort with a site that is no ASCII, its shards, and a run of two steps."""
+    """A cohort with a site that is not ASCII, its shards, and a run of two steps."""
     from data_pipeline.shards.build import build_shards
 
     folder = tmp_path_factory.mktemp("made")
@@ -99,6 +99,7 @@ def world_of(folder, made, **unusual):
     return world
 
 
+@pytest.mark.jobs
 def test_everything_unusual_at_once(made, tmp_path):
     world = world_of(tmp_path, made, **ALL, no_flock=True)
     commands = [*reading(made, world), *writing(made, world)]

@@ -40,7 +40,7 @@ SMALL["vit-large-multinode"] = ["--encoder.name=vit-small", "--encoder.options.g
 
 
 def marked(name: str) -> object:
-    """Only paper-bhb10k is quick enough for every run of the tests; test_main_job runs demo-cpu."""
+    """Only paper-bhb10k is quick enough for `make test-jobs`; test_main_job runs demo-cpu."""
     return name if name == "paper-bhb10k" else pytest.param(name, marks=pytest.mark.slow)
 
 
@@ -67,6 +67,7 @@ def pretrain(name: str, shards: Path, output: Path) -> None:
     assert run(command, output.parent, timeout=1200).returncode == 0
 
 
+@pytest.mark.jobs
 @pytest.mark.distributed
 @pytest.mark.timeout(2700)
 @pytest.mark.parametrize("name", [marked(name) for name in SHIPPED if name != "demo-cpu"])

@@ -47,7 +47,7 @@ def test_every_call_frees_its_engine(called):
     assert held["first"]["tensor bytes"] < 2e6  # the engine's are 34 MB
     assert held["again"] == held["first"]
     assert held["failed"] == held["first"]
-    # Graphs of torch keep the shell of a stage-3 engine; its weights and optimiser state, 43 MB a call, are freed.
+    # The shell of a stage-3 engine stays; its weights and optimiser state, 43 MB a call, are freed.
     assert held["stage 3"]["tensor bytes"] < 2 * 10e6
 
 

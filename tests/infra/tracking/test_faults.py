@@ -59,7 +59,7 @@ FAULTS = {
         "another version of MLflow; .*`mlflow db upgrade",
     ),
     "no table": (sql("DROP TABLE runs"), "its tables are incomplete or of another version of MLflow"),
-    "no database": (lambda file: file.write_bytes(b"x" * 5000), "this file is no sqlite database; correct the path"),
+    "no database": (lambda file: file.write_bytes(b"x" * 5000), "this file is not a sqlite database; correct the path"),
     "cut": (lambda file: os.truncate(file, 60000), "the file is damaged; restore it from a copy"),
     "deleted": (
         delete_experiment,
@@ -93,7 +93,7 @@ def test_a_store_that_cannot_be_used_says_why(good, tmp_path, capfd, fault):
 @pytest.mark.parametrize("create", [True, False])
 def test_a_folder_in_place_of_the_file_is_found_at_once(tmp_path, create):
     (tmp_path / "mlflow.db").mkdir()
-    with pytest.raises(UserError, match="does not exist|cannot be opened; check that folder and file exist"):
+    with pytest.raises(UserError, match="is a folder, not a file; correct the address"):
         client_of(f"sqlite:///{tmp_path}/mlflow.db", create=create)
 
 
@@ -136,8 +136,8 @@ def web_server(status, body=b"<html>hello</html>"):
     [
         (401, "refuses the login; set MLFLOW_TRACKING_USERNAME"),
         (403, "refuses the login; set MLFLOW_TRACKING_USERNAME"),
-        (404, "what answers there is no MLflow server of this version"),
-        (200, "what answers there is no MLflow server of this version"),
+        (404, "what answers there is not an MLflow server of this version"),
+        (200, "what answers there is not an MLflow server of this version"),
         (500, "the server answers with an error of its own; look into the server's log"),
     ],
 )
@@ -160,7 +160,7 @@ def test_a_server_that_is_not_there():
         (OSError(37, "No locks available"), "has no file locks, which sqlite needs"),
         (sqlite3.OperationalError("attempt to write a readonly database"), "it is read-only here"),
         (sqlite3.OperationalError("database or disk is full"), "its disk is full; make room"),
-        (ModuleNotFoundError("No module named 'psycopg2'"), "pip install psycopg2-binary"),
+        (ModuleNotFoundError("No module named 'psycopg2'"), "pip install 'psycopg2-binary'"),
         (
             ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"),
             "its certificate cannot be checked",
