@@ -95,8 +95,8 @@ def _train(plan: Plan, device: torch.device) -> None:
         _train_engine(plan, trained, device)
         done = True
     finally:
-        # DeepSpeed's hooks hold the engine. A rank's own process ends now. If one rank of several has failed, this would wait for
-        # the others.
+        # DeepSpeed's hooks hold the engine. A rank's own process ends now; and if one rank of several has failed, this would
+        # wait for the others.
         if not is_own_process() and (done or distributed.world_size() == 1):
             engine.close_engine(trained)
 
