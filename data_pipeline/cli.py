@@ -71,6 +71,9 @@ def shards(arguments: list[str]) -> int:
     annotate.add_argument(
         "--columns", type=lambda text: text.split(","), help="columns to add, separated by commas (default: all)"
     )
+    annotate.add_argument(
+        "--rules", type=Path, metavar="FILE", help="YAML file that declares columns and the rules for their values"
+    )
     annotate.add_argument("--replace", action="store_true", help="overwrite columns that the shards have already")
     info = commands.add_parser("info", help="print counts, ages, sites, splits and sizes")
     info.add_argument("shards", help="folder or URL of shards")
@@ -163,7 +166,9 @@ def _append(options: argparse.Namespace) -> int:
 def _annotate(options: argparse.Namespace) -> int:
     from data_pipeline.shards.annotate import annotate_shards
 
-    manifest, counts = annotate_shards(options.shards, options.table, options.columns, replace=options.replace)
+    manifest, counts = annotate_shards(
+        options.shards, options.table, options.columns, replace=options.replace, rules=options.rules
+    )
     total = len(manifest.scans)
     for name, count in counts.items():
         print(f"shards: {name}: {count} of {total} scans have a value")

@@ -112,7 +112,10 @@ class Manifest:
             scans = scans[scans["split"].isin(names)]
         if query:
             try:
-                scans = scans.query(query)
+                chosen = scans.eval(query)
+                if not isinstance(chosen, pd.Series) or not pd.api.types.is_bool_dtype(chosen):
+                    raise TypeError("it gives no yes or no for each scan; write a condition, as in age >= 18")
+                scans = scans[chosen.fillna(False).astype(bool)]
             except Exception as error:  # pandas raises many types of errors for malformed queries
                 raise UserError(f"query {query!r} fails on {SCANS}: {' '.join(str(error).split())}") from None
         return scans.index.to_numpy(dtype=np.int64)

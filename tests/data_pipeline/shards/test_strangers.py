@@ -123,7 +123,7 @@ CELLS = [
     ("shard", 99, "is not in 0..3"), ("shard", -1, "is not in 0..3"), ("offset", -512, "is not in 0.."),
     ("offset", 2**40, "is not inside its shard"), ("offset", 2**60, "is not in 0.."), ("size", 0, "is not in 1.."),
     ("size", 2**40, "is not in 1.."), ("size", -1, "is not in 1.."), ("crc32c", 2**32, "is not in 0..4294967295"),
-    ("crc32c", -1, "is not in 0.."),
+    ("crc32c", -1, "is not in 0.."), ("age", float("inf"), "is not finite"), ("age", float("-inf"), "is not finite"),
 ]  # fmt: skip
 
 
