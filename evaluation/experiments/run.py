@@ -41,7 +41,7 @@ from evaluation.experiments.plan import (
 from evaluation.experiments.report import write_report
 from infra import ray_cluster
 from infra.errors import UserError
-from infra.files import atomic_write, write_json
+from infra.files import atomic_write, read_text, write_json
 from infra.tracking.tracker import default_uri
 
 
@@ -155,7 +155,7 @@ def _pretrain(
     status = process.wait()
     running.discard(process)
     if status or not (folder / "checkpoints" / "latest").exists():
-        last_line = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
+        last_line = next((line for line in reversed(read_text(log, errors="replace").splitlines()) if line.strip()), "")
         raise UserError(f"pretraining {pretraining.name} ended with status {status}: {last_line[:300]} (log: {log})")
     write_json(folder / "done.json", {"settings": _settings_digest(plan, pretraining)})
 
@@ -167,7 +167,7 @@ def _settings_digest(plan: ExperimentPlan, pretraining: Pretraining) -> str:
 
 def _is_done(out: Path, plan: ExperimentPlan, pretraining: Pretraining) -> bool:
     path = out / "runs" / pretraining.name / "done.json"
-    return path.is_file() and json.loads(path.read_text())["settings"] == _settings_digest(plan, pretraining)
+    return path.exists() and json.loads(read_text(path))["settings"] == _settings_digest(plan, pretraining)
 
 
 @contextmanager
@@ -191,8 +191,8 @@ def check_plan_file(out: Path, plan: ExperimentPlan) -> None:
     Raises UserError if the folder holds an experiment with another plan.
     """
     path, settings = out / "plan.json", json.loads(json.dumps(asdict(plan)))
-    if path.is_file():
-        stored = json.loads(path.read_text())
+    if path.exists():
+        stored = json.loads(read_text(path))
         changed = [key for key in settings if stored.get(key) != settings[key]]
         if changed:
             raise UserError(

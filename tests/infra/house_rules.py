@@ -200,3 +200,52 @@ def _undocumented(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tu
 def other_code(paths: Iterable[str], allowed: Sequence[str]) -> list[str]:
     """Return Python files outside the ``allowed`` top-level folders and files."""
     return [f"{path}: no code outside {', '.join(allowed)}" for path in paths if path.split("/")[0] not in allowed]
+
+
+READERS = {
+    "np.load", "pd.read_csv", "pd.read_parquet", "load_file", "safe_open", "torch.load", "OmegaConf.load", "tarfile.open",
+    "nibabel.load", "yaml.safe_load", "yaml.load",
+}  # fmt: skip
+CHECKED = ("regular_file", "open_file", "io.StringIO", "io.BytesIO", "read_text")
+
+
+def unchecked_reads(modules: Sequence[Module]) -> list[str]:
+    """Return places that open a file for reading without asking first whether it is a regular file: a pipe would wait forever.
+
+    ``path.read_text()``, ``path.read_bytes()``, ``path.open("rb")``, ``open(path)``, ``os.open``, and readers of libraries that
+    are given a path. A text or a stream is no path.
+    """
+    violations = []
+    for module in modules:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Call) and (name := _unchecked(node)):
+                violations.append(
+                    f"{module.path}:{node.lineno} {name}: use infra.files (open_file, read_text, regular_file)"
+                )
+    return violations
+
+
+def _unchecked(call: ast.Call) -> str:
+    """Return the name of a function that reads an unchecked path; empty if the call does not."""
+    name = ast.unparse(call.func)
+    method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    if method in ("read_text", "read_bytes") and not call.args and not name.startswith("files."):
+        return f".{method}"
+    if name in ("open", "os.open") or method == "open":
+        mode = (
+            call.args[1]
+            if name == "open" and len(call.args) > 1
+            else call.args[0]
+            if method == "open" and call.args
+            else None
+        )
+        reads = isinstance(mode, ast.Constant) and mode.value in ("r", "rb", "rt")
+        plain = name == "open" and len(call.args) < 2
+        folder = name == "os.open" and "O_RDONLY" in ast.unparse(call)
+        return name if reads or plain or folder else ""
+    if name in READERS and not any(word.arg == "fileobj" for word in call.keywords):
+        given = call.args[0] if call.args else None
+        stream = isinstance(given, ast.Name) and given.id in ("stream", "text", "content")
+        checked = isinstance(given, ast.Call) and ast.unparse(given.func) in CHECKED
+        return "" if stream or checked else name
+    return ""
