@@ -4,7 +4,7 @@ Each result is written atomically to a file of its own beside Tune's state. Tune
 kill it may miss trials that have finished; the files do not. All nodes of a cluster must see the folder ``storage``.
 
 Tune pickles its state, and a pickle can run code when it is read. So ``storage`` must be a folder to which only the user can
-write; this is checked before anything in it is read. The results themselves are no pickles (infra.trust.results).
+write; this is checked before anything in it is read. The results themselves are not pickles (infra.trust.results).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def tune_grid(
     name: str,
     concurrency: int | None = None,
     resources: dict[str, float] | None = None,
-    here: bool = False,
+    in_process: bool = False,
     title: str = "tuning",
 ) -> list[dict[str, Any]]:
     """Run ``trainable(point, data)`` for every point as a Ray Tune trial. Return the results in the order of the points.
@@ -52,7 +52,8 @@ def tune_grid(
         name: name of the search within ``storage``.
         concurrency: the most trials that run at a time; None leaves it to the resources.
         resources: Ray resources of a trial; by default one CPU.
-        here: begin in this process; Tune takes over when the trials that remain would take longer here than a start of Ray.
+        in_process: begin in this process; Tune takes over when the remaining trials would take longer here than Ray takes to
+            start.
         title: label of the progress line.
 
     Raises:
@@ -61,7 +62,7 @@ def tune_grid(
     """
     results = _results_folder(storage, name)
     files = [results / f"{index}.npz" for index in range(len(points))]
-    if here and not ray_cluster.has_cluster():
+    if in_process and not ray_cluster.has_cluster():
         _run_here(trainable, points, data, files, title=title, name=name)
     if not all(file.is_file() for file in files):
         _run_in_tune(trainable, points, data, results, storage=storage, name=name, concurrency=concurrency,

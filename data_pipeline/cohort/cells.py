@@ -1,9 +1,11 @@
-"""What the text of a table's cell means: a missing value, a number, or text. Every command reads cells with these rules."""
+"""What the text of a table's cell means: the name of a column, a missing value, a number, or text; for every command."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from infra.errors import UserError
@@ -12,6 +14,11 @@ from infra.errors import UserError
 MISSING = frozenset(
     {"", "n/a", "N/A", "NA", "#N/A", "<NA>", "NaN", "nan", "NAN", "null", "NULL", "None", "."}
 )  # fmt: skip
+# Columns that decide something: who it is, what a run trains on, or what a rule reads.
+KNOWN = frozenset({
+    "participant_id", "session", "session_id", "ses", "run", "path", "split", "age", "sex", "site", "diagnosis", "tiv",
+    "cat12_iqr",
+})  # fmt: skip
 SEX_WORDS = {"f": "F", "female": "F", "m": "M", "male": "M", "o": "O", "other": "O"}
 # Columns that are never converted to numbers by themselves: names that may look like numbers; age and sex have checks.
 TEXT_COLUMNS = ("site", "diagnosis", "split", "age", "sex")
@@ -20,7 +27,7 @@ TYPES = ("number", "text")  # what `types:` may declare of a column
 # float() takes more than a table means by a number: 1_000, other scripts' digits, infinity.
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
-# As float64 these would not keep the text that they are written in, so they are names: 007, 12345678901234567.
+# float64 would change these texts (007 -> 7), so they are kept as text.
 NAME_OF_DIGITS = re.compile(r"[+-]?(0\d+|\d{16,})", re.ASCII)
 
 Text = tuple[str | None, str]
@@ -28,7 +35,7 @@ Text = tuple[str | None, str]
 
 
 def parse_number(text: str) -> float | None:
-    """The finite number that a text is, or None."""
+    """Parse a text as a finite number; None if it is not one."""
     value = float(text) if NUMBER.fullmatch(text) else math.nan
     return value if math.isfinite(value) else None
 
@@ -44,6 +51,24 @@ def same(text: str, other: str) -> bool:
 def number_as_text(value: float) -> str:
     """A number as a table writes it: 10234560, not 10234560.0 or 1.02346e+07."""
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+
+
+def folded(text: str) -> str:
+    """A text for comparison: without case, invisible marks, spaces, hyphens and underscores."""
+    plain = unicodedata.normalize("NFKC", _without_marks(text)).casefold()
+    return re.sub(r"[\s_\-‐‑–]+", "", plain)
+
+
+def known_name(text: str) -> str:
+    """The name of a column without blanks and invisible marks around it; in our spelling if it is one of ``KNOWN``."""
+    name = _without_marks(text).strip()
+    lower = unicodedata.normalize("NFKC", name).casefold().strip()
+    return lower if lower in KNOWN else name
+
+
+def _without_marks(text: str) -> str:
+    """The text without format and control characters: byte order marks, zero-width spaces; tabs and line ends stay."""
+    return "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c) not in ("Cf", "Cc"))
 
 
 def is_numeric(
@@ -90,3 +115,10 @@ def is_numeric(
             + (declare if declarable else "write n/a if unknown")
         )
     return declared == "number" or not any(NAME_OF_DIGITS.fullmatch(text) for text, _ in known)
+
+
+def as_yaml(text: str) -> str:
+    """A text as one YAML value that reads as this text, also inside a list: 999, -9, '23,5'."""
+    if re.fullmatch(r"-?[A-Za-z0-9_.][A-Za-z0-9_.+/]*(-[A-Za-z0-9_.+/]+)*", text):
+        return text
+    return "'" + text.replace("'", "''") + "'" if text.isprintable() else json.dumps(text)

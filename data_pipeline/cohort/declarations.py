@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.cohort.cells import TEXT_COLUMNS, TYPES, parse_number
+from data_pipeline.cohort.cells import TEXT_COLUMNS, TYPES, known_name, parse_number
 from data_pipeline.cohort.scan import safe_name
 from data_pipeline.cohort.sidecars import UNITS, WITH_COLUMNS, known_unit
 from data_pipeline.cohort.tables import SESSION_COLUMNS
@@ -36,6 +36,7 @@ class DataSet:
         participants: the participants' table, if it is not at the layout's usual place.
         orientation: of .npy arrays; empty for that of their known grid.
         columns: our name -> their name; None to read all columns.
+        left_out: their names of columns that ``columns`` maps to null: they are not read.
         values: our name -> a constant, or their text -> our text. Other texts stay as they are.
         only: our names or ``all``: their texts must all have a rule in ``values``.
         missing: our name or ``all`` -> texts that mean missing.
@@ -57,6 +58,7 @@ class DataSet:
     participants: Path | None = None
     orientation: str = ""
     columns: dict[str, str] | None = None
+    left_out: tuple[str, ...] = ()
     values: dict[str, str | dict[str, str]] = field(default_factory=dict)
     only: tuple[str, ...] = ()
     missing: dict[str, list[str]] = field(default_factory=dict)
@@ -120,7 +122,9 @@ def declare(source: DataSet, path: Path) -> DataSet:
     return replace(declared, path=source.path, name=source.name, layout=source.layout)
 
 
-KEYS = [key.name for key in fields(DataSet) if key.name not in ("declared_in", "declared", "text", "number")]
+KEYS = [
+    key.name for key in fields(DataSet) if key.name not in ("declared_in", "declared", "text", "number", "left_out")
+]
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -163,11 +167,10 @@ def _data_set(entry: dict[str, Any], where: str, folder: Path, allowed: Sequence
         if key in entry and not (isinstance(entry[key], str) and entry[key]):
             raise UserError(f"{where}: {key} must be one word or path, found {entry[key]!r}")
     path = (folder / entry["path"]).resolve()
-    columns = None if "columns" not in entry else _texts(entry["columns"], f"{where}: columns")
-    for ours in columns or ():
-        if ours in RESERVED:
-            raise UserError(f"{where}: columns.{ours}: the manifest itself has a column of this name; choose another")
+    entry = _in_our_spelling(entry, where)
+    columns, left_out = _columns(entry, f"{where}: columns")
     age = _texts(entry.get("age", {}), f"{where}: age")
+    age = {key: text if key == "format" else known_name(text) for key, text in age.items()}
     _refuse_unknown(age, AGE_KEYS, f"{where}: age")
     if age and not {"birth", "scan"} <= age.keys():
         raise UserError(f"{where}: age needs both columns, as in `age: {{birth: birth_date, scan: scan_date}}`")
@@ -184,6 +187,7 @@ def _data_set(entry: dict[str, Any], where: str, folder: Path, allowed: Sequence
         participants=(folder / entry["participants"]).resolve() if "participants" in entry else None,
         orientation=orientation,
         columns=columns,
+        left_out=left_out,
         values=values,
         only=only,
         missing=_missing(entry.get("missing", []), f"{where}: missing"),
@@ -196,6 +200,39 @@ def _data_set(entry: dict[str, Any], where: str, folder: Path, allowed: Sequence
         declared_in=where,
         declared=True,
     )
+
+
+BY_COLUMN = ("columns", "values", "missing", "default", "cap", "units", "types")  # keys that map our columns to rules
+NULL = ("null", "Null", "NULL", "~")
+
+
+def _in_our_spelling(entry: dict[str, Any], where: str) -> dict[str, Any]:
+    """The entry with the known names of columns in our spelling; raises UserError if two names become equal."""
+    entry = dict(entry)
+    for key in BY_COLUMN:
+        rules = entry.get(key)
+        if not isinstance(rules, dict):
+            continue
+        first: dict[str, str] = {}
+        for name in rules:
+            if first.setdefault(known_name(name), name) != name:
+                ours = known_name(name)
+                raise UserError(f"{where}: {key}: {first[ours]!r} and {name!r} are both {ours!r}; keep one of them")
+        entry[key] = {known_name(name): rule for name, rule in rules.items()}
+    return entry
+
+
+def _columns(entry: dict[str, Any], where: str) -> tuple[dict[str, str] | None, tuple[str, ...]]:
+    """Their name of each of our columns, None to read all; and the columns to leave out, which are mapped to null."""
+    if "columns" not in entry:
+        return None, ()
+    texts = _texts(entry["columns"], where)
+    columns = {ours: known_name(theirs) for ours, theirs in texts.items() if theirs not in NULL}
+    for ours in columns:
+        if ours in RESERVED:
+            raise UserError(f"{where}.{ours}: the manifest itself has a column of this name; choose another")
+    left_out = tuple(ours for ours in texts if ours not in columns)
+    return (columns if columns or not left_out else None), left_out
 
 
 def check_orientation(text: str, where: str) -> str:
@@ -281,7 +318,7 @@ def _names(content: Any, where: str) -> tuple[str, ...]:
     """Check a list of names."""
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{where} must be a list of columns, as in `person: [sex, site]`, found {content!r}")
-    return tuple(content)
+    return tuple(known_name(name) for name in content)
 
 
 def _missing(content: Any, where: str) -> dict[str, list[str]]:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 from data_pipeline.cohort.cells import MISSING
 from data_pipeline.cohort.declarations import DataSet
-from data_pipeline.cohort.scan import Scan
+from data_pipeline.cohort.reading import Change
+from data_pipeline.cohort.scan import Scan, entities, entities_of, visible
+from data_pipeline.cohort.sidecars import cat12_measures, stem_of
+from data_pipeline.cohort.table_file import Row, read_rows
 from data_pipeline.cohort.tables import (
     SESSION_COLUMNS,
     ParticipantTable,
-    Row,
     no_session_row,
     read_participants,
-    read_rows,
     read_sessions,
+    session_column_of,
     without_prefix,
 )
-from data_pipeline.cohort.texts import warn
-from data_pipeline.cohort.values import Change, typed_values
+from data_pipeline.cohort.values import RowOwners, typed_values
 from infra.errors import UserError
 
 # The file names of each modality. Grey-matter maps are CAT12's, as BIDS derivatives or under CAT12's own names; quasi-raw
@@ -37,7 +36,6 @@ MODALITIES = {
 EXAMPLES = {"vbm": "_desc-mwp1_probseg", "t1w": "_T1w", "quasiraw": "_preproc-quasiraw_T1w"}
 OPENBHB = {"vbm": "_preproc-cat12vbm_desc-gm_T1w.npy", "quasiraw": "_preproc-quasiraw_T1w.npy"}
 CAT12_DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # where to look for CAT12's mri/ when detecting the layout
-CAT12_MEASURES = {"cat12_iqr": "qualityratings/IQR", "tiv": "subjectmeasures/vol_TIV"}  # rating (1 is best); ml
 
 
 class CohortScans(NamedTuple):
@@ -75,8 +73,8 @@ def read_bids_layout(source: DataSet, modality: str) -> CohortScans:
     CAT12's own maps (``mwp1*``) have ``cat12_iqr`` and ``tiv`` from ``cat_*.xml`` beside them or in ``report``.
     """
     folder = _folder(source)
-    people = _participant_table(source, [_bids_table(folder)])
-    sessions = _root_sessions(source, folder)
+    table = _bids_table(folder)
+    people, sessions = _participant_table(source, [table]), _root_sessions(source, table.parent)
     own_sessions: dict[Path, dict[str, Row]] = {}
     files = []
     for path in _bids_files(folder, modality):
@@ -84,8 +82,12 @@ def read_bids_layout(source: DataSet, modality: str) -> CohortScans:
         row, reason = _row_and_reason(people, participant, session, run)
         home = next(parent for parent in path.parents if parent.name == f"sub-{participant}")
         if home not in own_sessions:
-            table = home / f"{home.name}_sessions.tsv"
-            own_sessions[home] = read_sessions(table, "session_id") if table.is_file() else {}
+            # A derivative without a table of sessions uses that of the raw data set.
+            places = (
+                place / f"{home.name}_sessions.tsv" for place in (home, folder / home.name, table.parent / home.name)
+            )
+            own_table = next((place for place in places if place.is_file()), None)
+            own_sessions[home] = read_sessions(own_table, "session_id") if own_table else {}
         for rows in (sessions.get(participant, {}), own_sessions[home]) if session else ():
             if row is not None and session in rows:
                 row = Row(_without_ids(rows[session]), rows[session].where, rows[session].table, row)
@@ -93,9 +95,14 @@ def read_bids_layout(source: DataSet, modality: str) -> CohortScans:
                 table_name = next(iter(rows.values())).table.name
                 reason = no_session_row(table_name, session, list(rows))
                 row = people.person_row([row])
-        measured = _beside(path) if path.name.startswith("mwp1") else {}
+        measured = cat12_measures(path) if path.name.startswith("mwp1") else {}
         files.append(ScanFile(path, participant, session, run, row, measured=measured, reason=reason))
-    return _scans(source, files, modality, f"sub-*/[ses-*/]anat/*{EXAMPLES[modality]}.nii.gz")
+    tables = {
+        participant: [*rows, *sessions.get(participant, {}).values()] for participant, rows in people.rows.items()
+    }
+    for home, rows in own_sessions.items():
+        tables.setdefault(home.name.removeprefix("sub-"), []).extend(rows.values())
+    return _scans(source, files, modality, f"sub-*/[ses-*/]anat/*{EXAMPLES[modality]}.nii.gz", tables)
 
 
 def read_cat12(source: DataSet, modality: str) -> CohortScans:
@@ -111,13 +118,13 @@ def read_cat12(source: DataSet, modality: str) -> CohortScans:
     people = _participant_table(source, [folder / "participants.tsv"])
     files = []
     for path in sorted(visible(folder, folder.rglob("mri/mwp1*.nii*"))):
-        stem = _stem(path)
-        named = _named(stem.split("_"))
+        stem = stem_of(path)
+        named = entities_of(stem.split("_"))
         participant = named.get("sub") or _listed_in(stem, people)
         session, run = named.get("ses", ""), named.get("run", "")
         row, reason = _row_and_reason(people, participant, session, run)
-        files.append(ScanFile(path, participant, session, run, row, measured=_beside(path), reason=reason))
-    return _scans(source, files, modality, "mri/mwp1*.nii[.gz]")
+        files.append(ScanFile(path, participant, session, run, row, measured=cat12_measures(path), reason=reason))
+    return _scans(source, files, modality, "mri/mwp1*.nii[.gz]", people.rows)
 
 
 def read_openbhb(source: DataSet, modality: str) -> CohortScans:
@@ -141,7 +148,9 @@ def read_openbhb(source: DataSet, modality: str) -> CohortScans:
         row, reason = _row_and_reason(people, participant, session, run)
         split = {"openbhb_split": path.relative_to(folder).parts[0]}
         files.append(ScanFile(path, participant, session, run, row, measured=split, reason=reason))
-    return _scans(source, files, modality, f"{{train,val}}/derivatives/sub-*/ses-*/sub-*{OPENBHB[modality]}")
+    return _scans(
+        source, files, modality, f"{{train,val}}/derivatives/sub-*/ses-*/sub-*{OPENBHB[modality]}", people.rows
+    )
 
 
 def read_csv(source: DataSet, modality: str) -> CohortScans:
@@ -154,9 +163,7 @@ def read_csv(source: DataSet, modality: str) -> CohortScans:
     path_column, id_column, run_column = (source.column(name) for name in ("path", "participant_id", "run"))
     rows = read_rows(source.path, [path_column, id_column], None)
     declared = (source.columns or {}).get("session")
-    session_column = next(
-        (c for c in ([declared] if declared else SESSION_COLUMNS) if rows and c in rows[0].values), ""
-    )
+    session_column = declared or session_column_of(source.path, rows[0].values if rows else ())
     files = []
     for row in rows:
         text, participant = row.values[path_column].strip(), row.values[id_column].strip().removeprefix("sub-")
@@ -167,15 +174,7 @@ def read_csv(source: DataSet, modality: str) -> CohortScans:
         run = without_prefix(row.values.get(run_column, ""), "run-")
         path = (source.path.parent / text).resolve()
         files.append(ScanFile(path, participant, session, run, row))
-    return _scans(source, files, modality, "a row per scan")
-
-
-def entities(path: Path, root: Path) -> tuple[str, str, str]:
-    """Participant, session and run of a file below ``root``; names of folders take precedence over the file's name."""
-    parts = path.relative_to(root).parts[:-1]
-    folders = parts[next(n for n, part in enumerate(parts) if part.startswith("sub-")) :]
-    named = _named([*path.name.partition(".")[0].split("_"), *folders])
-    return folders[0].removeprefix("sub-"), named.get("ses", ""), named.get("run", "")
+    return _scans(source, files, modality, "a row per scan", {})
 
 
 def bids_images(folder: Path) -> Iterator[Path]:
@@ -196,71 +195,31 @@ def openbhb_arrays(folder: Path, ending: str) -> Iterable[Path]:
     return sorted(path for pattern in patterns for path in visible(folder, folder.glob(pattern)))
 
 
-def visible(folder: Path, paths: Iterable[Path]) -> Iterator[Path]:
-    """The paths below ``folder`` without hidden files and folders, such as macOS's ``._*`` and ``__MACOSX``."""
-    for path in paths:
-        if not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts):
-            yield path
-
-
-def read_report(folder: Path, stem: str) -> dict[str, float]:
-    """Read ``cat12_iqr`` and ``tiv`` from CAT12's report of a scan; empty if the report is missing or damaged."""
-    path = folder / f"cat_{stem}.xml"
-    if not path.is_file():
-        return {}
-    try:
-        tree = ElementTree.parse(path)
-    except (OSError, ValueError, ElementTree.ParseError) as error:
-        warn(f"{path} is ignored, it is not XML: {' '.join(str(error).split())}")
-        return {}
-    measures = {}
-    for name, element in CAT12_MEASURES.items():
-        # Newer versions also have a description under the same element name, before or after the number.
-        numbers = [value for value in map(_number, tree.iterfind(f".//{element}")) if value is not None]
-        if numbers:
-            measures[name] = numbers[0]
-    return measures
-
-
-def _stem(path: Path) -> str:
-    """The name of the T1 image of one of CAT12's maps, without ending."""
-    return path.name.removeprefix("mwp1").removesuffix(".gz").removesuffix(".nii")
-
-
-def _beside(path: Path) -> dict[str, float]:
-    """What CAT12 reports of a map: in ``report`` beside ``mri``, or in the map's own folder if CAT12 ran on a BIDS tree."""
-    for folder in (path.parent.parent / "report", path.parent, path.parent / "report"):
-        report = read_report(folder, _stem(path))
-        if report:
-            return report
-    return {}
-
-
 def _row_and_reason(people: ParticipantTable, participant: str, session: str, run: str) -> tuple[Row | None, str]:
     """The row of a scan, or None and why it has none."""
     row = people.find(participant, session, run)
     return row, "" if row is not None else people.why_missing(participant, session, run)
 
 
-def _number(element: ElementTree.Element) -> float | None:
-    """An element's finite number, or None."""
-    try:
-        value = float((element.text or "").strip())
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _scans(source: DataSet, files: Sequence[ScanFile], modality: str, pattern: str) -> CohortScans:
+def _scans(
+    source: DataSet, files: Sequence[ScanFile], modality: str, pattern: str, tables: Mapping[str, Sequence[Row]]
+) -> CohortScans:
     """The scans of listed participants sorted by key, and the others; raises UserError if none is listed.
 
-    ``pattern`` describes the files that were searched, for the message.
+    Args:
+        source: the data set.
+        files: its scans' files.
+        modality: for the message.
+        pattern: describes the files that were searched, for the message.
+        tables: each participant's rows in all tables, also those without a scan.
     """
     listed = [file for file in files if file.row is not None]
     unlisted = [_scan(source, file, {}) for file in files if file.row is None]
     if not listed:
         raise UserError(_nothing_listed(source, files, modality, pattern))
-    values, changes = typed_values([file.row for file in listed if file.row is not None], source)
+    rows = [file.row for file in listed if file.row is not None]
+    people = RowOwners([file.participant for file in listed], tables)
+    values, changes = typed_values(rows, source, people=people)
     scans = [_scan(source, file, row_values) for file, row_values in zip(listed, values, strict=True)]
     return CohortScans(sorted(scans, key=lambda scan: scan.key), unlisted, changes)
 
@@ -337,11 +296,6 @@ def _root_sessions(source: DataSet, folder: Path) -> dict[str, dict[str, Row]]:
 
 def _without_ids(row: Row) -> dict[str, str]:
     return {name: text for name, text in row.values.items() if name not in ("participant_id", *SESSION_COLUMNS)}
-
-
-def _named(words: Iterable[str]) -> dict[str, str]:
-    """BIDS entities: name -> label of every word ``name-label``; the last one counts."""
-    return {word.partition("-")[0]: word.partition("-")[2] for word in words if "-" in word}
 
 
 def _listed_in(stem: str, people: ParticipantTable) -> str:

@@ -24,8 +24,8 @@ from data_pipeline.cohort.layouts import (
 )
 from data_pipeline.cohort.pseudonyms import pseudonymise, read_key
 from data_pipeline.cohort.scan import Scan, safe_name
-from data_pipeline.cohort.split import SPLIT, check_declared_splits
-from data_pipeline.cohort.texts import read_sidecar
+from data_pipeline.cohort.split import KNOWN_SPLITS, SPLIT, check_declared_splits
+from data_pipeline.cohort.texts import read_sidecar, warn
 from infra.errors import UserError, nearest
 
 LAYOUTS: dict[str, Callable[[DataSet, str], CohortScans]] = {
@@ -89,6 +89,8 @@ def read_with_changes(
 
     ``text`` names columns that are read as text even if they hold numbers only, because the shards hold text; the columns
     ``number`` must hold numbers, because the shards do.
+
+    Raises UserError as ``read_cohort`` does, and if a column of ``number`` holds other texts.
     """
     if modality not in MODALITIES:
         raise UserError(
@@ -99,15 +101,17 @@ def read_with_changes(
         replace(_as_text(data_set, text), number=tuple(number))
         for data_set in _data_sets(Path(source), dataset, layout, columns)
     ]
-    parts = [_read(data_set, modality) for data_set in data_sets]
-    mixed = _mixed_columns([scan for part in parts for scan in part.scans])
+    cohorts = [_read(data_set, modality) for data_set in data_sets]
+    mixed = _mixed_columns([scan for cohort in cohorts for scan in cohort.scans])
     if mixed:  # read again, because a number does not keep the text that it was written in
-        parts = [_read(_as_text(data_set, mixed), modality) for data_set in data_sets]
-    scans = sorted((_texts(scan, mixed) for part in parts for scan in part.scans), key=lambda scan: scan.key)
-    unlisted = [scan for part in parts for scan in part.unlisted]
-    changes = [change for part in parts for change in part.changes]
+        cohorts = [_read(_as_text(data_set, mixed), modality) for data_set in data_sets]
+    scans = sorted((_texts(scan, mixed) for cohort in cohorts for scan in cohort.scans), key=lambda scan: scan.key)
+    unlisted = [scan for cohort in cohorts for scan in cohort.unlisted]
+    changes = [change for cohort in cohorts for change in cohort.changes]
     _check_unique_keys(scans, source)
-    check_declared_splits((f"{scan.dataset}/{scan.participant_id}", scan.extra.get(SPLIT)) for scan in scans)
+    splits = check_declared_splits((f"{scan.dataset}/{scan.participant_id}", scan.extra.get(SPLIT)) for scan in scans)
+    for name in sorted({*splits.values()} - {*KNOWN_SPLITS}):
+        warn(f"split {name!r} is none of {', '.join(KNOWN_SPLITS)}; only recipes and tasks that name it use its scans")
     if key is not None:
         scans, unlisted = pseudonymise(scans, key), pseudonymise(unlisted, key)
         changes = [change._replace(before="") for change in changes]  # the text of a cell may hold an id

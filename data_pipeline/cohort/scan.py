@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,3 +71,23 @@ def bytes_of(scans: Iterable[Scan]) -> int:
         with suppress(OSError):
             total += scan.path.stat().st_size
     return total
+
+
+def entities(path: Path, root: Path) -> tuple[str, str, str]:
+    """Participant, session and run of a file below ``root``; names of folders take precedence over the file's name."""
+    parts = path.relative_to(root).parts[:-1]
+    folders = parts[next(n for n, part in enumerate(parts) if part.startswith("sub-")) :]
+    named = entities_of([*path.name.partition(".")[0].split("_"), *folders])
+    return folders[0].removeprefix("sub-"), named.get("ses", ""), named.get("run", "")
+
+
+def entities_of(words: Iterable[str]) -> dict[str, str]:
+    """BIDS entities: name -> label of every word ``name-label``; the last one counts."""
+    return {word.partition("-")[0]: word.partition("-")[2] for word in words if "-" in word}
+
+
+def visible(folder: Path, paths: Iterable[Path]) -> Iterator[Path]:
+    """The paths below ``folder`` without hidden files and folders, such as macOS's ``._*`` and ``__MACOSX``."""
+    for path in paths:
+        if not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts):
+            yield path

@@ -1,10 +1,12 @@
-"""The JSON files beside tables (BIDS): the units of ages and head sizes, and the labels of codes."""
+"""The files beside tables and scans: units and labels of columns in JSON (BIDS), and CAT12's reports in XML."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from data_pipeline.cohort.cells import parse_number, same
 from data_pipeline.cohort.texts import read_sidecar, warn
@@ -22,6 +24,7 @@ SPELLINGS = {
     "day": "days", "d": "days", "milliliter": "ml", "millilitre": "ml", "cm3": "ml", "cm^3": "ml", "cc": "ml",
     "cm³": "ml", "mm^3": "mm3", "mm³": "mm3", "liter": "l", "litre": "l",
 }  # fmt: skip
+CAT12_MEASURES = {"cat12_iqr": "qualityratings/IQR", "tiv": "subjectmeasures/vol_TIV"}  # rating (1 is best); ml
 NOT_STATED = ("", "n/a", "none", "na")
 WITH_COLUMNS = "a YAML file given with --columns"
 
@@ -93,3 +96,45 @@ def known_unit(column: str, text: Any, where: str, place: str = "") -> str:
             + (f", or declare `units: {{{column}: {next(iter(units))}}}` {place}" if place else "")
         )
     return unit
+
+
+def read_report(folder: Path, stem: str) -> dict[str, float]:
+    """Read ``cat12_iqr`` and ``tiv`` from CAT12's report of a scan; empty if the report is missing or damaged."""
+    path = folder / f"cat_{stem}.xml"
+    if not path.is_file():
+        return {}
+    try:
+        tree = ElementTree.parse(path)
+    except (OSError, ValueError, ElementTree.ParseError) as error:
+        warn(f"{path} is ignored, it is not XML: {' '.join(str(error).split())}")
+        return {}
+    measures = {}
+    for name, element in CAT12_MEASURES.items():
+        # Newer versions also have a description under the same element name, before or after the number.
+        numbers = [value for value in map(_number, tree.iterfind(f".//{element}")) if value is not None]
+        if numbers:
+            measures[name] = numbers[0]
+    return measures
+
+
+def stem_of(path: Path) -> str:
+    """The name of the T1 image of one of CAT12's maps, without ending."""
+    return path.name.removeprefix("mwp1").removesuffix(".gz").removesuffix(".nii")
+
+
+def cat12_measures(path: Path) -> dict[str, float]:
+    """What CAT12 reports of a map: in ``report`` beside ``mri``, or in the map's own folder if CAT12 ran on a BIDS tree."""
+    for folder in (path.parent.parent / "report", path.parent, path.parent / "report"):
+        report = read_report(folder, stem_of(path))
+        if report:
+            return report
+    return {}
+
+
+def _number(element: ElementTree.Element) -> float | None:
+    """An element's finite number, or None."""
+    try:
+        value = float((element.text or "").strip())
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from data_pipeline.cohort.cells import folded
 from infra.errors import UserError
 from infra.random_streams import SPLITS, generator
 
 SPLIT = "split"  # the column in which a table may declare the splits itself
 DEFAULT_SPLITS = {"pretrain": 0.7, "monitor": 0.1, "downstream": 0.2}
+KNOWN_SPLITS = ("pretrain", "monitor", "downstream", "test", "train", "val")  # written in any case in a table
+TRAINED = ("pretrain", "train", "monitor")  # splits that a run trains on, or chooses its checkpoint by
 PATIENT_SPLIT = "downstream"
 HEALTHY = {
     "control", "healthy", "hc", "cn", "none", "0", "0.0", "ctrl", "nc", "normal", "healthy control", "no_known_disorder",
@@ -31,7 +34,7 @@ def parse_splits(text: str) -> dict[str, float]:
     for pair in text.split(","):
         name, _, share = pair.partition("=")
         try:
-            shares[name.strip()] = float(share)
+            shares[split_name(name)] = float(share)
         except ValueError:
             raise UserError(f"splits={text!r}: {pair!r} is not of the form name=share, as in pretrain=0.7") from None
     if abs(sum(shares.values()) - 1.0) > 1e-6 or min(shares.values()) < 0:
@@ -39,6 +42,12 @@ def parse_splits(text: str) -> dict[str, float]:
             f"splits={text!r}: the shares sum to {sum(shares.values()):g}; they must be positive and sum to 1"
         )
     return shares
+
+
+def split_name(text: str) -> str:
+    """The name of a split: one of ``KNOWN_SPLITS`` without regard to case, blanks and hyphens, others as written."""
+    plain = folded(text)
+    return plain if plain in KNOWN_SPLITS else text.strip()
 
 
 def is_healthy(diagnosis: Any) -> bool:
@@ -93,12 +102,18 @@ def check_declared_splits(scans: Iterable[tuple[str, Any]]) -> dict[str, str]:
     """Return the declared split of each participant of scans, given as (participant, split or missing).
 
     Raises:
-        UserError: a participant has two; participants in two splits would be trained on and tested.
+        UserError: a participant has two, and would be trained on and tested; or two splits differ in spelling only.
     """
     declared: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     for participant, split in scans:
         if split is None or split != split:
             continue
+        other = spellings.setdefault(folded(str(split)), str(split))
+        if other != str(split):
+            raise UserError(
+                f"participant {participant}: split={split!r}, but other participants have split={other!r}; write both alike"
+            )
         if declared.setdefault(participant, str(split)) != str(split):
             raise UserError(
                 f"participant {participant}: split is {declared[participant]!r} for one scan and {split!r} for another; "

@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from data_pipeline.quality.rules import Quality, Removal
+from infra.errors import UserError
 from infra.files import atomic_write
 from infra.progress import Progress
 
@@ -36,6 +37,13 @@ def save_coarse(path: Path, volumes: Sequence[NDArray[np.float32]]) -> None:
         np.save(stream, np.stack(volumes, axis=1).astype(np.float16))
 
 
+class StoredScan(NamedTuple):
+    """A scan that the shards hold already: its key and its split."""
+
+    key: str
+    split: str
+
+
 class Verdict(NamedTuple):
     """The result of comparing N scans; z = (correlation - location) / scale."""
 
@@ -46,12 +54,12 @@ class Verdict(NamedTuple):
     scale: float | None  # 1.4826 x median absolute deviation; None if the cohort is too small
 
 
-def judge(
+def find_outliers(
     table: pd.DataFrame,
     coarse: Sequence[Path],
     quality: Quality,
     paths: Mapping[str, str],
-    known: Mapping[str, str] | None = None,
+    stored_scans: Mapping[str, StoredScan] | None = None,
 ) -> Verdict:
     """Compare all scans of a cohort with each other and with their median scan.
 
@@ -59,15 +67,20 @@ def judge(
 
     Args:
         table: one row per scan, in the order of the coarse files' columns, with ``key``, ``dataset``, ``participant_id``
-            and ``voxels_sha256``.
+            ``voxels_sha256``, and optionally ``split``, which is missing where no table declares one.
         coarse: the coarse files of the parts.
         quality: the rules.
         paths: each key's file, as the quarantine may name it.
-        known: digest -> key of the scans that the shards hold already; a new copy of one of them is excluded.
+        stored_scans: digest -> the scan that the shards hold already; a new copy of it is excluded.
+
+    Raises:
+        UserError: two copies of one scan are declared to be in different splits.
     """
     removed: dict[int, Removal] = {}
+    table = table if "split" in table else table.assign(split=None)
+    _check_splits_of_copies(table, quality, stored_scans or {})
     if quality.duplicate == "refuse":
-        removed = _find_duplicates(table, paths, known or {})
+        removed = _find_duplicates(table, paths, stored_scans or {})
     kept = np.ones(len(table), dtype=bool)
     kept[list(removed)] = False
     correlation = _correlations(coarse, kept)
@@ -95,17 +108,42 @@ def robust_scale(correlation: NDArray[np.float64]) -> tuple[float, float]:
     return location, 1.4826 * max(float(np.median(np.abs(correlation - location))), LEAST_SPREAD)
 
 
-def _find_duplicates(table: pd.DataFrame, paths: Mapping[str, str], known: Mapping[str, str]) -> dict[int, Removal]:
-    """Row -> removal of every copy but the one with the first key; scans that the shards hold already precede new ones."""
+def _check_splits_of_copies(table: pd.DataFrame, quality: Quality, stored_scans: Mapping[str, StoredScan]) -> None:
+    """Raise UserError if copies of one scan are declared to be in two splits: it would be trained on and tested."""
+    declared = table["split"].notna().to_numpy()
+    if not declared.any():
+        return
+    stored = set(stored_scans)
+    several = table["voxels_sha256"].duplicated(keep=False) | table["voxels_sha256"].isin(stored)
+    # A kept copy without a declared split could be put into any.
+    chosen = table[several.to_numpy() & (declared | (quality.duplicate == "keep"))].sort_values("key", kind="stable")
+    first = {digest: (scan.key, scan.split) for digest, scan in stored_scans.items()}
+    for row in chosen.itertuples():
+        split = row.split if isinstance(row.split, str) else "not declared"
+        key, other = first.setdefault(str(row.voxels_sha256), (str(row.key), split))
+        if split != other:
+            raise UserError(
+                f"{key} (split {other}) and {row.key} (split {split}) have the same voxels, so a scan would be in two splits; "
+                "remove one of the two, or declare one split for both"
+            )
+
+
+def _find_duplicates(
+    table: pd.DataFrame, paths: Mapping[str, str], stored_scans: Mapping[str, StoredScan]
+) -> dict[int, Removal]:
+    """Row -> removal of every copy but the one with the first key.
+
+    Scans that the shards hold already precede new ones, and those with a declared split precede those without.
+    """
     participants = (table["dataset"].astype(str) + "/" + table["participant_id"].astype(str)).to_numpy()
     keys, digests = table["key"].to_numpy(), table["voxels_sha256"].to_numpy()
     copies = table["voxels_sha256"].value_counts()
     first_row: dict[str, int] = {}
     removed: dict[int, Removal] = {}
-    for row in np.argsort(keys, kind="stable"):
+    for row in np.lexsort((keys.astype(str), table["split"].isna().to_numpy())):
         digest = digests[row]
-        if digest in known:
-            reason = f"same voxels as {known[digest]}, which the shards hold already"
+        if digest in stored_scans:
+            reason = f"same voxels as {stored_scans[digest].key}, which the shards hold already"
         elif digest in first_row:
             other = first_row[digest]
             same = participants[row] == participants[other]
@@ -114,7 +152,7 @@ def _find_duplicates(table: pd.DataFrame, paths: Mapping[str, str], known: Mappi
         else:
             first_row[digest] = int(row)
             continue
-        count = float(copies[digest] + (digest in known))
+        count = float(copies[digest] + (digest in stored_scans))
         removed[int(row)] = Removal(keys[row], paths[keys[row]], "duplicate", count, 1.0, reason)
     return removed
 

@@ -117,14 +117,14 @@ class Removal:
     key: str
     path: str
     rule: str
-    figure: float | None
+    measured: float | None
     threshold: float | None
     reason: str
 
     @classmethod
     def of(cls, scan: Scan, error: BadScan) -> Removal:
         """The removal of a scan that raised ``error``."""
-        return cls(scan.key, scan.reported_path, error.rule, error.figure, error.threshold, str(error))
+        return cls(scan.key, scan.reported_path, error.rule, error.measured, error.threshold, str(error))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -132,9 +132,12 @@ class Removal:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Removal:
-        """The inverse of ``to_dict``; also takes the texts of a row of quarantine.tsv."""
-        figure, threshold = (_number(fields.get(name)) for name in ("figure", "threshold"))
-        return cls(fields["key"], fields["path"], fields.get("rule") or "", figure, threshold, fields["reason"])
+        """The inverse of ``to_dict``; also takes the texts of a row of quarantine.tsv.
+
+        Older files call the measured value ``figure``.
+        """
+        measured, threshold = _number(fields.get("measured", fields.get("figure"))), _number(fields.get("threshold"))
+        return cls(fields["key"], fields["path"], fields.get("rule") or "", measured, threshold, fields["reason"])
 
 
 def _number(cell: float | str | None) -> float | None:

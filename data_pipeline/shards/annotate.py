@@ -11,7 +11,8 @@ import pandas as pd
 
 from data_pipeline.cohort.cells import MISSING, is_numeric
 from data_pipeline.cohort.sidecars import UNITS, Sidecars
-from data_pipeline.cohort.tables import read_rows, without_prefix
+from data_pipeline.cohort.table_file import read_rows
+from data_pipeline.cohort.tables import without_prefix
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.storage.manifest import Manifest, write_manifest
@@ -65,7 +66,7 @@ def annotate_shards(
 def _read(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """Return the table as text, with ids without prefixes and missing values as None, and the place of each row.
 
-    Raises UserError if the file is no table, or a participant (and session) appears twice.
+    Raises UserError if the file is not a table, or a participant (and session) appears twice.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; give a .tsv or .csv file with a column participant_id")

@@ -13,6 +13,7 @@ from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
 from data_pipeline.cohort.scan import Scan, array_orientations, bytes_of
 from data_pipeline.cohort.split import SPLIT, assign_splits, is_healthy
 from data_pipeline.quality.columns import write_columns
+from data_pipeline.quality.outliers import StoredScan
 from data_pipeline.quality.rules import (
     Quality,
     check_quality,
@@ -118,7 +119,7 @@ def _add(
     added, rows, refused = write_shards(
         folder, new, grid, {**old.settings, **history}, workers=workers,
         first_number=_next_number(folder, history["dataset"]),
-        stored=dict(zip(digests, old.scans["key"], strict=False)),
+        stored=dict(zip(digests, map(StoredScan, old.scans["key"], old.scans["split"]), strict=False)),
     )  # fmt: skip
     refused = [*unlisted_removals(unlisted), *refused]
     write_quarantine(quarantine, [*read_quarantine(quarantine), *refused])
@@ -185,7 +186,7 @@ def _check_unchanged(scans: list[Scan], old: Manifest, workers: int | None, rere
     changed: list[str] = []
     small = ray_cluster.is_small(bytes_of(scans), workers)
     with ray_cluster.session_on_demand(workers), Progress(len(scans), "scans", "comparing known scans") as progress:
-        for index, checksums in ray_cluster.map_unordered(_checksums, tasks, in_flight=64, here=small):
+        for index, checksums in ray_cluster.map_unordered(_checksums, tasks, in_flight=64, in_process=small):
             first = starts[index]
             rows = stored.iloc[first : first + len(checksums)]
             expected = zip(rows["size"], rows["crc32c"], strict=True)

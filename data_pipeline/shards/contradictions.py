@@ -30,7 +30,7 @@ def members_of(path: Path) -> tuple[list[Member], str]:
         with tarfile.open(regular_file(path), "r:") as tar:
             places += ((m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse())
     except FAULTS as error:
-        fault = f"is no whole tar: {error}"
+        fault = f"is not a whole tar: {error}"
     with open_file(path) as stream:
         return [(name, offset, size, _checksum(stream, offset, size)) for name, offset, size in places], fault
 
@@ -48,7 +48,7 @@ def members_of_stream(stream: HashingStream) -> tuple[list[Member], str]:
                     crc = int.from_bytes(checksum.digest(), "big")
                     members.append((member.name, member.offset_data, member.size, crc))
     except FAULTS as error:
-        fault = f"is no whole tar: {error}"
+        fault = f"is not a whole tar: {error}"
     while stream.read(BLOCK):
         pass
     return members, fault

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ import pandas as pd
 from data_pipeline.cohort.cells import MISSING
 from data_pipeline.cohort.declarations import DataSet, declare
 from data_pipeline.cohort.sidecars import Sidecars
-from data_pipeline.cohort.tables import Row
+from data_pipeline.cohort.table_file import Row, parse_rows
 from data_pipeline.cohort.texts import decode_text, parse_sidecar
-from data_pipeline.cohort.values import typed_values
+from data_pipeline.cohort.values import RowOwners, typed_values
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
@@ -119,10 +118,8 @@ def read_people(content: bytes, path: str, sidecar: bytes | None = None, rules: 
         UserError: if it is not a table, or a value or a rule is invalid.
     """
     text = decode_text(content, path, "a tab-separated table")
-    try:
-        table = pd.read_csv(io.StringIO(text), sep="\t", dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{path} is not a tab-separated table: {' '.join(str(error).split())}") from None
+    header, lines = parse_rows(text, Path(path), path)
+    table = pd.DataFrame([line.values for line in lines], columns=header, dtype=str)
     source = DataSet(Path(path), Path(path).name, declared_in="the table")
     source = source if rules is None else declare(source, rules)
     for ours in ENTITIES:
@@ -141,10 +138,12 @@ def read_people(content: bytes, path: str, sidecar: bytes | None = None, rules: 
     names = [str(name) for name in table.columns if name not in ENTITIES]
     records = [{str(name): str(value) for name, value in record.items()} for record in table.to_dict("records")]
     lines = [
-        Row({name: record[name] for name in names}, f"{path} line {line}", table_path)
-        for line, record in enumerate(records, start=2)
+        Row({name: record[name] for name in names}, line.where, table_path)
+        for line, record in zip(lines, records, strict=True)
     ]
-    typed, _ = typed_values(lines, source, Sidecars({table_path.with_suffix(".json"): described}))
+    owners = [f"{_entity(record.get('dataset', '')) or ''}/{_entity(record['participant_id'])}" for record in records]
+    sidecars = Sidecars({table_path.with_suffix(".json"): described})
+    typed, _ = typed_values(lines, source, sidecars, RowOwners(owners, {}))
     rows: dict[str, list[dict[str, Any]]] = {}
     for record, values in zip(records, typed, strict=True):
         if "path" in names and source.columns is None:  # a cohort's column of files; here a column like others

@@ -129,9 +129,9 @@ def _contradictions(manifest: Manifest, number: int, members: list[Member], faul
     An index may list a tar that is cut, with the scans before the cut.
     """
     indexed = bool(manifest.settings.get("indexed"))
-    found = contradictions(members, stored_scans(manifest, number), indexed)
-    found += [fault] if fault and not indexed else []
-    return _listed(found, "the scan table contradicts it")
+    faults = contradictions(members, stored_scans(manifest, number), indexed)
+    faults += [fault] if fault and not indexed else []
+    return _listed(faults, "the scan table contradicts it")
 
 
 def stored_scans(manifest: Manifest, number: int) -> list[Stored]:

@@ -13,7 +13,7 @@ import webdataset  # noqa: F401
 from pydantic import TypeAdapter
 
 from data_pipeline.cohort.scan import Scan, bytes_of
-from data_pipeline.quality.outliers import coarse_path, save_coarse
+from data_pipeline.quality.outliers import StoredScan, coarse_path, save_coarse
 from data_pipeline.quality.rules import Quality, Removal, read_scan
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.purge import purge_shards
@@ -62,7 +62,7 @@ def write_shards(
     *,
     workers: int | None = None,
     first_number: int = 0,
-    stored: Mapping[str, str] | None = None,
+    stored: Mapping[str, StoredScan] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Removal]]:
     """Shuffle scans over shards, write the shards, and remove the scans that the rules for whole cohorts refuse.
 
@@ -73,7 +73,7 @@ def write_shards(
         settings: the manifest's settings.
         workers: Ray workers; None for one per core, or none if the scans are few.
         first_number: number of the first shard.
-        stored: digest -> key of the scans that the shards hold already; a new scan with such a digest is a duplicate.
+        stored: digest -> the scan that the shards hold already; a new scan with such a digest is a duplicate.
 
     Returns:
         The rows of the shards, the rows of the scans, and what was refused.
@@ -101,7 +101,9 @@ def write_shards(
                 rows += [{**row, "shard": len(shards)} for row in written.scans]
                 shards.append(written.shard)
         paths = {scan.key: scan.reported_path for scan in scans}
-        shards, rows, compared = purge_shards(folder, shards, rows, quality, codec=codec, paths=paths, known=stored)
+        shards, rows, compared = purge_shards(
+            folder, shards, rows, quality, codec=codec, paths=paths, stored_scans=stored
+        )
     return shards, rows, [*refused, *compared]
 
 
@@ -131,7 +133,7 @@ def run_tasks(tasks: Sequence[ShardTask], workers: int | None, title: str) -> li
         cpus = 1 if small else ray_cluster.connect().cluster_resources().get("CPU", 1)
         in_flight = max(MIN_IN_FLIGHT, 2 * int(cpus))
         arguments = [(task,) for task in tasks]
-        for index, written in ray_cluster.map_unordered(build_one, arguments, in_flight=in_flight, here=small):
+        for index, written in ray_cluster.map_unordered(build_one, arguments, in_flight=in_flight, in_process=small):
             results[index] = written
             quarantined += len(written.removals)
             progress.advance(len(tasks[index].scans), quarantined=quarantined)

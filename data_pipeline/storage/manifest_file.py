@@ -81,7 +81,7 @@ def table_path(root: str | Path, content: dict[str, Any]) -> Path:
 
 def is_simulated(settings: dict[str, Any]) -> bool:
     """Return whether scans of the build, or of anything appended to it, come from the simulator."""
-    return any(bool(part.get("simulated", False)) for part in (settings, *settings.get("appended", [])))
+    return any(bool(build.get("simulated", False)) for build in (settings, *settings.get("appended", [])))
 
 
 def digest_of(content: dict[str, Any]) -> str:

@@ -97,11 +97,11 @@ def _check_settings(settings: dict[str, Any], name: str) -> None:
             name, "settings.root", settings["root"], "the folder or URL of an index made by `yaware shards index`"
         )
     appended = settings.get("appended", [])
-    if not isinstance(appended, list) or not all(isinstance(part, dict) for part in appended):
+    if not isinstance(appended, list) or not all(isinstance(addition, dict) for addition in appended):
         raise _error(name, "settings.appended", appended, "a list of objects")
-    for number, part in enumerate(appended):
-        _check(part, f"settings.appended[{number}].", APPENDED, name)
-        _check_present(part, f"settings.appended[{number}].", PART, name)
+    for number, addition in enumerate(appended):
+        _check(addition, f"settings.appended[{number}].", APPENDED, name)
+        _check_present(addition, f"settings.appended[{number}].", PART, name)
     _check_present(settings, "settings.", POSSIBLE, name)
     if "quality" in settings:
         quality = _part(settings, "quality", dict, name, "settings.")

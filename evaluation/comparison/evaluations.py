@@ -94,7 +94,7 @@ class CheckpointEvaluation:
         """Names of the tasks, in the order of the evaluation."""
         return list(dict.fromkeys(self.predictions["task"]))
 
-    def of(self, task: str) -> pd.DataFrame:
+    def predictions_of(self, task: str) -> pd.DataFrame:
         """Return the predictions of a task."""
         return self.predictions[self.predictions["task"] == task]
 
@@ -107,7 +107,7 @@ class CheckpointEvaluation:
 
     def kind(self, task: str) -> str:
         """Return binary, multiclass or regression."""
-        return str(self.of(task)["kind"].iloc[0])
+        return str(self.predictions_of(task)["kind"].iloc[0])
 
 
 def labels_of(predictions: pd.DataFrame) -> NDArray[Any]:

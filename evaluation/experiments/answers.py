@@ -75,7 +75,7 @@ def load_answers(path: Path) -> list[MethodAnswers]:
         ]  # fmt: skip
 
 
-def log_answers(uri: str, clinic: str, answers: list[MethodAnswers]) -> None:
+def log_answers(uri: str, clinic: str, answers: list[MethodAnswers], experiment: str = EXPERIMENT) -> None:
     """Log an MLflow run for every method of a clinic, with its mean metric for each task and training size."""
     for key in sorted({(entry.method, entry.variant, entry.seed) for entry in answers}):
         of_method = [entry for entry in answers if (entry.method, entry.variant, entry.seed) == key]
@@ -83,7 +83,7 @@ def log_answers(uri: str, clinic: str, answers: list[MethodAnswers]) -> None:
         tags = {
             "yaware.kind": "experiment", "yaware.method": method, "yaware.variant": variant, "yaware.clinic": clinic,
         }  # fmt: skip
-        tracker = Tracker.open(uri, EXPERIMENT, f"{clinic}: {method} {variant} {seed}", tags=tags)
+        tracker = Tracker.open(uri, experiment, f"{clinic}: {method} {variant} {seed}", tags=tags)
         tracker.log_params({"clinic": clinic, "method": method, "variant": variant, "seed": seed})
         metrics = []
         for entry in of_method:

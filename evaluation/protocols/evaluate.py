@@ -243,7 +243,7 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
             tracker.end("FAILED")  # a run without its tables must not count as finished
         raise UserError(
             f"MLflow store {context.uri} has not taken all of {candidate.name} step {candidate.step}, {variant.label}; the "
-            f"result is kept in {result_folder}: run the same command again when this is mended: "
+            f"result is kept in {result_folder}: fix this and run the same command again: "
             + (tracker.fault or "it rejected a file or a trial, see the warning above")
         )
     metrics: dict[str, float] = json.loads(read_text(result_folder / "metrics.json"))
@@ -313,14 +313,14 @@ def _print_tasks(context: EvaluationContext) -> None:
 
 
 def _print_cost(context: EvaluationContext) -> None:
-    """Say how many cross-validations the resamples add, if permutations were asked for, or that they have no effect."""
+    """Print how many cross-validations the permutations add, and which protocols do not use them."""
     settings = context.settings
     names = [name for name in settings.protocols if PROTOCOLS[name].resamples]
     if settings.permutations and names:
         more = settings.repeats - 1 + settings.halvings
         print(
-            f"evaluate: permutations={settings.permutations}: {', '.join(names)} fit every task and checkpoint "
-            f"{settings.permutations} times more; without them it would be {1 + more} times"
+            f"evaluate: permutations={settings.permutations}: {', '.join(names)}: adds {settings.permutations} "
+            f"cross-validations for each task and checkpoint, to {1 + more} without permutations"
         )
     if settings.permutations and len(names) < len(settings.protocols):
         others = [name for name in settings.protocols if name not in names]

@@ -25,6 +25,7 @@ from infra.errors import UserError
 from infra.files import regular_file, sha256_of
 from infra.processes.scratch import scratch_folder
 from infra.progress import Progress
+from infra.random_streams import saliency_generator
 from infra.tracking import runs
 from infra.tracking.tracker import Tracker, default_uri
 from pretrain.weights.encoder import Encoder
@@ -125,7 +126,10 @@ def occlusion(
     total = np.zeros(len(boxes))
     with torch.no_grad(), Progress(len(test), "scans", f"occlusion for {task.name}") as progress:
         for position, (_, batch) in zip(test, volumes(manifest, task.rows[test], 1), strict=True):
-            occluded = [encoder(part.to(device)).float().cpu().numpy() for part in _occluded(batch[0], boxes)]
+            occluded = [
+                encoder(occluded_scans.to(device)).float().cpu().numpy()
+                for occluded_scans in _occluded(batch[0], boxes)
+            ]
             variants = np.concatenate([features[position][None], *occluded])
             scores = _scores(task, features, train, position, variants, params)
             total += np.abs(scores[1:] - scores[0])
@@ -226,7 +230,7 @@ def _first_fold(
 
 def _sample(test: NDArray[Any], task: Task, count: int, seed: int) -> NDArray[Any]:
     """Return up to ``count`` of the test scans, of a binary task equally many of each class."""
-    shuffled = np.random.default_rng(seed).permutation(test)
+    shuffled = saliency_generator(seed).permutation(test)
     if task.kind != "binary":
         return np.sort(shuffled[:count])
     of_each = max(1, count // 2)

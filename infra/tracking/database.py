@@ -36,7 +36,7 @@ def check_schema(uri: str, file: Path | None, create: bool) -> None:
         create: whether MLflow may make its tables in a database that has none.
 
     Raises:
-        UserError: if the database is no MLflow store, or one of another version.
+        UserError: if the database is not an MLflow store, or one of another version.
         sqlalchemy.exc.SQLAlchemyError: if it cannot be read.
     """
     tables, revision = _tables(uri, file)

@@ -129,9 +129,9 @@ def check_shared_folder(output: str) -> None:
         writer = distributed.broadcast(f"{_here()} wrote a file in {folder}")
         missing = [place for place in places if place[1] is not None]
         if missing:
-            who, path = missing[0]
+            rank_name, path = missing[0]
             raise UserError(
-                f"run.output={output} is not the same folder on all hosts: {writer}, which {who} does not see in {path}; "
+                f"run.output={output} is not the same folder on all hosts: {writer}, which {rank_name} does not see in {path}; "
                 "choose a --run.output on a file system that all hosts share"
             )
     finally:
@@ -157,16 +157,16 @@ def _compare(collect: Callable[[], dict[str, Any]], error: str) -> None:
     """Raise UserError on every rank if one has an error, or if the ranks' facts differ. Collective."""
     own = {} if error else json.loads(json.dumps(collect(), default=str))
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-    standings = _gather((error, digest))
-    _raise_first([(who, problem) for who, (problem, _) in standings])
-    if len({digest for _, (_, digest) in standings}) > 1:
+    reports = _gather((error, digest))
+    _raise_first([(rank_name, problem) for rank_name, (problem, _) in reports])
+    if len({digest for _, (_, digest) in reports}) > 1:
         everyone = _gather(own)
         (first, reference), *others = everyone
-        for who, other in others:
+        for rank_name, other in others:
             different = [key for key in {**reference, **other} if reference.get(key) != other.get(key)]
             if different:
                 shown = "; ".join(
-                    f"{key} is {reference.get(key)!r} on {first} and {other.get(key)!r} on {who}"
+                    f"{key} is {reference.get(key)!r} on {first} and {other.get(key)!r} on {rank_name}"
                     for key in different[:SHOWN]
                 )
                 more = f"; and {len(different) - SHOWN} more differ" if len(different) > SHOWN else ""
@@ -178,12 +178,12 @@ def _compare(collect: Callable[[], dict[str, Any]], error: str) -> None:
 
 def _raise_first(problems: list[tuple[str, str]]) -> None:
     """Raise the first problem; the rank is named unless all ranks have the same problem."""
-    found = [(who, problem) for who, problem in problems if problem]
-    if not found:
+    reported = [(rank_name, problem) for rank_name, problem in problems if problem]
+    if not reported:
         return
-    who, problem = found[0]
-    everywhere = len(found) == len(problems) and len({text for _, text in found}) == 1
-    raise UserError(problem if everywhere else f"{who}: {problem}")
+    rank_name, problem = reported[0]
+    everywhere = len(reported) == len(problems) and len({text for _, text in reported}) == 1
+    raise UserError(problem if everywhere else f"{rank_name}: {problem}")
 
 
 def _gather(value: Any) -> list[tuple[str, Any]]:

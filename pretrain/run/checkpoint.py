@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from infra import distributed
+from infra import distributed, random_streams
 from infra.errors import UserError
 from infra.files import (
     atomic_write,
@@ -130,7 +130,7 @@ def _free_space(folder: Path) -> str:
 
 
 def resume(
-    checkpoints: Path, engine: Any, how: str = "auto", fits: Callable[[dict[str, Any]], None] | None = None,
+    checkpoints: Path, engine: Any, resume_from: str = "auto", fits: Callable[[dict[str, Any]], None] | None = None,
     *, trust: bool = False,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Load the checkpoint that ``run.resume`` names; return its state, or None if the run starts anew. Collective.
@@ -138,27 +138,27 @@ def resume(
     Args:
         checkpoints: the run's own folder of checkpoints.
         engine: the DeepSpeed engine.
-        how: "auto" loads the run's own newest checkpoint. "never" refuses a folder that has one. A path (a run's folder or
-            one of its checkpoints) is where a new run starts; checkpoints of its own take precedence.
+        resume_from: "auto" loads the run's own newest checkpoint. "never" refuses a folder that has one. A path (a run's
+            folder or one of its checkpoints) is where a new run starts; checkpoints of its own take precedence.
         fits: called with the state of another run's checkpoint; raises UserError if this run cannot use it.
         trust: whether a checkpoint of another user may be read.
 
     Raises UserError if there is no such checkpoint, if it is another user's or holds code, or if "never" finds one.
     """
     own = newest_step(checkpoints)
-    if how == "never" and own is not None:
+    if resume_from == "never" and own is not None:
         raise UserError(
             f"{checkpoints} holds a checkpoint of step {own}; choose another run.output, or run.resume=auto"
         )
-    if how in ("auto", "never") or own is not None:
+    if resume_from in ("auto", "never") or own is not None:
         return load_checkpoint(checkpoints, engine, trust=trust)
-    path = Path(how)
+    path = Path(resume_from)
     folder = path if (path / "state.json").exists() else None
     source = path.parent if folder else path / "checkpoints"
     state = load_checkpoint(source, engine, folder, own=False, fits=fits, trust=trust)
     if state is None:
         raise UserError(
-            f"run.resume={how} is not a checkpoint; use auto, never, a run's folder or one of its checkpoints/step-*"
+            f"run.resume={resume_from} is not a checkpoint; use auto, never, a run's folder or one of its checkpoints/step-*"
         )
     return state
 
@@ -183,15 +183,15 @@ def load_checkpoint(
     Raises UserError if all checkpoints are damaged, or if the newest is another user's or holds code.
     """
     damaged: dict[Path, str] = {}
-    part = (distributed.rank(), distributed.world_size())
+    rank_and_ranks = (distributed.rank(), distributed.world_size())
     for folder in [only] if only else newest_first(checkpoints):
-        problems = _gather(verify_checkpoint(folder, *part) or "")
+        problems = _gather(verify_checkpoint(folder, *rank_and_ranks) or "")
         if any(problems):
             damaged[folder] = next(filter(None, problems))
             if distributed.is_main():
                 print(f"checkpoint {folder} is damaged ({damaged[folder]}); trying an older one", flush=True)
             continue
-        if any(refusals := _gather(refusal(folder, trust, *part))):
+        if any(refusals := _gather(refusal(folder, trust, *rank_and_ranks))):
             raise UserError(next(filter(None, refusals)))
         if damaged and own and distributed.is_main():
             _set_aside(damaged, folder)
@@ -214,7 +214,7 @@ def load_checkpoint(
         if same_ranks:
             _read_random_state(folder)
         else:  # the old ranks' random states do not fit; seed new ones, equal in every repetition of this resume
-            torch.manual_seed(1_000_003 * int(state["step"]) + distributed.rank())
+            torch.manual_seed(random_streams.resumed_seed(int(state["step"]), distributed.rank()))
         return state
     if damaged:
         raise UserError(
@@ -255,14 +255,17 @@ def clean_checkpoints(checkpoints: Path, keep: int) -> None:
 
 
 def read_best(checkpoints: Path) -> dict[str, Any] | None:
-    """Return step, metric and score of the best encoder so far, as ``note_best`` wrote them; None if there is none."""
+    """Return ``step``, ``metric`` (older files: ``figure``) and ``score`` of the best encoder so far; None if there is none."""
     path = checkpoints / f"{BEST}.json"
-    return read_object(path, "remove it") if path.exists() else None
+    best = read_object(path, "remove it") if path.exists() else None
+    if best is not None and not ({"step", "score"} <= best.keys()):
+        raise UserError(f"{path} has no step or no score; remove it")
+    return best and {"step": best["step"], "metric": best.get("metric", best.get("figure")), "score": best["score"]}
 
 
 def note_best(checkpoints: Path, step: int, metric: str, score: float) -> None:
     """Write the score of the encoder after ``step`` steps, the best so far by ``metric``. Rank 0 only."""
-    write_json(checkpoints / f"{BEST}.json", {"step": step, "figure": metric, "score": score})
+    write_json(checkpoints / f"{BEST}.json", {"step": step, "metric": metric, "score": score})
 
 
 def point_to_best(checkpoints: Path, step: int) -> None:

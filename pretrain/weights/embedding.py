@@ -53,9 +53,11 @@ def embed_source(
     ``progress`` may be the stream to show it on. With ``readouts`` their columns (``Readouts.columns``) follow the features.
     The network is moved to the device in evaluation mode; when the generator ends or is closed, the network is moved back and
     the reading threads have ended.
+
+    Raises UserError if the layer, pooling, batch size, device or number of workers is not possible.
     """
     if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be 1 or more")
+        raise UserError(f"batch_size={batch_size} is too small; give 1 or more")
     poolings = (pooling,) if isinstance(pooling, str) else tuple(pooling)
     compute = _finite(intermediate_features(network, layer, poolings))
     if readouts is not None:
@@ -111,7 +113,7 @@ def default_workers(workers: int | None) -> int:
     Raises UserError if ``workers`` is negative.
     """
     if workers is not None and workers < 0:
-        raise UserError(f"workers={workers} must be 0 or more")
+        raise UserError(f"workers={workers} is too small; give 0 or more")
     return min(MOST_WORKERS, len(os.sched_getaffinity(0))) if workers is None else workers
 
 

@@ -25,7 +25,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A published layout.
+    """A published architecture: the encoder that takes its weights, and how to rename them.
 
     Attributes:
         encoder: key of ``pretrain.encoders.ENCODERS``.
@@ -201,7 +201,7 @@ def match_keys(published: State, encoder: State, architecture: Architecture, fil
     unknown = [key for key in unexpected if not key.removeprefix("module.").startswith(architecture.ignored)]
     if unknown:
         raise UserError(
-            f"{file}: {_first(unknown)} are no weights of {architecture.encoder} and none of its projector; the file is of "
+            f"{file}: {_first(unknown)} are not weights of {architecture.encoder} and none of its projector; the file is of "
             "another architecture"
         )
     missing = [name for name in encoder if name not in matched and not name.endswith("num_batches_tracked")]

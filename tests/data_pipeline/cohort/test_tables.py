@@ -205,7 +205,9 @@ def test_the_column_split_is_read_although_the_declared_columns_forget_it(tmp_pa
 
 def test_a_participant_in_two_splits_is_refused(tmp_path):
     path = table(tmp_path / "l.csv", "path,participant_id,session,split", "a.nii,1,1,pretrain", "b.nii,1,2,test")
-    with pytest.raises(UserError, match="participant l/1: split is 'pretrain' for one scan and 'test' for another"):
+    with pytest.raises(
+        UserError, match=r"line 3: split='test', but .*line 2: split='pretrain' for the same participant"
+    ):
         read_cohort(path)
 
 

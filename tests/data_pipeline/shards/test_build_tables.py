@@ -10,7 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from data_pipeline.quality.rules import Quality
+from data_pipeline.quality.survey import survey_cohort
+from data_pipeline.shards.append import append_shards
 from data_pipeline.shards.build import build_shards
+from data_pipeline.storage.manifest import Manifest
 from infra import cli
 from infra.errors import UserError
 from tests.cohorts import write_cohort
@@ -96,3 +100,44 @@ def test_a_bids_tree_with_cat12_is_scaled_by_its_head_sizes_and_rated(tmp_path):
     excluded = pd.read_csv(tmp_path / "out" / "quarantine.tsv", sep="\t").set_index("key")["rule"]
     assert excluded["source_sub-002_ses-1"] == "cat12"
     assert "source_sub-003_ses-1" in excluded  # no head size
+
+
+def copies(root: Path, *splits: str) -> Path:
+    """A table of paths that lists a scan once per split, as other people; and two other scans."""
+    cohort = write_cohort(root / "scans", participants=3)
+    files = [find(cohort, f"c_sub-{number:03d}_ses-1") for number in range(3)]
+    rows = [f"{files[0]},{person},{split}" for person, split in zip("abcd", splits, strict=False)]
+    rows += [f"{files[1]},x,pretrain", f"{files[2]},y,test"]
+    (root / "list.csv").write_text("\n".join(["path,participant_id,split", *rows]))
+    return root / "list.csv"
+
+
+@pytest.mark.parametrize("splits", [("pretrain", "test"), ("Test", "downstream"), ("pretrain", "pretrain", "test")])
+@pytest.mark.parametrize("rule", ["refuse", "keep"])
+def test_copies_of_one_scan_in_two_splits_are_an_error_that_names_both(tmp_path, splits, rule):
+    table = copies(tmp_path, *splits)
+    with pytest.raises(UserError, match=r"list_sub-a_ses-1 \(split .*\) and list_sub-[bc]_ses-1 \(split .*same voxels"):
+        build_shards(table, tmp_path / "out", quality=Quality(duplicate=rule))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(UserError, match="have the same voxels, so a scan would be in two splits; remove one"):
+        survey_cohort(table, parts=tmp_path, quality=Quality(duplicate=rule))
+
+
+def test_of_copies_in_two_data_sets_the_one_with_a_declared_split_is_kept(tmp_path):
+    declared = copies(tmp_path, "test", "test")
+    (tmp_path / "a.csv").write_text(f"path,participant_id\n{find(tmp_path / 'scans', 'c_sub-000_ses-1')},1\n")
+    (tmp_path / "all.yaml").write_text(f"datasets: [{{path: a.csv}}, {{path: {declared.name}}}]")
+    scans = build_shards(tmp_path / "all.yaml", tmp_path / "out").scans
+    assert set(scans["key"]) == {"list_sub-a_ses-1", "list_sub-x_ses-1", "list_sub-y_ses-1"}
+    with pytest.raises(UserError, match="split not declared"):
+        build_shards(tmp_path / "all.yaml", tmp_path / "kept", quality=Quality(duplicate="keep"))
+
+
+def test_a_test_copy_of_a_scan_in_the_shards_is_not_appended_in_silence(tmp_path):
+    built = build_shards(copies(tmp_path, "pretrain"), tmp_path / "out")
+    (tmp_path / "new.csv").write_text(
+        f"path,participant_id,split\n{find(tmp_path / 'scans', 'c_sub-000_ses-1')},1,test\n"
+    )
+    with pytest.raises(UserError, match=r"list_sub-a_ses-1 \(split pretrain\) and new_sub-1_ses-1 \(split test\)"):
+        append_shards(tmp_path / "new.csv", tmp_path / "out")
+    assert Manifest.load(tmp_path / "out").digest == built.digest
