@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import textwrap
+from collections.abc import Sequence
 
 import pytest
 
@@ -22,7 +25,9 @@ from pretrain.run.folder import read_metrics, read_run
 from pretrain.run.intact import read_state
 from pretrain.weights.folder import find_encoder
 from pretrain.weights.import_weights import read_published
+from tests.infra.house_rules import Module, read_modules
 from tests.odd_files import KINDS, put_in_place
+from tests.runs import ROOT
 
 READERS = {
     "file": open_file, "bytes": read_bytes, "text": read_text, "digest": sha256_of, "regular": regular_file,
@@ -78,3 +83,86 @@ def test_what_is_no_json_object_is_refused_in_one_line(tmp_path, text):
         with pytest.raises(UserError, match=f"{name} (is not valid JSON|holds)") as caught:
             reader(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+PACKAGES = ("infra", "data_pipeline", "pretrain", "evaluation")
+READERS = {
+    "np.load", "pd.read_csv", "pd.read_parquet", "load_file", "safe_open", "torch.load", "OmegaConf.load", "tarfile.open",
+    "nibabel.load", "yaml.safe_load", "yaml.load",
+}  # fmt: skip
+CHECKED = ("regular_file", "open_file", "io.StringIO", "io.BytesIO", "read_text")
+
+
+def unchecked_reads(modules: Sequence[Module]) -> list[str]:
+    """Return places that open a file for reading without asking first whether it is a regular file: a pipe would wait forever.
+
+    ``path.read_text()``, ``path.read_bytes()``, ``path.open("rb")``, ``open(path)``, ``os.open``, and readers of libraries that
+    are given a path. A text or a stream is no path.
+    """
+    violations = []
+    for module in modules:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Call) and (name := _unchecked(node)):
+                violations.append(
+                    f"{module.path}:{node.lineno} {name}: use infra.files (open_file, read_text, regular_file)"
+                )
+    return violations
+
+
+def _unchecked(call: ast.Call) -> str:
+    """Return the name of a function that reads an unchecked path; empty if the call does not."""
+    name = ast.unparse(call.func)
+    method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    if method in ("read_text", "read_bytes") and not call.args and not name.startswith("files."):
+        return f".{method}"
+    if name in ("open", "os.open") or method == "open":
+        mode = (
+            call.args[1]
+            if name == "open" and len(call.args) > 1
+            else call.args[0]
+            if method == "open" and call.args
+            else None
+        )
+        reads = isinstance(mode, ast.Constant) and mode.value in ("r", "rb", "rt")
+        plain = name == "open" and len(call.args) < 2
+        folder = name == "os.open" and "O_RDONLY" in ast.unparse(call)
+        return name if reads or plain or folder else ""
+    if name in READERS and not any(word.arg == "fileobj" for word in call.keywords):
+        given = call.args[0] if call.args else None
+        stream = isinstance(given, ast.Name) and given.id in ("stream", "text", "content")
+        checked = isinstance(given, ast.Call) and ast.unparse(given.func) in CHECKED
+        return "" if stream or checked else name
+    return ""
+
+
+# Files that no user names and no stranger writes, and rooms whose readers check what they are given themselves.
+UNCHECKED = {
+    "infra/files.py": "the readers themselves, and locks on folders",
+    "pretrain/launch/start.py": "/dev/tty",
+    "data_pipeline/simulation/atlas.py": "a template that nilearn installs",
+    "data_pipeline/quality/outliers.py": "coarse volumes that the same command has written",
+    "data_pipeline/loading/dali_graph.py": "an index that the same process has written",
+    "data_pipeline/volume/load.py": "open_image refuses what is no regular file",
+    "data_pipeline/shards/unfinished.py": "the folder whose lock is held",
+}
+
+
+def test_only_regular_files_are_opened_for_reading():
+    packages = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
+    modules = read_modules(ROOT, [str(path.relative_to(ROOT)) for path in packages])
+    assert [line for line in unchecked_reads(modules) if not line.startswith(tuple(UNCHECKED))] == []
+
+
+def test_a_read_of_an_unchecked_path_is_found(tmp_path):
+    source = """
+        a = path.read_text()
+        b = open(path)
+        c = path.open("rb")
+        d = np.load(path)
+        e = read_text(path), open_file(path), np.load(regular_file(path)), path.open("wb"), open(path, "a")
+        f = os.open(folder, os.O_RDONLY)
+        g = pd.read_csv(io.StringIO(text)), tarfile.open(fileobj=stream)
+    """
+    (tmp_path / "a.py").write_text(textwrap.dedent(source))
+    lines = [line.partition(": ")[0] for line in unchecked_reads(read_modules(tmp_path, ["a.py"]))]
+    assert lines == ["a.py:2 .read_text", "a.py:3 open", "a.py:4 path.open", "a.py:5 np.load", "a.py:7 os.open"]

@@ -81,23 +81,6 @@ def test_each_heavy_library_is_imported_in_one_room(packaged):
     none_of(house_rules.misplaced_libraries(packaged, LIBRARY_ROOMS))
 
 
-# Files that no user names and no stranger writes, and rooms whose readers check what they are given themselves.
-UNCHECKED = {
-    "infra/files.py": "the readers themselves, and locks on folders",
-    "pretrain/launch/start.py": "/dev/tty",
-    "data_pipeline/simulation/atlas.py": "a template that nilearn installs",
-    "data_pipeline/quality/outliers.py": "coarse volumes that the same command has written",
-    "data_pipeline/loading/dali_graph.py": "an index that the same process has written",
-    "data_pipeline/volume/load.py": "open_image refuses what is no regular file",
-    "data_pipeline/shards/unfinished.py": "the folder whose lock is held",
-}
-
-
-def test_only_regular_files_are_opened_for_reading(packaged):
-    found = house_rules.unchecked_reads(packaged)
-    none_of(line for line in found if not line.startswith(tuple(UNCHECKED)))
-
-
 def test_no_folder_has_too_many_modules(every_module):
     none_of(house_rules.crowded_folders(every_module))
 
@@ -289,20 +272,6 @@ def test_a_heavy_library_outside_its_room_is_found(tmp_path):
 def test_a_heavy_library_beside_its_file_is_found(tmp_path):
     modules = write(tmp_path, {"p/a.py": "import ray\n", "p/b.py": "import ray\n"})
     assert house_rules.misplaced_libraries(modules, {"ray": "p/a.py"}) == ["p/b.py imports ray; only p/a.py may"]
-
-
-def test_a_read_of_an_unchecked_path_is_found(tmp_path):
-    source = """
-        a = path.read_text()
-        b = open(path)
-        c = path.open("rb")
-        d = np.load(path)
-        e = read_text(path), open_file(path), np.load(regular_file(path)), path.open("wb"), open(path, "a")
-        f = os.open(folder, os.O_RDONLY)
-        g = pd.read_csv(io.StringIO(text)), tarfile.open(fileobj=stream)
-    """
-    lines = [line.partition(": ")[0] for line in house_rules.unchecked_reads(write(tmp_path, {"a.py": source}))]
-    assert lines == ["a.py:2 .read_text", "a.py:3 open", "a.py:4 path.open", "a.py:5 np.load", "a.py:7 os.open"]
 
 
 def test_a_crowded_folder_is_found(tmp_path):

@@ -136,9 +136,8 @@ def chosen_pieces(plan: SecondPlan, patterns: str) -> list[Piece]:
 
 def recipe_settings() -> dict[str, Any]:
     """Return the part of the recipe on which the weights depend."""
-    recipe: Any = OmegaConf.to_container(
-        OmegaConf.load(regular_file(Path(pretrain.__file__)).parent / "recipes" / f"{RECIPE}.yaml")
-    )
+    path = Path(pretrain.__file__).parent / "recipes" / f"{RECIPE}.yaml"
+    recipe: Any = OmegaConf.to_container(OmegaConf.load(regular_file(path)))
     return {name: section for name, section in recipe.items() if name not in ADMINISTRATION}
 
 
