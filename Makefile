@@ -12,7 +12,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP)  ## create .venv with the pinned packages and compile DeepSpeed's collectives
 
@@ -25,6 +25,9 @@ demo: $(STAMP)  ## simulate a cohort, build shards, pretrain, evaluate and compa
 
 experiment: $(STAMP)  ## run the experiment of docs/experiments.md on simulated people (2 cores: under an hour)
 	@$(BIN)/python -m evaluation.experiments.run
+
+experiment2: $(STAMP)  ## run the pieces of docs/experiments_2.md that are not done (2 cores: about four hours)
+	@$(BIN)/python -m evaluation.experiments.second
 
 PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
@@ -60,4 +63,4 @@ bench-gpu: $(STAMP)  ## run the benchmarks on a CUDA device
 clean:  ## remove outputs, caches and the virtual environment
 	rm -rf $(VENV) .cache demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo experiment test test-jobs test-packages test-all test-gpu check docs bench bench-gpu clean
+.PHONY: help setup demo experiment experiment2 test test-jobs test-packages test-all test-gpu check docs bench bench-gpu clean

@@ -35,7 +35,7 @@ SIMULATED_VOLUME = 0x5CA4  # folding and noise of a simulated scan; counter: par
 SIMULATED_TIV = 0x71B  # measurement error of the total intracranial volume; counter: participant, session
 
 # pretrain
-MONITORED_SCANS = 0x0B5  # scans that the online probes see, where the split has more than they use
+MONITORED_SCANS = 0x0B5  # scans drawn for the online probes if the split has more than they use
 READOUT_FOLDS = 0x4EAD  # order in which participants are dealt to the folds of a readout
 
 # evaluation
@@ -44,6 +44,35 @@ FINE_TUNING_ORDER = 0xF17E  # batches of a fine-tuning epoch; counter: epoch
 BOOTSTRAP = 0xB007  # participants of a bootstrap resample
 PERMUTATION = 0xDEA1  # labels of a permutation test
 RESAMPLES = 0x4A1F  # repeats, halves, permuted features of a cross-validation; counter: kind, number, side or attempt
+
+
+# Generators of libraries start from a single number, not from a key:
+# torch: run.seed (weights: pretrain.model), a seed for each fit (evaluation.protocols.finetune), `resumed_seed`
+#     (pretrain.run.checkpoint), 0 (a network that is then filled from a file: pretrain.weights.import_weights)
+# scikit-learn: the evaluation's seed and `inner_fold_seed` (evaluation.tasks.folds), 0 (pretrain.run.online_probes)
+# umap: 0 (evaluation.protocols.embedding)
+# webdataset and DALI: `buffer_seed` (data_pipeline.loading.stream)
+# NumPy: `saliency_generator` (evaluation.protocols.saliency)
+
+
+def inner_fold_seed(seed: int, repeat: int) -> int:
+    """Seed of scikit-learn for the inner folds of a repeated cross-validation; repeat 0 has the evaluation's own seed."""
+    return seed + 7919 * repeat
+
+
+def buffer_seed(seed: int, epoch: int) -> int:
+    """Seed of the shuffle buffer of a sequential reader in an epoch."""
+    return (seed << 20) + epoch
+
+
+def resumed_seed(step: int, rank: int) -> int:
+    """Seed of torch's generator on a rank after a resume on another number of ranks; ``step``: of the checkpoint."""
+    return 1_000_003 * step + rank
+
+
+def saliency_generator(seed: int) -> np.random.Generator:
+    """Generator of the choice of scans for saliency maps."""
+    return np.random.default_rng(seed)
 
 
 def generator(seed: int, stream: int, counter: Sequence[int] = (0, 0, 0, 0)) -> np.random.Generator:

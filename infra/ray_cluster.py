@@ -21,6 +21,7 @@ from typing import Any
 from infra.distributed import loopback_of_gloo
 from infra.errors import UserError
 from infra.files import short_temporary_folder
+from infra.internals import internal, replaced_internal
 from infra.lean_imports import quiet_imports
 
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -109,15 +110,17 @@ def _on_loopback(ray: Any) -> Iterator[None]:
 
     Ray listens on all addresses unless the address of its node is 127.0.0.1. It replaces that address by the host's own, also
     in ``_node_ip_address``, unless it is told that the platform has no clusters, as on macOS.
+
+    Raises LibraryChanged if Ray has no such switch: the cluster would be open to other hosts.
     """
-    constants = ray._private.ray_constants
-    variable = str(constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
-    before, constant = os.environ.get(variable), constants.ENABLE_RAY_CLUSTER
-    os.environ[variable], constants.ENABLE_RAY_CLUSTER = "0", False
+    constants = internal("ray", internal("ray", ray, "_private"), "ray_constants")
+    variable = str(internal("ray", constants, "ENABLE_RAY_CLUSTERS_ENV_VAR"))
+    before = os.environ.get(variable)
+    os.environ[variable] = "0"
     try:
-        yield
+        with replaced_internal("ray", constants, "ENABLE_RAY_CLUSTER", False):
+            yield
     finally:
-        constants.ENABLE_RAY_CLUSTER = constant
         if before is None:
             del os.environ[variable]
         else:
@@ -191,7 +194,7 @@ def _first_line(error: BaseException) -> str:
 
 def map_unordered(
     function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, in_flight: int, retries: int = 3,
-    here: bool = False,
+    in_process: bool = False,
 ) -> Iterator[tuple[int, Any]]:  # fmt: skip
     """Run ``function(*arguments[i])`` for every i as Ray tasks; yield (i, result) in the order of completion.
 
@@ -200,13 +203,13 @@ def map_unordered(
         arguments: one tuple of arguments for each task.
         in_flight: how many tasks are submitted at a time.
         retries: how often a task runs again after its worker process has died.
-        here: run the tasks in this process, in order.
+        in_process: run the tasks in this process, in order.
 
     Raises:
         UserError: if the workers of a task die at every attempt.
         Exception: any exception of ``function``.
     """
-    if here:
+    if in_process:
         with one_thread():
             yield from ((index, function(*task_arguments)) for index, task_arguments in enumerate(arguments))
         return

@@ -4,7 +4,7 @@ Each result is written atomically to a file of its own beside Tune's state. Tune
 kill it may miss trials that have finished; the files do not. All nodes of a cluster must see the folder ``storage``.
 
 Tune pickles its state, and a pickle can run code when it is read. So ``storage`` must be a folder to which only the user can
-write; this is checked before anything in it is read. The results themselves are no pickles (infra.trust.results).
+write; this is checked before anything in it is read. The results themselves are not pickles (infra.trust.results).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import ray_cluster
+from infra.files import read_text
 from infra.progress import Progress
 from infra.ray_cluster import import_tune, train_torch
 from infra.trust.owners import own_folder
@@ -35,7 +36,7 @@ def tune_grid(
     name: str,
     concurrency: int | None = None,
     resources: dict[str, float] | None = None,
-    here: bool = False,
+    in_process: bool = False,
     title: str = "tuning",
 ) -> list[dict[str, Any]]:
     """Run ``trainable(point, data)`` for every point as a Ray Tune trial. Return the results in the order of the points.
@@ -51,7 +52,8 @@ def tune_grid(
         name: name of the search within ``storage``.
         concurrency: the most trials that run at a time; None leaves it to the resources.
         resources: Ray resources of a trial; by default one CPU.
-        here: begin in this process; Tune takes over when the trials that remain would take longer here than a start of Ray.
+        in_process: begin in this process; Tune takes over when the remaining trials would take longer here than Ray takes to
+            start.
         title: label of the progress line.
 
     Raises:
@@ -60,7 +62,7 @@ def tune_grid(
     """
     results = _results_folder(storage, name)
     files = [results / f"{index}.npz" for index in range(len(points))]
-    if here and not ray_cluster.has_cluster():
+    if in_process and not ray_cluster.has_cluster():
         _run_here(trainable, points, data, files, title=title, name=name)
     if not all(file.is_file() for file in files):
         _run_in_tune(trainable, points, data, results, storage=storage, name=name, concurrency=concurrency,
@@ -161,7 +163,7 @@ def tune_search(
         domains = {key: getattr(tune, kind)(*bounds) for key, (kind, *bounds) in space.items()}
         _run(tune, wrapped, domains, config=config, storage=storage, name=name, count=samples, title=title)
         _write(finished, b"{}")
-    records = [json.loads(path.read_text()) for path in sorted(results.glob("trial-*.json"))]
+    records = [json.loads(read_text(path)) for path in sorted(results.glob("trial-*.json"))]
     return [record for record in records if record["scores"]]
 
 
@@ -286,7 +288,7 @@ def _search_class(tune: Any) -> type[Any]:
             self.point = dict(config)
             digest = hashlib.sha256(json.dumps(self.point, sort_keys=True).encode()).hexdigest()[:16]
             self.target = self.out / f"trial-{digest}.json"
-            stored = json.loads(self.target.read_text()) if self.target.is_file() else None
+            stored = json.loads(read_text(self.target)) if self.target.exists() else None
             if stored and stored["done"]:
                 self.record, self.steps = stored, iter([{"score": score} for score in stored["scores"]])
             else:

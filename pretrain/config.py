@@ -221,8 +221,8 @@ class MonitorSection:
 class ReadoutSection:
     """Predictions of the proxies from the features, fitted to the training scans at the end and kept with the encoder."""
 
-    # true, false, or auto: if every scan was shown 3.3 times or more, so that the fit costs at most 5 % of the training, and
-    # features or scans are at most 4096
+    # true, false, or auto: fit if the run has at least 3.3 epochs (the fit then costs at most 5 % of the training) and
+    # (features <= 4096 or scans <= 4096)
     fit: bool | Literal["auto"] = "auto"
     columns: list[str] = field(default_factory=list)  # of scans.parquet, beside those of loss.proxies: sex, ...
     layer: str | None = None  # a block of the encoder, as of yaware embed --layer; null: the encoder's end

@@ -27,7 +27,7 @@ TYPES = ("number", "text")  # what `types:` may declare of a column
 # float() takes more than a table means by a number: 1_000, other scripts' digits, infinity.
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
-# As float64 these would not keep the text that they are written in, so they are names: 007, 12345678901234567.
+# float64 would change these texts (007 -> 7), so they are kept as text.
 NAME_OF_DIGITS = re.compile(r"[+-]?(0\d+|\d{16,})", re.ASCII)
 
 Text = tuple[str | None, str]
@@ -35,7 +35,7 @@ Text = tuple[str | None, str]
 
 
 def parse_number(text: str) -> float | None:
-    """The finite number that a text is, or None."""
+    """Parse a text as a finite number; None if it is not one."""
     value = float(text) if NUMBER.fullmatch(text) else math.nan
     return value if math.isfinite(value) else None
 

@@ -128,13 +128,13 @@ def _check_declared(
             )
     rules = {"values": [n for n, rule in source.values.items() if not isinstance(rule, str)]}
     rules |= {key: list(getattr(source, key)) for key in ("missing", "default", "cap", "units", "types", "only")}
-    for part, names in rules.items():
+    for key, names in rules.items():
         for name in names:
-            constant = part != "values" and isinstance(source.values.get(name), str)
+            constant = key != "values" and isinstance(source.values.get(name), str)
             known = name in taken or name == ALL or (name == "age" and source.age) or constant
-            if present and not known and not (part == "units" and name in UNITS):
+            if present and not known and not (key == "units" and name in UNITS):
                 raise UserError(
-                    f"{source.declared_in}: {part}.{name}: {source.name} has no column {name!r}{nearest(name, taken)}; "
+                    f"{source.declared_in}: {key}.{name}: {source.name} has no column {name!r}{nearest(name, taken)}; "
                     f"found: {', '.join(taken)}"
                 )
 

@@ -89,6 +89,8 @@ def read_with_changes(
 
     ``text`` names columns that are read as text even if they hold numbers only, because the shards hold text; the columns
     ``number`` must hold numbers, because the shards do.
+
+    Raises UserError as ``read_cohort`` does, and if a column of ``number`` holds other texts.
     """
     if modality not in MODALITIES:
         raise UserError(
@@ -99,14 +101,14 @@ def read_with_changes(
         replace(_as_text(data_set, text), number=tuple(number))
         for data_set in _data_sets(Path(source), dataset, layout, columns)
     ]
-    parts = [_read(data_set, modality) for data_set in data_sets]
-    mixed = _mixed_columns([scan for part in parts for scan in part.scans])
+    cohorts = [_read(data_set, modality) for data_set in data_sets]
+    mixed = _mixed_columns([scan for cohort in cohorts for scan in cohort.scans])
     if mixed:  # read again, because a number does not keep the text that it was written in
-        parts = [_read(_as_text(data_set, mixed), modality) for data_set in data_sets]
-    scans = sorted((_texts(scan, mixed) for part in parts for scan in part.scans), key=lambda scan: scan.key)
-    unlisted = [scan for part in parts for scan in part.unlisted]
-    changes = [change for part in parts for change in part.changes]
-    without_scan = [row for part in parts for row in part.without_scan]
+        cohorts = [_read(_as_text(data_set, mixed), modality) for data_set in data_sets]
+    scans = sorted((_texts(scan, mixed) for cohort in cohorts for scan in cohort.scans), key=lambda scan: scan.key)
+    unlisted = [scan for cohort in cohorts for scan in cohort.unlisted]
+    changes = [change for cohort in cohorts for change in cohort.changes]
+    without_scan = [row for cohort in cohorts for row in cohort.without_scan]
     _check_unique_keys(scans, source)
     splits = check_declared_splits((f"{scan.dataset}/{scan.participant_id}", scan.extra.get(SPLIT)) for scan in scans)
     for name in sorted({*splits.values()} - {*KNOWN_SPLITS}):

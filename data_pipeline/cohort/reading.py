@@ -19,7 +19,7 @@ AT_LEAST = re.compile(
     r"(?:[>≥]=?\s*(?P<after>[\d.]+)|(?P<before>[\d.]+)\s*(?:\+|(?:or|and) (?:older|over|above|more)))"
 )
 NO_LABEL = ("", "n/a", "N/A")  # labels of codes that mean a missing value
-OLDEST = 130  # years; a number above it is no age
+OLDEST = 130  # years; a number above it is not an age
 
 
 class Change(NamedTuple):
@@ -121,7 +121,7 @@ class Reading:
             )
 
     def number(self, column: str, theirs: str, cell: Cell, text: str) -> float | None:
-        """The number that a text is, in our unit, at most the declared cap; None if the text is no number.
+        """Parse a text as a number in our unit, at most the declared cap; None if it is not one.
 
         Raises UserError for a lower bound such as 89+ if it has no declared cap.
         """

@@ -52,7 +52,10 @@ class ParticipantTable:
         return no_session_row(rows[0].table.name, (session or "1") + run_text, names)
 
     def person_row(self, rows: Sequence[Row]) -> Row | None:
-        """The columns ``person`` of a participant's rows, on which they must agree; None without such columns or rows."""
+        """The columns ``person`` of a participant's rows; None without such columns or rows.
+
+        Raises UserError if the rows differ in such a column.
+        """
         if not rows or not self.person:
             return None
         for row in rows[1:]:

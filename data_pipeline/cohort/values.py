@@ -132,7 +132,7 @@ def _splits(
     declared: dict[str, tuple[str, Cell]] = {}
     of_person = {} if people is None else people.rows
     first_rows = dict(zip(owners, rows, strict=True))
-    # Cells of rows without a scan are no changes of scans; and a default is no declaration of the table.
+    # Cells of rows without a scan are not changes of scans; and a default is not a declaration of the table.
     quiet = Reading(replace(reading.source, default={}), reading.sidecars)
     for owner, row in [*zip(owners, rows, strict=True), *((o, r) for o in first_rows for r in of_person.get(o, ()))]:
         for cell in row.cells(theirs):

@@ -205,10 +205,11 @@ def draw_view(
 
 
 def view_arrays(augmentation: Augmentation, view: View, context: ViewContext) -> list[NDArray[Any]]:
-    """Return one view's arrays for the graph.
+    """Return one view's arrays for the graph; ``array_kinds`` has their types and numbers of dimensions.
 
-    The first is ``flags``, int32, with 1 for each step that is applied to this view; steps that run for every view have
-    none, and without flags the array is left out. The arrays of each step follow in the order of application.
+    The first is ``flags`` (steps that are not applied to every view,), int32, 1 if the step is applied to this view; it is
+    left out if there are no such steps. The arrays of each step follow in the order of application; their shapes are
+    described at the step.
     """
     flags: list[int] = []
     arrays: list[NDArray[Any]] = []

@@ -145,11 +145,6 @@ class TwoViewLoader:
         """Bytes of memory shared with the reader processes; 0 if there are none or they have not started."""
         return self._readers.bytes if isinstance(self._readers, ReaderProcesses) else 0
 
-    @property
-    def reader_pids(self) -> list[int]:
-        """Process ids of the reader processes."""
-        return self._readers.pids if isinstance(self._readers, ReaderProcesses) else []
-
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return self
 
@@ -338,5 +333,5 @@ def volumes(
     """
     reader = manifest.reader()
     for first in range(0, len(rows), batch_size):
-        part = rows[first : first + batch_size]
-        yield part, torch.from_numpy(np.stack([zscore(reader.read(int(row)))[None] for row in part]))
+        batch_rows = rows[first : first + batch_size]
+        yield batch_rows, torch.from_numpy(np.stack([zscore(reader.read(int(row)))[None] for row in batch_rows]))

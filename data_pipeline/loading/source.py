@@ -100,8 +100,8 @@ class IndexSource:
 
     def count(self) -> int:
         """Return the number of scans in a step of this rank."""
-        part = rank_slice(self.batch, self.rank, self.world_size)
-        return int(part.stop - part.start)
+        own = rank_slice(self.batch, self.rank, self.world_size)
+        return int(own.stop - own.start)
 
     def samples(self, step: int, positions: Sequence[int]) -> Iterator[Sample]:
         """Yield the samples at some positions of a step; an unreadable scan is replaced by the next readable candidate.

@@ -44,7 +44,7 @@ from data_pipeline.storage.reader import VolumeReader
 from data_pipeline.storage.remote import is_remote
 from infra.errors import UserError
 from infra.processes.scratch import scratch_folder
-from infra.random_streams import SHARD_ORDER, generator
+from infra.random_streams import SHARD_ORDER, buffer_seed, generator
 
 
 class StreamedMember(NamedTuple):
@@ -99,14 +99,14 @@ class StreamSource:
 
     def count(self) -> int:
         """Return the number of scans in a step of this rank."""
-        part = rank_slice(self.batch, self.rank, self.world_size)
-        return int(part.stop - part.start)
+        own = rank_slice(self.batch, self.rank, self.world_size)
+        return int(own.stop - own.start)
 
     @property
     def scans_per_epoch(self) -> int:
         """Number of scans that this rank reads in an epoch."""
-        part = rank_slice(len(self.rows), self.rank, self.world_size)
-        return int(part.stop - part.start)
+        own = rank_slice(len(self.rows), self.rank, self.world_size)
+        return int(own.stop - own.start)
 
     def sequence(self, epoch: int) -> NDArray[np.int64]:
         """Return the indices into ``rows`` of this rank's part of an epoch, in the order in which they are read."""
@@ -159,7 +159,7 @@ class StreamSource:
                 parts.append((path, []))
             parts[-1][1].append(StreamedMember(name, int(self.offset[index]), int(self.size[index])))
         reason = "is not in its shard, or the shard is damaged before it"
-        read, seed = SEQUENTIAL[self.kind], (self.seed << 20) + epoch
+        read, seed = SEQUENTIAL[self.kind], buffer_seed(self.seed, epoch)
         try:
             for name, payload in read(parts, CODECS[self.codec], self.buffer, seed):
                 if name in missing:

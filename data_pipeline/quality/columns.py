@@ -112,17 +112,17 @@ def _value(scan: Scan, name: str) -> Any:
     return None if value is None or value == "" or value != value else value
 
 
-def _type(name: str, known: Sequence[Any]) -> str:
-    if not known:
+def _type(name: str, values: Sequence[Any]) -> str:
+    if not values:
         return "all missing"
-    return FIXED.get(name) or ("number" if all(isinstance(value, int | float) for value in known) else "text")
+    return FIXED.get(name) or ("number" if all(isinstance(value, int | float) for value in values) else "text")
 
 
-def _range(known: Sequence[Any]) -> tuple[str, str]:
-    """The smallest and the largest value, of text by the alphabet."""
-    if not known:
+def _range(values: Sequence[Any]) -> tuple[str, str]:
+    """Smallest and largest value; texts in alphabetical order."""
+    if not values:
         return "", ""
-    ends = min(known), max(known)
+    ends = min(values), max(values)
     low, high = (number_as_text(round(float(v), 6)) if isinstance(v, int | float) else str(v) for v in ends)
     return low, high
 

@@ -54,12 +54,12 @@ class Verdict(NamedTuple):
     scale: float | None  # 1.4826 x median absolute deviation; None if the cohort is too small
 
 
-def judge(
+def find_outliers(
     table: pd.DataFrame,
     coarse: Sequence[Path],
     quality: Quality,
     paths: Mapping[str, str],
-    known: Mapping[str, StoredScan] | None = None,
+    stored_scans: Mapping[str, StoredScan] | None = None,
 ) -> Verdict:
     """Compare all scans of a cohort with each other and with their median scan.
 
@@ -71,16 +71,16 @@ def judge(
         coarse: the coarse files of the parts.
         quality: the rules.
         paths: each key's file, as the quarantine may name it.
-        known: digest -> the scan that the shards hold already; a new copy of it is excluded.
+        stored_scans: digest -> the scan that the shards hold already; a new copy of it is excluded.
 
     Raises:
         UserError: two copies of one scan are declared to be in different splits.
     """
     removed: dict[int, Removal] = {}
     table = table if "split" in table else table.assign(split=None)
-    _check_splits_of_copies(table, quality, known or {})
+    _check_splits_of_copies(table, quality, stored_scans or {})
     if quality.duplicate == "refuse":
-        removed = _find_duplicates(table, paths, known or {})
+        removed = _find_duplicates(table, paths, stored_scans or {})
     kept = np.ones(len(table), dtype=bool)
     kept[list(removed)] = False
     correlation = _correlations(coarse, kept)
@@ -108,16 +108,16 @@ def robust_scale(correlation: NDArray[np.float64]) -> tuple[float, float]:
     return location, 1.4826 * max(float(np.median(np.abs(correlation - location))), LEAST_SPREAD)
 
 
-def _check_splits_of_copies(table: pd.DataFrame, quality: Quality, known: Mapping[str, StoredScan]) -> None:
+def _check_splits_of_copies(table: pd.DataFrame, quality: Quality, stored_scans: Mapping[str, StoredScan]) -> None:
     """Raise UserError if copies of one scan are declared to be in two splits: it would be trained on and tested."""
     declared = table["split"].notna().to_numpy()
     if not declared.any():
         return
-    stored = set(known)
+    stored = set(stored_scans)
     several = table["voxels_sha256"].duplicated(keep=False) | table["voxels_sha256"].isin(stored)
     # A kept copy without a declared split could be put into any.
     chosen = table[several.to_numpy() & (declared | (quality.duplicate == "keep"))].sort_values("key", kind="stable")
-    first = {digest: (scan.key, scan.split) for digest, scan in known.items()}
+    first = {digest: (scan.key, scan.split) for digest, scan in stored_scans.items()}
     for row in chosen.itertuples():
         split = row.split if isinstance(row.split, str) else "not declared"
         key, other = first.setdefault(str(row.voxels_sha256), (str(row.key), split))
@@ -129,7 +129,7 @@ def _check_splits_of_copies(table: pd.DataFrame, quality: Quality, known: Mappin
 
 
 def _find_duplicates(
-    table: pd.DataFrame, paths: Mapping[str, str], known: Mapping[str, StoredScan]
+    table: pd.DataFrame, paths: Mapping[str, str], stored_scans: Mapping[str, StoredScan]
 ) -> dict[int, Removal]:
     """Row -> removal of every copy but the one with the first key.
 
@@ -142,8 +142,8 @@ def _find_duplicates(
     removed: dict[int, Removal] = {}
     for row in np.lexsort((keys.astype(str), table["split"].isna().to_numpy())):
         digest = digests[row]
-        if digest in known:
-            reason = f"same voxels as {known[digest].key}, which the shards hold already"
+        if digest in stored_scans:
+            reason = f"same voxels as {stored_scans[digest].key}, which the shards hold already"
         elif digest in first_row:
             other = first_row[digest]
             same = participants[row] == participants[other]
@@ -152,7 +152,7 @@ def _find_duplicates(
         else:
             first_row[digest] = int(row)
             continue
-        count = float(copies[digest] + (digest in known))
+        count = float(copies[digest] + (digest in stored_scans))
         removed[int(row)] = Removal(keys[row], paths[keys[row]], "duplicate", count, 1.0, reason)
     return removed
 

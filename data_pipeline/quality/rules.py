@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -26,7 +27,7 @@ from data_pipeline.volume.intensity import as_float16, scale_for_float16, to_flo
 from data_pipeline.volume.load import DEFAULT_CHECKS, read_voxels
 from data_pipeline.volume.preparation import Preparation, scale_factor
 from infra.errors import UserError, nearest
-from infra.files import atomic_write
+from infra.files import atomic_write, open_file
 from infra.settings import load_settings
 
 # Mean and standard deviation before rounding to float16, and the share of zero voxels.
@@ -116,14 +117,14 @@ class Removal:
     key: str
     path: str
     rule: str
-    figure: float | None
+    measured: float | None
     threshold: float | None
     reason: str
 
     @classmethod
     def of(cls, scan: Scan, error: BadScan) -> Removal:
         """The removal of a scan that raised ``error``."""
-        return cls(scan.key, scan.reported_path, error.rule, error.figure, error.threshold, str(error))
+        return cls(scan.key, scan.reported_path, error.rule, error.measured, error.threshold, str(error))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -131,9 +132,12 @@ class Removal:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Removal:
-        """The inverse of ``to_dict``; also takes the texts of a row of quarantine.tsv."""
-        figure, threshold = (_number(fields.get(name)) for name in ("figure", "threshold"))
-        return cls(fields["key"], fields["path"], fields.get("rule") or "", figure, threshold, fields["reason"])
+        """The inverse of ``to_dict``; also takes the texts of a row of quarantine.tsv.
+
+        Older files call the measured value ``figure``.
+        """
+        measured, threshold = _number(fields.get("measured", fields.get("figure"))), _number(fields.get("threshold"))
+        return cls(fields["key"], fields["path"], fields.get("rule") or "", measured, threshold, fields["reason"])
 
 
 def _number(cell: float | str | None) -> float | None:
@@ -309,7 +313,7 @@ def write_quarantine(path: Path, removals: Iterable[Removal]) -> None:
 
 def read_quarantine(path: Path) -> list[Removal]:
     """Read the rows of a quarantine.tsv; none if the file does not exist."""
-    if not path.is_file():
+    if not path.exists():
         return []
-    with path.open(encoding="utf-8", newline="") as stream:
+    with io.TextIOWrapper(open_file(path), encoding="utf-8", newline="") as stream:
         return [Removal.from_dict(row) for row in csv.DictReader(stream, delimiter="\t")]

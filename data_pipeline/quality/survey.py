@@ -15,7 +15,7 @@ from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
 from data_pipeline.cohort.scan import Scan, bytes_of
 from data_pipeline.cohort.split import SPLIT
 from data_pipeline.quality.columns import Table, column_tables
-from data_pipeline.quality.outliers import Verdict, coarse_path, judge, save_coarse
+from data_pipeline.quality.outliers import Verdict, coarse_path, find_outliers, save_coarse
 from data_pipeline.quality.rules import COLUMNS, Quality, Removal, check_quality, read_scan, unlisted_removals
 from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import Grid
@@ -118,10 +118,10 @@ def survey_cohort(
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=parts, prefix=".survey-") as folder, ray_cluster.session_on_demand(workers):
         small = ray_cluster.is_small(bytes_of(scans), workers)
-        rows, removals, coarse = _measure(scans, preparation, quality, Path(folder), here=small)
+        rows, removals, coarse = _measure(scans, preparation, quality, Path(folder), in_process=small)
         measured = pd.DataFrame(rows, columns=["key", *(c for c in COLUMNS if c != "quality_correlation")])
         table = measured.merge(participants.drop_duplicates("key"), on="key", how="left", validate="one_to_one")
-        verdict = judge(table, coarse, quality, {scan.key: scan.reported_path for scan in scans})
+        verdict = find_outliers(table, coarse, quality, {scan.key: scan.reported_path for scan in scans})
     removals = [*removals, *verdict.removals, *unlisted_removals(unlisted)]
     measured = measured.assign(quality_correlation=verdict.correlation, robust_z=verdict.z)
     surveyed = participants.merge(measured, on="key", how="left")
@@ -135,7 +135,7 @@ def survey_cohort(
 
 
 def _measure(
-    scans: list[Scan], preparation: Preparation, quality: Quality, folder: Path, *, here: bool
+    scans: list[Scan], preparation: Preparation, quality: Quality, folder: Path, *, in_process: bool
 ) -> tuple[list[dict[str, Any]], list[Removal], list[Path]]:
     """``measure_part`` of all scans in Ray tasks, or ``here``; also the coarse files of the parts that have a usable scan."""
     smallest, largest = PART_SCANS
@@ -146,7 +146,7 @@ def _measure(
     results: list[Any] = [None] * len(tasks)
     excluded = 0
     with Progress(len(scans), "scans", "inspecting") as progress:
-        for index, result in ray_cluster.map_unordered(measure_part, tasks, in_flight=64, here=here):
+        for index, result in ray_cluster.map_unordered(measure_part, tasks, in_flight=64, in_process=in_process):
             results[index] = result
             excluded += len(result[1])
             progress.advance(len(parts[index]), excluded=excluded)
@@ -269,7 +269,7 @@ def _worst(survey: Survey) -> Table:
 
 def _excluded(survey: Survey) -> Table:
     rows = [
-        [removal.key, removal.rule, _number(removal.figure, ".4g"), _number(removal.threshold, ".4g"), removal.reason]
+        [removal.key, removal.rule, _number(removal.measured, ".4g"), _number(removal.threshold, ".4g"), removal.reason]
         for removal in survey.removals[:MOST_ROWS]
     ]
     hidden = len(survey.removals) - len(rows)

@@ -107,7 +107,7 @@ def _narrowed(source: DataSet, names: Sequence[str], theirs: Mapping[str, str], 
 def _read(path: Path, source: DataSet) -> tuple[list[Row], pd.DataFrame]:
     """Return the rows of the table, and the ids of each without prefixes: ``participant_id`` and others of ``IDS``.
 
-    Raises UserError if the file is no table, has no rows, or a participant (and session) appears twice.
+    Raises UserError if the file is not a table, has no rows, or a participant (and session) appears twice.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; give a .tsv or .csv file with a column participant_id")

@@ -83,8 +83,8 @@ def build_shards(
     if scans_per_shard < 1:
         raise UserError(f"scans_per_shard={scans_per_shard} must be at least 1")
     intensity, quality = check_preparation(modality, crop, intensity), quality or Quality()
-    found = read_with_changes(root, dataset, modality, layout=layout, columns=columns, key_file=key_file)
-    scans, unlisted = found.scans, found.unlisted
+    cohort_scans = read_with_changes(root, dataset, modality, layout=layout, columns=columns, key_file=key_file)
+    scans, unlisted = cohort_scans.scans, cohort_scans.unlisted
     check_quality(quality, scans)
     grid = grid or common_grid(scans)
     settings: dict[str, Any] = {
@@ -102,11 +102,13 @@ def build_shards(
     with unfinished.locked(folder):
         # Checked again under the lock: another process may have finished the build meanwhile.
         existing = _existing_build(folder, grid, settings)
-        return existing or _build(folder, found, grid, settings, workers)
+        return existing or _build(folder, cohort_scans, grid, settings, workers)
 
 
-def _build(folder: Path, found: CohortScans, grid: Grid, settings: dict[str, Any], workers: int | None) -> Manifest:
-    scans, unlisted, changes, without_scan = found
+def _build(
+    folder: Path, cohort_scans: CohortScans, grid: Grid, settings: dict[str, Any], workers: int | None
+) -> Manifest:
+    scans, unlisted, changes, without_scan = cohort_scans
     # The user may have removed the manifest of an earlier build to build again; its surplus shards are removed here.
     count = -(-len(scans) // settings["scans_per_shard"])
     names = {shard_name(settings["dataset"], n) for n in range(count)}
@@ -128,7 +130,7 @@ def _build(folder: Path, found: CohortScans, grid: Grid, settings: dict[str, Any
 
 def _existing_build(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manifest | None:
     """Return the manifest in ``folder``, None if there is none; raises UserError if it is of another build."""
-    if not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST).exists():
         return None
     old = Manifest.load(folder)
     # The values of builds made before these settings existed.

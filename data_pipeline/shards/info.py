@@ -55,7 +55,7 @@ def shards_info(root: str | Path) -> dict[str, Any]:
         "splits": {
             name: {"scans": counts["split"][name], "participants": number} for name, number in people_of_split.items()
         },
-        "appended": [{key: part[key] for key in ("dataset", "scans")} for part in settings.get("appended", [])],
+        "appended": [{key: addition[key] for key in ("dataset", "scans")} for addition in settings.get("appended", [])],
     }  # fmt: skip
 
 
@@ -73,11 +73,11 @@ def _numbers(array: pa.Array, missing: float) -> np.ndarray[Any, np.dtype[Any]]:
     """Return the values of an int32 or double array, ``missing`` for null. Arrow's ``to_numpy`` would import pandas."""
     valid, content = array.buffers()
     kind = np.float64 if pa.types.is_float64(array.type) else np.int32
-    part = slice(array.offset, array.offset + len(array))
-    values = np.frombuffer(content, dtype=kind)[part]
+    window = slice(array.offset, array.offset + len(array))
+    values = np.frombuffer(content, dtype=kind)[window]
     if not array.null_count:
         return values
-    return np.where(np.unpackbits(np.frombuffer(valid, np.uint8), bitorder="little")[part] > 0, values, kind(missing))
+    return np.where(np.unpackbits(np.frombuffer(valid, np.uint8), bitorder="little")[window] > 0, values, kind(missing))
 
 
 def _participants(scans: pa.Table) -> tuple[int, dict[str, int]]:

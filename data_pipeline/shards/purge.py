@@ -10,15 +10,15 @@ from typing import Any
 import pandas as pd
 
 from data_pipeline.cohort.split import SPLIT
-from data_pipeline.quality.outliers import StoredScan, coarse_path, judge
+from data_pipeline.quality.outliers import StoredScan, coarse_path, find_outliers
 from data_pipeline.quality.rules import Quality, Removal
 from data_pipeline.shards.tar import CODECS, copy_without, payloads
 from data_pipeline.shards.unfinished import UNFINISHED
 from infra import ray_cluster
-from infra.files import sha256_of
+from infra.files import open_file, sha256_of
 from infra.progress import Progress
 
-ShardRow = dict[str, Any]  # a shard's row of the manifest: name, bytes, sha256, scans
+ShardRow = dict[str, Any]  # Row of a shard in the manifest: name, bytes, sha256, scans
 ScanRow = dict[str, Any]  # a scan's row of the scan table, with the number of its shard
 
 
@@ -30,7 +30,7 @@ def purge_shards(
     *,
     codec: str,
     paths: Mapping[str, str],
-    known: Mapping[str, StoredScan] | None = None,
+    stored_scans: Mapping[str, StoredScan] | None = None,
 ) -> tuple[list[ShardRow], list[ScanRow], list[Removal]]:
     """Compare the scans of written shards with each other and remove those that the rules refuse.
 
@@ -44,7 +44,7 @@ def purge_shards(
         quality: the rules.
         codec: the shards' codec, a key of ``CODECS``.
         paths: each scan key's file, as the quarantine may name it.
-        known: see ``judge``.
+        stored_scans: see ``find_outliers``.
 
     Returns:
         The remaining shards, the remaining scans with their new shard numbers and offsets, and the removals.
@@ -55,7 +55,7 @@ def purge_shards(
     table = pd.DataFrame({name: [row[name] for row in rows] for name in names})
     table[SPLIT] = pd.Series([row.get(SPLIT) for row in rows], dtype=object)
     coarse = [coarse_path(folder, str(shard["name"])) for shard in shards]
-    verdict = judge(table, coarse, quality, paths, known)
+    verdict = find_outliers(table, coarse, quality, paths, stored_scans)
     rows = [{**row, "quality_correlation": float(r)} for row, r in zip(rows, verdict.correlation, strict=True)]
     removed_keys = {removal.key for removal in verdict.removals}
     shards, rows = _rewrite_shards(folder, shards, rows, removed_keys, codec)
@@ -78,7 +78,7 @@ def _rewrite_shards(
             ray_cluster.session_on_demand(),
             Progress(len(tasks), "shards", "removing scans from shards") as progress,
         ):
-            for index, result in ray_cluster.map_unordered(rewrite_shard, tasks, in_flight=64, here=small):
+            for index, result in ray_cluster.map_unordered(rewrite_shard, tasks, in_flight=64, in_process=small):
                 rewritten[numbers[index]] = result
                 progress.advance()
     new_shards: list[ShardRow] = []
@@ -114,7 +114,7 @@ def rewrite_shard(folder: str, name: str, keys: Collection[str], codec: str) -> 
         final.unlink()
         return {}, {}
     row = {"name": name, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary), "scans": len(offsets)}
-    with temporary.open("rb") as stream:
+    with open_file(temporary) as stream:
         os.fsync(stream.fileno())
     temporary.replace(final)
     return row, offsets

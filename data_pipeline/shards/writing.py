@@ -101,7 +101,9 @@ def write_shards(
                 rows += [{**row, "shard": len(shards)} for row in written.scans]
                 shards.append(written.shard)
         paths = {scan.key: scan.reported_path for scan in scans}
-        shards, rows, compared = purge_shards(folder, shards, rows, quality, codec=codec, paths=paths, known=stored)
+        shards, rows, compared = purge_shards(
+            folder, shards, rows, quality, codec=codec, paths=paths, stored_scans=stored
+        )
     return shards, rows, [*refused, *compared]
 
 
@@ -131,7 +133,7 @@ def run_tasks(tasks: Sequence[ShardTask], workers: int | None, title: str) -> li
         cpus = 1 if small else ray_cluster.connect().cluster_resources().get("CPU", 1)
         in_flight = max(MIN_IN_FLIGHT, 2 * int(cpus))
         arguments = [(task,) for task in tasks]
-        for index, written in ray_cluster.map_unordered(build_one, arguments, in_flight=in_flight, here=small):
+        for index, written in ray_cluster.map_unordered(build_one, arguments, in_flight=in_flight, in_process=small):
             results[index] = written
             quarantined += len(written.removals)
             progress.advance(len(tasks[index].scans), quarantined=quarantined)

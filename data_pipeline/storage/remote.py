@@ -20,6 +20,7 @@ from typing import IO, Any, TypeVar
 
 from data_pipeline.storage.cache import ShardCache
 from data_pipeline.storage.open_files import OpenFiles
+from infra import files
 from infra.errors import UserError
 from infra.internals import internal
 
@@ -239,8 +240,10 @@ class ShardStore:
         return path
 
 
-def _download(url: str, size: int, sha256: str, part: IO[bytes], described: Callable[[], str], access: Access) -> None:
-    """Write a whole shard to ``part``, block by block with retries for each block, and verify its SHA-256."""
+def _download(
+    url: str, size: int, sha256: str, part_file: IO[bytes], described: Callable[[], str], access: Access
+) -> None:
+    """Write a whole shard to ``part_file``, block by block with retries for each block, and verify its SHA-256."""
 
     def read_block(start: int) -> bytes:
         """Read one block; a server without range requests sends the whole shard, which is accepted."""
@@ -253,12 +256,12 @@ def _download(url: str, size: int, sha256: str, part: IO[bytes], described: Call
         return payload
 
     def download_once() -> None:
-        """Write the shard from its beginning."""
-        part.seek(0)
+        """Write the shard from its beginning. Raises OSError if a block or the SHA-256 is wrong."""
+        part_file.seek(0)
         digest, done = hashlib.sha256(), 0
         while done < size:
             payload = with_retries(partial(read_block, done), described, access)
-            part.write(payload)
+            part_file.write(payload)
             digest.update(payload)
             done += len(payload)
         if digest.hexdigest() != sha256:
@@ -296,7 +299,7 @@ def open_file(url: str, access: Access) -> IO[bytes]:
     """Open a local or remote file for one forward read."""
     if is_remote(url):
         return io.BufferedReader(RemoteFile(url, access), BLOCK)
-    return open(url, "rb")
+    return files.open_file(url)
 
 
 def list_tars(folder: str, access: Access) -> list[str]:

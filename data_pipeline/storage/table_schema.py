@@ -71,7 +71,7 @@ def check_columns(file: pq.ParquetFile, content: dict[str, Any], where: str) -> 
 
 
 def open_table(table: Any, content: dict[str, Any], where: str) -> pq.ParquetFile:
-    """Open and check a scan table. Raises UserError if it is no Parquet file, or as ``check_columns`` does.
+    """Open and check a scan table. Raises UserError if it is not a Parquet file, or as ``check_columns`` does.
 
     Args:
         table: its bytes, or an Arrow reader of them.

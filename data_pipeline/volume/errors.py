@@ -8,12 +8,12 @@ class BadScan(Exception):
 
     Attributes:
         rule: the violated rule, a name of ``data_pipeline.quality.rules`` or for example ``unreadable``.
-        figure: the measured value, if there is one.
+        measured: the measured value, if there is one.
         threshold: the limit that the value violates, if there is one.
     """
 
     def __init__(
-        self, reason: str, rule: str = "unreadable", figure: float | None = None, threshold: float | None = None
+        self, reason: str, rule: str = "unreadable", measured: float | None = None, threshold: float | None = None
     ) -> None:
         super().__init__(reason)
-        self.rule, self.figure, self.threshold = rule, figure, threshold
+        self.rule, self.measured, self.threshold = rule, measured, threshold

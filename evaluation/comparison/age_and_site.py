@@ -30,7 +30,7 @@ def brain_age_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
     rows = []
     for evaluation in evaluations:
         for task in evaluation.tasks:
-            predictions = evaluation.of(task)
+            predictions = evaluation.predictions_of(task)
             if not predicts_age(predictions) or predictions.get("fold", pd.Series([0])).nunique() < 2:
                 continue
             ages, predicted = predictions["label"].to_numpy(float), predictions["answer"].to_numpy(float)
@@ -54,7 +54,7 @@ def site_leakage_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
     for evaluation in evaluations:
         if "site" not in evaluation.tasks or evaluation.kind("site") != "multiclass":
             continue
-        predictions = evaluation.of("site")
+        predictions = evaluation.predictions_of("site")
         labels, answers = labels_of(predictions), predictions["answer"].to_numpy()
         sites, bacc = len(np.unique(labels)), METRICS["multiclass"]["bacc"](labels, answers)
         mae = _external_mae(evaluation, evaluations)
@@ -67,7 +67,7 @@ def _external_mae(evaluation: CheckpointEvaluation, evaluations: list[Checkpoint
     """Age MAE of the same model of the same checkpoint on sites left out of training; NaN if there is none."""
 
     def model_of(each: CheckpointEvaluation) -> tuple[object, ...]:
-        """What must be equal for two evaluations to be of one model."""
+        """Key of the fitted model."""
         return each.pretraining, each.step, each.weights, each.variant.fitted
 
     for other in evaluations:

@@ -135,7 +135,7 @@ class Comparison:
         for evaluation in self.evaluations:
             for task in evaluation.tasks:
                 if task not in summaries:
-                    summaries[task] = _summarise(evaluation.of(task))
+                    summaries[task] = _summarise(evaluation.predictions_of(task))
         return summaries
 
     @property
@@ -153,7 +153,7 @@ class Comparison:
 
     def label(self, task: str, metric: str) -> str:
         """Return a metric's name for people, with its unit if that is known: the MAE of ages is in years."""
-        members = [evaluation.of(task) for evaluation in self.evaluations if task in evaluation.tasks]
+        members = [evaluation.predictions_of(task) for evaluation in self.evaluations if task in evaluation.tasks]
         if metric == "mae" and all(age_and_site.predicts_age(predictions) for predictions in members):
             return f"{LABELS[metric]} (years)"
         return LABELS[metric]

@@ -21,7 +21,7 @@ def curves_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
     rows = []
     for evaluation in evaluations:
         for task, size, draws in _by_task_and_size(evaluation.curve):
-            aucs, test_people = draws["auc"].to_numpy(float), _test_people(evaluation.of(task))
+            aucs, test_people = draws["auc"].to_numpy(float), _test_people(evaluation.predictions_of(task))
             value, low, high, _ = corrected_interval(aucs, size, test_people)
             rows.append((evaluation.name, task, size, len(draws), value, low, high))
     return pd.DataFrame(rows, columns=CURVE_COLUMNS)
@@ -44,7 +44,7 @@ def curve_differences(
         reasons = {
             task: why_draws_differ(first, second, task)
             for task in dict.fromkeys(both["task"])
-            if set(first.of(task)["key"]) == set(second.of(task)["key"])
+            if set(first.predictions_of(task)["key"]) == set(second.predictions_of(task)["key"])
         }
         unpaired += [
             f"{task}: learning curves of {first.name} and {second.name}: {reason}"
@@ -54,7 +54,7 @@ def curve_differences(
         for task, size, draws in _by_task_and_size(both):
             if reasons.get(task) == "":
                 differences = (draws["auc"] - draws["auc_other"]).to_numpy(float)
-                value, low, high, p = corrected_interval(differences, size, _test_people(first.of(task)))
+                value, low, high, p = corrected_interval(differences, size, _test_people(first.predictions_of(task)))
                 rows.append((task, size, first.name, second.name, len(draws), value, low, high, p))
     table = pd.DataFrame(rows, columns=[name for name in CURVE_DIFFERENCE_COLUMNS if name != "p_holm"])
     return table.assign(p_holm=holm(table["p"].to_numpy(float))), unpaired
@@ -71,7 +71,7 @@ def why_draws_differ(first: CheckpointEvaluation, second: CheckpointEvaluation, 
         if one != other:
             option = f"--{name.replace('_', '-')}"
             return f"{option} was {one or 'not logged'} and {other or 'not logged'}, so the draws differ"
-    one, other = first.of(task), second.of(task)
+    one, other = first.predictions_of(task), second.predictions_of(task)
     folds_known = all("fold" in each and each["fold"].notna().all() for each in (one, other))
     columns = ["key", "label", *["fold"] * folds_known]
     if not all(np.array_equal(one[column].to_numpy(), other[column].to_numpy()) for column in columns):

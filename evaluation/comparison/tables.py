@@ -41,7 +41,7 @@ def metrics_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
     rows = []
     for evaluation in evaluations:
         for task in evaluation.tasks:
-            predictions, logged = evaluation.of(task), evaluation.run_of(task)["metrics"]
+            predictions, logged = evaluation.predictions_of(task), evaluation.run_of(task)["metrics"]
             labels, people = labels_of(predictions), predictions["participant"].to_numpy()
             for number, (metric, statistic, answers) in enumerate(metrics_of(predictions)):
                 key = f"{task}.{metric}"
@@ -108,7 +108,7 @@ def differences_table(
 
 def _paired_predictions(first: CheckpointEvaluation, second: CheckpointEvaluation, task: str) -> pd.DataFrame | None:
     """Join both predictions of a task by scan; None if their scans, labels or participants differ."""
-    one, other = first.of(task), second.of(task)
+    one, other = first.predictions_of(task), second.predictions_of(task)
     columns = ["key", "label", "participant", "answer"]
     both = one.merge(other[columns], on=["key", "label", "participant"], suffixes=("", "_other"))
     return both if len(both) == len(one) == len(other) else None
@@ -133,7 +133,7 @@ def subgroups_table(evaluations: list[CheckpointEvaluation], minimum: int = MINI
     tables = []
     for evaluation in evaluations:
         for task in evaluation.tasks:
-            predictions = evaluation.of(task)
+            predictions = evaluation.predictions_of(task)
             metric, statistic, answers = next(metrics_of(predictions))
             by = {
                 name: predictions[name].to_numpy() for name in ("sex", "site") if name in predictions and name != task
@@ -159,7 +159,7 @@ def calibration_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
     tables = []
     for evaluation in evaluations:
         for task in evaluation.tasks:
-            predictions = evaluation.of(task)
+            predictions = evaluation.predictions_of(task)
             probabilities = probabilities_of(predictions)
             if evaluation.kind(task) != "binary" or probabilities is None:
                 continue

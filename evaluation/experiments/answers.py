@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from evaluation.experiments.plan import DISEASES, EXPERIMENT
 from evaluation.statistics.metrics import auc, mae
-from infra.files import atomic_write
+from infra.files import atomic_write, regular_file
 from infra.tracking.tracker import Tracker
 
 Method = tuple[str, str, int]  # method, variant, pretraining seed
@@ -65,7 +65,7 @@ def save_answers(path: Path, answers: list[MethodAnswers]) -> None:
 
 def load_answers(path: Path) -> list[MethodAnswers]:
     """Read a file of ``save_answers``."""
-    with np.load(path) as stored:
+    with np.load(regular_file(path)) as stored:
         return [
             MethodAnswers(**{
                 name: stored[f"{number}.{name}"].item() if kind in ("str", "int") else stored[f"{number}.{name}"]
@@ -75,7 +75,7 @@ def load_answers(path: Path) -> list[MethodAnswers]:
         ]  # fmt: skip
 
 
-def log_answers(uri: str, clinic: str, answers: list[MethodAnswers]) -> None:
+def log_answers(uri: str, clinic: str, answers: list[MethodAnswers], experiment: str = EXPERIMENT) -> None:
     """Log an MLflow run for every method of a clinic, with its mean metric for each task and training size."""
     for key in sorted({(entry.method, entry.variant, entry.seed) for entry in answers}):
         of_method = [entry for entry in answers if (entry.method, entry.variant, entry.seed) == key]
@@ -83,7 +83,7 @@ def log_answers(uri: str, clinic: str, answers: list[MethodAnswers]) -> None:
         tags = {
             "yaware.kind": "experiment", "yaware.method": method, "yaware.variant": variant, "yaware.clinic": clinic,
         }  # fmt: skip
-        tracker = Tracker.open(uri, EXPERIMENT, f"{clinic}: {method} {variant} {seed}", tags=tags)
+        tracker = Tracker.open(uri, experiment, f"{clinic}: {method} {variant} {seed}", tags=tags)
         tracker.log_params({"clinic": clinic, "method": method, "variant": variant, "seed": seed})
         metrics = []
         for entry in of_method:

@@ -46,7 +46,7 @@ class BootstrapMetrics:
                 cell = Cell(entry.clinic, entry.method, entry.variant, entry.task, int(size))
                 grouped.setdefault(cell, []).append(entry)
         for cell, entries in grouped.items():
-            metric = auc if cell.task in DISEASES else mae
+            metric, resampled = (auc, resampled_auc) if cell.task in DISEASES else (mae, mae)
             labels = entries[0].labels
             weights = people_weights.setdefault(
                 (cell.clinic, cell.task),
@@ -54,7 +54,7 @@ class BootstrapMetrics:
             )
             of_seeds = [entry.answers[entry.sizes == cell.size] for entry in entries]
             self.values[cell] = np.array([[metric(labels, row) for row in rows] for rows in of_seeds])
-            self._weighted[cell] = np.array([[metric(labels, row, weights) for row in rows] for rows in of_seeds])
+            self._weighted[cell] = np.array([[resampled(labels, row, weights) for row in rows] for rows in of_seeds])
 
     def sample(self, cell: Cell, draws: int) -> NDArray[Any]:
         """Return (resamples,) bootstrapped means over the seeds and the first ``draws`` draws of a cell."""
@@ -94,6 +94,21 @@ class BootstrapMetrics:
         first_means, second_means = (self.values[cell].mean(0) for cell in (first, second))
         draws = min(len(first_means), len(second_means))
         return int((first_means[:draws] > second_means[:draws]).sum()), draws
+
+
+def resampled_auc(labels: NDArray[Any], scores: NDArray[Any], weights: NDArray[Any]) -> NDArray[np.float64]:
+    """Return ``metrics.auc`` (R,) for weights (R, N), ten times as fast for a few hundred scans.
+
+    The pairs of positives and negatives are compared once, and every sample is a product of matrices. Counts of up to a few
+    thousand pairs per scan are exact in float32.
+    """
+    positive, negative = labels == 1, labels != 1
+    above, below = scores[positive][:, None], scores[negative][None]
+    wins = (above > below).astype(np.float32) + np.float32(0.5) * (above == below)
+    of_positives, of_negatives = (weights[:, chosen].astype(np.float32) for chosen in (positive, negative))
+    pairs = of_positives.sum(1, dtype=np.float64) * of_negatives.sum(1, dtype=np.float64)
+    won = np.multiply(of_positives @ wins, of_negatives).sum(1, dtype=np.float64)
+    return np.where(pairs > 0, won / np.maximum(pairs, 1), np.nan)
 
 
 def _limits(sample: NDArray[Any]) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,30 @@ NETWORKS = "networks"  # name of the file and folder that hold their answers
 PRETRAINED = "y-aware-main-0"  # run whose weights are fine-tuned; networks from scratch have its architecture
 
 
+class NetworkPlan(Protocol):
+    """What a plan says about networks that are trained end to end."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of training scans."""
+
+    @property
+    def draws(self) -> int:
+        """Training sets of each size."""
+
+    @property
+    def network_draws(self) -> tuple[int, ...]:
+        """For each size, the number of draws that are used."""
+
+    @property
+    def network_epochs(self) -> int:
+        """Epochs of every training."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the experiment."""
+
+
 def train_networks(out: Path, plan: ExperimentPlan, uri: str) -> None:
     """Train all weights for a fixed number of epochs, from y-aware weights and from random ones; store and log the answers.
 
@@ -36,34 +60,51 @@ def train_networks(out: Path, plan: ExperimentPlan, uri: str) -> None:
         return
     manifest = Manifest.load(out / "shards" / MAIN_CLINIC)
     task = load_plan_task(out, NETWORK_TASK, manifest)
-    test = outer_folds(task, 5, plan.seed)[0][1]
-    no_features = np.empty((len(task.rows), 0))
-    prepared = prepare(task, no_features, folds=5, sizes=list(plan.sizes), draws=plan.draws, seed=plan.seed)
-    used = dict(zip(plan.sizes, plan.network_draws, strict=True))
-    draws = [draw for draw in prepared.draws if draw.number < used[draw.size]]
-    settings = FineTuning(seed=plan.seed)
-    pretrained = out / "runs" / PRETRAINED
-    jobs = {
-        "fine-tuned": _job(manifest, task, settings, pretrained, from_weights=True),
-        "scratch": _job(manifest, task, settings, pretrained, from_weights=False),
-    }
-    points = [_point(method, job, draw, plan.network_epochs) for method, job in jobs.items() for draw in draws]
+    jobs = network_jobs(manifest, task, out / "runs" / PRETRAINED, plan.seed)
+    points = network_points(task, jobs, plan)
     results = tuning.tune_grid(
         final_fit_trial, points, data={"jobs": jobs}, storage=out / "searches" / NETWORKS, name="fits", title="networks",
         resources={"cpu": 1, **({"gpu": 1.0} if torch.cuda.is_available() else {})},
     )  # fmt: skip
+    answers = network_answers(MAIN_CLINIC, "main", NETWORK_TASK, task, results)
+    save_answers(target, answers)
+    log_answers(uri, NETWORKS, answers)
+    shutil.rmtree(out / "searches" / NETWORKS, ignore_errors=True)
+
+
+def network_jobs(manifest: Manifest, task: Task, pretrained: Path, seed: int) -> dict[str, TrainingJob]:
+    """Return the training jobs by method: from the weights of the run ``pretrained``, and from random ones."""
+    settings = FineTuning(seed=seed)
+    return {
+        "fine-tuned": _job(manifest, task, settings, pretrained, from_weights=True),
+        "scratch": _job(manifest, task, settings, pretrained, from_weights=False),
+    }
+
+
+def network_points(task: Task, jobs: dict[str, TrainingJob], plan: NetworkPlan) -> list[dict[str, Any]]:
+    """Return the fits for ``final_fit_trial``: every method on the first ``plan.network_draws`` training sets of each size."""
+    no_features = np.empty((len(task.rows), 0))
+    prepared = prepare(task, no_features, folds=5, sizes=list(plan.sizes), draws=plan.draws, seed=plan.seed)
+    used = dict(zip(plan.sizes, plan.network_draws, strict=True))
+    draws = [draw for draw in prepared.draws if draw.number < used[draw.size]]
+    return [_point(method, job, draw, plan.network_epochs) for method, job in jobs.items() for draw in draws]
+
+
+def network_answers(
+    clinic: str, variant: str, name: str, task: Task, results: list[dict[str, Any]]
+) -> list[MethodAnswers]:
+    """Return the answers of each method from the results of ``final_fit_trial``; ``name`` is that of the task."""
+    test = outer_folds(task, 5, 0)[0][1]  # the same for every seed, since the task names its test sites
     answers = []
-    for method in jobs:
+    for method in dict.fromkeys(row["task"] for row in results):
         rows = [row for row in results if row["task"] == method]
         answers.append(MethodAnswers(
-            clinic=MAIN_CLINIC, method=method, variant="main", seed=0, task=NETWORK_TASK,
+            clinic=clinic, method=method, variant=variant, seed=0, task=name,
             sizes=np.array([row["draw"].size for row in rows]), draws=np.array([row["draw"].number for row in rows]),
             answers=np.stack([row["predicted"] for row in rows]).astype(np.float32), labels=task.labels[test],
             people=task.participants[test],
         ))  # fmt: skip
-    save_answers(target, answers)
-    log_answers(uri, NETWORKS, answers)
-    shutil.rmtree(out / "searches" / NETWORKS, ignore_errors=True)
+    return answers
 
 
 def _job(manifest: Manifest, task: Task, settings: FineTuning, pretrained: Path, *, from_weights: bool) -> TrainingJob:

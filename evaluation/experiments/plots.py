@@ -23,14 +23,14 @@ def plot_main(table: pd.DataFrame) -> Any:
         for position, method in enumerate(methods):
             if method in rows.index:
                 color = PALETTE[1] if method == NAMES["y-aware"] else PALETTE[2]
-                _interval(axis, rows.loc[method], "auc", position, color)
+                draw_interval(axis, rows.loc[method], "auc", position, color)
             else:
                 axis.text(0.98, position, "not measured", transform=axis.get_yaxis_transform(), ha="right", va="center",
                           color=REFERENCE, fontsize=9)  # fmt: skip
-        _label_rows(axis, methods)
+        label_rows(axis, methods)
         axis.set_xlabel("AUC on held-out sites, 95 % interval")
 
-    figure, _ = _panels(table, draw, height=6.4, sharey=True, sharex="row")
+    figure, _ = panels_of_tasks(table, draw, height=6.4, sharey=True, sharex="row")
     return figure
 
 
@@ -47,7 +47,7 @@ def plot_sweep(table: pd.DataFrame) -> Any:
         axis.set_xticks(list(SWEEP.values()), ["pattern\nalone", "both", "accelerated\nageing alone"])
         axis.set_ylabel("AUC on held-out sites")
 
-    figure, axes = _panels(table, draw, height=6.6)
+    figure, axes = panels_of_tasks(table, draw, height=6.6)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return figure
@@ -63,17 +63,17 @@ def plot_variants(table: pd.DataFrame) -> Any:
         axis.axvline(0, color=REFERENCE, ls="--", lw=1)
         for position, variant in enumerate(variants):
             if variant in rows.index:
-                _interval(axis, rows.loc[variant], "difference", position, PALETTE[0])
-        _label_rows(axis, variants)
+                draw_interval(axis, rows.loc[variant], "difference", position, PALETTE[0])
+        label_rows(axis, variants)
 
-    figure, axes = _panels(table, draw, height=6.8, sharey=True, sharex=True)
+    figure, axes = panels_of_tasks(table, draw, height=6.8, sharey=True, sharex=True)
     for axis in axes[-1]:
         axis.set_xlabel("AUC of y-aware minus age regression")
         axis.locator_params(axis="x", nbins=5)
     return figure
 
 
-def _panels(
+def panels_of_tasks(
     table: pd.DataFrame, draw: Callable[[Any, pd.DataFrame], None], height: float, **shared: Any
 ) -> tuple[Any, Any]:
     """Draw a panel for each task (rows) and training size (columns); return the figure and its axes."""
@@ -86,12 +86,13 @@ def _panels(
     return figure, axes
 
 
-def _label_rows(axis: Any, names: list[str]) -> None:
+def label_rows(axis: Any, names: list[str]) -> None:
+    """Write the names beside the rows of a panel, the first at the top."""
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _interval(axis: Any, row: Any, column: str, position: int, color: str) -> None:
+def draw_interval(axis: Any, row: Any, column: str, position: float, color: str) -> None:
     """Draw a value with its interval as a horizontal bar."""
     value = row[column]
     error = [[value - row["low"]], [row["high"] - value]]

@@ -93,10 +93,11 @@ def candidate_scores(
 
 
 def ridge_answers(split: TrainTestSplit, kind: str, penalties: Sequence[float]) -> list[NDArray[Any]]:
-    """Return the predictions (m,) of ridge regression for each penalty; intercept, covariates and readouts are not penalised.
+    """Return the predictions (m,) for the m test scans of ridge regression with each penalty.
 
-    Classes have equal weight. A binary task is a regression on -1 and 1, a multiclass one on a column for each class, of which
-    the largest is predicted.
+    Intercept, covariates and readouts are not penalised. Classes have equal weight. A binary task is a regression on -1 and 1,
+    and its predictions are the scores. A multiclass task is a regression on K columns, one for each class; its predictions are
+    the numbers (int, 0 to K - 1) of the columns with the largest score.
     """
     gram, cross = split.gram
     targets_nK, root = _targets(split, kind)

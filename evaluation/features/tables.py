@@ -83,7 +83,7 @@ class TrainTestSplit:
     test_scans: NDArray[Any]  # (m,)
     train_covariates: NDArray[Any]  # (n, C)
     test_covariates: NDArray[Any]  # (m, C)
-    last_fit: NDArray[Any] | None = None  # of a logistic regression, from which the next penalty's starts
+    last_fit: NDArray[Any] | None = None  # solution of a logistic regression that warm-starts the next penalty
 
     @property
     def labels(self) -> NDArray[Any]:
@@ -208,6 +208,14 @@ def split_features(table: FeatureTable, train: NDArray[Any], test: NDArray[Any])
 
     ``scale`` ``each`` gives every feature variance 1 over the training scans. ``all`` divides all features by one number,
     which keeps their proportions (needed for the coordinates of voxels); the mean of their variances becomes 1.
+
+    Args:
+        table: the table of N scans.
+        train: (n,) positions of the training scans in the table.
+        test: (m,) positions of the test scans.
+
+    Returns:
+        The split: features (n, F) and (m, F), covariates (n, C) and (m, C), and labels (n,) of the training scans.
     """
     train_covariates, test_covariates = standardised(table.covariates[train], table.covariates[test])
     return TrainTestSplit(table, train, test, train_covariates, test_covariates)
@@ -222,9 +230,9 @@ def permuted(table: FeatureTable, rows: NDArray[Any]) -> FeatureTable:
 
 
 def standardised(train: NDArray[Any], test: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Scale columns to mean 0 and variance 1 over the training scans; a missing value becomes the mean.
+    """Scale the columns of train (n, C) and test (m, C) to mean 0 and variance 1 over the training scans; same shapes.
 
-    A column that is constant in training becomes 0 in training and in test.
+    A missing value becomes the mean. A column that is constant in training becomes 0 in training and in test.
     """
     if not train.shape[1]:
         return train, test

@@ -89,26 +89,26 @@ class EvaluationContext:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def search_folder(chosen: str | os.PathLike[str] | None = None) -> Path:
-    """Return the folder of unfinished searches: the chosen one, or one in the user's cache that only the user can use.
+def search_folder(folder: str | os.PathLike[str] | None = None) -> Path:
+    """Return the folder of unfinished searches: ``folder``, or one in the user's cache that only the user can use.
 
     Tune keeps pickles in it. Raises UserError if it cannot be written.
     """
-    if chosen is not None:
-        return writable_folder("evaluations", chosen, "--storage")
-    folder = writable_folder("evaluations", option="--storage")
-    if folder.stat().st_uid == os.geteuid():
-        folder.chmod(0o700)
-    return folder
+    if folder is not None:
+        return writable_folder("evaluations", folder, "--storage")
+    cached = writable_folder("evaluations", option="--storage")
+    if cached.stat().st_uid == os.geteuid():
+        cached.chmod(0o700)
+    return cached
 
 
-def feature_folder(manifest: Manifest, chosen: str | os.PathLike[str] | None = None) -> Path:
-    """Return the folder of computed features: the chosen one, ``.features`` in the shards, or one in the user's cache.
+def feature_folder(manifest: Manifest, folder: str | os.PathLike[str] | None = None) -> Path:
+    """Return the folder of computed features: ``folder``, ``.features`` in the shards, or one in the user's cache.
 
     The last is for shards in a read-only folder. Raises UserError if none can be written.
     """
-    if chosen is not None:
-        return writable_folder("features", chosen, "--cache")
+    if folder is not None:
+        return writable_folder("features", folder, "--cache")
     try:
         return writable_folder("features", manifest.root / ".features")
     except UserError:

@@ -34,7 +34,7 @@ from evaluation.tasks.resamples import NO_RESAMPLING
 from evaluation.tasks.tasks import Task, check_names, load_task
 from infra import ray_cluster
 from infra.errors import UserError
-from infra.files import sha256_of, write_json
+from infra.files import read_text, sha256_of, write_json
 from infra.tracking.tracker import store_uri
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder, list_checkpoints
@@ -224,9 +224,9 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
         used["readouts_sha256"] = sha256_of(readouts_folder(candidate.folder) / "checksums.json")
     work = context.work_folder(name, candidate, used)
     logged, run_file, result_folder = work / "metrics.json", work / "run.json", work / "result"
-    run_id = json.loads(run_file.read_text())["run_id"] if run_file.is_file() else None
-    if logged.is_file():
-        return json.loads(logged.read_text()), str(run_id)
+    run_id = json.loads(read_text(run_file))["run_id"] if run_file.exists() else None
+    if logged.exists():
+        return json.loads(read_text(logged)), str(run_id)
     params = {"tasks": ",".join(context.settings.tasks), "protocol": name, **used, "scans": len(context.rows)}
     tracker = open_run(context, candidate, variant, params, run_id)
     write_json(run_file, {"run_id": tracker.run_id})
@@ -243,10 +243,10 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
             tracker.end("FAILED")  # a run without its tables must not count as finished
         raise UserError(
             f"MLflow store {context.uri} has not taken all of {candidate.name} step {candidate.step}, {variant.label}; the "
-            f"result is kept in {result_folder}: run the same command again when this is mended: "
+            f"result is kept in {result_folder}: fix this and run the same command again: "
             + (tracker.fault or "it rejected a file or a trial, see the warning above")
         )
-    metrics: dict[str, float] = json.loads((result_folder / "metrics.json").read_text())
+    metrics: dict[str, float] = json.loads(read_text(result_folder / "metrics.json"))
     write_json(logged, metrics)
     return metrics, str(tracker.run_id)
 
@@ -313,14 +313,14 @@ def _print_tasks(context: EvaluationContext) -> None:
 
 
 def _print_cost(context: EvaluationContext) -> None:
-    """Say how many cross-validations the resamples add, if permutations were asked for, or that they have no effect."""
+    """Print how many cross-validations the permutations add, and which protocols do not use them."""
     settings = context.settings
     names = [name for name in settings.protocols if PROTOCOLS[name].resamples]
     if settings.permutations and names:
         more = settings.repeats - 1 + settings.halvings
         print(
-            f"evaluate: permutations={settings.permutations}: {', '.join(names)} fit every task and checkpoint "
-            f"{settings.permutations} times more; without them it would be {1 + more} times"
+            f"evaluate: permutations={settings.permutations}: {', '.join(names)}: adds {settings.permutations} "
+            f"cross-validations for each task and checkpoint, to {1 + more} without permutations"
         )
     if settings.permutations and len(names) < len(settings.protocols):
         others = [name for name in settings.protocols if name not in names]

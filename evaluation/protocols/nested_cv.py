@@ -177,12 +177,12 @@ def trial(point: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     prepared, probe, part = data["tasks"][point["task"]], data["probe"], point["part"]
     if part == "draws":
-        found = {"curve": [_draw_row(probe, prepared, draw) for draw in prepared.draws]}
+        result = {"curve": [_draw_row(probe, prepared, draw) for draw in prepared.draws]}
     else:
-        found = _cross_validation(
+        result = _cross_validation(
             probe, prepared if part == "folds" else _resampled(prepared, prepared.resamples[part])
         )
-    return {**point, **found, "seconds": time.monotonic() - started}
+    return {**point, **result, "seconds": time.monotonic() - started}
 
 
 def _draw_row(probe: Probe, prepared: PreparedTask, draw: Draw) -> tuple[int, int, float, NDArray[np.float32]]:
@@ -227,14 +227,8 @@ def search_grid(
     """
     points = [{"task": name, "part": part} for name, task in prepared.items() for part in parts_of(task)]
     data = {"tasks": prepared, "probe": probe}
-    rows = tuning.tune_grid(trial, points, data=data, storage=storage, name="parts", here=True, title=title)
+    rows = tuning.tune_grid(trial, points, data=data, storage=storage, name="parts", in_process=True, title=title)
     return {name: combine([row for row in rows if row["task"] == name], task, probe) for name, task in prepared.items()}
-
-
-def search_task(prepared: PreparedTask, probe: Probe) -> NestedCVResult:
-    """Run nested cross-validation of a probe for one task in this process."""
-    data = {"tasks": {"": prepared}, "probe": probe}
-    return combine([trial({"task": "", "part": part}, data) for part in parts_of(prepared)], prepared, probe)
 
 
 def parts_of(prepared: PreparedTask) -> list[str | int]:
@@ -316,10 +310,10 @@ def _highest_score(record: dict[str, Any]) -> float:
     return max(finite, default=-np.inf)
 
 
-def trial_row(part: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Return what MLflow keeps of a trial of ``tuning.tune_search``; ``part`` names the fold or draw."""
+def trial_row(fold_or_draw: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Return what MLflow keeps of a trial of ``tuning.tune_search``; ``fold_or_draw`` names the fold or draw."""
     return {
-        "part": part, "point": record["point"], "inner_score": _highest_score(record), "steps": len(record["scores"]),
+        "part": fold_or_draw, "point": record["point"], "inner_score": _highest_score(record), "steps": len(record["scores"]),
         "stopped": not record["done"], "scores": record["scores"],
     }  # fmt: skip
 

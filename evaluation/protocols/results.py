@@ -119,8 +119,8 @@ def predictions_table(manifest: Manifest, task: Task, result: NestedCVResult) ->
         table |= {f"p{code}": result.probabilities[tested, code] for code in range(len(task.classes))}
     else:
         table["probability"] = result.probabilities[tested]
-    known = {column: scans[column].to_numpy() for column in ("age", "sex", "site") if column in scans}
-    return pd.DataFrame({"task": task.name, "kind": task.kind, "title": task.title, **table, **known})
+    scan_columns = {column: scans[column].to_numpy() for column in ("age", "sex", "site") if column in scans}
+    return pd.DataFrame({"task": task.name, "kind": task.kind, "title": task.title, **table, **scan_columns})
 
 
 def trials_table(trials: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:

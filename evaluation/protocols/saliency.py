@@ -22,9 +22,10 @@ from evaluation.protocols.variant import ProtocolVariant
 from evaluation.tasks.leakage import check_leakage
 from evaluation.tasks.tasks import Task, load_task
 from infra.errors import UserError
-from infra.files import sha256_of
+from infra.files import regular_file, sha256_of
 from infra.processes.scratch import scratch_folder
 from infra.progress import Progress
+from infra.random_streams import saliency_generator
 from infra.tracking import runs
 from infra.tracking.tracker import Tracker, default_uri
 from pretrain.weights.encoder import Encoder
@@ -125,7 +126,10 @@ def occlusion(
     total = np.zeros(len(boxes))
     with torch.no_grad(), Progress(len(test), "scans", f"occlusion for {task.name}") as progress:
         for position, (_, batch) in zip(test, volumes(manifest, task.rows[test], 1), strict=True):
-            occluded = [encoder(part.to(device)).float().cpu().numpy() for part in _occluded(batch[0], boxes)]
+            occluded = [
+                encoder(occluded_scans.to(device)).float().cpu().numpy()
+                for occluded_scans in _occluded(batch[0], boxes)
+            ]
             variants = np.concatenate([features[position][None], *occluded])
             scores = _scores(task, features, train, position, variants, params)
             total += np.abs(scores[1:] - scores[0])
@@ -185,7 +189,10 @@ def _find_evaluation(
             continue
         with scratch_folder("saliency") as temporary:
             path = runs.download(uri, run["run_id"], "evaluation", temporary)
-            predictions, trials = pd.read_parquet(path / "predictions.parquet"), pd.read_csv(path / "trials.csv")
+            predictions, trials = (
+                pd.read_parquet(regular_file(path / "predictions.parquet")),
+                pd.read_csv(regular_file(path / "trials.csv")),
+            )
         if task.name in set(predictions["task"]):
             fold = trials[(trials["task"] == task.name) & (trials["part"] == "fold 0")]
             params: Params = json.loads(fold["point"].to_list()[int(fold["inner_score"].argmax())])
@@ -223,7 +230,7 @@ def _first_fold(
 
 def _sample(test: NDArray[Any], task: Task, count: int, seed: int) -> NDArray[Any]:
     """Return up to ``count`` of the test scans, of a binary task equally many of each class."""
-    shuffled = np.random.default_rng(seed).permutation(test)
+    shuffled = saliency_generator(seed).permutation(test)
     if task.kind != "binary":
         return np.sort(shuffled[:count])
     of_each = max(1, count // 2)

@@ -74,12 +74,14 @@ def search_fine_tuning(
             )
             trials[name] += [{**row, "part": f"fold {number}"} for row in rows]
         for draw in prepared[name].draws if job.settings.curve else ():
-            part = f"{draw.size}-{draw.number}"
-            params, epochs, rows = _choose(job, draw.train, storage, f"{name}-{part}", f"{title}: {name}, draw {part}")
+            draw_name = f"{draw.size}-{draw.number}"
+            params, epochs, rows = _choose(
+                job, draw.train, storage, f"{name}-{draw_name}", f"{title}: {name}, draw {draw_name}"
+            )
             points.append(
                 {"task": name, "draw": draw, "params": params, "epochs": epochs, "train": draw.train, "test": draw.test}
             )
-            trials[name] += [{**row, "part": f"draw {part}"} for row in rows]
+            trials[name] += [{**row, "part": f"draw {draw_name}"} for row in rows]
     fits = _final_fits(points, jobs, storage, title)
     results = {name: assemble(name, prepared[name], fits, trials[name]) for name in jobs}
     for fit in fits:

@@ -55,7 +55,7 @@ def site_bias(
     table["held"] = (table["low"] <= table["true"]) & (table["true"] <= table["high"])
     moved = table["true"] + table["others"]
     table["corrected"] = ((table["low"] <= moved) & (moved <= table["high"])).astype(float).where(moved.notna())
-    rows = [_row(str(site), part) for site, part in table.groupby("site", sort=True)]
+    rows = [_row(str(site), site_rows) for site, site_rows in table.groupby("site", sort=True)]
     return pd.DataFrame([*rows, _row("all", table)], columns=COLUMNS)
 
 

@@ -44,6 +44,8 @@ def make_folds(
         strata: (N,) codes to stratify by; by default the classes, or the quintiles of a regression's labels. A stratum
             with fewer than ``count`` scans joins the largest stratum of its class. If a class itself is smaller than
             that, the folds are not stratified.
+
+    Raises ValueError if there are fewer than ``count`` groups.
     """
     classes = quintiles(labels) if kind == "regression" else labels
     strata = classes if strata is None else _merge_small_strata(strata, classes, count)
@@ -123,11 +125,24 @@ def site_folds(task: Task, count: int, seed: int) -> list[Fold]:
 
 
 def inner_folds(labels: NDArray[Any], groups: NDArray[Any], kind: str, seed: int, repeats: int = 1) -> list[Fold]:
-    """Return three folds of the training scans for each of ``repeats`` shuffles; positions among these scans."""
+    """Return three folds of n training scans for each of ``repeats`` shuffles.
+
+    Args:
+        labels: (n,) labels of the training scans.
+        groups: (n,) their groups; no group is on both sides of a fold.
+        kind: kind of the task, as in ``make_folds``.
+        seed: of the shuffling.
+        repeats: number of shuffles.
+
+    Returns:
+        3 x repeats pairs of positions (train, test) among the n scans.
+
+    Raises ValueError if there are fewer than three groups.
+    """
     return [
         fold
         for repeat in range(repeats)
-        for fold in make_folds(labels, groups, kind, INNER_FOLDS, seed + 7919 * repeat)
+        for fold in make_folds(labels, groups, kind, INNER_FOLDS, random_streams.inner_fold_seed(seed, repeat))
     ]
 
 

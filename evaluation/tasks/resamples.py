@@ -67,12 +67,12 @@ def make_resamples(
         task: with N scans.
         folds: of the first cross-validation.
         resampling: how many of each.
-        count: number of folds of a repeat or a half; a half whose smallest class has fewer groups has as many as these.
+        count: number of folds of a repeat or a half; a half with fewer groups in its smallest class uses that number.
         seed: of the evaluation.
         by_site: leave out whole sites.
     """
     made = []
-    # The folds of a fixed test set are the same in every repeat, and so are those of one site each.
+    # The folds of a fixed test set are the same in every repeat, and so are folds that hold one site each.
     redrawn = task.test is None and not (by_site and task.sites is not None and len(np.unique(task.sites)) <= count)
     for number in range(1, resampling.repeats) if redrawn else ():
         new = _seed(seed, "repeat", number)
@@ -136,22 +136,22 @@ def _halving(task: Task, count: int, seed: int, by_site: bool, number: int) -> l
 
 def _folds_of(task: Task, positions: NDArray[np.int64], count: int, seed: int, by_site: bool) -> list[Fold]:
     """Return the folds of some scans of a task as positions in the task; none if there are too few scans for folds."""
-    part = _subset(task, positions)
-    groups = len(np.unique(part.groups))
-    codes = (0, 1) if task.kind == "binary" else np.unique(part.labels) if task.kind == "multiclass" else ()
-    smallest = min((len(np.unique(part.groups[part.labels == code])) for code in codes), default=groups)
+    subset = _subset(task, positions)
+    groups = len(np.unique(subset.groups))
+    codes = (0, 1) if task.kind == "binary" else np.unique(subset.labels) if task.kind == "multiclass" else ()
+    smallest = min((len(np.unique(subset.groups[subset.labels == code])) for code in codes), default=groups)
     if task.kind == "binary" or smallest > 1:  # a class with one group has no folds; other classes may
         groups = smallest
     if groups < 2:
         return []
     try:
-        folds = outer_folds(part, min(count, groups), seed, by_site)
+        folds = outer_folds(subset, min(count, groups), seed, by_site)
     except UserError:  # too few sites in this half
         return []
     for train, test in folds:
-        if task.kind != "regression" and len(np.unique(part.labels[train])) < 2:
+        if task.kind != "regression" and len(np.unique(subset.labels[train])) < 2:
             return []
-        if not len(test) or len(np.unique(part.groups[train])) < INNER_FOLDS:
+        if not len(test) or len(np.unique(subset.groups[train])) < INNER_FOLDS:
             return []
     return [(positions[train], positions[test]) for train, test in folds]
 

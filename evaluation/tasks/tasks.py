@@ -262,8 +262,10 @@ def _groups(spec: TaskFile, scans: pd.DataFrame, file: str) -> tuple[NDArray[np.
     written = as_text(scans[spec.groups])
     # A participant whose group is not known is a group of their own, not one of a group of strangers. Their scans without
     # a value take the group of their other scans.
-    known = dict(zip(participants[written != ""], written[written != ""], strict=True))
-    written = pd.Series([text or known.get(p, "") for p, text in zip(participants, written, strict=True)], scans.index)
+    group_of_participant = dict(zip(participants[written != ""], written[written != ""], strict=True))
+    written = pd.Series(
+        [text or group_of_participant.get(p, "") for p, text in zip(participants, written, strict=True)], scans.index
+    )
     names = np.where(
         written == "", "participant " + participants, "group " + scans["dataset"].astype(str) + "/" + written
     )

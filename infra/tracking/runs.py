@@ -41,7 +41,7 @@ def runs(uri: str, experiment: str, kind: str, filter: str = "") -> list[dict[st
                 raise
             words = " ".join(str(error).split())[:200]
             raise UserError(
-                f"--filter {filter!r} is no filter of MLflow ({words}); write for example "
+                f"--filter {filter!r} is not a filter of MLflow ({words}); write for example "
                 "\"tags.`yaware.run_name` = 'y-aware'\" "
                 'or "metrics.auc > 0.7", joined by and'
             ) from None
@@ -54,12 +54,12 @@ def metric_history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
         return sorted((int(metric.step), float(metric.value)) for metric in client.get_metric_history(run_id, name))
 
 
-def download(uri: str, run_id: str, artifact_path: str, to: Path) -> Path:
-    """Copy an artifact (a file or a directory) of a run into folder ``to``. Return the path of the copy."""
+def download(uri: str, run_id: str, artifact_path: str, folder: Path) -> Path:
+    """Copy an artifact (a file or a directory) of a run into ``folder``. Return the path of the copy."""
     client = client_of(uri, create=False)
-    to.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with query_errors(uri):
-        return Path(client.download_artifacts(run_id, artifact_path, str(to)))
+        return Path(client.download_artifacts(run_id, artifact_path, str(folder)))
 
 
 def checkpoints(uri: str, run_id: str) -> list[dict[str, Any]]:

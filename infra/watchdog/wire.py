@@ -23,7 +23,7 @@ class RankStatus:
     phase_limit: float = float("inf")  # seconds that the rank may stay in this phase
     phase_start: float = field(default_factory=time.monotonic)
     last_message: float = field(default_factory=time.monotonic)
-    source_line: str = ""  # where its main thread is, once the phase takes long
+    source_line: str = ""  # the line that its main thread executes, known if the phase takes long
     ending: str = ""  # "left" or "failed: ..." after the rank has announced its end
     ending_time: float | None = None
     lost_time: float | None = None  # when its connection broke
@@ -71,7 +71,7 @@ class Wire:
             self._close(error)
 
     def receive(self) -> list[dict[str, Any]]:
-        """Return the messages that have arrived. Input that is no JSON closes the wire."""
+        """Return the messages that have arrived. Input that is not JSON, or a line above 1 MB, closes the wire."""
         try:
             while block := self._socket.recv(1 << 16):
                 self._inbox += block

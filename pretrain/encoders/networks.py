@@ -53,7 +53,7 @@ def densenet121(
     """Build the 3D DenseNet121 of Dufumier et al. 2021: growth 32, blocks 6/12/24/16, no final norm5; 1024 features.
 
     It is MONAI's DenseNet121 without its last norm, ``norm5``, which the paper's encoder does not have. ``dropout`` drops
-    whole channels of the output of each dense layer.
+    whole channels of the output of each dense layer. Raises LibraryChanged if MONAI's network has other layers.
     """
     from monai.networks.nets import DenseNet121
 

@@ -1,4 +1,4 @@
-"""DeepSpeed: process group, engine, optimisation step and checkpoint files. The only module that imports deepspeed."""
+"""DeepSpeed: process group, engine, optimisation step and checkpoint files. Only `pretrain.engine` imports deepspeed."""
 
 from __future__ import annotations
 

@@ -70,9 +70,9 @@ def cached_pass(
     micro_batches, random_states = _split(views, details, micro), []
     parts, temperature = [], None
     with torch.no_grad(), frozen_statistics(engine.module):
-        for part, part_details in micro_batches:
-            random_states.append(_random_state(part))
-            embeddings, temperature, *further = engine(part, **part_details)
+        for micro_views, micro_details in micro_batches:
+            random_states.append(_random_state(micro_views))
+            embeddings, temperature, *further = engine(micro_views, **micro_details)
             parts.append([at_least_float32(output) for output in (embeddings, *further)])
     outputs = [torch.cat(pieces, dim=1).requires_grad_() for pieces in zip(*parts, strict=True)]
     leaves = list(outputs)
@@ -85,10 +85,10 @@ def cached_pass(
         # The gathered loss gives these embeddings the gradient of the losses of all ranks; no further factor is needed.
         gradients = torch.autograd.grad(_total(value), leaves)
         split = [torch.split(gradient, micro, dim=1) for gradient in gradients[: len(outputs)]]
-        for index, (part, part_details) in enumerate(micro_batches):
-            _set_random_state(part, random_states[index])
+        for index, (micro_views, micro_details) in enumerate(micro_batches):
+            _set_random_state(micro_views, random_states[index])
             engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
-            embeddings, learned, *further = engine(part, **part_details)
+            embeddings, learned, *further = engine(micro_views, **micro_details)
             surrogate = (at_least_float32(embeddings) * split[0][index]).sum()
             for output, gradient in zip(further, split[1:], strict=True):
                 surrogate = surrogate + (at_least_float32(output) * gradient[index]).sum()
@@ -101,10 +101,10 @@ def cached_pass(
 
 def _split(views: Tensor, details: Mapping[str, Tensor], micro: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Return the micro-batches of ``micro`` scans, each with its details."""
-    parts = {name: torch.split(tensor, micro, dim=1) for name, tensor in details.items()}
+    micro_details = {name: torch.split(tensor, micro, dim=1) for name, tensor in details.items()}
     return [
-        (part, {name: pieces[index] for name, pieces in parts.items()})
-        for index, part in enumerate(torch.split(views, micro, dim=1))
+        (micro_views, {name: pieces[index] for name, pieces in micro_details.items()})
+        for index, micro_views in enumerate(torch.split(views, micro, dim=1))
     ]
 
 

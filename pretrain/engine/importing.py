@@ -50,7 +50,8 @@ def without_compiler() -> None:
 
     Functions that torch.compile must not trace are wrapped: the wrapper imports the compiler at its first call, unless it finds
     the function to call under ``__dynamo_disable``. The optimizers' ``step`` imports it for a graph break, which does nothing
-    if nothing is compiled. Call this only then, and before an optimizer is made.
+    if nothing is compiled. Call this only then, and before an optimizer is made. If torch renames these two, the compiler is
+    imported again; a test then fails (``tests/pretrain/engine/test_internals.py``).
     """
     if not is_own_process() or "torch._dynamo" in sys.modules:
         return

@@ -90,7 +90,10 @@ def layout(engine: Any) -> list[Any]:
 
 
 def offload_devices(engine: Any) -> list[str]:
-    """Return the devices to which the optimiser and the parameters are off-loaded: "none", "cpu" or "nvme" each."""
+    """Return the devices to which the optimiser and the parameters are off-loaded: "none", "cpu" or "nvme" each.
+
+    Raises LibraryChanged if DeepSpeed names another device.
+    """
     devices = []
     for section in (engine.zero_offload_optimizer(), engine.zero_offload_param()):
         device = "none" if section is None else str(getattr(section.device, "value", section.device))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import Store, TCPStore  # torch.distributed does not export them for the type checker
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from infra.distributed import is_loopback, rank, world_size

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from infra.files import regular_file
 from infra.internals import internal
 from pretrain.engine.importing import import_deepspeed
 
@@ -58,17 +59,17 @@ def read_file(path: Path, device: str = "cpu") -> dict[str, Any]:
 
 
 def _read(path: Path, device: str) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    content: dict[str, Any] = torch.load(regular_file(path), map_location=device, weights_only=True)
     return content
 
 
-def find_code(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+def find_code(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """Return which file of a checkpoint cannot be read without running code, and what it holds; None if all can.
 
-    With ``parts`` ranks each one looks at its ``part``: every ``parts``-th file. Tensors are not read.
+    Of several ranks, each looks at every ``ranks``-th file, starting with number ``rank``. Tensors are not read.
     """
     with no_code():
-        for path in sorted(folder.rglob("*.pt"))[part::parts]:
+        for path in sorted(folder.rglob("*.pt"))[rank::ranks]:
             try:
                 _read(path, "meta")
             except Exception as error:  # torch raises many kinds of errors for files that it did not write

@@ -140,7 +140,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _reduce_scatter(rows_GF: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
-    """Sum over the ranks the values (G, F) for the rows of this rank; returns (B, F)."""
+    """Sum the values (G, F) over the ranks; return the rows (B, F) of this rank."""
     rank, width = dist.get_rank(group), rows_GF.shape[1]
     if dist.get_backend(group) in ALL_TO_ALL_BACKENDS:
         # gloo implements reduce_scatter by an allreduce: measured, it sends twice the bytes and takes 5 to 7 times as
@@ -150,8 +150,8 @@ def _reduce_scatter(rows_GF: Tensor, sizes: Sequence[int], group: dist.ProcessGr
         return parts.view(len(sizes), sizes[rank], width).sum(dim=0)
     slot = max(sizes)
     padded = rows_GF.new_zeros(len(sizes) * slot, width)
-    for r, part in enumerate(torch.split(rows_GF, list(sizes))):
-        padded[r * slot : r * slot + len(part)] = part
+    for r, rows_of_rank in enumerate(torch.split(rows_GF, list(sizes))):
+        padded[r * slot : r * slot + len(rows_of_rank)] = rows_of_rank
     summed = rows_GF.new_empty(slot, width)
     _reduce_scatter_flat(summed, padded, op=dist.ReduceOp.SUM, group=group)
     return summed[: sizes[rank]]

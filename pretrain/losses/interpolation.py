@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def map_positions(places: Tensor, side: int, padding: tuple[int, int], positions: int) -> Tensor:
-    """Return the index in a map, a fraction, of places along one axis of a volume.
+    """Convert positions along an axis of the volume to fractional indices of the map; same shape.
 
     Args:
         places: (...) shares of the side: 0 is the low face of the volume, 1 its high face.
-        side: of the volume, in voxels.
+        side: length of the axis in voxels.
         padding: voxels that the encoder adds before and after it.
-        positions: of the map along this axis.
+        positions: number of positions of the map along this axis.
     """
     before, after = padding
     return (places * side + before) * (positions / (side + before + after)) - 0.5

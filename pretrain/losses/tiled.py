@@ -82,10 +82,10 @@ class _SumByRows(torch.autograd.Function):
         inputs = [tensor.detach().requires_grad_() for tensor in (z_2BD, z_2GD, temperature)]
         sums = [torch.zeros_like(tensor) for tensor in inputs]
         total, scans = z_2BD.new_zeros(()), range(pairs.scans)
-        part = replace(pairs, z_2BD=inputs[0], z_2GD=inputs[1], temperature=inputs[2])
+        local_pairs = replace(pairs, z_2BD=inputs[0], z_2GD=inputs[1], temperature=inputs[2])
         for first in scans[::step]:
             with torch.enable_grad():
-                value = scan_loss(part, scans[first : first + step])
+                value = scan_loss(local_pairs, scans[first : first + step])
                 gradients = torch.autograd.grad(value, inputs, allow_unused=True)
             total += value.detach()
             for gradient_sum, gradient in zip(sums, gradients, strict=True):
@@ -96,7 +96,7 @@ class _SumByRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the saved gradients times that of the value."""
+        """Return the saved gradients times the gradient of the value."""
         return (*(gradients[0] * saved for saved in ctx.saved_tensors), None, None, None)
 
 
@@ -118,8 +118,10 @@ def sum_over_scans(pairs: Pairs, scan_loss: ScanLoss, tile: TileSize) -> Tensor:
 class _Tiles:
     """The logits, the kernel and the normalised weights, tile by tile.
 
-    The normalised weight v_ij is w_ij times a factor of its row, 1 / Σ_k w_ik (``by_row``), or of its column,
-    2 / Σ_k w_kj; the other factor is 1.
+    The normalised weight is
+
+        v_ij = w_ij / Σ_k w_ik      with ``by_row``
+        v_ij = 2 w_ij / Σ_k w_kj    without
     """
 
     def __init__(self, pairs: Pairs, inverse_temperature: Tensor, by_row: bool, sizes: Sizes) -> None:
@@ -282,25 +284,25 @@ def _single_process(tiles: _Tiles) -> Gradients:
 def _cut(z_2XD: Tensor, size: int) -> dict[range, Tensor]:
     """Cut embeddings into blocks of scans: range -> (2 x scans, D), both views, the operands of a tile's products."""
     scans = range(z_2XD.shape[1])
-    parts = (scans[first : first + size] for first in scans[::size])
-    return {part: z_2XD[:, part.start : part.stop].reshape(2 * len(part), -1) for part in parts}
+    blocks = (scans[first : first + size] for first in scans[::size])
+    return {block: z_2XD[:, block.start : block.stop].reshape(2 * len(block), -1) for block in blocks}
 
 
 def _zeros(cut: dict[range, Tensor]) -> dict[range, Tensor]:
-    return {part: torch.zeros_like(values) for part, values in cut.items()}
+    return {block: torch.zeros_like(values) for block, values in cut.items()}
 
 
 def _join(cut: dict[range, Tensor], like_2XD: Tensor) -> Tensor:
     """Join blocks of `_cut` into one tensor of the shape of ``like_2XD``."""
     whole = torch.empty_like(like_2XD)
-    for part, values in cut.items():
-        whole[:, part.start : part.stop] = values.view(2, len(part), -1)
+    for block, values in cut.items():
+        whole[:, block.start : block.stop] = values.view(2, len(block), -1)
     return whole
 
 
 def _outer_sum(values_XB: Tensor, rows: range, columns: range) -> Tensor:
     """Return (X R, X C): f_i + f_j of factors f (X, B), one per scan (X = 1) or one per view (X = 2)."""
-    first, second = (values_XB[:, part.start : part.stop].flatten() for part in (rows, columns))
+    first, second = (values_XB[:, scans.start : scans.stop].flatten() for scans in (rows, columns))
     return first[:, None] + second[None, :]
 
 
@@ -329,7 +331,7 @@ class _YAwareSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the saved gradients times that of the value."""
+        """Return the saved gradients times the gradient of the value."""
         return (*(gradients[0] * saved for saved in ctx.saved_tensors), None, None, None)
 
 

@@ -46,12 +46,12 @@ def error_rows(
     table = pd.DataFrame({"error": error, "person": people})
     rows = []
     for by, group in groups.items():
-        for name, part in table.groupby(np.asarray(group.astype(object)), sort=True):
-            count = int(part["person"].nunique())
+        for name, group_rows in table.groupby(np.asarray(group.astype(object)), sort=True):
+            count = int(group_rows["person"].nunique())
             if count >= FEWEST_IN_GROUP or by == "all":
                 rows.append({
-                    "by": by, "group": str(name)[:1000], "people": count, "scans": len(part),
-                    "mae": float(part["error"].abs().mean()), "bias": float(part["error"].mean()),
+                    "by": by, "group": str(name)[:1000], "people": count, "scans": len(group_rows),
+                    "mae": float(group_rows["error"].abs().mean()), "bias": float(group_rows["error"].mean()),
                 })  # fmt: skip
     return rows
 

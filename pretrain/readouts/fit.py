@@ -60,10 +60,10 @@ class Ranks:
 
     def join(self, own: NDArray[Any], count: int) -> NDArray[Any]:
         """Return the rows (count, ...) of all ranks in the order of the scans; rank r has every ``size``-th from r."""
-        parts = self.gather(np.asarray(own))
+        rows_of_ranks = self.gather(np.asarray(own))
         joined = np.empty((count, *own.shape[1:]), own.dtype)
-        for rank, part in enumerate(parts):
-            joined[rank :: self.size] = part
+        for rank, rows_of_rank in enumerate(rows_of_ranks):
+            joined[rank :: self.size] = rows_of_rank
         return joined
 
 
@@ -140,7 +140,7 @@ def fit_readouts(
     assert encoder.folder is not None
     weights = sha256_of(encoder.folder / "model.safetensors")
     targets = read_targets(manifest, rows, settings.columns, settings.seed)
-    left_out, found = dict(targets.left_out), dict[str, Readout]()
+    left_out, readouts = dict(targets.left_out), dict[str, Readout]()
     if targets.groups:
         about = {"weights": weights, "manifest": manifest.digest}
         own = _embed_share(encoder, manifest, rows, settings, _store(work, about, rows, settings, ranks=ranks),
@@ -152,11 +152,11 @@ def fit_readouts(
                 continue
             predicted = _out_of_fold(own, group, result)
             for number, target in enumerate(group.targets):
-                found[target.name] = _readout(target, number, group, result, predicted, manifest=manifest, rows=rows,
+                readouts[target.name] = _readout(target, number, group, result, predicted, manifest=manifest, rows=rows,
                                               readable=own.readable)  # fmt: skip
     return Readouts(
-        {column: found[column] for column in dict.fromkeys(settings.columns) if column in found}, weights, settings.layer,
-        settings.pooling, left_out, [source_of(manifest, rows, ROLE)] if found else [],
+        {column: readouts[column] for column in dict.fromkeys(settings.columns) if column in readouts}, weights, settings.layer,
+        settings.pooling, left_out, [source_of(manifest, rows, ROLE)] if readouts else [],
     )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def fit_group(
     exchange the features, and the dual problem is solved in n x n (``Samples``). Every rank solves, so that none waits for
     another, and the solution of rank 0 counts.
     """
-    usable = group.known & own.readable
+    usable = group.has_value & own.readable
     count, width = int(usable.sum()), own.features.shape[1]
     if len(np.unique(group.folds[usable])) < FOLDS:
         return "too few scans can be read"
@@ -217,8 +217,8 @@ def fit_group(
         shift = own.ranks.gather(_mean(own.features[positions[:BLOCK]]))
         data: Any = Moments.empty(next(mean for mean in shift if mean is not None), values[usable].mean(0))
         for start in range(0, len(positions), BLOCK):
-            part = positions[start : start + BLOCK]
-            data.add(own.features[part], values[own.scans[part]], group.folds[own.scans[part]])
+            block = positions[start : start + BLOCK]
+            data.add(own.features[block], values[own.scans[block]], group.folds[own.scans[block]])
         data.reduce(own.ranks.add)
     else:
         features = own.ranks.join(own.features, len(usable))[usable]
@@ -235,14 +235,14 @@ def _mean(features: NDArray[np.float32]) -> Floats | None:
 def _out_of_fold(own: OwnFeatures, group: TargetGroup, fits: NestedRidge) -> Floats:
     """Return the predictions (n, P) of all ranks' scans, each without its person's fold; NaN for others. Collective."""
     predicted = np.full((len(own.scans), len(group.targets)), np.nan)
-    folds = np.where(group.known & own.readable, group.folds, -1)[own.scans]
+    folds = np.where(group.has_value & own.readable, group.folds, -1)[own.scans]
     for fold in range(FOLDS):
         positions = np.flatnonzero(folds == fold)
         for start in range(0, len(positions), BLOCK):
-            part = positions[start : start + BLOCK]
-            of_part = np.asarray(own.features[part], np.float64) @ fits.fold_coefficients[fold]
-            predicted[part] = of_part + fits.fold_intercepts[fold]
-    return own.ranks.join(predicted, len(group.known))
+            block = positions[start : start + BLOCK]
+            without_intercept = np.asarray(own.features[block], np.float64) @ fits.fold_coefficients[fold]
+            predicted[block] = without_intercept + fits.fold_intercepts[fold]
+    return own.ranks.join(predicted, len(group.has_value))
 
 
 def _readout(
@@ -253,7 +253,7 @@ def _readout(
 
     Residuals are sorted within folds: their order does not tell whose they are.
     """
-    used = group.known & readable
+    used = group.has_value & readable
     true, folds, people = target.values[used], group.folds[used], manifest.subjects()[rows][used]
     error = predicted[used, number] - true
     scans_of = np.unique(people, return_inverse=True, return_counts=True)
@@ -264,7 +264,7 @@ def _readout(
     columns = {name: scans[name] for name in ("age", "site") if name in scans}
     summary = {
         "scale": scale, "penalty": penalty, "people": len(scans_of[0]), "scans": int(used.sum()),
-        "missing": int((~group.known).sum()), "unreadable": int((group.known & ~readable).sum()),
+        "missing": int((~group.has_value).sum()), "unreadable": int((group.has_value & ~readable).sum()),
         **summarise(true, predicted[used, number], is_number=not target.classes),
     }  # fmt: skip
     return Readout(

@@ -79,12 +79,12 @@ class Moments:
     def add(self, features: NDArray[Any], targets: Floats, folds: NDArray[np.integer[Any]]) -> None:
         """Add scans: features (n, F), targets (n, P) and the fold (n,) of each, a block of scans at a time."""
         for start in range(0, len(features), BLOCK):
-            part = slice(start, start + BLOCK)
-            of_part = folds[part]
-            x_all = np.asarray(features[part], np.float64) - self.shift
-            y_all = targets[part] - self.target_shift
-            for fold in np.unique(of_part):
-                x, y = x_all[of_part == fold], y_all[of_part == fold]
+            block = slice(start, start + BLOCK)
+            block_folds = folds[block]
+            x_all = np.asarray(features[block], np.float64) - self.shift
+            y_all = targets[block] - self.target_shift
+            for fold in np.unique(block_folds):
+                x, y = x_all[block_folds == fold], y_all[block_folds == fold]
                 self.count[fold] += len(x)
                 self.x[fold] += x.sum(0)
                 self.y[fold] += y.sum(0)
@@ -144,13 +144,13 @@ class Samples:
         for scale in SCALES:
             deviation = _deviations(variances, scale)
             gram = np.zeros((len(rows), len(rows)))
-            for part, block in self._blocks(rows):
-                scaled = (block - mean[part]) / deviation[part]
+            for columns, block in self._blocks(rows):
+                scaled = (block - mean[columns]) / deviation[columns]
                 gram += scaled @ scaled.T
             duals = np.stack([_solve(gram, penalty, targets - target_mean) for penalty in PENALTIES])
             parts = [
-                (block - mean[part]).T @ duals / np.square(deviation[part])[:, None]
-                for part, block in self._blocks(rows)
+                (block - mean[columns]).T @ duals / np.square(deviation[columns])[:, None]
+                for columns, block in self._blocks(rows)
             ]
             solutions.append(np.concatenate(parts, axis=1))
         coefficients = np.concatenate(solutions)
@@ -165,20 +165,20 @@ class Samples:
     def _blocks(self, rows: NDArray[np.integer[Any]]) -> Any:
         """Yield slices of the features with their values (len(rows), up to BLOCK) in float64."""
         for start in range(0, self.features.shape[1], BLOCK):
-            part = slice(start, start + BLOCK)
-            yield part, np.asarray(self.features[rows, part], np.float64)
+            columns = slice(start, start + BLOCK)
+            yield columns, np.asarray(self.features[rows, columns], np.float64)
 
 
 @dataclass(frozen=True)
 class NestedRidge:
-    """The fits of P targets.
+    """Ridge fits for P targets.
 
     Attributes:
         coefficients: (F, P) fitted to all folds, with the entry of the grid that is best over all folds.
-        intercepts: (P,) of them.
+        intercepts: (P,) of the fits above.
         entries: (P,) numbers of these entries in ``GRID``.
         fold_coefficients: (K, F, P) fitted without fold k, with the entry that is best over the other folds.
-        fold_intercepts: (K, P) of them.
+        fold_intercepts: (K, P) of the fits above.
     """
 
     coefficients: Floats

@@ -35,12 +35,12 @@ class TargetGroup:
 
     Attributes:
         targets: the targets.
-        known: (n,) whether they are known.
+        has_value: (n,) whether they are known.
         folds: (n,) the fold of each scan's participant, -1 where the targets are not known.
     """
 
     targets: list[Target]
-    known: NDArray[np.bool_]
+    has_value: NDArray[np.bool_]
     folds: NDArray[np.int64]
 
     @property
@@ -77,36 +77,47 @@ def read_targets(manifest: Manifest, rows: NDArray[np.integer[Any]], columns: Se
     people = manifest.subjects()[rows]
     targets, left_out = list[Target](), dict[str, str]()
     for column in dict.fromkeys(columns):
-        found = _read(manifest.scans, rows, column)
-        if isinstance(found, Target):
-            known = np.isfinite(found.values)
-            count, different = len(np.unique(people[known])), len(np.unique(found.values[known]))
+        target_or_reason = _read(manifest.scans, rows, column)
+        if isinstance(target_or_reason, Target):
+            has_value = np.isfinite(target_or_reason.values)
+            count, different = len(np.unique(people[has_value])), len(np.unique(target_or_reason.values[has_value]))
             if count < FEWEST_PEOPLE:
-                found = f"known for {count} people, fewer than {FEWEST_PEOPLE}"
+                target_or_reason = f"known for {count} people, fewer than {FEWEST_PEOPLE}"
             elif different < 2:
-                found = "it has one value only"
-        if isinstance(found, Target):
-            targets.append(found)
+                target_or_reason = "it has one value only"
+        if isinstance(target_or_reason, Target):
+            targets.append(target_or_reason)
         else:
-            left_out[column] = found
+            left_out[column] = target_or_reason
     masks: dict[bytes, list[Target]] = {}
     for target in targets:
         masks.setdefault(np.isfinite(target.values).tobytes(), []).append(target)
     groups = []
     for alike in masks.values():
-        known = np.isfinite(alike[0].values)
-        groups.append(TargetGroup(alike, known, deal_folds(people, known, seed)))
+        has_value = np.isfinite(alike[0].values)
+        groups.append(TargetGroup(alike, has_value, deal_folds(people, has_value, seed)))
     return Targets(groups, left_out)
 
 
-def deal_folds(people: NDArray[np.int64], known: NDArray[np.bool_], seed: int, folds: int = FOLDS) -> NDArray[np.int64]:
-    """Return a fold (n,) for each known scan, -1 for others; folds have equally many people, none is in two."""
-    names = np.unique(people[known])
+def deal_folds(
+    people: NDArray[np.int64], has_value: NDArray[np.bool_], seed: int, folds: int = FOLDS
+) -> NDArray[np.int64]:
+    """Return the fold (n,) of each scan that has a value, -1 for others.
+
+    People are spread evenly over folds; each is in one fold only.
+
+    Args:
+        people: (n,) the participant of each scan.
+        has_value: (n,) which scans are dealt.
+        seed: the order in which people are dealt.
+        folds: how many there are.
+    """
+    names = np.unique(people[has_value])
     order = random_streams.generator(seed, random_streams.READOUT_FOLDS).permutation(len(names))
     fold_of_person = np.empty(len(names), np.int64)
     fold_of_person[order] = np.arange(len(names)) % folds
     result = np.full(len(people), -1)
-    result[known] = fold_of_person[np.searchsorted(names, people[known])]
+    result[has_value] = fold_of_person[np.searchsorted(names, people[has_value])]
     return result
 
 

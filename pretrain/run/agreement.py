@@ -22,8 +22,10 @@ import torch.distributed as dist
 
 from infra import distributed
 from infra.errors import UserError
+from infra.files import read_bytes
 from infra.settings import flatten, to_dict
 from pretrain.config import Recipe
+from pretrain.run.newest import newest_first, newest_step
 from pretrain.run.plan import Plan, make_plan
 
 # Keys that may differ between hosts: paths to the same data, and what only rank 0 uses. The shards are compared by the
@@ -69,8 +71,34 @@ def plan_together(recipe: Recipe | Plan | None, error: str = "") -> Plan:
 def facts(recipe: Recipe) -> dict[str, Any]:
     """Return what must be equal on every rank: keys of the recipe, the code's version and those of packages."""
     keys = {key: value for key, value in flatten(to_dict(recipe)).items() if not key.startswith(MAY_DIFFER)}
+    if recipe.run.resume not in ("auto", "never"):
+        keys["run.resume"] = resumed(recipe.run.resume, Path(recipe.run.output))
     return {**keys, "the version of yaware": code_version(), "the version of Python": platform.python_version(),
             **{f"the version of {name}": _version(name) for name in PACKAGES}}  # fmt: skip
+
+
+def resumed(path: str, output: Path) -> str:
+    """Return which checkpoint ``run.resume: PATH`` stands for on this host, in words that are equal for equal content.
+
+    A path may lie on a disk of each host. The words have the step and a digest of the checkpoint's index (checksums.json with
+    the digest of each file), its state.json, and the names and sizes of its files.
+    """
+    try:
+        if newest_step(output / "checkpoints") is not None:
+            return "not used, since run.output has a checkpoint"
+        found = [Path(path)] if (Path(path) / "state.json").exists() else newest_first(Path(path) / "checkpoints")
+        if not found:
+            return "no checkpoint"
+        folder = found[0]
+        digest = hashlib.sha256()
+        for name in ("checksums.json", "state.json"):
+            digest.update(read_bytes(folder / name) if (folder / name).exists() else b"missing")
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+    except (UserError, OSError) as error:
+        return f"unreadable ({error})"
+    return f"{folder.name} with digest {digest.hexdigest()[:12]}"
 
 
 def code_version() -> str:
@@ -78,7 +106,7 @@ def code_version() -> str:
     root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
     for package in ("infra", "data_pipeline", "pretrain"):
         for path in sorted((root / package).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + read_bytes(path) + b"\0")
     return f"{_version('yaware')}, code {digest.hexdigest()[:8]}"
 
 
@@ -101,9 +129,9 @@ def check_shared_folder(output: str) -> None:
         writer = distributed.broadcast(f"{_here()} wrote a file in {folder}")
         missing = [place for place in places if place[1] is not None]
         if missing:
-            who, path = missing[0]
+            rank_name, path = missing[0]
             raise UserError(
-                f"run.output={output} is not the same folder on all hosts: {writer}, which {who} does not see in {path}; "
+                f"run.output={output} is not the same folder on all hosts: {writer}, which {rank_name} does not see in {path}; "
                 "choose a --run.output on a file system that all hosts share"
             )
     finally:
@@ -129,16 +157,16 @@ def _compare(collect: Callable[[], dict[str, Any]], error: str) -> None:
     """Raise UserError on every rank if one has an error, or if the ranks' facts differ. Collective."""
     own = {} if error else json.loads(json.dumps(collect(), default=str))
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-    standings = _gather((error, digest))
-    _raise_first([(who, problem) for who, (problem, _) in standings])
-    if len({digest for _, (_, digest) in standings}) > 1:
+    reports = _gather((error, digest))
+    _raise_first([(rank_name, problem) for rank_name, (problem, _) in reports])
+    if len({digest for _, (_, digest) in reports}) > 1:
         everyone = _gather(own)
         (first, reference), *others = everyone
-        for who, other in others:
+        for rank_name, other in others:
             different = [key for key in {**reference, **other} if reference.get(key) != other.get(key)]
             if different:
                 shown = "; ".join(
-                    f"{key} is {reference.get(key)!r} on {first} and {other.get(key)!r} on {who}"
+                    f"{key} is {reference.get(key)!r} on {first} and {other.get(key)!r} on {rank_name}"
                     for key in different[:SHOWN]
                 )
                 more = f"; and {len(different) - SHOWN} more differ" if len(different) > SHOWN else ""
@@ -150,12 +178,12 @@ def _compare(collect: Callable[[], dict[str, Any]], error: str) -> None:
 
 def _raise_first(problems: list[tuple[str, str]]) -> None:
     """Raise the first problem; the rank is named unless all ranks have the same problem."""
-    found = [(who, problem) for who, problem in problems if problem]
-    if not found:
+    reported = [(rank_name, problem) for rank_name, problem in problems if problem]
+    if not reported:
         return
-    who, problem = found[0]
-    everywhere = len(found) == len(problems) and len({text for _, text in found}) == 1
-    raise UserError(problem if everywhere else f"{who}: {problem}")
+    rank_name, problem = reported[0]
+    everywhere = len(reported) == len(problems) and len({text for _, text in reported}) == 1
+    raise UserError(problem if everywhere else f"{rank_name}: {problem}")
 
 
 def _gather(value: Any) -> list[tuple[str, Any]]:

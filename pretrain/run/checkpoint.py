@@ -9,9 +9,7 @@ in the middle of a write left the pointer on a truncated file.
 from __future__ import annotations
 
 import io
-import json
 import os
-import re
 import shutil
 import socket
 import time
@@ -23,26 +21,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from infra import distributed
+from infra import distributed, random_streams
 from infra.errors import UserError
-from infra.files import atomic_write, flush_folder, sha256_of, write_json
+from infra.files import (
+    atomic_write,
+    flush_folder,
+    open_file,
+    read_object,
+    read_text,
+    regular_file,
+    sha256_of,
+    write_json,
+)  # fmt: skip
 from pretrain.engine.engine import load_engine, load_scaler_state, save_engine, scaler_state
 from pretrain.engine.partitions import layout
 from pretrain.engine.reshard import load_resharded
 from pretrain.run.intact import read_state, refusal
 from pretrain.run.intact import verify_checkpoint as verify_checkpoint
+from pretrain.run.newest import newest_first
+from pretrain.run.newest import newest_step as newest_step
+from pretrain.run.newest import step_folder as step_folder
 
-PREFIX, BEST = "step-", "best"
+BEST = "best"
 UNFINISHED, DAMAGED = ".unfinished-", "damaged-"  # before a checkpoint's name
 
 
 class CheckpointFailed(RuntimeError):
     """A checkpoint could not be written. Raised on every rank; the last good checkpoint is unchanged."""
-
-
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint: ``checkpoints/step-00000120``."""
-    return checkpoints / f"{PREFIX}{step:08d}"
 
 
 def save_checkpoint(
@@ -125,7 +130,7 @@ def _free_space(folder: Path) -> str:
 
 
 def resume(
-    checkpoints: Path, engine: Any, how: str = "auto", fits: Callable[[dict[str, Any]], None] | None = None,
+    checkpoints: Path, engine: Any, resume_from: str = "auto", fits: Callable[[dict[str, Any]], None] | None = None,
     *, trust: bool = False,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Load the checkpoint that ``run.resume`` names; return its state, or None if the run starts anew. Collective.
@@ -133,27 +138,27 @@ def resume(
     Args:
         checkpoints: the run's own folder of checkpoints.
         engine: the DeepSpeed engine.
-        how: "auto" loads the run's own newest checkpoint. "never" refuses a folder that has one. A path (a run's folder or
-            one of its checkpoints) is where a new run starts; checkpoints of its own take precedence.
+        resume_from: "auto" loads the run's own newest checkpoint. "never" refuses a folder that has one. A path (a run's
+            folder or one of its checkpoints) is where a new run starts; checkpoints of its own take precedence.
         fits: called with the state of another run's checkpoint; raises UserError if this run cannot use it.
         trust: whether a checkpoint of another user may be read.
 
     Raises UserError if there is no such checkpoint, if it is another user's or holds code, or if "never" finds one.
     """
     own = newest_step(checkpoints)
-    if how == "never" and own is not None:
+    if resume_from == "never" and own is not None:
         raise UserError(
             f"{checkpoints} holds a checkpoint of step {own}; choose another run.output, or run.resume=auto"
         )
-    if how in ("auto", "never") or own is not None:
+    if resume_from in ("auto", "never") or own is not None:
         return load_checkpoint(checkpoints, engine, trust=trust)
-    path = Path(how)
-    folder = path if (path / "state.json").is_file() else None
+    path = Path(resume_from)
+    folder = path if (path / "state.json").exists() else None
     source = path.parent if folder else path / "checkpoints"
     state = load_checkpoint(source, engine, folder, own=False, fits=fits, trust=trust)
     if state is None:
         raise UserError(
-            f"run.resume={how} is not a checkpoint; use auto, never, a run's folder or one of its checkpoints/step-*"
+            f"run.resume={resume_from} is not a checkpoint; use auto, never, a run's folder or one of its checkpoints/step-*"
         )
     return state
 
@@ -178,15 +183,15 @@ def load_checkpoint(
     Raises UserError if all checkpoints are damaged, or if the newest is another user's or holds code.
     """
     damaged: dict[Path, str] = {}
-    part = (distributed.rank(), distributed.world_size())
-    for folder in [only] if only else _newest_first(checkpoints):
-        problems = _gather(verify_checkpoint(folder, *part) or "")
+    rank_and_ranks = (distributed.rank(), distributed.world_size())
+    for folder in [only] if only else newest_first(checkpoints):
+        problems = _gather(verify_checkpoint(folder, *rank_and_ranks) or "")
         if any(problems):
             damaged[folder] = next(filter(None, problems))
             if distributed.is_main():
                 print(f"checkpoint {folder} is damaged ({damaged[folder]}); trying an older one", flush=True)
             continue
-        if any(refusals := _gather(refusal(folder, trust, *part))):
+        if any(refusals := _gather(refusal(folder, trust, *rank_and_ranks))):
             raise UserError(next(filter(None, refusals)))
         if damaged and own and distributed.is_main():
             _set_aside(damaged, folder)
@@ -209,7 +214,7 @@ def load_checkpoint(
         if same_ranks:
             _read_random_state(folder)
         else:  # the old ranks' random states do not fit; seed new ones, equal in every repetition of this resume
-            torch.manual_seed(1_000_003 * int(state["step"]) + distributed.rank())
+            torch.manual_seed(random_streams.resumed_seed(int(state["step"]), distributed.rank()))
         return state
     if damaged:
         raise UserError(
@@ -233,27 +238,14 @@ def _point_to(checkpoints: Path, name: str, folder: Path) -> None:
         pointer.write(folder.name + "\n")
 
 
-def newest_step(checkpoints: Path) -> int | None:
-    """Return the step that ``latest`` names, unverified; None if there is none. Raises UserError if it names none."""
-    pointer = checkpoints / "latest"
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-    if not re.fullmatch(rf"{PREFIX}[0-9]{{8,12}}", name):
-        raise UserError(
-            f"{pointer} names {name!r:.60}, not a checkpoint as {PREFIX}00000120; write the newest one's name"
-        )
-    return int(name.removeprefix(PREFIX))
-
-
 def clean_checkpoints(checkpoints: Path, keep: int) -> None:
     """Remove unfinished folders and all checkpoints but the ``keep`` newest and the best. Rank 0 only."""
     for folder in checkpoints.glob(f"{UNFINISHED}*"):
         print(f"removing {folder}, left by a job that was killed", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
     pointer = checkpoints / BEST
-    best = pointer.read_text().strip() if pointer.is_file() else None
-    for folder in _newest_first(checkpoints)[keep:]:
+    best = read_text(pointer).strip() if pointer.exists() else None
+    for folder in newest_first(checkpoints)[keep:]:
         if folder.name == best:
             continue
         # Rename first: a kill during the removal must not leave a folder that looks like a checkpoint.
@@ -263,14 +255,17 @@ def clean_checkpoints(checkpoints: Path, keep: int) -> None:
 
 
 def read_best(checkpoints: Path) -> dict[str, Any] | None:
-    """Return step, metric and score of the best encoder so far, as ``note_best`` wrote them; None if there is none."""
+    """Return ``step``, ``metric`` (older files: ``figure``) and ``score`` of the best encoder so far; None if there is none."""
     path = checkpoints / f"{BEST}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    best = read_object(path, "remove it") if path.exists() else None
+    if best is not None and not ({"step", "score"} <= best.keys()):
+        raise UserError(f"{path} has no step or no score; remove it")
+    return best and {"step": best["step"], "metric": best.get("metric", best.get("figure")), "score": best["score"]}
 
 
 def note_best(checkpoints: Path, step: int, metric: str, score: float) -> None:
     """Write the score of the encoder after ``step`` steps, the best so far by ``metric``. Rank 0 only."""
-    write_json(checkpoints / f"{BEST}.json", {"step": step, "figure": metric, "score": score})
+    write_json(checkpoints / f"{BEST}.json", {"step": step, "metric": metric, "score": score})
 
 
 def point_to_best(checkpoints: Path, step: int) -> None:
@@ -294,19 +289,6 @@ class Clock:
         return self._seconds is not None and time.monotonic() - self._start >= self._seconds
 
 
-def _newest_first(checkpoints: Path) -> list[Path]:
-    """Return the finished checkpoints: first the one that ``latest`` names, then older ones, then newer ones.
-
-    A checkpoint newer than ``latest`` is complete, but its pointer was never moved.
-    """
-    folders = sorted(checkpoints.glob(f"{PREFIX}*"), reverse=True)
-    newest = newest_step(checkpoints)
-    if newest is None:
-        return folders
-    pointed = step_folder(checkpoints, newest)
-    return [f for f in folders if f <= pointed] + [f for f in folders if f > pointed]
-
-
 def _write_random_state(folder: Path) -> None:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -317,7 +299,7 @@ def _write_random_state(folder: Path) -> None:
 
 
 def _read_random_state(folder: Path) -> None:
-    states = torch.load(folder / f"random-{distributed.rank():05d}.pt", weights_only=True)
+    states = torch.load(regular_file(folder / f"random-{distributed.rank():05d}.pt"), weights_only=True)
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
@@ -344,6 +326,6 @@ def _write_checksums(folder: Path) -> None:
 
 
 def _flush_and_sum(path: Path) -> str:
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         os.fsync(stream.fileno())
     return sha256_of(path)

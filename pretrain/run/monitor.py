@@ -93,7 +93,7 @@ class OnlineMonitor:
         folder = Path(self._plan.recipe.run.output) / "checkpoints"
         metric, sign = score_of(watched.tasks[0])
         best = checkpoint.read_best(folder)
-        comparable = best if best and best.get("figure") == metric and best["step"] < steps_done else None
+        comparable = best if best and best["metric"] == metric and best["step"] < steps_done else None
         if comparable and sign * (metrics[metric] - comparable["score"]) <= 0:
             return False
         checkpoint.note_best(folder, steps_done, metric, metrics[metric])
@@ -162,7 +162,7 @@ def encode(
 
 
 def gather_rows(own: torch.Tensor) -> torch.Tensor:
-    """Concatenate the rows of all ranks, ordered by rank; every rank has the same number of rows. Collective."""
+    """Concatenate the rows (n, ...) of all R ranks to (R n, ...), ordered by rank; n is the same on all ranks. Collective."""
     if distributed.world_size() == 1:
         return own
     all_rows = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(distributed.world_size())]

@@ -140,10 +140,10 @@ def check_distances(name: str, manifest: Manifest) -> None:
         texts = manifest.scans[column]
         if pd.api.types.is_numeric_dtype(texts):
             continue
-        found = sorted(set(texts.dropna().astype(str)) - {""})
-        if len(found) > 2:
+        values = sorted(set(texts.dropna().astype(str)) - {""})
+        if len(values) > 2:
             raise UserError(
-                f"loss.proxies.{name}: column {column!r} of {manifest.url} is text ({', '.join(found[:3])}, ...), so its "
+                f"loss.proxies.{name}: column {column!r} of {manifest.url} is text ({', '.join(values[:3])}, ...), so its "
                 "values have no distance; use kernel: same or different, or correct the column in the participants' table"
             )
 

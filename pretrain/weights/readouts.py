@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from infra.errors import UserError
-from infra.files import sha256_of, write_json
+from infra.files import regular_file, sha256_of, write_json
 from infra.processes.scratch import scratch_folder
 from pretrain.weights.folder import read_json
 from pretrain.weights.schema import check_readouts_file
@@ -74,8 +74,8 @@ class Readout:
 
         CV+ of Barber, Candès, Ramdas and Tibshirani (Annals of Statistics 49, 2021): with the prediction m_k(x) without fold
         k and the residual R_i of scan i of fold k(i), the limits are quantiles over i of m_k(i)(x) - R_i and of
-        m_k(i)(x) + R_i. Of a person with several scans each counts as a part of one, since persons, not scans, are
-        exchangeable. The guarantee is 2 x coverage - 1; the coverage of stable regressions as this one is near ``coverage``.
+        m_k(i)(x) + R_i. Each scan of a person with k scans has weight 1/k, since persons, not scans, are exchangeable. The
+        guarantee is 2 x coverage - 1; the coverage of stable regressions as this one is near ``coverage``.
         It holds for people like those of the fit: at a scanner that shifts all predictions it does not.
         """
         of_folds_nK = np.asarray(features, np.float64) @ self.fold_coefficients.T + self.fold_intercepts
@@ -122,7 +122,10 @@ class Readouts:
 
     @property
     def columns(self) -> list[str]:
-        """Columns of ``table``: predicted_age, predicted_age_low, predicted_age_high; of classes only predicted_sex."""
+        """Columns of ``table``: predicted_age, predicted_age_low, predicted_age_high.
+
+        A class has no limits: predicted_sex only.
+        """
         return [
             f"{PREFIX}{name}{ending}"
             for name, readout in self.readouts.items()
@@ -181,12 +184,12 @@ class Readouts:
         """Return a line of text for each readout and for each column that was left out."""
         lines = []
         for name, readout in self.readouts.items():
-            found = readout.summary
-            missing = f", {found['missing']} scans without a value left out" if found["missing"] else ""
-            unreadable = f", {found['unreadable']} unreadable" if found["unreadable"] else ""
+            summary = readout.summary
+            missing = f", {summary['missing']} scans without a value left out" if summary["missing"] else ""
+            unreadable = f", {summary['unreadable']} unreadable" if summary["unreadable"] else ""
             lines.append(
-                f"readout of {name}: mean absolute error {found['mae']:.3g}, R² {found['r2']:.3g} out of fold "
-                f"({found['people']} people, {found['scans']} scans{missing}{unreadable}; penalty {found['penalty']:g})"
+                f"readout of {name}: mean absolute error {summary['mae']:.3g}, R² {summary['r2']:.3g} out of fold "
+                f"({summary['people']} people, {summary['scans']} scans{missing}{unreadable}; penalty {summary['penalty']:g})"
             )
         return lines + [f"no readout of {name}: {reason}" for name, reason in self.left_out.items()]
 
@@ -202,8 +205,8 @@ def _upper(values: Floats, weights: Floats, coverage: float) -> Floats:
     # Weights such as 1/3 do not add up to whole numbers exactly.
     reached = below >= coverage * (total + 1.0) - 1e-9 * total
     first = np.where(reached.any(1), reached.argmax(1), values.shape[1] - 1)
-    found = np.take_along_axis(values, np.take_along_axis(order, first[:, None], 1), 1)[:, 0]
-    return np.where(reached.any(1), found, np.inf)
+    quantile = np.take_along_axis(values, np.take_along_axis(order, first[:, None], 1), 1)[:, 0]
+    return np.where(reached.any(1), quantile, np.inf)
 
 
 def readouts_folder(encoder: Path) -> Path:
@@ -213,7 +216,10 @@ def readouts_folder(encoder: Path) -> Path:
 
 
 def write_readouts(folder: Path, readouts: Readouts) -> None:
-    """Write readouts to a folder ``readouts``, completely or not at all; older ones are replaced."""
+    """Write readouts to a folder ``readouts``, completely or not at all; older ones are replaced.
+
+    Raises OSError if the folder cannot be written.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder("readouts", beside=folder) as place:
         temporary = place / folder.name
@@ -252,24 +258,24 @@ def read_readouts(encoder: Path, weights: str) -> Readouts | None:
         return None
     checksums = read_json(folder / "checksums.json")
     for name in (TENSORS, JSON):
-        if not (folder / name).is_file() or sha256_of(folder / name) != checksums.get(name):
+        if not (folder / name).exists() or sha256_of(folder / name) != checksums.get(name):
             raise UserError(f"{folder / name} is missing or differs from checksums.json; {REPAIR}")
     content = read_json(folder / JSON)
     check_readouts_file(content, folder / JSON)
     if content["weights"] != weights:
         raise UserError(f"{folder / JSON}: weights={content['weights'][:16]}: fitted to other weights; {REPAIR}")
     try:
-        tensors = load_file(folder / TENSORS)
+        tensors = load_file(regular_file(folder / TENSORS))
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{folder / TENSORS} cannot be read ({' '.join(str(error).split())[:120]}); {REPAIR}") from None
-    found = {}
+    readouts = {}
     for number, entry in enumerate(content["readouts"]):
         arrays = {name: tensors.get(f"{number}.{name}", np.empty(0)) for name in ARRAYS}
         if fault := _fault(arrays):
             raise UserError(f"{folder / TENSORS}: {number}.{fault}; {REPAIR}")
-        found[entry["name"]] = Readout(**{**entry, "classes": tuple(entry["classes"])}, **arrays)
+        readouts[entry["name"]] = Readout(**{**entry, "classes": tuple(entry["classes"])}, **arrays)
     return Readouts(
-        found, content["weights"], content["layer"], tuple(content["pooling"]), content["left_out"],
+        readouts, content["weights"], content["layer"], tuple(content["pooling"]), content["left_out"],
         [SeenScans(**source) for source in content["fitted_on"]],
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ class ScanSource(Protocol):
 
     names: list[str]  # the scan's path or key
     index: str  # what the names are: "path" or "key"
-    unlike: dict[str, str]  # name -> in what a scan that was read differs from the training scans
+    unlike: dict[str, str]  # name of a scan -> how it differs from the training scans
 
     def read(self, position: int) -> NDArray[np.float32]:
         """Return z-scored voxels (D, H, W). Raises BadScan, with the reason, if the scan cannot be used."""

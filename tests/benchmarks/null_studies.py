@@ -22,7 +22,7 @@ import pandas as pd
 
 from evaluation.comparison.evaluations import CheckpointEvaluation
 from evaluation.comparison.resampled import chance_test, metric_interval, paired_interval
-from evaluation.protocols.nested_cv import prepare, search_task
+from evaluation.protocols.nested_cv import prepare
 from evaluation.protocols.probes import Params, Predictions, Probe, TrainTestSplit
 from evaluation.protocols.results import RESAMPLE_COLUMNS, resample_rows
 from evaluation.statistics.intervals import corrected_interval, with_interval
@@ -31,6 +31,7 @@ from evaluation.statistics.paired import delong_difference, paired_bootstrap, pe
 from evaluation.tasks.folds import Fold
 from evaluation.tasks.resamples import Resampling
 from evaluation.tasks.tasks import Task
+from tests.searches import search_task
 
 FEATURES = 10
 GRID = [{"penalty": 1.0}, {"penalty": 100.0}]

@@ -22,6 +22,7 @@ from data_pipeline.loading.order import global_batch
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import LoaderError
 from tests.faults.rank_process import Fault, run_ranks
+from tests.readers import reader_pids
 from tests.runs import ROOT, losses, pretrain_command, run
 
 STEPS = 40
@@ -48,7 +49,7 @@ def test_killing_reader_processes_at_random_moments_changes_no_batch(shards, und
     def kill_now_and_then():
         while not next_kill.wait(chance.uniform(0.0, 0.05)):
             if len(kills) < 6 and chance.random() < 0.3:
-                pid = chance.choice(loader.reader_pids)
+                pid = chance.choice(reader_pids(loader))
                 try:
                     os.kill(pid, signal.SIGKILL)
                     kills.append(pid)
@@ -80,7 +81,7 @@ def test_killing_all_reader_processes_at_once_changes_no_batch(shards, undisturb
         batch = next(loader)
         assert torch.equal(batch["views"], undisturbed[step]["views"])
         if step in (0, 3):
-            for pid in loader.reader_pids:
+            for pid in reader_pids(loader):
                 os.kill(pid, signal.SIGKILL)
     loader.close()
 
@@ -92,7 +93,7 @@ def test_reader_processes_that_keep_dying_end_the_run_promptly_with_one_line(sha
 
     def keep_killing():
         while not stop.wait(0.01):
-            for pid in loader.reader_pids:
+            for pid in reader_pids(loader):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -116,7 +117,7 @@ def test_a_new_loader_continues_where_a_failed_one_stopped(shards, undisturbed):
     loader = loader_of(shards, workers=2)
     for _ in range(5):
         next(loader)
-    for pid in loader.reader_pids:
+    for pid in reader_pids(loader):
         os.kill(pid, signal.SIGKILL)
     state = loader.state_dict()
     loader.close()
@@ -130,7 +131,7 @@ def test_reader_processes_end_when_the_training_process_is_killed(shards):
     code = (
         "import sys, time; from data_pipeline import Manifest, TwoViewLoader; m = Manifest.load(sys.argv[1])\n"
         "l = TwoViewLoader(m, rows=m.rows(), global_batch=6, workers=2); next(l)\n"
-        "print(*l.reader_pids, flush=True); time.sleep(100)"
+        "print(*l._readers.pids, flush=True); time.sleep(100)"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code, str(shards)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:

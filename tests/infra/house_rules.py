@@ -29,6 +29,11 @@ class Module:
     def folder(self) -> str:
         return str(Path(self.path).parent)
 
+    @property
+    def package(self) -> str:
+        """The dotted name of the package to which the module's relative imports refer."""
+        return self.name if Path(self.path).name == "__init__.py" else self.name.rpartition(".")[0]
+
 
 def read_modules(root: Path, paths: Iterable[str]) -> list[Module]:
     """Read the Python files ``paths`` (relative to ``root``)."""
@@ -40,32 +45,131 @@ def read_modules(root: Path, paths: Iterable[str]) -> list[Module]:
     return modules
 
 
-def imported_names(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
-    """Yield (module, name) of every import, those inside functions too. ``if TYPE_CHECKING`` blocks are left out."""
+def imported_names(module: Module) -> Iterator[tuple[str, str | None]]:
+    """Yield (module, name) of every import: in functions, relative, and of ``import_module`` with a constant text too.
+
+    Of a formatted text such as ``import_module(f"ray.{part}")`` the constant beginning counts (``ray``). Only the body of
+    ``if TYPE_CHECKING:`` is left out; its ``else`` and the body of ``if not TYPE_CHECKING:`` count.
+    """
+    tree = module.tree
+    importers = _importers(tree)
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        if isinstance(node, ast.If) and _is_type_checking(node.test):
             waiting += node.orelse
             continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = _absolute("." * node.level + (node.module or ""), module.package)
+            yield from ((source, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Call) and _last_name(node.func) in importers:
+            source = _absolute(_constant_beginning(_first_argument(node)), module.package)
+            if source:
+                yield source, None
         waiting += ast.iter_child_nodes(node)
 
 
-def import_graph(modules: Sequence[Module]) -> Graph:
-    """Return, for every module, the modules of the tree that it imports."""
-    names = {module.name for module in modules}
-    graph: Graph = {}
+def _is_type_checking(test: ast.expr) -> bool:
+    return isinstance(test, ast.Name | ast.Attribute) and _last_name(test) == "TYPE_CHECKING"
+
+
+def _last_name(node: ast.expr) -> str | None:
+    """Return ``c`` for the expressions ``c`` and ``a.b.c``."""
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+
+
+def _importers(tree: ast.Module) -> set[str]:
+    """Return the names of the functions that import a module by a text: Python's own, and new names for them."""
+    names = {"import_module", "__import__"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "importlib":
+            names |= {alias.asname for alias in node.names if alias.name in names and alias.asname}
+        elif isinstance(node, ast.Assign) and _last_name(node.value) in names:
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def _first_argument(call: ast.Call) -> ast.expr | None:
+    return call.args[0] if call.args else next((word.value for word in call.keywords if word.arg == "name"), None)
+
+
+def _constant_beginning(node: ast.expr | None) -> str:
+    """Return a constant text, the whole parts of a module's name that a formatted text begins with, or an empty text."""
+    if isinstance(node, ast.JoinedStr) and node.values and isinstance(node.values[0], ast.Constant):
+        return str(node.values[0].value).rpartition(".")[0]
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def _absolute(source: str, package: str) -> str:
+    """Return the absolute name of a module that is imported in ``package``: ``..a`` in ``p.q`` is ``p.a``."""
+    name = source.lstrip(".")
+    level = len(source) - len(name)
+    if level == 0:
+        return name
+    parts = package.split(".")
+    return ".".join([*parts[: len(parts) - level + 1], *([name] if name else [])])
+
+
+def unnamed_imports(modules: Sequence[Module], exceptions: Mapping[str, str]) -> list[str]:
+    """Return imports by a text that is not constant, and exceptions (path -> table of modules) that are not needed.
+
+    These imports are seen by no other rule, except those of a lazy package (`lazy_names`).
+    """
+    violations, used = [], set()
     for module in modules:
-        targets = set()
-        for source, name in imported_names(module.tree):
-            submodule = f"{source}.{name}"
-            targets |= {submodule} if submodule in names else {source} & names
-        graph[module.name] = targets - {module.name}
-    return graph
+        tree = module.tree
+        importers = _importers(tree)
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or _last_name(node.func) not in importers:
+                continue
+            argument = _first_argument(node)
+            if _constant_beginning(argument):
+                continue
+            table = exceptions.get(module.path)
+            if table is not None and any(_last_name(part) == table for part in ast.walk(argument or node)):
+                used.add(module.path)
+            else:
+                violations.append(f"{module.path}:{node.lineno} imports a module whose name is not constant")
+    return violations + [f"{path} imports no module by {exceptions[path]}" for path in exceptions if path not in used]
+
+
+def lazy_names(module: Module) -> dict[str, str]:
+    """Return public name -> module of a package that imports its names at their first use; empty if it does not do that."""
+    body = module.tree.body
+    if not any(isinstance(node, Function) and node.name == "__getattr__" for node in body):
+        return {}
+    names = {}
+    for node in body:
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        for key, target in zip(value.keys, value.values, strict=True) if isinstance(value, ast.Dict) else ():
+            if isinstance(key, ast.Constant) and isinstance(target, ast.Constant):
+                names[str(key.value)] = str(target.value)
+    return names
+
+
+def import_graph(modules: Sequence[Module]) -> Graph:
+    """Return, for every module, the modules of the tree that it imports.
+
+    ``from p import f`` of a lazy package p also imports the module that has f; ``import p`` may import all that p names.
+    """
+    names = {module.name for module in modules}
+    lazy = {module.name: found for module in modules if (found := lazy_names(module))}
+
+    def imported(source: str, name: str | None) -> set[str]:
+        if f"{source}.{name}" in names:
+            return {f"{source}.{name}"}
+        if source not in lazy:
+            return {source} & names
+        if name in lazy[source]:
+            return {source} | imported(lazy[source][name], name)
+        return {source} | (set(lazy[source].values()) & names if name in (None, "*") else set())
+
+    return {
+        module.name: set().union(*(imported(*found) for found in imported_names(module))) - {module.name}
+        for module in modules
+    }
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[str]:
@@ -109,7 +213,7 @@ def upward_imports(modules: Sequence[Module], packages: Sequence[str]) -> list[s
     for module in modules:
         package = module.name.partition(".")[0]
         above = packages[packages.index(package) + 1 :]
-        for source, _ in imported_names(module.tree):
+        for source, _ in imported_names(module):
             if source.partition(".")[0] in above:
                 violations.append(f"{module.path} imports {source}")
     return violations
@@ -119,7 +223,7 @@ def misplaced_libraries(modules: Sequence[Module], rooms: Mapping[str, str]) -> 
     """Return imports of libraries outside their folder or file in ``rooms``, and those that do not import their library."""
     violations, used = [], set()
     for module in modules:
-        for source, _ in imported_names(module.tree):
+        for source, _ in imported_names(module):
             library = source.partition(".")[0]
             if library not in rooms:
                 continue
@@ -188,13 +292,21 @@ def missing_docstrings(modules: Sequence[Module]) -> list[str]:
 
 
 def _undocumented(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[int, str]]:
-    for node in parent.body:
+    for node in _statements(parent):
         if not isinstance(node, (*Function.__args__, ast.ClassDef)) or node.name.startswith("_"):
             continue
         if ast.get_docstring(node) is None:
             yield node.lineno, prefix + node.name
         if isinstance(node, ast.ClassDef):
             yield from _undocumented(node, f"{prefix}{node.name}.")
+
+
+def _statements(parent: ast.AST) -> Iterator[ast.AST]:
+    """Yield the statements of a module or class, those inside ``if``, ``try``, ``with`` and loops too."""
+    for node in ast.iter_child_nodes(parent):
+        yield node
+        if not isinstance(node, (*Function.__args__, ast.ClassDef)):
+            yield from _statements(node)
 
 
 def other_code(paths: Iterable[str], allowed: Sequence[str]) -> list[str]:

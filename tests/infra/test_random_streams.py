@@ -42,6 +42,46 @@ def test_a_generator_draws_as_numpys_philox_with_this_key_and_counter():
     assert np.array_equal(generator(7, random_streams.AUGMENTATION).random(5), without_counter)
 
 
+# Names by which libraries get a seed -> the modules that use them; the comment in infra/random_streams.py lists them.
+SEEDED = {
+    "default_rng": ["infra/random_streams.py"],
+    "Random": ["data_pipeline/loading/stream.py"],
+    "manual_seed": [
+        "evaluation/protocols/finetune.py", "pretrain/model.py", "pretrain/run/checkpoint.py",
+        "pretrain/weights/import_weights.py",
+    ],
+    "random_state": [
+        "evaluation/protocols/embedding.py", "evaluation/tasks/folds.py", "pretrain/run/online_probes.py",
+    ],
+    "RandomState": [],
+}  # fmt: skip
+
+
+def test_the_seeds_of_libraries_never_change():
+    assert [random_streams.inner_fold_seed(3, repeat) for repeat in range(3)] == [3, 7922, 15841]
+    assert random_streams.buffer_seed(3, 5) == 3 * 2**20 + 5
+    assert random_streams.resumed_seed(7, 2) == 7_000_023
+    assert np.array_equal(random_streams.saliency_generator(4).random(3), np.random.default_rng(4).random(3))
+
+
+def test_every_seed_of_a_library_is_listed():
+    listed = (ROOT / "infra/random_streams.py").read_text()
+    users = {name: [] for name in SEEDED}
+    for package in ("infra", "data_pipeline", "pretrain", "evaluation"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            module = str(path.relative_to(ROOT))
+            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            names = {node.func.attr for node in calls if isinstance(node.func, ast.Attribute)}
+            names |= {node.func.id for node in calls if isinstance(node.func, ast.Name)}
+            names |= {keyword.arg for node in calls for keyword in node.keywords}
+            for name in users.keys() & names:
+                users[name].append(module)
+    users = {name: sorted(modules) for name, modules in users.items()}
+    assert users == SEEDED
+    for module in {module for modules in users.values() for module in modules} - {"infra/random_streams.py"}:
+        assert module.removesuffix(".py").replace("/", ".") in listed
+
+
 def test_only_this_module_makes_generators_from_a_key():
     users = []
     for package in ("infra", "data_pipeline", "pretrain", "evaluation"):

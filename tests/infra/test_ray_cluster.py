@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_info
 
 from infra import ray_cluster, tuning
 from infra.errors import UserError
+from infra.internals import LibraryChanged
 from tests.listening import reachable
 
 
@@ -58,6 +59,20 @@ def test_a_local_cluster_listens_on_loopback_only():
     list(ray_cluster.map_unordered(square, [(1,)], in_flight=1))  # a worker has started
     assert not reachable([psutil.Process(), *psutil.Process().children(recursive=True)])
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ  # other clusters are as before
+
+
+@pytest.mark.parametrize("name", ["ENABLE_RAY_CLUSTER", "ENABLE_RAY_CLUSTERS_ENV_VAR"])
+def test_a_ray_without_the_switch_of_loopback_starts_no_cluster(monkeypatch, name):
+    ray = ray_cluster.import_ray()
+    monkeypatch.delattr(ray._private.ray_constants, name)
+    before = dict(os.environ)
+    with (
+        pytest.raises(LibraryChanged, match=f"ray .* ray._private.ray_constants has no attribute '{name}'"),
+        ray_cluster._on_loopback(ray),
+    ):
+        pytest.fail("the block ran, so a cluster would have started")
+    assert not hasattr(ray._private.ray_constants, name)
+    assert dict(os.environ) == before
 
 
 def test_an_exception_of_a_task_is_raised_in_the_caller():
@@ -132,7 +147,7 @@ def no_cluster(monkeypatch):
 def test_a_small_search_runs_here_with_the_results_of_ray(tmp_path, no_cluster):
     points, data = [{"seed": n} for n in range(4)], {"vector": np.linspace(0, 1, 300)}
     common = {"data": data, "storage": tmp_path}
-    here = tuning.tune_grid(threads_and_product, points, name="here", here=True, **common)
+    here = tuning.tune_grid(threads_and_product, points, name="here", in_process=True, **common)
     in_ray = tuning.tune_grid(threads_and_product, points, name="ray", **common)
     assert {row["process"] for row in here} == {os.getpid()}
     assert os.getpid() not in {row["process"] for row in in_ray}
@@ -143,7 +158,7 @@ def test_a_small_search_runs_here_with_the_results_of_ray(tmp_path, no_cluster):
 def test_a_search_that_takes_longer_than_a_start_of_ray_is_handed_over(tmp_path, no_cluster, monkeypatch):
     monkeypatch.setattr(ray_cluster, "START_SECONDS", 0.5)
     points, data = [{"seed": n, "sleep": 0.2} for n in range(6)], {"vector": np.ones(300)}
-    rows = tuning.tune_grid(threads_and_product, points, data=data, storage=tmp_path, name="handed", here=True)
+    rows = tuning.tune_grid(threads_and_product, points, data=data, storage=tmp_path, name="handed", in_process=True)
     assert [row["process"] == os.getpid() for row in rows] == [True] + [False] * 5
 
 
@@ -162,7 +177,7 @@ def test_tasks_run_here_in_order_and_with_one_thread():
     def threads(n):
         return n, [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
 
-    assert list(ray_cluster.map_unordered(threads, [(n,) for n in range(3)], in_flight=1, here=True)) == [
+    assert list(ray_cluster.map_unordered(threads, [(n,) for n in range(3)], in_flight=1, in_process=True)) == [
         (n, (n, [1] * len(threads(n)[1]))) for n in range(3)
     ]
 

@@ -177,7 +177,7 @@ def check(people, declared):
                 if name == "split" and expected is None:
                     assert actual in ("pretrain", "downstream")
                 elif expected is None:
-                    assert actual == "" or pd.isna(actual)
+                    assert actual == "" if name == "sex" else pd.isna(actual)
                 else:
                     assert actual == (pytest.approx(expected) if isinstance(expected, float) else expected)
             declared_test = scans[int(row["participant_id"][1:])]["cells"]["split"][0] == "test"

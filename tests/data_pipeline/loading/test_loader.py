@@ -19,6 +19,7 @@ from data_pipeline.loading.source import sample_bytes
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.intensity import zscore
 from infra.errors import LoaderError, UserError
+from tests.readers import reader_pids
 
 
 def batches(manifest, count, **options):
@@ -109,7 +110,7 @@ def test_memory_of_the_reader_processes_is_bounded_and_does_not_grow(manifest):
     for _ in range(12):
         next(loader)
     assert loader.shared_bytes == bound
-    for pid in loader.reader_pids:  # a process maps its own block of shared memory only
+    for pid in reader_pids(loader):  # a process maps its own block of shared memory only
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
         spans = [line.split()[0].split("-") for line in lines if "memfd:yaware" in line]
         assert sum(int(end, 16) - int(start, 16) for start, end in spans) <= bound / 2 + 4096
@@ -140,7 +141,7 @@ def test_the_next_batch_is_fetched_while_the_current_one_is_used(manifest):
 def test_reader_processes_end_with_the_loader(manifest):
     loader = TwoViewLoader(manifest, rows=manifest.rows(), global_batch=6, workers=2)
     next(loader)
-    pids = loader.reader_pids
+    pids = reader_pids(loader)
     assert len(pids) == 2
     loader.close()
     assert not any(_alive(pid) for pid in pids)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
 from data_pipeline.quality import outliers
-from data_pipeline.quality.outliers import StoredScan, judge, save_coarse
+from data_pipeline.quality.outliers import StoredScan, find_outliers, save_coarse
 from data_pipeline.quality.rules import Outlier, Quality
 from data_pipeline.shards.build import build_shards
 from tests.data_pipeline.shards.faults import write_faulty_cohort
@@ -60,10 +60,10 @@ def test_a_stricter_threshold_removes_a_superset(tmp_path_factory, seed, first, 
     loose, strict = sorted((first, second))
     removed = []
     for limit in (loose, strict):
-        verdict = judge(table, files, Quality(outlier=Outlier(robust_z=limit, least_drop=0.0)), paths(table))
+        verdict = find_outliers(table, files, Quality(outlier=Outlier(robust_z=limit, least_drop=0.0)), paths(table))
         removed.append({removal.key for removal in verdict.removals})
         assert removed[-1] == set(table["key"][verdict.z < limit])
-        assert all(removal.figure < limit == removal.threshold for removal in verdict.removals)
+        assert all(removal.measured < limit == removal.threshold for removal in verdict.removals)
     assert removed[0] <= removed[1]
 
 
@@ -75,7 +75,7 @@ def test_a_small_drop_is_kept_and_a_large_one_is_excluded(tmp_path):
     content[7] += 0.12 * generator.random(500)  # slightly changed
     content[9] = generator.random(500)  # unrelated
     table = table_of([str(n) for n in range(40)])
-    verdict = judge(table, write_parts(tmp_path, content.astype(np.float32), []), Quality(), paths(table))
+    verdict = find_outliers(table, write_parts(tmp_path, content.astype(np.float32), []), Quality(), paths(table))
     assert verdict.z[7] < -5
     assert verdict.location - verdict.correlation[7] < 0.05
     assert [removal.key for removal in verdict.removals] == [table["key"][9]]
@@ -87,7 +87,9 @@ def test_the_verdict_equals_a_naive_one_for_any_division_and_block_size(tmp_path
     table, content = table_of([str(n) for n in range(SCANS)]), volumes(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outliers, "MEMORY_BYTES", block)
-        verdict = judge(table, write_parts(tmp_path_factory.mktemp("parts"), content, cuts), Quality(), paths(table))
+        verdict = find_outliers(
+            table, write_parts(tmp_path_factory.mktemp("parts"), content, cuts), Quality(), paths(table)
+        )
     median = np.median(content, axis=0)
     expected = np.array([np.corrcoef(volume, median)[0, 1] for volume in content])
     np.testing.assert_allclose(verdict.correlation, expected, atol=1e-6)
@@ -107,7 +109,7 @@ def test_the_first_key_of_each_group_of_copies_is_kept_for_any_order_of_rows(tmp
     shuffled = table.iloc[order].reset_index(drop=True)
     files = write_parts(tmp_path_factory.mktemp("parts"), volumes(0)[: len(groups)], [])
     rules = Quality(outlier=Outlier(use=False))
-    verdict = judge(shuffled, files, rules, paths(shuffled))
+    verdict = find_outliers(shuffled, files, rules, paths(shuffled))
     first = table.sort_values("key").drop_duplicates("voxels_sha256").set_index("voxels_sha256")["key"]
     removed = {removal.key for removal in verdict.removals}
     assert set(table["key"]) - removed == set(first)
@@ -115,12 +117,12 @@ def test_the_first_key_of_each_group_of_copies_is_kept_for_any_order_of_rows(tmp
     for removal in verdict.removals:
         assert f"same voxels as {first[digest[removal.key]]}," in removal.reason
         assert "listed as two participants" in removal.reason
-        assert removal.figure == (digest == digest[removal.key]).sum()
+        assert removal.measured == (digest == digest[removal.key]).sum()
 
 
 def test_a_copy_in_another_data_set_is_a_duplicate(tmp_path):
     table = table_of(["x", "y", "x"], ["openbhb", "openbhb", "abide"])
-    verdict = judge(table, write_parts(tmp_path, volumes(0)[:3], []), Quality(), paths(table))
+    verdict = find_outliers(table, write_parts(tmp_path, volumes(0)[:3], []), Quality(), paths(table))
     (removal,) = verdict.removals
     assert removal.key == "openbhb_sub-00_ses-1"
     assert "same voxels as abide_sub-02_ses-1" in removal.reason
@@ -129,7 +131,7 @@ def test_a_copy_in_another_data_set_is_a_duplicate(tmp_path):
 def test_a_copy_of_a_scan_in_the_shards_is_a_duplicate(tmp_path):
     table = table_of(["x", "y", "z"])
     known = {"y": StoredScan("old_sub-9_ses-1", "downstream")}
-    verdict = judge(table, write_parts(tmp_path, volumes(0)[:3], []), Quality(), paths(table), known)
+    verdict = find_outliers(table, write_parts(tmp_path, volumes(0)[:3], []), Quality(), paths(table), known)
     assert [(removal.key, removal.rule) for removal in verdict.removals] == [("a_sub-01_ses-1", "duplicate")]
     assert "old_sub-9_ses-1, which the shards hold already" in verdict.removals[0].reason
 
@@ -139,7 +141,7 @@ def test_duplicates_do_not_count_in_the_median(tmp_path):
     odd = np.random.default_rng(9).standard_normal(VOXELS).astype(np.float16)
     with_copies = np.concatenate([content, [odd] * 40])  # forty copies of one odd scan
     table = table_of([*(str(n) for n in range(SCANS)), *["odd"] * 40])
-    verdict = judge(table, write_parts(tmp_path, with_copies, [25]), Quality(), paths(table))
+    verdict = find_outliers(table, write_parts(tmp_path, with_copies, [25]), Quality(), paths(table))
     median = np.median([*content, odd], axis=0)
     expected = [np.corrcoef(volume, median)[0, 1] for volume in with_copies]
     np.testing.assert_allclose(verdict.correlation, expected, atol=1e-6)
@@ -150,14 +152,14 @@ def test_nearly_equal_scans_are_not_outliers(tmp_path):
     content = np.tile(pattern, (SCANS, 1))
     content[4, 0] += 0.05  # all others are equal, so the median absolute deviation is 0
     table = table_of([str(n) for n in range(SCANS)])
-    assert judge(table, write_parts(tmp_path, content, []), Quality(), paths(table)).removals == []
+    assert find_outliers(table, write_parts(tmp_path, content, []), Quality(), paths(table)).removals == []
 
 
 def test_a_constant_volume_has_no_correlation_and_is_not_judged(tmp_path):
     content = volumes(1)
     content[2] = 0.5
     table = table_of([str(n) for n in range(SCANS)])
-    verdict = judge(table, write_parts(tmp_path, content, [3]), Quality(), paths(table))
+    verdict = find_outliers(table, write_parts(tmp_path, content, [3]), Quality(), paths(table))
     assert np.isnan(verdict.correlation[2])
     assert "a_sub-02_ses-1" not in {removal.key for removal in verdict.removals}
 

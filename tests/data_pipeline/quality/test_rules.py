@@ -68,17 +68,17 @@ def test_each_fault_is_excluded_by_its_rule_and_every_other_scan_is_kept(built):
 
 def test_the_quarantine_has_value_threshold_and_reason(built, faulty):
     out = quarantine(built)
-    assert list(out.columns) == ["path", "rule", "figure", "threshold", "reason"]
+    assert list(out.columns) == ["path", "rule", "measured", "threshold", "reason"]
     row = out.loc["faulty_sub-000_ses-1"]
-    assert (row["figure"], row["threshold"], row["path"]) == (7, 0, str(find(faulty, "sub-000_ses-1")))
-    assert out.loc["faulty_sub-001_ses-1", "figure"] == 0.25
-    assert tuple(out.loc["faulty_sub-009_ses-1", ["figure", "threshold"]]) == (4.2, 3.5)
-    assert tuple(out.loc["faulty_sub-007_ses-1", ["figure", "threshold"]]) == (2, 1)
+    assert (row["measured"], row["threshold"], row["path"]) == (7, 0, str(find(faulty, "sub-000_ses-1")))
+    assert out.loc["faulty_sub-001_ses-1", "measured"] == 0.25
+    assert tuple(out.loc["faulty_sub-009_ses-1", ["measured", "threshold"]]) == (4.2, 3.5)
+    assert tuple(out.loc["faulty_sub-007_ses-1", ["measured", "threshold"]]) == (2, 1)
     for number in (3, 4, 5):
         row = out.loc[f"faulty_sub-00{number}_ses-1"]
-        assert row["figure"] < row["threshold"] == -5
+        assert row["measured"] < row["threshold"] == -5
         assert "correlation" in row["reason"]
-    assert np.isnan(out.loc["faulty_sub-002_ses-1", "figure"])
+    assert np.isnan(out.loc["faulty_sub-002_ses-1", "measured"])
 
 
 def test_a_duplicate_names_the_kept_scan_and_warns_if_the_ids_differ(built):
@@ -162,11 +162,11 @@ def test_changed_thresholds_are_applied(faulty, tmp_path):
     assert not {"outlier", "cat12"} & set(out["rule"])
     old = out[out["rule"] == "limits.age"]
     assert sorted(old.index) == [f"faulty_sub-{n:03d}_ses-1" for n in range(25, 30)]  # 20 + 60 n / 29 years
-    assert (old["figure"] > 70).all()
+    assert (old["measured"] > 70).all()
     assert (old["threshold"] == 70).all()
     dark = out[out["rule"] == "limits.quality_mean"]
     assert len(dark)
-    assert (dark["figure"] < 0.3).all()
+    assert (dark["measured"] < 0.3).all()
 
 
 def test_a_scan_on_another_grid_can_be_refused_with_its_distance(tmp_path):
@@ -177,7 +177,7 @@ def test_a_scan_on_another_grid_can_be_refused_with_its_distance(tmp_path):
     save(path, np.array(nibabel.load(path).dataobj), shifted)
     out = quarantine(build_shards(cohort, tmp_path / "out", grid=GRID, quality=Quality(grid="refuse")))
     assert out.loc["cohort_sub-002_ses-1", "rule"] == "grid"
-    assert out.loc["cohort_sub-002_ses-1", "figure"] == pytest.approx(2.5)
+    assert out.loc["cohort_sub-002_ses-1", "measured"] == pytest.approx(2.5)
     assert len(build_shards(cohort, tmp_path / "resampled", grid=GRID).scans) == 4
 
 
@@ -286,6 +286,11 @@ def test_removals_survive_json_and_the_quarantine_file(tmp_path):
     write_quarantine(tmp_path / "quarantine.tsv", [*removals, removals[0]])
     assert read_quarantine(tmp_path / "quarantine.tsv") == sorted(removals, key=lambda r: (r.key, r.rule))
     assert read_quarantine(tmp_path / "absent.tsv") == []
+    head, rows = (tmp_path / "quarantine.tsv").read_text().split("\n", 1)
+    older = head.replace("measured", "figure")  # as older versions called the column
+    assert older != head
+    (tmp_path / "older.tsv").write_text(f"{older}\n{rows}")
+    assert read_quarantine(tmp_path / "older.tsv") == read_quarantine(tmp_path / "quarantine.tsv")
 
 
 def test_zeros_of_either_sign_are_counted_in_any_axis_order(tmp_path):

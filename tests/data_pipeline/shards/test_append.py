@@ -221,8 +221,8 @@ def test_an_interrupted_append_is_invisible_and_can_be_continued(built, other, t
     shutil.copytree(built.root, tmp_path / "whole")
     real = writing.Progress.advance
 
-    def advance(self, n=1, **figures):
-        real(self, n, **figures)
+    def advance(self, n=1, **counts):
+        real(self, n, **counts)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -44,8 +44,8 @@ def interrupt(monkeypatch, cohort: Path, out: Path, after: int = 3, **options) -
     """Interrupt a build after ``after`` shards; return the inodes of the finished shards."""
     real, seen = writing.Progress.advance, []
 
-    def advance(self, n=1, **figures):
-        real(self, n, **figures)
+    def advance(self, n=1, **counts):
+        real(self, n, **counts)
         seen.append(n)
         if len(seen) == after:
             raise Interrupted

@@ -30,7 +30,7 @@ def test_metrics_are_those_logged_or_computed_from_stored_predictions(comparison
     table = comparison.metrics.set_index(["checkpoint", "task", "metric"])
     logged = table.loc[(SIMCLR, "scz", "auc")]
     assert tuple(logged[["fixed_value", "fixed_low", "fixed_high"]]) == (0.7, 0.6, 0.8)
-    scz = evaluation_named(comparison, Y_AWARE).of("scz")
+    scz = evaluation_named(comparison, Y_AWARE).predictions_of("scz")
     labels, participants = scz["label"].to_numpy(int), scz["participant"].to_numpy()
     computed = table.loc[(Y_AWARE, "scz", "auc")]
     expected = with_interval(auc, labels, scz["answer"].to_numpy(), participants)
@@ -61,7 +61,7 @@ def test_differences_are_between_last_steps_on_the_same_scans(comparison):
         f"scz: {Y_AWARE} and {RANDOM} were evaluated on different scans or labels",
     ]
     row = table[table["task"] == "scz"].iloc[0]
-    first, second = (evaluation_named(comparison, row[name]).of("scz") for name in ("first", "second"))
+    first, second = (evaluation_named(comparison, row[name]).predictions_of("scz") for name in ("first", "second"))
     expected = delong_difference(
         first["label"].to_numpy(), first["answer"].to_numpy(), second["answer"].to_numpy(), first["participant"].to_numpy()
     )  # fmt: skip
@@ -180,7 +180,7 @@ def test_common_draws_are_paired_if_the_numbers_of_draws_differ():
 
 def test_subgroups_hold_the_primary_metric_of_their_scans(comparison):
     table = comparison.subgroups.set_index(["checkpoint", "task", "by", "group"])
-    scz = evaluation_named(comparison, Y_AWARE).of("scz")
+    scz = evaluation_named(comparison, Y_AWARE).predictions_of("scz")
     women = scz[scz["sex"] == "F"]
     row = table.loc[(Y_AWARE, "scz", "sex", "F")]
     assert row["value"] == auc(women["label"].to_numpy(int), women["answer"].to_numpy())
@@ -199,7 +199,7 @@ def test_subgroups_below_the_minimum_keep_their_row_without_a_value(comparison):
 
 def test_calibration_bins_hold_all_scans_and_rise_with_the_probability(comparison):
     table = comparison.calibration.query("checkpoint == @Y_AWARE and task == 'scz'")
-    scz = evaluation_named(comparison, Y_AWARE).of("scz")
+    scz = evaluation_named(comparison, Y_AWARE).predictions_of("scz")
     assert len(table) == PEOPLE // 20
     assert table["scans"].sum() == len(scz)
     assert np.average(table["observed"], weights=table["scans"]) == pytest.approx(scz["label"].mean())
@@ -211,7 +211,7 @@ def test_calibration_bins_hold_all_scans_and_rise_with_the_probability(compariso
 
 def test_site_leakage_is_computed_from_the_site_task(comparison):
     row = comparison.site_leakage.set_index("checkpoint").loc[Y_AWARE]
-    site = evaluation_named(comparison, Y_AWARE).of("site")
+    site = evaluation_named(comparison, Y_AWARE).predictions_of("site")
     assert row["leakage"] == site_leakage(site["label"].to_numpy(np.int64), site["answer"].to_numpy())
     assert row["leakage"] == pytest.approx((row["bacc"] - row["chance"]) / (1 - row["chance"]))
     assert (row["sites"], row["chance"]) == (3, 1 / 3)
@@ -253,7 +253,7 @@ def test_corrected_brain_age_gaps_do_not_depend_on_age(comparison):
     table = comparison.brain_age.set_index("checkpoint")
     assert (table["r_raw"] < -0.4).all()
     assert (table["r_corrected"].abs() < 0.1).all()
-    age = evaluation_named(comparison, Y_AWARE).of("age")
+    age = evaluation_named(comparison, Y_AWARE).predictions_of("age")
     assert table.loc[Y_AWARE, "mae"] == pytest.approx((age["answer"] - age["label"]).abs().mean())
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from evaluation.experiments.answers import MethodAnswers, load_answers, save_answers
-from evaluation.experiments.bootstrap import BootstrapMetrics, Cell
+from evaluation.experiments.bootstrap import BootstrapMetrics, Cell, resampled_auc
 from evaluation.experiments.plan import (
     CLINICS,
     HEALTHY,
@@ -24,8 +24,9 @@ from evaluation.experiments.plan import (
     encoders_for,
     pretrainings,
 )
+from evaluation.experiments.plan_options import check_plan_file
 from evaluation.experiments.plots import plot_main
-from evaluation.experiments.run import check_plan_file, main
+from evaluation.experiments.run import main
 from evaluation.experiments.tables import VARIANTS, main_table, markdown, primary_table
 from evaluation.statistics.intervals import bootstrap_weights
 from evaluation.statistics.metrics import auc
@@ -101,6 +102,14 @@ def test_a_resample_draws_people_draws_and_seeds_with_replacement():
     value, low, high = metrics.mean(cell)
     assert value == pytest.approx(np.mean([auc(entry.labels, row) for entry in answers for row in entry.answers]))
     assert low < value < high
+
+
+def test_the_resampled_auc_is_that_of_the_metric_also_with_ties():
+    generator = np.random.default_rng(0)
+    labels, weights = np.arange(90) % 2, generator.integers(0, 4, (30, 90)).astype(float)
+    weights[0, labels == 1] = 0  # a sample without positives
+    for scores in (generator.normal(size=90), generator.integers(0, 5, 90).astype(float)):
+        np.testing.assert_allclose(resampled_auc(labels, scores, weights), auc(labels, scores, weights), rtol=1e-12)
 
 
 def test_differences_are_paired_and_over_the_draws_that_both_methods_have():

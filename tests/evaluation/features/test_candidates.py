@@ -18,7 +18,7 @@ from evaluation.features.candidates import (
     ridge_answers,
 )
 from evaluation.features.tables import FeatureTable, split_features, table_of
-from evaluation.protocols.nested_cv import prepare, search_task
+from evaluation.protocols.nested_cv import prepare
 from evaluation.protocols.probes import LINEAR, Probe, linear
 from evaluation.statistics.metrics import auc, inner_metric
 from evaluation.tasks.folds import inner_folds
@@ -26,6 +26,7 @@ from evaluation.tasks.resamples import Resampling
 from evaluation.tasks.tasks import Task
 from pretrain.encoders import ENCODERS, build_encoder
 from pretrain.weights.layers import features_of_blocks
+from tests.searches import search_task
 
 PENALTIES = [0.1, 10.0, 1e4]
 TRAIN, TEST = np.arange(45), np.arange(45, 60)

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from evaluation.protocols.nested_cv import prepare, search_task
+from evaluation.protocols.nested_cv import prepare
 from evaluation.protocols.probes import (
     LINEAR,
     NEAREST_NEIGHBOURS,
@@ -25,6 +25,7 @@ from evaluation.protocols.probes import (
 from evaluation.statistics.metrics import auc
 from evaluation.tasks.folds import inner_folds
 from evaluation.tasks.tasks import Task
+from tests.searches import search_task
 
 TRAIN_TEST = {"train": np.arange(30), "test": np.arange(30, 39)}
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluation.protocols.nested_cv import NestedCVResult, prepare, search_task
+from evaluation.protocols.nested_cv import NestedCVResult, prepare
 from evaluation.protocols.probes import Probe, linear
 from evaluation.protocols.results import resample_rows
 from evaluation.statistics.metrics import auc
 from evaluation.tasks.folds import inner_folds, outer_folds
 from evaluation.tasks.resamples import NO_RESAMPLING, Resampling, halves, make_resamples, permuted_rows
 from evaluation.tasks.tasks import Task
+from tests.searches import search_task
 
 KINDS = ("binary", "multiclass", "regression")
 

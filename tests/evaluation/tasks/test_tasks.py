@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from evaluation.protocols.evaluate import _make_context
-from evaluation.protocols.nested_cv import prepare, search_task
+from evaluation.protocols.nested_cv import prepare
 from evaluation.protocols.probes import Probe, linear
 from evaluation.protocols.settings import EvaluationSettings
 from evaluation.statistics.metrics import site_leakage
@@ -17,6 +17,7 @@ from evaluation.tasks.columns import as_numbers
 from evaluation.tasks.folds import outer_folds
 from evaluation.tasks.tasks import load_task
 from infra.errors import UserError
+from tests.searches import search_task
 
 SPELLINGS = {
     "scz": (["chronic schizophrenia", "SCZ", "Schizophrenia_Strict"], ["control", "No_Known_Disorder"]),

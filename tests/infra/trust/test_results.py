@@ -89,7 +89,7 @@ def double(point, data):
 
 
 def search(storage, points):
-    return tuning.tune_grid(double, points, data={}, storage=storage, name="grid", here=True)
+    return tuning.tune_grid(double, points, data={}, storage=storage, name="grid", in_process=True)
 
 
 def test_a_search_continues_from_its_own_files_only(tmp_path):

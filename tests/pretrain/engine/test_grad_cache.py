@@ -102,14 +102,14 @@ def test_the_real_engine_trains_the_same_from_micro_batches(one_rank) -> None:
         def loss(embeddings, temperature, batch):
             return y_aware_infonce(embeddings, batch["proxies"], kernel=KERNEL, temperature=temperature)
 
-        figures = [train_step(trained, loss, b, n, torch.float32, recipe.batch.micro)[0] for n, b in enumerate(batches)]
-        results.append((figures, copy.deepcopy(trained.module.state_dict())))
+        metrics = [train_step(trained, loss, b, n, torch.float32, recipe.batch.micro)[0] for n, b in enumerate(batches)]
+        results.append((metrics, copy.deepcopy(trained.module.state_dict())))
         trained.destroy()
     (plain, weights), *others = results
     assert plain[0]["temperature"] == pytest.approx(0.1)
     assert plain[2]["temperature"] != pytest.approx(0.1, rel=1e-5)
-    for figures, state in others:
-        for mine, theirs in zip(figures, plain, strict=True):
+    for metrics, state in others:
+        for mine, theirs in zip(metrics, plain, strict=True):
             assert mine == pytest.approx(theirs, rel=2e-4)
         for name, value in weights.items():
             torch.testing.assert_close(state[name], value, rtol=1e-3, atol=2e-4, msg=name)

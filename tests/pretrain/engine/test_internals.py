@@ -6,6 +6,7 @@ LibraryChanged in place of training with stale weights.
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,10 @@ TORCH_NAMES = (
     (torch, "_foreach_norm"),
     (torch.nn.modules.batchnorm, "_BatchNorm"),
     (torch.ops.mkldnn, "_is_mkldnn_fp16_supported"),
+    (torch, "_disable_dynamo"),
+    (torch._C._distributed_c10d, "Store"),
+    (torch._C._distributed_c10d, "TCPStore"),
+    (import_module("torch.distributed.rendezvous"), "register_rendezvous_handler"),
 )
 
 
@@ -105,6 +110,20 @@ def test_the_names_exist(built):
 @pytest.mark.parametrize(("owner", "name"), TORCH_NAMES)
 def test_the_names_of_torch_exist(owner, name):
     assert hasattr(owner, name)
+
+
+def test_the_names_of_torch_that_skip_the_compiler_exist():
+    """`without_compiler` sets and compares these names; with other ones, every start would import torch's compiler."""
+    wrapper = torch._disable_dynamo(lambda: None).__code__
+    assert "__dynamo_disable" in wrapper.co_consts
+    assert wrapper in [getattr(function, "__code__", None) for function in vars(torch.optim.Optimizer).values()]
+    for kind in (torch.optim.Adam, torch.optim.SGD):
+        assert kind.step.__code__.co_name == "_use_grad"
+        assert kind.step.__wrapped__.__code__.co_name == "step"
+
+
+def test_a_store_of_torch_takes_an_open_port():
+    assert "master_listen_fd" in torch.distributed.TCPStore.__init__.__doc__
 
 
 def test_weights_written_back_are_those_of_the_optimiser(built):

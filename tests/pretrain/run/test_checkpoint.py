@@ -206,7 +206,11 @@ def test_cleaning_keeps_the_best_checkpoint(trained, two):
         checkpoint.save_checkpoint(folder, step, trained, {"loader": {}}, write_rest)
     checkpoint.clean_checkpoints(folder, keep=1)
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000001", "step-00000004"]
-    assert checkpoint.read_best(folder) == {"step": 1, "figure": "monitor/age_mae", "score": 7.5}
+    written = {"step": 1, "metric": "monitor/age_mae", "score": 7.5}
+    assert checkpoint.read_best(folder) == written
+    path = folder / "best.json"
+    path.write_text(path.read_text().replace('"metric"', '"figure"'))  # as older versions wrote it
+    assert checkpoint.read_best(folder) == written
 
 
 def test_a_checkpoint_is_due_by_the_clock(monkeypatch):

@@ -204,8 +204,8 @@ class RecordingLog:
     def __init__(self):
         self.looks = []
 
-    def monitor(self, step, figures, alarm):
-        self.looks.append((step, figures, alarm))
+    def monitor(self, step, metrics, alarm):
+        self.looks.append((step, metrics, alarm))
 
 
 def test_the_monitor_keeps_the_best_checkpoint_and_alarms_at_a_collapse(trained, manifest, tmp_path):
@@ -225,16 +225,16 @@ def test_the_monitor_keeps_the_best_checkpoint_and_alarms_at_a_collapse(trained,
     assert torch.equal(torch.get_rng_state(), random)
     assert trained.module.training
     assert [step for step, _, _ in log.looks] == [4, 9, 4]
-    figures = log.looks[0][1]
-    assert figures == log.looks[1][1], "the views differ between evaluations"
+    metrics = log.looks[0][1]
+    assert metrics == log.looks[1][1], "the views differ between evaluations"
     assert {
         "monitor/sex_balanced_accuracy",
         "monitor/age_mae",
         "monitor/alignment",
         "monitor/uniformity",
-    } <= figures.keys()
+    } <= metrics.keys()
     best = checkpoint.read_best(tmp_path / "checkpoints")
-    assert best == {"step": 5, "figure": "monitor/sex_balanced_accuracy", "score": best["score"]}
+    assert best == {"step": 5, "metric": "monitor/sex_balanced_accuracy", "score": best["score"]}
     checkpoint.note_best(tmp_path / "checkpoints", 3, "monitor/age_mae", 0.0)
     assert monitor(10, log), "the best score of another task was not ignored"
     recipe.monitor.collapse_below = 0.999
@@ -297,12 +297,12 @@ def test_a_step_that_is_not_finite_changes_no_weight(trained, what):
 def test_votes_are_summed(trained):
     views = torch.randn(2, 4, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
     trained.optimizer.zero_grad()
-    figures, sums = train_step(
+    metrics, sums = train_step(
         trained, lambda z, temperature, batch: z.square().mean(), {"views": views}, 0, torch.float32,
         votes=lambda: [15.0, 0.0],
     )  # fmt: skip
     assert sums == [15.0, 0.0]
-    assert figures["loss"] > 0
+    assert metrics["loss"] > 0
 
 
 def test_a_signal_during_the_forward_pass_counts_in_the_same_step(trained):

@@ -176,8 +176,8 @@ def test_embedding_leaves_the_encoder_and_torchs_settings_as_they_were(folder):
         ([3, 4], {}, "scans has 3, which is not a path; row numbers and keys of shards need manifest="),
         (pd.DataFrame({"file": ["a"]}), {}, "has no column 'path'; its columns: file"),
         (["a.nii"], {"device": "tpu"}, "device='tpu' cannot be used here"),
-        (["a.nii"], {"batch_size": 0}, "batch_size=0 must be 1 or more"),
-        (["a.nii"], {"workers": -1}, "workers=-1 must be 0 or more"),
+        (["a.nii"], {"batch_size": 0}, "batch_size=0 is too small; give 1 or more"),
+        (["a.nii"], {"workers": -1}, "workers=-1 is too small; give 0 or more"),
         (["a.nii"], {"pooling": "median"}, "--pooling=median is not known"),
     ],
 )
