@@ -38,6 +38,9 @@ def printed(cell, folder):
     text = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
     lines = [line for line in text.splitlines() if not re.search(r": \d+/\d+ \w+, \S+ \w+/s", line)]
     lines = [re.sub(r"\b[0-9a-f]{32}\b", "#", line.replace(f"{folder}/", "")) for line in lines]
+    lines = [
+        re.sub(r"(\d+ (h|min) )?\d+ (s|min)\b", "# s", line) for line in lines
+    ]  # 33 s; 1 min 4 s on a busy machine
     return [re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", line) for line in lines]
 
 
