@@ -102,7 +102,7 @@ def _index(options: argparse.Namespace) -> int:
         orientation=options.orientation, columns=options.columns,
         workers=options.workers, splits=parse_splits(options.splits) if options.splits else None,
     )  # fmt: skip
-    excluded = int(manifest.settings["quarantined"])
+    excluded = int(manifest.settings.get("quarantined", 0))
     print(f"shards: indexed: {len(manifest.scans)} scans in {len(manifest.shards)} shards; manifest in {options.out}")
     print(f"shards: splits: {_counts(manifest.scans['split'])}; manifest digest {manifest.digest[:12]}")
     if excluded:
@@ -122,7 +122,7 @@ def _build(options: argparse.Namespace) -> int:
         scans_per_shard=options.scans_per_shard, seed=options.seed,
         splits=parse_splits(options.splits) if options.splits else None,
     )  # fmt: skip
-    excluded = int(manifest.settings["quarantined"])
+    excluded = int(manifest.settings.get("quarantined", 0))
     size = sum(int(row["bytes"]) for row in manifest.shards) / 1e6
     print(f"shards: {'already built' if existed else 'built'}: {len(manifest.scans)} scans in {len(manifest.shards)} shards, "
           f"{size:.1f} MB, in {options.out}")  # fmt: skip

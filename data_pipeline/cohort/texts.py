@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
+from infra.files import read_bytes
 
 # Byte order marks and their encodings; UTF-32 first, because its mark begins with that of UTF-16.
 MARKS = {
@@ -48,7 +49,7 @@ def _advice(name: str, encoding: str) -> str:
 def read_text(path: Path, kind: str = "text") -> str:
     """Read a text file, see ``decode_text``. Raises UserError if it cannot be read."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return decode_text(content, str(path), kind)
@@ -62,7 +63,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return parse_sidecar(path.read_bytes(), str(path))
+        return parse_sidecar(read_bytes(path), str(path))
     except OSError as error:
         warn(f"{path} is ignored, it cannot be read: {error.strerror}")
         return {}

@@ -80,6 +80,7 @@ def append_shards(
     with unfinished.locked(folder):
         old = Manifest.load(folder)
         check_not_indexed(old)
+        _check_complete(old)
         check_pseudonyms(old, key_file)
         scans, unlisted, changes = read_with_changes(
             root,
@@ -249,6 +250,15 @@ def _check_column_type(name: str, before: pd.Series[Any], new: pd.Series[Any], r
         raise UserError(
             f"column {name!r} holds {kinds[0]} in {root} and {kinds[1]} in the cohort's table "
             f"(for example {new.dropna().iloc[0]!r}); give both the same type of values"
+        )
+
+
+def _check_complete(manifest: Manifest) -> None:
+    """Raise UserError if the manifest lacks a setting by which new scans are shuffled, split and written."""
+    missing = [name for name in ("seed", "scans_per_shard", "splits") if name not in manifest.settings]
+    if missing:
+        raise UserError(
+            f"{manifest.root / MANIFEST}: settings.{missing[0]} is missing, which new scans need; build the shards again"
         )
 
 

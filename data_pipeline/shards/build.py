@@ -128,7 +128,7 @@ def _build(
 
 def _existing_build(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manifest | None:
     """Return the manifest in ``folder``, None if there is none; raises UserError if it is of another build."""
-    if not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST).exists():
         return None
     old = Manifest.load(folder)
     # The values of builds made before these settings existed.

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from data_pipeline.cohort.cells import MISSING
 from data_pipeline.cohort.texts import read_text
 from infra.errors import UserError
-from infra.files import atomic_write, sha256_of
+from infra.files import atomic_write, read_bytes, sha256_of
 from pretrain.weights.embedding import embed_source, feature_table
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
@@ -191,8 +191,8 @@ def _entry(name: str, stamp: list[Any], features: NDArray[np.float32], unlike: s
 
 def _json_lines(path: Path) -> Iterator[Any]:
     """Yield the lines of a file up to one that a kill cut short; nothing if there is no file."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+    if path.exists():
+        for line in read_bytes(path).decode().splitlines():
             try:
                 yield json.loads(line)
             except ValueError:
