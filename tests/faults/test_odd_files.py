@@ -86,7 +86,7 @@ def test_what_is_no_json_object_is_refused_in_one_line(tmp_path, text):
 
 
 PACKAGES = ("infra", "data_pipeline", "pretrain", "evaluation")
-READERS = {
+LIBRARY_READERS = {
     "np.load", "pd.read_csv", "pd.read_parquet", "load_file", "safe_open", "torch.load", "OmegaConf.load", "tarfile.open",
     "nibabel.load", "yaml.safe_load", "yaml.load",
 }  # fmt: skip
@@ -127,7 +127,7 @@ def _unchecked(call: ast.Call) -> str:
         plain = name == "open" and len(call.args) < 2
         folder = name == "os.open" and "O_RDONLY" in ast.unparse(call)
         return name if reads or plain or folder else ""
-    if name in READERS and not any(word.arg == "fileobj" for word in call.keywords):
+    if name in LIBRARY_READERS and not any(word.arg == "fileobj" for word in call.keywords):
         given = call.args[0] if call.args else None
         stream = isinstance(given, ast.Name) and given.id in ("stream", "text", "content")
         checked = isinstance(given, ast.Call) and ast.unparse(given.func) in CHECKED
