@@ -112,10 +112,7 @@ class Manifest:
             scans = scans[scans["split"].isin(names)]
         if query:
             try:
-                chosen = scans.eval(query)
-                if not isinstance(chosen, pd.Series) or not pd.api.types.is_bool_dtype(chosen):
-                    raise TypeError("it gives no yes or no for each scan; write a condition, as in age >= 18")
-                scans = scans[chosen.fillna(False).astype(bool)]
+                scans = scans[fulfilling(scans, query)]
             except Exception as error:  # pandas raises many types of errors for malformed queries
                 raise UserError(f"query {query!r} fails on {SCANS}: {' '.join(str(error).split())}") from None
         return scans.index.to_numpy(dtype=np.int64)
@@ -299,3 +296,11 @@ def remove_old_tables(root: Path, name: str) -> None:
     for path in (root / SCANS, *root.glob("scans-????????.parquet")):
         if path.name != name:
             path.unlink(missing_ok=True)
+
+
+def fulfilling(scans: pd.DataFrame, query: str) -> NDArray[np.bool_]:
+    """Return which scans fulfil a pandas query: (N,) bool. Raises TypeError if it is no condition, or as pandas does."""
+    chosen = scans.eval(query)
+    if not isinstance(chosen, pd.Series) or not pd.api.types.is_bool_dtype(chosen):
+        raise TypeError("it gives no yes or no for each scan; write a condition, as in age >= 18")
+    return chosen.fillna(False).to_numpy(dtype=bool)

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.cohort.split import is_healthy
-from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.manifest import Manifest, fulfilling
 from evaluation.tasks.columns import as_numbers, as_strata, as_text, name_of_label, normalise_spelling
 from infra.errors import UserError, nearest
 from infra.settings import load_settings
@@ -212,14 +212,11 @@ def _select(spec: TaskFile, manifest: Manifest, file: str) -> Any:
 def _query(scans: pd.DataFrame, query: str, file: str, key: str) -> NDArray[np.bool_]:
     """Return which scans a pandas query selects: (len(scans),) bool."""
     try:
-        chosen = scans.eval(query)
-        if not isinstance(chosen, pd.Series) or not pd.api.types.is_bool_dtype(chosen):
-            raise TypeError("it gives no yes or no for each scan; write a condition, as in age >= 18")
+        return fulfilling(scans, query)
     except Exception as error:  # pandas raises whatever its parser or the columns raise
         raise UserError(
             f"{file}: {key}: {query!r} does not work on scans.parquet: {' '.join(str(error).split())}"
         ) from None
-    return chosen.fillna(False).to_numpy(dtype=bool)
 
 
 def _labels(spec: TaskFile, scans: pd.DataFrame, file: str) -> tuple[NDArray[Any], list[str], pd.DataFrame]:

@@ -43,13 +43,13 @@ def test_two_keys_that_differ_in_case_are_named(tmp_path, capsys):
 
 def test_levels_are_read_in_any_case_and_labels_are_words_as_written(tmp_path):
     describe(tmp_path, {"Drug": {"levels": {"0": "None", "1": {"description": "lithium"}, "2": "NA", "9": "n/a"}}})
-    scans = read_table(tmp_path, "drug", "0", "1", "2", "9", "n/a")
+    scans = read_table(tmp_path, "drug", *["0", "1", "2", "9", "n/a"])
     assert [scan.extra["drug"] for scan in scans] == ["None", "lithium", "NA", None, None]
 
 
 def test_codes_without_a_label_are_named_with_their_number(tmp_path, capsys):
     describe(tmp_path, {"diagnosis": {"Levels": {"0": "control", "1": "AD"}}, "iq": {"Levels": {"-9": "n/a"}}})
-    scans = read_table(tmp_path, "diagnosis,iq", "0,-9", "1,100", "2,101", "2,102", "3,103", "MCI,104")
+    scans = read_table(tmp_path, "diagnosis,iq", *["0,-9", "1,100", "2,101", "2,102", "3,103", "MCI,104"])
     assert [scan.extra["diagnosis"] for scan in scans] == ["control", "AD", "2", "2", "3", "MCI"]
     error = capsys.readouterr().err
     assert "people: diagnosis: '2' in 2 cells, '3' in 1 cell has no label in Levels of people.json" in error

@@ -344,8 +344,3 @@ def test_a_message_says_what_is_wrong(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         read_cohort(tmp_path / "people.csv")
     assert message in str(error.value)
-
-
-def test_blank_lines_before_the_header_are_skipped(tmp_path):
-    (tmp_path / "people.csv").write_text("\n ; \n\npath;participant_id;age\n\na.nii;1;30\n")
-    assert [scan.age for scan in read_cohort(tmp_path / "people.csv")[0]] == [30]
