@@ -237,8 +237,7 @@ def _labels(spec: TaskFile, scans: pd.DataFrame, file: str) -> tuple[NDArray[Any
         text = column.map(normalise_spelling)
         names = column.map(name_of_label)
         several = names.groupby(text).nunique()
-        spelling = name_of_label if (several > 1).any() else normalise_spelling
-        text = names if (several > 1).any() else text
+        spelling, text = (name_of_label, names) if (several > 1).any() else (normalise_spelling, text)
         positive, negative = ({spelling(value) for value in values} for values in (spec.positive, spec.negative))
         _check_apart(positive, negative, file)
         scans = scans[text.isin(positive | negative)]
