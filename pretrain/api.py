@@ -22,6 +22,7 @@ from pretrain.run.checkpoint import newest_step, step_folder, verify_checkpoint
 from pretrain.run.final_readouts import readouts_due
 from pretrain.run.folder import read_metrics
 from pretrain.run.log import SPOOL
+from pretrain.run.newest import newest_step
 from pretrain.run.plan import Plan, make_plan
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import list_checkpoints
@@ -164,7 +165,7 @@ def report_if_complete(plan: Plan) -> bool:
     if readouts_due(plan):
         return False
     spool = Path(recipe.run.output) / SPOOL
-    if spool.is_file() and send_spool(recipe.run.tracking_uri or default_uri(), spool):
+    if spool.exists() and send_spool(recipe.run.tracking_uri or default_uri(), spool):
         print("pretrain: sent to MLflow the metrics that had been waiting")
     print(f"pretrain: {recipe.run.name} is already complete: {plan.total_steps} steps, {checkpoints}")
     return True

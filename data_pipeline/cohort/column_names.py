@@ -92,7 +92,8 @@ def _take_split(source: DataSet, taken: dict[str, str], everywhere: Iterable[str
     if isinstance(source.values.get(SPLIT), str):
         raise UserError(
             f"{source.declared_in}: values.{SPLIT} is one split for every scan, but the tables of {source.name} have a column "
-            f"{taken.get(SPLIT, SPLIT)!r}; remove the constant, or leave the column out: `columns: {{{SPLIT}: null}}`"
+            f"{taken.get(SPLIT, SPLIT)!r}; remove the constant, or leave the column out: "
+            f"`columns: {{{as_yaml(taken.get(SPLIT, SPLIT))}: null}}`"
         )
     renamed = [ours for ours, theirs in taken.items() if theirs == SPLIT and ours != SPLIT]
     if SPLIT in taken:

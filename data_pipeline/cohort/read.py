@@ -23,7 +23,7 @@ from data_pipeline.cohort.layouts import (
     read_openbhb,
 )
 from data_pipeline.cohort.pseudonyms import pseudonymise, read_key
-from data_pipeline.cohort.scan import Scan, safe_name
+from data_pipeline.cohort.scan import Scan, check_readable, safe_name
 from data_pipeline.cohort.split import KNOWN_SPLITS, SPLIT, check_declared_splits
 from data_pipeline.cohort.texts import read_sidecar, warn
 from infra.errors import OPTIONAL_PATH, OPTIONAL_TEXT, PATH, UserError, check_arguments, nearest
@@ -111,6 +111,7 @@ def read_with_changes(
     scans = sorted((_texts(scan, mixed) for cohort in cohorts for scan in cohort.scans), key=lambda scan: scan.key)
     unlisted = [scan for cohort in cohorts for scan in cohort.unlisted]
     changes = [change for cohort in cohorts for change in cohort.changes]
+    without_scan = [row for cohort in cohorts for row in cohort.without_scan]
     _check_unique_keys(scans, source)
     splits = check_declared_splits((f"{scan.dataset}/{scan.participant_id}", scan.extra.get(SPLIT)) for scan in scans)
     for name in sorted({*splits.values()} - {*KNOWN_SPLITS}):
@@ -118,7 +119,8 @@ def read_with_changes(
     if key is not None:
         scans, unlisted = pseudonymise(scans, key), pseudonymise(unlisted, key)
         changes = [change._replace(before="") for change in changes]  # the text of a cell may hold an id
-    return CohortScans(scans, unlisted, changes)
+        without_scan = [row.partition(":")[0] for row in without_scan]
+    return CohortScans(scans, unlisted, changes, without_scan)
 
 
 def _read(data_set: DataSet, modality: str) -> CohortScans:
@@ -175,6 +177,7 @@ def detect_layout(path: Path) -> str:
             f"cohort {path} could be {candidates}; choose one with --layout (in a list of data sets: layout:)"
         )
     if not matching:
+        check_readable(child for child in (path, *path.iterdir()) if child.is_dir())
         raise UserError(
             f"cohort {path} has no known layout: no sub-*/[ses-*/]anat/*.nii.gz (bids), no mri/mwp1*.nii (cat12), "
             "no {train,val}/derivatives/sub-*/ses-*/*.npy (openbhb); list its files in a .csv with a column path"
@@ -208,6 +211,13 @@ def _check_unique_keys(scans: list[Scan], source: str | Path) -> None:
     """Raise UserError if two scans (sorted by key) have one key."""
     for first, second in pairwise(scans):
         if first.key == second.key:
+            names = [(scan.dataset, scan.participant_id, scan.session, scan.run) for scan in (first, second)]
+            if names[0] != names[1]:
+                one, other = next((a, b) for a, b in zip(*names, strict=True) if a != b)
+                raise UserError(
+                    f"cohort {source}: {one!r} and {other!r} both become {safe_name(one)!r} in the key {first.key}, where "
+                    f"letters other than A-Z, 0-9, _ and - are replaced; rename one of them"
+                )
             number = sum(scan.key == first.key for scan in scans)
             raise UserError(
                 f"cohort {source}: {number} files have the key {first.key}, for example {first.path} and {second.path}; "

@@ -11,7 +11,7 @@ from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
 from data_pipeline.cohort.scan import array_orientations
 from data_pipeline.cohort.split import DEFAULT_SPLITS, check_shares
-from data_pipeline.quality.columns import PAGE, write_columns
+from data_pipeline.quality.columns import PAGE, column_tables, warn_of_unmatched, write_columns
 from data_pipeline.quality.rules import Quality, check_quality, unlisted_removals, write_quarantine
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.scan_table import scan_table
@@ -92,7 +92,7 @@ def build_shards(
         raise UserError(f"scans_per_shard={scans_per_shard} must be at least 1")
     intensity, quality = check_preparation(modality, crop, intensity), quality or Quality()
     cohort_scans = read_with_changes(root, dataset, modality, layout=layout, columns=columns, key_file=key_file)
-    scans, unlisted, _ = cohort_scans
+    scans, unlisted = cohort_scans.scans, cohort_scans.unlisted
     check_quality(quality, scans)
     grid = grid or common_grid(scans)
     settings: dict[str, Any] = {
@@ -116,7 +116,7 @@ def build_shards(
 def _build(
     folder: Path, cohort_scans: CohortScans, grid: Grid, settings: dict[str, Any], workers: int | None
 ) -> Manifest:
-    scans, unlisted, changes = cohort_scans
+    scans, unlisted, changes, without_scan = cohort_scans
     # The user may have removed the manifest of an earlier build to build again; its surplus shards are removed here.
     count = -(-len(scans) // settings["scans_per_shard"])
     names = {shard_name(settings["dataset"], n) for n in range(count)}
@@ -126,7 +126,9 @@ def _build(
     shards, rows, refused = write_shards(folder, scans, grid, settings, workers=workers)
     refused = [*unlisted_removals(unlisted), *refused]
     write_quarantine(folder / "quarantine.tsv", refused)
-    write_columns(folder / PAGE, settings["dataset"], scans, changes)
+    tables = column_tables(scans, changes, without_scan, len(unlisted))
+    write_columns(folder / PAGE, settings["dataset"], tables)
+    warn_of_unmatched(without_scan)
     if not rows:
         raise UserError(f"no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")
     built = write_manifest(folder, grid, {**settings, "quarantined": len(refused)}, shards, scan_table(rows, settings))
@@ -136,7 +138,7 @@ def _build(
 
 def _existing_build(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manifest | None:
     """Return the manifest in ``folder``, None if there is none; raises UserError if it is of another build."""
-    if not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST).exists():
         return None
     old = Manifest.load(folder)
     # The values of builds made before these settings existed.

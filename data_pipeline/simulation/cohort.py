@@ -21,7 +21,7 @@ from data_pipeline.simulation.volumes import VENTRICLE_ML, make_volume
 from data_pipeline.volume.grid import Grid
 from infra import random_streams
 from infra.errors import NUMBER, OPTIONAL_WHOLE, PATH, WHOLE, Kind, UserError, check_arguments
-from infra.files import atomic_write, write_json
+from infra.files import atomic_write, read_text, write_json
 from infra.progress import Progress
 
 RECORD = "simulation.json"
@@ -198,9 +198,9 @@ def _write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
 def _claim(folder: Path, settings: Simulation) -> None:
     """Record the settings in the folder; raises UserError if it holds another cohort or other files."""
     path, record = folder / RECORD, settings.to_dict()
-    if path.is_file():
+    if path.exists():
         # A record from before a setting existed means that setting's default.
-        old = {**Simulation().to_dict(), **json.loads(path.read_text(encoding="utf-8"))}
+        old = {**Simulation().to_dict(), **json.loads(read_text(path))}
         changed = [key for key in record if old[key] != record[key]]
         if changed:
             key = changed[0]

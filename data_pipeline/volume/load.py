@@ -33,9 +33,13 @@ def open_image(path: Path, orientation: str = "", arrays_on: Grid | None = None)
     """
     # Opening a named pipe or a device would wait or read forever.
     parts = [path.with_suffix(suffix) for suffix in (".hdr", ".img")] if path.suffix in (".hdr", ".img") else [path]
-    if any(part.exists() and not part.is_file() for part in parts):
+    try:
+        regular = all(part.is_file() or not part.exists() for part in parts)
+    except OSError as error:  # for example a name that is too long
+        raise _unreadable(path, error) from None
+    if not regular:
         raise BadScan("is not a regular file, but a folder, pipe or device", "file")
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return _open_array(path, orientation, arrays_on)
     try:
         image = nibabel.load(path)

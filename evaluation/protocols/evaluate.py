@@ -34,7 +34,7 @@ from evaluation.tasks.resamples import NO_RESAMPLING
 from evaluation.tasks.tasks import Task, check_names, load_task
 from infra import ray_cluster
 from infra.errors import UserError
-from infra.files import sha256_of, write_json
+from infra.files import read_text, sha256_of, write_json
 from infra.processes.unchanged import unchanged_environment
 from infra.tracking.tracker import store_uri
 from pretrain.weights.encoder import Encoder
@@ -227,9 +227,9 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
         used["readouts_sha256"] = sha256_of(readouts_folder(candidate.folder) / "checksums.json")
     work = context.work_folder(name, candidate, used)
     logged, run_file, result_folder = work / "metrics.json", work / "run.json", work / "result"
-    run_id = json.loads(run_file.read_text())["run_id"] if run_file.is_file() else None
-    if logged.is_file():
-        return json.loads(logged.read_text()), str(run_id)
+    run_id = json.loads(read_text(run_file))["run_id"] if run_file.exists() else None
+    if logged.exists():
+        return json.loads(read_text(logged)), str(run_id)
     params = {"tasks": ",".join(context.settings.tasks), "protocol": name, **used, "scans": len(context.rows)}
     tracker = open_run(context, candidate, variant, params, run_id)
     write_json(run_file, {"run_id": tracker.run_id})
@@ -249,7 +249,7 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
             f"result is kept in {result_folder}: fix this and run the same command again: "
             + (tracker.fault or "it rejected a file or a trial, see the warning above")
         )
-    metrics: dict[str, float] = json.loads((result_folder / "metrics.json").read_text())
+    metrics: dict[str, float] = json.loads(read_text(result_folder / "metrics.json"))
     write_json(logged, metrics)
     return metrics, str(tracker.run_id)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
-from infra.files import atomic_write
+from infra.files import atomic_write, read_bytes
 from infra.internals import internal, replaced_internal
 from infra.lean_imports import quiet_imports
 from infra.processes.scratch import scratch_folder
@@ -81,7 +81,7 @@ def create_sqlite(file: Path) -> None:
         finally:
             engine.dispose()
         with atomic_write(file) as stream:
-            stream.write(new.read_bytes())
+            stream.write(read_bytes(new))
 
 
 def reading_client(uri: str) -> Any:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from infra import distributed
 from infra.errors import UserError
+from infra.files import regular_file
 from infra.internals import set_internal
 from pretrain.engine.partitions import (
     Segment,
@@ -189,7 +190,7 @@ def _join_segments(stored: Iterator[Stored]) -> Iterator[tuple[str, torch.Tensor
 def _load_tensors(engine: Any, path: Path, folder: Path) -> None:
     """Fill this rank's optimiser from the joined file, and the network from the optimiser. Collective."""
     optimizer, whole_sizes = engine.basic_optimizer, _whole_sizes(engine)
-    with safe_open(path, framework="pt") as joined:
+    with safe_open(regular_file(path), framework="pt") as joined:
         stored_states: dict[str, list[tuple[str, str]]] = {}
         for name in joined.keys():  # noqa: SIM118
             kind, *rest = name.split("/")

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline.storage.manifest import Manifest, check_shards
 from infra.errors import UserError
+from infra.files import regular_file
 from pretrain.losses.proxies import proxy_columns
 from pretrain.readouts.fit import ReadoutSettings, fit_readouts
 from pretrain.readouts.targets import check_columns
@@ -83,4 +84,4 @@ def add_readouts(
 def _recipe_of(encoder: Path) -> Any:
     """Return the recipe of the run that an encoder is a checkpoint of; empty for an exported encoder."""
     path = encoder.parent.parent.parent / "recipe.yaml"
-    return OmegaConf.load(path) if path.is_file() else OmegaConf.create({})
+    return OmegaConf.load(regular_file(path)) if path.exists() else OmegaConf.create({})

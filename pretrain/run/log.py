@@ -17,8 +17,8 @@ from infra.progress import Progress, clock
 from infra.settings import flatten, to_dict
 from infra.tracking.tracker import Tracker, default_uri
 from pretrain.losses.diagnostics import Positives
-from pretrain.run import checkpoint
 from pretrain.run import folder as run_folder
+from pretrain.run.newest import newest_step
 from pretrain.run.plan import Plan
 from pretrain.weights.readouts import Readouts
 
@@ -154,7 +154,7 @@ class RunLog:
         self.tracker.end(status)
         output = Path(self.plan.recipe.run.output)
         if stopped:
-            step = checkpoint.newest_step(output / "checkpoints")
+            step = newest_step(output / "checkpoints")
             print(f"pretrain: stopped by {stopped} after step {step}, saved; the same command continues", flush=True)
         if status == "FINISHED":
             took = clock(time.monotonic() - self._started)

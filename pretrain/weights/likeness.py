@@ -95,7 +95,7 @@ class Likeness:
                 "export the encoder again"
             )
         r, mean = 0.0 if volume is None else _correlation(volume, self._volume), _mean(voxels)
-        if r < self._limit:
+        if not r >= self._limit:  # also where r is NaN
             lowest = f"{self._measure['lowest']:.2f}"
             return f"its correlation with the mean training scan is {r:.2f}, that of training scans {lowest} or more"
         if not smallest / UNIT <= mean <= greatest * UNIT:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from infra.errors import UserError
-from infra.files import sha256_of, write_json
+from infra.files import regular_file, sha256_of, write_json
 from infra.processes.scratch import scratch_folder
 from pretrain.weights.folder import read_json
 from pretrain.weights.schema import check_readouts_file
@@ -263,14 +263,14 @@ def read_readouts(encoder: Path, weights: str) -> Readouts | None:
         return None
     checksums = read_json(folder / "checksums.json")
     for name in (TENSORS, JSON):
-        if not (folder / name).is_file() or sha256_of(folder / name) != checksums.get(name):
+        if not (folder / name).exists() or sha256_of(folder / name) != checksums.get(name):
             raise UserError(f"{folder / name} is missing or differs from checksums.json; {REPAIR}")
     content = read_json(folder / JSON)
     check_readouts_file(content, folder / JSON)
     if content["weights"] != weights:
         raise UserError(f"{folder / JSON}: weights={content['weights'][:16]}: fitted to other weights; {REPAIR}")
     try:
-        tensors = load_file(folder / TENSORS)
+        tensors = load_file(regular_file(folder / TENSORS))
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{folder / TENSORS} cannot be read ({' '.join(str(error).split())[:120]}); {REPAIR}") from None
     readouts = {}

@@ -63,7 +63,7 @@ class FileSource:
         self.unlike: dict[str, str] = {}
         self._file = FilePreparation.of(preprocessing)
         self._likeness, self._tiv = Likeness(preprocessing), tiv
-        arrays = any(name.endswith(".npy") for name in self.names)
+        arrays = any(name.lower().endswith(".npy") for name in self.names)
         self._orientation = orientation or (self._file.orientation() if arrays else "")
         if self._file.preparation.scaling == "tiv" and (tiv is None or len(tiv) != len(paths)):
             found = "none" if tiv is None else f"{len(tiv)}"

@@ -166,7 +166,7 @@ def test_a_search_that_was_killed_here_goes_on_with_its_missing_points(tmp_path,
     log = tmp_path / "log"
     log.mkdir()
     data = {"base": 1.0, "log": str(log)}
-    common = {"data": data, "storage": tmp_path, "name": "search", "here": True}
+    common = {"data": data, "storage": tmp_path, "name": "search", "in_process": True}
     with pytest.raises(RuntimeError, match="search: a trial failed: intended failure"):
         tuning.tune_grid(trial, [{"c": 1}, {"c": 2}, {"c": 3, "fail": True}], **common)
     tuning.tune_grid(trial, [{"c": 1}, {"c": 2}, {"c": 3}], **common)
