@@ -18,7 +18,7 @@ from pretrain.encoders import ENCODERS
 from pretrain.kernels import KERNELS
 from pretrain.launch.start import JobEnd, start_recipe
 from pretrain.losses.options import find_loss
-from pretrain.run.checkpoint import newest_step, step_folder, verify_checkpoint
+from pretrain.run.checkpoint import step_folder, verify_checkpoint
 from pretrain.run.final_readouts import readouts_due
 from pretrain.run.folder import read_metrics
 from pretrain.run.log import SPOOL

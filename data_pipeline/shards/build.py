@@ -84,12 +84,7 @@ def build_shards(
     ray_cluster.check_workers(workers)
     folder, root = Path(out).resolve(), Path(cohort).resolve()  # absolute: Ray workers run in another directory
     check_scaling(scaling)
-    if splits is not None:
-        check_shares(splits, splits)
-    if codec not in CODECS:
-        raise UserError(f"codec={codec!r} is not known{nearest(codec, CODECS)}; allowed: {', '.join(CODECS)}")
-    if scans_per_shard < 1:
-        raise UserError(f"scans_per_shard={scans_per_shard} must be at least 1")
+    _check_storage(splits, codec, scans_per_shard)
     intensity, quality = check_preparation(modality, crop, intensity), quality or Quality()
     cohort_scans = read_with_changes(root, dataset, modality, layout=layout, columns=columns, key_file=key_file)
     scans, unlisted = cohort_scans.scans, cohort_scans.unlisted
@@ -111,6 +106,15 @@ def build_shards(
         # Checked again under the lock: another process may have finished the build meanwhile.
         existing = _existing_build(folder, grid, settings)
         return existing or _build(folder, cohort_scans, grid, settings, workers)
+
+
+def _check_storage(splits: dict[str, float] | None, codec: str, scans_per_shard: int) -> None:
+    if splits is not None:
+        check_shares(splits, splits)
+    if codec not in CODECS:
+        raise UserError(f"codec={codec!r} is not known{nearest(codec, CODECS)}; allowed: {', '.join(CODECS)}")
+    if scans_per_shard < 1:
+        raise UserError(f"scans_per_shard={scans_per_shard} must be at least 1")
 
 
 def _build(
