@@ -299,7 +299,7 @@ def test_features_of_any_block(world):
     [
         (["--protocols", "knnn"], "protocol 'knnn' is not known (did you mean 'knn'?)"),
         (["--protocols", "age-supervised"], "protocol age-supervised is a pretraining: run yaware pretrain"),
-        (["--finetune.epoch=3"], "unknown key 'epoch' (did you mean 'epochs'?)"),
+        (["--finetune.epoch=3"], "unknown key 'finetune.epoch' (did you mean 'epochs'?)"),
         (["--finetune.batch=3", "--finetune.ranks=2"], "finetune.batch=3 is too small for 2 ranks; it must be at least 4"),
         (["--fintune.epochs=3"], "argument --fintune.epochs=3 is not known"),
         (["--layer", "layer9"], "layer='layer9' is not a block of this encoder"),
