@@ -179,9 +179,11 @@ def test_changed_files_of_an_encoder(count, name, tmp_path):
         "readouts.json": (check_readouts_file, READOUTS),
     }[name]
     check(content, tmp_path / name)
-    run = given(changes)(
-        lambda todo: holds_or_refuses(lambda: check(changed(content, todo), tmp_path / name), UserError)
-    )
+
+    @given(changes)
+    def run(todo):
+        holds_or_refuses(lambda: check(changed(content, todo), tmp_path / name), UserError)
+
     examples(count)(run)()
 
 

@@ -93,7 +93,7 @@ def test_named_features_have_their_own_variant(world, more, label):
     [
         (
             ["--layer", "auto", "--pooling", "grid3"],
-            "layer=auto chooses pooling and scale too; leave out --pooling and --scale",
+            "layer=auto chooses pooling and scale too; leave out pooling and scale",
         ),
         (
             ["--layer", "auto", "--protocols", "paper,knn"],
