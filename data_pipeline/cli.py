@@ -71,6 +71,9 @@ def shards(arguments: list[str]) -> int:
     annotate.add_argument(
         "--columns", type=lambda text: text.split(","), help="columns to add, separated by commas (default: all)"
     )
+    annotate.add_argument(
+        "--rules", type=Path, metavar="FILE", help="YAML file that declares columns and the rules for their values"
+    )
     annotate.add_argument("--replace", action="store_true", help="overwrite columns that the shards have already")
     info = commands.add_parser("info", help="print counts, ages, sites, splits and sizes")
     info.add_argument("shards", help="folder or URL of shards")
@@ -102,7 +105,7 @@ def _index(options: argparse.Namespace) -> int:
         orientation=options.orientation, columns=options.columns,
         workers=options.workers, splits=parse_splits(options.splits) if options.splits else None,
     )  # fmt: skip
-    excluded = int(manifest.settings["quarantined"])
+    excluded = int(manifest.settings.get("quarantined", 0))
     print(f"shards: indexed: {len(manifest.scans)} scans in {len(manifest.shards)} shards; manifest in {options.out}")
     print(f"shards: splits: {_counts(manifest.scans['split'])}; manifest digest {manifest.digest[:12]}")
     if excluded:
@@ -122,7 +125,7 @@ def _build(options: argparse.Namespace) -> int:
         scans_per_shard=options.scans_per_shard, seed=options.seed,
         splits=parse_splits(options.splits) if options.splits else None,
     )  # fmt: skip
-    excluded = int(manifest.settings["quarantined"])
+    excluded = int(manifest.settings.get("quarantined", 0))
     size = sum(int(row["bytes"]) for row in manifest.shards) / 1e6
     print(f"shards: {'already built' if existed else 'built'}: {len(manifest.scans)} scans in {len(manifest.shards)} shards, "
           f"{size:.1f} MB, in {options.out}")  # fmt: skip
@@ -163,7 +166,9 @@ def _append(options: argparse.Namespace) -> int:
 def _annotate(options: argparse.Namespace) -> int:
     from data_pipeline.shards.annotate import annotate_shards
 
-    manifest, counts = annotate_shards(options.shards, options.table, options.columns, replace=options.replace)
+    manifest, counts = annotate_shards(
+        options.shards, options.table, options.columns, replace=options.replace, rules=options.rules
+    )
     total = len(manifest.scans)
     for name, count in counts.items():
         print(f"shards: {name}: {count} of {total} scans have a value")

@@ -40,7 +40,7 @@ def usage() -> str:
 
 
 def print_any_text() -> None:
-    """Let a console that is no UTF-8 show what it can: other letters are printed as ``?`` instead of ending the command."""
+    """Let a console that is not UTF-8 show what it can: other letters are printed as ``?`` instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

@@ -6,8 +6,8 @@ import os
 import random
 import re
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,18 +150,6 @@ def is_loopback(address: str) -> bool:
 def loopback_of_gloo() -> dict[str, str]:
     """Return the variable that lets gloo listen on the loopback interface; none where its name is not ``lo``."""
     return {"GLOO_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").exists() else {}
-
-
-@contextmanager
-def unchanged_environment() -> Iterator[None]:
-    """Restore ``os.environ`` at the end of the block."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 def broadcast(value: Any) -> Any:

@@ -1,10 +1,13 @@
-"""Exceptions that end a command with one line and no traceback."""
+"""Exceptions that end a command with one line and no traceback, and a check of arguments that raises them."""
 
 from __future__ import annotations
 
 import difflib
 import errno
+import numbers
+import os
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 # Errors of the file system and what to do about them; any other OSError is a bug and keeps its traceback.
 STORAGE_ERRORS = {
@@ -35,6 +38,30 @@ def storage_line(error: OSError) -> str:
     if error.errno not in STORAGE_ERRORS or error.filename is None:
         return ""
     return f"{error.filename}: {error.strerror}; {STORAGE_ERRORS[error.errno]}"
+
+
+class Kind(NamedTuple):
+    """What an argument may be: its types, and the same in words."""
+
+    types: tuple[type, ...]
+    words: str
+
+
+WHOLE = Kind((numbers.Integral,), "a whole number")
+OPTIONAL_WHOLE = Kind((numbers.Integral, type(None)), "a whole number or None")
+NUMBER = Kind((numbers.Real,), "a number")
+TEXT = Kind((str,), "a text")
+OPTIONAL_TEXT = Kind((str, type(None)), "a text or None")
+PATH = Kind((str, os.PathLike), "a path")
+OPTIONAL_PATH = Kind((str, os.PathLike, type(None)), "a path or None")
+
+
+def check_arguments(kind: Kind, **arguments: Any) -> None:
+    """Raise UserError, naming the argument, unless each argument is of a kind; True and False are no numbers."""
+    for name, value in arguments.items():
+        is_number = not isinstance(value, bool) or bool in kind.types
+        if not (is_number and isinstance(value, kind.types)):
+            raise UserError(f"{name}={value!r:.80} is of type {type(value).__name__}; allowed: {kind.words}")
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

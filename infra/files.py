@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from infra.errors import UserError
 
+P = TypeVar("P", bound="str | os.PathLike[str]")
 # What flock raises on file systems without locks: some mounts of NFS, Lustre without -o flock, some FUSE file systems.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
@@ -183,6 +184,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         stream.write("\n")
 
 
+MAX_JSON_BYTES = 2**26  # of one file
 # What a path may be instead of a regular file, by the type in its mode.
 KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
@@ -198,12 +200,13 @@ def other_kind(path: str | os.PathLike[str]) -> str:
         return ""
 
 
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise UserError if something else than a regular file is at ``path``: opening a pipe or a device may wait forever.
+def regular_file(path: P) -> P:
+    """Return ``path``; raises UserError if something else than a regular file is there.
 
-    A path where nothing is raises nothing; the caller's way to open it says so.
+    Opening a pipe or a device may wait forever. A path where nothing is raises nothing: the caller's way to open it says so.
     """
     _refuse(path, other_kind(path))
+    return path
 
 
 def open_descriptor(path: str | os.PathLike[str]) -> int:
@@ -211,7 +214,7 @@ def open_descriptor(path: str | os.PathLike[str]) -> int:
 
     Raises UserError if something else is there, else as ``open`` does.
     """
-    check_regular(path)  # a socket cannot even be opened
+    regular_file(path)  # a socket cannot even be opened
     handle = os.open(
         path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
     )  # without waiting for a pipe's writer
@@ -247,6 +250,22 @@ def read_text(path: str | os.PathLike[str], errors: str = "strict") -> str:
     """Return the UTF-8 text of a regular file, each end of line as ``\\n``. Raises as ``open_file``, and UnicodeDecodeError."""
     with io.TextIOWrapper(open_file(path), encoding="utf-8", errors=errors) as stream:
         return stream.read()
+
+
+def read_object(path: str | os.PathLike[str], fix: str) -> dict[str, Any]:
+    """Return the JSON object in a regular file of at most 64 MB.
+
+    Raises UserError, with ``fix`` as its last words, if the file holds something else; else as ``open_file``.
+    """
+    with open_file(path) as stream:
+        text = stream.read(MAX_JSON_BYTES + 1)
+    try:
+        content = json.loads(text.decode()) if len(text) <= MAX_JSON_BYTES else "more than 64 MB"
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{os.fspath(path)} is not valid JSON ({str(error)[:100]}); {fix}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{os.fspath(path)} holds {repr(content)[:60]}, not an object; {fix}")
+    return content
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 _own_process = False
 
@@ -50,6 +53,18 @@ def without_optional(*names: str) -> Iterator[None]:
     """
     with without(*(names if _own_process else ())):
         yield
+
+
+def import_apart(name: str) -> Any:
+    """Import and return a module in a thread of its own; raises what the import raises.
+
+    For libraries that keep an error of their import with its traceback, as optuna does for optional packages. The frames in it
+    lead to all callers, so that their variables, an engine or the arrays of a notebook, would never be freed.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(import_module, name).result()
 
 
 @contextmanager

@@ -35,7 +35,7 @@ SIMULATED_VOLUME = 0x5CA4  # folding and noise of a simulated scan; counter: par
 SIMULATED_TIV = 0x71B  # measurement error of the total intracranial volume; counter: participant, session
 
 # pretrain
-MONITORED_SCANS = 0x0B5  # scans that the online probes see, where the split has more than they use
+MONITORED_SCANS = 0x0B5  # scans drawn for the online probes if the split has more than they use
 READOUT_FOLDS = 0x4EAD  # order in which participants are dealt to the folds of a readout
 
 # evaluation

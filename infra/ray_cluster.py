@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.distributed import loopback_of_gloo
-from infra.errors import UserError
+from infra.errors import OPTIONAL_WHOLE, UserError, check_arguments
 from infra.files import short_temporary_folder
 from infra.internals import internal, replaced_internal
 from infra.lean_imports import quiet_imports
@@ -45,13 +45,30 @@ def import_ray() -> Any:
     return ray
 
 
+def check_workers(workers: Any) -> None:
+    """Raise UserError unless ``workers`` is a number of CPUs, at least 1, or None, which stands for all."""
+    check_arguments(OPTIONAL_WHOLE, workers=workers)
+    if workers is not None and workers < 1:
+        raise UserError(f"workers={workers} must be at least 1; leave it out for all cores")
+
+
 @contextmanager
 def session(workers: int | None = None) -> Iterator[Any]:
     """Connect to the cluster of ``RAY_ADDRESS``, or to a local one with ``workers`` CPUs (default: all). Yield ``ray``.
 
-    A session inside another session uses the same cluster. Raises UserError if the cluster of ``RAY_ADDRESS`` does not
-    answer or rejects the connection.
+    A session inside another session uses the same cluster. Afterwards ``os.environ``, ``sys.excepthook`` and the handler of
+    SIGTERM, which Ray changes, are as before. Raises UserError if the cluster of ``RAY_ADDRESS`` does not answer or rejects
+    the connection.
     """
+    check_workers(workers)
+    from infra.processes.unchanged import unchanged_environment, unchanged_handlers
+
+    with unchanged_environment(), unchanged_handlers(), _session(workers) as ray:
+        yield ray
+
+
+@contextmanager
+def _session(workers: int | None) -> Iterator[Any]:
     ray = import_ray()
     if ray.is_initialized():
         yield ray
@@ -134,6 +151,7 @@ _cluster_on_demand: Callable[[], Any] | None = None
 def session_on_demand(workers: int | None = None) -> Iterator[None]:
     """As `session`, but a local cluster starts when `connect` is called for the first time within the block."""
     global _cluster_on_demand
+    check_workers(workers)
     if _cluster_on_demand:
         yield
     elif os.environ.get("RAY_ADDRESS"):

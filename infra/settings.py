@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from infra.errors import UserError, nearest
+from infra.files import regular_file
 
 Settings = TypeVar("Settings")
 
@@ -100,8 +101,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(recipe: Path) -> Any:
+    regular_file(recipe)
     try:
-        tree = OmegaConf.load(recipe)
+        tree = OmegaConf.load(regular_file(recipe))
     except FileNotFoundError:
         raise UserError(
             f"recipe {recipe} not found; use the name of a shipped recipe or the path of a YAML file"

@@ -4,7 +4,7 @@ Each result is written atomically to a file of its own beside Tune's state. Tune
 kill it may miss trials that have finished; the files do not. All nodes of a cluster must see the folder ``storage``.
 
 Tune pickles its state, and a pickle can run code when it is read. So ``storage`` must be a folder to which only the user can
-write; this is checked before anything in it is read. The results themselves are no pickles (infra.trust.results).
+write; this is checked before anything in it is read. The results themselves are not pickles (infra.trust.results).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infra import ray_cluster
+from infra.files import read_text
 from infra.progress import Progress
 from infra.ray_cluster import import_tune, train_torch
 from infra.trust.owners import own_folder
@@ -162,7 +163,7 @@ def tune_search(
         domains = {key: getattr(tune, kind)(*bounds) for key, (kind, *bounds) in space.items()}
         _run(tune, wrapped, domains, config=config, storage=storage, name=name, count=samples, title=title)
         _write(finished, b"{}")
-    records = [json.loads(path.read_text()) for path in sorted(results.glob("trial-*.json"))]
+    records = [json.loads(read_text(path)) for path in sorted(results.glob("trial-*.json"))]
     return [record for record in records if record["scores"]]
 
 
@@ -287,7 +288,7 @@ def _search_class(tune: Any) -> type[Any]:
             self.point = dict(config)
             digest = hashlib.sha256(json.dumps(self.point, sort_keys=True).encode()).hexdigest()[:16]
             self.target = self.out / f"trial-{digest}.json"
-            stored = json.loads(self.target.read_text()) if self.target.is_file() else None
+            stored = json.loads(read_text(self.target)) if self.target.exists() else None
             if stored and stored["done"]:
                 self.record, self.steps = stored, iter([{"score": score} for score in stored["scores"]])
             else:

@@ -10,15 +10,19 @@ from typing import Any
 import pandas as pd
 
 from infra import distributed
-from infra.errors import UserError
+from infra.errors import OPTIONAL_PATH, OPTIONAL_WHOLE, PATH, Kind, UserError, check_arguments
 from infra.tracking.tracker import default_uri, send_spool
 from infra.watchdog.exit_note import read_notes
 from pretrain.config import Recipe
+from pretrain.encoders import ENCODERS
+from pretrain.kernels import KERNELS
 from pretrain.launch.start import JobEnd, start_recipe
-from pretrain.run.checkpoint import newest_step, step_folder, verify_checkpoint
+from pretrain.losses.options import find_loss
+from pretrain.run.checkpoint import step_folder, verify_checkpoint
 from pretrain.run.final_readouts import readouts_due
 from pretrain.run.folder import read_metrics
 from pretrain.run.log import SPOOL
+from pretrain.run.newest import newest_step
 from pretrain.run.plan import Plan, make_plan
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import list_checkpoints
@@ -39,6 +43,7 @@ class Run(os.PathLike[str]):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        check_arguments(PATH, folder=folder)
         self.folder = Path(folder)
         if not (self.folder / "recipe.yaml").is_file():
             raise UserError(
@@ -80,6 +85,7 @@ class Run(os.PathLike[str]):
 
         Raises UserError if the run has no such checkpoint.
         """
+        check_arguments(Kind((int, str, type(None)), "a step, 'best', or None for the latest"), step=step)
         if step is None:
             return Encoder.from_pretrained(self.folder)
         checkpoints = self.folder / "checkpoints"
@@ -138,6 +144,7 @@ def pretrain(
 
             train(plan)
         else:
+            _check_entries(plan)
             _raise_if_failed(start_recipe(chosen, chosen.launch.ranks), Path(chosen.run.output))
         step = newest_step(Path(chosen.run.output) / "checkpoints") or 0
         if step < plan.total_steps:
@@ -158,7 +165,7 @@ def report_if_complete(plan: Plan) -> bool:
     if readouts_due(plan):
         return False
     spool = Path(recipe.run.output) / SPOOL
-    if spool.is_file() and send_spool(recipe.run.tracking_uri or default_uri(), spool):
+    if spool.exists() and send_spool(recipe.run.tracking_uri or default_uri(), spool):
         print("pretrain: sent to MLflow the metrics that had been waiting")
     print(f"pretrain: {recipe.run.name} is already complete: {plan.total_steps} steps, {checkpoints}")
     return True
@@ -168,6 +175,13 @@ def _with_overrides(
     recipe: str | os.PathLike[str] | Recipe, ranks: int | None, output: str | os.PathLike[str] | None,
     sections: Mapping[str, Mapping[str, Any]],
 ) -> Recipe:  # fmt: skip
+    if not isinstance(recipe, Recipe):
+        check_arguments(Kind((str, os.PathLike), "a recipe's name, a path or a Recipe"), recipe=recipe)
+    check_arguments(OPTIONAL_WHOLE, ranks=ranks)
+    check_arguments(OPTIONAL_PATH, output=output)
+    check_arguments(Kind((Mapping,), "a mapping of the section's keys to values"), **{
+        name: sections[name] for name in ("launch", "run") if name in sections
+    })  # fmt: skip
     changes = {name: dict(values) if isinstance(values, Mapping) else values for name, values in sections.items()}
     if ranks is not None:
         changes.setdefault("launch", {})["ranks"] = ranks
@@ -175,6 +189,25 @@ def _with_overrides(
         changes.setdefault("run", {})["output"] = os.fspath(output)
     base = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     return base.with_(**changes) if changes else base
+
+
+def _check_entries(plan: Plan) -> None:
+    """Raise UserError if the recipe names an entry that was assigned in this process: the ranks are other processes."""
+    recipe = plan.recipe
+    proxies = recipe.loss.proxies.values()
+    entries: list[tuple[str, str, Any]] = [
+        ("LOSSES", recipe.loss.name, find_loss(recipe.loss.name)),
+        *(("KERNELS", proxy.kernel, KERNELS[proxy.kernel]) for proxy in proxies),
+        ("ENCODERS", recipe.encoder.name, ENCODERS[recipe.encoder.name]),
+        *(("AUGMENTATIONS", name, operator.settings) for name, operator in plan.augmentation.operators.items()),
+    ]
+    for table, name, entry in entries:
+        module = str(getattr(entry, "__module__", None) or type(entry).__module__)
+        if module.partition(".")[0] not in ("pretrain", "data_pipeline"):
+            raise UserError(
+                f"ranks={recipe.launch.ranks}: {table}[{name!r}] is of {module} and was assigned in this process only, so the "
+                f"started ranks do not know it; use ranks=1, or add it to the package's own {table} (CONTRIBUTING.md)"
+            )
 
 
 def _raise_if_failed(end: JobEnd, run_folder: Path) -> None:

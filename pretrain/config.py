@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from infra.errors import UserError, nearest
+from infra.errors import Kind, UserError, check_arguments, nearest
 from infra.files import atomic_write
 from infra.settings import change_settings, load_settings, to_yaml
 
@@ -221,8 +221,8 @@ class MonitorSection:
 class ReadoutSection:
     """Predictions of the proxies from the features, fitted to the training scans at the end and kept with the encoder."""
 
-    # true, false, or auto: if every scan was shown 3.3 times or more, so that the fit costs at most 5 % of the training, and
-    # features or scans are at most 4096
+    # true, false, or auto: fit if the run has at least 3.3 epochs (the fit then costs at most 5 % of the training) and
+    # (features <= 4096 or scans <= 4096)
     fit: bool | Literal["auto"] = "auto"
     columns: list[str] = field(default_factory=list)  # of scans.parquet, beside those of loss.proxies: sex, ...
     layer: str | None = None  # a block of the encoder, as of yaware embed --layer; null: the encoder's end
@@ -263,6 +263,7 @@ class Recipe:
 
         Raises UserError for an unknown name or key, or a value that is not allowed.
         """
+        check_arguments(Kind((str, os.PathLike), "a recipe's name or a path"), name=name)
         return load_recipe(os.fspath(name), list(overrides))
 
     def with_(self, **sections: Mapping[str, Any]) -> Recipe:

@@ -9,15 +9,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from infra import distributed, watchdog
 from infra.cli import print_any_text
 from infra.errors import STORAGE_ERRORS, LoaderError, UserError
-from infra.lean_imports import own_process
+from infra.lean_imports import is_own_process, own_process
 from infra.processes.limits import raise_open_files
+from infra.processes.unchanged import unchanged_process
 from infra.processes.with_parent import end_with_parent
+from infra.watchdog.exit_note import tell_problem
 from pretrain.config import Recipe, load_recipe
 from pretrain.engine import engine
 from pretrain.engine.ema import Average
@@ -38,9 +41,10 @@ def train(recipe: Recipe | Plan) -> None:
 
     ``recipe`` is a recipe, or its plan for this number of ranks.
 
-    Any process can call it as a single rank, and call it again. On return, also after an error, the process group is
-    closed, and ``os.environ``, the signal handlers and torch's number of threads are as before. SIGTERM, SIGINT and
-    SIGUSR1 stop the run after a checkpoint if it was started in the main thread; elsewhere they have no effect on it.
+    Any process can call it as a single rank, and call it again. On return, also after an error, the engine is freed, the
+    process group is closed, and ``os.environ``, the signal handlers, ``sys.excepthook``, ``warnings.filters``, the state of
+    ``random`` and torch's number of threads are as before. SIGTERM, SIGINT and SIGUSR1 stop the run after a checkpoint if it
+    was started in the main thread; elsewhere they have no effect on it.
 
     Raises:
         UserError: if the recipe, the shards or the run folder do not fit.
@@ -58,9 +62,9 @@ def train(recipe: Recipe | Plan) -> None:
 
 @contextmanager
 def _process_group() -> Iterator[torch.device]:
-    """Start the process group and give this rank's device; afterwards environment and threads are as before."""
+    """Start the process group and give this rank's device; afterwards the process is as before."""
     threads = torch.get_num_threads()
-    with distributed.unchanged_environment():
+    with unchanged_process():
         try:
             yield engine.start_ranks()
         finally:
@@ -86,6 +90,20 @@ def _train(plan: Plan, device: torch.device) -> None:
     model = build_model(recipe).to(device)
     factor = lr_factor(recipe.optimizer, plan.total_steps, plan.steps_per_epoch)
     trained = engine.build_engine(recipe, model, factor, plan.deepspeed)
+    done = False
+    try:
+        _train_engine(plan, trained, device)
+        done = True
+    finally:
+        # DeepSpeed's hooks hold the engine. A rank's own process ends now; and if one rank of several has failed, this would
+        # wait for the others.
+        if not is_own_process() and (done or distributed.world_size() == 1):
+            engine.close_engine(trained)
+
+
+def _train_engine(plan: Plan, trained: Any, device: torch.device) -> None:
+    """Load the checkpoint to continue from, and train to the last step."""
+    recipe = plan.recipe
     watchdog.phase("the loading of the checkpoint", slow=True)
     checkpoints = Path(recipe.run.output) / "checkpoints"
     state = checkpoint.resume(
@@ -127,6 +145,7 @@ def main(arguments: Sequence[str]) -> int:
         # One rank of each host; unreadable data may concern one rank only.
         if distributed.is_main() or distributed.local_rank() == 0 or isinstance(error, LoaderError):
             print(f"yaware: error: {error}", file=sys.stderr, flush=True)
+            tell_problem(error)
         return 2
     except (NotFinite, CheckpointFailed) as error:
         if distributed.is_main():

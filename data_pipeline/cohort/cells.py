@@ -27,7 +27,7 @@ TYPES = ("number", "text")  # what `types:` may declare of a column
 # float() takes more than a table means by a number: 1_000, other scripts' digits, infinity.
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
-# As float64 these would not keep the text that they are written in, so they are names: 007, 12345678901234567.
+# float64 would change these texts (007 -> 7), so they are kept as text.
 NAME_OF_DIGITS = re.compile(r"[+-]?(0\d+|\d{16,})", re.ASCII)
 
 Text = tuple[str | None, str]
@@ -35,7 +35,7 @@ Text = tuple[str | None, str]
 
 
 def parse_number(text: str) -> float | None:
-    """The finite number that a text is, or None."""
+    """Parse a text as a finite number; None if it is not one."""
     value = float(text) if NUMBER.fullmatch(text) else math.nan
     return value if math.isfinite(value) else None
 
@@ -71,9 +71,7 @@ def _without_marks(text: str) -> str:
     return "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c) not in ("Cf", "Cc"))
 
 
-def is_numeric(
-    column: str, cells: Sequence[Text], declared: str = "", stored: bool = False, *, declarable: bool = True
-) -> bool:
+def is_numeric(column: str, cells: Sequence[Text], declared: str = "", stored: bool = False) -> bool:
     """Decide whether a column holds numbers, or text.
 
     A column is text if less than half of its values are numbers, if one is a number that float64 would not give back as it
@@ -83,7 +81,6 @@ def is_numeric(
         column: its name.
         cells: its values.
         declared: ``number`` or ``text`` if the user declared it.
-        declarable: the user can declare a missing mark or a type.
         stored: the shards to which the cells will be added hold numbers in this column.
 
     Raises:
@@ -99,7 +96,7 @@ def is_numeric(
             text, where = words[0]
             raise UserError(
                 f"{where}: {column}={text!r} is not a number, but the shards hold numbers in this column; correct it, declare "
-                f"`missing: {{{column}: [{text!r}]}}`, or give the column another name in `columns:`"
+                f"`missing: {{{as_yaml(column)}: [{as_yaml(text)}]}}`, or give the column another name in `columns:`"
             )
         return True
     numbers = len(known) - len(words)
@@ -108,11 +105,13 @@ def is_numeric(
         return False
     if words:
         text, where = words[0]
-        hint = "write decimal points, " if DECIMAL_COMMA.fullmatch(text) else "correct it, "
-        declare = f"declare `missing: {{{column}: [{text!r}]}}` or `types: {{{column}: text}}`"
+        name, comma = as_yaml(column), DECIMAL_COMMA.fullmatch(text)
+        hint = "write decimal points, " if comma else "correct it, "
+        declare = f"`missing: {{{name}: [{as_yaml(text)}]}}` or `types: {{{name}: text}}`"
+        declare = f"declare `types: {{{name}: text}}`" if comma else f"declare {declare}"
         raise UserError(
             f"{where}: {column}={text!r} is not a number, but {numbers} of the column's {len(known)} values are; {hint}or "
-            + (declare if declarable else "write n/a if unknown")
+            + declare
         )
     return declared == "number" or not any(NAME_OF_DIGITS.fullmatch(text) for text, _ in known)
 

@@ -92,7 +92,8 @@ def _take_split(source: DataSet, taken: dict[str, str], everywhere: Iterable[str
     if isinstance(source.values.get(SPLIT), str):
         raise UserError(
             f"{source.declared_in}: values.{SPLIT} is one split for every scan, but the tables of {source.name} have a column "
-            f"{taken.get(SPLIT, SPLIT)!r}; remove the constant, or leave the column out: `columns: {{{SPLIT}: null}}`"
+            f"{taken.get(SPLIT, SPLIT)!r}; remove the constant, or leave the column out: "
+            f"`columns: {{{as_yaml(taken.get(SPLIT, SPLIT))}: null}}`"
         )
     renamed = [ours for ours, theirs in taken.items() if theirs == SPLIT and ours != SPLIT]
     if SPLIT in taken:
@@ -127,13 +128,13 @@ def _check_declared(
             )
     rules = {"values": [n for n, rule in source.values.items() if not isinstance(rule, str)]}
     rules |= {key: list(getattr(source, key)) for key in ("missing", "default", "cap", "units", "types", "only")}
-    for part, names in rules.items():
+    for key, names in rules.items():
         for name in names:
-            constant = part != "values" and isinstance(source.values.get(name), str)
+            constant = key != "values" and isinstance(source.values.get(name), str)
             known = name in taken or name == ALL or (name == "age" and source.age) or constant
-            if present and not known and not (part == "units" and name in UNITS):
+            if present and not known and not (key == "units" and name in UNITS):
                 raise UserError(
-                    f"{source.declared_in}: {part}.{name}: {source.name} has no column {name!r}{nearest(name, taken)}; "
+                    f"{source.declared_in}: {key}.{name}: {source.name} has no column {name!r}{nearest(name, taken)}; "
                     f"found: {', '.join(taken)}"
                 )
 

@@ -14,6 +14,7 @@ from data_pipeline.cohort.scan import safe_name
 from data_pipeline.cohort.sidecars import UNITS, WITH_COLUMNS, known_unit
 from data_pipeline.cohort.tables import SESSION_COLUMNS
 from infra.errors import UserError, nearest
+from infra.files import read_text
 
 IDENTITY = {"participant_id", "run", "path", *SESSION_COLUMNS}
 # Columns of the manifest itself; a data set must not define them.
@@ -141,7 +142,7 @@ class _TextLoader(yaml.BaseLoader):
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _TextLoader)
+        content = yaml.load(read_text(path), _TextLoader)
     except FileNotFoundError:
         raise UserError(f"{path} not found; give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from data_pipeline.cohort.cells import MISSING
 from data_pipeline.cohort.declarations import DataSet
 from data_pipeline.cohort.reading import Change
-from data_pipeline.cohort.scan import Scan, entities, entities_of, visible
+from data_pipeline.cohort.scan import Scan, check_readable, entities, entities_of, paths_below, visible
 from data_pipeline.cohort.sidecars import cat12_measures, stem_of
 from data_pipeline.cohort.table_file import Row, read_rows
 from data_pipeline.cohort.tables import (
@@ -39,11 +39,19 @@ CAT12_DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # where to look for CAT12's mri/ wh
 
 
 class CohortScans(NamedTuple):
-    """The scans of a cohort that a table lists, those that none lists, and the cells of the tables that a rule changed."""
+    """The scans of a cohort.
+
+    Attributes:
+        scans: those that a table lists.
+        unlisted: those that none lists.
+        changes: the cells of the tables that a rule changed.
+        without_scan: the rows of the tables that belong to no scan, each as "file line n: sub-x ses-y".
+    """
 
     scans: list[Scan]
     unlisted: list[Scan]
     changes: list[Change]
+    without_scan: list[str]
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,9 @@ def read_cat12(source: DataSet, modality: str) -> CohortScans:
         )
     people = _participant_table(source, [folder / "participants.tsv"])
     files = []
-    for path in sorted(visible(folder, folder.rglob("mri/mwp1*.nii*"))):
+    homes = [folder / "mri", *(path for path in paths_below(folder) if path.name == "mri")]
+    maps = (path for home in dict.fromkeys(homes) for path in home.glob("mwp1*.nii*"))
+    for path in sorted(visible(folder, maps)):
         stem = stem_of(path)
         named = entities_of(stem.split("_"))
         participant = named.get("sub") or _listed_in(stem, people)
@@ -143,6 +153,8 @@ def read_openbhb(source: DataSet, modality: str) -> CohortScans:
         source, [root] if root.is_file() else [table for table in tables if table.is_file()] or [root]
     )
     files = []
+    for place in ("", "/derivatives", "/derivatives/sub-*", "/derivatives/sub-*/ses-*"):
+        check_readable(path for part in ("train", "val") for path in folder.glob(part + place))
     for path in openbhb_arrays(folder, OPENBHB[modality]):
         participant, session, run = entities(path, folder)
         row, reason = _row_and_reason(people, participant, session, run)
@@ -162,14 +174,18 @@ def read_csv(source: DataSet, modality: str) -> CohortScans:
         raise UserError(f"cohort {source.path} is not a file; layout csv needs a table with a column path")
     path_column, id_column, run_column = (source.column(name) for name in ("path", "participant_id", "run"))
     rows = read_rows(source.path, [path_column, id_column], None)
+    if not rows:
+        raise UserError(f"{source.path} has a header and no rows; add a row for each scan")
     declared = (source.columns or {}).get("session")
     session_column = declared or session_column_of(source.path, rows[0].values if rows else ())
     files = []
     for row in rows:
         text, participant = row.values[path_column].strip(), row.values[id_column].strip().removeprefix("sub-")
         for column in (path_column, id_column):
-            if row.values[column].strip() in MISSING or not participant:
-                raise UserError(f"{row.where}: {column} is empty; every row needs one")
+            cell = row.values[column].strip()
+            if cell in MISSING or not participant:
+                written = f"={cell!r} means a missing value" if cell in MISSING - {""} else " is empty"
+                raise UserError(f"{row.where}: {column}{written}; every row needs one")
         session = without_prefix(row.values.get(session_column, ""), "ses-")
         run = without_prefix(row.values.get(run_column, ""), "run-")
         path = (source.path.parent / text).resolve()
@@ -221,7 +237,24 @@ def _scans(
     people = RowOwners([file.participant for file in listed], tables)
     values, changes = typed_values(rows, source, people=people)
     scans = [_scan(source, file, row_values) for file, row_values in zip(listed, values, strict=True)]
-    return CohortScans(sorted(scans, key=lambda scan: scan.key), unlisted, changes)
+    return CohortScans(sorted(scans, key=lambda scan: scan.key), unlisted, changes, _without_scan(files, tables))
+
+
+def _without_scan(files: Sequence[ScanFile], tables: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The rows that belong to no scan, see ``CohortScans``."""
+    used = set()
+    for file in files:
+        row = file.row
+        while row is not None:
+            used.add(row.where)
+            row = row.parent
+    return [
+        f"{row.table.name}{row.where.removeprefix(str(row.table))}: sub-{participant}"
+        + (f" ses-{row.session}" if row.session else "")
+        for participant, rows in tables.items()
+        for row in rows
+        if row.where not in used
+    ]
 
 
 def _nothing_listed(source: DataSet, files: Sequence[ScanFile], modality: str, pattern: str) -> str:
@@ -278,8 +311,10 @@ def _bids_table(folder: Path) -> Path:
 
 def _bids_files(folder: Path, modality: str) -> list[Path]:
     """The files of a modality in the folder, or if there are none, in its derivatives."""
-    for pattern in ("sub-*/**/*.nii*", "derivatives/*/sub-*/**/*.nii*"):
-        paths = [path for path in visible(folder, folder.glob(pattern)) if MODALITIES[modality].search(path.name)]
+    for pattern in ("sub-*", "derivatives/*/sub-*"):
+        check_readable([folder] if "/" not in pattern else folder.glob("derivatives/*"))
+        found = (path for home in folder.glob(pattern) if home.is_dir() for path in paths_below(home))
+        paths = [path for path in visible(folder, found) if MODALITIES[modality].search(path.name)]
         if paths:
             return sorted(paths)
     return []

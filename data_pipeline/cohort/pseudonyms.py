@@ -11,6 +11,7 @@ from typing import Any
 
 from data_pipeline.cohort.scan import Scan
 from infra.errors import UserError
+from infra.files import read_bytes
 
 LEAST_KEY_BYTES = 16
 DIGITS = 12
@@ -21,7 +22,7 @@ ENDINGS = (".nii", ".gz", ".npy", ".mgz", ".mgh", ".img", ".hdr")  # kept in the
 def read_key(path: Path) -> bytes:
     """Read the secret bytes of a key file; raises UserError if it is missing or too short to resist guessing."""
     try:
-        key = path.read_bytes()
+        key = read_bytes(path)
     except OSError as error:
         raise UserError(
             f"--pseudonymise={path} cannot be read ({error.strerror}); make one with `head -c 32 /dev/urandom > {path}`"

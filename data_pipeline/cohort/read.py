@@ -23,10 +23,10 @@ from data_pipeline.cohort.layouts import (
     read_openbhb,
 )
 from data_pipeline.cohort.pseudonyms import pseudonymise, read_key
-from data_pipeline.cohort.scan import Scan, safe_name
+from data_pipeline.cohort.scan import Scan, check_readable, safe_name
 from data_pipeline.cohort.split import KNOWN_SPLITS, SPLIT, check_declared_splits
 from data_pipeline.cohort.texts import read_sidecar, warn
-from infra.errors import UserError, nearest
+from infra.errors import OPTIONAL_PATH, OPTIONAL_TEXT, PATH, UserError, check_arguments, nearest
 
 LAYOUTS: dict[str, Callable[[DataSet, str], CohortScans]] = {
     "bids": read_bids_layout,
@@ -71,6 +71,9 @@ def read_cohort(
         UserError: a folder, a table, a declaration or a value is wrong, the layout is ambiguous, two files have one key, or
             a table declares several splits for one participant.
     """
+    check_arguments(PATH, source=source)
+    check_arguments(OPTIONAL_TEXT, dataset=dataset, layout=layout)
+    check_arguments(OPTIONAL_PATH, columns=columns, key_file=key_file)
     return read_with_changes(source, dataset, modality, layout=layout, columns=columns, key_file=key_file)[:2]
 
 
@@ -108,6 +111,7 @@ def read_with_changes(
     scans = sorted((_texts(scan, mixed) for cohort in cohorts for scan in cohort.scans), key=lambda scan: scan.key)
     unlisted = [scan for cohort in cohorts for scan in cohort.unlisted]
     changes = [change for cohort in cohorts for change in cohort.changes]
+    without_scan = [row for cohort in cohorts for row in cohort.without_scan]
     _check_unique_keys(scans, source)
     splits = check_declared_splits((f"{scan.dataset}/{scan.participant_id}", scan.extra.get(SPLIT)) for scan in scans)
     for name in sorted({*splits.values()} - {*KNOWN_SPLITS}):
@@ -115,7 +119,8 @@ def read_with_changes(
     if key is not None:
         scans, unlisted = pseudonymise(scans, key), pseudonymise(unlisted, key)
         changes = [change._replace(before="") for change in changes]  # the text of a cell may hold an id
-    return CohortScans(scans, unlisted, changes)
+        without_scan = [row.partition(":")[0] for row in without_scan]
+    return CohortScans(scans, unlisted, changes, without_scan)
 
 
 def _read(data_set: DataSet, modality: str) -> CohortScans:
@@ -172,6 +177,7 @@ def detect_layout(path: Path) -> str:
             f"cohort {path} could be {candidates}; choose one with --layout (in a list of data sets: layout:)"
         )
     if not matching:
+        check_readable(child for child in (path, *path.iterdir()) if child.is_dir())
         raise UserError(
             f"cohort {path} has no known layout: no sub-*/[ses-*/]anat/*.nii.gz (bids), no mri/mwp1*.nii (cat12), "
             "no {train,val}/derivatives/sub-*/ses-*/*.npy (openbhb); list its files in a .csv with a column path"
@@ -205,6 +211,13 @@ def _check_unique_keys(scans: list[Scan], source: str | Path) -> None:
     """Raise UserError if two scans (sorted by key) have one key."""
     for first, second in pairwise(scans):
         if first.key == second.key:
+            names = [(scan.dataset, scan.participant_id, scan.session, scan.run) for scan in (first, second)]
+            if names[0] != names[1]:
+                one, other = next((a, b) for a, b in zip(*names, strict=True) if a != b)
+                raise UserError(
+                    f"cohort {source}: {one!r} and {other!r} both become {safe_name(one)!r} in the key {first.key}, where "
+                    f"letters other than A-Z, 0-9, _ and - are replaced; rename one of them"
+                )
             number = sum(scan.key == first.key for scan in scans)
             raise UserError(
                 f"cohort {source}: {number} files have the key {first.key}, for example {first.path} and {second.path}; "

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.cohort.cells import MISSING, SEX_WORDS, number_as_text, parse_number, same
+from data_pipeline.cohort.cells import DECIMAL_COMMA, MISSING, SEX_WORDS, as_yaml, number_as_text, parse_number, same
 from data_pipeline.cohort.declarations import ALL, DataSet
 from data_pipeline.cohort.sidecars import UNITS, Sidecars
 from data_pipeline.cohort.table_file import Cell
+from data_pipeline.cohort.texts import warn
 from infra.errors import UserError
 
 AT_LEAST = re.compile(
     r"(?:[>≥]=?\s*(?P<after>[\d.]+)|(?P<before>[\d.]+)\s*(?:\+|(?:or|and) (?:older|over|above|more)))"
 )
-OLDEST = 130  # years; a number above it is no age
+NO_LABEL = ("", "n/a", "N/A")  # labels of codes that mean a missing value
+OLDEST = 130  # years; a number above it is not an age
 
 
 class Change(NamedTuple):
@@ -37,11 +40,15 @@ class Reading:
         source: the data set.
         sidecars: of its tables.
         changes: (column, where) -> what was changed; a row that several scans share counts once.
+        labelled: column whose codes were replaced by labels -> the sidecar.
+        unlabelled: column -> the codes without a label, with their numbers of cells.
     """
 
     source: DataSet
     sidecars: Sidecars = field(default_factory=Sidecars)
     changes: dict[tuple[str, str], Change] = field(default_factory=dict)
+    labelled: dict[str, str] = field(default_factory=dict)
+    unlabelled: dict[str, Counter[str]] = field(default_factory=dict)
 
     def note(self, column: str, where: str, before: str, after: Any, rule: str) -> None:
         """Record that a rule changed a cell; a later rule keeps the cell's first text."""
@@ -90,14 +97,31 @@ class Reading:
         if column == "sex" and text.lower() in SEX_WORDS:
             return text
         label, path = self.sidecars.label(cell.table, theirs, text)
-        if label is None or (column in UNITS and label not in MISSING):
+        if label is None or (column in UNITS and label not in NO_LABEL):
+            if parse_number(text) is not None or len(text) == 1:
+                self.unlabelled.setdefault(column, Counter())[text] += 1
             return text
-        value = None if label in MISSING else label
+        value = None if label in NO_LABEL else label  # other labels are words as written, also None
+        if value is not None:
+            self.labelled[column] = path
         self.note(column, cell.where, text, value, f"Levels of {Path(path).name}")
         return value
 
+    def warn_of_unlabelled(self, column: str) -> None:
+        """Name the codes of a column that stay beside labels, because the sidecar has no label for them."""
+        codes = self.unlabelled.get(column)
+        if codes and column in self.labelled:
+            counts = ", ".join(
+                f"{code!r} in {count} cell{'s' * (count > 1)}" for code, count in sorted(codes.items())[:5]
+            )
+            rule = f"values: {{{as_yaml(column)}: {{{as_yaml(min(codes))}: ...}}}}"
+            warn(
+                f"{self.source.name}: {column}: {counts} has no label in Levels of {Path(self.labelled[column]).name} and "
+                f"stays beside the labels; add it there, or declare `{rule}` {self.source.place}"
+            )
+
     def number(self, column: str, theirs: str, cell: Cell, text: str) -> float | None:
-        """The number that a text is, in our unit, at most the declared cap; None if the text is no number.
+        """Parse a text as a number in our unit, at most the declared cap; None if it is not one.
 
         Raises UserError for a lower bound such as 89+ if it has no declared cap.
         """
@@ -112,7 +136,7 @@ class Reading:
             if cap is None:
                 raise UserError(
                     f"{cell.where}: {column}={text!r} is a lower bound, not a number; "
-                    f"declare `cap: {{{column}: {number_as_text(value)}}}` {self.source.place}, "
+                    f"declare `cap: {{{as_yaml(column)}: {number_as_text(value)}}}` {self.source.place}, "
                     "which reads this and all higher values as that number"
                 )
         assert value is not None
@@ -122,7 +146,7 @@ class Reading:
             self.note(column, cell.where, text, value, unit)
         if cap is not None and bound is not None and value < cap:
             raise UserError(f"{cell.where}: {column}={text!r} may be below the declared cap of {number_as_text(cap)}; "
-                            f"declare `cap: {{{column}: {number_as_text(value)}}}`")  # fmt: skip
+                            f"declare `cap: {{{as_yaml(column)}: {number_as_text(value)}}}`")  # fmt: skip
         if column == "age" and bound is None and value > OLDEST:
             return value  # no age in years, which a cap must not hide
         if cap is not None and (value > cap or bound is not None):
@@ -158,7 +182,9 @@ def in_years(where: str, name: str, text: str, age: float | None, place: str = "
     if age is None or not 0 <= age <= OLDEST:
         declare = "correct the dates"
         if place:
-            declare = f"write n/a if unknown, or declare it {place}, as in `missing: {{age: [{text}]}}`"
+            declare = f"write n/a if unknown, or declare it {place}, as in `missing: {{age: [{as_yaml(text)}]}}`"
+            if DECIMAL_COMMA.fullmatch(text):
+                declare = f"write decimal points: {text.replace(',', '.')}"
             declare += "; if ages are in months, declare `units: {age: months}`" if (age or 0) > OLDEST else ""
         raise UserError(f"{where}: {name}={text!r} is not a number of years in 0..{OLDEST}; {declare}")
     return age

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from infra.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def safe_name(name: str) -> str:
 
 def array_orientations(scans: Iterable[Scan]) -> dict[str, str]:
     """Return the declared orientation of the .npy arrays of each data set that has any; empty for that of the shape."""
-    return {scan.dataset: scan.orientation for scan in scans if scan.path.suffix == ".npy"}
+    return {scan.dataset: scan.orientation for scan in scans if scan.path.suffix.lower() == ".npy"}
 
 
 def bytes_of(scans: Iterable[Scan]) -> int:
@@ -71,6 +74,33 @@ def bytes_of(scans: Iterable[Scan]) -> int:
         with suppress(OSError):
             total += scan.path.stat().st_size
     return total
+
+
+def check_readable(folders: Iterable[Path]) -> None:
+    """Raise UserError for a folder that may not be read: its scans would be missing in silence."""
+    for folder in folders:
+        try:
+            os.scandir(folder).close()
+        except NotADirectoryError:
+            continue
+        except OSError as error:
+            _refuse(error)
+
+
+def paths_below(folder: Path) -> Iterator[Path]:
+    """All files and folders below ``folder``, except in hidden folders; links to folders are not followed.
+
+    Raises UserError if a folder may not be read.
+    """
+    for home, folders, files in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(home, name) for name in (*folders, *files))
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(
+        f"{error.filename} cannot be read: {error.strerror}; change its permissions, or move it out of the cohort"
+    )
 
 
 def entities(path: Path, root: Path) -> tuple[str, str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from data_pipeline.cohort.cells import parse_number, same
+from data_pipeline.cohort.cells import known_name, parse_number, same
 from data_pipeline.cohort.texts import read_sidecar, warn
 from infra.errors import UserError
 
@@ -25,6 +26,7 @@ SPELLINGS = {
     "cm³": "ml", "mm^3": "mm3", "mm³": "mm3", "liter": "l", "litre": "l",
 }  # fmt: skip
 CAT12_MEASURES = {"cat12_iqr": "qualityratings/IQR", "tiv": "subjectmeasures/vol_TIV"}  # rating (1 is best); ml
+UNITS_KEYS, LEVELS = ("Units", "Unit"), ("Levels", "Level")  # in any case
 NOT_STATED = ("", "n/a", "none", "na")
 WITH_COLUMNS = "a YAML file given with --columns"
 
@@ -35,21 +37,32 @@ class Sidecars:
 
     read: dict[Path, dict[str, Any]] = field(default_factory=dict)
     place: str = f"in {WITH_COLUMNS}"
+    columns: dict[tuple[Path, str], tuple[dict[str, Any], str]] = field(default_factory=dict)
 
     def column(self, table: Path, name: str) -> tuple[dict[str, Any], str]:
-        """What the sidecar of a table says of a column, and the sidecar's name."""
+        """What the sidecar of a table says of a column, whose name may be in another case, and the sidecar's name."""
+        if (table, name) not in self.columns:
+            self.columns[table, name] = self._find(table, name)
+        return self.columns[table, name]
+
+    def _find(self, table: Path, name: str) -> tuple[dict[str, Any], str]:
         candidates = [table.with_suffix(".json")]
         if table.name.endswith("_sessions.tsv"):  # BIDS: a file at the top of the data set holds for all below it
             candidates.append(table.parent.parent / "sessions.json")
         for path in candidates:
             if path not in self.read:
                 self.read[path] = read_sidecar(path)
-            described = self.read[path].get(name)
+            described = _entry(self.read[path], (name,), str(path))
             if isinstance(described, dict):
+                levels = _entry(described, LEVELS, f"{path}: {name}")
+                if levels is not None and not isinstance(levels, dict):
+                    warn(
+                        f"{path}: {name}: Levels is not read, it must map each code to its label, as in "
+                        f'{{"0": "control"}}, found {type(levels).__name__}'
+                    )
                 return described, str(path)
             if described is not None:
                 warn(f"{path}: {name} is ignored, it must hold keys and values, found {type(described).__name__}")
-                self.read[path] = {key: value for key, value in self.read[path].items() if key != name}
         return {}, ""
 
     def unit(self, column: str, table: Path, theirs: str, declared: str = "") -> str:
@@ -60,7 +73,7 @@ class Sidecars:
         if declared or column not in UNITS:
             return declared
         described, path = self.column(table, theirs)
-        stated = described.get("Units") or ""
+        stated = _entry(described, UNITS_KEYS) or ""
         if not isinstance(stated, str) or stated.strip().lower() not in NOT_STATED:
             return known_unit(column, stated, f"{path}: {theirs}: Units", self.place)
         return ""
@@ -73,13 +86,37 @@ class Sidecars:
         if parse_number(text) is None and len(text) != 1:
             return None, ""
         described, path = self.column(table, theirs)
-        levels = described.get("Levels")
+        levels = _entry(described, LEVELS)
         if isinstance(levels, dict):
             for code, label in levels.items():
-                words = label.get("Description") if isinstance(label, dict) else label
+                words = _entry(label, ("Description",)) if isinstance(label, dict) else label
                 if same(text, str(code).strip()) and isinstance(words, str):
                     return words.strip(), path
         return None, ""
+
+
+def describing_words(described: dict[str, Any]) -> str:
+    """What a sidecar says of a column in words, in lower case."""
+    return " ".join(str(_entry(described, (key,)) or "") for key in ("Description", "LongName")).lower()
+
+
+def _entry(content: dict[str, Any], names: Sequence[str], where: str = "") -> Any:
+    """The value of the first of ``names`` that a JSON object has, in any case; None if it has none.
+
+    Prints a warning, which begins with ``where``, if several keys differ in case only.
+    """
+    for name in names:
+        keys = [key for key in content if _plain(key) == _plain(name)]
+        if keys:
+            chosen = name if name in content else keys[0]
+            if where and len(keys) > 1:
+                warn(f"{where}: the keys {', '.join(keys)} are one name; {chosen} is read")
+            return content[chosen]
+    return None
+
+
+def _plain(name: str) -> str:
+    return known_name(name).casefold()
 
 
 def known_unit(column: str, text: Any, where: str, place: str = "") -> str:

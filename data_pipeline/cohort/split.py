@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,11 +38,20 @@ def parse_splits(text: str) -> dict[str, float]:
             shares[split_name(name)] = float(share)
         except ValueError:
             raise UserError(f"splits={text!r}: {pair!r} is not of the form name=share, as in pretrain=0.7") from None
-    if abs(sum(shares.values()) - 1.0) > 1e-6 or min(shares.values()) < 0:
-        raise UserError(
-            f"splits={text!r}: the shares sum to {sum(shares.values()):g}; they must be positive and sum to 1"
-        )
+    check_shares(shares, text)
     return shares
+
+
+def check_shares(shares: Mapping[str, float], given: Any) -> None:
+    """Raise UserError, which shows what was ``given``, if shares are no numbers, are negative or do not sum to 1."""
+    if not isinstance(shares, Mapping) or not all(
+        isinstance(name, str) and isinstance(share, numbers.Real) for name, share in shares.items()
+    ):
+        raise UserError(f"splits={given!r} must map names to shares, as in {{'pretrain': 0.8, 'downstream': 0.2}}")
+    if not shares or abs(sum(shares.values()) - 1.0) > 1e-6 or min(shares.values()) < 0:
+        raise UserError(
+            f"splits={given!r}: the shares sum to {sum(shares.values()):g}; they must be positive and sum to 1"
+        )
 
 
 def split_name(text: str) -> str:

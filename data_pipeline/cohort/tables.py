@@ -48,7 +48,8 @@ class ParticipantTable:
         if not rows:
             return ""
         run_text = f" run-{run}" if run else ""
-        return no_session_row(rows[0].table.name, (session or "1") + run_text, [self.session_of(row) for row in rows])
+        names = [self.session_of(row) + (f" run-{row.run}" if row.run else "") for row in rows]
+        return no_session_row(rows[0].table.name, (session or "1") + run_text, names)
 
     def person_row(self, rows: Sequence[Row]) -> Row | None:
         """The columns ``person`` of a participant's rows; None without such columns or rows.
@@ -148,5 +149,5 @@ def read_sessions(path: Path, session: str) -> dict[str, Row]:
         name = without_prefix(row.values[session], "ses-")
         if name in rows:
             raise UserError(f"{row.where}: {session} {name!r} appears twice; keep one row each")
-        rows[name] = row
+        rows[name] = replace(row, session=name)
     return rows

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
+from infra.files import read_bytes
 
 # Byte order marks and their encodings; UTF-32 first, because its mark begins with that of UTF-16.
 MARKS = {
@@ -18,6 +19,7 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+MANY_ZEROS = 0.2  # of a file's bytes: Latin letters in UTF-16 have one in two
 
 
 def decode_text(content: bytes, name: str, kind: str = "text") -> str:
@@ -26,6 +28,12 @@ def decode_text(content: bytes, name: str, kind: str = "text") -> str:
     Raises UserError, which begins with ``name`` and gives the command that converts the file, for any other encoding.
     """
     encoding = next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), "utf-8")
+    if b"\0" in content and encoding.startswith("utf-8") and content.count(0) < len(content) * MANY_ZEROS:
+        line = content.count(b"\n", 0, content.index(0)) + 1
+        raise UserError(
+            f"{name} is not {kind}: it has a byte of 0 in line {line}; remove it: "
+            f"tr -d '\\000' < '{name}' > new && mv new '{name}'"
+        )
     if b"\0" in content and encoding.startswith("utf-8"):
         guess = "UTF-16BE" if content[:1] == b"\0" else "UTF-16LE"
         raise UserError(
@@ -34,6 +42,11 @@ def decode_text(content: bytes, name: str, kind: str = "text") -> str:
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
+        if not encoding.startswith("utf-8"):
+            raise UserError(
+                f"{name} is not {kind}: its mark says {encoding}, but it has no character at byte {error.start}; the file is "
+                "damaged or cut off, copy it again"
+            ) from None
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{name} is not {kind}: '{encoding.removesuffix('-sig')}' codec does not know byte 0x{content[error.start]:02x} of "
@@ -48,7 +61,7 @@ def _advice(name: str, encoding: str) -> str:
 def read_text(path: Path, kind: str = "text") -> str:
     """Read a text file, see ``decode_text``. Raises UserError if it cannot be read."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return decode_text(content, str(path), kind)
@@ -62,7 +75,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return parse_sidecar(path.read_bytes(), str(path))
+        return parse_sidecar(read_bytes(path), str(path))
     except OSError as error:
         warn(f"{path} is ignored, it cannot be read: {error.strerror}")
         return {}

@@ -11,7 +11,7 @@ from data_pipeline.cohort.cells import MISSING, folded, is_numeric, parse_number
 from data_pipeline.cohort.column_names import TEST_WORDS, check_similar_columns, columns_to_read
 from data_pipeline.cohort.declarations import ALL, DataSet
 from data_pipeline.cohort.reading import AT_LEAST, Change, Reading, in_years
-from data_pipeline.cohort.sidecars import DAYS_PER_YEAR, Sidecars
+from data_pipeline.cohort.sidecars import DAYS_PER_YEAR, Sidecars, describing_words
 from data_pipeline.cohort.split import SPLIT, TRAINED, split_name
 from data_pipeline.cohort.table_file import Cell, Row
 from data_pipeline.cohort.texts import warn
@@ -68,6 +68,7 @@ def typed_values(
         numeric = _is_numeric(reading, name, texts, cells)
         for row_values, text, cell in zip(values, texts, cells, strict=True):
             row_values[name] = None if text is None else reading.value(name, theirs, cell, text, numeric)
+        reading.warn_of_unlabelled(name)
         if name == "age":
             _warn_of_months(reading, theirs, cells, texts)
     for name, rule in source.values.items():
@@ -131,7 +132,7 @@ def _splits(
     declared: dict[str, tuple[str, Cell]] = {}
     of_person = {} if people is None else people.rows
     first_rows = dict(zip(owners, rows, strict=True))
-    # Cells of rows without a scan are no changes of scans; and a default is no declaration of the table.
+    # Cells of rows without a scan are not changes of scans; and a default is not a declaration of the table.
     quiet = Reading(replace(reading.source, default={}), reading.sidecars)
     for owner, row in [*zip(owners, rows, strict=True), *((o, r) for o in first_rows for r in of_person.get(o, ()))]:
         for cell in row.cells(theirs):
@@ -182,7 +183,7 @@ def _warn_of_months(reading: Reading, theirs: str, cells: Sequence[Cell], texts:
     if not cells or reading.sidecars.unit("age", cells[0].table, theirs, reading.source.units.get("age", "")):
         return
     described, _ = reading.sidecars.column(cells[0].table, theirs)
-    words = f"{theirs} {described.get('Description', '')} {described.get('LongName', '')}".lower()
+    words = f"{theirs.lower()} {describing_words(described)}"
     word = next((word for word in ("month", "week", "day") if word in words), "")
     old = sum((parse_number(text or "") or 0.0) > OLD for text in texts)
     if word or old > max(1, len(texts) // 50):

@@ -311,6 +311,8 @@ def _check(rows: NDArray[np.int64], device: str, reader: str, order: Order | Non
     if device not in ("cpu", "gpu") or (device == "gpu" and not torch.cuda.is_available()):
         allowed = "cpu" + ", gpu" * torch.cuda.is_available()
         raise UserError(f"device={device!r} is not available on this machine; allowed: {allowed}")
+    if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise UserError(f"rows={rows!r:.80} is no array of row numbers (n,); give what Manifest.rows returns")
     if len(rows) == 0:
         raise UserError("no scan is selected; choose other splits or another query")
     if reader not in READERS:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from data_pipeline.cohort.cells import number_as_text
 from data_pipeline.cohort.reading import Change
 from data_pipeline.cohort.scan import Scan
+from data_pipeline.cohort.texts import warn
 from infra.files import atomic_write
 from infra.page import STYLE
 
@@ -27,8 +28,20 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def column_tables(scans: Sequence[Scan], changes: Iterable[Change]) -> list[Table]:
-    """A row per column (read as what, missing, smallest, largest, changed cells), and a row per rule that changed cells."""
+def column_tables(
+    scans: Sequence[Scan], changes: Iterable[Change], without_scan: Sequence[str] = (), unlisted: int = 0
+) -> list[Table]:
+    """The tables of a cohort's columns.
+
+    They are: a row per column (read as what, missing, smallest, largest, changed cells), a row per rule that changed cells,
+    and the rows without a scan and scans without a row.
+
+    Args:
+        scans: the cohort's scans.
+        changes: the cells that a rule changed.
+        without_scan: rows of the tables that belong to no scan.
+        unlisted: the number of scans that no table lists.
+    """
     values = {name: [_value(scan, name) for scan in scans] for name in _names(scans)}
     # A column that pseudonymisation removed may hold ids; it is not shown.
     by_rule: dict[tuple[str, str], list[Change]] = {}
@@ -48,13 +61,30 @@ def column_tables(scans: Sequence[Scan], changes: Iterable[Change]) -> list[Tabl
     return [
         Table(f"Columns of {len(scans)} scans", head, rows),
         Table("Cells that a rule changed", ["column", "rule", "cells", "for example"], changed_rows),
+        _unmatched(without_scan, unlisted),
     ]
 
 
-def write_columns(path: Path, dataset: str, scans: Sequence[Scan], changes: Iterable[Change]) -> None:
+def _unmatched(without_scan: Sequence[str], unlisted: int) -> Table:
+    rows = []
+    if without_scan:
+        rows.append(["rows of tables without a scan", str(len(without_scan)), "; ".join(without_scan[:EXAMPLES])])
+    if unlisted:
+        rows.append(["scans without a row", str(unlisted), "see quarantine.tsv"])
+    return Table("Rows and scans that do not match", ["what", "number", "for example"], rows)
+
+
+def warn_of_unmatched(without_scan: Sequence[str]) -> None:
+    """Print how many rows of a cohort's tables belong to no scan, if any does."""
+    if without_scan:
+        shown = "; ".join(without_scan[:EXAMPLES])
+        warn(f"{len(without_scan)} rows of the tables have no scan that can be read, for example {shown}")
+
+
+def write_columns(path: Path, dataset: str, tables: Sequence[Table]) -> None:
     """Write the tables as an HTML page."""
     title = html.escape(f"Columns of {dataset}")
-    body = "".join(table_as_html(table) for table in column_tables(scans, changes))
+    body = "".join(table_as_html(table) for table in tables)
     with atomic_write(path, "w") as stream:
         stream.write(f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>")
         stream.write(f"<style>{STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n")
@@ -89,7 +119,7 @@ def _type(name: str, values: Sequence[Any]) -> str:
 
 
 def _range(values: Sequence[Any]) -> tuple[str, str]:
-    """The smallest and the largest value, of text by the alphabet."""
+    """Smallest and largest value; texts in alphabetical order."""
     if not values:
         return "", ""
     ends = min(values), max(values)

@@ -198,7 +198,7 @@ def _by_site(survey: Survey) -> bytes:
 
 
 def _correlations(survey: Survey) -> bytes:
-    """Histograms of all correlations, with a log scale that shows single outliers, and of those near the threshold."""
+    """Two histograms: all correlations (log scale, so that single outliers show), and those near the threshold."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     plt = _pyplot()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -26,7 +27,7 @@ from data_pipeline.volume.intensity import as_float16, scale_for_float16, to_flo
 from data_pipeline.volume.load import DEFAULT_CHECKS, read_voxels
 from data_pipeline.volume.preparation import Preparation, scale_factor
 from infra.errors import UserError, nearest
-from infra.files import atomic_write
+from infra.files import atomic_write, open_file
 from infra.settings import load_settings
 
 # Mean and standard deviation before rounding to float16, and the share of zero voxels.
@@ -312,7 +313,7 @@ def write_quarantine(path: Path, removals: Iterable[Removal]) -> None:
 
 def read_quarantine(path: Path) -> list[Removal]:
     """Read the rows of a quarantine.tsv; none if the file does not exist."""
-    if not path.is_file():
+    if not path.exists():
         return []
-    with path.open(encoding="utf-8", newline="") as stream:
+    with io.TextIOWrapper(open_file(path), encoding="utf-8", newline="") as stream:
         return [Removal.from_dict(row) for row in csv.DictReader(stream, delimiter="\t")]

@@ -105,7 +105,7 @@ def survey_cohort(
     root = Path(cohort).resolve()
     check_scaling(scaling)
     intensity, quality = check_preparation(modality, crop, intensity), quality or Quality()
-    scans, unlisted, changes = read_with_changes(
+    scans, unlisted, changes, without_scan = read_with_changes(
         root, dataset, modality, layout=layout, columns=columns, key_file=key_file
     )
     check_quality(quality, scans)
@@ -130,7 +130,7 @@ def survey_cohort(
         root=root, dataset=name_of(scans, root), preparation=preparation, quality=quality, scans=surveyed,
         files={scan.key: scan for scan in (*unlisted, *scans)},
         removals=sorted(removals, key=lambda removal: (removal.key, removal.path)), verdict=verdict,
-        columns=column_tables(scans, changes), simulated=is_simulated(root),
+        columns=column_tables(scans, changes, without_scan, len(unlisted)), simulated=is_simulated(root),
     )  # fmt: skip
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from data_pipeline.cohort.cells import MISSING, is_numeric
-from data_pipeline.cohort.sidecars import UNITS, Sidecars
-from data_pipeline.cohort.table_file import read_rows
-from data_pipeline.cohort.tables import without_prefix
+from data_pipeline.cohort.cells import TEXT_COLUMNS, known_name
+from data_pipeline.cohort.column_names import columns_to_read
+from data_pipeline.cohort.declarations import ALL, DataSet, declare
+from data_pipeline.cohort.split import SPLIT
+from data_pipeline.cohort.table_file import Row, read_rows
+from data_pipeline.cohort.tables import session_column_of, without_prefix
+from data_pipeline.cohort.values import typed_values
 from data_pipeline.shards import unfinished
-from data_pipeline.shards.scan_table import LOCATION_COLUMNS
+from data_pipeline.shards.scan_table import LOCATION_COLUMNS, text_columns
 from data_pipeline.storage.manifest import Manifest, write_manifest
 from data_pipeline.volume.grid import Grid
 from infra.errors import UserError, nearest
@@ -25,19 +29,26 @@ RESERVED = (*LOCATION_COLUMNS, "run", "split", "voxels_sha256", *IDS)
 
 
 def annotate_shards(
-    shards: str | Path, table: str | Path, columns: Sequence[str] | None = None, *, replace: bool = False
+    shards: str | Path,
+    table: str | Path,
+    columns: Sequence[str] | None = None,
+    *,
+    replace: bool = False,
+    rules: str | Path | None = None,
 ) -> tuple[Manifest, dict[str, int]]:
     """Add columns of a .tsv or .csv file to the scan table; return the new manifest and the known values per column.
 
-    Rows are matched by ``participant_id``, and by ``session`` and ``dataset`` if the table has these columns. A column is
-    numeric if every value is a number, else text. Scans without a row have missing values. The manifest gets a new digest, so
-    a run that has begun can continue only with the old manifest; its encoders can be evaluated on the new one.
+    Rows are matched by ``participant_id``, and by ``session`` and ``dataset`` if the table has these columns. Cells are read
+    as those of a cohort's table: with the JSON file beside it, and with declared rules. Scans without a row have missing
+    values. The manifest gets a new digest, so a run that has begun can continue only with the old manifest; its encoders can be
+    evaluated on the new one.
 
     Args:
         shards: the folder of the shards.
         table: the file.
         columns: names of the columns to add; None for all.
         replace: allow columns that the scan table has already.
+        rules: a YAML file that declares columns and the rules for their values, see ``docs/cohorts.md``.
 
     Raises:
         UserError: if the table cannot be read, a column is missing, reserved or there already, or no row matches a scan.
@@ -45,16 +56,20 @@ def annotate_shards(
     folder, path = Path(shards).resolve(), Path(table)
     with unfinished.locked(folder):
         old = Manifest.load(folder)
-        rows, places = _read(path)
-        ids = [name for name in IDS if name in rows]
-        names = _columns_to_add(path, rows, columns, old, replace)
-        scan_ids = old.scans[ids].astype(str)
+        source = _source(path, None if rules is None else Path(rules), old)
+        rows, ids = _read(path, source)
+        theirs = columns_to_read(source, rows)
+        constants = [name for name, rule in source.values.items() if isinstance(rule, str)]
+        names = _columns_to_add(path, list(dict.fromkeys([*theirs, *constants])), columns, old, replace)
+        values, _ = typed_values(rows, _narrowed(source, names, theirs, SPLIT in rows[0].values))
+        typed = ids.assign(**{name: _series([row[name] for row in values]) for name in names})
+        keys = [str(name) for name in ids.columns]
+        scan_ids = old.scans[keys].astype(str)
         scan_ids["participant_id"] = scan_ids["participant_id"].str.removeprefix("sub-")
-        typed = rows[ids].assign(**{name: _typed(rows, places, name, old, path) for name in names})
-        matched = scan_ids.merge(typed, on=ids, how="left", validate="many_to_one")
+        matched = scan_ids.merge(typed, on=keys, how="left", validate="many_to_one")
         if matched[names].isna().all(axis=None):
             raise UserError(
-                f"{path}: no row matches a scan of {folder}; compare its {', '.join(ids)} with the manifest's"
+                f"{path}: no row matches a scan of {folder}; compare its {', '.join(keys)} with the manifest's"
             )
         scans = old.scans.assign(**{name: matched[name].to_numpy() for name in names})
         added = [*old.settings.get("annotated", []), {"columns": names, "table": path.name}]
@@ -63,39 +78,67 @@ def annotate_shards(
     return new, {name: int(matched[name].notna().sum()) for name in names}
 
 
-def _read(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Return the table as text, with ids without prefixes and missing values as None, and the place of each row.
+def _series(values: Sequence[Any]) -> pd.Series[Any]:
+    """Values of a column as numbers, or as text with None where missing."""
+    numeric = any(isinstance(value, float) for value in values)
+    return pd.Series(
+        [math.nan if value is None and numeric else value for value in values], dtype=None if numeric else object
+    )
 
-    Raises UserError if the file is no table, or a participant (and session) appears twice.
+
+def _source(path: Path, rules: Path | None, old: Manifest) -> DataSet:
+    """The table as a data set with its rules; columns that are text in the scan table are read as text."""
+    text = tuple(name for name in text_columns(old.scans) if name not in TEXT_COLUMNS)
+    source = DataSet(path, path.name, declared_in="a YAML file given with --rules", declared=True)
+    return dataclasses.replace(source if rules is None else declare(source, rules), text=text)
+
+
+def _narrowed(source: DataSet, names: Sequence[str], theirs: Mapping[str, str], has_split: bool) -> DataSet:
+    """The data set with some of its columns and their rules only: no error comes from a column that is not added."""
+    rules: dict[str, Any] = {
+        key: {name: rule for name, rule in getattr(source, key).items() if name in (*names, ALL)}
+        for key in ("values", "missing", "default", "cap", "units", "types")
+    }
+    rules |= {"only": tuple(name for name in source.only if name in (*names, ALL)), "left_out": (SPLIT,) * has_split}
+    columns = {name: theirs[name] for name in names if name in theirs}
+    return dataclasses.replace(source, columns=columns, age=source.age if "age" in names else {}, **rules)
+
+
+def _read(path: Path, source: DataSet) -> tuple[list[Row], pd.DataFrame]:
+    """Return the rows of the table, and the ids of each without prefixes: ``participant_id`` and others of ``IDS``.
+
+    Raises UserError if the file is not a table, has no rows, or a participant (and session) appears twice.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; give a .tsv or .csv file with a column participant_id")
-    rows = read_rows(path, ["participant_id"], None if path.suffix.lower() == ".csv" else "\t")
-    table = pd.DataFrame([row.values for row in rows], dtype=str)
-    table = table.rename(columns={"session_id": "session"}).apply(lambda column: column.str.strip())
-    table["participant_id"] = table["participant_id"].str.removeprefix("sub-")
-    if "session" in table:
-        table["session"] = table["session"].map(lambda text: without_prefix(text, "ses-"))
-    ids = [name for name in IDS if name in table]
-    places = [row.where for row in rows]
-    repeated = table[table.duplicated(ids)]
+    key, session = source.column("participant_id"), (source.columns or {}).get("session", "")
+    required = [key, *([session] if session else [])]
+    rows = read_rows(path, required, None if path.suffix.lower() == ".csv" else "\t")
+    if not rows:
+        raise UserError(f"{path} has a header and no rows; add a row for each participant")
+    ids = {"participant_id": [row.values[key].strip().removeprefix("sub-") for row in rows]}
+    session = session or session_column_of(path, rows[0].values)
+    if session:
+        ids["session"] = [without_prefix(row.values[session], "ses-") for row in rows]
+    if "dataset" in rows[0].values:
+        ids["dataset"] = [row.values["dataset"].strip() for row in rows]
+    table = pd.DataFrame(ids)
+    repeated = table[table.duplicated()]
     if len(repeated):
         first = ", ".join(f"{name} {repeated[name].iloc[0]!r}" for name in ids)
         raise UserError(
-            f"{places[repeated.index[0]]}: {first} appears twice; keep one row each, or add a column session"
+            f"{rows[repeated.index[0]].where}: {first} appears twice; keep one row each, or add a column session"
         )
-    with_missing: pd.DataFrame = table.mask(table.isin(MISSING), None)
-    return with_missing, places
+    return rows, table
 
 
 def _columns_to_add(
-    path: Path, rows: pd.DataFrame, columns: Sequence[str] | None, old: Manifest, replace: bool
+    path: Path, available: Sequence[str], columns: Sequence[str] | None, old: Manifest, replace: bool
 ) -> list[str]:  # fmt: skip
     """Return the names of the columns to add after checking them."""
-    available = [str(name) for name in rows.columns if name not in IDS]
-    names = list(columns) if columns else available
+    names = [known_name(name) for name in columns] if columns else list(available)
     if not names:
-        raise UserError(f"{path} has no column besides {', '.join(rows.columns)}; add a column with values")
+        raise UserError(f"{path} has no column besides those of ids; add a column with values")
     for name in names:
         if name in RESERVED:
             raise UserError(f"{path}: column {name!r} is written by the build; rename it")
@@ -108,26 +151,3 @@ def _columns_to_add(
                 f"{path}: {old.root} has a column {name!r} already; give --replace, or choose others with --columns"
             )
     return names
-
-
-def _typed(rows: pd.DataFrame, places: Sequence[str], name: str, old: Manifest, path: Path) -> pd.Series[Any]:
-    """A column as numbers or text, by the rules of ``data_pipeline.cohort.cells``; ages in years.
-
-    Raises UserError if a column of numbers has a text; the message names the cell.
-    """
-    column: pd.Series[Any] = rows[name].astype(object)
-    known = [None if text is None or text != text else str(text) for text in column]
-    declared = "number" if name == "age" else ""
-    if not declared and name in old.scans and pd.api.types.is_string_dtype(old.scans[name].dropna()):
-        declared = "text"
-    cells = list(zip(known, places, strict=True))
-    if not is_numeric("age in years" if name == "age" else name, cells, declared, declarable=False):
-        return pd.Series(known, index=rows.index, dtype=object)
-    numbers = pd.Series([math.nan if text is None else float(text) for text in known], index=rows.index)
-    unit = Sidecars(place="").unit(name, path, name)
-    if unit:
-        numbers /= UNITS[name][unit]
-    if name == "age" and ((numbers < 0) | (numbers > 130)).any():
-        row = int(((numbers < 0) | (numbers > 130)).to_numpy().argmax())
-        raise UserError(f"{places[row]}: age={known[row]!r} is not a number of years in 0..130; write n/a if unknown")
-    return numbers

@@ -12,7 +12,7 @@ from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
 from data_pipeline.cohort.scan import Scan, array_orientations, bytes_of
 from data_pipeline.cohort.split import SPLIT, assign_splits, is_healthy
-from data_pipeline.quality.columns import write_columns
+from data_pipeline.quality.columns import column_tables, warn_of_unmatched, write_columns
 from data_pipeline.quality.outliers import StoredScan
 from data_pipeline.quality.rules import (
     Quality,
@@ -80,8 +80,9 @@ def append_shards(
     with unfinished.locked(folder):
         old = Manifest.load(folder)
         check_not_indexed(old)
+        _check_complete(old)
         check_pseudonyms(old, key_file)
-        scans, unlisted, changes = read_with_changes(
+        scans, unlisted, changes, without_scan = read_with_changes(
             root,
             dataset,
             str(old.settings["modality"]),
@@ -105,7 +106,9 @@ def append_shards(
         }  # fmt: skip
         added = _add(folder, old, new, unlisted, history, workers)
         name = str(history["dataset"])
-        write_columns(folder / f"columns-{name}.html", name, new, changes)
+        tables = column_tables(new, changes, without_scan, len(unlisted))
+        write_columns(folder / f"columns-{name}.html", name, tables)
+        warn_of_unmatched(without_scan)
         return added
 
 
@@ -249,6 +252,15 @@ def _check_column_type(name: str, before: pd.Series[Any], new: pd.Series[Any], r
         raise UserError(
             f"column {name!r} holds {kinds[0]} in {root} and {kinds[1]} in the cohort's table "
             f"(for example {new.dropna().iloc[0]!r}); give both the same type of values"
+        )
+
+
+def _check_complete(manifest: Manifest) -> None:
+    """Raise UserError if the manifest lacks a setting by which new scans are shuffled, split and written."""
+    missing = [name for name in ("seed", "scans_per_shard", "splits") if name not in manifest.settings]
+    if missing:
+        raise UserError(
+            f"{manifest.root / MANIFEST}: settings.{missing[0]} is missing, which new scans need; build the shards again"
         )
 
 

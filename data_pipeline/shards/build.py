@@ -10,8 +10,8 @@ from data_pipeline.cohort.layouts import CohortScans
 from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
 from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
 from data_pipeline.cohort.scan import array_orientations
-from data_pipeline.cohort.split import DEFAULT_SPLITS
-from data_pipeline.quality.columns import PAGE, write_columns
+from data_pipeline.cohort.split import DEFAULT_SPLITS, check_shares
+from data_pipeline.quality.columns import PAGE, column_tables, warn_of_unmatched, write_columns
 from data_pipeline.quality.rules import Quality, check_quality, unlisted_removals, write_quarantine
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.scan_table import scan_table
@@ -20,7 +20,8 @@ from data_pipeline.shards.writing import shard_name, write_shards
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
 from data_pipeline.volume.grid import Grid
 from data_pipeline.volume.preparation import DEFAULT_PREPARATION, check_preparation, check_scaling
-from infra.errors import UserError, nearest
+from infra import ray_cluster
+from infra.errors import OPTIONAL_PATH, PATH, WHOLE, Kind, UserError, check_arguments, nearest
 from infra.settings import to_dict
 
 
@@ -76,15 +77,17 @@ def build_shards(
     Raises:
         UserError: if an option or the cohort is invalid, no scan can be used, or ``out`` holds another build.
     """
+    check_arguments(PATH, cohort=cohort, out=out)
+    check_arguments(WHOLE, scans_per_shard=scans_per_shard, seed=seed)
+    check_arguments(OPTIONAL_PATH, columns=columns, key_file=key_file)
+    check_arguments(Kind((Quality, type(None)), "a data_pipeline.quality.rules.Quality or None"), quality=quality)
+    ray_cluster.check_workers(workers)
     folder, root = Path(out).resolve(), Path(cohort).resolve()  # absolute: Ray workers run in another directory
     check_scaling(scaling)
-    if codec not in CODECS:
-        raise UserError(f"codec={codec!r} is not known{nearest(codec, CODECS)}; allowed: {', '.join(CODECS)}")
-    if scans_per_shard < 1:
-        raise UserError(f"scans_per_shard={scans_per_shard} must be at least 1")
+    _check_storage(splits, codec, scans_per_shard)
     intensity, quality = check_preparation(modality, crop, intensity), quality or Quality()
     cohort_scans = read_with_changes(root, dataset, modality, layout=layout, columns=columns, key_file=key_file)
-    scans, unlisted, _ = cohort_scans
+    scans, unlisted = cohort_scans.scans, cohort_scans.unlisted
     check_quality(quality, scans)
     grid = grid or common_grid(scans)
     settings: dict[str, Any] = {
@@ -105,10 +108,19 @@ def build_shards(
         return existing or _build(folder, cohort_scans, grid, settings, workers)
 
 
+def _check_storage(splits: dict[str, float] | None, codec: str, scans_per_shard: int) -> None:
+    if splits is not None:
+        check_shares(splits, splits)
+    if codec not in CODECS:
+        raise UserError(f"codec={codec!r} is not known{nearest(codec, CODECS)}; allowed: {', '.join(CODECS)}")
+    if scans_per_shard < 1:
+        raise UserError(f"scans_per_shard={scans_per_shard} must be at least 1")
+
+
 def _build(
     folder: Path, cohort_scans: CohortScans, grid: Grid, settings: dict[str, Any], workers: int | None
 ) -> Manifest:
-    scans, unlisted, changes = cohort_scans
+    scans, unlisted, changes, without_scan = cohort_scans
     # The user may have removed the manifest of an earlier build to build again; its surplus shards are removed here.
     count = -(-len(scans) // settings["scans_per_shard"])
     names = {shard_name(settings["dataset"], n) for n in range(count)}
@@ -118,7 +130,9 @@ def _build(
     shards, rows, refused = write_shards(folder, scans, grid, settings, workers=workers)
     refused = [*unlisted_removals(unlisted), *refused]
     write_quarantine(folder / "quarantine.tsv", refused)
-    write_columns(folder / PAGE, settings["dataset"], scans, changes)
+    tables = column_tables(scans, changes, without_scan, len(unlisted))
+    write_columns(folder / PAGE, settings["dataset"], tables)
+    warn_of_unmatched(without_scan)
     if not rows:
         raise UserError(f"no scan could be used; the reasons are in {folder / 'quarantine.tsv'}")
     built = write_manifest(folder, grid, {**settings, "quarantined": len(refused)}, shards, scan_table(rows, settings))
@@ -128,7 +142,7 @@ def _build(
 
 def _existing_build(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manifest | None:
     """Return the manifest in ``folder``, None if there is none; raises UserError if it is of another build."""
-    if not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST).exists():
         return None
     old = Manifest.load(folder)
     # The values of builds made before these settings existed.

@@ -16,6 +16,7 @@ import google_crc32c
 from data_pipeline.shards.damage import Stored
 from data_pipeline.storage.hashing import HashingStream
 from data_pipeline.volume.decoders import ENDINGS
+from infra.files import open_file, regular_file
 
 BLOCK = 1 << 22
 FAULTS = (tarfile.TarError, EOFError, ValueError)
@@ -26,11 +27,11 @@ def members_of(path: Path) -> tuple[list[Member], str]:
     """Return the files of a local tar with the checksums of their content, and what is wrong with the tar after them."""
     places, fault = list[tuple[str, int, int]](), ""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(regular_file(path), "r:") as tar:
             places += ((m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse())
     except FAULTS as error:
-        fault = f"is no whole tar: {error}"
-    with path.open("rb") as stream:
+        fault = f"is not a whole tar: {error}"
+    with open_file(path) as stream:
         return [(name, offset, size, _checksum(stream, offset, size)) for name, offset, size in places], fault
 
 
@@ -47,7 +48,7 @@ def members_of_stream(stream: HashingStream) -> tuple[list[Member], str]:
                     crc = int.from_bytes(checksum.digest(), "big")
                     members.append((member.name, member.offset_data, member.size, crc))
     except FAULTS as error:
-        fault = f"is no whole tar: {error}"
+        fault = f"is not a whole tar: {error}"
     while stream.read(BLOCK):
         pass
     return members, fault

@@ -13,6 +13,7 @@ from typing import Any
 import google_crc32c
 
 from data_pipeline.shards.tar import CODECS
+from infra.files import open_descriptor
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -46,7 +47,7 @@ def find_damage(path: Path, size: int, scans: list[Stored], codec: str) -> list[
     actual = path.stat().st_size
     if actual != size:
         damages.append(f"{actual} bytes, the manifest says {size}")
-    handle = os.open(path, os.O_RDONLY)
+    handle = open_descriptor(path)
     try:
         end = 0
         for scan in scans:

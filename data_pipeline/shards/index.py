@@ -207,7 +207,7 @@ def _geometry(payload: bytes, codec: str) -> Geometry:
 
 
 def _check_free(folder: Path) -> None:
-    if (folder / MANIFEST).is_file() and not Manifest.load(folder).settings.get("indexed"):
+    if (folder / MANIFEST).exists() and not Manifest.load(folder).settings.get("indexed"):
         raise UserError(f"{folder} holds shards built by yaware, which have a manifest.json; choose another --out")
 
 

@@ -15,10 +15,10 @@ from data_pipeline.quality.rules import Quality, Removal
 from data_pipeline.shards.tar import CODECS, copy_without, payloads
 from data_pipeline.shards.unfinished import UNFINISHED
 from infra import ray_cluster
-from infra.files import sha256_of
+from infra.files import open_file, sha256_of
 from infra.progress import Progress
 
-ShardRow = dict[str, Any]  # a shard's row of the manifest: name, bytes, sha256, scans
+ShardRow = dict[str, Any]  # Row of a shard in the manifest: name, bytes, sha256, scans
 ScanRow = dict[str, Any]  # a scan's row of the scan table, with the number of its shard
 
 
@@ -114,7 +114,7 @@ def rewrite_shard(folder: str, name: str, keys: Collection[str], codec: str) -> 
         final.unlink()
         return {}, {}
     row = {"name": name, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary), "scans": len(offsets)}
-    with temporary.open("rb") as stream:
+    with open_file(temporary) as stream:
         os.fsync(stream.fileno())
     temporary.replace(final)
     return row, offsets

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.volume.decoders import decode as decode  # the inverse of encode
 from infra.errors import UserError
+from infra.files import open_file, regular_file
 
 COPY_BYTES = 1 << 22
 # Compared with zstd's default level 3, a grey-matter map of 121 x 145 x 121 takes no more space (1.18 MB against 1.19 MB),
@@ -65,7 +66,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]]
 
 def payloads(path: Path, extension: str) -> Iterable[tuple[str, int, int]]:
     """Yield key, offset and size of every member with ``extension``, from the tar's headers."""
-    with tarfile.open(path, "r:") as tar:
+    with tarfile.open(regular_file(path), "r:") as tar:
         for member in tar:
             key, _, ending = member.name.partition(".")
             if ending == extension:
@@ -77,9 +78,9 @@ def copy_without(path: Path, out: Path, keys: Collection[str]) -> None:
 
     Raises OSError if the shard is truncated.
     """
-    with tarfile.open(path, "r:") as tar:
+    with tarfile.open(regular_file(path), "r:") as tar:
         members = [(member.name.partition(".")[0], member.offset, member.offset_data, member.size) for member in tar]
-    with path.open("rb") as source, out.open("wb") as stream:
+    with open_file(path) as source, out.open("wb") as stream:
         for key, begin, begin_data, size in members:
             if key in keys:
                 continue

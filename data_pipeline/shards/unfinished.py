@@ -36,7 +36,7 @@ from data_pipeline.quality.outliers import COARSE_PREFIX, coarse_path
 from data_pipeline.quality.rules import Removal
 from data_pipeline.storage.manifest_file import MANIFEST, read_content
 from infra.errors import UserError
-from infra.files import lock, sha256_of
+from infra.files import lock, read_text, sha256_of
 
 UNFINISHED = ".unfinished-"
 
@@ -107,7 +107,7 @@ def read_finished(folder: Path, name: str, expected: str) -> WrittenShard | None
     The tar's bytes are read and compared with its SHA-256.
     """
     try:
-        record = json.loads(record_path(folder, name).read_text(encoding="utf-8"))
+        record = json.loads(read_text(record_path(folder, name)))
     except (OSError, ValueError):
         return None
     if record["fingerprint"] != expected:
@@ -208,7 +208,7 @@ def remove_leftovers(folder: Path, keep: Sequence[str] = ()) -> None:
         if path.name not in coarse:
             path.unlink(missing_ok=True)
     listed = set()
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).exists():
         listed = {str(row["name"]) for row in read_content(folder)["shards"]}
     records = {record_path(folder, name).name for name in keep}
     for written in ("manifest.json", "quarantine.tsv", "scans*.parquet"):

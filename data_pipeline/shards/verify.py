@@ -14,7 +14,7 @@ from data_pipeline.storage.manifest import MANIFEST, Manifest
 from data_pipeline.storage.manifest_file import SCANS
 from data_pipeline.storage.remote import ReadFailed, is_remote, open_file
 from infra.errors import UserError
-from infra.files import sha256_of
+from infra.files import other_kind, read_text, sha256_of
 from infra.progress import Progress
 
 MAX_PLACES = 5  # damaged places that the message names per shard
@@ -57,7 +57,7 @@ def find_problems(manifest: Manifest, workers: int | None = None) -> dict[str, s
 
 def load_problem(shards: str | Path) -> str | None:
     """Return in one line why the manifest itself cannot be trusted, None if it can. Raises UserError if there is none."""
-    if is_remote(str(shards)) or not (Path(shards) / MANIFEST).is_file():
+    if is_remote(str(shards)) or not (Path(shards) / MANIFEST).exists():
         Manifest.load(shards)  # raises the error
     try:
         Manifest.load(shards)
@@ -69,7 +69,7 @@ def load_problem(shards: str | Path) -> str | None:
 def _table_problems(manifest: Manifest) -> dict[str, str]:
     """Find changes of manifest.json that its digest does not cover (spaces, a repeated key), and unlisted scan tables."""
     problems = {}
-    text = (manifest.root / MANIFEST).read_text(encoding="utf-8")
+    text = read_text(manifest.root / MANIFEST)
     content = json.loads(text)
     if json.dumps(content, indent=1, sort_keys=True) + "\n" != text:
         problems[MANIFEST] = "was edited, although its digest matches its content; restore it from a copy"
@@ -86,7 +86,9 @@ def _problem(manifest: Manifest, number: int) -> str | None:
     if is_remote(url):
         return _remote_problem(manifest, url, number)
     path = Path(url)
-    if not path.is_file():
+    if kind := other_kind(path):
+        return f"{kind}, not a file"
+    if not path.exists():
         return f"missing, with {shard['scans']} scans"
     try:
         if path.stat().st_size == shard["bytes"] and sha256_of(path) == shard["sha256"]:

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from data_pipeline.volume.grid import Grid
 from infra.errors import UserError
-from infra.files import atomic_write, writable_folder
+from infra.files import atomic_write, regular_file, writable_folder
 
 VERSION = 5  # part of the name of a cached template; increase it if the content changes
 
@@ -75,7 +75,7 @@ def load_template(grid: Grid) -> Template:
         path = writable_folder("templates") / f"template-{key}.npz"
     if path is not None and path.is_file():
         try:
-            with np.load(path) as stored:
+            with np.load(regular_file(path)) as stored:
                 return Template(grid, **{name: stored[name] for name in stored.files})
         except (OSError, ValueError, TypeError, EOFError):
             path.unlink(missing_ok=True)  # another format, or damaged; made again below

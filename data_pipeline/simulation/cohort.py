@@ -20,8 +20,8 @@ from data_pipeline.simulation.settings import SHARES, Simulation
 from data_pipeline.simulation.volumes import VENTRICLE_ML, make_volume
 from data_pipeline.volume.grid import Grid
 from infra import random_streams
-from infra.errors import UserError
-from infra.files import atomic_write, write_json
+from infra.errors import NUMBER, OPTIONAL_WHOLE, PATH, WHOLE, Kind, UserError, check_arguments
+from infra.files import atomic_write, read_text, write_json
 from infra.progress import Progress
 
 RECORD = "simulation.json"
@@ -77,6 +77,12 @@ def simulate_cohort(
     Raises:
         UserError: a setting is outside its limits, or the folder holds another cohort or other files.
     """
+    check_arguments(PATH, out=out)
+    check_arguments(WHOLE, participants=participants, seed=seed, sites=sites, subtypes=subtypes)
+    check_arguments(NUMBER, spacing=spacing, effect=effect, acceleration=acceleration, heterogeneity=heterogeneity,
+                    site_effects=site_effects, misregistration=misregistration, individuality=individuality)  # fmt: skip
+    check_arguments(OPTIONAL_WHOLE, workers=workers)
+    check_arguments(Kind((Mapping, type(None)), "a mapping of groups to shares, or None"), shares=shares)
     if workers is not None and workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
     settings = Simulation(
@@ -192,9 +198,9 @@ def _write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
 def _claim(folder: Path, settings: Simulation) -> None:
     """Record the settings in the folder; raises UserError if it holds another cohort or other files."""
     path, record = folder / RECORD, settings.to_dict()
-    if path.is_file():
+    if path.exists():
         # A record from before a setting existed means that setting's default.
-        old = {**Simulation().to_dict(), **json.loads(path.read_text(encoding="utf-8"))}
+        old = {**Simulation().to_dict(), **json.loads(read_text(path))}
         changed = [key for key in record if old[key] != record[key]]
         if changed:
             key = changed[0]

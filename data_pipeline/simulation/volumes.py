@@ -211,7 +211,7 @@ def anatomy_at(spacing: float) -> Anatomy:
 
 @lru_cache(maxsize=1)
 def _ventricle_table() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Ventricle volumes (ml) and the pushes of their wall (mm) that give them, always measured on a 2 mm grid."""
+    """Ventricle volumes (ml) and the displacements of their wall (mm) that produce them, measured on a 2 mm grid."""
     distance = load_template(Grid.vbm(2.0)).ventricle_distance
     pushes = np.linspace(0.0, 9.0, 19)
     # A voxel becomes ventricle if its source point is inside: distance - push exp(-distance / 12) <= 0.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from infra.files import lock, locked_file
+from infra.files import lock, locked_file, open_file
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _has_name(part: IO[bytes], name: Path) -> bool:
 def _remove_if_unlocked(path: Path) -> None:
     """Remove the part file of a killed download, whose lock no process holds."""
     try:
-        with open(path, "rb") as part:
+        with open_file(path) as part:
             if lock(part, wait=False):  # without locks nobody knows whether a download still runs
                 path.unlink(missing_ok=True)
     except (BlockingIOError, FileNotFoundError):

@@ -27,8 +27,8 @@ from data_pipeline.storage.reader import VolumeReader as VolumeReader
 from data_pipeline.storage.remote import Access, ShardStore, is_remote, join, read_whole, with_retries
 from data_pipeline.storage.table_schema import read_table
 from data_pipeline.volume.grid import Grid
-from infra.errors import LoaderError, UserError, nearest
-from infra.files import atomic_write, flush_folder, sha256_of, writable_folder, write_json
+from infra.errors import PATH, LoaderError, UserError, check_arguments, nearest
+from infra.files import atomic_write, flush_folder, other_kind, sha256_of, writable_folder, write_json
 
 
 class Manifest:
@@ -75,11 +75,17 @@ class Manifest:
         Raises:
             UserError: if a file is missing, cannot be read, or was changed, or if a key or column has an impossible value.
         """
+        check_arguments(PATH, url=url)
         url, access = str(url), access or Access()
         root = fetch(url, access) if is_remote(url) else Path(url)
         content, table = read_checked(root)
         scans = read_table(table, content, str(table_path(root, content)))
         return cls(root, content, scans, url, access)
+
+    def __repr__(self) -> str:
+        """Name the folder and count the scans."""
+        shape = "x".join(map(str, self.grid.get("shape", ())))
+        return f"Manifest({self.url!r}: {len(self.scans)} scans, grid {shape})"
 
     @property
     def shards_root(self) -> str:
@@ -112,7 +118,7 @@ class Manifest:
             scans = scans[scans["split"].isin(names)]
         if query:
             try:
-                scans = scans.query(query)
+                scans = scans[fulfilling(scans, query)]
             except Exception as error:  # pandas raises many types of errors for malformed queries
                 raise UserError(f"query {query!r} fails on {SCANS}: {' '.join(str(error).split())}") from None
         return scans.index.to_numpy(dtype=np.int64)
@@ -172,7 +178,10 @@ class Manifest:
         return self.reader()
 
     def read_volume(self, row: int) -> NDArray[np.float16]:
-        """Return a scan's voxels, (D, H, W) float16. Raises OSError if they are missing or fail their checksum."""
+        """Return a scan's voxels, (D, H, W) float16.
+
+        Raises OSError if they are missing or fail their checksum, UserError if a pipe or folder is in place of the shard.
+        """
         return self._reader.read(row)
 
     @property
@@ -192,7 +201,9 @@ def check_shards(manifest: Manifest, rows: NDArray[np.int64]) -> None:
     used = sorted({int(shard) for shard in manifest.scans["shard"].to_numpy()[rows]})
     for row in (manifest.shards[number] for number in used):
         path = Path(manifest.shard_url(str(row["name"])))
-        if not path.is_file():
+        if kind := other_kind(path):
+            wrong.append(f"{row['name']} is {kind}, not a file")
+        elif not path.exists():
             wrong.append(f"{row['name']} is missing")
         elif path.stat().st_size != int(row["bytes"]):
             wrong.append(f"{row['name']} has {path.stat().st_size} bytes, not {row['bytes']}")
@@ -234,7 +245,7 @@ def fetch(url: str, access: Access) -> Path:
         table = join(url, name)
         cache = Path(access.cache) / "manifests" if access.cache else None
         folder = writable_folder("manifests", cache, "data.cache") / str(content["digest"])[:32]
-        if not (folder / name).is_file() or sha256_of(folder / name) != content["scans"]["sha256"]:
+        if not (folder / name).exists() or sha256_of(folder / name) != content["scans"]["sha256"]:
             downloaded = with_retries(read_scans, lambda: table, access)
             with atomic_write(folder / name) as stream:
                 stream.write(downloaded)
@@ -291,3 +302,11 @@ def remove_old_tables(root: Path, name: str) -> None:
     for path in (root / SCANS, *root.glob("scans-????????.parquet")):
         if path.name != name:
             path.unlink(missing_ok=True)
+
+
+def fulfilling(scans: pd.DataFrame, query: str) -> NDArray[np.bool_]:
+    """Return which scans fulfil a pandas query: (N,) bool. Raises TypeError if it is no condition, or as pandas does."""
+    chosen = scans.eval(query)
+    if not isinstance(chosen, pd.Series) or not pd.api.types.is_bool_dtype(chosen):
+        raise TypeError("it gives no yes or no for each scan; write a condition, as in age >= 18")
+    return chosen.fillna(False).to_numpy(dtype=bool)

@@ -14,6 +14,7 @@ from typing import Any
 
 from data_pipeline.storage.manifest_schema import check_manifest
 from infra.errors import UserError
+from infra.files import open_file, read_bytes
 
 FORMAT = 1
 MANIFEST, SCANS = "manifest.json", "scans.parquet"
@@ -27,7 +28,7 @@ def read_content(root: str | Path) -> dict[str, Any]:
     """
     path = Path(root) / MANIFEST
     try:
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             return check_content(stream.read(MAX_MANIFEST_BYTES + 1), str(path))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing; give a folder made by `yaware shards build`") from None
@@ -64,7 +65,7 @@ def read_checked(root: str | Path) -> tuple[dict[str, Any], bytes]:
     content = read_content(root)
     while True:
         path = table_path(root, content)
-        table = path.read_bytes() if path.is_file() else b""
+        table = read_bytes(path) if path.exists() else b""
         if hashlib.sha256(table).hexdigest() == content["scans"]["sha256"]:
             return content, table
         again = read_content(root)

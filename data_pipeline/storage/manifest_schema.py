@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
-from data_pipeline.volume.limits import MAX_SIDE, MAX_VOXELS, is_too_large
+from data_pipeline.storage.settings_schema import (
+    APPENDED,
+    MAX_ROWS,
+    NEEDED,
+    PART,
+    POSSIBLE,
+    QUALITY,
+    Check,
+    unknown_rule,
+    whole_number,
+)  # fmt: skip
+from data_pipeline.volume.limits import MAX_SIDE, MAX_VOXELS, affine_fault, is_too_large
 from infra.errors import UserError
 
 MAX_BYTES = 2**50  # of a shard
-MAX_ROWS = 2**27
 TABLE_NAME = re.compile(r"scans(-[0-9a-f]{8})?\.parquet")
-CODECS = ("zst", "npy", "npy.gz", "nii.gz", "nii", "mixed", "none")
-
-Check = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is allowed in words
-
-
-def _is_number(low: float, high: float) -> Check:
-    return (lambda value: type(value) is int and low <= value <= high), f"a whole number from {low} to {high}"
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable()
 
 
 def _is_sha256(value: Any) -> bool:
@@ -60,7 +58,6 @@ def is_shard_name(value: Any, folders: bool = False) -> bool:
     return allowed and ":" not in parts[0] and (folders or len(parts) == 1)
 
 
-WORD: Check = (_is_word, "a word of 1 to 4096 letters")
 SHA256: Check = (_is_sha256, "64 hexadecimal digits")
 GRID: dict[str, Check] = {
     "shape": (_is_shape, f"three sides of 1 to {MAX_SIDE} voxels, {MAX_VOXELS} voxels together"),
@@ -70,29 +67,30 @@ GRID: dict[str, Check] = {
         "4 rows of 4 numbers",
     ),
 }
-SETTINGS: dict[str, Check] = {
-    "dataset": WORD,
-    "modality": WORD,
-    "scaling": WORD,
-    "codec": (lambda value: value in CODECS, f"one of {', '.join(CODECS)}"),
-}
 SCANS: dict[str, Check] = {
     "name": (
         lambda value: isinstance(value, str) and TABLE_NAME.fullmatch(value) is not None,
         "scans.parquet, or scans-1234abcd.parquet",
     ),
-    "rows": _is_number(0, MAX_ROWS),
+    "rows": whole_number(0, MAX_ROWS),
     "sha256": SHA256,
 }
-SHARD: dict[str, Check] = {"bytes": _is_number(0, MAX_BYTES), "sha256": SHA256, "scans": _is_number(0, MAX_ROWS)}
+SHARD: dict[str, Check] = {"bytes": whole_number(0, MAX_BYTES), "sha256": SHA256, "scans": whole_number(0, MAX_ROWS)}
 
 
 def check_manifest(content: dict[str, Any], name: str) -> None:
     """Check the content of a manifest.json. Raises UserError: the file ``name``, the key, its value and what is allowed."""
     _check(content, "", {"digest": SHA256}, name)
-    for key, checks in (("grid", GRID), ("settings", SETTINGS), ("scans", SCANS)):
+    for key, checks in (("grid", GRID), ("settings", NEEDED), ("scans", SCANS)):
         _check(_part(content, key, dict, name), f"{key}.", checks, name)
-    settings = content["settings"]
+    if fault := affine_fault(content["grid"]["affine"], content["grid"]["spacing"]):
+        raise _error(name, "grid.affine", content["grid"]["affine"], fault)
+    _check_settings(content["settings"], name)
+    _check_shards(_part(content, "shards", list, name), content["settings"].get("indexed") is True, name)
+
+
+def _check_settings(settings: dict[str, Any], name: str) -> None:
+    """Check what the settings may hold beside what they must hold."""
     indexed = settings.get("indexed") is True
     if "root" in settings and not (indexed and _is_root(settings["root"])):
         raise _error(
@@ -102,11 +100,14 @@ def check_manifest(content: dict[str, Any], name: str) -> None:
     if not isinstance(appended, list) or not all(isinstance(addition, dict) for addition in appended):
         raise _error(name, "settings.appended", appended, "a list of objects")
     for number, addition in enumerate(appended):
-        _check(addition, f"settings.appended[{number}].", {"dataset": WORD, "scans": _is_number(0, MAX_ROWS)}, name)
-    for addition in (settings, *appended):
-        if "quarantined" in addition:
-            _check(addition, "settings.", {"quarantined": _is_number(0, MAX_ROWS)}, name)
-    _check_shards(_part(content, "shards", list, name), indexed, name)
+        _check(addition, f"settings.appended[{number}].", APPENDED, name)
+        _check_present(addition, f"settings.appended[{number}].", PART, name)
+    _check_present(settings, "settings.", POSSIBLE, name)
+    if "quality" in settings:
+        quality = _part(settings, "quality", dict, name, "settings.")
+        if (unknown := unknown_rule(quality)) is not None:
+            raise _error(name, "settings.quality", unknown, f"a rule of {', '.join(QUALITY)}")
+        _check_present(quality, "settings.quality.", QUALITY, name)
 
 
 def _check_shards(shards: list[Any], indexed: bool, name: str) -> None:
@@ -124,13 +125,13 @@ def _check_shards(shards: list[Any], indexed: bool, name: str) -> None:
         names.add(shard["name"])
         _check(shard, f"{key}.", SHARD, name)
         if "codec" in shard:
-            _check(shard, f"{key}.", {"codec": SETTINGS["codec"]}, name)
+            _check(shard, f"{key}.", {"codec": NEEDED["codec"]}, name)
 
 
-def _part(content: dict[str, Any], key: str, kind: type, name: str) -> Any:
+def _part(content: dict[str, Any], key: str, kind: type, name: str, prefix: str = "") -> Any:
     value = content.get(key)
     if not isinstance(value, kind):
-        raise _error(name, key, value, "an object" if kind is dict else "a list")
+        raise _error(name, f"{prefix}{key}", value, "an object" if kind is dict else "a list")
     return value
 
 
@@ -140,6 +141,11 @@ def _check(values: dict[str, Any], prefix: str, checks: dict[str, Check], name: 
             raise UserError(f"{name}: {prefix}{key} is missing; allowed: {allowed}; build the shards again")
         if not is_allowed(values[key]):
             raise _error(name, f"{prefix}{key}", values[key], allowed)
+
+
+def _check_present(values: dict[str, Any], prefix: str, checks: dict[str, Check], name: str) -> None:
+    """As ``_check``, for keys that may be missing."""
+    _check(values, prefix, {key: check for key, check in checks.items() if key in values}, name)
 
 
 def _error(name: str, key: str, value: Any, allowed: str) -> UserError:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from infra.files import open_descriptor
+
 MAX_OPEN = 256  # shards open at once in a process; many systems allow 1024 files
 
 
@@ -32,7 +34,7 @@ class OpenFiles:
                 return None
             if len(self._descriptors) >= MAX_OPEN:
                 self.close(next(iter(self._descriptors)))
-            self._descriptors[shard] = os.open(file, os.O_RDONLY)
+            self._descriptors[shard] = open_descriptor(file)
         return self._descriptors[shard]
 
     def close(self, shard: int) -> None:

@@ -16,6 +16,7 @@ from data_pipeline.storage.open_files import OpenFiles
 from data_pipeline.storage.remote import ShardStore
 from data_pipeline.volume.decoders import decode
 from data_pipeline.volume.limits import MAX_VOXELS
+from infra.files import regular_file
 
 
 @dataclass(kw_only=True)
@@ -73,5 +74,5 @@ class VolumeReader:
         return None if google_crc32c.value(payload) == self.crc32c[row] else "fails its checksum"
 
     def _name(self, row: int) -> str:
-        key = str(pd.read_parquet(self.table, columns=["key"])["key"].iloc[row])
+        key = str(pd.read_parquet(regular_file(self.table), columns=["key"])["key"].iloc[row])
         return f"shard {self.names[int(self.shard[row])]}, scan {key}"

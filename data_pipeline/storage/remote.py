@@ -20,6 +20,7 @@ from typing import IO, Any, TypeVar
 
 from data_pipeline.storage.cache import ShardCache
 from data_pipeline.storage.open_files import OpenFiles
+from infra import files
 from infra.errors import UserError
 from infra.internals import internal
 
@@ -298,7 +299,7 @@ def open_file(url: str, access: Access) -> IO[bytes]:
     """Open a local or remote file for one forward read."""
     if is_remote(url):
         return io.BufferedReader(RemoteFile(url, access), BLOCK)
-    return open(url, "rb")
+    return files.open_file(url)
 
 
 def list_tars(folder: str, access: Access) -> list[str]:

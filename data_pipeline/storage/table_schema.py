@@ -71,7 +71,7 @@ def check_columns(file: pq.ParquetFile, content: dict[str, Any], where: str) -> 
 
 
 def open_table(table: Any, content: dict[str, Any], where: str) -> pq.ParquetFile:
-    """Open and check a scan table. Raises UserError if it is no Parquet file, or as ``check_columns`` does.
+    """Open and check a scan table. Raises UserError if it is not a Parquet file, or as ``check_columns`` does.
 
     Args:
         table: its bytes, or an Arrow reader of them.
@@ -105,6 +105,7 @@ def _check_locations(scans: pd.DataFrame, content: dict[str, Any], where: str) -
     """Check that every scan has its place in a shard, and a key of its own."""
     for name in ("key", "participant_id", "dataset", "split", "shard", "offset", "size", "crc32c"):
         _refuse(scans[name].isna().to_numpy(), scans, name, where, "a value")
+    _refuse(np.isinf(scans["age"].to_numpy(np.float64, na_value=np.nan)), scans, "age", where, "finite")
     shards, most = content["shards"], largest_member(prod(content["grid"]["shape"]))
     columns = {name: scans[name].to_numpy() for name in ("shard", "offset", "size", "crc32c")}
     limits = {"shard": (0, len(shards) - 1), "offset": (0, 2**50), "size": (1, most), "crc32c": (0, 2**32 - 1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,13 @@ def open_image(path: Path, orientation: str = "", arrays_on: Grid | None = None)
     """
     # Opening a named pipe or a device would wait or read forever.
     parts = [path.with_suffix(suffix) for suffix in (".hdr", ".img")] if path.suffix in (".hdr", ".img") else [path]
-    if any(part.exists() and not part.is_file() for part in parts):
+    try:
+        regular = all(part.is_file() or not part.exists() for part in parts)
+    except OSError as error:  # for example a name that is too long
+        raise _unreadable(path, error) from None
+    if not regular:
         raise BadScan("is not a regular file, but a folder, pipe or device", "file")
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return _open_array(path, orientation, arrays_on)
     try:
         image = nibabel.load(path)
@@ -177,7 +182,10 @@ def _open_array(path: Path, orientation: str, arrays_on: Grid | None) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> BadScan:
     """The BadScan for an error, without the file's path, which may hold a participant's name."""
-    text = " ".join(str(error).split())
-    for name in (str(path), str(path.parent), path.name, path.name.partition(".")[0]):
-        text = text.replace(name, "the file")
+    names = {str(path), str(path.parent), path.name, path.name.partition(".")[0]}
+    # Whole paths only: in "sub/a.nii" the name "a" is also in every other word.
+    any_name = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    text = re.sub(
+        rf"(?:\b[Ff]ile )?(['\"]?)(?<![\w./-])(?:{any_name})(?![\w/-])\1", "the file", " ".join(str(error).split())
+    )
     return BadScan(f"unreadable: {type(error).__name__}: {text[:120]}")

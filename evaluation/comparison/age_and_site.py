@@ -67,7 +67,7 @@ def _external_mae(evaluation: CheckpointEvaluation, evaluations: list[Checkpoint
     """Age MAE of the same model of the same checkpoint on sites left out of training; NaN if there is none."""
 
     def model_of(each: CheckpointEvaluation) -> tuple[object, ...]:
-        """What must be equal for two evaluations to be of one model."""
+        """Key of the fitted model."""
         return each.pretraining, each.step, each.weights, each.variant.fitted
 
     for other in evaluations:

@@ -14,7 +14,7 @@ from evaluation.comparison import age_and_site, curves, report, tables
 from evaluation.comparison.evaluations import CheckpointEvaluation, RunRow, last_steps, read_evaluations
 from evaluation.comparison.formats import LABELS, rows_of, with_interval
 from evaluation.statistics.metrics import METRICS
-from infra.errors import UserError
+from infra.errors import OPTIONAL_TEXT, PATH, TEXT, UserError, check_arguments
 from infra.tracking import runs as store
 from infra.tracking.tracker import default_uri
 
@@ -171,8 +171,10 @@ class Comparison:
     def report(self, path: str | Path = "report.html") -> list[Path]:
         """Write the HTML report to ``path``, and its CSV tables, LaTeX tables and plots beside it; return all paths.
 
-        The files beside ``report.html`` are ``report_*.csv``, ``report.tex`` and ``report_*.png``.
+        The files beside ``report.html`` are ``report_*.csv``, ``report.tex`` and ``report_*.png``. Raises UserError if
+        ``path`` does not end in .html.
         """
+        check_arguments(PATH, path=path)
         return report.write_report(self, Path(path))
 
     def __repr__(self) -> str:
@@ -203,11 +205,13 @@ def compare(
     Raises:
         UserError: if the store has no such experiment, no finished evaluation in it, or no checkpoint named ``against``.
     """
+    check_arguments(TEXT, experiment=experiment, filter=filter)
+    check_arguments(OPTIONAL_TEXT, tracking_uri=tracking_uri, against=against)
     uri = tracking_uri or default_uri()
     evaluations, superseded = read_evaluations(uri, experiment, filter)
     names = [evaluation.name for evaluation in last_steps(evaluations)]
     if against is not None and against not in names:
-        raise UserError(f"--against={against} is not a checkpoint of this comparison; choose one of {', '.join(names)}")
+        raise UserError(f"against={against!r} is not a checkpoint of this comparison; choose one of {', '.join(names)}")
     metrics = tables.metrics_table(evaluations)
     evaluations = _best_first(evaluations, metrics)
     last = last_steps(evaluations)

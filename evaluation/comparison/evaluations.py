@@ -17,6 +17,7 @@ from evaluation.features.candidates import choices_text
 from evaluation.protocols.variant import ProtocolVariant
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, Statistic
 from infra.errors import UserError
+from infra.files import regular_file
 from infra.processes.scratch import scratch_folder
 from infra.tracking import runs as store
 from infra.tracking.faults import hide_password
@@ -261,21 +262,21 @@ def _read(
         done = set(source)
         if not tasks or tasks - done:
             path = _download_tables(uri, run, name, folder / run["run_id"])
-            table = pd.read_parquet(path / "predictions.parquet")
+            table = pd.read_parquet(regular_file(path / "predictions.parquet"))
             tasks = set(table["task"])
             source |= {task: run for task in dict.fromkeys(table["task"]) if task not in done}
             predictions.append(table[~table["task"].isin(done)])
             if (path / "curve.csv").stat().st_size > 1:
-                curve = pd.read_csv(path / "curve.csv")
+                curve = pd.read_csv(regular_file(path / "curve.csv"))
                 curves.append(curve[~curve["task"].isin(done)])
-            if (path / "resamples.csv").is_file():  # versions before it logged none
-                table = pd.read_csv(path / "resamples.csv")
+            if (path / "resamples.csv").exists():  # versions before it logged none
+                table = pd.read_csv(regular_file(path / "resamples.csv"))
                 resamples.append(table[~table["task"].isin(done)])
-            if (path / "chosen.csv").is_file():
-                table = pd.read_csv(path / "chosen.csv")
+            if (path / "chosen.csv").exists():
+                table = pd.read_csv(regular_file(path / "chosen.csv"))
                 chosen.append(table[~table["task"].isin(done)])
             saliency = {**_read_saliency(path), **saliency}
-            embedding = embedding if len(embedding) else pd.read_parquet(path / "embedding.parquet")
+            embedding = embedding if len(embedding) else pd.read_parquet(regular_file(path / "embedding.parquet"))
         if tasks & done:
             superseded.append(
                 _superseded_line(name, run, {task: source[task] for task in source if task in tasks & done})
@@ -323,6 +324,6 @@ def _read_saliency(path: Path) -> dict[str, dict[str, Any]]:
     """Return task -> arrays of its stored map."""
     maps = {}
     for file in sorted(path.glob("saliency_*.npz")):
-        with np.load(file) as stored:
+        with np.load(regular_file(file)) as stored:
             maps[file.stem.removeprefix("saliency_")] = {key: stored[key] for key in stored.files}
     return maps

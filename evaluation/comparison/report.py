@@ -13,6 +13,7 @@ from evaluation.comparison import maps, plots, sections
 from evaluation.comparison.formats import COVERS_BOTH, COVERS_PEOPLE
 from evaluation.comparison.latex import to_latex
 from evaluation.statistics.subgroups import MINIMUM, MINIMUM_OF_A_CLASS
+from infra.errors import UserError
 from infra.files import atomic_write
 from infra.page import STYLE
 
@@ -140,8 +141,10 @@ SECTIONS: dict[str, Section] = {
 def write_report(comparison: Comparison, out: Path) -> list[Path]:
     """Write the page to ``out``, and every table (.csv), the LaTeX tables (.tex) and every plot (.png) beside it.
 
-    Returns the paths, the page's first.
+    Returns the paths, the page's first. Raises UserError if ``out`` does not end in .html.
     """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"the report {out} is a page of HTML; give a name that ends in .html")
     images: dict[str, bytes] = {}
     content = []
     for name, section in SECTIONS.items():

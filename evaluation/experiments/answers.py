@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from evaluation.experiments.plan import DISEASES, EXPERIMENT
 from evaluation.statistics.metrics import auc, mae
-from infra.files import atomic_write
+from infra.files import atomic_write, regular_file
 from infra.tracking.tracker import Tracker
 
 Method = tuple[str, str, int]  # method, variant, pretraining seed
@@ -65,7 +65,7 @@ def save_answers(path: Path, answers: list[MethodAnswers]) -> None:
 
 def load_answers(path: Path) -> list[MethodAnswers]:
     """Read a file of ``save_answers``."""
-    with np.load(path) as stored:
+    with np.load(regular_file(path)) as stored:
         return [
             MethodAnswers(**{
                 name: stored[f"{number}.{name}"].item() if kind in ("str", "int") else stored[f"{number}.{name}"]

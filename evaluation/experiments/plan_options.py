@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from infra.errors import UserError
-from infra.files import atomic_write
+from infra.files import atomic_write, read_text
 
 AnyPlan = TypeVar("AnyPlan")
 
@@ -57,7 +57,7 @@ def check_plan_file(out: Path, plan: Any) -> None:
     """
     path, settings = out / "plan.json", json.loads(json.dumps(asdict(plan)))
     if path.is_file():
-        stored = json.loads(path.read_text())
+        stored = json.loads(read_text(path))
         changed = [key for key in settings if stored.get(key) != settings[key]]
         if changed:
             raise UserError(

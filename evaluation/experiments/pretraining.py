@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from evaluation.experiments.processes import Command
-from infra.files import write_json
+from infra.files import read_text, write_json
 
 RECIPE = "simulated-6mm"
 
@@ -56,7 +56,7 @@ def pretrain_command(
 def is_pretrained(folder: Path, settings: Any) -> bool:
     """Return whether a run folder holds a finished run with these settings."""
     path = folder / "done.json"
-    return path.is_file() and bool(json.loads(path.read_text())["settings"] == settings_digest(settings))
+    return path.is_file() and bool(json.loads(read_text(path))["settings"] == settings_digest(settings))
 
 
 def settings_digest(settings: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from infra import ray_cluster
 from infra.errors import UserError
+from infra.files import read_text
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _run_command(command: Command, cores: list[int], running: set[subprocess.Pop
     running.discard(process)
     problem = f"ended with status {status}" if status else command.finish()
     if problem:
-        lines = command.log.read_text(errors="replace").splitlines()
+        lines = read_text(command.log, errors="replace").splitlines()
         last_line = next((line for line in reversed(lines) if line.strip()), "")
         raise UserError(f"{command.title} {problem}: {last_line[:300]} (log: {command.log})")
 

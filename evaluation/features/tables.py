@@ -83,7 +83,7 @@ class TrainTestSplit:
     test_scans: NDArray[Any]  # (m,)
     train_covariates: NDArray[Any]  # (n, C)
     test_covariates: NDArray[Any]  # (m, C)
-    last_fit: NDArray[Any] | None = None  # of a logistic regression, from which the next penalty's starts
+    last_fit: NDArray[Any] | None = None  # solution of a logistic regression that warm-starts the next penalty
 
     @property
     def labels(self) -> NDArray[Any]:

@@ -26,7 +26,7 @@ from evaluation.protocols.protocols import (
 )
 from evaluation.protocols.record import log_result, open_run
 from evaluation.protocols.results import EvaluationResult, chosen_lines, is_complete, make_result, write_result
-from evaluation.protocols.settings import AUTO, EvaluationSettings, load_fine_tuning
+from evaluation.protocols.settings import AUTO, EvaluationSettings, check_types, load_fine_tuning, names_of
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS
 from evaluation.tasks.leakage import check_copies, check_leakage, check_readouts
 from evaluation.tasks.published import PUBLISHED, SOURCE
@@ -34,7 +34,8 @@ from evaluation.tasks.resamples import NO_RESAMPLING
 from evaluation.tasks.tasks import Task, check_names, load_task
 from infra import ray_cluster
 from infra.errors import UserError
-from infra.files import sha256_of, write_json
+from infra.files import read_text, sha256_of, write_json
+from infra.processes.unchanged import unchanged_environment
 from infra.tracking.tracker import store_uri
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder, list_checkpoints
@@ -45,6 +46,7 @@ from pretrain.weights.scan_source import check_preprocessing
 COLUMNS = ["checkpoint", "step", "protocol", "task", "metric", "value", "low", "high", "run_id"]
 
 
+@unchanged_environment()
 def evaluate(
     checkpoints: Any, shards: str | os.PathLike[str] | Manifest, *, tasks: str | Sequence[str],
     protocols: str | Sequence[str] = ("paper",), folds: int = 5, n_train: Sequence[int] = (100, 300, 500), draws: int = 10,
@@ -90,7 +92,7 @@ def evaluate(
         all_steps: evaluate every checkpoint of the given run folders.
         experiment: MLflow experiment.
         tracking_uri: MLflow store; by default MLFLOW_TRACKING_URI, else mlruns/mlflow.db.
-        workers: CPUs of the local Ray cluster; by default all. With RAY_ADDRESS set, that cluster is used instead.
+        workers: CPUs of the local Ray cluster, at least 1; by default all. With RAY_ADDRESS set, that cluster is used instead.
         cache: folder of computed features; by default ``.features`` in the shards, or in the user's cache if that is read-only.
         storage: folder of unfinished searches; by default in the user's cache. All nodes of a Ray cluster must see it.
 
@@ -110,9 +112,11 @@ def evaluate(
         UserError: if an argument, a checkpoint, the shards or a task cannot be used; if a checkpoint was trained on test
             participants; if the MLflow store did not take a result, which then stays in ``storage``.
     """
+    check_types(seed, n_train, finetune, tasks=tasks, protocols=protocols, pooling=pooling)
+    ray_cluster.check_workers(workers)
     settings = EvaluationSettings(
-        tasks=_names(tasks), protocols=_names(protocols), folds=folds, n_train=tuple(n_train), draws=draws, seed=seed,
-        inner_repeats=inner_repeats, leave_site_out=leave_site_out, layer=layer, pooling=_names(pooling), scale=scale,
+        tasks=names_of(tasks), protocols=names_of(protocols), folds=folds, n_train=tuple(n_train), draws=draws, seed=seed,
+        inner_repeats=inner_repeats, leave_site_out=leave_site_out, layer=layer, pooling=names_of(pooling), scale=scale,
         readouts=readouts,
         mlp_trials=mlp_trials, repeats=repeats, halvings=halvings, permutations=permutations,
         finetune=finetune if isinstance(finetune, FineTuning) else load_fine_tuning(finetune or {}, seed),
@@ -120,12 +124,13 @@ def evaluate(
     settings.check()
     check_protocols(settings.protocols)
     check_features(settings)
+    paths = checkpoint_paths(checkpoints, all_steps=all_steps)
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
     context = _make_context(
         settings, manifest, store_uri(tracking_uri), experiment,
         cache=feature_folder(manifest, cache), storage=search_folder(storage),
     )  # fmt: skip
-    candidates = [_load_candidate(path, context) for path in checkpoint_paths(checkpoints, all_steps=all_steps)]
+    candidates = [_load_candidate(path, context) for path in paths]
     _print_tasks(context)
     _print_cost(context)
     rows = []
@@ -153,11 +158,9 @@ def checkpoint_paths(checkpoints: Any, *, all_steps: bool = False) -> list[Path]
                 "checkpoint or an export"
             )
         paths += list_checkpoints(Path(folder)) if all_steps else [Path(folder)]
+    if not paths:
+        raise UserError(f"checkpoints={checkpoints!r:.80} names none; give one or more")
     return paths
-
-
-def _names(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _make_context(
@@ -224,9 +227,9 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
         used["readouts_sha256"] = sha256_of(readouts_folder(candidate.folder) / "checksums.json")
     work = context.work_folder(name, candidate, used)
     logged, run_file, result_folder = work / "metrics.json", work / "run.json", work / "result"
-    run_id = json.loads(run_file.read_text())["run_id"] if run_file.is_file() else None
-    if logged.is_file():
-        return json.loads(logged.read_text()), str(run_id)
+    run_id = json.loads(read_text(run_file))["run_id"] if run_file.exists() else None
+    if logged.exists():
+        return json.loads(read_text(logged)), str(run_id)
     params = {"tasks": ",".join(context.settings.tasks), "protocol": name, **used, "scans": len(context.rows)}
     tracker = open_run(context, candidate, variant, params, run_id)
     write_json(run_file, {"run_id": tracker.run_id})
@@ -243,10 +246,10 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
             tracker.end("FAILED")  # a run without its tables must not count as finished
         raise UserError(
             f"MLflow store {context.uri} has not taken all of {candidate.name} step {candidate.step}, {variant.label}; the "
-            f"result is kept in {result_folder}: run the same command again when this is mended: "
+            f"result is kept in {result_folder}: fix this and run the same command again: "
             + (tracker.fault or "it rejected a file or a trial, see the warning above")
         )
-    metrics: dict[str, float] = json.loads((result_folder / "metrics.json").read_text())
+    metrics: dict[str, float] = json.loads(read_text(result_folder / "metrics.json"))
     write_json(logged, metrics)
     return metrics, str(tracker.run_id)
 
@@ -313,14 +316,14 @@ def _print_tasks(context: EvaluationContext) -> None:
 
 
 def _print_cost(context: EvaluationContext) -> None:
-    """Say how many cross-validations the resamples add, if permutations were asked for, or that they have no effect."""
+    """Print how many cross-validations the permutations add, and which protocols do not use them."""
     settings = context.settings
     names = [name for name in settings.protocols if PROTOCOLS[name].resamples]
     if settings.permutations and names:
         more = settings.repeats - 1 + settings.halvings
         print(
-            f"evaluate: permutations={settings.permutations}: {', '.join(names)} fit every task and checkpoint "
-            f"{settings.permutations} times more; without them it would be {1 + more} times"
+            f"evaluate: permutations={settings.permutations}: {', '.join(names)}: adds {settings.permutations} "
+            f"cross-validations for each task and checkpoint, to {1 + more} without permutations"
         )
     if settings.permutations and len(names) < len(settings.protocols):
         others = [name for name in settings.protocols if name not in names]

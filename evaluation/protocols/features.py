@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.loading.loader import volumes
 from data_pipeline.storage.manifest import Manifest
-from infra.files import atomic_write
+from infra.files import atomic_write, regular_file
 from infra.progress import Progress
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.layers import OWN, Block, features_of_blocks
@@ -84,7 +84,7 @@ def _write(cache: Path, features_of_row: dict[int, NDArray[np.float32]]) -> None
 
 
 def _read(cache: Path) -> dict[int, NDArray[np.float32]]:
-    if not cache.is_file():
+    if not cache.exists():
         return {}
-    with np.load(cache) as stored:
+    with np.load(regular_file(cache)) as stored:
         return dict(zip(stored["rows"].tolist(), stored["features"], strict=True))

@@ -15,6 +15,7 @@ from evaluation.protocols.context import Candidate, EvaluationContext
 from evaluation.protocols.results import TABLES
 from evaluation.protocols.variant import ProtocolVariant
 from infra.errors import UserError
+from infra.files import read_text
 from infra.tracking import runs
 from infra.tracking.tracker import Tracker
 
@@ -66,7 +67,7 @@ def log_result(
     Raises:
         UserError: if the store does not answer at the start; later failures are known to the tracker.
     """
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads(read_text(folder / "metrics.json"))
     model_id = candidate.config.get("model_id")
     try:
         has_page = bool(model_id) and runs.has_model(uri, str(model_id))
@@ -83,7 +84,7 @@ def log_result(
         tracker.log_metrics(_unlogged(tracker, prefixed, candidate.step), **with_model)
     for name in TABLES:
         tracker.log_artifact(folder / name, "evaluation")
-    tracker.log_trials(trial_runs(json.loads((folder / "trials.json").read_text())))
+    tracker.log_trials(trial_runs(json.loads(read_text(folder / "trials.json"))))
     tracker.end()
 
 

@@ -22,7 +22,7 @@ from evaluation.protocols.variant import ProtocolVariant
 from evaluation.tasks.leakage import check_leakage
 from evaluation.tasks.tasks import Task, load_task
 from infra.errors import UserError
-from infra.files import sha256_of
+from infra.files import regular_file, sha256_of
 from infra.processes.scratch import scratch_folder
 from infra.progress import Progress
 from infra.random_streams import saliency_generator
@@ -189,7 +189,10 @@ def _find_evaluation(
             continue
         with scratch_folder("saliency") as temporary:
             path = runs.download(uri, run["run_id"], "evaluation", temporary)
-            predictions, trials = pd.read_parquet(path / "predictions.parquet"), pd.read_csv(path / "trials.csv")
+            predictions, trials = (
+                pd.read_parquet(regular_file(path / "predictions.parquet")),
+                pd.read_csv(regular_file(path / "trials.csv")),
+            )
         if task.name in set(predictions["task"]):
             fold = trials[(trials["task"] == task.name) & (trials["part"] == "fold 0")]
             params: Params = json.loads(fold["point"].to_list()[int(fold["inner_score"].argmax())])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +12,7 @@ from evaluation.features.tables import SCALES
 from evaluation.protocols.finetune import FineTuning
 from evaluation.statistics.training_sets import FEWEST_HALVINGS
 from evaluation.tasks.resamples import Resampling
-from infra.errors import UserError, nearest
+from infra.errors import WHOLE, Kind, UserError, check_arguments, nearest
 from infra.settings import load_settings
 from pretrain.weights.layers import OWN
 
@@ -45,6 +47,7 @@ class EvaluationSettings:
         least_of = {
             "folds": 2, "draws": 1, "inner_repeats": 1, "mlp_trials": 1, "repeats": 1, "halvings": 0, "permutations": 0,
         }  # fmt: skip
+        check_arguments(WHOLE, **{name: getattr(self, name) for name in least_of})
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} is too small; it must be at least {least}")
@@ -61,7 +64,7 @@ class EvaluationSettings:
                 f"readouts={self.readouts!r} is not known{nearest(self.readouts, READOUTS)}; allowed: {', '.join(READOUTS)}"
             )
         if self.layer == AUTO and (self.pooling, self.scale) != (OWN, "each"):
-            raise UserError("layer=auto chooses pooling and scale too; leave out --pooling and --scale")
+            raise UserError("layer=auto chooses pooling and scale too; leave out pooling and scale")
         if not self.tasks:
             raise UserError("tasks is empty; name at least one, for example ad, scz, age or site")
         if self.finetune.batch < 2 * self.finetune.ranks:
@@ -87,13 +90,42 @@ class EvaluationSettings:
         return params
 
 
+def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one name or several as a tuple."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def check_types(seed: Any, n_train: Any, finetune: Any, **names: Any) -> None:
+    """Raise UserError for an argument of a wrong type; ``names`` are a text or several."""
+    check_arguments(WHOLE, seed=seed)
+    for name, value in names.items():
+        if isinstance(value, str):
+            continue
+        check_arguments(Kind((Sequence, Set), "a text, or a list of texts"), **{name: value})
+        check_arguments(Kind((str, os.PathLike), "a text"), **{f"{name}[{n}]": text for n, text in enumerate(value)})
+    check_arguments(Kind((Sequence,), "a list of whole numbers"), n_train=n_train)
+    check_arguments(WHOLE, **{f"n_train[{n}]": size for n, size in enumerate(n_train)})
+    check_arguments(Kind((FineTuning, Mapping, type(None)), "a mapping, a FineTuning or None"), finetune=finetune)
+
+
 def load_fine_tuning(values: Mapping[str, Any], seed: int) -> FineTuning:
     """Return the settings of fine-tuning from some of its keys; text is read as on the command line.
 
     Raises UserError for an unknown key or a value that is not allowed.
     """
     texts = {key: value if isinstance(value, str) else _yaml(value) for key, value in {"seed": seed, **values}.items()}
-    return load_settings(FineTuning, None, [f"--{key}={text}" for key, text in texts.items()])
+    try:
+        return load_settings(_Finetune, None, [f"--finetune.{key}={text}" for key, text in texts.items()]).finetune
+    except UserError as error:
+        message = str(error).partition("; set it in the recipe")[0].removeprefix("settings: ")
+        raise UserError(re.sub(r"^--finetune\S*: ", "", message)) from None
+
+
+@dataclass
+class _Finetune:
+    """The settings of fine-tuning as a section, so that errors name its keys as ``finetune.epochs``."""
+
+    finetune: FineTuning = field(default_factory=FineTuning)
 
 
 def _yaml(value: Any) -> str:

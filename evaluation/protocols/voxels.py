@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
 from evaluation.features.tables import coordinates_of
-from infra.files import atomic_write
+from infra.files import atomic_write, regular_file
 from infra.processes.scratch import scratch_folder
 from infra.progress import Progress
 
@@ -61,9 +61,9 @@ def gram_matrix(manifest: Manifest, rows: NDArray[Any]) -> NDArray[np.float64]:
 
 def _read(cache: Path, rows: NDArray[Any]) -> NDArray[np.float64] | None:
     """Return the Gram matrix of ``rows`` from the cache, or None if it lacks some of them."""
-    if not cache.is_file():
+    if not cache.exists():
         return None
-    with np.load(cache) as stored:
+    with np.load(regular_file(cache)) as stored:
         position_of = {int(row): position for position, row in enumerate(stored["rows"])}
         if not all(int(row) in position_of for row in rows):
             return None

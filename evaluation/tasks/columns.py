@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from data_pipeline.cohort.cells import number_as_text, parse_number
+from data_pipeline.cohort.cells import NAME_OF_DIGITS, number_as_text, parse_number
 
 
 def normalise_spelling(value: object) -> str:
@@ -21,6 +21,12 @@ def normalise_spelling(value: object) -> str:
     if number is not None:
         return number_as_text(number)
     return " ".join(str(value).replace("_", " ").replace("-", " ").lower().split())
+
+
+def name_of_label(value: object) -> str:
+    """``normalise_spelling`` that keeps names of digits as they are written: 007 and 7 differ, 1 and 1.0 do not."""
+    text = str(value).strip()
+    return text if NAME_OF_DIGITS.fullmatch(text) else normalise_spelling(value)
 
 
 def as_text(column: pd.Series[Any]) -> pd.Series[str]:

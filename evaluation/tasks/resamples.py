@@ -67,12 +67,12 @@ def make_resamples(
         task: with N scans.
         folds: of the first cross-validation.
         resampling: how many of each.
-        count: number of folds of a repeat or a half; a half whose smallest class has fewer groups has as many as these.
+        count: number of folds of a repeat or a half; a half with fewer groups in its smallest class uses that number.
         seed: of the evaluation.
         by_site: leave out whole sites.
     """
     made = []
-    # The folds of a fixed test set are the same in every repeat, and so are those of one site each.
+    # The folds of a fixed test set are the same in every repeat, and so are folds that hold one site each.
     redrawn = task.test is None and not (by_site and task.sites is not None and len(np.unique(task.sites)) <= count)
     for number in range(1, resampling.repeats) if redrawn else ():
         new = _seed(seed, "repeat", number)

@@ -14,8 +14,8 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.cohort.split import is_healthy
-from data_pipeline.storage.manifest import Manifest
-from evaluation.tasks.columns import as_numbers, as_strata, as_text, normalise_spelling
+from data_pipeline.storage.manifest import Manifest, fulfilling
+from evaluation.tasks.columns import as_numbers, as_strata, as_text, name_of_label, normalise_spelling
 from infra.errors import UserError, nearest
 from infra.settings import load_settings
 
@@ -25,7 +25,9 @@ _strict = ConfigDict(extra="forbid")
 
 def _as_label(value: Any) -> Any:
     """A number of a YAML list as text; labels compare as numbers and as words, so [1], ["1"] and ["1.0"] are equal."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(value, bool) or value is None:
+        raise ValueError("YAML reads yes, no, true, false and null as no words; quote the label, as in ['yes']")
+    return str(value) if isinstance(value, int | float) else value
 
 
 Label = Annotated[str, BeforeValidator(_as_label)]
@@ -165,12 +167,17 @@ def _read(path: Path) -> TaskFile:
     for key in ("positive", "negative") if spec.kind == "binary" else ():
         if not getattr(spec, key):
             raise UserError(f"{path.name}: {key} is empty; a binary task needs values under positive and negative")
-    both = {normalise_spelling(v) for v in spec.positive} & {normalise_spelling(v) for v in spec.negative}
-    if both:
-        raise UserError(f"{path.name}: negative: {min(both)!r} is also under positive; remove it from one of them")
+    _check_apart({*map(name_of_label, spec.positive)}, {*map(name_of_label, spec.negative)}, path.name)
     if spec.match and spec.kind != "binary":
         raise UserError(f"{path.name}: match needs a task of kind binary, found {spec.kind}; remove match")
     return spec
+
+
+def _check_apart(positive: set[str], negative: set[str], file: str) -> None:
+    """Raise UserError if a label is in both classes."""
+    both = positive & negative
+    if both:
+        raise UserError(f"{file}: negative: {min(both)!r} is also under positive; remove it from one of them")
 
 
 def _select(spec: TaskFile, manifest: Manifest, file: str) -> Any:
@@ -192,6 +199,11 @@ def _select(spec: TaskFile, manifest: Manifest, file: str) -> Any:
     keep = scans["split"].isin(spec.splits) & label.notna() & (label.astype(str) != "")
     if spec.query is not None:
         keep &= pd.Series(_query(scans, spec.query, file, "query"), scans.index)
+    if spec.match and not pd.api.types.is_numeric_dtype(scans[spec.match.column]):
+        text = as_text(scans[spec.match.column]).iloc[0]
+        raise UserError(
+            f"{file}: match.column: {spec.match.column!r} holds text such as {text!r}; controls are matched by numbers"
+        )
     if spec.healthy and "diagnosis" in scans.columns:
         keep &= scans["diagnosis"].map(is_healthy)
     return keep
@@ -200,12 +212,11 @@ def _select(spec: TaskFile, manifest: Manifest, file: str) -> Any:
 def _query(scans: pd.DataFrame, query: str, file: str, key: str) -> NDArray[np.bool_]:
     """Return which scans a pandas query selects: (len(scans),) bool."""
     try:
-        selected = scans.query(query).index
+        return fulfilling(scans, query)
     except Exception as error:  # pandas raises whatever its parser or the columns raise
         raise UserError(
             f"{file}: {key}: {query!r} does not work on scans.parquet: {' '.join(str(error).split())}"
         ) from None
-    return np.asarray(scans.index.isin(selected))
 
 
 def _labels(spec: TaskFile, scans: pd.DataFrame, file: str) -> tuple[NDArray[Any], list[str], pd.DataFrame]:
@@ -213,15 +224,22 @@ def _labels(spec: TaskFile, scans: pd.DataFrame, file: str) -> tuple[NDArray[Any
     column = scans[spec.label]
     if spec.kind == "regression":
         numbers = pd.to_numeric(column, errors="coerce")
-        if numbers.isna().any():
+        wrong = ~np.isfinite(numbers.to_numpy(np.float64))
+        if wrong.any():
+            text = column[wrong].iloc[0]
+            kind = "text" if isinstance(text, str) else "infinite values"
             raise UserError(
-                f"{file}: label: {spec.label!r} holds text such as {column[numbers.isna()].iloc[0]!r}; "
-                "regression needs numbers"
+                f"{file}: label: {spec.label!r} holds {kind} such as {str(text)!r}; regression needs numbers"
             )
         return numbers.to_numpy(np.float64), [], scans
     if spec.kind == "binary":
-        positive, negative = ({normalise_spelling(v) for v in values} for values in (spec.positive, spec.negative))
+        # 007 and 7 are two labels in a column that has both, and one label in other columns.
         text = column.map(normalise_spelling)
+        names = column.map(name_of_label)
+        several = names.groupby(text).nunique()
+        spelling, text = (name_of_label, names) if (several > 1).any() else (normalise_spelling, text)
+        positive, negative = ({spelling(value) for value in values} for values in (spec.positive, spec.negative))
+        _check_apart(positive, negative, file)
         scans = scans[text.isin(positive | negative)]
         labels = text[text.isin(positive | negative)].isin(positive).to_numpy(np.int64)
         return labels, [spec.negative[0], spec.positive[0]], scans

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infra.errors import UserError
+from infra.files import read_text
 
 NEXT_STEPS = """Where to go on
   {report}    the comparison: open it in a browser
@@ -32,7 +33,7 @@ def summary(folder: Path) -> str:
 
 
 def _data_lines(folder: Path) -> Iterator[str]:
-    manifest = json.loads((folder / "shards" / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads(read_text(folder / "shards" / "manifest.json"))
     scans = sum(shard["scans"] for shard in manifest["shards"])
     shape = " x ".join(str(side) for side in manifest["grid"]["shape"])
     yield f"  data         {scans:,} simulated scans of {shape} voxels in {len(manifest['shards'])} shards"
@@ -40,7 +41,7 @@ def _data_lines(folder: Path) -> Iterator[str]:
 
 def _run_lines(folder: Path) -> Iterator[str]:
     for path in sorted((folder / "runs").glob("*/metrics.jsonl")):
-        steps = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        steps = [json.loads(line) for line in read_text(path).splitlines()]
         if not steps:
             continue  # the untrained encoder
         first, last = steps[0]["loss"], steps[-1]["loss"]

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from infra.errors import UserError
-from infra.files import host_tag, lock
+from infra.files import host_tag, lock, open_file
 
 PREFIX, LOCK = "yaware-scratch-", ".lock"
 
@@ -62,6 +62,6 @@ def _remove_left(parent: Path, prefix: str) -> None:
         with suppress(OSError):  # locked, or another process has removed it
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
                 continue
-            with (folder / LOCK).open("rb") as stream:
+            with open_file(folder / LOCK) as stream:
                 if lock(stream, wait=False):
                     shutil.rmtree(folder, ignore_errors=True)

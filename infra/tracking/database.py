@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
-from infra.files import atomic_write
+from infra.files import atomic_write, read_bytes
 from infra.internals import internal, replaced_internal
 from infra.lean_imports import quiet_imports
 from infra.processes.scratch import scratch_folder
@@ -36,7 +36,7 @@ def check_schema(uri: str, file: Path | None, create: bool) -> None:
         create: whether MLflow may make its tables in a database that has none.
 
     Raises:
-        UserError: if the database is no MLflow store, or one of another version.
+        UserError: if the database is not an MLflow store, or one of another version.
         sqlalchemy.exc.SQLAlchemyError: if it cannot be read.
     """
     tables, revision = _tables(uri, file)
@@ -81,7 +81,7 @@ def create_sqlite(file: Path) -> None:
         finally:
             engine.dispose()
         with atomic_write(file) as stream:
-            stream.write(new.read_bytes())
+            stream.write(read_bytes(new))
 
 
 def reading_client(uri: str) -> Any:

@@ -33,7 +33,7 @@ CAUSES: tuple[tuple[str, str], ...] = (
      "{uri}`; if a newer MLflow wrote it, install that version here"),
     (r"no such (table|column)|has no column named|UndefinedTable|UndefinedColumn",
      "its tables are incomplete or of another version of MLflow; restore the file from a copy, or choose another store"),
-    (r"file is not a database", "this file is no sqlite database; correct the path, or choose another store"),
+    (r"file is not a database", "this file is not a sqlite database; correct the path, or choose another store"),
     (r"disk image is malformed|disk I/O error",
      "the file is damaged; restore it from a copy, or try `sqlite3 FILE .recover`"),
     (r"database is locked|database table is locked",
@@ -48,7 +48,7 @@ CAUSES: tuple[tuple[str, str], ...] = (
     (r"error code 40[13]\b|40[13] (Unauthorized|Forbidden)|Unauthorized|UNAUTHENTICATED|PERMISSION_DENIED",
      "it refuses the login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"),
     (r"error code 404\b|404 (Client Error|Not Found)|not in (a )?valid json|Expecting value|invalid literal|JSONDecodeError",
-     "what answers there is no MLflow server of this version; correct the address, or ask who runs it"),
+     "what answers there is not an MLflow server of this version; correct the address, or ask who runs it"),
     (r"error code 5\d\d\b|too many 5\d\d|50\d (Server|Internal|Bad)",
      "the server answers with an error of its own; look into the server's log"),
     (r"SSLError|CERTIFICATE_VERIFY|certificate verify",
@@ -98,12 +98,12 @@ def is_of_mlflow(tables: set[str]) -> bool:
 
 
 def no_store(uri: str, tables: set[str]) -> str:
-    """Return the line about a database with these tables that is no store."""
+    """Return the line about a database with these tables that is not a store."""
     listed = sorted(tables)
     more = ", ..." if len(listed) > 3 else ""
     found = f"holds other tables ({', '.join(listed[:3])}{more})" if listed else "is empty"
     return (
-        f"tracking store {hide_password(uri)} is no MLflow store: it {found}, and is left as it is; set --tracking-uri "
+        f"tracking store {hide_password(uri)} is not an MLflow store: it {found}, and is left as it is; set --tracking-uri "
         "(run.tracking_uri in a recipe) to the store that the runs were logged to, or to a new file"
     )
 
@@ -123,7 +123,7 @@ def check_sqlite(uri: str, file: Path) -> None:
         if not file.exists():
             folder = next(path for path in file.absolute().parents if path.exists())
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(f"Permission denied: {folder} is no folder that you can write to")
+                raise PermissionError(f"Permission denied: {folder} is not a folder that you can write to")
             return
         check_is_file(uri, file)
         if not os.access(file, os.R_OK):

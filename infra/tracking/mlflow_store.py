@@ -190,7 +190,7 @@ def client_of(uri: str, create: bool = True) -> Any:
     """Return an MLflow client of the store ``uri``, with telemetry off and few retries.
 
     A sqlite store that does not exist is created if ``create``; else nothing is written. Raises UserError if ``uri`` is not a
-    store URI, if the sqlite file is missing and ``create`` is False, or if the database is no MLflow store of this version.
+    store URI, if the sqlite file is missing and ``create`` is False, or if the database is not an MLflow store of this version.
     """
     check_uri(uri)
     file = _sqlite_file(uri)
@@ -245,7 +245,7 @@ def check_uri(uri: str) -> None:
 
 
 def check_not_foreign(uri: str) -> None:
-    """Raise UserError if ``uri`` is no store's address, or a sqlite file that holds something else. Other faults may pass."""
+    """Raise UserError if ``uri`` is not a store's address, or a sqlite file of something else. Other faults may pass."""
     check_uri(uri)
     file = _sqlite_file(uri)
     if file is not None:

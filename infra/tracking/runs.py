@@ -41,7 +41,7 @@ def runs(uri: str, experiment: str, kind: str, filter: str = "") -> list[dict[st
                 raise
             words = " ".join(str(error).split())[:200]
             raise UserError(
-                f"--filter {filter!r} is no filter of MLflow ({words}); write for example "
+                f"--filter {filter!r} is not a filter of MLflow ({words}); write for example "
                 "\"tags.`yaware.run_name` = 'y-aware'\" "
                 'or "metrics.auc > 0.7", joined by and'
             ) from None

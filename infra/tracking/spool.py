@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infra.files import atomic_write
+from infra.files import atomic_write, read_text
 
 Entry = dict[str, Any]
 
@@ -24,7 +24,7 @@ class Spool:
         if self.path is None:
             return list(self._memory)
         entries = []
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        lines = read_text(self.path).splitlines() if self.path.exists() else []
         for line in lines:
             try:
                 entries.append(json.loads(line))

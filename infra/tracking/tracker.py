@@ -30,7 +30,7 @@ def default_uri(root: Path = Path("mlruns")) -> str:
 def store_uri(uri: str | None = None) -> str:
     """Return the store to log to: ``uri``, or ``default_uri()``.
 
-    Raises UserError if it is no store's address, or a database of something else, into which nothing may be written.
+    Raises UserError if it is not a store's address, or a database of something else, into which nothing may be written.
     """
     uri = uri or default_uri()
     check_not_foreign(uri)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import UserError
+from infra.files import open_file
 
 Arrays = list[NDArray[Any]]
 
@@ -37,7 +38,7 @@ def read_result(path: Path) -> Any:
     """Return what ``to_bytes`` was given. Raises UserError if the file is no such result; nothing in it is run."""
     try:
         # A zip file: np.load would open any other file as an array or a pickle.
-        with path.open("rb") as stream, np.lib.npyio.NpzFile(stream, allow_pickle=False) as stored:
+        with open_file(path) as stream, np.lib.npyio.NpzFile(stream, allow_pickle=False) as stored:
             arrays = [stored[str(number)] for number in range(len(stored.files) - 1)]
             return _decode(json.loads(stored["tree"].tobytes()), arrays)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile, RecursionError) as error:

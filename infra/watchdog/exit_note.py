@@ -22,9 +22,12 @@ from types import TracebackType
 from typing import Any
 
 from infra import distributed
-from infra.files import write_json
+from infra.files import read_text, write_json
 
 FOLDER = "ranks"
+# Variable with the path of a file for the line of wrong input that ends the ranks, for the program that has started them. A
+# note cannot hold it: the input may be the run's folder.
+PROBLEM_FILE = "YAWARE_PROBLEM_FILE"
 RUNNING, TERMINATED = "running", "ended by SIGTERM"
 
 
@@ -123,7 +126,7 @@ def read_notes(run_folder: Path) -> list[ExitNote]:
     names, notes = {field.name for field in fields(ExitNote)}, []
     for path in sorted((run_folder / FOLDER).glob("rank-*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_text(path))
             notes.append(ExitNote(**{name: value for name, value in content.items() if name in names}))
     return notes
 
@@ -132,8 +135,15 @@ def remove_notes(run_folder: Path, host: str | None = None) -> None:
     """Remove the notes of an earlier job; with ``host`` only those of that host's ranks."""
     for path in (run_folder / FOLDER).glob("rank-*.json"):
         with contextlib.suppress(OSError, ValueError):
-            if host is None or json.loads(path.read_text(encoding="utf-8")).get("host") == host:
+            if host is None or json.loads(read_text(path)).get("host") == host:
                 path.unlink()
+
+
+def tell_problem(error: Exception) -> None:
+    """Write an error's text to the file of `PROBLEM_FILE`, if the program that started this rank named one."""
+    if path := os.environ.get(PROBLEM_FILE):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(str(error), encoding="utf-8")
 
 
 def first_line(error: BaseException | None) -> str:

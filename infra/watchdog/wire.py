@@ -23,7 +23,7 @@ class RankStatus:
     phase_limit: float = float("inf")  # seconds that the rank may stay in this phase
     phase_start: float = field(default_factory=time.monotonic)
     last_message: float = field(default_factory=time.monotonic)
-    source_line: str = ""  # where its main thread is, once the phase takes long
+    source_line: str = ""  # the line that its main thread executes, known if the phase takes long
     ending: str = ""  # "left" or "failed: ..." after the rank has announced its end
     ending_time: float | None = None
     lost_time: float | None = None  # when its connection broke

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from infra.internals import internal, library_changed, set_internal
+from infra.lean_imports import import_apart
 from pretrain.encoders.layers import PooledEncoder, Trunk, replace_norms, run_block
 from pretrain.encoders.residual import FEATURES, resenc_trunk
 
@@ -37,6 +38,11 @@ DENSENET_LAYERS = (
 RESNET_LAYERS = ("conv1", "bn1", "act", "maxpool", "layer1", "layer2", "layer3", "layer4")
 
 monai_internal = partial(internal, "monai")
+
+
+def _import_monai() -> None:
+    """Import MONAI in a thread of its own: it imports optuna, which keeps a traceback of that import; see `import_apart`."""
+    import_apart("monai.networks.nets")
 
 
 def smallest_side(name: str, norm: str, max_pool: bool = True) -> int:
@@ -55,6 +61,7 @@ def densenet121(
     It is MONAI's DenseNet121 without its last norm, ``norm5``, which the paper's encoder does not have. ``dropout`` drops
     whole channels of the output of each dense layer. Raises LibraryChanged if MONAI's network has other layers.
     """
+    _import_monai()
     from monai.networks.nets import DenseNet121
 
     features = DenseNet121(spatial_dims=3, in_channels=1, out_channels=1, dropout_prob=dropout).features
@@ -103,6 +110,7 @@ def _resnet(
     name: str, channels: int, *, norm: str, pooling: str, grid: Sequence[int] | None, width: float, max_pool: bool,
     checkpointing: bool, channels_last: bool, compile: bool,
 ) -> nn.Module:  # fmt: skip
+    _import_monai()
     from monai.networks import nets
 
     network = getattr(nets, name)(
@@ -125,6 +133,7 @@ def unet(
 
     It has two convolutions at each of five scales, with 32, 64, 128, 256 and 512 channels, and max-pooling between the scales.
     """
+    _import_monai()
     from monai.networks.nets.basic_unet import Down, TwoConv
 
     widths, common = (32, 64, 128, 256, 512), (("LeakyReLU", {"negative_slope": 0.1, "inplace": True}), "batch", True)
@@ -223,6 +232,7 @@ class _ViT(nn.Module):
         self, width: int, heads: int, grid: Sequence[int], *, class_token: bool, dropout: float, drop_path: float,
         checkpointing: bool, blocks: int = 12,
     ) -> None:  # fmt: skip
+        _import_monai()
         from monai.networks.layers import DropPath
         from monai.networks.nets import ViT
 
@@ -281,6 +291,7 @@ class _Swin(nn.Module):
     """(N, 1, D, H, W), sides multiples of 32, -> the layer-normed deepest features (N, 16 width, D/32, H/32, W/32)."""
 
     def __init__(self, width: int, dropout: float, drop_path: float, checkpointing: bool) -> None:
+        _import_monai()
         from monai.networks.nets.swin_unetr import SwinTransformer
 
         super().__init__()

@@ -18,6 +18,7 @@ from torch import nn
 
 from infra import distributed
 from infra.errors import UserError
+from infra.files import regular_file
 from pretrain.config import EncoderSection
 from pretrain.encoders import TRAINING_ONLY, build_encoder
 from pretrain.engine.engine import encoder_state
@@ -65,7 +66,7 @@ class Average:
             UserError: if the checkpoint belongs to another encoder.
         """
         path = checkpoint / "encoder" / "model.safetensors"
-        saved = load_file(path)
+        saved = load_file(regular_file(path))
         for name, average in self._averages.items():
             if name not in saved:
                 raise UserError(f"{path} lacks {name}; it belongs to another encoder")

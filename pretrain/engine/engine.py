@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import nn
 from infra import distributed
 from infra.errors import UserError
 from infra.extensions import exclusive_build, hidden_compiler_checks
-from infra.internals import library_changed, replaced_internal, set_internal
+from infra.internals import internal, library_changed, replaced_internal, set_internal
+from infra.lean_imports import is_own_process
 from pretrain.config import Recipe
 from pretrain.engine.deepspeed_config import deepspeed_config, zero_stage
 from pretrain.engine.importing import import_deepspeed, import_muon_uncompiled, without_compiler
@@ -59,7 +61,8 @@ def start_ranks() -> torch.device:
             os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world_size()
         )
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-        _keep_freed_memory()
+        if is_own_process():  # it cannot be undone
+            _keep_freed_memory()
     warm()
     # Otherwise every rank prints that the collectives were built.
     with redirect_stdout(io.StringIO()), hidden_compiler_checks(), _no_shared_buffers():
@@ -155,6 +158,20 @@ def build_engine(
     if isinstance(optimizer, LayerWise) and zero_stage(recipe) > 0:
         optimizer.set_shards(local_shards(engine), engine.parameter_order)
     return engine
+
+
+def close_engine(engine: Any) -> None:
+    """Free the engine, which DeepSpeed's hooks and a list of stage 3 hold. Call it before `stop_ranks`."""
+    engine.destroy()
+    if engine.zero_optimization_stage() == 3:
+        offload = import_module("deepspeed.runtime.zero.parameter_offload")
+        running, own = internal("deepspeed", offload, "FWD_MODULE_STACK"), set(engine.module.modules())
+        running[:] = [module for module in running if module not in own]
+        # Something still holds a stage-3 engine after its steps (torch 2.13): let go of the weights and the state.
+        for parameter in engine.module.parameters():
+            vars(parameter).clear()
+        vars(engine.optimizer).clear()
+        vars(engine).clear()
 
 
 def make_contiguous(model: nn.Module) -> None:

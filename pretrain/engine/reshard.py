@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from infra import distributed
 from infra.errors import UserError
+from infra.files import regular_file
 from infra.internals import set_internal
 from pretrain.engine.partitions import (
     Segment,
@@ -162,7 +163,7 @@ def _read_stage3(paths: Sequence[Path], model: dict[str, Any]) -> Iterator[Store
 
 
 def _check_numbers(states: dict[Any, Any], count: int) -> None:
-    """States are found by the number of their tensor; under other keys all of them would be lost."""
+    """Refuse states that are not keyed by tensor number; they would be ignored. Raises _UnknownForm."""
     unknown = [key for key in states if key not in range(count)]
     if unknown:
         raise _UnknownForm(f"optimiser state under {unknown[0]!r}, not under the numbers of its {count} tensors")
@@ -189,7 +190,7 @@ def _join_segments(stored: Iterator[Stored]) -> Iterator[tuple[str, torch.Tensor
 def _load_tensors(engine: Any, path: Path, folder: Path) -> None:
     """Fill this rank's optimiser from the joined file, and the network from the optimiser. Collective."""
     optimizer, whole_sizes = engine.basic_optimizer, _whole_sizes(engine)
-    with safe_open(path, framework="pt") as joined:
+    with safe_open(regular_file(path), framework="pt") as joined:
         stored_states: dict[str, list[tuple[str, str]]] = {}
         for name in joined.keys():  # noqa: SIM118
             kind, *rest = name.split("/")

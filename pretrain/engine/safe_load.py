@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from infra.files import regular_file
 from infra.internals import internal
 from pretrain.engine.importing import import_deepspeed
 
@@ -58,7 +59,7 @@ def read_file(path: Path, device: str = "cpu") -> dict[str, Any]:
 
 
 def _read(path: Path, device: str) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    content: dict[str, Any] = torch.load(regular_file(path), map_location=device, weights_only=True)
     return content
 
 

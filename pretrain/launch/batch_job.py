@@ -2,7 +2,7 @@
 
 ``python -m pretrain.launch.batch_job begin RECIPE ...`` checks the job. ``... end STATUS RECIPE ...`` decides after the job
 step, whose exit status is STATUS, and exits with the status of the job. The run itself says whether it is finished
-(``pretrain.run.ending``), and its ranks say whether one of them failed or was lost (``infra.watchdog.exit_note``).
+(``infra.watchdog.run_status``), and its ranks say whether one of them failed or was lost (``infra.watchdog.exit_note``).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from infra.distributed import slurm_attempt
 from infra.errors import UserError
 from infra.watchdog.exit_note import RUNNING as NO_WORD
 from infra.watchdog.exit_note import ExitNote, read_notes
+from infra.watchdog.run_status import FINISHED, STOPPED, RunStatus, read_status
 from pretrain.config import load_recipe
-from pretrain.run.ending import FINISHED, STOPPED, RunStatus, read_status
 
 AGAIN = 75  # EX_TEMPFAIL: not finished; the same command continues
 MAX_REQUEUES, MAX_WITHOUT_PROGRESS = ("YAWARE_MAX_REQUEUES", 100), ("YAWARE_RESTARTS", 3)

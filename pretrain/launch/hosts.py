@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from infra.errors import UserError
+from infra.files import read_text
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -14,7 +15,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     As for DeepSpeed, each line is ``name slots=N``, and # begins a comment. Raises UserError for any other line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except OSError as error:
         raise UserError(f"hostfile {path} cannot be read: {error.strerror}; see infra/launch/hostfile") from None
     hosts: dict[str, int] = {}

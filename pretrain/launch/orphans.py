@@ -44,6 +44,6 @@ def _is_rank(process: psutil.Process) -> bool:
 
 
 def _has_launcher(process: psutil.Process) -> bool:
-    """Whether the process that started this rank still runs; otherwise init, or another process, has become the parent."""
+    """Whether the launcher is still the parent; False once the rank has been re-parented."""
     parent = process.parent()
     return parent is not None and any("local_ranks" in word or "deepspeed" in word for word in words_of(parent))

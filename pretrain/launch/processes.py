@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from infra.files import read_text
 from infra.processes.words import words_of
 
 LOOK_SECONDS, SEARCH_SECONDS = 0.1, 0.5
@@ -169,7 +170,7 @@ def _ending_signal(process: psutil.Process) -> str:
     """Return the signal that ended a process, if its parent has not collected it yet; else an empty string."""
     try:
         # The last field is the wait status; its low seven bits are the signal.
-        status = int(Path(f"/proc/{process.pid}/stat").read_text().rsplit(None, 1)[1])
+        status = int(read_text(Path(f"/proc/{process.pid}/stat")).rsplit(None, 1)[1])
         return signal_name(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else ""
     except (OSError, ValueError, IndexError):
         return ""

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.distributed import loopback_of_gloo, unchanged_environment
+from infra.distributed import loopback_of_gloo
 from infra.errors import UserError
 from infra.extensions import extensions_folder
 from infra.processes.scratch import scratch_folder
+from infra.processes.unchanged import unchanged_environment
 from infra.processes.with_parent import command_with_parent
-from infra.watchdog.exit_note import read_notes, remove_notes
+from infra.watchdog.exit_note import PROBLEM_FILE, read_notes, remove_notes
 from pretrain.launch.launchers import LAUNCHERS, Job, Launcher
 from pretrain.launch.orphans import end_orphans
 from pretrain.launch.postmortem import explain
@@ -36,7 +37,7 @@ class JobEnd:
 
     Attributes:
         status: exit status of the launcher: 0 done or stopped and saved, 1 failed, 2 wrong input, 75 ended by the watchdog.
-        reason: one line that names the lost rank; empty if none was lost.
+        reason: one line that names the lost rank, or, from `start_recipe`, the wrong input; empty if neither is known.
     """
 
     status: int
@@ -52,13 +53,17 @@ def start_recipe(recipe: Recipe, ranks: int) -> JobEnd:
 
     check_world_size(recipe.batch.global_, ranks)
     with scratch_folder("recipe") as folder:
-        path = folder / "recipe.yaml"
+        path, problem = folder / "recipe.yaml", folder / "problem.txt"
         recipe.save(path)
-        return start_on_this_host([str(path)], ranks, Path(recipe.run.output))
+        end = start_on_this_host([str(path)], ranks, Path(recipe.run.output), {PROBLEM_FILE: str(problem)})
+        told = problem.is_file() and end.status != 0 and not end.reason
+        return JobEnd(end.status, problem.read_text(encoding="utf-8")) if told else end
 
 
-def start_on_this_host(recipe: Sequence[str], ranks: int, run_folder: Path) -> JobEnd:
+def start_on_this_host(recipe: Sequence[str], ranks: int, run_folder: Path, defaults: Mapping[str, str] = {}) -> JobEnd:
     """Start ``ranks`` ranks on this host; ``recipe`` is a recipe's name or path and its overrides.
+
+    ``defaults`` are environment variables for the ranks, if they are not set.
 
     Raises UserError if this host has fewer GPUs than ranks.
     """
@@ -67,7 +72,7 @@ def start_on_this_host(recipe: Sequence[str], ranks: int, run_folder: Path) -> J
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         cause = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         raise UserError(f"launch.ranks={ranks} needs a GPU for each rank; found {gpus}{cause}; lower launch.ranks")
-    defaults = {"DS_ACCELERATOR": device, **loopback_of_gloo()}
+    defaults = {**defaults, "DS_ACCELERATOR": device, **loopback_of_gloo()}
     if ranks > 1 and device == "cpu":
         defaults["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     launcher, job = LAUNCHERS["one-host"], Job(recipe, {"localhost": ranks})

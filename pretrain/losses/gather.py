@@ -140,7 +140,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _reduce_scatter(rows_GF: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
-    """Sum over the ranks the values (G, F) for the rows of this rank; returns (B, F)."""
+    """Sum the values (G, F) over the ranks; return the rows (B, F) of this rank."""
     rank, width = dist.get_rank(group), rows_GF.shape[1]
     if dist.get_backend(group) in ALL_TO_ALL_BACKENDS:
         # gloo implements reduce_scatter by an allreduce: measured, it sends twice the bytes and takes 5 to 7 times as

@@ -135,7 +135,10 @@ class Pairs:
         return replace(self, z_2GD=columns_GD[None])
 
     def own_diagonal(self, rows: range, columns: range) -> int | None:
-        """Return the diagonal of the (R, C) tile on which scans meet themselves, as in torch.diagonal; None if none do."""
+        """Return the tile's diagonal where row and column are the same scan, as in torch.diagonal; None if there is none.
+
+        The tile (R, C) has the scans ``rows`` of this rank and the scans ``columns`` of all ranks.
+        """
         offset = self.start + rows.start - columns.start
         return offset if -len(rows) < offset < len(columns) else None
 

@@ -12,7 +12,7 @@ from infra.errors import UserError
 
 
 class _Clamp(torch.autograd.Function):
-    """A clamp whose gradient leads back inside: at a bound, only a gradient that leads further out is set to 0."""
+    """A clamp whose gradient can lead back inside: at a bound, gradients that would cross it are zeroed."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, low: float, high: float) -> Tensor:

@@ -96,7 +96,7 @@ class _SumByRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the saved gradients times that of the value."""
+        """Return the saved gradients times the gradient of the value."""
         return (*(gradients[0] * saved for saved in ctx.saved_tensors), None, None, None)
 
 
@@ -118,8 +118,10 @@ def sum_over_scans(pairs: Pairs, scan_loss: ScanLoss, tile: TileSize) -> Tensor:
 class _Tiles:
     """The logits, the kernel and the normalised weights, tile by tile.
 
-    The normalised weight v_ij is w_ij times a factor of its row, 1 / Σ_k w_ik (``by_row``), or of its column,
-    2 / Σ_k w_kj; the other factor is 1.
+    The normalised weight is
+
+        v_ij = w_ij / Σ_k w_ik      with ``by_row``
+        v_ij = 2 w_ij / Σ_k w_kj    without
     """
 
     def __init__(self, pairs: Pairs, inverse_temperature: Tensor, by_row: bool, sizes: Sizes) -> None:
@@ -329,7 +331,7 @@ class _YAwareSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the saved gradients times that of the value."""
+        """Return the saved gradients times the gradient of the value."""
         return (*(gradients[0] * saved for saved in ctx.saved_tensors), None, None, None)
 
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline.storage.manifest import Manifest, check_shards
 from infra.errors import UserError
+from infra.files import regular_file
 from pretrain.losses.proxies import proxy_columns
 from pretrain.readouts.fit import ReadoutSettings, fit_readouts
 from pretrain.readouts.targets import check_columns
@@ -54,18 +55,18 @@ def add_readouts(
     assert loaded.folder is not None
     folder = readouts_folder(loaded.folder)
     if folder.is_dir() and not replace:
-        raise UserError(f"{folder} exists already; --replace fits the readouts again")
+        raise UserError(f"{folder} exists already; replace=True (--replace) fits the readouts again")
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(shards)
     recipe = _recipe_of(loaded.folder)
     chosen = (
         list(columns) if columns is not None else proxy_columns(OmegaConf.select(recipe, "loss.proxies") or {"age": {}})
     )
-    check_columns(manifest, chosen, "--columns")
+    check_columns(manifest, chosen, "columns")
     if split is None and query is None and loaded.config.get("manifest_digest") == manifest.digest:
         query = OmegaConf.select(recipe, "data.query")
     rows = manifest.rows(split=list(split) if split is not None else loaded.config["split"], query=query)
     if not len(rows):
-        raise UserError(f"--query={query!r} leaves no scan of {manifest.url}")
+        raise UserError(f"query={query!r} leaves no scan of {manifest.url}")
     check_shards(manifest, rows)
     settings = ReadoutSettings(
         columns=chosen, layer=layer, pooling=(pooling,) if isinstance(pooling, str) else tuple(pooling), seed=seed,
@@ -83,4 +84,4 @@ def add_readouts(
 def _recipe_of(encoder: Path) -> Any:
     """Return the recipe of the run that an encoder is a checkpoint of; empty for an exported encoder."""
     path = encoder.parent.parent.parent / "recipe.yaml"
-    return OmegaConf.load(path) if path.is_file() else OmegaConf.create({})
+    return OmegaConf.load(regular_file(path)) if path.exists() else OmegaConf.create({})

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from infra.files import atomic_write
+from infra.files import atomic_write, read_text
 from pretrain.weights.embedding import embed_source
 from pretrain.weights.scan_source import ScanSource
 
@@ -36,7 +36,7 @@ class FeatureStore:
         self.width, self.rows = 0, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(header, sort_keys=True)
-        lines = self._log.read_text(encoding="utf-8").split("\n") if self._log.is_file() else []
+        lines = read_text(self._log).split("\n") if self._log.exists() else []
         batches = [line for line in lines[1:-1] if line] if lines and lines[0] == text else []
         size = path.stat().st_size if path.is_file() else 0
         for line in batches:

@@ -171,14 +171,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class NestedRidge:
-    """The fits of P targets.
+    """Ridge fits for P targets.
 
     Attributes:
         coefficients: (F, P) fitted to all folds, with the entry of the grid that is best over all folds.
-        intercepts: (P,) of them.
+        intercepts: (P,) of the fits above.
         entries: (P,) numbers of these entries in ``GRID``.
         fold_coefficients: (K, F, P) fitted without fold k, with the entry that is best over the other folds.
-        fold_intercepts: (K, P) of them.
+        fold_intercepts: (K, P) of the fits above.
     """
 
     coefficients: Floats

@@ -22,8 +22,10 @@ import torch.distributed as dist
 
 from infra import distributed
 from infra.errors import UserError
+from infra.files import read_bytes
 from infra.settings import flatten, to_dict
 from pretrain.config import Recipe
+from pretrain.run.newest import newest_first, newest_step
 from pretrain.run.plan import Plan, make_plan
 
 # Keys that may differ between hosts: paths to the same data, and what only rank 0 uses. The shards are compared by the
@@ -69,8 +71,34 @@ def plan_together(recipe: Recipe | Plan | None, error: str = "") -> Plan:
 def facts(recipe: Recipe) -> dict[str, Any]:
     """Return what must be equal on every rank: keys of the recipe, the code's version and those of packages."""
     keys = {key: value for key, value in flatten(to_dict(recipe)).items() if not key.startswith(MAY_DIFFER)}
+    if recipe.run.resume not in ("auto", "never"):
+        keys["run.resume"] = resumed(recipe.run.resume, Path(recipe.run.output))
     return {**keys, "the version of yaware": code_version(), "the version of Python": platform.python_version(),
             **{f"the version of {name}": _version(name) for name in PACKAGES}}  # fmt: skip
+
+
+def resumed(path: str, output: Path) -> str:
+    """Return which checkpoint ``run.resume: PATH`` stands for on this host, in words that are equal for equal content.
+
+    A path may lie on a disk of each host. The words have the step and a digest of the checkpoint's index (checksums.json with
+    the digest of each file), its state.json, and the names and sizes of its files.
+    """
+    try:
+        if newest_step(output / "checkpoints") is not None:
+            return "not used, since run.output has a checkpoint"
+        found = [Path(path)] if (Path(path) / "state.json").exists() else newest_first(Path(path) / "checkpoints")
+        if not found:
+            return "no checkpoint"
+        folder = found[0]
+        digest = hashlib.sha256()
+        for name in ("checksums.json", "state.json"):
+            digest.update(read_bytes(folder / name) if (folder / name).exists() else b"missing")
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+    except (UserError, OSError) as error:
+        return f"unreadable ({error})"
+    return f"{folder.name} with digest {digest.hexdigest()[:12]}"
 
 
 def code_version() -> str:
@@ -78,7 +106,7 @@ def code_version() -> str:
     root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
     for package in ("infra", "data_pipeline", "pretrain"):
         for path in sorted((root / package).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + read_bytes(path) + b"\0")
     return f"{_version('yaware')}, code {digest.hexdigest()[:8]}"
 
 

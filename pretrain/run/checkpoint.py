@@ -9,9 +9,7 @@ in the middle of a write left the pointer on a truncated file.
 from __future__ import annotations
 
 import io
-import json
 import os
-import re
 import shutil
 import socket
 import time
@@ -25,24 +23,31 @@ import torch.distributed as dist
 
 from infra import distributed, random_streams
 from infra.errors import UserError
-from infra.files import atomic_write, flush_folder, sha256_of, write_json
+from infra.files import (
+    atomic_write,
+    flush_folder,
+    open_file,
+    read_object,
+    read_text,
+    regular_file,
+    sha256_of,
+    write_json,
+)  # fmt: skip
 from pretrain.engine.engine import load_engine, load_scaler_state, save_engine, scaler_state
 from pretrain.engine.partitions import layout
 from pretrain.engine.reshard import load_resharded
 from pretrain.run.intact import read_state, refusal
 from pretrain.run.intact import verify_checkpoint as verify_checkpoint
+from pretrain.run.newest import newest_first
+from pretrain.run.newest import newest_step as newest_step
+from pretrain.run.newest import step_folder as step_folder
 
-PREFIX, BEST = "step-", "best"
+BEST = "best"
 UNFINISHED, DAMAGED = ".unfinished-", "damaged-"  # before a checkpoint's name
 
 
 class CheckpointFailed(RuntimeError):
     """A checkpoint could not be written. Raised on every rank; the last good checkpoint is unchanged."""
-
-
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint: ``checkpoints/step-00000120``."""
-    return checkpoints / f"{PREFIX}{step:08d}"
 
 
 def save_checkpoint(
@@ -148,7 +153,7 @@ def resume(
     if resume_from in ("auto", "never") or own is not None:
         return load_checkpoint(checkpoints, engine, trust=trust)
     path = Path(resume_from)
-    folder = path if (path / "state.json").is_file() else None
+    folder = path if (path / "state.json").exists() else None
     source = path.parent if folder else path / "checkpoints"
     state = load_checkpoint(source, engine, folder, own=False, fits=fits, trust=trust)
     if state is None:
@@ -179,7 +184,7 @@ def load_checkpoint(
     """
     damaged: dict[Path, str] = {}
     rank_and_ranks = (distributed.rank(), distributed.world_size())
-    for folder in [only] if only else _newest_first(checkpoints):
+    for folder in [only] if only else newest_first(checkpoints):
         problems = _gather(verify_checkpoint(folder, *rank_and_ranks) or "")
         if any(problems):
             damaged[folder] = next(filter(None, problems))
@@ -233,27 +238,14 @@ def _point_to(checkpoints: Path, name: str, folder: Path) -> None:
         pointer.write(folder.name + "\n")
 
 
-def newest_step(checkpoints: Path) -> int | None:
-    """Return the step that ``latest`` names, unverified; None if there is none. Raises UserError if it names none."""
-    pointer = checkpoints / "latest"
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-    if not re.fullmatch(rf"{PREFIX}[0-9]{{8,12}}", name):
-        raise UserError(
-            f"{pointer} names {name!r:.60}, not a checkpoint as {PREFIX}00000120; write the newest one's name"
-        )
-    return int(name.removeprefix(PREFIX))
-
-
 def clean_checkpoints(checkpoints: Path, keep: int) -> None:
     """Remove unfinished folders and all checkpoints but the ``keep`` newest and the best. Rank 0 only."""
     for folder in checkpoints.glob(f"{UNFINISHED}*"):
         print(f"removing {folder}, left by a job that was killed", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
     pointer = checkpoints / BEST
-    best = pointer.read_text().strip() if pointer.is_file() else None
-    for folder in _newest_first(checkpoints)[keep:]:
+    best = read_text(pointer).strip() if pointer.exists() else None
+    for folder in newest_first(checkpoints)[keep:]:
         if folder.name == best:
             continue
         # Rename first: a kill during the removal must not leave a folder that looks like a checkpoint.
@@ -265,7 +257,9 @@ def clean_checkpoints(checkpoints: Path, keep: int) -> None:
 def read_best(checkpoints: Path) -> dict[str, Any] | None:
     """Return ``step``, ``metric`` (older files: ``figure``) and ``score`` of the best encoder so far; None if there is none."""
     path = checkpoints / f"{BEST}.json"
-    best = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    best = read_object(path, "remove it") if path.exists() else None
+    if best is not None and not ({"step", "score"} <= best.keys()):
+        raise UserError(f"{path} has no step or no score; remove it")
     return best and {"step": best["step"], "metric": best.get("metric", best.get("figure")), "score": best["score"]}
 
 
@@ -295,19 +289,6 @@ class Clock:
         return self._seconds is not None and time.monotonic() - self._start >= self._seconds
 
 
-def _newest_first(checkpoints: Path) -> list[Path]:
-    """Return the finished checkpoints: first the one that ``latest`` names, then older ones, then newer ones.
-
-    A checkpoint newer than ``latest`` is complete, but its pointer was never moved.
-    """
-    folders = sorted(checkpoints.glob(f"{PREFIX}*"), reverse=True)
-    newest = newest_step(checkpoints)
-    if newest is None:
-        return folders
-    pointed = step_folder(checkpoints, newest)
-    return [f for f in folders if f <= pointed] + [f for f in folders if f > pointed]
-
-
 def _write_random_state(folder: Path) -> None:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -318,7 +299,7 @@ def _write_random_state(folder: Path) -> None:
 
 
 def _read_random_state(folder: Path) -> None:
-    states = torch.load(folder / f"random-{distributed.rank():05d}.pt", weights_only=True)
+    states = torch.load(regular_file(folder / f"random-{distributed.rank():05d}.pt"), weights_only=True)
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
@@ -345,6 +326,6 @@ def _write_checksums(folder: Path) -> None:
 
 
 def _flush_and_sum(path: Path) -> str:
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         os.fsync(stream.fileno())
     return sha256_of(path)

@@ -44,7 +44,7 @@ def fit_final_readouts(plan: Plan, device: torch.device, log: RunLog | None) -> 
     """Fit the readouts of the last checkpoint, if they are due, and write them into it. Collective.
 
     Every rank reads the exported encoder and embeds its share of the training scans. The features wait in a folder of the run,
-    so that a killed fit is continued. A column that cannot be predicted is named, and is no error.
+    so that a killed fit is continued. A column that cannot be predicted is named, and is not an error.
     """
     watchdog.phase("the start of the readouts")
     (due,) = distributed.reduce_scalars([float(readouts_due(plan))], "max")

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError
-from infra.files import atomic_write, write_json
+from infra.files import atomic_write, read_object, read_text, regular_file, write_json
 from infra.settings import flatten, to_dict, to_yaml
 from pretrain.config import Recipe
 
@@ -48,9 +48,9 @@ def method_of(recipe: Recipe) -> str:
 def check_same_recipe(recipe: Recipe) -> None:
     """Raise UserError if ``run.output`` already holds a run that computes something else."""
     path = Path(recipe.run.output) / "recipe.yaml"
-    if not path.is_file():
+    if not path.exists():
         return
-    changed = _changes(recipe, OmegaConf.to_container(OmegaConf.load(path)))
+    changed = _changes(recipe, OmegaConf.to_container(OmegaConf.load(regular_file(path))))
     changed = {key: values for key, values in changed.items() if not key.startswith(CHANGEABLE)}
     if changed:
         raise UserError(
@@ -112,8 +112,7 @@ def check_same_manifest(output: Path, manifest: Manifest) -> None:
 def read_run(output: Path) -> dict[str, Any]:
     """Return the content of run.json; empty if the run has not started."""
     path = output / "run.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
+    return read_object(path, "restore it, or choose another --run.output") if path.exists() else {}
 
 
 def begin_run(recipe: Recipe, manifest: Manifest, run_id: str | None) -> None:
@@ -157,8 +156,8 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the steps of a metrics.jsonl, without a last line that a kill has truncated."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+    if path.exists():
+        for line in read_text(path).splitlines():
             try:
                 yield json.loads(line)
             except ValueError:

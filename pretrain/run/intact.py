@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
-from infra.files import sha256_of
+from infra.files import read_text, sha256_of
 from infra.trust.owners import foreign_owner
 from pretrain.engine.safe_load import find_code
 
@@ -18,7 +18,7 @@ def verify_checkpoint(folder: Path, rank: int = 0, ranks: int = 1) -> str | None
     Of several ranks, each checks every ``ranks``-th file, starting with number ``rank``.
     """
     try:
-        checksums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        checksums = json.loads(read_text(folder / "checksums.json"))
     except (OSError, ValueError, RecursionError) as error:
         return f"checksums.json: {error}"
     if not isinstance(checksums, dict) or not checksums:
@@ -60,7 +60,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's state.json. Raises UserError, naming the key, if a value is not possible."""
     path = folder / "state.json"
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); take another checkpoint") from None
     if not isinstance(state, dict):

@@ -16,10 +16,10 @@ from infra.machine import git_tags, memory_gb, system_metrics
 from infra.progress import Progress, clock
 from infra.settings import flatten, to_dict
 from infra.tracking.tracker import Tracker, default_uri
+from infra.watchdog.run_status import FINISHED, RUNNING, STOPPED, RunStatus
 from pretrain.losses.diagnostics import Positives
-from pretrain.run import checkpoint
 from pretrain.run import folder as run_folder
-from pretrain.run.ending import FINISHED, RUNNING, STOPPED, RunStatus
+from pretrain.run.newest import newest_step
 from pretrain.run.plan import Plan
 from pretrain.weights.readouts import Readouts
 
@@ -157,7 +157,7 @@ class RunLog:
         self.tracker.end(status)
         output = Path(self.plan.recipe.run.output)
         if stopped:
-            step = checkpoint.newest_step(output / "checkpoints") or 0
+            step = newest_step(output / "checkpoints") or 0
             RunStatus(STOPPED, self._first, step, self.plan.total_steps, stopped).write(output)
             print(f"pretrain: stopped by {stopped} after step {step}, saved; the same command continues", flush=True)
         if status == "FINISHED":

@@ -169,7 +169,10 @@ def _source(options: argparse.Namespace, encoder: Encoder) -> ScanSource:
         if options.split or options.query:
             raise UserError("--split and --query choose scans of --shards, which is not given")
         return scan_source(
-            find_scans(options.scans), encoder.preprocessing, tiv=options.tiv, orientation=options.orientation
+            find_scans(options.scans, tiv=encoder.preprocessing.get("scaling") == "tiv"),
+            encoder.preprocessing,
+            tiv=options.tiv,
+            orientation=options.orientation,
         )
     manifest = Manifest.load(options.shards)
     rows = manifest.rows(split=options.split, query=options.query)

@@ -57,9 +57,9 @@ def embed_source(
     Raises UserError if the layer, pooling, batch size, device or number of workers is not possible.
     """
     if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be 1 or more")
+        raise UserError(f"batch_size={batch_size} is too small; give 1 or more")
     poolings = (pooling,) if isinstance(pooling, str) else tuple(pooling)
-    compute = intermediate_features(network, layer, poolings)
+    compute = _finite(intermediate_features(network, layer, poolings))
     if readouts is not None:
         compute = _with_readouts(network, (layer, poolings), readouts)
     target, threads = choose_device(device), default_workers(workers)
@@ -113,7 +113,7 @@ def default_workers(workers: int | None) -> int:
     Raises UserError if ``workers`` is negative.
     """
     if workers is not None and workers < 0:
-        raise UserError(f"workers={workers} must be 0 or more")
+        raise UserError(f"workers={workers} is too small; give 0 or more")
     return min(MOST_WORKERS, len(os.sched_getaffinity(0))) if workers is None else workers
 
 
@@ -135,10 +135,32 @@ def _with_readouts(network: nn.Module, block: Block, readouts: Readouts) -> Feat
     def features(volumes_B1DHW: torch.Tensor) -> torch.Tensor:
         """Return features and readouts (B, F + columns) on the CPU."""
         own, theirs = (values.float().cpu() for values in compute(volumes_B1DHW))
+        _check_finite(own)
         columns = np.array(readouts.table(theirs.numpy()), np.float32)
         return torch.cat([own, torch.from_numpy(columns)], dim=1)
 
     return features
+
+
+def _finite(compute: Features) -> Features:
+    """Return the same function, which raises UserError if a feature is NaN or infinite."""
+
+    def features(volumes_B1DHW: torch.Tensor) -> torch.Tensor:
+        """Return features (B, F)."""
+        values = compute(volumes_B1DHW)
+        _check_finite(values)
+        return values
+
+    return features
+
+
+def _check_finite(features_BF: torch.Tensor) -> None:
+    wrong = int((~torch.isfinite(features_BF).flatten(1).all(dim=1)).sum())
+    if wrong:
+        raise UserError(
+            f"the encoder's features of {wrong} of {len(features_BF)} scans are NaN or infinite: its weights are damaged or "
+            "too large; export the encoder again"
+        )
 
 
 def _batches(

@@ -14,15 +14,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data_pipeline.storage.manifest import Manifest
-from infra.errors import UserError
-from infra.files import sha256_of
+from infra.errors import OPTIONAL_TEXT, OPTIONAL_WHOLE, WHOLE, UserError, check_arguments
+from infra.files import regular_file, sha256_of
 from pretrain.encoders import TRAINING_ONLY, build_encoder
 from pretrain.weights.embedding import BATCH_SIZE, embed_table
 from pretrain.weights.folder import FILES, find_encoder, read_json
 from pretrain.weights.readouts import Readouts, read_readouts
 from pretrain.weights.scan_source import EmbeddableScans, scan_source, unlike_line
 from pretrain.weights.schema import check_config, check_preprocessing_file
-from pretrain.weights.weight_shapes import check_shapes
+from pretrain.weights.weight_shapes import check_shapes, check_values
+
+ON_ERROR = ("raise", "skip")
 
 
 class Encoder(nn.Module):
@@ -63,14 +65,16 @@ class Encoder(nn.Module):
         check_shapes(path / "model.safetensors", name, options)
         network = build_encoder(name, options)
         try:
-            network.load_state_dict(load_file(path / "model.safetensors"))
+            state = load_file(regular_file(path / "model.safetensors"))
+            check_values(path / "model.safetensors", state)
+            network.load_state_dict(state)
         except (SafetensorError, RuntimeError) as error:
             raise UserError(f"{path}: weights do not fit {name}: {' '.join(str(error).split())[:200]}") from None
         if network.feature_size != config["feature_size"]:
             raise UserError(
                 f"{path / 'config.json'}: feature_size={config['feature_size']}, {name} has {network.feature_size}"
             )
-        if (path / "mlflow.json").is_file():
+        if (path / "mlflow.json").exists():
             config["model_id"] = read_json(path / "mlflow.json").get("model_id")
         encoder = cls(network, config, preprocessing).eval()
         encoder.folder = path
@@ -129,6 +133,11 @@ class Encoder(nn.Module):
             UserError: if there are no scans, an argument is wrong, the encoder has no readouts that are asked for, the
                 shards were prepared otherwise, or, with ``on_error="raise"``, a scan cannot be read.
         """
+        check_arguments(WHOLE, batch_size=batch_size)
+        check_arguments(OPTIONAL_WHOLE, workers=workers)
+        check_arguments(OPTIONAL_TEXT, layer=layer)
+        if on_error not in ON_ERROR:
+            raise UserError(f"on_error={on_error!r} is not known; allowed: {', '.join(ON_ERROR)}")
         source = scan_source(scans, self.preprocessing, manifest, tiv, orientation)
         if not source.names:
             raise UserError("there are no scans to embed")
@@ -152,7 +161,7 @@ def _check_files(folder: Path) -> None:
             raise UserError(
                 f"{folder / 'checksums.json'} names {name!r:.80}, not a file beside it; export the encoder again"
             )
-        if not (folder / name).is_file() or sha256_of(folder / name) != checksums.get(name):
+        if not (folder / name).exists() or sha256_of(folder / name) != checksums.get(name):
             raise UserError(f"{folder / name} is missing or differs from checksums.json; export the encoder again")
 
 

@@ -7,8 +7,8 @@ only the missing scans. The table itself appears complete or not at all.
 from __future__ import annotations
 
 import base64
-import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,9 +19,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from data_pipeline.cohort.cells import MISSING
-from data_pipeline.cohort.texts import read_text
+from data_pipeline.cohort.declarations import DataSet
+from data_pipeline.cohort.table_file import Row, read_rows
+from data_pipeline.cohort.values import typed_values
 from infra.errors import UserError
-from infra.files import atomic_write, sha256_of
+from infra.files import atomic_write, read_bytes, sha256_of
 from pretrain.weights.embedding import embed_source, feature_table
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
@@ -30,7 +32,7 @@ from pretrain.weights.scan_source import ScanSource
 
 FORMATS = (".tsv", ".parquet")
 IMAGES = (".nii", ".nii.gz", ".mgz", ".npy")
-TABLES = {".tsv": "\t", ".csv": ","}
+TABLES = (".tsv", ".csv")
 # Scan -> its stamp (see ScanSource.stamp) and its features (F,).
 Entries = dict[str, tuple[list[Any], NDArray[np.float32]]]
 
@@ -145,42 +147,50 @@ def to_tsv(table: pd.DataFrame) -> str:
     return str(table.to_csv(sep="\t", float_format="%.6g"))
 
 
-def find_scans(places: Sequence[Path]) -> pd.DataFrame:
+def find_scans(places: Sequence[Path], tiv: bool = True) -> pd.DataFrame:
     """Return a table with a column ``path``, and ``tiv`` if a table has it, of the scans at some places.
 
     Args:
         places: image files; folders, searched for .nii, .nii.gz, .mgz and .npy files in all their subfolders (hidden ones left
             out); and .tsv or .csv tables with a column ``path``, relative to the table's folder.
+        tiv: read the column ``tiv`` of tables, by the rules of cohorts' tables, in ml.
 
     Raises:
         UserError: if a folder holds no image, or a table has no column ``path``.
     """
-    return pd.concat([_scans_at(place) for place in places], ignore_index=True)
+    return pd.concat([_scans_at(place, tiv) for place in places], ignore_index=True)
 
 
-def _scans_at(place: Path) -> pd.DataFrame:
+def _scans_at(place: Path, tiv: bool) -> pd.DataFrame:
     if place.is_dir():
-        paths = sorted(path for path in place.rglob("*") if path.name.endswith(IMAGES) and path.is_file())
+        paths = sorted(path for path in place.rglob("*") if path.name.lower().endswith(IMAGES) and path.is_file())
         paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(place).parts)]
         if not paths:
             raise UserError(f"{place} holds no {' or '.join(IMAGES)} file; give the folder of the scans")
         return pd.DataFrame({"path": [str(path) for path in paths]})
-    if place.suffix not in TABLES:
+    if place.suffix.lower() not in TABLES:
         return pd.DataFrame({"path": [str(place)]})
+    rows = read_rows(place, ["path"], None)
+    if not rows:
+        raise UserError(f"{place} has a header and no rows; add a row for each scan")
+    for row in rows:
+        if row.values["path"].strip() in MISSING:
+            raise UserError(f"{row.where}: path is empty; every row needs the path of a scan")
+    table = pd.DataFrame({"path": [str(place.parent / row.values["path"].strip()) for row in rows]})
+    if tiv and "tiv" in rows[0].values:
+        table["tiv"] = _head_sizes(place, rows)
+    return table
+
+
+def _head_sizes(place: Path, rows: Sequence[Row]) -> list[float]:
+    """Total intracranial volumes in ml, NaN where missing, read as a build reads them; raises UserError naming a wrong cell."""
+    cells = [Row({"tiv": row.values["tiv"]}, row.where, row.table) for row in rows]
+    source = DataSet(place, place.name, types={"tiv": "number"}, declared_in=place.name)
     try:
-        text = io.StringIO(read_text(place, "a table"))
-        table = pd.read_csv(text, sep=TABLES[place.suffix], dtype={"path": str}, na_values={"tiv": sorted(MISSING)})
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{place} cannot be read as a table: {' '.join(str(error).split())[:120]}") from None
-    if "path" not in table:
-        raise UserError(f"{place} has no column 'path'; its columns: {', '.join(map(str, table))}")
-    empty = np.flatnonzero(table["path"].isna().to_numpy())
-    if len(empty):
-        raise UserError(f"{place}, line {int(empty[0]) + 2}: path is empty; every row needs the path of a scan")
-    table["path"] = [str(place.parent / path) for path in table["path"]]
-    return table[[name for name in ("path", "tiv") if name in table]]
+        values, _ = typed_values(cells, source)
+    except UserError as error:  # a table for embed has no file with rules
+        raise UserError(str(error).partition(", or declare")[0]) from None
+    return [math.nan if row["tiv"] is None else float(row["tiv"]) for row in values]
 
 
 def _entry(name: str, stamp: list[Any], features: NDArray[np.float32], unlike: str | None) -> str:
@@ -191,8 +201,8 @@ def _entry(name: str, stamp: list[Any], features: NDArray[np.float32], unlike: s
 
 def _json_lines(path: Path) -> Iterator[Any]:
     """Yield the lines of a file up to one that a kill cut short; nothing if there is no file."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+    if path.exists():
+        for line in read_bytes(path).decode().splitlines():
             try:
                 yield json.loads(line)
             except ValueError:

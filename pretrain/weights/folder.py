@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from infra.errors import UserError
+from infra.errors import PATH, UserError, check_arguments
+from infra.files import read_object, read_text
 
-MAX_JSON_BYTES = 2**26  # of one file
 # The files that every exported encoder has; checksums.json lists their digests.
 FILES = ("model.safetensors", "config.json", "preprocessing.json")
 
@@ -24,16 +23,17 @@ def find_encoder(path: str | Path) -> Path:
     Raises:
         UserError: if there is no encoder.
     """
+    check_arguments(PATH, encoder=path)
     path = Path(path)
     candidates = [path, path / "encoder"]
     pointers = [path] if path.name in ("best", "latest") else []
     for pointer in (*pointers, path / "checkpoints" / "latest", path / "latest"):
-        if pointer.is_file():
-            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if pointer.exists():
+            name = read_text(pointer, errors="replace").strip()
             if re.fullmatch(r"step-[0-9]{1,12}", name):
                 candidates.append(pointer.parent / name / "encoder")
     for candidate in candidates:
-        if (candidate / "model.safetensors").is_file():
+        if (candidate / "model.safetensors").exists():
             return candidate
     raise UserError(
         f"no encoder in {path}; give a run folder, one of its checkpoints/step-*, its checkpoints/best, or an exported "
@@ -51,14 +51,6 @@ def list_checkpoints(run: str | Path) -> list[Path]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of an exported encoder. Raises UserError if it is missing, damaged, or something else."""
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} is missing; export the encoder again")
-    try:
-        with path.open("rb") as stream:
-            text = stream.read(MAX_JSON_BYTES + 1)
-        content = json.loads(text.decode()) if len(text) <= MAX_JSON_BYTES else "more than 64 MB"
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({str(error)[:100]}); export the encoder again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {repr(content)[:60]}, not an object; export the encoder again")
-    return content
+    return read_object(path, "export the encoder again")

@@ -15,7 +15,7 @@ import torch
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.grid import Grid
 from infra.errors import UserError, nearest
-from infra.files import sha256_of
+from infra.files import regular_file, sha256_of
 from infra.processes.scratch import scratch_folder
 from pretrain.encoders import build_encoder, check_encoder
 from pretrain.weights.write import preprocessing_of, write_encoder
@@ -25,7 +25,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A published layout.
+    """A published architecture: the encoder that takes its weights, and how to rename them.
 
     Attributes:
         encoder: key of ``pretrain.encoders.ENCODERS``.
@@ -147,10 +147,10 @@ def read_published(file: Path) -> tuple[State, int | None]:
 
     Raises UserError if the file is missing or damaged, needs code, or holds something else than tensors.
     """
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{file} is missing; give the path of the published checkpoint")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(regular_file(file), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds of exceptions for damaged files
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
@@ -201,7 +201,7 @@ def match_keys(published: State, encoder: State, architecture: Architecture, fil
     unknown = [key for key in unexpected if not key.removeprefix("module.").startswith(architecture.ignored)]
     if unknown:
         raise UserError(
-            f"{file}: {_first(unknown)} are no weights of {architecture.encoder} and none of its projector; the file is of "
+            f"{file}: {_first(unknown)} are not weights of {architecture.encoder} and none of its projector; the file is of "
             "another architecture"
         )
     missing = [name for name in encoder if name not in matched and not name.endswith("num_batches_tracked")]

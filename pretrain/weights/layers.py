@@ -110,7 +110,7 @@ def features_of_blocks(network: nn.Module, blocks: Sequence[Block]) -> Callable[
 def _pool(output: object, block: Block, patches: Sequence[int], *, is_end: bool) -> torch.Tensor:
     layer, poolings = block
     if not isinstance(output, torch.Tensor) or output.ndim not in (3, 5):
-        raise UserError(f"--layer={layer} returns no single feature map; choose another block")
+        raise UserError(f"layer={layer!r} returns no single feature map; choose another block")
     # Blocks of a transformer have tokens (N, T, C); its end has them as (N, C, T).
     channels_first = output.transpose(1, 2) if output.ndim == 3 and not is_end else output
     channels_first = channels_first.float()
@@ -126,11 +126,11 @@ def _pool(output: object, block: Block, patches: Sequence[int], *, is_end: bool)
 def _check(network: nn.Module, layer: str | None, poolings: Sequence[str]) -> None:
     for name in poolings:
         if name not in POOLINGS:
-            raise UserError(f"--pooling={name} is not known{nearest(name, POOLINGS)}; allowed: {', '.join(POOLINGS)}")
+            raise UserError(f"pooling={name!r} is not known{nearest(name, POOLINGS)}; allowed: {', '.join(POOLINGS)}")
     if layer is None and tuple(poolings) != OWN and not hasattr(network, "trunk"):
-        raise UserError(f"--pooling={','.join(poolings)} needs an encoder with a trunk; give --layer")
+        raise UserError(f"pooling={','.join(poolings)!r} needs an encoder with a trunk; give a layer")
     names = block_names(network)
     if layer is not None and layer not in {*names, *main_blocks(network)}:
         raise UserError(
-            f"--layer={layer} is not a block of this encoder{nearest(layer, names)}; its blocks: {', '.join(names)}"
+            f"layer={layer!r} is not a block of this encoder{nearest(layer, names)}; its blocks: {', '.join(names)}"
         )

@@ -1,4 +1,4 @@
-"""Whether a scan looks like an encoder's training scans: a raw head is no grey-matter map, though both fill the grid.
+"""Whether a scan looks like an encoder's training scans: a raw head is not a grey-matter map, though both fill the grid.
 
 Scans are compared as coarse volumes (blocks of about 8 mm): r is Pearson's correlation with the mean of some training scans,
 which does not depend on the unit of the voxels. The unit is compared by the mean voxel. Between templates of MNI space r is
@@ -95,7 +95,7 @@ class Likeness:
                 "export the encoder again"
             )
         r, mean = 0.0 if volume is None else _correlation(volume, self._volume), _mean(voxels)
-        if r < self._limit:
+        if not r >= self._limit:  # also where r is NaN
             lowest = f"{self._measure['lowest']:.2f}"
             return f"its correlation with the mean training scan is {r:.2f}, that of training scans {lowest} or more"
         if not smallest / UNIT <= mean <= greatest * UNIT:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from infra.errors import UserError
-from infra.files import sha256_of, write_json
+from infra.files import regular_file, sha256_of, write_json
 from infra.processes.scratch import scratch_folder
 from pretrain.weights.folder import read_json
 from pretrain.weights.schema import check_readouts_file
@@ -74,8 +74,8 @@ class Readout:
 
         CV+ of Barber, Candès, Ramdas and Tibshirani (Annals of Statistics 49, 2021): with the prediction m_k(x) without fold
         k and the residual R_i of scan i of fold k(i), the limits are quantiles over i of m_k(i)(x) - R_i and of
-        m_k(i)(x) + R_i. Of a person with several scans each counts as a part of one, since persons, not scans, are
-        exchangeable. The guarantee is 2 x coverage - 1; the coverage of stable regressions as this one is near ``coverage``.
+        m_k(i)(x) + R_i. Each scan of a person with k scans has weight 1/k, since persons, not scans, are exchangeable. The
+        guarantee is 2 x coverage - 1; the coverage of stable regressions as this one is near ``coverage``.
         It holds for people like those of the fit: at a scanner that shifts all predictions it does not.
         """
         of_folds_nK = np.asarray(features, np.float64) @ self.fold_coefficients.T + self.fold_intercepts
@@ -100,7 +100,7 @@ class Readout:
         return np.asarray(np.asarray(predicted, np.float64) - line)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Readouts:
     """All readouts of an encoder.
 
@@ -120,9 +120,17 @@ class Readouts:
     left_out: dict[str, str] = field(default_factory=dict)
     fitted_on: list[SeenScans] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        """Name the columns and the number of features that they are read from."""
+        features = next((readout.coefficients.size for readout in self.readouts.values()), 0)
+        return f"Readouts({', '.join(self.readouts) or 'none'}: {features} features)"
+
     @property
     def columns(self) -> list[str]:
-        """Columns of ``table``: predicted_age, predicted_age_low, predicted_age_high; of classes only predicted_sex."""
+        """Columns of ``table``: predicted_age, predicted_age_low, predicted_age_high.
+
+        A class has no limits: predicted_sex only.
+        """
         return [
             f"{PREFIX}{name}{ending}"
             for name, readout in self.readouts.items()
@@ -255,14 +263,14 @@ def read_readouts(encoder: Path, weights: str) -> Readouts | None:
         return None
     checksums = read_json(folder / "checksums.json")
     for name in (TENSORS, JSON):
-        if not (folder / name).is_file() or sha256_of(folder / name) != checksums.get(name):
+        if not (folder / name).exists() or sha256_of(folder / name) != checksums.get(name):
             raise UserError(f"{folder / name} is missing or differs from checksums.json; {REPAIR}")
     content = read_json(folder / JSON)
     check_readouts_file(content, folder / JSON)
     if content["weights"] != weights:
         raise UserError(f"{folder / JSON}: weights={content['weights'][:16]}: fitted to other weights; {REPAIR}")
     try:
-        tensors = load_file(folder / TENSORS)
+        tensors = load_file(regular_file(folder / TENSORS))
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{folder / TENSORS} cannot be read ({' '.join(str(error).split())[:120]}); {REPAIR}") from None
     readouts = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ class ScanSource(Protocol):
 
     names: list[str]  # the scan's path or key
     index: str  # what the names are: "path" or "key"
-    unlike: dict[str, str]  # name -> in what a scan that was read differs from the training scans
+    unlike: dict[str, str]  # name of a scan -> how it differs from the training scans
 
     def read(self, position: int) -> NDArray[np.float32]:
         """Return z-scored voxels (D, H, W). Raises BadScan, with the reason, if the scan cannot be used."""
@@ -57,11 +57,13 @@ class FileSource:
         self, paths: Sequence[str], preprocessing: Mapping[str, Any], tiv: Sequence[float] | None = None,
         orientation: str = "",
     ) -> None:  # fmt: skip
+        if not paths:
+            raise UserError("there are no scans to embed")
         self.names = list(paths)
         self.unlike: dict[str, str] = {}
         self._file = FilePreparation.of(preprocessing)
         self._likeness, self._tiv = Likeness(preprocessing), tiv
-        arrays = any(name.endswith(".npy") for name in self.names)
+        arrays = any(name.lower().endswith(".npy") for name in self.names)
         self._orientation = orientation or (self._file.orientation() if arrays else "")
         if self._file.preparation.scaling == "tiv" and (tiv is None or len(tiv) != len(paths)):
             found = "none" if tiv is None else f"{len(tiv)}"
@@ -148,6 +150,11 @@ def scan_source(
         return _table_source(scans, preprocessing, tiv, orientation)
     if isinstance(scans, str | os.PathLike):
         raise UserError(f"scans={str(scans)!r} is one path; give a list of paths: [{str(scans)!r}]")
+    if not isinstance(scans, Iterable):
+        raise UserError(
+            f"scans={scans!r:.80} is of type {type(scans).__name__}; allowed: paths, a manifest, a table of paths, or, "
+            "with manifest=..., rows of its table or row numbers"
+        )
     for scan in scans:
         if not isinstance(scan, str | os.PathLike):
             raise UserError(

@@ -7,9 +7,10 @@ import binascii
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from data_pipeline.volume.limits import MAX_SIDE, MAX_VOXELS, is_too_large
+from data_pipeline.volume.limits import MAX_SIDE, MAX_VOXELS, affine_fault, is_too_large
 from data_pipeline.volume.preparation import CROPS, SCALINGS
 from infra.errors import UserError
 from pretrain.encoders import check_encoder
@@ -43,6 +44,9 @@ def _as_base64(value: str) -> str:
         raise ValueError("allowed: float16 numbers in base64") from None
     if len(content) % 2 or not content:
         raise ValueError("allowed: float16 numbers in base64")
+    numbers = np.frombuffer(content, "<f2").astype(np.float64)
+    if not np.isfinite(numbers).all() or numbers.min() == numbers.max():
+        raise ValueError("allowed: float16 numbers in base64, finite and not all equal")
     return value
 
 
@@ -84,6 +88,12 @@ class _Grid(_Part):
     spacing: list[Annotated[Number, Field(gt=0)]] = Field(min_length=3, max_length=3)
     affine: list[Annotated[list[Number], Field(min_length=4, max_length=4)]] = Field(min_length=4, max_length=4)
 
+    @model_validator(mode="after")
+    def _fit(self) -> _Grid:
+        if fault := affine_fault(self.affine, self.spacing):
+            raise ValueError(f"affine is not {fault}")
+        return self
+
 
 class _Likeness(_Part):
     volume: Annotated[str, Field(max_length=2**24), AfterValidator(_as_base64)]
@@ -91,6 +101,12 @@ class _Likeness(_Part):
     median: Share
     lowest: Share
     means: list[Annotated[float, Field(allow_inf_nan=False, ge=0)]] = Field(min_length=2, max_length=2)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> _Likeness:
+        if self.lowest > self.median or self.means[0] > self.means[1]:
+            raise ValueError("allowed: lowest of at most median, and means in ascending order")
+        return self
 
 
 class _Arrays(_Part):

@@ -67,7 +67,7 @@ def source_of(manifest: Manifest, rows: NDArray[np.integer[Any]], role: str = "t
 def read(folder: Path) -> list[SeenScans] | None:
     """Return the scans that an encoder has seen; None if its folder has no such file. Raises UserError if it is damaged."""
     path = folder / NAME
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
         return TypeAdapter(list[SeenScans]).validate_python(read_json(path)["sources"])

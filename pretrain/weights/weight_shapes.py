@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,16 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from infra.errors import UserError
+from infra.files import regular_file
 from pretrain.encoders import build_encoder
 
 Shapes = dict[str, tuple[int, ...]]
+KINDS = {
+    "F16": "numbers",
+    "BF16": "numbers",
+    "F32": "numbers",
+    "I64": "counts",
+}  # types in a safetensors file that are read
 MAKES_TENSORS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
 
 
@@ -34,16 +42,24 @@ def network_shapes(name: str, options: dict[str, Any]) -> Shapes:
 
     Raises UserError as ``build_encoder`` does.
     """
+    return {key: tuple(value.shape) for key, value in _empty_state(name, options).items()}
+
+
+def _empty_state(name: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     with _WithoutMemory():
         network = build_encoder(name, options)
-    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    return network.state_dict()
 
 
-def file_shapes(path: Path) -> Shapes:
-    """Return the shapes in the header of a safetensors file. Raises UserError if it is none."""
+def file_shapes(path: Path) -> tuple[Shapes, dict[str, str]]:
+    """Return shapes and types (F32, I64, ...) in the header of a safetensors file. Raises UserError if it is none."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        with safe_open(regular_file(path), framework="pt") as file:
+            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return (
+                {key: tuple(part.get_shape()) for key, part in parts.items()},
+                {key: str(part.get_dtype()) for key, part in parts.items()},
+            )
     except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path} is not a safetensors file ({reason}); export the encoder again") from None
@@ -52,15 +68,42 @@ def file_shapes(path: Path) -> Shapes:
 def check_shapes(path: Path, name: str, options: dict[str, Any]) -> None:
     """Compare a safetensors file's header with the weights of an encoder, before memory is taken for either.
 
-    Raises UserError, naming the first weight that is missing, unknown or of another shape.
+    Raises UserError, naming the first weight that is missing, unknown, of another shape or of another kind of type.
     """
-    expected, found = network_shapes(name, options), file_shapes(path)
+    state, (found, types) = _empty_state(name, options), file_shapes(path)
+    expected = {key: tuple(value.shape) for key, value in state.items()}
     for key in [*expected, *(other for other in found if other not in expected)]:
         if expected.get(key) != found.get(key):
             raise UserError(
                 f"{path}: weights do not fit {name}: {key[:100]} has shape {_shown(found.get(key))} in the file, "
                 f"{_shown(expected.get(key))} in the network that config.json names"
             )
+
+    for key, value in state.items():
+        kind = "numbers" if value.is_floating_point() else "counts"
+        if KINDS.get(types[key]) != kind:
+            allowed = ", ".join(name for name, other in KINDS.items() if other == kind)
+            raise UserError(
+                f"{path}: {key[:100]} is of type {types[key]}; allowed: {allowed}; export the encoder again"
+            )
+
+
+def check_values(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Check the values of weights that fit: with NaN, infinite or only zero weights every scan has the same features or none.
+
+    Raises UserError, naming the first weight with such a value.
+    """
+    numbers = {key: value for key, value in state.items() if value.is_floating_point()}
+    for key, value in numbers.items():
+        count = int((~torch.isfinite(value)).sum())
+        if count:
+            raise UserError(
+                f"{path}: {count} of {value.numel()} values of {key[:100]} are NaN or infinite; export the encoder again"
+            )
+        if key.endswith("running_var") and bool((value < 0).any()):
+            raise UserError(f"{path}: {key[:100]}, a variance, has negative values; export the encoder again")
+    if numbers and not any(bool(value.any()) for value in numbers.values() if value.ndim > 1):
+        raise UserError(f"{path}: all weights are 0; export the encoder again")
 
 
 def _shown(shape: tuple[int, ...] | None) -> str:

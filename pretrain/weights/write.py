@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.preparation import DEFAULT_PREPARATION, file_rules
-from infra.errors import UserError
+from infra.errors import PATH, Kind, UserError, check_arguments
 from infra.files import sha256_of, write_json
 from infra.processes.scratch import scratch_folder
 from pretrain.weights import likeness, seen_scans
@@ -86,6 +87,12 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
     Raises:
         UserError: if ``out`` exists and is not this export, or if there is no complete encoder at ``checkpoint``.
     """
+    if isinstance(checkpoint, Encoder):
+        if checkpoint.folder is None:
+            raise UserError("this encoder was made in memory and has no folder to export; give a run or a checkpoint")
+        checkpoint = checkpoint.folder
+    check_arguments(Kind((str, os.PathLike), "a path, a Run or an Encoder"), checkpoint=checkpoint)
+    check_arguments(PATH, out=out)
     out = Path(out)
     if out.exists() and not (out / "checksums.json").is_file():
         raise UserError(f"{out} exists already; choose a new folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pandas as pd
 import pytest
 
 from infra.errors import UserError
-from pretrain import Encoder, Recipe, Run, api, pretrain, train
+from pretrain import ENCODERS, KERNELS, LOSSES, Encoder, Recipe, Run, api, export, pretrain, train
+from pretrain.launch.start import start_recipe
 from pretrain.run.plan import make_plan
 from pretrain.weights.folder import find_encoder
 from tests.runs import ROOT, environment
@@ -89,7 +91,7 @@ def test_signal_handlers_and_environment_are_as_before(stopped_run):
     assert stopped_run[1]["same"]
 
 
-def test_a_run_gives_metrics_checkpoints_and_encoders(stopped_run):
+def test_a_run_gives_metrics_checkpoints_and_encoders(stopped_run, tmp_path):
     folder, result, _ = stopped_run
     run = Run(folder / "run")
     assert result["run"].startswith("Run('run': 30 steps saved, loss ")
@@ -104,6 +106,7 @@ def test_a_run_gives_metrics_checkpoints_and_encoders(stopped_run):
     assert run.recipe.batch.global_ == 8
     assert find_encoder(run) == run.checkpoints[-1] / "encoder"
     assert Encoder.from_pretrained(run).config["step"] == 30
+    assert Encoder.from_pretrained(export(run.encoder(), tmp_path / "out")).config["step"] == 30
     loss, rate = run.plot().axes
     assert loss.lines[0].get_ydata().tolist() == metrics["loss"].tolist()
     assert (loss.get_ylabel(), rate.get_ylabel(), rate.get_xlabel()) == ("loss", "learning rate", "step")
@@ -154,6 +157,43 @@ print(json.dumps({"steps": len(run.metrics), "reason": reason}))
     assert "over 2 ranks" in printed
     assert result["reason"].startswith("PretrainingFailed: NotFinite: ")
     assert "\n" not in result["reason"]
+
+
+def test_the_wrong_input_that_ends_the_ranks_is_the_reason(tmp_path, shards):
+    recipe = Recipe.load("demo-cpu").with_(
+        data={"shards": str(shards)}, run={"output": str(tmp_path / "run")}, loss={"name": "mine"}
+    )
+    end = start_recipe(recipe, 1)
+    assert end.status == 2
+    assert end.reason.startswith("loss.name='mine' is not known")
+    with pytest.raises(api.PretrainingFailed, match="^loss.name='mine' is not known"):
+        api._raise_if_failed(end, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "sections"),
+    [
+        (LOSSES, "mine", {"loss": {"name": "mine"}}),
+        (LOSSES, "y-aware", {}),
+        (KERNELS, "mine", {"loss": {"proxies": {"age": {"kernel": "mine", "bandwidth": 5.0}}}}),
+        (ENCODERS, "mine", {"encoder": {"name": "mine", "options": {}}}),
+    ],
+)
+def test_an_entry_that_the_ranks_cannot_import_is_refused(tmp_path, shards, monkeypatch, table, name, sections):
+    of_shipped = {id(LOSSES): "y-aware", id(KERNELS): "gaussian", id(ENCODERS): "resnet18"}[id(table)]
+    shipped = table[of_shipped]
+
+    @functools.wraps(shipped)
+    def mine(*arguments, **options):
+        return shipped(*arguments, **options)
+
+    mine.__module__, mine.__kwdefaults__ = "my_notebook", shipped.__kwdefaults__
+    monkeypatch.setitem(table, name, mine)
+    with pytest.raises(UserError, match=rf"^ranks=2: \w+\['{name}'\] is of my_notebook .*; use ranks=1"):
+        pretrain(
+            "demo-cpu", ranks=2, output=tmp_path / "run", data={"shards": str(shards)}, batch={"global": 8}, **sections
+        )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

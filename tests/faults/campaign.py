@@ -1,8 +1,8 @@
 """``python -m tests.faults.campaign --inputs 1000``: change files at random and print what became of them.
 
-The inputs are those of ``test_fuzz_files`` (manifests, encoders' files, members of shards), of ``test_random_tables``
-(participants' tables) and of ``test_verify`` (flipped bits). The first input that breaks a promise ends the command with
-its traceback.
+The inputs are those of ``test_fuzz_files`` (manifests, encoders' files, members of shards, pipes in place of files), of
+``test_random_tables`` (participants' tables) and of ``test_verify`` (flipped bits). The first input that breaks a promise ends
+the command with its traceback.
 """
 
 from __future__ import annotations
@@ -75,11 +75,13 @@ def main() -> None:
         folder = Path(text)
         kinds: dict[str, Callable[[], tuple[Counter[str], str]]] = {
             "manifest.json": lambda: fuzz(files.test_changed_manifests, count),
+            "manifest.json, settings": lambda: fuzz(files.test_changed_settings_of_a_manifest, count),
             **{
                 name: lambda name=name: fuzz(files.test_changed_files_of_an_encoder, count, name, folder)
-                for name in ("config.json", "preprocessing.json")
+                for name in ("config.json", "preprocessing.json", "readouts.json")
             },
             **{f"member .{codec}": lambda codec=codec: fuzz(files.test_changed_members, count, codec) for codec in DECODERS},
+            "pipe, folder, socket or device": lambda: fuzz(files.test_something_else_in_place_of_a_file, count, folder / "odd"),
             "participants.tsv": lambda: random_tables(count),
             "flipped bits": lambda: flipped_bits(count, folder),
         }  # fmt: skip

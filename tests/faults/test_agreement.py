@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from data_pipeline.shards.build import build_shards
 from infra.distributed import free_port
+from pretrain.run.agreement import resumed
 from tests.cohorts import write_cohort
 from tests.faults import rank_process
 from tests.faults.rank_process import wait
@@ -100,6 +102,32 @@ def test_a_recipe_file_that_only_one_host_lacks(shards, tmp_path):
     line = error_of(tmp_path)
     assert line.startswith("rank 0 (")
     assert "mine.yaml not found" in line
+
+
+def checkpoint_of(shards, folder, **more):
+    """Train a run of two steps in ``folder`` and return its checkpoint."""
+    folder.mkdir()
+    assert start([arguments(shards, folder / "run", **more)], folder) == [0], (folder / "rank-0.log").read_text()
+    return folder / "run" / "checkpoints" / "step-00000002"
+
+
+def test_a_checkpoint_on_a_disk_of_each_host_is_compared_by_its_content(shards, tmp_path):
+    one = checkpoint_of(shards, tmp_path / "first", **{"run.seed": 1})
+    other = checkpoint_of(shards, tmp_path / "second", **{"run.seed": 2})
+    start_from = {"run.seed": 3}
+    commands = [arguments(shards, tmp_path / "run", **start_from, **{"run.resume": path}) for path in (one, other)]
+    assert start(commands, tmp_path) == [2, 2]
+    line = error_of(tmp_path)
+    assert line.startswith("the ranks do not agree: run.resume is 'step-00000002 with digest ")
+    assert not (tmp_path / "run").exists()
+    # The same content under another path is the same checkpoint.
+    shutil.copytree(one, tmp_path / "copy" / one.name)
+    same = [resumed(str(path), tmp_path / "run") for path in (one, tmp_path / "copy" / one.name, one.parents[1])]
+    assert len(set(same)) == 1, same
+    assert resumed(str(tmp_path / "nowhere"), tmp_path / "run") == "no checkpoint"
+    assert resumed(str(other), one.parents[1]) == "not used, since run.output has a checkpoint"
+    (tmp_path / "copy" / one.name / "encoder" / "model.safetensors").write_bytes(b"shorter")
+    assert resumed(str(tmp_path / "copy" / one.name), tmp_path / "run") != same[0]
 
 
 def other_version(name: str, rank: int) -> None:

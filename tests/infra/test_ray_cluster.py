@@ -166,7 +166,7 @@ def test_a_search_that_was_killed_here_goes_on_with_its_missing_points(tmp_path,
     log = tmp_path / "log"
     log.mkdir()
     data = {"base": 1.0, "log": str(log)}
-    common = {"data": data, "storage": tmp_path, "name": "search", "here": True}
+    common = {"data": data, "storage": tmp_path, "name": "search", "in_process": True}
     with pytest.raises(RuntimeError, match="search: a trial failed: intended failure"):
         tuning.tune_grid(trial, [{"c": 1}, {"c": 2}, {"c": 3, "fail": True}], **common)
     tuning.tune_grid(trial, [{"c": 1}, {"c": 2}, {"c": 3}], **common)
@@ -200,3 +200,21 @@ print("ok")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
     assert done.stdout == "ok\n", done.stderr[-2000:]
+
+
+def test_a_session_leaves_the_process_as_it_was():
+    script = """
+import os, signal, sys
+from os.path import basename
+from infra import ray_cluster
+def state():
+    return dict(os.environ), str(signal.getsignal(signal.SIGTERM)), sys.excepthook
+before = state()
+for _ in range(2):
+    with ray_cluster.session(1):
+        assert list(ray_cluster.map_unordered(basename, [("a/b",)], in_flight=1)) == [(0, "b")]
+    for found, expected in zip(state(), before):
+        assert found == expected, (found, expected)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]

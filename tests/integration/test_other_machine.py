@@ -22,7 +22,7 @@ SMALL += ["--encoder.options={width: 0.25, norm: group}"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A cohort with a site that is no ASCII, its shards, and a run of two steps."""
+    """A cohort with a site that is not ASCII, its shards, and a run of two steps."""
     from data_pipeline.shards.build import build_shards
 
     folder = tmp_path_factory.mktemp("made")

@@ -34,10 +34,21 @@ def test_two_recipes_train_in_one_process(called):
 
 
 @pytest.mark.parametrize("call", ["first", "failed", "second, in a thread"])
-@pytest.mark.parametrize("what", ["signals", "wakeup", "environ", "threads", "torch threads", "process group"])
+@pytest.mark.parametrize("what", ["signals", "wakeup", "environ", "threads", "torch threads", "process group",
+                                  "excepthook", "random", "warning filters"])  # fmt: skip
 def test_a_call_leaves_the_process_as_it_was(called, call, what):
     result = called[1]
     assert result["after"][call][what] == result["before"][what]
+
+
+def test_every_call_frees_its_engine(called):
+    held = called[1]["held"]
+    assert held["first"]["engines"] == 0
+    assert held["first"]["tensor bytes"] < 2e6  # the engine's are 34 MB
+    assert held["again"] == held["first"]
+    assert held["failed"] == held["first"]
+    # The shell of a stage-3 engine stays; its weights and optimiser state, 43 MB a call, are freed.
+    assert held["stage 3"]["tensor bytes"] < 2 * 10e6
 
 
 def test_the_losses_are_those_of_the_command(called, shards, tmp_path):

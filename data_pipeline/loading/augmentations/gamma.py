@@ -36,7 +36,7 @@ def _arrays(context: ViewContext, power: float | None) -> list[NDArray[Any]]:
 def _apply(view: Any, arrays: Any, context: GraphContext) -> Any:
     from nvidia.dali import math
 
-    # Rounding can give a value slightly below 0, of which the power would be NaN.
+    # Rounding can give a value slightly below 0, whose power would be NaN.
     unit = math.clamp((view - context.low) / context.span, 0.0, 1.0)
     return context.low + context.span * math.pow(unit, arrays[0])
 

@@ -163,7 +163,10 @@ class Clinic:
         )  # fmt: skip
 
     def _age_answers(self, source: Source, ages: NDArray[Any]) -> MethodAnswers:
-        """Return predicted ages (of ``rows``) of the controls at the test sites, as predicted by a model of healthy people."""
+        """Return the ages that a model of healthy people predicts for the controls at the test sites.
+
+        ``ages``: predictions for all ``rows``.
+        """
         controls = []
         for name, task in self.tasks.items():
             test = outer_folds(task, 5, self.plan.seed)[0][1]

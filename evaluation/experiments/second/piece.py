@@ -13,6 +13,7 @@ from evaluation.experiments.second.evaluate import evaluate_piece
 from evaluation.experiments.second.plan import EXPERIMENT, Piece, SecondPlan, piece_digest, pieces_of
 from evaluation.experiments.second.store import save_piece, stored_digest
 from infra.errors import UserError
+from infra.files import read_text
 from infra.tracking.tracker import default_uri
 
 
@@ -30,7 +31,7 @@ def piece_command(out: Path, results: Path, plan: SecondPlan, piece: Piece) -> C
 
 def read_plan(out: Path) -> SecondPlan:
     """Return the plan of a folder."""
-    stored: dict[str, Any] = json.loads((out / "plan.json").read_text())
+    stored: dict[str, Any] = json.loads(read_text(out / "plan.json"))
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
     }

@@ -18,6 +18,7 @@ import pretrain
 from evaluation.experiments.plan import DISEASES, METHODS, TASKS
 from evaluation.experiments.pretraining import RECIPE, settings_digest
 from infra.errors import UserError, nearest
+from infra.files import regular_file
 
 EXPERIMENT = "yaware-experiment-2"  # in MLflow
 FORMAT = 1  # raise it when the same plan would give other answers
@@ -135,7 +136,8 @@ def chosen_pieces(plan: SecondPlan, patterns: str) -> list[Piece]:
 
 def recipe_settings() -> dict[str, Any]:
     """Return the part of the recipe on which the weights depend."""
-    recipe: Any = OmegaConf.to_container(OmegaConf.load(Path(pretrain.__file__).parent / "recipes" / f"{RECIPE}.yaml"))
+    path = Path(pretrain.__file__).parent / "recipes" / f"{RECIPE}.yaml"
+    recipe: Any = OmegaConf.to_container(OmegaConf.load(regular_file(path)))
     return {name: section for name, section in recipe.items() if name not in ADMINISTRATION}
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from evaluation.experiments.answers import MethodAnswers
 from evaluation.experiments.plan import DISEASES
 from infra.errors import UserError
-from infra.files import atomic_write
+from infra.files import atomic_write, regular_file
 
 PARTS = 64
 
@@ -62,7 +62,7 @@ def coded(scores: NDArray[Any]) -> NDArray[np.uint8]:
 def stored_digest(path: Path) -> str | None:
     """Return the digest of a stored piece; None if there is no such file, or it cannot be read."""
     try:
-        with np.load(path) as stored:
+        with np.load(regular_file(path)) as stored:
             return str(read_about(stored)["digest"])
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
@@ -70,7 +70,7 @@ def stored_digest(path: Path) -> str | None:
 
 def load_piece(path: Path) -> list[MethodAnswers]:
     """Read the answers of a piece. People are codes, equal for the same people in the pieces of a level."""
-    with np.load(path) as stored:
+    with np.load(regular_file(path)) as stored:
         return [
             MethodAnswers(**{
                 **entry, "sizes": np.array(entry["sizes"]), "draws": np.array(entry["draws"]),
@@ -86,7 +86,7 @@ def check_same_people(files: list[Path]) -> None:
     """Raise UserError if two pieces of a level were evaluated on other test people: they could not be paired."""
     first: dict[tuple[str, str], tuple[Path, str]] = {}
     for path in files:
-        with np.load(path) as stored:
+        with np.load(regular_file(path)) as stored:
             about = read_about(stored)
         for entry in about["entries"]:
             level, task = entry["clinic"], entry["task"]

@@ -38,7 +38,7 @@ from evaluation.protocols.probes import LINEAR_WIDE
 from evaluation.statistics.metrics import mae
 from infra import ray_cluster
 from infra.errors import UserError, nearest
-from infra.files import atomic_write, write_json
+from infra.files import atomic_write, read_text, write_json
 from pretrain.weights.encoder import Encoder
 
 EXPERIMENT = "yaware-experiment-2-tuning"  # in MLflow
@@ -136,7 +136,7 @@ def tune(out: Path, plan: TuningPlan, runs: Sequence[Run], jobs: int) -> pd.Data
     rows = []
     for run in runs:
         path, digest = out / "measured" / f"{run.name}.json", settings_digest(run.settings(plan))
-        stored = json.loads(path.read_text()) if path.is_file() else {}
+        stored = json.loads(read_text(path)) if path.is_file() else {}
         if stored.get("settings") != digest:
             measured = measure(out / "runs" / run.name, Manifest.load(shards), out / "features")
             path.parent.mkdir(exist_ok=True)

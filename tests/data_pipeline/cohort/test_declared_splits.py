@@ -240,3 +240,8 @@ def test_names_of_splits_are_compared_without_case_and_blanks(tmp_path, capsys):
     message = refusal(tmp_path, "split", "held-out", "Held-Out")
     assert "split='Held-Out', but other participants have split='held-out'; write both alike" in message
     assert parse_splits("Pretrain=.5,TEST=.5") == {"pretrain": 0.5, "test": 0.5}
+
+
+def test_blank_lines_before_the_header_are_skipped(tmp_path):
+    (tmp_path / "people.csv").write_text("\n ; \n\npath;participant_id;age\n\na.nii;1;30\n")
+    assert [scan.age for scan in read_cohort(tmp_path / "people.csv")[0]] == [30]

@@ -123,7 +123,7 @@ def test_labels_of_the_sidecar_replace_codes_but_not_words(tmp_path):
         "tiv": {"Levels": {"-9": "n/a"}},
     }
     (tmp_path / "people.json").write_text(json.dumps(levels))
-    scans, _, changes = read_with_changes(
+    scans, _, changes, _ = read_with_changes(
         table(tmp_path / "people.csv", "path,participant_id,sex,diagnosis,hand,tiv", "a.nii,1,1,0,R,1400",
               "b.nii,2,2,1,L,-9", "c.nii,3,F,AD,R,1500")
     )  # fmt: skip
@@ -304,3 +304,43 @@ def test_cat12_inside_a_bids_tree_has_its_reports(tmp_path):
             ("ds_sub-02_ses-1", 40.0, {"cat12_iqr": 4.4, "tiv": 1402.5}),
         ]
         assert unlisted == []
+
+
+def test_a_byte_of_0_in_one_cell_is_not_taken_for_utf_16(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"path,participant_id,hand\na.nii,1,left\nb.nii,2,ri\0ght\n")
+    with pytest.raises(UserError, match=r"has a byte of 0 in line 3; remove it: tr -d '\\000' < '.*t.csv' > new"):
+        read_cohort(path)
+    path.write_bytes("path,participant_id\na.nii,1\n".encode("utf-16-le"))
+    with pytest.raises(UserError, match="iconv -f UTF-16LE"):
+        read_cohort(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_file_that_is_cut_off_in_a_character_is_not_taken_for_latin_1(tmp_path, encoding):
+    path = tmp_path / "t.csv"
+    path.write_bytes("path,participant_id\na.nii,1\n".encode(encoding)[:-1])
+    with pytest.raises(
+        UserError, match=f"its mark says {encoding}, but it has no character at byte .* copy it again"
+    ) as error:
+        read_cohort(path)
+    assert "iconv" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,participant_id\n", "people.csv has a header and no rows; add a row for each scan"),
+        ("path,participant_id\n.,1\n", "line 2: path='.' means a missing value; every row needs one"),
+        ("path,participant_id\na.nii,NA\n", "line 2: participant_id='NA' means a missing value"),
+        ("path,participant_id\na,p.0\nb,p-0\n", "'p.0' and 'p-0' both become 'p-0' in the key people_sub-p-0_ses-1"),
+        ("path,participant_id,session\na,1,x 1\nb,1,x.1\n", "'x 1' and 'x.1' both become 'x-1' in the key"),
+        ("path,participant_id,session,ses\na,1,1,2\n", "the columns session and ses, which all name sessions"),
+        ("", "it is empty"), ("\n \n\n", "it is empty"),
+    ],
+)  # fmt: skip
+def test_a_message_says_what_is_wrong(tmp_path, text, message):
+    (tmp_path / "people.csv").write_text(text)
+    with pytest.raises(UserError) as error:
+        read_cohort(tmp_path / "people.csv")
+    assert message in str(error.value)

@@ -6,13 +6,17 @@ import hashlib
 import io
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import pandas as pd
+import pytest
 
+from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.manifest_file import digest_of, read_content
+from infra.errors import UserError
 from infra.files import sha256_of, write_json
 
 
@@ -67,3 +71,15 @@ def replace_members(folder: Path, members: dict[str, tuple[bytes, int]]) -> None
                 )  # fmt: skip
     write_content(folder, content)
     change_table(folder, table)
+
+
+def refused(folder: Path, words: list[str], command: Callable[[Path], Any] = Manifest.load) -> None:
+    """Check that a data set is refused in one line, in which these words stand."""
+    with pytest.raises(UserError) as caught:
+        command(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 600
+    assert "\0" not in message
+    for word in words:
+        assert word in message, message

@@ -70,7 +70,7 @@ def test_values_of_a_session_are_added_to_its_scans(built, tmp_path):
         (
             [("participant_id", "iq"), ("000", "2"), ("001", "x"), ("002", "NA")],
             [],
-            "values are; correct it, or write n/a if unknown",
+            "values are; correct it, or declare `missing: {iq: [x]}` or",
         ),
         ([("participant_id", "age"), ("000", "200")], ["--replace"], "line 2: age='200' is not a number of years"),
     ],
@@ -114,3 +114,56 @@ def test_ages_in_months_are_stored_in_years(built, tmp_path):
     (tmp_path / "t.json").write_text('{"age": {"Units": "months"}}')
     after, _ = annotate_shards(built.root, table, replace=True)
     assert set(after.scans["age"]) == {49.0}
+
+
+def people_of(built):
+    return sorted(set(built.scans["participant_id"]))
+
+
+def test_cells_are_read_as_a_build_reads_them(built, tmp_path):
+    people = people_of(built)
+    (tmp_path / "t.json").write_text(
+        '{"group": {"Levels": {"0": "control", "1": "lithium"}}, "Age": {"unit": "months"}}'
+    )
+    rows = [(p, str(n % 2), ("male", "f")[n % 2], "1080") for n, p in enumerate(people)]
+    table = write(tmp_path / "t.tsv", [("Participant_ID", "group", "SEX", "AGE"), *rows])
+    after, _ = annotate_shards(built.root, table, replace=True)
+    scans = after.scans.drop_duplicates("participant_id").set_index("participant_id").loc[people]
+    assert scans["group"].tolist()[:2] == ["control", "lithium"]
+    assert scans["sex"].tolist()[:2] == ["M", "F"]
+    assert set(scans["age"]) == {90.0}
+
+
+def test_rules_of_a_file_are_applied_and_asked_for(built, tmp_path, capsys):
+    people = people_of(built)
+    table = write(tmp_path / "t.tsv", [("id", "age", "sex"), *((p, "89+", "12"[n % 2]) for n, p in enumerate(people))])
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("columns: {participant_id: id, age: age, sex: sex}\ncap: 89\nvalues: {sex: {1: M, 2: F}}")
+    command = ["shards", "annotate", str(built.root), str(table), "--replace"]
+    assert cli.run([*command, "--rules", str(rules)]) == 0
+    scans = Manifest.load(built.root).scans
+    assert (set(scans["age"]), set(scans["sex"])) == ({89.0}, {"F", "M"})
+    write(table, [("participant_id", "age", "sex"), (people[0], "89+", "1")])
+    capsys.readouterr()
+    assert cli.run([*command, "--columns", "sex"]) == 2  # the wrong age is in a column that is not added
+    assert "line 2: sex='1' is a code without a declared meaning" in (error := capsys.readouterr().err)
+    assert "in a YAML file given with --rules" in error
+    assert cli.run([*command, "--columns", "age"]) == 2
+    assert "age='89+' is a lower bound" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        ([("participant_id", "iq")], "has a header and no rows"),
+        ([("participant_id", "session", "session_id", "iq"), ("000", "1", "1", "3")], "the columns session and session_id"),
+        ([("participant_id", "Split"), ("000", "test")], "column 'split' is written by the build"),
+        ([("participant_id", "iq"), ("000", '"3'), ("001", '4"')], "the quote that opens on line 2"),
+        ([("participant_id", "age"), ("000", "twenty")], "line 2: age='twenty' is not a number of years in 0..130"),
+    ],
+)  # fmt: skip
+def test_more_invalid_tables_are_one_line(built, tmp_path, capsys, rows, text):
+    assert cli.run(["shards", "annotate", str(built.root), str(write(tmp_path / "t.tsv", rows)), "--replace"]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1

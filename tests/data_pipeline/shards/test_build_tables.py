@@ -141,3 +141,12 @@ def test_a_test_copy_of_a_scan_in_the_shards_is_not_appended_in_silence(tmp_path
     with pytest.raises(UserError, match=r"list_sub-a_ses-1 \(split pretrain\) and new_sub-1_ses-1 \(split test\)"):
         append_shards(tmp_path / "new.csv", tmp_path / "out")
     assert Manifest.load(tmp_path / "out").digest == built.digest
+
+
+def test_a_path_that_is_too_long_is_quarantined(tmp_path):
+    table = copies(tmp_path, "pretrain")
+    table.write_text(table.read_text() + f"\n{'x' * 5000}.nii,long,pretrain\n{'y/' * 3000}z.npy,deep,pretrain")
+    assert len(build_shards(table, tmp_path / "out").scans) == 3
+    quarantine = pd.read_csv(tmp_path / "out" / "quarantine.tsv", sep="\t")
+    assert quarantine["key"].tolist() == ["list_sub-deep_ses-1", "list_sub-long_ses-1"]
+    assert quarantine["reason"].str.contains("File name too long").all()

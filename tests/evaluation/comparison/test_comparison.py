@@ -67,7 +67,7 @@ def test_against_keeps_the_pairs_with_one_checkpoint(comparison):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--against", "SimCRL"], "--against=SimCRL is not a checkpoint of this comparison; choose one of "),
+        (["--against", "SimCRL"], "against='SimCRL' is not a checkpoint of this comparison; choose one of "),
         (["--filter", "tags.x = 'y'"], "no finished evaluation that matches --filter \"tags.x = 'y'\""),
     ],
 )

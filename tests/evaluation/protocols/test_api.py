@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from types import SimpleNamespace
 
@@ -72,7 +73,9 @@ def test_the_table_holds_the_logged_metrics_and_two_calls_in_one_process_agree(s
         "storage": tmp_path / "work",
     }
     as_object = SimpleNamespace(folder=exports["second"])
+    variables = dict(os.environ)
     table = evaluation.evaluate([exports["first"], as_object], shards, experiment="one", **SMALL, **given)
+    assert dict(os.environ) == variables
     assert not ray_is_running()
     assert {thread for thread in threading.enumerate() if not thread.daemon} <= threads
     assert list(table.columns) == COLUMNS
@@ -193,7 +196,7 @@ def test_settings_of_fine_tuning_may_be_numbers_or_text():
     text = load_fine_tuning({"epochs": "3", "lr": "0.001", "curve": "true", "precision": "fp32"}, seed=5)
     assert typed == text
     assert (typed.seed, typed.epochs, typed.curve) == (5, 3, True)
-    with pytest.raises(UserError, match=r"unknown key 'epoch' \(did you mean 'epochs'\?\)"):
+    with pytest.raises(UserError, match=r"unknown key 'finetune.epoch' \(did you mean 'epochs'\?\)"):
         load_fine_tuning({"epoch": 3}, seed=0)
 
 

@@ -288,9 +288,9 @@ def test_features_of_any_block(world):
         inner = encoder.network.trunk[:6](volumes).flatten(2)
     expected = torch.cat([inner.mean(2), inner.amax(2), inner.std(2, correction=0)], dim=1)
     torch.testing.assert_close(both, expected)
-    with pytest.raises(UserError, match=r"--layer=layer9 is not a block of this encoder \(did you mean 'layer\d'"):
+    with pytest.raises(UserError, match=r"layer='layer9' is not a block of this encoder \(did you mean 'layer\d'"):
         intermediate_features(encoder.network, "layer9", ["mean"])
-    with pytest.raises(UserError, match="--pooling=median is not known"):
+    with pytest.raises(UserError, match="pooling='median' is not known"):
         intermediate_features(encoder.network, "layer1", ["median"])
 
 
@@ -299,10 +299,10 @@ def test_features_of_any_block(world):
     [
         (["--protocols", "knnn"], "protocol 'knnn' is not known (did you mean 'knn'?)"),
         (["--protocols", "age-supervised"], "protocol age-supervised is a pretraining: run yaware pretrain"),
-        (["--finetune.epoch=3"], "unknown key 'epoch' (did you mean 'epochs'?)"),
+        (["--finetune.epoch=3"], "unknown key 'finetune.epoch' (did you mean 'epochs'?)"),
         (["--finetune.batch=3", "--finetune.ranks=2"], "finetune.batch=3 is too small for 2 ranks; it must be at least 4"),
         (["--fintune.epochs=3"], "argument --fintune.epochs=3 is not known"),
-        (["--layer", "layer9"], "--layer=layer9 is not a block of this encoder"),
+        (["--layer", "layer9"], "layer='layer9' is not a block of this encoder"),
         (["--inner-repeats", "0"], "inner_repeats=0 is too small; it must be at least 1"),
     ],
 )  # fmt: skip

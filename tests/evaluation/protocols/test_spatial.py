@@ -93,7 +93,7 @@ def test_named_features_have_their_own_variant(world, more, label):
     [
         (
             ["--layer", "auto", "--pooling", "grid3"],
-            "layer=auto chooses pooling and scale too; leave out --pooling and --scale",
+            "layer=auto chooses pooling and scale too; leave out pooling and scale",
         ),
         (
             ["--layer", "auto", "--protocols", "paper,knn"],
@@ -105,7 +105,7 @@ def test_named_features_have_their_own_variant(world, more, label):
             ["--layer", "layer4", "--pooling", "grid2"],
             "pooling grid2 needs a map of 2 or more positions along each side",
         ),
-        (["--pooling", "grid"], "--pooling=grid is not known (did you mean 'grid"),
+        (["--pooling", "grid"], "pooling='grid' is not known (did you mean 'grid"),
     ],
 )
 def test_what_is_not_possible_is_refused_in_one_line(world, capsys, more, text):

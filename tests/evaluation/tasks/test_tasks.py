@@ -238,9 +238,46 @@ def test_classes_that_are_numbers_are_named_as_they_are_written(tmp_path):
     assert load_task(path, manifest([1.0, 2.0, 10.0, np.nan] * 10)).classes == ["1", "10", "2"]
 
 
-def test_yes_and_no_are_not_labels_until_they_are_quoted(tmp_path):
-    with pytest.raises(UserError, match="mine.yaml: positive.0: Input should be a valid string, found True"):
-        load_task(task_file(tmp_path, PLAIN.replace("[AD]", "[true]")), manifest(["AD", "control"] * 10))
+@pytest.mark.parametrize("written", ["true", "yes", "null", "No"])
+def test_yes_no_and_null_are_not_labels_until_they_are_quoted(tmp_path, written):
+    with pytest.raises(UserError, match=r"mine.yaml: positive.0: .*quote the label, as in \['yes'\]") as refused:
+        load_task(task_file(tmp_path, PLAIN.replace("[AD]", f"[{written}]")), manifest(["AD", "control"] * 10))
+    assert "\n" not in str(refused.value)
+    task = load_task(task_file(tmp_path, PLAIN.replace("[AD]", f"['{written}']")), manifest([written, "control"] * 10))
+    assert task.labels.sum() == 10
+
+
+def test_names_of_digits_in_one_column_are_two_labels(tmp_path):
+    text = PLAIN.replace("[AD]", "['007']").replace("[control]", "['7']")
+    assert load_task(task_file(tmp_path, text), manifest(["007", "7"] * 20)).labels.tolist() == [1, 0] * 20
+    with pytest.raises(UserError, match="negative: '7' is also under positive"):
+        load_task(task_file(tmp_path, text), manifest(["7", "8"] * 20))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_a_regression_of_infinite_labels_is_refused(tmp_path, value):
+    given = manifest(["control"] * 40, iq=[value, *range(39)])
+    with pytest.raises(
+        UserError, match="mine.yaml: label: 'iq' holds infinite values such as '-?inf'; regression needs"
+    ):
+        load_task(task_file(tmp_path, "title: t\nkind: regression\nlabel: iq\n"), given)
+
+
+def test_controls_are_matched_by_numbers_only(tmp_path):
+    with pytest.raises(
+        UserError, match="mine.yaml: match.column: 'site' holds text such as 'site0'; controls are matched by"
+    ):
+        load_task(task_file(tmp_path, PLAIN + "match: {column: site}\n"), manifest(["AD", "control"] * 30))
+
+
+@pytest.mark.parametrize("query", ["age + 1", "age", "'F'", "sex", "3"])
+@pytest.mark.parametrize("key", ["query", "test"])
+def test_a_query_that_is_no_condition_is_one_line(tmp_path, query, key):
+    with pytest.raises(
+        UserError, match=f"mine.yaml: {key}: .* does not work on scans.parquet: .*write a condition"
+    ) as refused:
+        load_task(task_file(tmp_path, PLAIN + f'{key}: "{query}"\n'), manifest(["AD", "control"] * 30))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, ""], ids=["none", "nan", "empty"])

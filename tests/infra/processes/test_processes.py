@@ -40,7 +40,7 @@ time.sleep(100)
 
 
 def ends(pid, seconds=40.0):
-    """Wait for a process that is no child of this one."""
+    """Wait for a process that is not a child of this one."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:

@@ -37,7 +37,7 @@ def older(file):
     sql(file, "UPDATE alembic_version SET version_num='451aebb31d03'; DROP TABLE logged_models; DROP TABLE datasets")
 
 
-NONE = "is no MLflow store: it holds other tables"
+NONE = "is not an MLflow store: it holds other tables"
 DATABASES = {
     "bookmarks": (lambda file: sql(file, "CREATE TABLE bookmarks(url)"), f"{NONE} \\(bookmarks\\)"),
     "experiments": (lambda file: sql(file, "CREATE TABLE experiments(a)"), f"{NONE} \\(experiments\\)"),
@@ -124,7 +124,7 @@ def test_a_reader_fills_no_empty_file_and_a_writer_does(tmp_path):
     file = tmp_path / "mlflow.db"
     file.touch()
     before = state(file)
-    with pytest.raises(UserError, match="is no MLflow store: it is empty"):
+    with pytest.raises(UserError, match="is not an MLflow store: it is empty"):
         client_of(f"sqlite:///{file}", create=False)
     assert state(file) == before
     assert Tracker.open(f"sqlite:///{file}", "kept", "n").run_id is not None
@@ -239,5 +239,5 @@ def test_a_wrong_filter_is_named(good, wrong, tmp_path, capfd):
     ]
     assert cli.run([*command, "--filter", wrong]) == 2
     printed = capfd.readouterr().err
-    assert printed.startswith(f"yaware: error: --filter {wrong!r} is no filter of MLflow (")
+    assert printed.startswith(f"yaware: error: --filter {wrong!r} is not a filter of MLflow (")
     assert printed.count("\n") == 1

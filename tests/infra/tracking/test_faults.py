@@ -59,7 +59,7 @@ FAULTS = {
         "another version of MLflow; .*`mlflow db upgrade",
     ),
     "no table": (sql("DROP TABLE runs"), "its tables are incomplete or of another version of MLflow"),
-    "no database": (lambda file: file.write_bytes(b"x" * 5000), "this file is no sqlite database; correct the path"),
+    "no database": (lambda file: file.write_bytes(b"x" * 5000), "this file is not a sqlite database; correct the path"),
     "cut": (lambda file: os.truncate(file, 60000), "the file is damaged; restore it from a copy"),
     "deleted": (
         delete_experiment,
@@ -136,8 +136,8 @@ def web_server(status, body=b"<html>hello</html>"):
     [
         (401, "refuses the login; set MLFLOW_TRACKING_USERNAME"),
         (403, "refuses the login; set MLFLOW_TRACKING_USERNAME"),
-        (404, "what answers there is no MLflow server of this version"),
-        (200, "what answers there is no MLflow server of this version"),
+        (404, "what answers there is not an MLflow server of this version"),
+        (200, "what answers there is not an MLflow server of this version"),
         (500, "the server answers with an error of its own; look into the server's log"),
     ],
 )

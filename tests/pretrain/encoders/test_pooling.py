@@ -161,7 +161,7 @@ def test_the_blocks_of_transformers_are_named():
         vit = build_encoder("vit-small", {})
     assert main_blocks(vit) == [f"blocks.{number}" for number in range(12)]
     assert main_blocks(build_encoder("swin-unetr", {}))[-4:] == [f"transformer.layers{n}.0" for n in (1, 2, 3, 4)]
-    with pytest.raises(UserError, match="--layer=blocks is not a block of this encoder"):
+    with pytest.raises(UserError, match="layer='blocks' is not a block of this encoder"):
         intermediate_features(vit, "blocks")
 
 

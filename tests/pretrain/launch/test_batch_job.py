@@ -10,6 +10,7 @@ import pytest
 from infra.errors import UserError
 from infra.files import write_json
 from infra.watchdog.exit_note import ExitNote
+from infra.watchdog.run_status import FINISHED, RUNNING, STOPPED, RunStatus, read_status
 from pretrain.launch import batch_job
 from pretrain.launch.batch_job import (
     Requeue,
@@ -20,7 +21,6 @@ from pretrain.launch.batch_job import (
     read_requeues,
     why_unfinished,
 )
-from pretrain.run.ending import FINISHED, RUNNING, STOPPED, RunStatus, read_status
 
 JOB = {"SLURM_JOB_ID": "12"}
 STOP = RunStatus(STOPPED, 0, 40, 900, "SIGTERM", "12.0")

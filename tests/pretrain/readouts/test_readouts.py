@@ -46,7 +46,7 @@ def test_the_command_writes_readouts_that_embed_uses(tmp_path, encoder, healthy,
     assert "readouts: readout of age: mean absolute error" in printed
     assert "48 people, 96 scans, 4 scans without a value left out" in printed
     assert cli.run(command) == 2
-    assert "exists already; --replace fits the readouts again" in capsys.readouterr().err
+    assert "exists already; replace=True (--replace) fits the readouts again" in capsys.readouterr().err
     assert cli.run([*command, "--replace"]) == 0
     out = tmp_path / "table.tsv"
     assert cli.run(["embed", str(encoder), "--shards", str(healthy.url), "--gap", "--out", str(out)]) == 0

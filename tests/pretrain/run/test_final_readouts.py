@@ -126,8 +126,8 @@ def test_a_run_is_due_until_its_last_checkpoint_has_readouts(tmp_path):
     ("override", "message"),
     [
         ("--readouts.columns=[agee]", "readouts.columns: 'agee' is not a column of .* .did you mean 'age'"),
-        ("--readouts.layer=layer9", "--layer=layer9 is not a block of this encoder"),
-        ("--readouts.pooling=[median]", "--pooling=median is not known"),
+        ("--readouts.layer=layer9", "layer='layer9' is not a block of this encoder"),
+        ("--readouts.pooling=[median]", "pooling='median' is not known"),
         ("--readouts.pooling=[grid8]", "pooling grid8 needs a map of 8 or more"),
         ("--readouts.fit=sometimes", "readouts.fit"),
     ],

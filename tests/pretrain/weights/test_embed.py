@@ -139,7 +139,7 @@ def test_features_of_a_block_are_pooled_over_its_voxels(folder):
     table = encoder.embed(paths, layer="layer2", pooling=("max", "std"), progress=False)
     np.testing.assert_allclose(table.to_numpy(), expected, atol=1e-6)
     assert encoder.embed(paths, layer="layer2", progress=False).shape == (3, expected.shape[1] // 2)
-    with pytest.raises(UserError, match="--layer=layer9 is not a block"):
+    with pytest.raises(UserError, match="layer='layer9' is not a block"):
         encoder.embed(paths, layer="layer9")
 
 
@@ -176,9 +176,9 @@ def test_embedding_leaves_the_encoder_and_torchs_settings_as_they_were(folder):
         ([3, 4], {}, "scans has 3, which is not a path; row numbers and keys of shards need manifest="),
         (pd.DataFrame({"file": ["a"]}), {}, "has no column 'path'; its columns: file"),
         (["a.nii"], {"device": "tpu"}, "device='tpu' cannot be used here"),
-        (["a.nii"], {"batch_size": 0}, "batch_size=0 must be 1 or more"),
-        (["a.nii"], {"workers": -1}, "workers=-1 must be 0 or more"),
-        (["a.nii"], {"pooling": "median"}, "--pooling=median is not known"),
+        (["a.nii"], {"batch_size": 0}, "batch_size=0 is too small; give 1 or more"),
+        (["a.nii"], {"workers": -1}, "workers=-1 is too small; give 0 or more"),
+        (["a.nii"], {"pooling": "median"}, "pooling='median' is not known"),
     ],
 )
 def test_wrong_arguments_are_named(folder, scans, options, message):

@@ -66,7 +66,7 @@ def test_scikit_learns_conventions(files):
     assert table.index.tolist() == list(range(5, 17))
     np.testing.assert_array_equal(table.to_numpy(), features)
     assert embedder.set_params(layer=None, pooling="mean").fit(paths).transform(paths).shape == (12, 128)
-    with pytest.raises(UserError, match="--layer=layer9 is not a block"):
+    with pytest.raises(UserError, match="layer='layer9' is not a block"):
         embedder.set_params(layer="layer9").fit(paths)
 
 

@@ -172,7 +172,9 @@ def test_unknown_layouts_raise(tmp_path):
     ):
         match_keys(state, ours, densenet, other)
     known = {"module.features.conv0.weight": torch.zeros(64, 1, 7, 7, 7)}
-    with pytest.raises(UserError, match=r"module.features.denseblock5.x are no weights of densenet121 and none of its"):
+    with pytest.raises(
+        UserError, match=r"module.features.denseblock5.x are not weights of densenet121 and none of its"
+    ):
         match_keys({**known, "module.features.denseblock5.x": torch.zeros(1)}, ours, densenet, other)
     with pytest.raises(UserError, match=r"two keys mean trunk.conv0.weight, one of them features.conv0.weight"):
         match_keys({**known, "features.conv0.weight": torch.zeros(64, 1, 7, 7, 7)}, ours, densenet, other)

@@ -24,6 +24,7 @@ from infra import cli
 from infra.errors import UserError
 from pretrain import Encoder
 from pretrain.encoders import build_encoder
+from pretrain.weights.feature_file import find_scans
 from pretrain.weights.write import preprocessing_of, write_encoder
 from tests.cohorts import GRID, blob
 from tests.pretrain.weights.encoders import CONFIG, OPTIONS, write_small_encoder
@@ -265,15 +266,32 @@ def test_49_files_with_one_that_cannot_be_read(tmp_path, capsys, bad):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("a.nii,1400\n,1500\n", r"table.csv, line 3: path is empty"),
-        ("a.nii,1400\nb.nii,big\n", r"row 2: tiv is 'big'; write a number of ml"),
+        ("a.nii,1400\n,1500\n", r"table.csv line 3: path is empty"),
+        (
+            "a.nii,1400\nb.nii,big\n",
+            r"table.csv line 3: tiv='big' is not a number, but 1 of .* are; correct it$",
+        ),
+        ('a.nii,1400\nb.nii,"1,4"\n', r"line 3: tiv='1,4' is not a number.*write decimal points$"),
+        ("a.nii,1400,9\n", r"line 2 has 3 fields, the header has 2"),
+        ("", r"table.csv has a header and no rows"),
     ],
 )
 def test_a_wrong_cell_of_a_table_is_named(tmp_path, capsys, rows, message):
     write_small_encoder(tmp_path / "encoder", scaling="tiv")
     (tmp_path / "table.csv").write_text("path,tiv\n" + rows)
     assert cli.run(["embed", str(tmp_path / "encoder"), str(tmp_path / "table.csv")]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err.strip())
+
+
+@pytest.mark.parametrize("head", ["path,tiv", "path;tiv", " Path ,TIV", "\ufeffpath\ttiv"])
+def test_a_table_for_embed_is_read_as_a_build_reads_it(tmp_path, head):
+    mark = next(mark for mark in ",;\t" if mark in head)
+    (tmp_path / "t.csv").write_text("\n".join([head, f"a.nii{mark}1400000", f"b.nii{mark}NA"]))
+    (tmp_path / "t.json").write_text('{"tiv": {"units": "mm3"}}')
+    table = find_scans([tmp_path / "t.csv"])
+    assert table["path"].tolist() == [str(tmp_path / "a.nii"), str(tmp_path / "b.nii")]
+    np.testing.assert_array_equal(table["tiv"], [1400.0, np.nan])
+    assert list(find_scans([tmp_path / "t.csv"], tiv=False)) == ["path"]
 
 
 def test_a_manifest_of_an_earlier_version_has_no_orientations(shards, tmp_path):

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from base64 import b64encode
 
 import numpy as np
 import pytest
@@ -20,10 +21,17 @@ from pretrain.weights.encoder import Encoder
 from pretrain.weights.likeness import Likeness
 from pretrain.weights.weight_shapes import network_shapes
 from tests.cohorts import GRID
-from tests.pretrain.weights.encoders import CONFIG, OPTIONS, PREPROCESSING, write_small_encoder
+from tests.odd_files import put_in_place
+from tests.pretrain.weights.encoders import CONFIG, OPTIONS, PREPROCESSING, write_scans, write_small_encoder
 from tests.runs import ROOT
 
-LIKENESS = {"volume": "AAAAAA==", "scans": 3, "median": 0.9, "lowest": 0.8, "means": [0.1, 0.2]}
+LIKENESS = {
+    "volume": b64encode(np.arange(2, dtype="<f2")).decode(),
+    "scans": 3,
+    "median": 0.9,
+    "lowest": 0.8,
+    "means": [0.1, 0.2],
+}
 GOOD = {"config.json": CONFIG, "preprocessing.json": {**PREPROCESSING, "grid": GRID.to_dict()}}
 
 
@@ -70,6 +78,14 @@ CHANGES = [
     ("preprocessing.json", "grid.shape", [-9, 9, 9]), ("preprocessing.json", "grid.shape", [9, 9]),
     ("preprocessing.json", "grid.shape", [9.0, 9.5, 9]), ("preprocessing.json", "grid.spacing", [0, 1, 1]),
     ("preprocessing.json", "grid.affine", [[1, 2], [3, 4]]), ("preprocessing.json", "grid.affine", [[float("nan")] * 4] * 4),
+    ("preprocessing.json", "grid", {**GRID.to_dict(), "spacing": [77, 77, 77]}),
+    ("preprocessing.json", "grid", {**GRID.to_dict(), "affine": [*GRID.to_dict()["affine"][:3], [5, 5, 5, 5]]}),
+    ("preprocessing.json", "grid", {**GRID.to_dict(), "affine": [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]}),
+    ("preprocessing.json", "likeness", {**LIKENESS, "volume": b64encode(np.full(4, np.nan, "<f2")).decode()}),
+    ("preprocessing.json", "likeness", {**LIKENESS, "volume": b64encode(np.full(4, np.inf, "<f2")).decode()}),
+    ("preprocessing.json", "likeness", {**LIKENESS, "volume": b64encode(np.ones(4, "<f2")).decode()}),
+    ("preprocessing.json", "likeness", {**LIKENESS, "lowest": 0.95}),
+    ("preprocessing.json", "likeness", {**LIKENESS, "means": [2.0, 1.0]}),
     ("preprocessing.json", "scaling", "exec"), ("preprocessing.json", "crop", 3), ("preprocessing.json", "intensity", []),
     ("preprocessing.json", "normalisation", "none"), ("preprocessing.json", "nonfinite", True),
     ("preprocessing.json", "rules", ["grid"]), ("preprocessing.json", "rules", {"grid": 7}),
@@ -175,6 +191,65 @@ def test_missing_unknown_and_reshaped_weights_are_named(folder):
     refused(folder, f"{name} has shape [1] in the file")
     change_weights(folder, lambda state: state.pop(name))
     refused(folder, f"{name} has shape no entry in the file")
+
+
+def first_weight(state):
+    return next(key for key, value in state.items() if value.ndim == 5)
+
+
+TYPES = {
+    "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool, "U8": torch.uint8, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_weights_of_another_type_are_named(folder, kind):
+    change_weights(folder, lambda state: state.update({key: value.to(TYPES[kind]) for key, value in state.items()}))
+    refused(folder, f"is of type {kind}; allowed: F16, BF16, F32")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_in_sixteen_bits_are_read(folder, kind):
+    change_weights(folder, lambda state: state.update({key: value.to(kind) for key, value in state.items()}))
+    assert Encoder.from_pretrained(folder).feature_size == 128
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_named(folder, value):
+    def change(state):
+        state[first_weight(state)].view(-1)[7] = value
+
+    change_weights(folder, change)
+    refused(folder, "model.safetensors: 1 of ", " are NaN or infinite")
+
+
+def test_weights_that_are_all_zero_are_refused(folder):
+    change_weights(folder, lambda state: state.update({key: torch.zeros_like(value) for key, value in state.items()}))
+    refused(folder, "all weights are 0")
+
+
+def test_features_that_are_no_numbers_are_an_error(folder):
+    """Weights may be finite and their products not."""
+    change_weights(folder, lambda state: state.update({k: v * 1e30 if v.ndim == 5 else v for k, v in state.items()}))
+    paths = write_scans(folder.parent / "scans", 2)
+    with pytest.raises(UserError, match="the encoder's features of . of 2 scans are NaN or infinite"):
+        Encoder.from_pretrained(folder).embed(paths, workers=0, progress=False)
+
+
+PARTS = ["model.safetensors", "config.json", "preprocessing.json", "checksums.json", "seen_scans.json", "mlflow.json"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("kind", ["named pipe", "folder", "socket", "device"])
+def test_something_else_in_place_of_a_file_is_named(folder, name, kind):
+    from pretrain.weights import seen_scans
+
+    put_in_place(folder / name, kind)
+    with pytest.raises(UserError, match=f"{name} is a {kind}, not a file") as caught:
+        (seen_scans.read if name == "seen_scans.json" else Encoder.from_pretrained)(folder)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "huge header", "claims a terabyte", "pickle"])
