@@ -1,0 +1,319 @@
+"""Both batch scripts on a real SLURM: starts, preemptions, time limits, lost tasks and nodes, scancel, bounds of requeues."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.rank_process import run_ranks
+from tests.runs import ROOT, SMALL, environment, losses
+from tests.slurm import INTERFACE, NODES, Cluster, cluster, why_not
+
+REASON = why_not()
+pytestmark = [pytest.mark.distributed, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+SCRIPTS = ("pretrain", "pretrain-deepspeed")
+STEPS = 28
+# Two tasks a node: pretrain-deepspeed.sbatch must start one launcher a node nevertheless.
+SIZE = {
+    "pretrain": ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"],
+    "pretrain-deepspeed": ["--ntasks-per-node=2", "--gpus-per-node=1", "--cpus-per-task=1"],
+}
+PATIENT = pytest.mark.timeout(900)
+both_slow = pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=(pytest.mark.slow, PATIENT)) for name in SCRIPTS]
+)
+MARKS = {"pretrain": pytest.mark.jobs, "pretrain-deepspeed": pytest.mark.slow}
+jobs_and_slow = pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=(mark, PATIENT)) for name, mark in MARKS.items()]
+)
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    with cluster() as made:
+        yield made
+
+
+def training(shards: Path, output: Path, *more: str) -> list[str]:
+    """Return the recipe and its overrides. Groups normalise each scan alone, so that one process gives the same losses."""
+    small = [word for word in SMALL if not word.startswith("--data.workers")]
+    overrides = [*small, "--encoder.options={width: 0.25, norm: group}", "--data.workers=1"]
+    return [
+        "demo-cpu",
+        f"--data.shards={shards}",
+        f"--run.output={output}",
+        f"--train.steps={STEPS}",
+        *overrides,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_host(shards, tmp_path_factory):
+    """The losses of two undisturbed ranks on one host."""
+    folder = tmp_path_factory.mktemp("one-host")
+    run_ranks(["--config", *training(shards, folder / "run")], folder)
+    return losses(folder / "run")
+
+
+class Job:
+    """A submitted batch job of a script, in a checkout of its own."""
+
+    def __init__(self, slurm: Cluster, script: str, folder: Path, *options: str, **variables: str) -> None:
+        self.slurm, self.folder, self.script, self.variables = slurm, folder, script, variables
+        self.options, self.number = options, 0
+        binaries = folder / ".venv" / "bin"
+        binaries.mkdir(parents=True)
+        for name, words in {"python": "", "yaware": "-m infra.cli "}.items():
+            (binaries / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words}"$@"\n')
+            (binaries / name).chmod(0o755)
+
+    def submit(self, shards: Path, *more: str) -> Job:
+        """Submit the job."""
+        given = environment(self.folder)
+        chosen = {name: given[name] for name in ("MLFLOW_TRACKING_URI", "DS_ACCELERATOR")}
+        script = str(ROOT / f"infra/launch/{self.script}.sbatch")
+        self.number = self.slurm.submit(
+            "--nodes=2", "--time=20", *SIZE[self.script], *self.options, script, *training(shards, self.output, *more),
+            variables={**chosen, **self.variables, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": INTERFACE}, cwd=self.folder,
+        )  # fmt: skip
+        return self
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / f"yaware-{self.number}.log").read_text()
+
+    def lines(self, beginning: str) -> list[str]:
+        """Return the lines of the log that begin with a text."""
+        return [line for line in self.log.splitlines() if line.startswith(beginning)]
+
+    def wait(self, *states: str, restarts: int | None = None, seconds: float = 400) -> dict[str, str]:
+        """Wait until the job has one of some states and was restarted some times; return its fields."""
+
+        def reached() -> dict[str, str] | None:
+            job = self.slurm.job(self.number)
+            return job if job["JobState"] in states and restarts in (None, int(job["Restarts"])) else None
+
+        return self.slurm.until(reached, seconds, lambda: f"{self.slurm.job(self.number)}\n{self.log[-4000:]}")
+
+    def step(self) -> int:
+        """Return how many steps were logged."""
+        return len(losses(self.output))
+
+    def train_until(self, step: int, restarts: int = 0) -> None:
+        """Wait until the job, in its start after some restarts, has made two steps and in all its starts ``step`` steps."""
+        self.wait("RUNNING", restarts=restarts)
+
+        def reached() -> dict[str, str] | None:
+            resumed = [int(line.split(":")[1].split()[-1]) for line in self.lines("pretrain: resuming after step ")]
+            there = len(resumed) == restarts and self.step() >= max([step, *(first + 2 for first in resumed)])
+            return self.slurm.job(self.number) if there else None
+
+        self.slurm.until(reached, 300, lambda: self.log[-4000:])
+        assert self.step() < STEPS, "too late to disturb the run"
+
+    def ranks(self, node: str) -> list[psutil.Process]:
+        """Return the processes of a node's ranks."""
+        ranks = []
+        for number in self.slurm.processes(node):
+            with suppress(psutil.Error):
+                words = (process := psutil.Process(number)).cmdline()
+                if "python" in words[0] and words[1:4] == ["-u", "-m", "pretrain.train"]:
+                    ranks.append(process)
+        assert len(ranks) == 1, [psutil.Process(number).cmdline() for number in self.slurm.processes(node)]
+        return ranks
+
+    def preempt(self) -> None:
+        """Let a job of a higher partition take both nodes for a moment."""
+        self.slurm.submit(
+            "--nodes=2", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap=true", cwd=self.folder
+        )
+
+    def reach_time_limit(self) -> None:
+        """Set the time limit to two minutes and wait for SLURM's warning, without a step meanwhile."""
+        ranks = [rank for node in NODES for rank in self.ranks(node)]
+        for rank in ranks:
+            rank.send_signal(signal.SIGSTOP)
+        self.slurm.run("scontrol", "update", f"jobid={self.number}", "TimeLimit=2")
+        logs = [self.slurm.folder / f"{node}.log" for node in NODES]
+        told = [f"Sent signal {int(signal.SIGUSR1)} to StepId={self.number}."] * 2
+        self.slurm.until(lambda: {"": ""} if all(t in log.read_text() for t, log in zip(told, logs, strict=True)) else None,
+                         100, self.slurm.log)  # fmt: skip
+        for rank in ranks:
+            rank.send_signal(signal.SIGCONT)
+
+
+@pytest.fixture
+def job(slurm, tmp_path):
+    """Return a function that makes a job, which is cancelled at the end of the test."""
+    jobs = []
+
+    def make(script: str, *options: str, **variables: str) -> Job:
+        jobs.append(Job(slurm, script, tmp_path, *options, **variables))
+        return jobs[-1]
+
+    yield make
+    for made in jobs:
+        slurm.run("scancel", str(made.number))
+        made.wait("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL")
+        print(made.log[-6000:])
+
+
+def requeued(job: Job) -> list[str]:
+    """Return why the job was requeued, each time."""
+    return [line.removeprefix("pretrain: ").partition("; requeueing job ")[0] for line in job.log.splitlines()
+            if "; requeueing job " in line]  # fmt: skip
+
+
+@pytest.mark.jobs
+@PATIENT
+def test_a_time_limit_a_preemption_and_a_killed_task_change_no_loss_until_the_bound(job, shards, one_host, tmp_path):
+    disturbed = job("pretrain", YAWARE_MAX_REQUEUES="2").submit(shards)
+    disturbed.train_until(3)
+    disturbed.reach_time_limit()
+    disturbed.wait("PENDING", restarts=1)
+    disturbed.slurm.run("scontrol", "update", f"jobid={disturbed.number}", "TimeLimit=20")
+    disturbed.train_until(8, restarts=1)
+    disturbed.preempt()
+    disturbed.train_until(13, restarts=2)
+    disturbed.ranks("node2")[0].kill()
+    assert disturbed.wait("FAILED", "COMPLETED")["Restarts"] == "2"
+    assert [line.partition(" after step ")[0] for line in requeued(disturbed)] == [
+        "stopped by SIGUSR1",
+        "stopped by SIGTERM",
+    ]
+    (line,) = [line for line in disturbed.lines("pretrain: ") if "queued again" in line]
+    assert line.startswith(("pretrain: rank 1 (node2) has died ", "pretrain: rank 1 (node2) was lost"))
+    assert line.endswith(f"; job {disturbed.number} is not queued again: it was restarted 2 times (YAWARE_MAX_REQUEUES=2); "
+                         "the same command continues")  # fmt: skip
+    made = losses(disturbed.output)
+    assert len(made) >= 12
+    assert made == one_host[: len(made)]
+    assert "a reader process was lost" not in disturbed.log
+    run_ranks(["--config", *training(shards, tmp_path / "alone")], tmp_path / "logs", world=1)
+    alone = losses(tmp_path / "alone")
+    assert [loss for _, loss in one_host] == pytest.approx([loss for _, loss in alone], rel=1e-4)
+
+
+@pytest.mark.jobs
+@PATIENT
+def test_one_launcher_a_node_comes_back_after_a_preemption(job, shards, one_host):
+    preempted = job("pretrain-deepspeed").submit(shards)
+    preempted.train_until(3)
+    preempted.preempt()
+    assert preempted.wait("COMPLETED", restarts=1)["ExitCode"] == "0:0"
+    assert len(preempted.lines("launch: ")) == 4, "two starts on two nodes"
+    (reason,) = requeued(preempted)
+    # SLURM sends SIGTERM to all processes, and the launchers pass it on as SIGUSR1.
+    assert re.fullmatch(r"stopped by (SIGTERM|SIGUSR1) after step \d+", reason)
+    assert losses(preempted.output) == one_host
+    assert "a reader process was lost" not in preempted.log
+    assert not list(preempted.folder.glob(".hostfile-*"))
+
+
+@both_slow
+def test_a_run_finishes_after_a_killed_task_and_a_time_limit(job, shards, one_host, script):
+    disturbed = job(script).submit(shards)
+    disturbed.train_until(6)
+    disturbed.ranks("node2")[0].kill()
+    disturbed.train_until(14, restarts=1)
+    disturbed.reach_time_limit()
+    disturbed.wait("PENDING", restarts=2)
+    disturbed.slurm.run("scontrol", "update", f"jobid={disturbed.number}", "TimeLimit=20")
+    assert disturbed.wait("COMPLETED")["ExitCode"] == "0:0"
+    assert requeued(disturbed)[0].startswith("rank 1 (node2) ")
+    assert losses(disturbed.output) == one_host
+
+
+@jobs_and_slow
+def test_a_cancelled_job_saves_and_does_not_come_back(job, shards, script):
+    cancelled = job(script).submit(shards)
+    cancelled.train_until(3)
+    cancelled.slurm.run("scancel", str(cancelled.number))
+    assert cancelled.wait("CANCELLED")["Restarts"] == "0"
+    (stopped,) = cancelled.lines("pretrain: stopped by SIG")
+    assert (cancelled.output / "checkpoints/latest").read_text().strip() == f"step-{int(stopped.split()[6][:-1]):08d}"
+    assert requeued(cancelled) == []
+
+
+@both_slow
+def test_the_bound_of_requeues_is_said_in_one_line(job, shards, script):
+    bounded = job(script, YAWARE_MAX_REQUEUES="0").submit(shards)
+    bounded.train_until(3)
+    bounded.preempt()
+    assert bounded.wait("FAILED", "COMPLETED")["ExitCode"] == "75:0", (
+        "not finished: no success for jobs that depend on it"
+    )
+    (line,) = [line for line in bounded.lines("pretrain: ") if "queued again" in line]
+    assert line.endswith(f"; job {bounded.number} is not queued again: it was restarted 0 times (YAWARE_MAX_REQUEUES=0); "
+                         "the same command continues")  # fmt: skip
+
+
+@both_slow
+def test_a_job_that_lost_a_node_goes_on_when_the_node_is_back(job, shards, one_host, script):
+    struck = job(script).submit(shards)
+    struck.train_until(6)
+    struck.slurm.kill_node("node2")
+    struck.wait("PENDING", "COMPLETING", restarts=1)
+    struck.slurm.start_node("node2")
+    # On a loaded machine SLURM may send the order to end the old start again, and hit the new one, which comes back too.
+    assert struck.wait("COMPLETED")["ExitCode"] == "0:0"
+    assert losses(struck.output) == one_host
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--array=1-1"], "SLURM_ARRAY_JOB_ID: every task of a job array would train the same run"),
+        (
+            ["--nodes=1", ":", "--nodes=1", "--ntasks=1"],
+            "SLURM_HET_SIZE=2: a heterogeneous job would start the ranks of its first part only",
+        ),
+    ],
+    ids=["array", "heterogeneous"],
+)
+def test_an_array_and_a_heterogeneous_job_are_refused_in_one_line(job, shards, script, options, text):
+    refused = job(script, "--output=yaware-%A.log" if "array" in options[0] else "--requeue", *options).submit(shards)
+    assert refused.wait("FAILED")["ExitCode"] == "2:0"
+    assert refused.log.startswith(f"yaware: error: {text}")
+    assert refused.log.count("\n") == 1
+    assert not refused.output.exists()
+
+
+@pytest.mark.slow
+def test_an_error_in_the_shards_does_not_requeue(job, tmp_path):
+    failed = job("pretrain").submit(tmp_path / "none")
+    assert failed.wait("FAILED", "COMPLETED")["Restarts"] == "0"
+    assert len(failed.lines("yaware: error: ")) == 2, "one line of each host"
+    (line,) = [line for line in failed.lines("pretrain: ") if "queued again" in line]
+    assert line == f"pretrain: ended with status 2; job {failed.number} is not queued again"
+
+
+def test_the_cluster_leaves_no_process_and_no_namespace():
+    with cluster() as made:
+        folder, namespaces = made.folder, [made.namespace(host) for host in (*NODES, "controller")]
+        assert [line.split() for line in made.run("sinfo", "-h", "-o", "%P %D").splitlines()] == [
+            ["low*", "2"],
+            ["high", "2"],
+        ]
+        daemons = [daemon.pid for daemon in made.daemons.values()]
+        assert len(daemons) == 4
+    assert not folder.exists()
+    assert not any(psutil.pid_exists(pid) for pid in daemons)
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert not any(name in left for name in namespaces)
+    assert not any((Path("/etc/netns") / name).exists() for name in namespaces)
+    assert os.environ.get("SLURM_CONF") is None
