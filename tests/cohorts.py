@@ -44,3 +44,13 @@ def write_cohort(
             nibabel.save(nibabel.Nifti1Image(voxels, np.array(GRID.affine)), folder / name)
     (root / "participants.tsv").write_text("\n".join(lines) + "\n")
     return root
+
+
+def add_openbhb_split(cohort: Path) -> Path:
+    """Add OpenBHB's column of splits to a cohort's table; return the file that declares it as a column like others."""
+    table, declared = cohort / "participants.tsv", cohort.parent / "columns.yaml"
+    head, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([f"{head}\topenbhb_split", *(f"{row}\ttrain" for row in rows)]) + "\n")
+    read = [name for name in [*head.split("\t"), "openbhb_split"] if name != "participant_id"]
+    declared.write_text(f"columns: {{{', '.join(f'{name}: {name}' for name in read)}}}\n")
+    return declared

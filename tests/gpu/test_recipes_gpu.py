@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.shards.build import build_shards
 from data_pipeline.volume.grid import Grid
 from pretrain.config import RECIPES
-from tests.cohorts import write_cohort
+from tests.cohorts import add_openbhb_split, write_cohort
 from tests.runs import losses, run
 
 pytestmark = pytest.mark.gpu
@@ -25,12 +25,10 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "d
 def scans(tmp_path_factory):
     """Shards of 36 participants on a coarse grid, with OpenBHB's column of splits."""
     cohort = write_cohort(tmp_path_factory.mktemp("cohort") / "few", participants=36, diagnosis=["control"] * 3)
-    table = cohort / "participants.tsv"
-    head, *rows = table.read_text().splitlines()
-    table.write_text("\n".join([f"{head}\topenbhb_split", *(f"{row}\ttrain" for row in rows)]) + "\n")
+    columns = add_openbhb_split(cohort)
     out = tmp_path_factory.mktemp("shards") / "few"
     grid = Grid.of((48, 56, 48), np.array([[2.0, 0, 0, -48], [0, 2, 0, -66], [0, 0, 2, -38], [0, 0, 0, 1]]))
-    build_shards(cohort, out, grid=grid, splits={"pretrain": 0.6, "monitor": 0.4})
+    build_shards(cohort, out, grid=grid, splits={"pretrain": 0.6, "monitor": 0.4}, columns=columns)
     return out
 
 

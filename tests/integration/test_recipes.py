@@ -24,7 +24,7 @@ from pretrain.encoders import check_encoder
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.run.objective import loss_options
 from pretrain.train import parse_arguments
-from tests.cohorts import write_cohort
+from tests.cohorts import add_openbhb_split, write_cohort
 from tests.runs import losses, run
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -48,12 +48,10 @@ def marked(name: str) -> object:
 def scans(tmp_path_factory):
     """Shards of 36 participants on the smallest grid that DenseNet121 accepts, with OpenBHB's split column."""
     cohort = write_cohort(tmp_path_factory.mktemp("cohort") / "few", participants=36, diagnosis=["control"] * 3)
-    table = cohort / "participants.tsv"
-    head, *rows = table.read_text().splitlines()
-    table.write_text("\n".join([f"{head}\topenbhb_split", *(f"{row}\ttrain" for row in rows)]) + "\n")
+    columns = add_openbhb_split(cohort)
     out = tmp_path_factory.mktemp("shards") / "few"
     grid = Grid.of((30, 32, 30), np.array([[3.0, 0, 0, -44], [0, 3, 0, -62], [0, 0, 3, -34], [0, 0, 0, 1]]))
-    build_shards(cohort, out, grid=grid, splits={"pretrain": 0.6, "monitor": 0.4})
+    build_shards(cohort, out, grid=grid, splits={"pretrain": 0.6, "monitor": 0.4}, columns=columns)
     return out
 
 
