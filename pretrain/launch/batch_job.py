@@ -99,7 +99,9 @@ def end_job(status: int, output: Path, job: Mapping[str, str], variables: Mappin
     said = read_status(output)
     said = said if said and said.attempt == attempt else None
     if said is not None and said.state == FINISHED:
-        return status
+        if status:
+            _say(f"the run is finished; its job step ended with status {status}")
+        return 0
     if job.get("JobState") != "RUNNING":
         return status  # cancelled, or SLURM itself queues it again
     notes = [note for note in read_notes(output) if note.attempt == attempt]

@@ -84,11 +84,13 @@ def test_a_job_that_slurm_ends_itself_is_left_alone(tmp_path, requeued, capsys, 
     assert capsys.readouterr().out == ""
 
 
-def test_a_finished_run_keeps_its_status_and_says_nothing(tmp_path, requeued, capsys):
+def test_a_finished_run_is_a_success_whatever_ended_its_step(tmp_path, requeued, capsys):
     RunStatus(FINISHED, 0, 900, 900, "", "12.0").write(tmp_path)
     assert end_job(0, tmp_path, {"JobState": "RUNNING", "PreemptTime": "2026-01-01"}, JOB) == 0
-    assert requeued == []
     assert capsys.readouterr().out == ""
+    assert end_job(143, tmp_path, {"JobState": "RUNNING"}, JOB) == 0
+    assert capsys.readouterr().out == "pretrain: the run is finished; its job step ended with status 143\n"
+    assert requeued == []
 
 
 def test_the_words_of_an_earlier_start_do_not_count(tmp_path, requeued, capsys):
