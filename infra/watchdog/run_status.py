@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from infra import distributed
-from infra.files import write_json
+from infra.errors import UserError
+from infra.files import read_text, write_json
 
 FILE = "status.json"
 RUNNING, STOPPED, FINISHED = "running", "stopped", "finished"
@@ -42,7 +43,7 @@ def read_status(output: Path) -> RunStatus | None:
     """Return what the run in a folder last said of itself; None if it never said anything that can be read."""
     names = {entry.name for entry in fields(RunStatus)}
     try:
-        content = json.loads((output / FILE).read_text(encoding="utf-8"))
+        content = json.loads(read_text(output / FILE))
         return RunStatus(**{name: value for name, value in content.items() if name in names})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, UserError, ValueError, TypeError, AttributeError):
         return None

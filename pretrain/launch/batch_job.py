@@ -19,6 +19,7 @@ from pathlib import Path
 
 from infra.distributed import slurm_attempt
 from infra.errors import UserError
+from infra.files import read_text
 from infra.watchdog.exit_note import RUNNING as NO_WORD
 from infra.watchdog.exit_note import ExitNote, read_notes
 from infra.watchdog.run_status import FINISHED, STOPPED, RunStatus, read_status
@@ -110,7 +111,7 @@ def end_job(status: int, output: Path, job: Mapping[str, str], variables: Mappin
         _say(f"{reason}; job {number} is not queued again")
         return status or AGAIN
     latest = output / "checkpoints" / "latest"
-    checkpoint = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+    checkpoint = read_text(latest).strip() if latest.is_file() else ""
     refusal = bound_reached(checkpoint, read_requeues(output), variables)
     if not refusal:
         restart, most = int(variables.get("SLURM_RESTART_COUNT") or 0) + 1, _limit(variables, *MAX_REQUEUES)
@@ -147,7 +148,7 @@ def bound_reached(checkpoint: str, requeues: Sequence[Requeue], variables: Mappi
 def read_requeues(output: Path) -> list[Requeue]:
     """Return the requeues that a run's folder records, the oldest first; a line that a kill has truncated is left out."""
     path, requeues = output / RECORD, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in read_text(path).splitlines() if path.is_file() else []:
         with suppress(ValueError, TypeError):
             requeues.append(Requeue(**json.loads(line)))
     return requeues

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from infra.distributed import loopback_of_gloo
 from infra.errors import UserError
 from infra.extensions import extensions_folder
+from infra.files import read_text
 from infra.processes.scratch import scratch_folder
 from infra.processes.unchanged import unchanged_environment
 from infra.processes.with_parent import command_with_parent
@@ -57,7 +58,7 @@ def start_recipe(recipe: Recipe, ranks: int) -> JobEnd:
         recipe.save(path)
         end = start_on_this_host([str(path)], ranks, Path(recipe.run.output), {PROBLEM_FILE: str(problem)})
         told = problem.is_file() and end.status != 0 and not end.reason
-        return JobEnd(end.status, problem.read_text(encoding="utf-8")) if told else end
+        return JobEnd(end.status, read_text(problem)) if told else end
 
 
 def start_on_this_host(recipe: Sequence[str], ranks: int, run_folder: Path, defaults: Mapping[str, str] = {}) -> JobEnd:
