@@ -23,6 +23,7 @@ from infra.errors import OPTIONAL_WHOLE, UserError, check_arguments
 from infra.files import short_temporary_folder
 from infra.internals import internal, replaced_internal
 from infra.lean_imports import quiet_imports
+from infra.processes.unchanged import unchanged_environment, unchanged_handlers
 
 OBJECT_STORE_BYTES = 200 * 2**20
 # What a local cluster costs: seconds to start and stop, and the bytes of images that one core reads meanwhile.
@@ -61,8 +62,6 @@ def session(workers: int | None = None) -> Iterator[Any]:
     the connection.
     """
     check_workers(workers)
-    from infra.processes.unchanged import unchanged_environment, unchanged_handlers
-
     with unchanged_environment(), unchanged_handlers(), _session(workers) as ray:
         yield ray
 

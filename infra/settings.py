@@ -101,9 +101,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(recipe: Path) -> Any:
-    regular_file(recipe)
     try:
         tree = OmegaConf.load(regular_file(recipe))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(
             f"recipe {recipe} not found; use the name of a shipped recipe or the path of a YAML file"

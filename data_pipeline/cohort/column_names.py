@@ -14,6 +14,7 @@ from data_pipeline.cohort.texts import warn
 from infra.errors import UserError, nearest
 
 MOST_VALUES = 10  # of a column that divides people into parts
+MOST_SHOWN = 3  # values that a message names
 TRAIN_WORDS = frozenset({"train", "training", "trainset", "trainingset", "pretrain", "pretraining"})
 TEST_WORDS = frozenset({
     "test", "testing", "testset", "tests", "heldout", "holdout", "heldouttest", "holdouttest", "testonly",
@@ -168,9 +169,6 @@ def check_similar_columns(source: DataSet, columns: Mapping[str, str], rows: Seq
             f"`columns: {{{leave}}}` to leave it out, {source.place}"
         )
     _hint_at_age(source, columns, texts)
-
-
-MOST_SHOWN = 3  # values that a message names
 
 
 def _with_all(source: DataSet, columns: Mapping[str, str], first: str, without: str) -> str:

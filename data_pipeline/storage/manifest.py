@@ -305,7 +305,7 @@ def remove_old_tables(root: Path, name: str) -> None:
 
 
 def fulfilling(scans: pd.DataFrame, query: str) -> NDArray[np.bool_]:
-    """Return which scans fulfil a pandas query: (N,) bool. Raises TypeError if it is no condition, or as pandas does."""
+    """Return which scans fulfil a pandas query: (N,) bool. Raises TypeError if it is not a condition, else as pandas does."""
     chosen = scans.eval(query)
     if not isinstance(chosen, pd.Series) or not pd.api.types.is_bool_dtype(chosen):
         raise TypeError("it gives no yes or no for each scan; write a condition, as in age >= 18")
