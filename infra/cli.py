@@ -25,7 +25,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("pretrain.launch.cli", "show the steps, memory, checkpoints and launch command of a recipe"),
     "launch": (
         "pretrain.launch.cli",
-        "pretrain on the hosts of a hostfile; --slurm: submit a pretraining, build or evaluation",
+        "pretrain on the hosts of a hostfile; --slurm: submit a batch job",
     ),
     "export": ("pretrain.weights.cli", "copy the encoder of a checkpoint into a folder (safetensors)"),
     "embed": ("pretrain.weights.cli", "compute features of scans with an exported encoder"),

@@ -17,6 +17,7 @@ WORKS = {
     "pretrain": ("pretrain.sbatch", ("pretrain",)),
     "build": ("build-shards.sbatch", ("shards", "build")),
     "evaluate": ("evaluate.sbatch", ("evaluate",)),
+    "compare": ("compare.sbatch", ("compare",)),
 }
 # Options that take the job away from the batch script, or its number from this program.
 REFUSED = ("array", "wrap", "parsable", "test-only", "wait", "clusters", "help", "version", "quiet")

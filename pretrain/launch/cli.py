@@ -122,7 +122,7 @@ def _launch_parser() -> argparse.ArgumentParser:
                         "one-host (the hostfile names only this host)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check and print the command line, start nothing")
     parser.add_argument("--slurm", action="store_true", help="write and submit a batch job of SLURM instead, for pretrain, "
-                        "build or evaluate; see yaware launch --slurm --help")  # fmt: skip
+                        "build, evaluate or compare; see yaware launch --slurm --help")  # fmt: skip
     return parser
 
 
