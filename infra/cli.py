@@ -18,7 +18,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "cohort": ("data_pipeline.cli", "inspect a cohort of brain scans, or simulate one as a BIDS folder"),
     "shards": ("data_pipeline.cli", "build, extend, describe, preview and verify WebDataset shards"),
     "pretrain": ("pretrain.cli", "pretrain an encoder from a recipe, on one host"),
-    "plan": ("pretrain.launch.cli", "show the steps, memory, checkpoints and launch command of a recipe"),
+    "plan": ("pretrain.forecast.cli", "show the steps, memory, network and time of a recipe on N hosts with G GPUs"),
     "launch": ("pretrain.launch.cli", "pretrain an encoder from a recipe, on the hosts of a hostfile"),
     "export": ("pretrain.weights.cli", "copy the encoder of a checkpoint into a folder (safetensors)"),
     "embed": ("pretrain.weights.cli", "compute features of scans with an exported encoder"),
