@@ -22,11 +22,8 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "cohort": ("data_pipeline.cli", "inspect a cohort of brain scans, or simulate one as a BIDS folder"),
     "shards": ("data_pipeline.cli", "build, extend, describe, preview and verify WebDataset shards"),
     "pretrain": ("pretrain.cli", "pretrain an encoder from a recipe, on one host"),
-    "plan": ("pretrain.launch.cli", "show the steps, memory, checkpoints and launch command of a recipe"),
-    "launch": (
-        "pretrain.launch.cli",
-        "pretrain on the hosts of a hostfile; --slurm: submit a batch job",
-    ),
+    "plan": ("pretrain.forecast.cli", "show the steps, memory, network and time of a recipe on N hosts with G GPUs"),
+    "launch": ("pretrain.launch.cli", "pretrain on the hosts of a hostfile; --slurm: submit a batch job"),
     "export": ("pretrain.weights.cli", "copy the encoder of a checkpoint into a folder (safetensors)"),
     "embed": ("pretrain.weights.cli", "compute features of scans with an exported encoder"),
     "readouts": ("pretrain.readouts.cli", "fit predictions of the proxies (age, ...) to an encoder's features"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from infra.files import read_bytes
 
 MEGABYTE = 1e6
 
@@ -61,6 +65,19 @@ def git_tags(folder: Path) -> dict[str, str]:
         "mlflow.source.git.commit": commit,
         "yaware.git_dirty": "unknown" if changed is None else str(bool(changed)).lower(),
     }
+
+
+def code_version() -> str:
+    """Return yaware's version with a digest of the source files that a training runs, for example ``0.1.0, code 3f2a9c01``."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for package in ("infra", "data_pipeline", "pretrain"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + read_bytes(path) + b"\0")
+    try:
+        own = version("yaware")
+    except PackageNotFoundError:
+        own = "not installed"
+    return f"{own}, code {digest.hexdigest()[:8]}"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

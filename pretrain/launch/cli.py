@@ -1,9 +1,8 @@
-"""``yaware plan`` (forecast a run) and ``yaware launch`` (start it on several hosts)."""
+"""``yaware launch``: start a run on several hosts."""
 
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import socket
 import sys
@@ -11,56 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infra.errors import UserError, nearest
-
-
-def plan(arguments: list[str]) -> int:
-    """Print the ranks, steps, memory and checkpoints of a run, and the command lines that start it. Trains nothing."""
-    parser = argparse.ArgumentParser(
-        prog="yaware plan",
-        description=plan.__doc__,
-        epilog="--section.key=value overrides any key of the recipe.",
-    )
-    parser.add_argument(
-        "--config", required=True, help="name of a shipped recipe (demo-cpu, ...) or path of a YAML file"
-    )
-    parser.add_argument("--nodes", type=int, default=1, help="number of hosts (default: 1)")
-    parser.add_argument("--gpus", type=int, help="ranks per host, one per GPU (default: the recipe's launch.ranks)")
-    parser.add_argument(
-        "--scans", type=int, help="number of training scans to plan for, instead of reading data.shards"
-    )
-    parser.add_argument("--grid", default="121x145x121", help="with --scans: voxels of a scan (default: 121x145x121)")
-    parser.add_argument(
-        "--tflops", type=float, help="10^12 operations per second that a rank sustains; prints an estimate of the time"
-    )
-    options, overrides = parser.parse_known_args(arguments)
-    from pretrain.config import load_recipe
-    from pretrain.encoders import check_encoder
-    from pretrain.launch.forecast import Machine, forecast
-    from pretrain.run.plan import total_steps
-
-    recipe = load_recipe(options.config, overrides)
-    for name in ("nodes", "gpus", "scans", "tflops"):
-        if (value := getattr(options, name)) is not None and value <= 0:
-            raise UserError(f"--{name}={value} must be more than 0")
-    machine = Machine(options.nodes, options.gpus or recipe.launch.ranks)
-    if options.scans:
-        if not re.fullmatch(r"\d+x\d+x\d+", options.grid):
-            raise UserError(f"--grid={options.grid} is not of the form 121x145x121")
-        grid, scans = [int(side) for side in options.grid.split("x")], options.scans
-        check_encoder(recipe.encoder.name, recipe.encoder.options, grid=grid)
-        steps = total_steps(recipe, scans)
-    else:
-        from pretrain.run.plan import make_plan
-
-        checked = make_plan(recipe, machine.ranks)
-        grid, scans, steps = checked.manifest.grid["shape"], checked.order.length, checked.total_steps
-    command = [options.config, *overrides]
-    print(
-        "\n".join(
-            forecast(recipe, machine, scans=scans, steps=steps, grid=grid, command=command, tflops=options.tflops)
-        )
-    )
-    return 0
 
 
 def launch(arguments: list[str]) -> int:
@@ -126,4 +75,4 @@ def _launch_parser() -> argparse.ArgumentParser:
     return parser
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"plan": plan, "launch": launch}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"launch": launch}

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from infra import distributed
 from infra.errors import UserError
 from infra.files import read_bytes
+from infra.machine import code_version
 from infra.settings import flatten, to_dict
 from pretrain.config import Recipe
 from pretrain.run.newest import newest_first, newest_step
@@ -99,15 +100,6 @@ def resumed(path: str, output: Path) -> str:
     except (UserError, OSError) as error:
         return f"unreadable ({error})"
     return f"{folder.name} with digest {digest.hexdigest()[:12]}"
-
-
-def code_version() -> str:
-    """Return yaware's version with a digest of the source files that a training runs, for example ``0.1.0, code 3f2a9c01``."""
-    root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
-    for package in ("infra", "data_pipeline", "pretrain"):
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + read_bytes(path) + b"\0")
-    return f"{_version('yaware')}, code {digest.hexdigest()[:8]}"
 
 
 def check_shared_folder(output: str) -> None:

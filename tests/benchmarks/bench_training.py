@@ -226,7 +226,7 @@ def train_case(recipe: str, tf32: bool, overrides: list[str]) -> dict[str, Any]:
     """Train in this process; return the peak GPU memory and the network's operations per scan."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     from data_pipeline.storage.manifest import Manifest
-    from pretrain.launch.estimate import plain_model, scan_flops
+    from pretrain.forecast.operations import plain_model, scan_flops
     from pretrain.train import train
 
     settings = load_recipe(recipe, overrides)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from infra import cli
 from pretrain.config import load_recipe
-from pretrain.launch.estimate import memory_of_a_rank, plain_model, scan_flops
+from pretrain.forecast.hardware import GPUS
+from pretrain.forecast.memory import MemoryModel
+from pretrain.forecast.operations import memory_of_a_rank, plain_model, scan_flops
+from pretrain.forecast.traffic import collectives_of_step
 
 P = 1000
 
@@ -69,9 +75,9 @@ def test_plan_prints_ranks_steps_memory_time_and_the_command(capsys):
     for text in (
         "ranks        64 (8 x 8); 32 scans per rank and step, in 4 passes of 8 (GradCache)",
         "steps        509 of 2048 scans: 100.0 epochs of 5.1 steps",
-        "ZeRO 2       weights",
-        "(estimate)",
-        "at 100 TFLOP/s per rank (assumed)",
+        "MiB, activations ",
+        "MB sent per rank and step: embeddings 4.1, gradients ",
+        "assuming     100 TFLOP/s per rank (given)",
         "sbatch --nodes=8 --ntasks-per-node=8 --gpus-per-node=8 infra/launch/pretrain.sbatch large-batch-64gpu "
         "--encoder.name=resnet18",
     ):
@@ -85,6 +91,9 @@ def test_plan_prints_ranks_steps_memory_time_and_the_command(capsys):
         (["--nodes", "0"], "--nodes=0 must be more than 0"),
         (["--grid", "121,145,121"], "--grid=121,145,121 is not of the form 121x145x121"),
         (["--grid", "20x20x20"], "smallest grid is 29x29x29"),
+        (["--gpu", "h10"], "--gpu=h10 is not known (did you mean 'h100'?); allowed: b200, h200, h100, a100,"),
+        (["--gpu", "h100", "--utilisation", "1.5"], "--utilisation=1.5 must be more than 0 and at most 1"),
+        (["--table"], "--table needs --gpu"),
     ],
 )
 def test_an_impossible_plan_is_one_line(given, text, capsys):
@@ -95,3 +104,56 @@ def test_an_impossible_plan_is_one_line(given, text, capsys):
 def test_plan_names_missing_shards(capsys):
     assert cli.run(["plan", "--config", "paper-bhb10k", "--data.shards=nowhere"]) == 2
     assert "nowhere/manifest.json is missing" in capsys.readouterr().err
+
+
+NETWORK = "--encoder.options={width: 0.25, norm: group}"
+SMALL = ["plan", "--config", "demo-cpu", "--scans", "1000", "--grid", "32x32x32", NETWORK]
+FOUR = ["--nodes", "2", "--gpus", "2", "--gpu", "h100"]
+
+
+def forecast_of(capsys, *given):
+    assert cli.run([*SMALL, "--json", *given]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_largest_batch_fits_and_one_scan_more_does_not(capsys):
+    """The advice is checked by planning with it, on a GPU so small that the search ends early."""
+    gpu = replace(GPUS["cpu"], memory=150e6)
+    recipe = load_recipe("demo-cpu", [NETWORK])
+    parameters = sum(p.numel() for p in plain_model(recipe).parameters())
+    model = MemoryModel(recipe, (32, 32, 32), parameters, 2, gpu=gpu, loaded=3)
+    largest = model.largest_batch(gpu.usable)
+    assert largest > 2
+    assert model.of_batch(largest).total <= 150e6 < model.of_batch(largest + 1).total
+    assert model.largest_batch(1e6) == 0
+
+
+def test_the_forecast_of_a_gpu_has_time_traffic_and_advice(capsys):
+    found = forecast_of(capsys, *FOUR)
+    assert found["memory"]["total"] == sum(found["memory"]["parts"].values())
+    # DeepSpeed reserves its bucket of 500 million float32 numbers before anything is in it.
+    assert found["memory"]["parts"]["buffers"] == 2e9
+    weights = 4.0 * found["parameters"]
+    assert found["sent"]["gradients"] == 2 * weights * 3 / 4
+    assert found["sent"]["weights"] == weights * 3 / 4
+    timing = found["timing"]
+    assert timing["scans_per_second"] == pytest.approx(32 / (timing["compute"] + timing["exchange"]))
+    assert found["largest"] > found["scans"] == 8
+    faster = forecast_of(capsys, *FOUR, "--utilisation", "0.55")
+    assert faster["timing"]["compute"] == pytest.approx(timing["compute"] / 10)
+    assert faster["timing"]["exchange"] == timing["exchange"]
+
+
+def test_one_rank_sends_nothing_and_more_micro_batches_reduce_more_often_in_stage_two():
+    recipe = load_recipe("demo-cpu", ["--deepspeed.zero_optimization.stage=2", "--batch.micro=2"])
+    assert collectives_of_step(recipe, P, 8, 1, "nccl") == []
+    gradients = [c for c in collectives_of_step(recipe, P, 8, 4, "nccl") if c.of == "gradients"]
+    assert [(c.operation, c.times, c.size) for c in gradients] == [("all_reduce", 4, 4 * P)]
+    assert gradients[0].sent(4, "nccl") == 4 * 2 * 3 / 4 * 4 * P
+
+
+def test_the_table_doubles_the_hosts_and_keeps_the_scans_of_a_rank(capsys):
+    assert cli.run([*SMALL, "--nodes", "3", "--gpus", "2", "--gpu", "a100", "--batch.global=48", "--table"]) == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][:2] == ["GPUs", "batch"]
+    assert [row[:2] for row in rows[2:]] == [["2", "16"], ["4", "32"], ["6", "48"]]
