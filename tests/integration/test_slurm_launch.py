@@ -59,12 +59,15 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix not in (".sbatch", ".log")}
 
 
+LAUNCH = [sys.executable, "-m", "infra.cli", "launch", "--slurm"]
+
+
 @pytest.mark.jobs
 def test_a_build_is_submitted_and_its_lines_are_true(slurm, type_in, tmp_path):
     write_cohort(type_in.folder / "cohort", participants=8)
     build_shards(type_in.folder / "cohort", tmp_path / "alone")
     options = ["--nodes=1", "--cpus-per-task=2", "--time=20", "--job-name=one", "--sbatch-option=comment=a #b"]
-    done = type_in(sys.executable, "-m", "infra.cli", "launch", "--slurm", *options, "build", "cohort", "shards")
+    done = type_in(*LAUNCH, *options, "build", "cohort", "shards")
     assert done.returncode == 0
     wrote, submitted, watch, cancel = done.stdout.splitlines()
     assert wrote == "launch: wrote shards/one.sbatch"
@@ -77,9 +80,7 @@ def test_a_build_is_submitted_and_its_lines_are_true(slurm, type_in, tmp_path):
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
     assert "shards: built: 8 scans" in log.read_text()
     assert files(type_in.folder / "shards") == files(tmp_path / "alone")
-    refused = type_in(
-        sys.executable, "-m", "infra.cli", "launch", "--slurm", "--partition=none", "build", "cohort", "new"
-    )
+    refused = type_in(*LAUNCH, "--partition=none", "build", "cohort", "new")
     assert refused.returncode == 2
     assert refused.stderr.startswith(
         "yaware: error: sbatch refused new/yaware-build.sbatch: invalid partition specified: none"
@@ -87,7 +88,7 @@ def test_a_build_is_submitted_and_its_lines_are_true(slurm, type_in, tmp_path):
     assert refused.stderr.count("\n") == 1
 
 
-PIPELINE = str(ROOT / "infra/launch/pipeline.sh")
+PIPELINE = [str(ROOT / "infra/launch/pipeline.sh"), "cohort", "shards", "demo-cpu", "run"]
 STAGES = ("build", "pretrain", "evaluate", "compare")
 SMALL = {
     "JOBS": "--time 30",
@@ -112,7 +113,7 @@ def submitted(done: subprocess.CompletedProcess[str]) -> list[int]:
 def test_a_pipeline_from_a_simulated_cohort_to_the_report(slurm, type_in):
     simulate = ["cohort", "simulate", "cohort", "--participants=60", "--spacing=12", "--modality=vbm"]
     assert type_in(".venv/bin/yaware", *simulate).returncode == 0
-    done = type_in(PIPELINE, "cohort", "shards", "demo-cpu", "run", "age,sex", "report.html", **SMALL)
+    done = type_in(*PIPELINE, "age,sex", "report.html", **SMALL)
     assert done.returncode == 0
     numbers = submitted(done)
     assert f"pipeline: to cancel: scancel {' '.join(map(str, numbers))}" in done.stdout
@@ -129,7 +130,7 @@ def test_a_pipeline_from_a_simulated_cohort_to_the_report(slurm, type_in):
 @pytest.mark.slow
 def test_the_stages_after_a_failed_one_are_cancelled(slurm, type_in):
     (type_in.folder / "cohort").mkdir()
-    done = type_in(PIPELINE, "cohort", "shards", "demo-cpu", "run", "age", **SMALL)
+    done = type_in(*PIPELINE, "age", **SMALL)
     jobs = [wait(slurm, number) for number in submitted(done)]
     assert [job["JobState"] for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED", "CANCELLED"]
     assert jobs[0]["ExitCode"] == "2:0"
@@ -139,7 +140,7 @@ def test_the_stages_after_a_failed_one_are_cancelled(slurm, type_in):
 def test_a_refused_stage_leaves_nothing_in_the_queue(slurm, type_in):
     write_cohort(type_in.folder / "cohort", participants=8)
     given = {**SMALL, "EVALUATE_ARGUMENTS": "--folds 1"}
-    done = type_in(PIPELINE, "cohort", "shards", "demo-cpu", "run", "age", **given)
+    done = type_in(*PIPELINE, "age", **given)
     assert done.returncode == 2
     assert done.stderr == "yaware: error: folds=1 is too small; it must be at least 2\n"
     numbers = re.findall(r"^pipeline: \w+: job (\d+);", done.stdout, re.MULTILINE)
@@ -148,6 +149,6 @@ def test_a_refused_stage_leaves_nothing_in_the_queue(slurm, type_in):
 
 
 def test_the_usage_of_the_pipeline_is_one_line(tmp_path):
-    done = subprocess.run([PIPELINE, "cohort"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(PIPELINE[:2], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "usage: infra/launch/pipeline.sh COHORT SHARDS RECIPE RUN TASKS [REPORT]\n"
