@@ -127,7 +127,7 @@ def run(words: list[str], variables: Mapping[str, str]) -> tuple[int, bool]:
     told = False
     while head.poll() is None:
         time.sleep(LOOK_SECONDS)
-        if workers and workers.poll() is not None and not told:
+        if workers and workers.poll() and not told:  # their status is 0 if a signal stops the whole job
             told = True
             _say("the job step of the Ray workers has ended; the command goes on without them")
     status = head.returncode if head.returncode >= 0 else 128 - head.returncode

@@ -115,8 +115,9 @@ def _ray(role: str, address: str) -> Iterator[tuple[subprocess.Popen[bytes], Pat
 
 
 def _environment(address: str) -> dict[str, str]:
-    quiet = {**QUIET, **(ON_LOOPBACK if is_loopback(address) else {})}
-    return {**{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}, **quiet}
+    """Return the environment of Ray and of the command. The job's CPUs are its own: Ray's workers need not be nice."""
+    own = {"RAY_worker_niceness": "0", **QUIET, **(ON_LOOPBACK if is_loopback(address) else {})}
+    return {**{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}, **own}
 
 
 def _end_all(process: subprocess.Popen[bytes]) -> None:
