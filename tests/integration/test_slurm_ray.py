@@ -186,6 +186,17 @@ def test_a_build_goes_on_without_a_lost_node(job, large_cohort, large_alone):
 
 
 @pytest.mark.slow
+def test_a_build_comes_back_after_the_loss_of_its_first_node(job, large_cohort, large_alone):
+    struck = job(Build).submit(large_cohort)
+    struck.hold("build_one")
+    struck.slurm.kill_node("node1")
+    struck.slurm.start_node("node1")
+    assert struck.wait("COMPLETED", "FAILED", "NODE_FAIL")["ExitCode"] == "0:0"
+    assert struck.slurm.job(struck.number)["Restarts"] == "1"
+    assert files(struck.output) == large_alone
+
+
+@pytest.mark.slow
 def test_a_node_whose_ray_was_killed_joins_again(job, large_cohort, large_alone):
     struck = job(Build).submit(large_cohort)
     held = [

@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from infra.slurm import ray_node
 from infra.slurm.ray_job import head_address
 from infra.slurm.ray_node import LEAST_STORE, MOST_STORE, object_store_bytes, start_arguments
+from tests.listening import reachable
 from tests.runs import ROOT
 
 
@@ -93,6 +95,9 @@ def test_a_signal_ends_command_and_cluster(tmp_path):
     before = folders()
     running = start(tmp_path, 300, 0)
     assert running.stdout.readline() == "CPUs 3.0\n"
+    family = psutil.Process(running.pid).children(recursive=True)
+    assert len(family) > 5
+    assert not reachable(family), "one node needs no other host"
     begun = time.monotonic()
     running.send_signal(signal.SIGUSR1)
     assert running.wait(60) == 128 + signal.SIGUSR1
