@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra import cli
-from infra.slurm.batch_script import TEMPLATES, batch_script, log_path, log_pattern, read_template
+from infra.slurm.batch_script import TEMPLATES, WORKS, batch_script, log_path, log_pattern, read_template
 
 PRETRAIN = ["pretrain", "--config", "demo-cpu", "--run.output=my runs/one"]
 
@@ -184,6 +184,17 @@ def test_a_script_that_cannot_be_written_is_one_line(sbatch, start, capsys):
     assert launch("--script=file/x.sbatch", "--dependency=afterok:1", "build", "cohort", "out") == 2
     assert capsys.readouterr().err.startswith("yaware: error: --script=file/x.sbatch cannot be written")
     assert not (start / "calls").exists()
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_every_work_has_a_batch_script_that_runs_its_command_and_a_check(work):
+    name, command = WORKS[work]
+    last = read_template(work).body.splitlines()
+    called = {"pretrain": "pretrain.train --config"}.get(work, " ".join(command))
+    assert any(
+        re.search(rf'-m (infra\.slurm\.ray_job |infra\.cli |){re.escape(called)} "\$@"', line) for line in last
+    ), name
+    assert callable(cli.batch_check(command[0]))
 
 
 def test_the_log_is_where_slurm_puts_it():
