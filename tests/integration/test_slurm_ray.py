@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from contextlib import suppress
@@ -306,24 +305,32 @@ def metrics(folder: Path) -> dict[str, float]:
     return {name: value for name, value in row["metrics"].items() if "seconds" not in name}
 
 
-@pytest.mark.slow
-def test_an_evaluation_over_two_nodes_gives_the_metrics_of_one_process(job, made, tmp_path):
+@pytest.fixture(scope="module")
+def metrics_alone(made, tmp_path_factory):
+    """The metrics of an evaluation in one process."""
     from evaluation.cli import evaluate
 
-    done = job(Evaluation).submit(made)
-    assert done.wait("COMPLETED", "FAILED")["ExitCode"] == "0:0"
-    store = environment(tmp_path)["MLFLOW_TRACKING_URI"]
-    assert evaluate([*evaluation(made, tmp_path), f"--tracking-uri={store}"]) == 0
-    assert len(metrics(tmp_path)) > 10
-    assert metrics(done.folder) == metrics(tmp_path)
+    folder = tmp_path_factory.mktemp("evaluated")
+    store = environment(folder)["MLFLOW_TRACKING_URI"]
+    assert evaluate([*evaluation(made, folder), f"--tracking-uri={store}"]) == 0
+    assert len(metrics(folder)) > 10
+    return metrics(folder)
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_repeated_after_the_loss_of_a_node(job, made, tmp_path):
-    struck = job(Evaluation).submit(made)
-    struck.hold("GridTrial")
+def test_an_evaluation_over_two_nodes_gives_the_metrics_of_one_process(job, made, metrics_alone):
+    done = job(Evaluation).submit(made)
+    assert done.wait("COMPLETED", "FAILED")["ExitCode"] == "0:0"
+    assert metrics(done.folder) == metrics_alone
+
+
+@pytest.mark.slow
+def test_an_evaluation_continues_after_the_loss_of_a_node(job, made, metrics_alone):
+    # With one CPU a node the two trials run on two nodes.
+    struck = job(Evaluation, "--cpus-per-task=1").submit(made)
+    struck.hold("ResourceTrainable")
     struck.slurm.kill_node("node2")
     struck.slurm.start_node("node2")
     assert struck.wait("COMPLETED", "FAILED", "NODE_FAIL")["ExitCode"] == "0:0"
-    print(json.dumps(requeued(struck)))
-    assert len(metrics(struck.folder)) > 10
+    assert requeued(struck) in ([], ["failed after the loss of a worker node"])
+    assert metrics(struck.folder) == metrics_alone
