@@ -57,9 +57,9 @@ def test_the_page_leads_to_two_reports(checkout):
             )  # fmt: skip
             print(f"$ {block}{done.stdout[-3000:]}{done.stderr[-2000:]}")
             assert done.returncode == 0, block
-            for number in re.findall(r"(?:submitted |: )job (\d+); its log", done.stdout):
+            for number, log in re.findall(r"(?:submitted |: )job (\d+); its log: (.*)", done.stdout):
                 job = slurm.until(lambda number=number: ended(slurm, int(number)), 600, lambda: "the job does not end")
-                print(log_of(job))
+                print(Path(log).read_text()[-3000:] if Path(log).is_file() else "no log")
                 assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0")
         assert (checkout / "work/report.html").is_file()
         assert (checkout / "work/report2.html").is_file()
@@ -69,8 +69,3 @@ def ended(slurm, number: int) -> dict[str, str] | None:
     """Return the fields of a job that has ended, else None."""
     job = slurm.job(number)
     return job if job["JobState"] in ENDED else None
-
-
-def log_of(job: dict[str, str]) -> str:
-    path = Path(job["StdOut"])
-    return path.read_text()[-3000:] if path.is_file() else ""
