@@ -135,12 +135,13 @@ def run(words: list[str], variables: Mapping[str, str]) -> tuple[int, bool]:
 
 
 def _ended(workers: subprocess.Popen[bytes]) -> int:
-    """Wait for the job step of the workers, which end with the head; return its exit status."""
-    try:
-        return workers.wait(END_SECONDS)
-    except subprocess.TimeoutExpired:
-        workers.terminate()
-        return workers.wait()
+    """Wait for the job step of the workers, which end with the head; return its exit status, not 0 if it had to be ended."""
+    for seconds, end in ((END_SECONDS, workers.terminate), (END_SECONDS / 2, workers.kill)):
+        try:
+            return workers.wait(seconds)
+        except subprocess.TimeoutExpired:
+            end()  # srun waits longer for a node that was lost
+    return workers.wait()
 
 
 def _say(text: str) -> None:

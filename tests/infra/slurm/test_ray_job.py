@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 
 import pytest
 
@@ -99,6 +100,15 @@ def test_a_job_that_slurm_ends_is_left_alone(monkeypatch, tmp_path, capsys, stat
     monkeypatch.setattr(ray_job, "show_job", lambda number: ({"JobState": state}, ""))
     assert end_job(143, False, tmp_path / "record", JOB) == 143
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [("exit 0", 0), ("exit 3", 3), ("trap '' TERM; while :; do sleep 1; done", -9)]
+)
+def test_a_job_step_of_workers_that_does_not_end_is_ended(monkeypatch, command, status):
+    monkeypatch.setattr(ray_job, "END_SECONDS", 0.4)
+    with subprocess.Popen(["sh", "-c", command]) as workers:
+        assert ray_job._ended(workers) == status
 
 
 def test_outside_a_job_one_line_says_what_is_missing(monkeypatch, capsys):
