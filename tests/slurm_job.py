@@ -84,4 +84,4 @@ class BatchJob:
 
 def requeued(job: BatchJob) -> list[str]:
     """Return why the job was requeued, each time."""
-    return re.findall(r"^(?:pretrain|job): (.*); requeueing job ", job.log, re.MULTILINE)
+    return re.findall(r"^(?:pretrain|job|ray): (.*); requeueing job ", job.log, re.MULTILINE)

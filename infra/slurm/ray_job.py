@@ -22,7 +22,7 @@ from pathlib import Path
 from infra.distributed import FIRST_PORT, PORTS, expand_hosts, slurm_attempt
 from infra.errors import UserError
 from infra.ray_cluster import EXPECTED_NODES
-from infra.slurm.requeue import AGAIN, check_job, is_preempted, queue_again, show_job
+from infra.slurm.requeue import AGAIN, check_job, is_preempted, queue_again, requeue_record, show_job
 
 LOOK_SECONDS, END_SECONDS = 0.2, 30.0
 STOPS = {128 + number: number.name for number in (signal.SIGUSR1, signal.SIGTERM)}
@@ -123,7 +123,7 @@ def run(words: list[str], variables: Mapping[str, str]) -> tuple[int, bool]:
 
     command = [sys.executable, "-m", "infra.cli", *words]
     head = step(1, f"--nodelist={here}", ["head", address, *command])
-    workers = step(len(hosts) - 1, f"--exclude={here}", ["worker", address]) if len(hosts) > 1 else None
+    workers = step(len(hosts) - 1, f"--exclude={here}", ["worker", address, here]) if len(hosts) > 1 else None
     told = False
     while head.poll() is None:
         time.sleep(LOOK_SECONDS)
@@ -158,9 +158,8 @@ def main(words: list[str]) -> int:
         for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURMD_NODENAME"):
             if name not in os.environ:
                 raise UserError(f"{name} is not set; start this with sbatch, see infra/launch/README.md")
-        record = Path(f".requeues-{os.environ['SLURM_JOB_ID']}.jsonl")
         status, lost_node = run(words, os.environ)
-        return end_job(status, lost_node, record, os.environ)
+        return end_job(status, lost_node, requeue_record(os.environ), os.environ)
     except UserError as error:
         print(f"yaware: error: {error}", file=sys.stderr, flush=True)
         return 2

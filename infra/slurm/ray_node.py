@@ -1,7 +1,7 @@
 """One node of a Ray cluster inside a job of SLURM; ``infra.slurm.ray_job`` starts it on each node with srun.
 
 ``python -m infra.slurm.ray_node head ADDRESS COMMAND ...`` starts Ray's head, runs the command on the cluster, and ends both.
-``python -m infra.slurm.ray_node worker ADDRESS`` joins the head until the head ends.
+``python -m infra.slurm.ray_node worker ADDRESS NODE`` joins the head, which runs on NODE, until the head ends.
 
 Jobs of several users may share a node. Therefore all ports but that of ADDRESS are chosen by the system, the cluster requires
 the job's own token (``RAY_AUTH_TOKEN``), and Ray's files lie in a temporary folder of this process. ``ray symmetric-run`` is
@@ -23,13 +23,13 @@ from pathlib import Path
 
 import psutil
 
-from infra.distributed import is_loopback
+from infra.distributed import expand_hosts, is_loopback, slurm_attempt
 from infra.errors import UserError
 from infra.files import read_text, short_temporary_folder
 from infra.processes.scratch import scratch_folder
 from infra.processes.with_parent import command_with_parent
 from infra.ray_cluster import ON_LOOPBACK, QUIET
-from infra.slurm.requeue import AGAIN
+from infra.slurm.requeue import AGAIN, queue_again, requeue_record, show_job
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # SLURM's before a time limit, at a preemption, and Ctrl-C
 LOOK_SECONDS, GRACE_SECONDS, START_SECONDS = 0.2, 10.0, 120.0
@@ -183,8 +183,11 @@ def run_head(address: str, command: Sequence[str], stop: Stop) -> int:
         return running.returncode if running.returncode >= 0 else 128 - running.returncode
 
 
-def run_worker(address: str, stop: Stop) -> int:
-    """Join the head until it ends; start Ray again if only this node's ends. Return the exit status: AGAIN if it failed."""
+def run_worker(address: str, head: str, stop: Stop) -> int:
+    """Join the head until it ends; start Ray again if only this node's ends. Return the exit status: AGAIN if it failed.
+
+    If the head's node is lost, the job is queued again: its batch script was there.
+    """
     for _ in range(STARTS):
         if not _wait_for_head(address, lambda: bool(stop.number)):
             break
@@ -194,7 +197,21 @@ def run_worker(address: str, stop: Stop) -> int:
             if stop.number or isinstance(_connect(address), ConnectionRefusedError):
                 return 0
             _say(f"Ray has ended on {socket.gethostname()} with status {ray.returncode}: {_end_of(log)}")
+    while not stop.number and not _requeued_without(head):
+        time.sleep(GRACE_SECONDS)
     return 0 if stop.number else AGAIN
+
+
+def _requeued_without(head: str) -> bool:
+    """Return whether SLURM has taken the head's lost node from this job; the first node that is left then queues it again."""
+    job, error = show_job(os.environ["SLURM_JOB_ID"])
+    hosts = [] if error else expand_hosts(job["NodeList"])
+    if not hosts or head in hosts:
+        return False
+    if hosts[0] == os.environ["SLURMD_NODENAME"]:
+        record, attempt = requeue_record(os.environ), slurm_attempt(os.environ)
+        queue_again(record, attempt, f"node {head} was lost, with Ray's head", os.environ, _say)
+    return True
 
 
 def _end_of(log: Path) -> str:
@@ -206,13 +223,13 @@ def _say(text: str) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Run ``head ADDRESS COMMAND ...`` or ``worker ADDRESS``; return the exit status."""
+    """Run ``head ADDRESS COMMAND ...`` or ``worker ADDRESS NODE``; return the exit status."""
     stop = Stop()
     for number in SIGNALS:
         signal.signal(number, stop)
-    role, address, *command = words
+    role, address, *more = words
     try:
-        return run_head(address, command, stop) if role == "head" else run_worker(address, stop)
+        return run_head(address, more, stop) if role == "head" else run_worker(address, more[0], stop)
     except UserError as error:
         print(f"yaware: error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -96,6 +96,11 @@ def bound_reached(checkpoint: str, requeues: Sequence[Requeue], variables: Mappi
     return ""
 
 
+def requeue_record(variables: Mapping[str, str]) -> Path:
+    """Return the record of a job without a run's folder: a file in the folder of its commands."""
+    return Path(f".requeues-{variables['SLURM_JOB_ID']}.jsonl")
+
+
 def read_requeues(record: Path) -> list[Requeue]:
     """Return the recorded requeues, the oldest first; a line that a kill has truncated is left out."""
     requeues = []

@@ -16,8 +16,9 @@ from data_pipeline.shards.build import build_shards
 from infra.processes.words import words_of
 from infra.tracking.runs import runs
 from tests.cohorts import write_cohort
+from tests.netns import ip
 from tests.runs import environment, pretrain_command, run
-from tests.slurm import cluster, why_not
+from tests.slurm import INTERFACE, cluster, why_not
 from tests.slurm_job import BatchJob, requeued
 
 REASON = why_not()
@@ -194,9 +195,13 @@ def test_a_build_comes_back_after_the_loss_of_its_first_node(job, large_cohort, 
     struck = job(Build).submit(large_cohort)
     struck.hold("build_one")
     struck.slurm.kill_node("node1")
+    cable = f"-n {struck.slurm.namespace('node1')} link set {INTERFACE}"
+    ip(f"{cable} down")
+    struck.wait("PENDING", "COMPLETING", restarts=1)
+    ip(f"{cable} up")
     struck.slurm.start_node("node1")
     assert struck.wait("COMPLETED", "FAILED", "NODE_FAIL")["ExitCode"] == "0:0"
-    assert struck.slurm.job(struck.number)["Restarts"] == "1"
+    assert requeued(struck) == ["node node1 was lost, with Ray's head"]
     assert files(struck.output) == large_alone
 
 

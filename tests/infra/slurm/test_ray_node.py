@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.slurm import ray_node
+from infra.slurm import ray_node, requeue
 from infra.slurm.ray_job import head_address
 from infra.slurm.ray_node import LEAST_STORE, MOST_STORE, object_store_bytes, start_arguments
 from tests.listening import reachable
@@ -49,6 +49,26 @@ def test_only_the_head_has_a_fixed_port():
         assert {"--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0", "--block"} <= set(
             words
         )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "here", "lost", "asked"),
+    [
+        ("a,b,c", "b", False, 0),  # the head's node belongs to the job: it may come back
+        ("b,c", "b", True, 1),
+        ("b,c", "c", True, 0),  # node b does it
+    ],
+)
+def test_the_first_node_that_is_left_queues_the_job_again(monkeypatch, tmp_path, capsys, nodes, here, lost, asked):
+    calls = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(requeue, "scontrol", lambda *words: calls.append(words) or (f"NodeList={nodes}", ""))
+    for name, value in {"SLURM_JOB_ID": "12", "SLURMD_NODENAME": here}.items():
+        monkeypatch.setenv(name, value)
+    assert ray_node._requeued_without("a") == lost
+    assert calls.count(("requeue", "12")) == asked
+    line = "ray: node a was lost, with Ray's head; requeueing job 12 (1 of at most 100 times)\n"
+    assert capsys.readouterr().out == line * asked
 
 
 CODE = """
