@@ -131,17 +131,21 @@ def run(words: list[str], variables: Mapping[str, str]) -> tuple[int, bool]:
             told = True
             _say("the job step of the Ray workers has ended; the command goes on without them")
     status = head.returncode if head.returncode >= 0 else 128 - head.returncode
-    return status, bool(workers and _ended(workers) != 0)
+    return status, bool(workers and not _end_well(workers))
 
 
-def _ended(workers: subprocess.Popen[bytes]) -> int:
-    """Wait for the job step of the workers, which end with the head; return its exit status, not 0 if it had to be ended."""
-    for seconds, end in ((END_SECONDS, workers.terminate), (END_SECONDS / 2, workers.kill)):
-        try:
-            return workers.wait(seconds)
-        except subprocess.TimeoutExpired:
-            end()  # srun waits longer for a node that was lost
-    return workers.wait()
+def _end_well(workers: subprocess.Popen[bytes]) -> bool:
+    """Wait for the job step of the workers, which end with the head; return whether all did. End it if they do not."""
+    try:
+        return workers.wait(END_SECONDS) == 0
+    except subprocess.TimeoutExpired:
+        workers.terminate()  # srun waits longer for a node that was lost, and its status may be 0
+    try:
+        workers.wait(END_SECONDS / 2)
+    except subprocess.TimeoutExpired:
+        workers.kill()
+        workers.wait()
+    return False
 
 
 def _say(text: str) -> None:
