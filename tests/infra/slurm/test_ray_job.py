@@ -103,12 +103,18 @@ def test_a_job_that_slurm_ends_is_left_alone(monkeypatch, tmp_path, capsys, stat
 
 
 @pytest.mark.parametrize(
-    ("command", "status"), [("exit 0", 0), ("exit 3", 3), ("trap '' TERM; while :; do sleep 1; done", -9)]
+    ("command", "well"),
+    [
+        ("exit 0", True),
+        ("exit 3", False),
+        ("trap 'exit 0' TERM; while :; do sleep 0.1; done", False),
+        ("trap '' TERM; while :; do sleep 0.1; done", False),
+    ],
 )
-def test_a_job_step_of_workers_that_does_not_end_is_ended(monkeypatch, command, status):
-    monkeypatch.setattr(ray_job, "END_SECONDS", 0.4)
+def test_a_job_step_of_workers_that_does_not_end_is_ended(monkeypatch, command, well):
+    monkeypatch.setattr(ray_job, "END_SECONDS", 2)
     with subprocess.Popen(["sh", "-c", command]) as workers:
-        assert ray_job._ended(workers) == status
+        assert ray_job._end_well(workers) == well
 
 
 def test_outside_a_job_one_line_says_what_is_missing(monkeypatch, capsys):
