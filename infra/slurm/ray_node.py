@@ -192,7 +192,12 @@ def run_worker(address: str, head: str, stop: Stop) -> int:
         if not _wait_for_head(address, lambda: bool(stop.number)):
             break
         with _ray("worker", address) as (ray, log):
-            while ray.poll() is None and not stop.number and not isinstance(_connect(address), ConnectionRefusedError):
+            while ray.poll() is None and not stop.number:
+                error = _connect(address)
+                if isinstance(error, ConnectionRefusedError):
+                    return 0  # the head has ended
+                if error and _requeued_without(head):
+                    return AGAIN
                 time.sleep(5 * LOOK_SECONDS)
             if stop.number or isinstance(_connect(address), ConnectionRefusedError):
                 return 0

@@ -36,7 +36,7 @@ def type_in(slurm, tmp_path):
     def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             slurm.enter(CONTROLLER, words), cwd=folder, env={**slurm.environment, **variables(folder), **more},
-            capture_output=True, text=True, timeout=300,
+            capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         print(done.stdout[-3000:], done.stderr[-3000:])
         return done

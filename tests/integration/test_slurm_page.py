@@ -53,7 +53,7 @@ def test_the_page_leads_to_two_reports(checkout):
             script = f"set -euo pipefail; source {state}\n{block}\nexport -p > {state}"
             done = subprocess.run(
                 slurm.enter(CONTROLLER, ["bash", "-c", script]), cwd=checkout, env={**slurm.environment, **given},
-                capture_output=True, text=True, timeout=300,
+                capture_output=True, text=True, timeout=900,
             )  # fmt: skip
             print(f"$ {block}{done.stdout[-3000:]}{done.stderr[-2000:]}")
             assert done.returncode == 0, block
