@@ -94,6 +94,8 @@ def _session(workers: int | None) -> Iterator[Any]:
             ray.shutdown()
         return
     os.environ.setdefault("RAY_TMPDIR", str(short_temporary_folder("RAY_TMPDIR")))
+    # Ray's default of 15 gives its workers next to no time on cores that anything else uses; a search then takes minutes.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     with _guarded():
         try:
             with _on_loopback(ray):

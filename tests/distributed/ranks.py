@@ -8,7 +8,6 @@ rank.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import time
 import traceback
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from infra.processes.scratch import scratch_folder
+from tests.forkserver import imported
 
 TIMEOUT_S = 120
 
@@ -59,14 +59,14 @@ class Ranks:
         self._start()
 
     def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        context = imported()
         self._scratch = contextlib.ExitStack()
         store = str(self._scratch.enter_context(scratch_folder("ranks")) / "store")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(self._world):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=self._serve, args=(rank, self._world, store, theirs), daemon=True)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=self._serve, args=(rank, self._world, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)

@@ -91,6 +91,7 @@ def one_host(shards, tmp_path_factory):
     return losses(folder / "run")
 
 
+@pytest.mark.jobs
 def test_two_hosts_give_the_losses_of_one(pair, shards, tmp_path, one_host, store):
     assert len({loss for _, loss in one_host}) == STEPS
     job = Job(pair, tmp_path, training(shards, tmp_path / "run"), store)

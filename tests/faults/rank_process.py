@@ -7,7 +7,6 @@ a real SIGKILL.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -19,13 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.distributed import free_port
+from tests.forkserver import imported
 from tests.stores import store_at
-
-IMPORTED = [
-    "pretrain.train", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx", "monai.networks.nets",
-    "mlflow.store.tracking.sqlalchemy_store", "nvidia.dali.fn", "sklearn.linear_model", "sklearn.metrics",
-    "tests.faults.rank_process",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,7 @@ def start(
     ``harm(rank)`` is called in each rank before the training starts, to inject other faults. ``store`` is the URI of the MLflow
     store, if the arguments do not say it.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context = imported()
     port, ranks = free_port(), []
     for rank in range(world):
         environment = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import shutil
 from functools import partial
@@ -17,6 +16,7 @@ from pretrain.run.agreement import resumed
 from tests.cohorts import write_cohort
 from tests.faults import rank_process
 from tests.faults.rank_process import wait
+from tests.forkserver import imported
 from tests.stores import store_at
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -24,8 +24,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 def start(commands: list[list[str]], folder: Path, harm=None) -> list[int | None]:
     """Run one rank for each command, each as the only rank of its host, and return their exit statuses."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(rank_process.IMPORTED)
+    context = imported()
     port, ranks = free_port(), []
     for rank, command in enumerate(commands):
         environment = {

@@ -94,12 +94,12 @@ def name_of(process: psutil.Process) -> str:
         return ""
 
 
-def more_seeds(count: int) -> list:
-    """The seeds after 0: one runs with the whole jobs, the others with the slow tests."""
-    return [pytest.param(seed, marks=pytest.mark.jobs if seed == 1 else pytest.mark.slow) for seed in range(1, count)]
+def seeds(count: int) -> list:
+    """Two seeds run with the whole jobs, the others with the slow tests."""
+    return [pytest.param(seed, marks=pytest.mark.jobs if seed < 2 else pytest.mark.slow) for seed in range(count)]
 
 
-@pytest.mark.parametrize("seed", [0, *more_seeds(12)])
+@pytest.mark.parametrize("seed", seeds(12))
 def test_a_build_continues_after_its_driver_is_killed(big_cohort, head, whole, tmp_path, seed):
     out, moments = tmp_path / "shards", random.Random(seed)
     kept: dict[str, int] = {}
@@ -123,7 +123,7 @@ def test_a_build_continues_after_its_driver_is_killed(big_cohort, head, whole, t
     assert files(out) == whole
 
 
-@pytest.mark.parametrize("seed", [0, *more_seeds(8)])
+@pytest.mark.parametrize("seed", seeds(8))
 def test_a_build_survives_the_death_of_its_workers(big_cohort, head, whole, tmp_path, seed):
     out, moments = tmp_path / "shards", random.Random(seed)
     killed = 0

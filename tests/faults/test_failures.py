@@ -76,6 +76,7 @@ def full_disk_on_rank_1(rank: int) -> None:
     torch.save = full
 
 
+@pytest.mark.jobs
 @pytest.mark.distributed
 def test_a_full_disk_during_a_checkpoint_stops_all_ranks_and_keeps_the_checkpoint_before(shards, store, tmp_path):
     command = arguments(shards, tmp_path / "run", store)

@@ -111,6 +111,7 @@ def assert_ends_the_same(shards, folder, uninterrupted):
     assert (checkpoints / "best.json").read_bytes() == (uninterrupted / "run/checkpoints/best.json").read_bytes()
 
 
+@pytest.mark.jobs
 def test_a_run_killed_at_every_point_of_a_checkpoint_and_in_a_collective_ends_the_same(shards, uninterrupted, tmp_path):
     expected = metrics(uninterrupted)
     for rank, point, nth in POINTS:
@@ -141,6 +142,7 @@ def kill_at_random(shards, folder, uninterrupted, seed: int, kills: int) -> int:
     return hits
 
 
+@pytest.mark.jobs
 def test_a_run_killed_at_random_moments_ends_the_same(shards, uninterrupted, tmp_path):
     assert kill_at_random(shards, tmp_path, uninterrupted, seed=1, kills=2)
 

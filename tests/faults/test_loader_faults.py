@@ -192,6 +192,7 @@ def damage(shards, tmp_path):
     return copy
 
 
+@pytest.mark.jobs
 @pytest.mark.distributed
 def test_a_run_continues_after_a_damaged_scan_and_reports_it(shards, damage, tmp_path):
     candidates = Manifest.load(shards).rows(split="pretrain")

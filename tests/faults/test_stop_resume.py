@@ -63,6 +63,7 @@ def test_a_stopped_run_saves_its_last_step_and_prints_how_to_continue(stopped):
     assert "Traceback" not in text
 
 
+@pytest.mark.jobs
 def test_the_same_command_ends_like_an_uninterrupted_run(stopped, uninterrupted, shards, tmp_path):
     shutil.copytree(stopped[0] / "run", tmp_path / "run")
     done = run(pretrain_command(shards, tmp_path / "run", STEPS, *GROUP), tmp_path)

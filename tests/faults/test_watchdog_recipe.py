@@ -98,6 +98,7 @@ def test_a_killed_rank_of_three_is_named_at_the_end(shards, tmp_path):
     assert re.match(rf"pretrain: rank 2 \(.*\) ({watchdog}|{launcher})", last_line(tmp_path))
 
 
+@pytest.mark.jobs
 def test_a_killed_rank_is_named_although_no_other_rank_can_report_it(shards, tmp_path):
     """The surviving ranks are stopped before the kill, and killed as soon as the launcher has sent them SIGTERM."""
     with running(command_for(shards, tmp_path, 3, LONG), tmp_path) as (launcher, ranks):

@@ -95,6 +95,7 @@ def test_task_counts_are_expanded(groups):
     assert expand_counts(short) == [tasks for tasks, hosts in groups for _ in range(hosts)]
 
 
+@pytest.mark.jobs
 @pytest.mark.distributed
 def test_two_processes_with_slurms_variables_are_two_ranks(shards, tmp_path):
     arguments = pretrain_command(shards, tmp_path / "run", 3)[4:]

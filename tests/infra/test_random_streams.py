@@ -47,8 +47,8 @@ SEEDED = {
     "default_rng": ["infra/random_streams.py"],
     "Random": ["data_pipeline/loading/stream.py"],
     "manual_seed": [
-        "evaluation/protocols/finetune.py", "pretrain/model.py", "pretrain/run/checkpoint.py",
-        "pretrain/weights/import_weights.py",
+        "evaluation/protocols/finetune.py", "pretrain/forecast/fake_pass.py", "pretrain/model.py",
+        "pretrain/run/checkpoint.py", "pretrain/weights/import_weights.py",
     ],
     "random_state": [
         "evaluation/protocols/embedding.py", "evaluation/tasks/folds.py", "pretrain/run/online_probes.py",

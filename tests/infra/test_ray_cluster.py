@@ -207,12 +207,15 @@ def test_a_session_leaves_the_process_as_it_was():
 import os, signal, sys
 from os.path import basename
 from infra import ray_cluster
+def niceness():
+    return os.nice(0)
 def state():
     return dict(os.environ), str(signal.getsignal(signal.SIGTERM)), sys.excepthook
 before = state()
 for _ in range(2):
     with ray_cluster.session(1):
         assert list(ray_cluster.map_unordered(basename, [("a/b",)], in_flight=1)) == [(0, "b")]
+        assert list(ray_cluster.map_unordered(niceness, [()], in_flight=1)) == [(0, niceness())]  # no worker starves
     for found, expected in zip(state(), before):
         assert found == expected, (found, expected)
 """

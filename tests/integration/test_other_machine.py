@@ -108,6 +108,7 @@ def test_everything_unusual_at_once(made, tmp_path):
     assert list((world.tmpdir / "yaware-12345/.cache/yaware").iterdir())
 
 
+@pytest.mark.jobs
 def test_a_place_that_cannot_be_written_is_one_line(made, tmp_path):
     store = f"sqlite:///{made}/mlflow.db"
     table = tmp_path / "bmi.tsv"

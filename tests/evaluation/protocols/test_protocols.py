@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -53,7 +54,14 @@ def write_checkpoint(run, manifest, step, seed):
     (run / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(params=["here", pytest.param("ray", marks=pytest.mark.jobs)])
+def place(request):
+    """Where searches run: small ones in the calling process, or all of them on a Ray cluster that is there already."""
+    with ray_cluster.session(3) if request.param == "ray" else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture
 def cluster():
     with ray_cluster.session(3):
         yield
@@ -94,11 +102,12 @@ def tables(uri, row, folder):
     )
 
 
-def test_protocols_on_frozen_features_over_all_steps(world, tmp_path):
+def test_protocols_on_frozen_features_over_all_steps(world, place, tmp_path):
     tasks = ["--tasks", "ad,site", "--protocols", "paper,voxels", "--all-steps"]
-    uri, found = evaluate(world, "frozen", *tasks)
+    name = f"frozen-{ray_cluster.has_cluster()}"
+    uri, found = evaluate(world, name, *tasks)
     assert set(found) == {("paper", "2"), ("paper", "4"), ("voxels", "0")}
-    assert not runs.runs(uri, "frozen", "trial")  # trials of grids have no runs of their own
+    assert not runs.runs(uri, name, "trial")  # trials of grids have no runs of their own
     keys = []
     for (protocol, _), row in found.items():
         predictions, curve, trials = tables(uri, row, tmp_path)
@@ -180,7 +189,7 @@ def test_no_result_is_lost_if_the_store_fails(world, monkeypatch, capsys, times)
 @pytest.mark.parametrize(
     ("protocol", "subject"), [("mlp", "first"), ("finetune", "first"), ("scratch", "scratch resnet18")]
 )
-def test_protocols_that_search_with_optuna(world, tmp_path, protocol, subject):
+def test_protocols_that_search_with_optuna(world, cluster, tmp_path, protocol, subject):
     options = NETWORKS if protocol != "mlp" else ["--mlp-trials", "2"]
     curve = ["--finetune.curve=true", "--draws", "1"] if protocol == "finetune" else []
     uri, found = evaluate(world, protocol, "--tasks", "ad,age", "--protocols", protocol, *options, *curve)
@@ -205,7 +214,7 @@ def test_protocols_that_search_with_optuna(world, tmp_path, protocol, subject):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
-def test_fine_tuning_on_two_ranks(world):
+def test_fine_tuning_on_two_ranks(world, cluster):
     more = ["--tasks", "ad", "--protocols", "finetune", *NETWORKS, "--finetune.trials=0", "--finetune.ranks=2"]
     _, found = evaluate(world, "ranks", *more, "--workers", "3")
     ((_, row),) = found.items()
@@ -216,7 +225,7 @@ def test_fine_tuning_on_two_ranks(world):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
-def test_a_killed_evaluation_continues_in_the_same_run(world):
+def test_a_killed_evaluation_continues_in_the_same_run(world, cluster):
     root, shards = world
     uri, storage = store_at(root / "killed.db"), root / "killed"
     command = [

@@ -213,6 +213,7 @@ def test_a_signal_ends_a_launcher_that_has_no_ranks_on_this_host(kind, number, t
         assert not psutil.pid_exists(int(asked)) or psutil.Process(int(asked)).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.jobs
 @pytest.mark.distributed
 @pytest.mark.timeout(1000)
 def test_launch_trains_on_one_host_of_a_hostfile(shards, tmp_path):
