@@ -16,7 +16,9 @@ from data_pipeline.cli_arguments import (
     parse_with_quality,
     reading_options,
 )
+from infra.errors import UserError
 from infra.files import check_output
+from infra.slurm.batch_script import CheckedCommand, JobSize
 
 
 def cohort(arguments: list[str]) -> int:
@@ -137,6 +139,28 @@ def _build(options: argparse.Namespace) -> int:
     return 0
 
 
+def check_batch_build(arguments: list[str], size: JobSize) -> CheckedCommand:
+    """Check the arguments of ``yaware shards build`` for a batch job. Raises UserError."""
+    from data_pipeline.cohort.split import parse_splits
+    from data_pipeline.shards.build import check_storage
+    from data_pipeline.volume.preparation import check_preparation
+    from infra.slurm.parser import OneLineParser
+
+    parser = OneLineParser(prog="yaware shards build")
+    add_build_arguments(parser)
+    options = parse_with_quality(parser, arguments[1:])
+    reading = reading_options(options)
+    check_storage(
+        parse_splits(options.splits) if options.splits else None, options.codec, options.scans_per_shard, seed=options.seed,
+        scaling=options.scaling, workers=options.workers,
+    )  # fmt: skip
+    check_preparation(reading["modality"], reading["crop"], reading["intensity"])
+    if not size.waits and not Path(options.cohort).exists():
+        raise UserError(f"{options.cohort} is not there; give the folder or table of a cohort")
+    check_output(options.out, "OUT")
+    return CheckedCommand(arguments[1:], options.out)
+
+
 def _append(options: argparse.Namespace) -> int:
     from data_pipeline.shards.append import append_shards
     from data_pipeline.storage.manifest import Manifest
@@ -237,3 +261,4 @@ RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": _verify,
 }  # fmt: skip
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"cohort": cohort, "shards": shards}
+BATCH_CHECKS: dict[str, Callable[[list[str], JobSize], CheckedCommand]] = {"shards": check_batch_build}

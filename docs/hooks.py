@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 # file of the checkout -> page of the site
 OUTSIDE_PAGES = {
-    "infra/launch/README.md": "cluster.md",
+    "infra/launch/README.md": "launch.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infra.errors import UserError
+from infra.slurm.batch_script import CheckedCommand, JobSize
 
 FINETUNE = "--finetune."
 
@@ -24,9 +25,38 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def check_batch(arguments: list[str], size: JobSize) -> CheckedCommand:
+    """Check the arguments of ``yaware evaluate`` for a batch job: settings, and the tasks if the shards should be there.
+
+    Raises UserError if one cannot be used.
+    """
+    from dataclasses import fields
+
+    from data_pipeline.storage.manifest import Manifest
+    from evaluation.protocols.evaluate import checkpoint_paths
+    from evaluation.protocols.protocols import checked_settings
+    from evaluation.protocols.settings import EvaluationSettings
+    from evaluation.tasks.tasks import check_names, load_task
+    from infra.slurm.parser import OneLineParser
+    from pretrain.weights.folder import find_encoder
+
+    options, rest = _parser(OneLineParser).parse_known_args(arguments)
+    names = {field.name for field in fields(EvaluationSettings)} & vars(options).keys()
+    given = {name: getattr(options, name) for name in names}
+    settings = checked_settings(**given, finetune=_fine_tuning_options(rest))
+    check_names(settings.tasks)
+    if not size.waits:
+        manifest = Manifest.load(options.shards)
+        for name in settings.tasks:
+            load_task(name, manifest, settings.folds)
+        for path in checkpoint_paths(options.checkpoints, all_steps=options.all_steps):
+            find_encoder(path)
+    return CheckedCommand(arguments, Path())
+
+
+def _parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Return the parser; its options have the names of the arguments of ``evaluation.evaluate``."""
-    parser = argparse.ArgumentParser(
+    parser = parser_class(
         prog="yaware evaluate",
         description=evaluate.__doc__,
         epilog="--finetune.KEY=VALUE sets how the protocols finetune and scratch train networks",
@@ -96,3 +126,4 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"evaluate": evaluate}
+BATCH_CHECKS: dict[str, Callable[[list[str], JobSize], CheckedCommand]] = {"evaluate": check_batch}

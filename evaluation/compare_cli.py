@@ -8,27 +8,14 @@ from pathlib import Path
 
 from infra.errors import UserError
 from infra.files import check_output
+from infra.slurm.batch_script import CheckedCommand, JobSize
 
 STORE = "MLflow store (default: MLFLOW_TRACKING_URI, or else mlruns/mlflow.db)"
 
 
 def compare(arguments: list[str]) -> int:
     """Compare evaluated checkpoints; only the MLflow store is needed."""
-    parser = argparse.ArgumentParser(prog="yaware compare", description=compare.__doc__)
-    parser.add_argument("--experiment", default="yaware", help="MLflow experiment (default: yaware)")
-    parser.add_argument(
-        "--filter",
-        default="",
-        help="MLflow filter over the evaluation runs, for example \"tags.`yaware.step` = '100'\"",
-    )
-    parser.add_argument(
-        "--against", help="compare all checkpoints with this one only (default: with each of their protocol)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="HTML report to write (default: report.html)"
-    )
-    parser.add_argument("--tracking-uri", help=STORE)
-    options = parser.parse_args(arguments)
+    options = _parse_compare(argparse.ArgumentParser, arguments)
     check_output(options.out, "--out")
     from evaluation.comparison.comparison import compare as compare_checkpoints
     from evaluation.comparison.terminal import print_comparison
@@ -43,6 +30,33 @@ def compare(arguments: list[str]) -> int:
     print(f"compare: tables and plots beside it: {', '.join(path.name for path in others)}")
     print(f"compare: MLflow: {ui_command(comparison.uri)}")
     return 0
+
+
+def check_batch_compare(arguments: list[str], size: JobSize) -> CheckedCommand:
+    """Check the arguments of ``yaware compare`` for a batch job. Raises UserError."""
+    from infra.slurm.parser import OneLineParser
+
+    options = _parse_compare(OneLineParser, arguments)
+    check_output(options.out, "--out")
+    return CheckedCommand(arguments, options.out.parent)
+
+
+def _parse_compare(parser_class: type[argparse.ArgumentParser], arguments: list[str]) -> argparse.Namespace:
+    parser = parser_class(prog="yaware compare", description=compare.__doc__)
+    parser.add_argument("--experiment", default="yaware", help="MLflow experiment (default: yaware)")
+    parser.add_argument(
+        "--filter",
+        default="",
+        help="MLflow filter over the evaluation runs, for example \"tags.`yaware.step` = '100'\"",
+    )
+    parser.add_argument(
+        "--against", help="compare all checkpoints with this one only (default: with each of their protocol)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="HTML report to write (default: report.html)"
+    )
+    parser.add_argument("--tracking-uri", help=STORE)
+    return parser.parse_args(arguments)
 
 
 def saliency(arguments: list[str]) -> int:
@@ -107,3 +121,4 @@ def promote(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare, "promote": promote, "saliency": saliency,
 }  # fmt: skip
+BATCH_CHECKS: dict[str, Callable[[list[str], JobSize], CheckedCommand]] = {"compare": check_batch_compare}

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from infra.errors import UserError, nearest, storage_line
 from infra.lean_imports import own_process
+
+if TYPE_CHECKING:
+    from infra.slurm.batch_script import CheckedCommand, JobSize
 
 # subcommand -> (module with its COMMANDS table, one line of help)
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
@@ -19,7 +23,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "shards": ("data_pipeline.cli", "build, extend, describe, preview and verify WebDataset shards"),
     "pretrain": ("pretrain.cli", "pretrain an encoder from a recipe, on one host"),
     "plan": ("pretrain.forecast.cli", "show the steps, memory, network and time of a recipe on N hosts with G GPUs"),
-    "launch": ("pretrain.launch.cli", "pretrain an encoder from a recipe, on the hosts of a hostfile"),
+    "launch": ("pretrain.launch.cli", "pretrain on the hosts of a hostfile; --slurm: submit a batch job"),
     "export": ("pretrain.weights.cli", "copy the encoder of a checkpoint into a folder (safetensors)"),
     "embed": ("pretrain.weights.cli", "compute features of scans with an exported encoder"),
     "readouts": ("pretrain.readouts.cli", "fit predictions of the proxies (age, ...) to an encoder's features"),
@@ -30,6 +34,15 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "promote": ("evaluation.compare_cli", "register a checkpoint in MLflow's model registry under an alias"),
     "doctor": ("pretrain.doctor.cli", "check this machine, or the nodes of a hostfile or of SLURM, before a run"),
 }
+
+
+def batch_check(name: str) -> Callable[[list[str], JobSize], CheckedCommand]:
+    """Return the function that checks the arguments of a subcommand before a batch job of SLURM runs it.
+
+    It returns what the batch script needs, and raises UserError if the command would refuse its arguments.
+    """
+    checks: dict[str, Any] = importlib.import_module(SUBCOMMANDS[name][0]).BATCH_CHECKS
+    return cast("Callable[[list[str], JobSize], CheckedCommand]", checks[name])
 
 
 def usage() -> str:

@@ -106,16 +106,16 @@ def _unusable(folder: Path, programs: bool = False) -> str:
         return error.strerror or str(error)
 
 
-def short_temporary_folder(option: str) -> Path:
-    """Return a temporary folder whose path is short enough for sockets in it.
+def short_temporary_folder(option: str, letters: int = SHORT) -> Path:
+    """Return a temporary folder whose path has at most so many letters, for sockets in it.
 
     Raises UserError if there is none; ``option`` is the variable that sets it.
     """
     for folder in (Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp"), Path("/dev/shm")):
-        if len(str(folder)) <= SHORT and folder.is_dir() and not _unusable(folder):
+        if len(str(folder)) <= letters and folder.is_dir() and not _unusable(folder):
             return folder
     raise UserError(
-        f"TMPDIR={tempfile.gettempdir()} is too long for sockets (at most {SHORT} letters), and /tmp cannot be written; set "
+        f"TMPDIR={tempfile.gettempdir()} is too long for sockets (at most {letters} letters), and /tmp cannot be written; set "
         f"{option} to a short folder"
     )
 

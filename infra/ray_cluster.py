@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,10 +33,18 @@ START_SECONDS, SMALL_BYTES = 10.0, 40 * 2**20
 WORKER_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
+# No usage reports, and no messages about accelerators.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Ray's processes then listen on 127.0.0.1 only, if that is the address of their node.
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Environment variable: nodes of the cluster of RAY_ADDRESS for which a session waits, at most NODES_SECONDS.
+EXPECTED_NODES, NODES_SECONDS = "YAWARE_RAY_NODES", 90.0
+
+
 def import_ray() -> Any:
     """Import ray with usage reports and messages about accelerators switched off."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # In a notebook, Ray asks for ipywidgets; the project draws its own progress.
@@ -89,6 +98,7 @@ def _session(workers: int | None) -> Iterator[Any]:
                 "a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from None
         try:
+            _await_nodes(ray, int(os.environ.get(EXPECTED_NODES) or 1))
             yield ray
         finally:
             ray.shutdown()
@@ -205,6 +215,16 @@ def _check_reachable(address: str) -> None:
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers ({error}); start the cluster or unset the variable"
         ) from None
+
+
+def _await_nodes(ray: Any, expected: int) -> None:
+    """Wait until a cluster has as many nodes as expected, and say how many have come after NODES_SECONDS at the latest."""
+    limit = time.monotonic() + NODES_SECONDS
+    while (nodes := sum(node["Alive"] for node in ray.nodes())) < expected and time.monotonic() < limit:
+        time.sleep(0.2)
+    if expected > 1:
+        later = "" if nodes >= expected else f" after {NODES_SECONDS:.0f} s; the others may join later"
+        print(f"ray: {nodes} of {expected} nodes{later}", flush=True)
 
 
 def _first_line(error: BaseException) -> str:

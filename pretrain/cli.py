@@ -7,26 +7,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from infra.slurm.batch_script import CheckedCommand, JobSize
+
 
 def pretrain(arguments: list[str]) -> int:
     """Check a recipe, so that an error is one line, then start its ranks on this host with DeepSpeed's launcher."""
-    parser = argparse.ArgumentParser(
-        prog="yaware pretrain",
-        description="Pretrain an encoder from a recipe. The same command continues a run from its last checkpoint. "
-        "This checks the recipe and runs `deepspeed --num_accelerators N --module pretrain.train --config ...`.",
-        epilog="--section.key=value overrides any key of the recipe, for example --optimizer.lr=3e-4.",
-    )
-    parser.add_argument(
-        "--config", required=True, help="name of a shipped recipe (demo-cpu, ...) or path of a YAML file"
-    )
-    parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and exit")
-    parser.add_argument("--resume", metavar="auto|never|PATH", help="short for --run.resume (default: auto)")
-    parser.add_argument("--trust", action="store_true", help="continue also from a checkpoint that another user owns")
-    options, overrides = parser.parse_known_args(arguments)
-    if options.trust:
-        overrides = [*overrides, "--run.trust=true"]
-    if options.resume:
-        overrides = [*overrides, f"--run.resume={options.resume}"]
+    options, overrides = _parse(argparse.ArgumentParser, arguments)
 
     from infra.settings import to_yaml
     from pretrain.config import load_recipe
@@ -48,4 +34,41 @@ def pretrain(arguments: list[str]) -> int:
     return end.status
 
 
+def _parse(parser_class: type[argparse.ArgumentParser], arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options, and the overrides of the recipe, those of the short options included."""
+    parser = parser_class(
+        prog="yaware pretrain",
+        description="Pretrain an encoder from a recipe. The same command continues a run from its last checkpoint. "
+        "This checks the recipe and runs `deepspeed --num_accelerators N --module pretrain.train --config ...`.",
+        epilog="--section.key=value overrides any key of the recipe, for example --optimizer.lr=3e-4.",
+    )
+    parser.add_argument(
+        "--config", required=True, help="name of a shipped recipe (demo-cpu, ...) or path of a YAML file"
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and exit")
+    parser.add_argument("--resume", metavar="auto|never|PATH", help="short for --run.resume (default: auto)")
+    parser.add_argument("--trust", action="store_true", help="continue also from a checkpoint that another user owns")
+    options, overrides = parser.parse_known_args(arguments)
+    if options.trust:
+        overrides = [*overrides, "--run.trust=true"]
+    if options.resume:
+        overrides = [*overrides, f"--run.resume={options.resume}"]
+    return options, overrides
+
+
+def check_batch(arguments: list[str], size: JobSize) -> CheckedCommand:
+    """Check the recipe, and its shards if they should be there, for a batch job with so many ranks. Raises UserError."""
+    from infra.slurm.parser import OneLineParser
+    from pretrain.config import check_world_size, load_recipe
+    from pretrain.run.plan import make_plan
+
+    options, overrides = _parse(OneLineParser, arguments)
+    recipe = load_recipe(options.config, overrides)
+    check_world_size(recipe.batch.global_, size.tasks)
+    if not size.waits:
+        make_plan(recipe, size.tasks)
+    return CheckedCommand([options.config, *overrides], Path(recipe.run.output))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"pretrain": pretrain}
+BATCH_CHECKS: dict[str, Callable[[list[str], JobSize], CheckedCommand]] = {"pretrain": check_batch}

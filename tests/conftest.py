@@ -28,7 +28,8 @@ def shards(tmp_path_factory):
 
 # The files that take longest, which start first, so that no process has one of them left when the others have finished.
 LONG_FILES = (
-    "integration/test_slurm.py", "faults/test_loader_faults.py", "faults/test_stop_resume.py", "distributed/test_two_hosts.py",
+    "integration/test_slurm.py", "integration/test_slurm_ray.py", "integration/test_slurm_launch.py",
+    "faults/test_loader_faults.py", "faults/test_stop_resume.py", "distributed/test_two_hosts.py",
     "faults/test_watchdog_recipe.py", "faults/test_build_faults.py", "docs/test_tutorials.py", "infra/test_tuning_restart.py",
     "integration/test_main_job.py", "faults/test_kill_resume.py", "evaluation/protocols/test_protocols.py",
     "api/test_pretrain.py", "infra/watchdog/test_watchdog.py", "distributed/test_grad_cache_ranks.py",

@@ -78,13 +78,10 @@ def build_shards(
         UserError: if an option or the cohort is invalid, no scan can be used, or ``out`` holds another build.
     """
     check_arguments(PATH, cohort=cohort, out=out)
-    check_arguments(WHOLE, scans_per_shard=scans_per_shard, seed=seed)
     check_arguments(OPTIONAL_PATH, columns=columns, key_file=key_file)
     check_arguments(Kind((Quality, type(None)), "a data_pipeline.quality.rules.Quality or None"), quality=quality)
-    ray_cluster.check_workers(workers)
+    check_storage(splits, codec, scans_per_shard, seed=seed, scaling=scaling, workers=workers)
     folder, root = Path(out).resolve(), Path(cohort).resolve()  # absolute: Ray workers run in another directory
-    check_scaling(scaling)
-    _check_storage(splits, codec, scans_per_shard)
     intensity, quality = check_preparation(modality, crop, intensity), quality or Quality()
     cohort_scans = read_with_changes(root, dataset, modality, layout=layout, columns=columns, key_file=key_file)
     scans, unlisted = cohort_scans.scans, cohort_scans.unlisted
@@ -108,7 +105,13 @@ def build_shards(
         return existing or _build(folder, cohort_scans, grid, settings, workers)
 
 
-def _check_storage(splits: dict[str, float] | None, codec: str, scans_per_shard: int) -> None:
+def check_storage(
+    splits: dict[str, float] | None, codec: str, scans_per_shard: int, *, seed: int, scaling: str, workers: int | None
+) -> None:
+    """Raise UserError if one of these arguments of ``build_shards`` cannot be used."""
+    check_arguments(WHOLE, scans_per_shard=scans_per_shard, seed=seed)
+    ray_cluster.check_workers(workers)
+    check_scaling(scaling)
     if splits is not None:
         check_shares(splits, splits)
     if codec not in CODECS:

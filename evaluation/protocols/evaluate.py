@@ -20,13 +20,12 @@ from evaluation.protocols.protocols import (
     PROTOCOLS,
     add_readouts,
     candidate_tables,
-    check_features,
-    check_protocols,
+    checked_settings,
     variant_of,
 )
 from evaluation.protocols.record import log_result, open_run
 from evaluation.protocols.results import EvaluationResult, chosen_lines, is_complete, make_result, write_result
-from evaluation.protocols.settings import AUTO, EvaluationSettings, check_types, load_fine_tuning, names_of
+from evaluation.protocols.settings import AUTO, EvaluationSettings
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS
 from evaluation.tasks.leakage import check_copies, check_leakage, check_readouts
 from evaluation.tasks.published import PUBLISHED, SOURCE
@@ -112,18 +111,12 @@ def evaluate(
         UserError: if an argument, a checkpoint, the shards or a task cannot be used; if a checkpoint was trained on test
             participants; if the MLflow store did not take a result, which then stays in ``storage``.
     """
-    check_types(seed, n_train, finetune, tasks=tasks, protocols=protocols, pooling=pooling)
     ray_cluster.check_workers(workers)
-    settings = EvaluationSettings(
-        tasks=names_of(tasks), protocols=names_of(protocols), folds=folds, n_train=tuple(n_train), draws=draws, seed=seed,
-        inner_repeats=inner_repeats, leave_site_out=leave_site_out, layer=layer, pooling=names_of(pooling), scale=scale,
-        readouts=readouts,
-        mlp_trials=mlp_trials, repeats=repeats, halvings=halvings, permutations=permutations,
-        finetune=finetune if isinstance(finetune, FineTuning) else load_fine_tuning(finetune or {}, seed),
+    settings = checked_settings(
+        tasks=tasks, protocols=protocols, folds=folds, n_train=n_train, draws=draws, seed=seed, inner_repeats=inner_repeats,
+        leave_site_out=leave_site_out, layer=layer, pooling=pooling, scale=scale, readouts=readouts, mlp_trials=mlp_trials,
+        repeats=repeats, halvings=halvings, permutations=permutations, finetune=finetune,
     )  # fmt: skip
-    settings.check()
-    check_protocols(settings.protocols)
-    check_features(settings)
     paths = checkpoint_paths(checkpoints, all_steps=all_steps)
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
     context = _make_context(

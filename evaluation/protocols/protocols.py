@@ -14,9 +14,10 @@ from evaluation.features.candidates import FeatureChoice, candidate_blocks
 from evaluation.features.tables import SCALES, WIDE, reduced, table_of
 from evaluation.protocols.context import Candidate, EvaluationContext
 from evaluation.protocols.features import cache_name, features_of, features_of_each
+from evaluation.protocols.finetune import FineTuning
 from evaluation.protocols.nested_cv import NestedCVResult, PreparedTask, search_grid, search_perceptrons
 from evaluation.protocols.probes import LINEAR, LINEAR_WIDE, NEAREST_NEIGHBOURS, Probe, with_readout_penalties
-from evaluation.protocols.settings import AUTO, EvaluationSettings
+from evaluation.protocols.settings import AUTO, EvaluationSettings, check_types, load_fine_tuning, names_of
 from evaluation.protocols.tune_networks import search_fine_tuning, training_jobs
 from evaluation.protocols.variant import ProtocolVariant
 from evaluation.protocols.voxels import voxel_coordinates
@@ -262,6 +263,21 @@ def check_features(settings: EvaluationSettings) -> None:
             f"layer={AUTO} is for the protocols paper and linear, and not for {', '.join(others or settings.protocols)}; name "
             "a block, or leave out the layer"
         )
+
+
+def checked_settings(
+    *, tasks: Any, protocols: Any, pooling: Any, n_train: Any, seed: Any, finetune: Any, **more: Any
+) -> EvaluationSettings:
+    """Return the settings of these arguments of `evaluate`. Raises UserError if one cannot be used."""
+    check_types(seed, n_train, finetune, tasks=tasks, protocols=protocols, pooling=pooling)
+    settings = EvaluationSettings(
+        tasks=names_of(tasks), protocols=names_of(protocols), pooling=names_of(pooling), n_train=tuple(n_train), seed=seed,
+        finetune=finetune if isinstance(finetune, FineTuning) else load_fine_tuning(finetune or {}, seed), **more,
+    )  # fmt: skip
+    settings.check()
+    check_protocols(settings.protocols)
+    check_features(settings)
+    return settings
 
 
 def variant_of(name: str, settings: EvaluationSettings) -> ProtocolVariant:

@@ -16,11 +16,11 @@ from pathlib import Path
 from infra.errors import UserError
 from infra.files import host_tag, lock, open_file
 
-PREFIX, LOCK = "yaware-scratch-", ".lock"
+PREFIX, SHORT_PREFIX, LOCK = "yaware-scratch-", "yw-", ".lock"
 
 
 @contextmanager
-def scratch_folder(title: str, beside: Path | None = None) -> Iterator[Path]:
+def scratch_folder(title: str, beside: Path | None = None, *, parent: Path | None = None) -> Iterator[Path]:
     """Make a folder in TMPDIR, only for this user and inside the block; remove those that killed processes have left.
 
     On a file system without locks the others are left alone, since their processes may still run.
@@ -28,15 +28,16 @@ def scratch_folder(title: str, beside: Path | None = None) -> Iterator[Path]:
     Args:
         title: a word for the folder's name, for example ``voxels``.
         beside: make the folder beside this path instead, with a hidden name: for a result that is renamed to this path.
+        parent: make the folder in this one instead, with a short name, for sockets in it.
 
     Raises:
         UserError: if no temporary folder can be written.
         OSError: if no folder can be made beside ``beside``.
     """
     # Beside a result, which other hosts may see too, only folders of this host are removed; see `host_tag`.
-    prefix = PREFIX if beside is None else f".{PREFIX}{host_tag()}-"
+    prefix = f".{PREFIX}{host_tag()}-" if beside else SHORT_PREFIX if parent else PREFIX
     try:
-        parent = Path(tempfile.gettempdir()) if beside is None else beside.parent
+        parent = beside.parent if beside else parent or Path(tempfile.gettempdir())
         folder = Path(tempfile.mkdtemp(prefix=f".{prefix}{title}-", dir=parent))
     except OSError as error:
         if beside is not None:

@@ -14,28 +14,12 @@ from infra.errors import UserError, nearest
 
 def launch(arguments: list[str]) -> int:
     """Check a recipe against its shards and a hostfile, then start it on the hosts with one of the launchers."""
-    parser = argparse.ArgumentParser(
-        prog="yaware launch",
-        description=launch.__doc__,
-        epilog="--section.key=value overrides any key of the recipe.",
-    )
-    parser.add_argument(
-        "--config", required=True, help="name of a shipped recipe (demo-cpu, ...) or path of a YAML file"
-    )
-    parser.add_argument(
-        "--hostfile", type=Path, required=True, help="lines `name slots=8`; the first host is the master"
-    )
-    parser.add_argument(
-        "--node_rank",
-        type=int,
-        help="start only this host, line N of the hostfile (from 0); default: all hosts, over pdsh",
-    )
-    parser.add_argument("--master_addr", help="address of the first host (default: its name)")
-    parser.add_argument("--master_port", type=int, default=29500)
-    parser.add_argument("--launcher", help="pdsh (default), node (default with --node_rank), slurm (submits with sbatch) or "
-                        "one-host (the hostfile names only this host)")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="check and print the command line, start nothing")
-    options, overrides = parser.parse_known_args(arguments)
+    if "--slurm" in arguments:
+        from infra.slurm.cli import launch_in_slurm
+
+        place = arguments.index("--slurm")
+        return launch_in_slurm([*arguments[:place], *arguments[place + 1 :]])
+    options, overrides = _launch_parser().parse_known_args(arguments)
     from pretrain.config import load_recipe
     from pretrain.launch.hosts import read_hostfile
     from pretrain.launch.launchers import DEEPSPEED, LAUNCHERS, Job
@@ -62,6 +46,33 @@ def launch(arguments: list[str]) -> int:
     if end.reason:
         print(f"launch: {end.reason}", file=sys.stderr, flush=True)
     return end.status
+
+
+def _launch_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="yaware launch",
+        description=launch.__doc__,
+        epilog="--section.key=value overrides any key of the recipe.",
+    )
+    parser.add_argument(
+        "--config", required=True, help="name of a shipped recipe (demo-cpu, ...) or path of a YAML file"
+    )
+    parser.add_argument(
+        "--hostfile", type=Path, required=True, help="lines `name slots=8`; the first host is the master"
+    )
+    parser.add_argument(
+        "--node_rank",
+        type=int,
+        help="start only this host, line N of the hostfile (from 0); default: all hosts, over pdsh",
+    )
+    parser.add_argument("--master_addr", help="address of the first host (default: its name)")
+    parser.add_argument("--master_port", type=int, default=29500)
+    parser.add_argument("--launcher", help="pdsh (default), node (default with --node_rank), slurm (submits with sbatch) or "
+                        "one-host (the hostfile names only this host)")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="check and print the command line, start nothing")
+    parser.add_argument("--slurm", action="store_true", help="write and submit a batch job of SLURM instead, for pretrain, "
+                        "build, evaluate or compare; see yaware launch --slurm --help")  # fmt: skip
+    return parser
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"launch": launch}

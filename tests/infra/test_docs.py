@@ -34,8 +34,9 @@ def test_pages_load_nothing_from_other_hosts(site):
             assert LOADED.findall(path.read_text(encoding="utf-8")) == [], path
 
 
-def test_the_cluster_page_is_the_readme_of_the_launch_files(site):
-    assert "pretrain-deepspeed.sbatch" in (site / "cluster.html").read_text(encoding="utf-8")
+def test_the_page_of_the_launch_files_is_their_readme(site):
+    assert "pretrain-deepspeed.sbatch" in (site / "launch.html").read_text(encoding="utf-8")
+    assert 'href="launch.html' in (site / "index.html").read_text(encoding="utf-8")
     assert 'href="cluster.html' in (site / "index.html").read_text(encoding="utf-8")
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,8 +13,9 @@ import psutil
 import pytest
 
 from tests.faults.rank_process import run_ranks
-from tests.runs import ROOT, SMALL, environment, losses
-from tests.slurm import INTERFACE, NODES, Cluster, cluster, why_not
+from tests.runs import SMALL, losses
+from tests.slurm import NODES, cluster, why_not
+from tests.slurm_job import BatchJob, requeued
 
 REASON = why_not()
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -64,49 +64,17 @@ def one_host(shards, tmp_path_factory):
     return losses(folder / "run")
 
 
-class Job:
-    """A submitted batch job of a script, in a checkout of its own."""
-
-    def __init__(self, slurm: Cluster, script: str, folder: Path, *options: str, **variables: str) -> None:
-        self.slurm, self.folder, self.script, self.variables = slurm, folder, script, variables
-        self.options, self.number = options, 0
-        binaries = folder / ".venv" / "bin"
-        binaries.mkdir(parents=True)
-        for name, words in {"python": "", "yaware": "-m infra.cli "}.items():
-            (binaries / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words}"$@"\n')
-            (binaries / name).chmod(0o755)
+class Job(BatchJob):
+    """A batch job that trains, in a checkout of its own."""
 
     def submit(self, shards: Path, *more: str) -> Job:
         """Submit the job."""
-        given = environment(self.folder)
-        chosen = {name: given[name] for name in ("MLFLOW_TRACKING_URI", "DS_ACCELERATOR")}
-        script = str(ROOT / f"infra/launch/{self.script}.sbatch")
-        self.number = self.slurm.submit(
-            "--nodes=2", "--time=20", *SIZE[self.script], *self.options, script, *training(shards, self.output, *more),
-            variables={**chosen, **self.variables, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": INTERFACE}, cwd=self.folder,
-        )  # fmt: skip
+        self.run(*SIZE[self.script], arguments=training(shards, self.output, *more))
         return self
 
     @property
     def output(self) -> Path:
         return self.folder / "run"
-
-    @property
-    def log(self) -> str:
-        return (self.folder / f"yaware-{self.number}.log").read_text()
-
-    def lines(self, beginning: str) -> list[str]:
-        """Return the lines of the log that begin with a text."""
-        return [line for line in self.log.splitlines() if line.startswith(beginning)]
-
-    def wait(self, *states: str, restarts: int | None = None, seconds: float = 400) -> dict[str, str]:
-        """Wait until the job has one of some states and was restarted some times; return its fields."""
-
-        def reached() -> dict[str, str] | None:
-            job = self.slurm.job(self.number)
-            return job if job["JobState"] in states and restarts in (None, int(job["Restarts"])) else None
-
-        return self.slurm.until(reached, seconds, lambda: f"{self.slurm.job(self.number)}\n{self.log[-4000:]}")
 
     def step(self) -> int:
         """Return how many steps were logged."""
@@ -135,12 +103,6 @@ class Job:
         assert len(ranks) == 1, [psutil.Process(number).cmdline() for number in self.slurm.processes(node)]
         return ranks
 
-    def preempt(self) -> None:
-        """Let a job of a higher partition take both nodes for a moment."""
-        self.slurm.submit(
-            "--nodes=2", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap=true", cwd=self.folder
-        )
-
     def reach_time_limit(self) -> None:
         """Set the time limit to two minutes and wait for SLURM's warning, without a step meanwhile."""
         ranks = [rank for node in NODES for rank in self.ranks(node)]
@@ -166,15 +128,7 @@ def job(slurm, tmp_path):
 
     yield make
     for made in jobs:
-        slurm.run("scancel", str(made.number))
-        made.wait("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL")
-        print(made.log[-6000:])
-
-
-def requeued(job: Job) -> list[str]:
-    """Return why the job was requeued, each time."""
-    return [line.removeprefix("pretrain: ").partition("; requeueing job ")[0] for line in job.log.splitlines()
-            if "; requeueing job " in line]  # fmt: skip
+        made.end()
 
 
 @pytest.mark.jobs
@@ -277,10 +231,10 @@ def test_a_job_that_lost_a_node_goes_on_when_the_node_is_back(job, shards, one_h
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--array=1-1"], "SLURM_ARRAY_JOB_ID: every task of a job array would train the same run"),
+        (["--array=1-1"], "SLURM_ARRAY_JOB_ID: every task of a job array would do the same work"),
         (
             ["--nodes=1", ":", "--nodes=1", "--ntasks=1"],
-            "SLURM_HET_SIZE=2: a heterogeneous job would start the ranks of its first part only",
+            "SLURM_HET_SIZE=2: a heterogeneous job would start its first part only",
         ),
     ],
     ids=["array", "heterogeneous"],

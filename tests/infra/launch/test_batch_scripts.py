@@ -89,3 +89,35 @@ def test_the_directives_let_a_job_save_before_its_time_limit_and_come_back(name)
     assert directives["signal"] == "USR1@120", "the ranks save at SIGUSR1; a B: would send it to the shell alone"
     assert {"requeue", "nodes", "ntasks-per-node", "gpus-per-node", "time"} <= directives.keys()
     assert directives["open-mode"] == "append", "a requeued job continues its log"
+
+
+RAY = {"build-shards.sbatch": ("shards build", 2), "evaluate.sbatch": ("evaluate", 1)}
+
+
+@pytest.mark.parametrize(("name", "command"), [(name, command) for name, (command, _) in RAY.items()])
+def test_a_script_on_ray_becomes_the_job_and_has_its_status(run, name, command):
+    done, calls = run(name, "a b", "c", "--d=e")
+    assert (done.returncode, calls) == (1, [f"python -m infra.slurm.ray_job {command} a b c --d=e"])
+
+
+@pytest.mark.parametrize(("name", "least"), [(name, least) for name, (_, least) in RAY.items()])
+def test_the_usage_of_a_script_on_ray_is_said_without_its_arguments(run, name, least):
+    done, calls = run(name, *["x"] * (least - 1))
+    assert done.returncode != 0
+    assert "usage: sbatch" in done.stderr
+    assert calls == []
+
+
+def test_the_scripts_on_ray_differ_in_their_command_only():
+    shown = []
+    for name in RAY:
+        lines = (LAUNCH / name).read_text().splitlines()
+        kept = [line for line in lines if not line.startswith(("# ", ": ", "#SBATCH --job-name"))]
+        shown.append([re.sub(r"(ray_job) [\w ]+", r"\1", line) for line in kept])
+    assert shown[0] == shown[1]
+    assert {
+        "#SBATCH --no-kill",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --ntasks-per-node=1",
+    } <= set(shown[0])

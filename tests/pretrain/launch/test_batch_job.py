@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import pytest
 
-from infra.errors import UserError
 from infra.files import write_json
+from infra.slurm import requeue
+from infra.slurm.requeue import Requeue, read_requeues
 from infra.watchdog.exit_note import ExitNote
 from infra.watchdog.run_status import FINISHED, RUNNING, STOPPED, RunStatus, read_status
 from pretrain.launch import batch_job
-from pretrain.launch.batch_job import (
-    Requeue,
-    bound_reached,
-    check_job,
-    end_job,
-    fields_of_job,
-    read_requeues,
-    why_unfinished,
-)
+from pretrain.launch.batch_job import end_job, why_unfinished
 
 JOB = {"SLURM_JOB_ID": "12"}
 STOP = RunStatus(STOPPED, 0, 40, 900, "SIGTERM", "12.0")
@@ -60,7 +52,7 @@ def test_an_unfinished_run_continues_unless_it_failed_or_the_user_stopped_it(
 def requeued(monkeypatch):
     """What scontrol was asked; it agrees."""
     asked = []
-    monkeypatch.setattr(batch_job, "_scontrol", lambda *words: asked.append(words) or ("", ""))
+    monkeypatch.setattr(requeue, "scontrol", lambda *words: asked.append(words) or ("", ""))
     return asked
 
 
@@ -70,7 +62,9 @@ def test_a_stopped_run_is_recorded_and_requeued_in_one_line(tmp_path, requeued, 
     (tmp_path / "checkpoints/latest").write_text("step-00000040\n")
     assert end_job(0, tmp_path, {"JobState": "RUNNING"}, JOB) == 75
     assert requeued == [("requeue", "12")]
-    assert read_requeues(tmp_path) == [Requeue("12.0", "step-00000040", "stopped by SIGTERM after step 40")]
+    assert read_requeues(tmp_path / "requeues.jsonl") == [
+        Requeue("12.0", "step-00000040", "stopped by SIGTERM after step 40")
+    ]
     assert capsys.readouterr().out == (
         "pretrain: stopped by SIGTERM after step 40; requeueing job 12 (1 of at most 100 times)\n"
     )
@@ -106,50 +100,12 @@ def test_the_words_of_an_earlier_start_do_not_count(tmp_path, requeued, capsys):
 
 def test_a_refusal_of_slurm_is_said(tmp_path, monkeypatch, capsys):
     STOP.write(tmp_path)
-    monkeypatch.setattr(
-        batch_job, "_scontrol", lambda *words: ("", "scontrol: Requested operation is presently disabled")
-    )
+    monkeypatch.setattr(requeue, "scontrol", lambda *words: ("", "scontrol: Requested operation is presently disabled"))
     assert end_job(0, tmp_path, {"JobState": "RUNNING"}, JOB) == 75
     assert capsys.readouterr().out.splitlines()[-1] == (
         "pretrain: stopped by SIGTERM after step 40; job 12 is not queued again: scontrol: Requested operation is presently "
         "disabled; the same command continues"
     )
-
-
-def test_requeues_are_bounded_in_all_and_without_a_new_checkpoint():
-    def record(*names: str, job: int = 12) -> list[Requeue]:
-        return [Requeue(f"{job}.{number}", name, "stopped") for number, name in enumerate(names)]
-
-    assert bound_reached("", [], JOB) == ""
-    assert bound_reached("c", record("a", "b", "b"), JOB) == ""
-    assert bound_reached("b", record("a", "b", "b"), JOB) == ""
-    assert bound_reached("b", record("b", "b", "b"), JOB) == "3 requeues brought no new checkpoint (YAWARE_RESTARTS=3)"
-    assert bound_reached("b", record("b", "b", "b", job=11), JOB) == "", "requeues of another job"
-    assert bound_reached("b", record("b"), {**JOB, "YAWARE_RESTARTS": "1"}) != ""
-    restarted = {**JOB, "SLURM_RESTART_COUNT": "100"}
-    assert bound_reached("c", [], restarted) == "it was restarted 100 times (YAWARE_MAX_REQUEUES=100)"
-    assert bound_reached("c", [], {**restarted, "YAWARE_MAX_REQUEUES": "101"}) == ""
-
-
-def test_a_truncated_line_of_the_record_is_left_out(tmp_path):
-    line = json.dumps({"attempt": "12.0", "checkpoint": "a", "reason": "stopped"})
-    (tmp_path / "requeues.jsonl").write_text(f'{line}\n{{"attempt": "12\n[1]\n')
-    assert read_requeues(tmp_path) == [Requeue("12.0", "a", "stopped")]
-
-
-@pytest.mark.parametrize(
-    ("variables", "text"),
-    [
-        ({"SLURM_ARRAY_JOB_ID": "7"}, "SLURM_ARRAY_JOB_ID: .* job array .*; submit one job a run, without --array"),
-        ({"SLURM_HET_SIZE": "2"}, "SLURM_HET_SIZE=2: a heterogeneous job .*; submit one part"),
-        ({"YAWARE_MAX_REQUEUES": "many"}, "YAWARE_MAX_REQUEUES='many' is not a number of requeues; give 0 or more"),
-        ({"YAWARE_RESTARTS": "-1"}, "YAWARE_RESTARTS='-1' is not a number"),
-    ],
-)
-def test_a_job_that_cannot_run_is_refused_with_its_variable(variables, text):
-    check_job(JOB)
-    with pytest.raises(UserError, match=text):
-        check_job({**JOB, **variables})
 
 
 def test_a_wrong_recipe_ends_the_batch_script_before_its_step(capsys, monkeypatch):
@@ -158,11 +114,6 @@ def test_a_wrong_recipe_ends_the_batch_script_before_its_step(capsys, monkeypatc
     assert batch_job.main(["begin", "demo-cpu", "--train.stepps=3"]) == 2
     assert "train.stepps" in capsys.readouterr().err
     assert batch_job.main(["begin", "demo-cpu", "--train.steps=3"]) == 0
-
-
-def test_the_fields_of_a_job_are_not_taken_from_its_command_line():
-    text = "JobId=12 JobState=RUNNING PreemptTime=None Command=/x.sbatch demo-cpu --a.JobState=CANCELLED PreemptTime=1"
-    assert {"JobState": "RUNNING", "PreemptTime": "None"}.items() <= fields_of_job(text).items()
 
 
 def test_a_status_file_that_says_nothing_is_none(tmp_path):
