@@ -80,7 +80,7 @@ def plan(quick: bool) -> list[Case]:
             Case("weak", 1, 2, 2),
             Case("weak", 2, 2, 2),
             Case("strong", 2, 1, 2),
-            Case("weak", 2, 2, 2, 2, 1000, 1),
+            Case("weak", 2, 2, 2, hosts=2, mbit=1000, delay_ms=1),
         ]
     ranks = (1, 2, 4, 8)
     local = [Case("weak", n, SCANS, 20) for n in ranks] + [Case("strong", n, 8 // n, 20) for n in ranks]
