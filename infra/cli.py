@@ -32,7 +32,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("evaluation.compare_cli", "compare evaluated checkpoints: tables, LaTeX and an HTML report"),
     "saliency": ("evaluation.compare_cli", "map which brain regions a checkpoint's prediction depends on"),
     "promote": ("evaluation.compare_cli", "register a checkpoint in MLflow's model registry under an alias"),
-    "doctor": ("infra.doctor", "check the compiler, packages, GPUs and disk space of this machine"),
+    "doctor": ("pretrain.doctor.cli", "check this machine, or the nodes of a hostfile or of SLURM, before a run"),
 }
 
 

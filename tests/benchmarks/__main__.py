@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CPU_ONLY = ("bench_cohort", "bench_shards")  # all their work is done on the CPU
+CPU_ONLY = ("bench_cohort", "bench_scaling", "bench_shards")  # all their work is done on the CPU
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ tensor in pages of its own that go back to the kernel when it is freed; traffic 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import time
@@ -24,8 +25,10 @@ from pretrain.run.objective import Objective
 from pretrain.run.step import train_step
 from tests import memory
 
-# Tensors of 64 KiB and more get pages of their own, which are unmapped when the tensor is freed.
-OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+# Options of glibc's mallopt, from malloc.h: tensors of 64 KiB and more get pages of their own, which are unmapped when the
+# tensor is freed.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+OWN_PAGES = {M_TRIM_THRESHOLD: 65536, M_MMAP_THRESHOLD: 65536, M_ARENA_MAX: 1}
 QUIET_SECONDS = 0.1
 _warm: list[list[int]] = []  # what the first measurement of this process gave, which does not count
 
@@ -44,6 +47,8 @@ def resident_bytes() -> int:
 def measured_step(group: Any, rank: int, options: Sequence[str], grid: Sequence[int], scans: int) -> list[int]:
     """Return the peak bytes of this rank above those of an idle one, and the bytes that it sends in a step."""
     if not _warm:
+        for option, value in OWN_PAGES.items():
+            assert ctypes.CDLL(None).mallopt(option, value)
         # Loads libraries, starts threads and connects the ranks, none of which is the network's memory.
         _warm.append(_measure(group, rank, load_recipe("demo-cpu", [*options, "--batch.micro=null"]), (32, 32, 32), 1))
     return _measure(group, rank, load_recipe("demo-cpu", list(options)), grid, scans)

@@ -11,7 +11,7 @@ from pretrain.forecast.operations import plain_model
 from pretrain.forecast.traffic import collectives_of_step, sent_bytes
 from tests.distributed.deepspeed_cases import serve
 from tests.distributed.ranks import Ranks
-from tests.pretrain.forecast.forecast_cases import OWN_PAGES, measured_step
+from tests.pretrain.forecast.forecast_cases import measured_step
 
 WORLD, GRID, SCANS = 2, (40, 40, 40), 4
 NETWORK = ("--encoder.name=resnet18", "--encoder.options={width: 0.25, norm: group}")
@@ -28,12 +28,9 @@ EVERY_CASE = [pytest.param(case, marks=pytest.mark.jobs if case in IN_JOBS else 
 
 @pytest.fixture(scope="module")
 def ranks():
-    """Two ranks whose tensors have pages of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in OWN_PAGES.items():
-            patch.setenv(name, value)
-        with Ranks(WORLD, serve) as pool:
-            yield pool
+    """Two ranks."""
+    with Ranks(WORLD, serve) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module")

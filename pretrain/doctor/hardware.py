@@ -1,0 +1,140 @@
+"""GPUs and their driver, cores, memory, disk and shared memory of a node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from pretrain.doctor.row import FAIL, OK, WARN, Found, Request, Row
+from pretrain.doctor.software import DRIVERS, torch_cuda
+
+GIB, MIB = 2**30, 2**20
+DISK, MEMORY, MEMORY_WANTED, SHM, SHM_WANTED = 5 * GIB, 1 * GIB, 4 * GIB, 64 * MIB, 256 * MIB
+SHM_FOLDER = "/dev/shm"
+QUERY = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits"]
+BUSY = 0.1  # of a GPU's memory that another process may hold without a warning
+
+
+def look_devices(request: Request) -> dict[str, Any]:
+    """Return the GPUs that the driver lists, how many of them torch sees, and the cores."""
+    gpus = _gpus()
+    seen = None
+    if gpus:
+        import torch
+
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {"gpus": gpus, "torch": seen, "cuda": torch_cuda(), "cores": len(os.sched_getaffinity(0)),
+            "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}  # fmt: skip
+
+
+def _gpus() -> list[dict[str, Any]]:
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        done = subprocess.run(QUERY, capture_output=True, text=True, timeout=60, check=True)
+        rows = [[word.strip() for word in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+        return [{"name": n, "total": MIB * int(t), "used": MIB * int(u), "driver": d} for n, t, u, d in rows]
+    return []
+
+
+def judge_devices(found: Found, request: Request) -> list[Row]:
+    """Fail if torch sees fewer GPUs than there are or than ranks; warn if they are in use or differ between nodes."""
+    rows, (_, first) = [], next(iter(found.items()))
+    for node, value in found.items():
+        state, text, fix = _devices_of(value, request.hosts.get(node, 1))
+        if state == OK and [gpu["name"] for gpu in value["gpus"]] != [gpu["name"] for gpu in first["gpus"]]:
+            state, fix = WARN, "the nodes have different GPUs: the slowest one decides"
+        rows.append(Row("", state, text, fix, node if len(found) > 1 else ""))
+    return rows
+
+
+def _devices_of(value: dict[str, Any], ranks: int) -> tuple[str, str, str]:
+    gpus, seen = value["gpus"], value["torch"]
+    if not gpus:
+        text = f"{value['cores']} cores, no GPU: training runs on the CPU over gloo"
+        return (WARN, text, f"{ranks} ranks share them") if ranks > value["cores"] else (OK, text, "")
+    kinds = ", ".join(f"{gpu['name']} {gpu['total'] / GIB:.0f} GiB" for gpu in gpus)
+    text = f"{len(gpus)} GPUs ({kinds}), {value['cores']} cores"
+    limited = value["visible"] is not None
+    if seen < (ranks if limited else len(gpus)):
+        cause = (
+            f"CUDA_VISIBLE_DEVICES={value['visible']} hides some"
+            if limited
+            else f"torch is built for CUDA {value['cuda']}"
+        )
+        return FAIL, f"{text}; torch sees {seen}", cause
+    if ranks > len(gpus):
+        return FAIL, f"{text} for {ranks} ranks", "write the number of GPUs as slots"
+    busy = [str(n) for n, gpu in enumerate(gpus) if gpu["used"] > BUSY * gpu["total"]]
+    if busy:
+        return WARN, text, f"memory of GPU {', '.join(busy)} is in use; see nvidia-smi"
+    return OK, text, ""
+
+
+def judge_driver(value: dict[str, Any]) -> tuple[str, str, str]:
+    """Fail if the driver is older than torch's CUDA needs."""
+    gpus, cuda = value["gpus"], value["cuda"]
+    if not gpus:
+        return OK, "no GPU", ""
+    driver, major = str(gpus[0]["driver"]), int(cuda.partition(".")[0] or 0)
+    text = f"driver {driver}, torch built for CUDA {cuda or 'none'}"
+    if not cuda:
+        return FAIL, text, "this torch is a CPU build: install one for CUDA"
+    oldest = DRIVERS.get(major)
+    if oldest and int(driver.partition(".")[0]) < oldest:
+        return FAIL, text, f"CUDA {major} needs driver {oldest} or newer"
+    return OK, text, ""
+
+
+def look_memory(request: Request) -> float:
+    """Return the bytes of memory that a new process could use."""
+    return float(psutil.virtual_memory().available)
+
+
+def judge_memory(found: Found, request: Request) -> list[Row]:
+    """Fail below 1 GiB per rank, warn below 4."""
+    rows = []
+    for node, free in found.items():
+        ranks = request.hosts.get(node, 1)
+        state = FAIL if free < MEMORY * ranks else WARN if free < MEMORY_WANTED * ranks else OK
+        fix = "" if state == OK else f"{ranks} ranks want {ranks * MEMORY_WANTED / GIB:.0f} GiB; end other processes"
+        rows.append(Row("", state, f"{free / GIB:.1f} GiB free", fix, node if len(found) > 1 else ""))
+    return rows
+
+
+def look_disk(request: Request) -> float:
+    """Return the free bytes of the working directory."""
+    return float(shutil.disk_usage(".").free)
+
+
+def judge_disk(free: float) -> tuple[str, str, str]:
+    """Fail if there is no room for checkpoints and shards."""
+    text = f"{free / GIB:.0f} GiB free here"
+    return (OK, text, "") if free > DISK else (FAIL, text, "at least 5 GiB are needed")
+
+
+def look_shm(request: Request) -> float | None:
+    """Return the free bytes of shared memory; None if there is none."""
+    try:
+        return float(shutil.disk_usage(SHM_FOLDER).free)
+    except OSError:
+        return None
+
+
+def judge_shm(found: Found, request: Request) -> list[Row]:
+    """Fail if NCCL, or readers that hand batches over, would find no room; warn if there is little."""
+    rows = []
+    for node, free in found.items():
+        ranks, where = request.hosts.get(node, 1), node if len(found) > 1 else ""
+        if free is None:
+            rows.append(Row("", FAIL, f"{SHM_FOLDER} is missing", "mount a tmpfs there", where))
+            continue
+        state = FAIL if free < SHM * ranks else WARN if free < SHM_WANTED * ranks else OK
+        fix = "" if state == OK else (
+            f"{ranks * SHM_WANTED / MIB:.0f} MiB are wanted: remove files of ended jobs there, or enlarge it (--shm-size)"
+        )  # fmt: skip
+        rows.append(Row("", state, f"{free / MIB:,.0f} MiB free in {SHM_FOLDER}", fix, where))
+    return rows
