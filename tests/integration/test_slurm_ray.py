@@ -201,7 +201,8 @@ def test_a_build_comes_back_after_the_loss_of_its_first_node(job, large_cohort, 
     ip(f"{cable} up")
     struck.slurm.start_node("node1")
     assert struck.wait("COMPLETED", "FAILED", "NODE_FAIL")["ExitCode"] == "0:0"
-    assert requeued(struck) == ["node node1 was lost, with Ray's head"]
+    # The line that says so was lost with srun on the first node.
+    assert struck.slurm.job(struck.number)["Restarts"] == "1"
     assert files(struck.output) == large_alone
 
 
