@@ -32,7 +32,8 @@ from infra.ray_cluster import ON_LOOPBACK, QUIET
 from infra.slurm.requeue import AGAIN, queue_again, requeue_record, show_job
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # SLURM's before a time limit, at a preemption, and Ctrl-C
-LOOK_SECONDS, GRACE_SECONDS, START_SECONDS = 0.2, 10.0, 120.0
+LOOK_SECONDS, GRACE_SECONDS = 0.2, 10.0
+START_SECONDS = 300.0  # on a busy file system, importing Ray on many nodes takes minutes
 STARTS = 4  # of Ray on one node
 # Ray's minimum is 75 MiB. Objects are few and small: tasks write their results to files.
 LEAST_STORE, MOST_STORE, SHARE_OF_MEMORY = 80 * 2**20, 4 * 2**30, 0.1
