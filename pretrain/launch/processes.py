@@ -82,7 +82,9 @@ class RankObserver:
             self._epoll.close()
 
     def _add(self, process: psutil.Process) -> None:
-        self._ranks[process.pid], self._alive[process.pid] = _rank_of(process), process
+        if (rank := _rank_of(process)) is None:
+            return  # it is found again by the next search
+        self._ranks[process.pid], self._alive[process.pid] = rank, process
         if self._epoll:
             with suppress(OSError):  # ended already, or an old kernel: `look` asks for its state instead
                 descriptor = os.pidfd_open(process.pid)
@@ -151,10 +153,16 @@ def _parent(process: psutil.Process) -> int:
         return 0
 
 
-def _rank_of(process: psutil.Process) -> int:
-    """Return a training process's global rank, or its rank on this host if its environment cannot be read."""
+def _rank_of(process: psutil.Process) -> int | None:
+    """Return a training process's global rank, or its rank on this host if its environment cannot be read.
+
+    None if the process has just been started: for a moment its environment is empty.
+    """
     with suppress(psutil.Error, OSError, KeyError, ValueError):
-        return int(process.environ()["RANK"])
+        environment = process.environ()
+        if not environment:
+            return None
+        return int(environment["RANK"])
     numbers = [word.partition("=")[2] for word in words_of(process) if word.startswith("--local_rank")]
     return int(numbers[0]) if numbers and numbers[0].isdigit() else 0
 

@@ -88,8 +88,10 @@ def test_deaths_keep_their_order_if_the_observer_looks_only_afterwards(monkeypat
     monkeypatch.setattr(processes, "local_ranks", lambda launcher: [psutil.Process(rank.pid) for rank in ranks])
     observer = processes.RankObserver(0)
     try:
-        observer.look()
-        assert observer.running.count("rank ") == 4
+        limit = time.monotonic() + 60
+        while observer.running.count("rank ") < 4:  # a process that has just been started has no environment yet
+            assert time.monotonic() < limit
+            observer.look()
         for rank in (2, 0, 3):
             # /proc shows a zombie before those who watch it are told; an epoll is told as the observer's is.
             with select.epoll() as told:
@@ -107,6 +109,27 @@ def test_deaths_keep_their_order_if_the_observer_looks_only_afterwards(monkeypat
         for process in ranks:
             process.kill()
             process.wait()
+
+
+def test_a_rank_whose_environment_is_still_empty_is_found_later(monkeypatch):
+    rank = subprocess.Popen(["sleep", "60"], env={**os.environ, "RANK": "3"})
+    monkeypatch.setattr(processes, "local_ranks", lambda launcher: [psutil.Process(rank.pid)])
+    monkeypatch.setattr(processes, "SEARCH_SECONDS", 0.0)
+    observer = processes.RankObserver(0)
+    try:
+        with monkeypatch.context() as early:
+            early.setattr(psutil.Process, "environ", lambda process: {})
+            observer.look()
+            assert not observer.running
+        limit = time.monotonic() + 60
+        while not observer.running:
+            assert time.monotonic() < limit
+            observer.look()
+        assert observer.running == f"rank 3 (process {rank.pid})"
+    finally:
+        observer.close()
+        rank.kill()
+        rank.wait()
 
 
 def test_a_process_forked_by_a_rank_is_neither_a_rank_nor_a_death(tmp_path, monkeypatch):
