@@ -221,6 +221,8 @@ class Watchdog:
         faulthandler.dump_traceback_later(self.seconds + self._grace, exit=True)
 
     def _accept(self) -> None:
+        if len(self._ranks) == 1:
+            return  # another rank may connect before `connect` has gone on here; it would be taken for a stranger
         while self._listener is not None:
             try:
                 self._unknown.append(Wire(self._listener.accept()[0]))

@@ -125,6 +125,13 @@ def test_slow_ranks_that_make_progress_are_not_ended(tmp_path):
     assert all((tmp_path / f"rank{rank}.log").read_text().strip().endswith("done") for rank in range(2))
 
 
+@pytest.mark.parametrize("late", ["0", "1"])
+def test_a_rank_that_is_slow_to_connect_is_not_lost(tmp_path, late):
+    ranks = start(2, {"late": late, "1": "take twice as long but beat"}, tmp_path, seconds=60)
+    assert statuses(ranks) == [0, 0]
+    assert all("watchdog: " not in (tmp_path / f"rank{rank}.log").read_text() for rank in range(2))
+
+
 def test_zero_seconds_turn_the_watchdog_off(tmp_path):
     ranks = start(2, {"1": "take twice as long but beat"}, tmp_path, seconds=0)
     assert statuses(ranks) == [0, 0]

@@ -1,6 +1,6 @@
 """A rank under the watchdog that only pretends to load, exchange and write; test_watchdog.py chooses what goes wrong.
 
-usage: watchdog_rank.py SECONDS {"RANK": "what it does at step 3", ...}
+usage: watchdog_rank.py SECONDS {"RANK": "what it does at step 3", "late": "the rank that connects late", ...}
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ def sigterm_recorded() -> Iterator[None]:
 
 def watched(seconds: float, actions: dict[str, str]) -> None:
     """Make six steps and a checkpoint."""
+    if actions.get("late") == str(distributed.rank()):
+        reduce_scalars = distributed.reduce_scalars
+        distributed.reduce_scalars = lambda *given: (reduce_scalars(*given), time.sleep(1))[0]
     with watchdog.Watchdog(seconds), sigterm_recorded():
         watchdog.connect()
         for step in range(6):
