@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.errors import UserError, nearest
+from infra.files import read_text
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "launch"
 # What can be submitted: the batch script, and the words of the command of `yaware` that it runs.
@@ -62,7 +63,7 @@ def read_template(work: str) -> Template:
     """Return the batch script of a work. Raises UserError if the work is unknown."""
     if work not in WORKS:
         raise UserError(f"{work} cannot be submitted{nearest(work, WORKS)}; allowed: {', '.join(WORKS)}")
-    lines = (TEMPLATES / WORKS[work][0]).read_text(encoding="utf-8").splitlines()
+    lines = read_text(TEMPLATES / WORKS[work][0]).splitlines()
     places = [number for number, line in enumerate(lines) if line.startswith("#SBATCH ")]
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", "\n".join(lines), re.MULTILINE))
     return Template(options, "\n".join(lines[places[-1] + 1 :]) + "\n")

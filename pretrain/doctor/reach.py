@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
+from infra.files import read_text
 from infra.processes.with_parent import command_with_parent
 from pretrain.doctor.checks import look_at_all
 from pretrain.doctor.node import encoded, read_lines
@@ -41,7 +42,7 @@ def carried_variables(variables: Mapping[str, str]) -> dict[str, str]:
     carried = {name: value for name, value in variables.items() if name.startswith(EXPORTED)}
     for folder in (Path.home(), Path()):
         file = folder / variables.get("DS_ENV_FILE", VARIABLES_FILE)
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        for line in read_text(file).splitlines() if file.is_file() else []:
             name, equals, value = line.partition("=")
             if equals:
                 carried[name.strip()] = value.strip()

@@ -18,7 +18,7 @@ import numpy as np
 from data_pipeline.storage.manifest import Manifest, check_shards
 from data_pipeline.storage.remote import Access, is_remote
 from infra.errors import UserError
-from infra.files import check_output
+from infra.files import check_output, open_descriptor
 from infra.tracking.faults import describe_fault
 from infra.tracking.tracker import default_uri, store_uri
 from pretrain.config import Recipe, load_recipe
@@ -57,7 +57,7 @@ def look_shards(request: Request) -> dict[str, Any]:
 def _forget_pages(path: Path) -> None:
     """Ask the kernel to forget a file's pages, so that it is read from the disk."""
     with suppress(OSError):
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        handle = open_descriptor(path)
         try:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:

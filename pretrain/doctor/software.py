@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.extensions import extensions_folder
-from infra.files import read_text
+from infra.files import read_text, sha256_of
 from infra.machine import code_version, git_tags
 from pretrain.doctor.row import FAIL, OK, WARN, Found, Request, Row
 
@@ -166,7 +165,7 @@ def look_collectives(request: Request) -> dict[str, Any]:
     """Return the folder of DeepSpeed's compiled collectives, whether they are there, and whether a build was left."""
     folder = extensions_folder()
     objects = sorted(folder.glob("deepspeed_shm_comm/*.so"))
-    digest = hashlib.sha256(objects[0].read_bytes()).hexdigest()[:8] if objects else ""
+    digest = sha256_of(objects[0])[:8] if objects else ""
     empty = bool(objects) and objects[0].stat().st_size == 0
     return {"folder": str(folder), "digest": "" if empty else digest, "left": any(folder.glob("*/lock"))}
 

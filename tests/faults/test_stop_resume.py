@@ -73,6 +73,7 @@ def test_the_same_command_ends_like_an_uninterrupted_run(stopped, uninterrupted,
     assert weights_of(tmp_path / "run") == weights_of(uninterrupted[1])
 
 
+@pytest.mark.jobs
 def test_a_run_continued_on_other_ranks_has_equal_losses_within_rounding(stopped, uninterrupted, shards, tmp_path):
     ranks, stage = 1, 3
     shutil.copytree(stopped[0] / "run", tmp_path / "run")

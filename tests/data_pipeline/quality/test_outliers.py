@@ -164,6 +164,7 @@ def test_a_constant_volume_has_no_correlation_and_is_not_judged(tmp_path):
     assert "a_sub-02_ses-1" not in {removal.key for removal in verdict.removals}
 
 
+@pytest.mark.jobs
 def test_the_number_of_workers_does_not_change_any_file(tmp_path):
     """None builds so few scans in this process."""
     cohort = write_faulty_cohort(tmp_path / "faulty")

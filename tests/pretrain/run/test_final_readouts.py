@@ -74,6 +74,7 @@ def runs(tmp_path_factory, healthy):
     return folder, json.loads(done.stdout.splitlines()[-1]), done.stdout
 
 
+@pytest.mark.jobs
 def test_a_killed_fit_is_continued_without_another_step(runs):
     folder, result, printed = runs
     assert result["killed_by"] == "killed"
@@ -85,6 +86,7 @@ def test_a_killed_fit_is_continued_without_another_step(runs):
     assert not (folder / "run" / ".readouts-unfinished").exists()
 
 
+@pytest.mark.jobs
 def test_readouts_do_not_change_the_run_and_are_those_of_the_command(runs, healthy, tmp_path):
     folder, _, _ = runs
     step = "checkpoints/step-00000002"

@@ -108,6 +108,7 @@ def test_wrong_arguments_are_one_line(tmp_path, encoder, capsys, arguments, mess
     assert printed.count("\n") == 1
 
 
+@pytest.mark.jobs
 def test_a_killed_run_is_continued_by_the_same_command(tmp_path, encoder):
     paths = write_scans(tmp_path / "scans", 8)
     for number in range(300):
