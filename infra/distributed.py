@@ -118,8 +118,17 @@ def expand_counts(text: str) -> list[int]:
     return counts
 
 
-def free_port() -> int:
-    """Return a random TCP port from ``FIRST_PORT`` on that is free on loopback. Raises UserError if there is none.
+def address_towards(host: str) -> str:
+    """Return the IPv4 address of the interface by which this host reaches another one. Raises OSError if there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # of a datagram socket: chooses the interface and sends nothing
+        return str(probe.getsockname()[0])
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """Return a random TCP port from ``FIRST_PORT`` on that is free on an address, or on all if it is empty.
+
+    Raises UserError if there is none.
 
     A port that the system chooses could be taken by any outgoing connection before it is used.
     """
@@ -127,9 +136,10 @@ def free_port() -> int:
     for _ in range(1000):
         port = draw.randrange(FIRST_PORT, FIRST_PORT + PORTS)
         with socket.socket() as listener, suppress(OSError):
-            listener.bind(("127.0.0.1", port))
+            listener.bind((address, port))
             return port
-    raise UserError(f"no free TCP port from {FIRST_PORT} to {FIRST_PORT + PORTS} on loopback; end what listens there")
+    raise UserError(f"no free TCP port from {FIRST_PORT} to {FIRST_PORT + PORTS} on {address or 'all addresses'}; "
+                    "end what listens there")  # fmt: skip
 
 
 def single_process_environment() -> dict[str, str]:

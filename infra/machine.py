@@ -73,11 +73,15 @@ def code_version() -> str:
     for package in ("infra", "data_pipeline", "pretrain"):
         for path in sorted((root / package).rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + read_bytes(path) + b"\0")
+    return f"{package_version('yaware')}, code {digest.hexdigest()[:8]}"
+
+
+def package_version(name: str) -> str:
+    """Return the version of an installed package, or "not installed"."""
     try:
-        own = version("yaware")
+        return version(name)
     except PackageNotFoundError:
-        own = "not installed"
-    return f"{own}, code {digest.hexdigest()[:8]}"
+        return "not installed"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

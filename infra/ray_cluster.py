@@ -35,6 +35,8 @@ WORKER_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_
 
 # No usage reports, and no messages about accelerators.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Ray's default of 15 gives its workers next to no time on cores that anything else uses; a search then takes minutes.
+PRIORITY = {"RAY_worker_niceness": "0"}
 # Ray's processes then listen on 127.0.0.1 only, if that is the address of their node.
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # Environment variable: nodes of the cluster of RAY_ADDRESS for which a session waits, at most NODES_SECONDS.
@@ -104,8 +106,8 @@ def _session(workers: int | None) -> Iterator[Any]:
             ray.shutdown()
         return
     os.environ.setdefault("RAY_TMPDIR", str(short_temporary_folder("RAY_TMPDIR")))
-    # Ray's default of 15 gives its workers next to no time on cores that anything else uses; a search then takes minutes.
-    os.environ.setdefault("RAY_worker_niceness", "0")
+    for name, value in PRIORITY.items():
+        os.environ.setdefault(name, value)
     with _guarded():
         try:
             with _on_loopback(ray):

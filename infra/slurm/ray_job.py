@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from infra.distributed import FIRST_PORT, PORTS, expand_hosts, slurm_attempt
+from infra.distributed import FIRST_PORT, PORTS, address_towards, expand_hosts, slurm_attempt
 from infra.errors import UserError
 from infra.ray_cluster import EXPECTED_NODES
 from infra.slurm.requeue import AGAIN, check_job, is_preempted, queue_again, requeue_record, show_job
@@ -43,9 +43,7 @@ def head_address(hosts: list[str], here: str, job: int) -> str:
     others = [name for name in hosts if name != here]
     if others:
         try:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((others[0], 9))  # of a datagram socket: chooses the interface and sends nothing
-                host = str(probe.getsockname()[0])
+            host = address_towards(others[0])
         except OSError as error:
             raise UserError(f"node {others[0]} of the job cannot be reached from {here}: {error}") from None
     for offset in range(PORTS):

@@ -23,12 +23,13 @@ from pathlib import Path
 
 import psutil
 
-from infra.distributed import expand_hosts, is_loopback, slurm_attempt
+from infra.distributed import expand_hosts, free_port, is_loopback, slurm_attempt
 from infra.errors import UserError
 from infra.files import read_text, short_temporary_folder
+from infra.processes.guard import end_all
 from infra.processes.scratch import scratch_folder
 from infra.processes.with_parent import command_with_parent
-from infra.ray_cluster import ON_LOOPBACK, QUIET
+from infra.ray_cluster import ON_LOOPBACK, PRIORITY, QUIET
 from infra.slurm.requeue import AGAIN, queue_again, requeue_record, show_job
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # SLURM's before a time limit, at a preemption, and Ctrl-C
@@ -85,18 +86,12 @@ def start_arguments(role: str, address: str, folder: Path) -> list[str]:
     store = object_store_bytes(memory_of_job(), shared.f_bavail * shared.f_frsize if shared else 0)
     own = ["--head", f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=false"]
     if role == "head" and importlib.util.find_spec("grpc"):  # else Ray has no server for Ray Client
-        own.append(f"--ray-client-server-port={_free_port()}")
+        own.append(f"--ray-client-server-port={free_port('')}")
     return [
         "--block", *(own if role == "head" else [f"--address={address}"]), f"--num-cpus={_cpus()}", "--disable-usage-stats",
         f"--temp-dir={folder}", f"--object-store-memory={store}",
         "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
     ]  # fmt: skip
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
 
 
 @contextmanager
@@ -116,9 +111,9 @@ def _ray(role: str, address: str) -> Iterator[tuple[subprocess.Popen[bytes], Pat
 
 
 def _environment(address: str) -> dict[str, str]:
-    """Return the environment of Ray and of the command. The job's CPUs are its own: Ray's workers need not be nice."""
-    own = {"RAY_worker_niceness": "0", **QUIET, **(ON_LOOPBACK if is_loopback(address) else {})}
-    return {**{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}, **own}
+    """Return the environment of Ray and of the command."""
+    own = {**QUIET, **(ON_LOOPBACK if is_loopback(address) else {})}
+    return {**PRIORITY, **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}, **own}
 
 
 def _end_all(process: subprocess.Popen[bytes]) -> None:
@@ -133,11 +128,7 @@ def _end_all(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    for child in psutil.wait_procs(family, timeout=1)[1]:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
+    end_all(family, 1.0)
 
 
 def _connect(address: str) -> OSError | None:

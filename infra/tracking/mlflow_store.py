@@ -275,6 +275,13 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
     return str(experiment.experiment_id)
 
 
+def tag_experiment(uri: str, name: str, key: str, value: str) -> None:
+    """Set a tag of an experiment, which is created if it is not there. Raises UserError if the store refuses."""
+    with query_errors(uri):
+        client = client_of(uri)
+        client.set_experiment_tag(_experiment_id(client, uri, name), key, value)
+
+
 def check_not_deleted(uri: str, experiment: Any) -> None:
     """Raise UserError if an experiment of the store was deleted."""
     if experiment.lifecycle_stage == "deleted":

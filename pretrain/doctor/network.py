@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from infra.distributed import is_loopback
+from infra.distributed import address_towards, is_loopback
 from pretrain.doctor.row import FAIL, OK, WARN, Found, Request, Row
 
 TRY_SECONDS, PAUSE = 3.0, 0.2
@@ -177,9 +177,8 @@ def look_interfaces(request: Request, own: str, others: list[str]) -> dict[str, 
     with suppress(OSError):
         address = socket.gethostbyname(socket.gethostname())
     for peer in others[:1]:
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((peer, 9))  # sends nothing; the kernel chooses the interface
-            local = probe.getsockname()[0]
+        with suppress(OSError):
+            local = address_towards(peer)
             route = next((name for name, own_addresses in addresses.items() if local in own_addresses), "")
     return {"addresses": addresses, "hostname": socket.gethostname(), "address": address, "route": route,
             "gloo": os.environ.get("GLOO_SOCKET_IFNAME", ""), "nccl": os.environ.get("NCCL_SOCKET_IFNAME", "")}  # fmt: skip

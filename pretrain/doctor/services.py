@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import sqlite3
 import time
-import urllib.error
-import urllib.request
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -19,14 +15,14 @@ from data_pipeline.storage.manifest import Manifest, check_shards
 from data_pipeline.storage.remote import Access, is_remote
 from infra.errors import UserError
 from infra.files import check_output, open_descriptor
-from infra.tracking.faults import describe_fault
-from infra.tracking.tracker import default_uri, store_uri
+from infra.tracking.faults import hide_password
+from infra.tracking.mlflow_store import is_server, query_errors, tag_experiment
+from infra.tracking.tracker import store_uri
 from pretrain.config import Recipe, load_recipe
 from pretrain.doctor.row import FAIL, OK, WARN, Found, Request, Row
 
 READ_SECONDS, MOST_READ = 2.0, 64
 SLOW = 0.25  # of the fastest node's rate, below which a node is called slow
-HTTP_SECONDS = 10.0
 EXPERIMENT = "yaware-doctor"
 
 
@@ -86,23 +82,18 @@ def judge_shards(found: Found, request: Request) -> list[Row]:
 def look_tracking(request: Request) -> dict[str, str]:
     """Write to the tracking store as a run would; return what is wrong with it."""
     try:
-        uri = store_uri(_recipe(request).run.tracking_uri if request.recipe else None)
+        uri = store_uri(_recipe(request).run.tracking_uri)
         kind = uri.partition("://")[0].partition("+")[0]
-        if kind in ("http", "https"):
-            _write_to_server(uri.rstrip("/"))
+        if is_server(uri):
+            tag_experiment(uri, EXPERIMENT, "yaware.doctor", str(time.time()))
         elif kind == "sqlite":
-            _write_to_file(uri)
+            with query_errors(uri):
+                _write_to_file(uri)
         else:
             return {"uri": kind, "problem": "", "unknown": "only files (sqlite) and servers (http) are tried"}
     except UserError as error:
         return {"uri": "", "problem": str(error), "unknown": ""}
-    except Exception as error:  # whatever the store, the network or the file system raises
-        return {
-            "uri": "",
-            "problem": describe_fault(default_uri() if not request.recipe else uri, error),
-            "unknown": "",
-        }
-    return {"uri": uri.partition("@")[2] or uri, "problem": "", "unknown": ""}
+    return {"uri": hide_password(uri), "problem": "", "unknown": ""}
 
 
 def _write_to_file(uri: str) -> None:
@@ -116,38 +107,6 @@ def _write_to_file(uri: str) -> None:
         # A statement that writes, though it is undone: a lock alone can be had on a file that cannot be written.
         connection.execute("CREATE TABLE yaware_doctor (written INTEGER)")
         connection.execute("ROLLBACK")
-
-
-def _write_to_server(uri: str) -> None:
-    """Create an experiment, or set its tag if it is there."""
-    try:
-        _call(uri, "experiments/create", {"name": EXPERIMENT})
-    except OSError as error:
-        if "RESOURCE_ALREADY_EXISTS" not in str(error):
-            raise
-        found = _call(uri, f"experiments/get-by-name?experiment_name={EXPERIMENT}", None)
-        tag = {"experiment_id": found["experiment"]["experiment_id"], "key": "yaware.doctor", "value": str(time.time())}
-        _call(uri, "experiments/set-experiment-tag", tag)
-
-
-def _call(uri: str, method: str, content: dict[str, str] | None) -> Any:
-    """Call MLflow's REST interface; raises OSError with the status and the server's words."""
-    body = None if content is None else json.dumps(content).encode()
-    asked = urllib.request.Request(
-        f"{uri}/api/2.0/mlflow/{method}", data=body, headers={"Content-Type": "application/json"}
-    )
-    user, token = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_TOKEN")
-    if user:
-        password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
-        asked.add_header("Authorization", "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode())
-    elif token:
-        asked.add_header("Authorization", f"Bearer {token}")
-    try:
-        with urllib.request.urlopen(asked, timeout=HTTP_SECONDS) as answer:
-            return json.loads(answer.read() or b"{}")
-    except urllib.error.HTTPError as error:
-        words = " ".join(error.read(2000).decode(errors="replace").split())
-        raise OSError(f"error code {error.code}: {words[:200]}") from None
 
 
 def judge_tracking(value: dict[str, str]) -> tuple[str, str, str]:

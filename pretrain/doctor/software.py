@@ -11,6 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from infra.extensions import extensions_folder
 from infra.files import read_text, sha256_of
 from infra.machine import code_version, git_tags
@@ -53,7 +56,7 @@ def installed() -> dict[str, str]:
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"] if distribution.metadata else None
         if name:  # the first one on the path is the one that is imported
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version)
+            found.setdefault(canonicalize_name(name), distribution.version)
     return found
 
 
@@ -92,9 +95,10 @@ def judge_packages(found: dict[str, Any]) -> tuple[str, str, str]:
     if missing:
         return FAIL, f"missing: {', '.join(missing)}", "run `make setup`"
     outside = [
-        f"{name} {versions[name]} (needs {limits})"
-        for name, limits in map(_parts, found["requires"])
-        if name in versions and not within(versions[name], limits)
+        f"{name} {versions[name]} (needs {needed.specifier})"
+        for needed in map(Requirement, found["requires"])
+        if (name := canonicalize_name(needed.name)) in versions
+        and not needed.specifier.contains(versions[name], prereleases=True)
     ]
     if outside:
         return FAIL, f"outside the limits of pyproject.toml: {', '.join(outside[:SHOWN])}", "run `make setup`"
@@ -116,33 +120,6 @@ def judge_packages(found: dict[str, Any]) -> tuple[str, str, str]:
     nccl = next((f", NCCL {v}" for name, v in versions.items() if name.startswith("nvidia-nccl")), "")
     shown = ", ".join(f"{name} {versions[name]}" for name in (*wanted, dali[0]))
     return OK, f"{shown}, CUDA {found['cuda'] or 'none (CPU build)'}{nccl}", ""
-
-
-def _parts(requirement: str) -> tuple[str, str]:
-    """Return name and limits of a requirement such as ``ray[tune]<3,>=2.60``."""
-    match = re.match(r"\s*([\w.-]+)\s*(?:\[[^\]]*\])?\s*\(?([^;)]*)", requirement)
-    assert match is not None, requirement
-    return re.sub(r"[-_.]+", "-", match[1]).lower(), match[2].strip()
-
-
-def within(version: str, limits: str) -> bool:
-    """Return whether a version is within limits such as ``<0.20,>=0.19.8``; local parts such as ``+cpu`` do not count."""
-    own = _numbers(version)
-    for limit in filter(None, (part.strip() for part in limits.split(","))):
-        match = re.match(r"(>=|<=|==|!=|<|>)\s*([\w.]+)", limit)
-        if match is None:
-            continue
-        other = _numbers(match[2])
-        length = max(len(own), len(other))
-        a, b = (parts + (0,) * (length - len(parts)) for parts in (own, other))
-        if not {">=": a >= b, "<=": a <= b, "==": a == b, "!=": a != b, "<": a < b, ">": a > b}[match[1]]:
-            return False
-    return True
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(map(int, match[0].split("."))) if match else ()
 
 
 def judge_same_packages(found: Found, request: Request) -> list[Row]:

@@ -25,11 +25,12 @@ from torch.utils._pytree import tree_iter
 from data_pipeline.loading.augment import load_augmentation
 from data_pipeline.loading.view_details import ViewDetails
 from pretrain.config import Recipe
+from pretrain.forecast.operations import network_without
 from pretrain.losses.gather import Columns
 from pretrain.losses.options import find_loss, takes
 from pretrain.losses.proxies import build_kernel, proxy_columns
 from pretrain.losses.supervised import SUPERVISED, target_scale
-from pretrain.model import ContrastiveModel, build_model
+from pretrain.model import ContrastiveModel
 from pretrain.run.objective import loss_options
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,12 +108,7 @@ class _RepeatedColumns:
 
 def fake_network(recipe: Recipe, mode: FakeTensorMode) -> ContrastiveModel:
     """Return the recipe's network on fake tensors, in its precision and with its recomputation, but not compiled."""
-    options = {name: value for name, value in recipe.encoder.options.items() if name != "compile"}
-    encoder = type(recipe.encoder)(name=recipe.encoder.name, options=options)
-    plain = type(recipe)(
-        encoder=encoder, projector=recipe.projector, loss=recipe.loss, run=type(recipe.run)(seed=recipe.run.seed)
-    )
-    model = build_model(plain).to(DTYPES.get(recipe.train.precision, torch.float32)).train()
+    model = network_without(recipe, {"compile"}).to(DTYPES.get(recipe.train.precision, torch.float32))
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

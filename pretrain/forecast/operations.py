@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import Recipe
 from pretrain.encoders import TRAINING_ONLY
+from pretrain.engine.deepspeed_config import zero_stage
+from pretrain.forecast.traffic import width_of
 from pretrain.model import ContrastiveModel, build_model
 
 # Tensors per parameter in an optimiser's state; the others have two, as Adam does.
 MOMENTS = {"sgd": 1, "lars": 1}
 
 
-def plain_model(recipe: Recipe) -> ContrastiveModel:
-    """Return the recipe's network on the meta device, without recomputation and compilation."""
-    options = {name: value for name, value in recipe.encoder.options.items() if name not in TRAINING_ONLY}
+def network_without(recipe: Recipe, left_out: Collection[str]) -> ContrastiveModel:
+    """Return the recipe's network without some of the encoder's options, in training mode."""
+    options = {name: value for name, value in recipe.encoder.options.items() if name not in left_out}
     encoder = type(recipe.encoder)(name=recipe.encoder.name, options=options)
     plain = type(recipe)(
         encoder=encoder, projector=recipe.projector, loss=recipe.loss, run=type(recipe.run)(seed=recipe.run.seed)
     )
-    return build_model(plain).to("meta").train()
+    return build_model(plain).train()
+
+
+def plain_model(recipe: Recipe) -> ContrastiveModel:
+    """Return the recipe's network on the meta device, without recomputation and compilation."""
+    return network_without(recipe, TRAINING_ONLY).to("meta")
 
 
 def scan_flops(model: ContrastiveModel, grid: Sequence[int]) -> int:
@@ -45,8 +52,7 @@ def memory_of_a_rank(recipe: Recipe, parameters: int, ranks: int) -> dict[str, f
     This is an estimate without activations, DeepSpeed's buffers and the libraries' own memory. The optimiser holds a float32
     copy of the weights under ZeRO stages 1 to 3 and with 16-bit weights, but not in float32 under stage 0.
     """
-    stage = int((recipe.deepspeed.get("zero_optimization") or {}).get("stage", 0))
-    width = 2 if recipe.train.precision in ("bf16", "fp16") else 4
+    stage, width = zero_stage(recipe), width_of(recipe)
     copies = MOMENTS.get(recipe.optimizer.name, 2) + (1 if stage or width == 2 else 0)
     return {
         "weights": width * parameters / (ranks if stage >= 3 else 1),

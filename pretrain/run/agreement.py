@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from infra import distributed
 from infra.errors import UserError
 from infra.files import read_bytes
-from infra.machine import code_version
+from infra.machine import code_version, package_version
 from infra.settings import flatten, to_dict
 from pretrain.config import Recipe
 from pretrain.run.newest import newest_first, newest_step
@@ -75,7 +74,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     if recipe.run.resume not in ("auto", "never"):
         keys["run.resume"] = resumed(recipe.run.resume, Path(recipe.run.output))
     return {**keys, "the version of yaware": code_version(), "the version of Python": platform.python_version(),
-            **{f"the version of {name}": _version(name) for name in PACKAGES}}  # fmt: skip
+            **{f"the version of {name}": package_version(name) for name in PACKAGES}}  # fmt: skip
 
 
 def resumed(path: str, output: Path) -> str:
@@ -193,10 +192,3 @@ def _here() -> str:
 
 def _shards(plan: Plan) -> str:
     return f"shards of manifest {plan.manifest.digest[:12]}"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

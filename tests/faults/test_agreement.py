@@ -136,8 +136,8 @@ def other_version(name: str, rank: int) -> None:
         if name == "code":
             agreement.code_version = lambda: "0.1.0, code 00000000"
         else:
-            installed = agreement._version
-            agreement._version = lambda package: "9.9" if package == name else installed(package)
+            installed = agreement.package_version
+            agreement.package_version = lambda package: "9.9" if package == name else installed(package)
 
 
 @pytest.mark.parametrize(

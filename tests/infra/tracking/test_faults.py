@@ -159,6 +159,8 @@ def test_a_server_that_is_not_there():
     [
         (OSError(37, "No locks available"), "has no file locks, which sqlite needs"),
         (sqlite3.OperationalError("attempt to write a readonly database"), "it is read-only here"),
+        (OSError("failed with error code 403 != 200. Response body: 'Permission denied'"), "it refuses the login"),
+        (PermissionError(13, "Permission denied"), "it cannot be opened"),
         (sqlite3.OperationalError("database or disk is full"), "its disk is full; make room"),
         (ModuleNotFoundError("No module named 'psycopg2'"), "pip install 'psycopg2-binary'"),
         (

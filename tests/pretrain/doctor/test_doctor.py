@@ -186,7 +186,9 @@ def test_packages_must_fit_each_other(versions, cuda, state, text):
      ("3.17.2", "<3.18,>=3.17", True), ("1.6", "==1.6.0", True), ("1", "", True)],
 )  # fmt: skip
 def test_versions_are_compared_as_numbers(version, limits, fits):
-    assert software.within(version, limits) is fits
+    found = {"installed": {**VERSIONS, "torch": version}, "cuda": "", "requires": [f"torch{limits}"]}
+    ((judgement, _, _),) = judged("packages", {"a": found})
+    assert judgement == ("ok" if fits else "fail")
 
 
 def test_slow_shards_and_other_shards_are_found():
@@ -227,7 +229,7 @@ def test_a_name_that_stands_for_the_loopback_is_found():
 
 @contextmanager
 def server(answer):
-    """Serve ``answer(path)`` -> (status, JSON) for every POST and GET; yield the address and what was asked."""
+    """Serve ``answer(path)`` -> (status, JSON or text) for every POST and GET; yield the address and what was asked."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -238,7 +240,7 @@ def server(answer):
             length = int(self.headers.get("Content-Length") or 0)
             asked.append((self.path.rpartition("/mlflow/")[2], json.loads(self.rfile.read(length) or b"null")))
             status, content = answer(asked[-1][0])
-            body = json.dumps(content).encode()
+            body = (content if isinstance(content, str) else json.dumps(content)).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -273,11 +275,29 @@ def test_a_tracking_server_is_written_to():
     assert asked[-1][1]["experiment_id"] == "7"
 
 
+def test_the_experiment_of_the_doctor_is_created_in_a_new_store():
+    def answer(path):
+        if path.startswith("experiments/get-by-name"):
+            return 404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "none"}
+        return 200, {"experiment_id": "8"}
+
+    with server(answer) as (uri, asked):
+        assert tracking(uri)[0] == "ok"
+    assert [path for path, _ in asked[-2:]] == ["experiments/create", "experiments/set-experiment-tag"]
+    assert asked[-1][1]["experiment_id"] == "8"
+
+
 @pytest.mark.parametrize(
-    ("status", "text"), [(401, "it refuses the login"), (403, "it refuses the login"), (500, "an error of its own")]
+    ("status", "body", "text"),
+    [
+        (401, "You are not authenticated.", "it refuses the login"),  # as MLflow's own login answers
+        (403, "Permission denied", "it refuses the login"),
+        (500, {"message": "no"}, "an error of its own"),
+        (401, {"message": "give a token"}, "give a token"),  # as a gateway before it may answer
+    ],
 )
-def test_a_tracking_server_that_refuses_is_found(status, text):
-    with server(lambda path: (status, {"message": "no"})) as (uri, _):
+def test_a_tracking_server_that_refuses_is_found(status, body, text):
+    with server(lambda path: (status, body)) as (uri, _):
         state, said, _ = tracking(uri)
     assert state == "fail"
     assert text in said

@@ -8,7 +8,7 @@ from torch import nn
 
 from infra.errors import UserError
 from pretrain.config import load_recipe
-from pretrain.forecast import fake_pass
+from pretrain.forecast import operations
 from pretrain.forecast.fake_pass import LiveBytes, loss_pass, network_pass
 from pretrain.losses import LOSSES
 from pretrain.losses.supervised import SUPERVISED
@@ -34,7 +34,7 @@ class Two(nn.Module):
 
 
 def test_what_two_layers_keep_is_counted_by_hand(monkeypatch):
-    monkeypatch.setattr(fake_pass, "build_model", lambda recipe: Two())
+    monkeypatch.setattr(operations, "build_model", lambda recipe: Two())
     found = network_pass(recipe_of(), (1, 2, 2), 3, keep_gradients=True)
     hidden, output, rows = 8 * 4, 2 * 4, 2 * 3
     # Saved: the ReLU's output, which is also the second layer's input; alive beside it: the outputs.
