@@ -68,8 +68,9 @@ def _parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParse
     add("--protocols", default=("paper",), type=_names,
         help="paper (the default), linear, knn, mlp, finetune, scratch or voxels, or several: linear,knn,voxels")  # fmt: skip
     add("--all-steps", action="store_true", help="evaluate every checkpoint of the run folders, not only the latest")
-    add("--layer", help="use the features of a block inside the encoder, for example layer3 or denseblock2; auto: block, "
-        "pooling and scale are chosen on the inner folds of each training set (paper, linear)")  # fmt: skip
+    add("--layer", help="use the features of a block inside the encoder, for example layer3 or denseblock2; own: those of its "
+        "end; auto: block, pooling and scale are chosen on the inner folds of each training set; default of paper and linear: "
+        "the own features and spatial ones")  # fmt: skip
     add(
         "--pooling",
         default=("mean",),
@@ -77,9 +78,9 @@ def _parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParse
         help="pooling over the voxels of that block, or of the last map: mean, max, std, grid2 to grid8, none",
     )
     add("--scale", default="each", help="paper, linear: each feature has variance 1, or one scale for all: each, all")
-    add("--readouts", default="no", help="paper, linear: give the predicted proxies (yaware readouts) to the model beside the "
-        "features: free of the penalty, or penalised, with a penalty of their own that is chosen on inner folds; no, free, "
-        "penalised")  # fmt: skip
+    add("--readouts", default="auto", help="paper, linear: give the predicted proxies (yaware readouts) to the model beside "
+        "the features: free of the penalty, or penalised, with a penalty of their own that is chosen on inner folds; auto: "
+        "free if every checkpoint has readouts; auto, no, free, penalised")  # fmt: skip
     add("--experiment", default="yaware", help="MLflow experiment")
     add("--folds", type=int, default=5, help="number of outer folds")
     add("--leave-site-out", action="store_true", help="make folds of whole sites")

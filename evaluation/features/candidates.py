@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from evaluation.features.tables import FeatureTable, TrainTestSplit, split_features
+from evaluation.features.tables import FeatureBlock, FeatureTable, TrainTestSplit, reduced, split_features, table_of
 from evaluation.statistics.metrics import inner_metric
+from evaluation.tasks.tasks import Task
 from pretrain.encoders.pooling import GRIDS, feature_count, map_shapes
 from pretrain.weights.layers import OWN, Block, main_blocks
 
@@ -51,16 +53,10 @@ def candidate_blocks(network: nn.Module, sides: Sequence[int]) -> list[Block]:
     last = len(names) - 1
     if len(names) > MOST_BLOCKS:
         names = [names[round(number * last / (MOST_BLOCKS - 1))] for number in range(MOST_BLOCKS)]
-    multiple = getattr(network, "multiple", 1)
-    patches = [-(-side // multiple) for side in sides]
     blocks: list[Block] = [(None, OWN)]
     end = [name for name, _ in getattr(network, "trunk", network).named_children()][-1:]
     repeats_own = {(name, "mean") for name in end if getattr(network, "pooling", "") == "mean"}
-    shapes = map_shapes(getattr(network, "trunk", network), names, [side * multiple for side in patches])
-    for name, shape in zip(names, shapes, strict=True):
-        if len(shape) not in (2, 4):
-            continue
-        channels, map_sides = (shape[0], shape[1:]) if len(shape) == 4 else (shape[1], patches)  # tokens (T, C)
+    for name, channels, map_sides in _maps(network, names, sides):
         for pooling in POOLED_BY:
             fits = pooling not in GRIDS or min(map_sides) >= GRIDS[pooling]
             differs = pooling == "mean" or math.prod(map_sides) > (27 if pooling == "grid3" else 1)
@@ -68,6 +64,60 @@ def candidate_blocks(network: nn.Module, sides: Sequence[int]) -> list[Block]:
             if fits and differs and feature_count(pooling, channels, map_sides) <= MOST_FEATURES:
                 blocks.append((name, (pooling,)))
     return blocks
+
+
+def spatial_block(network: nn.Module, sides: Sequence[int]) -> Block | None:
+    """Return the block and pooling of an encoder's spatial features for scans of ``sides`` voxels; None if it has none.
+
+    It is the deepest main block whose map has two positions or more along each side: every position of it, or the cells of
+    grid3 if these would be more than MOST_FEATURES.
+    """
+    for name, channels, map_sides in reversed(_maps(network, main_blocks(network), sides)):
+        for pooling, least in (("none", 2), ("grid3", 3)):
+            if min(map_sides) >= least and feature_count(pooling, channels, map_sides) <= MOST_FEATURES:
+                return name, (pooling,)
+    return None
+
+
+def joined(
+    own: NDArray[Any], spatial: NDArray[Any] | None
+) -> tuple[NDArray[np.float64], tuple[FeatureBlock, ...]]:  # fmt: skip
+    """Return an encoder's own features (N, F) beside its spatial ones (N, G), if it has any, as columns of a table in blocks.
+
+    Own features have variance 1 each, spatial ones have one scale, and both kinds the same total variance. Coordinates stand
+    for spatial features that are many (``reduced``).
+    """
+    parts, blocks = [], []
+    for features, scale in ((own, "each"), (spatial, "all")):
+        if features is not None:
+            columns, count = reduced(features, scale)
+            parts.append(columns.astype(np.float64))
+            blocks.append(FeatureBlock(columns.shape[1], scale, count or columns.shape[1]))
+    return np.concatenate(parts, axis=1), tuple(blocks)
+
+
+def joint_table(
+    task: Task, columns: NDArray[np.float64], blocks: tuple[FeatureBlock, ...]
+) -> FeatureTable:  # fmt: skip
+    """Return a task with the columns (n, F) of its scans, in blocks (``joined``)."""
+    return replace(table_of(task, columns, "each", count=sum(block.count for block in blocks)), blocks=blocks)
+
+
+def _maps(
+    network: nn.Module, names: Sequence[str], sides: Sequence[int]
+) -> list[tuple[str, int, tuple[int, ...]]]:  # fmt: skip
+    """Return name, channels and sides of the map of each of these blocks that has one, for scans of ``sides`` voxels."""
+    multiple = getattr(network, "multiple", 1)
+    patches = [-(-side // multiple) for side in sides]
+    trunk = getattr(network, "trunk", network)
+    shapes = map_shapes(trunk, names, [side * multiple for side in patches])
+    maps = []
+    for name, shape in zip(names, shapes, strict=True):
+        if len(shape) == 4:
+            maps.append((name, shape[0], tuple(shape[1:])))
+        elif len(shape) == 2:  # tokens (T, C)
+            maps.append((name, shape[1], tuple(patches)))
+    return maps
 
 
 def candidate_scores(

@@ -35,6 +35,17 @@ class Predictions(NamedTuple):
     probability: NDArray[Any]
 
 
+class FeatureBlock(NamedTuple):
+    """Columns of a table that have a scale of their own.
+
+    ``columns`` is their number, ``scale`` is ``each`` or ``all``, and ``count`` is the number of features that they stand for.
+    """
+
+    columns: int
+    scale: str
+    count: int
+
+
 @dataclass(frozen=True)
 class FeatureTable:
     """Features (N, F) of the N scans of a task, with everything else that a model needs.
@@ -51,6 +62,8 @@ class FeatureTable:
         count: number of features that the columns stand for; 0: their number. Coordinates have fewer columns.
         readouts: (N, R) predicted proxies, given to a linear model beside the features; None: none. Confounds are regressed
             out of them as out of features.
+        blocks: the columns in order, if they are scaled in blocks: each block by its own scale, and then all blocks to the
+            same total variance; the mean variance of all features is 1. Empty: ``scale`` is that of all columns.
     """
 
     features: NDArray[Any]
@@ -63,6 +76,7 @@ class FeatureTable:
     places: NDArray[Any] | None = None
     count: int = 0
     readouts: NDArray[Any] | None = None
+    blocks: tuple[FeatureBlock, ...] = ()
 
     @property
     def classes(self) -> int:
@@ -108,14 +122,8 @@ class TrainTestSplit:
     @cached_property
     def _dense(self) -> tuple[NDArray[Any], NDArray[Any]]:
         x, y = self._slab(slice(None))
-        mean, deviation = x.mean(0), x.std(0)
-        if self.table.scale == "all":
-            variance = (
-                np.square(deviation).mean() if not self.table.count else np.square(deviation).sum() / self.table.count
-            )
-            deviation = np.full_like(deviation, np.sqrt(variance))
-        deviation[deviation < 1e-8] = 1.0
-        return (x - mean) / deviation, (y - mean) / deviation
+        mean, divisor = x.mean(0), _divisors(x.std(0), self.table)
+        return (x - mean) / divisor, (y - mean) / divisor
 
     @cached_property
     def readouts(self) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -131,7 +139,7 @@ class TrainTestSplit:
     @property
     def _by_slabs(self) -> bool:
         features = self.table.features
-        return features.dtype == np.float32 and features.shape[1] > len(self.train_scans)
+        return not self.table.blocks and features.dtype == np.float32 and features.shape[1] > len(self.train_scans)
 
     @cached_property
     def gram(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -188,6 +196,26 @@ class TrainTestSplit:
         return Predictions(every.argmax(1), every)
 
 
+def _divisors(deviations: NDArray[Any], table: FeatureTable) -> NDArray[Any]:
+    """Return what the columns (F,) are divided by, from their standard deviations over the training scans."""
+    if not table.blocks:
+        return _of_scale(deviations, table.scale, table.count)
+    total = sum(block.count for block in table.blocks)
+    ends = np.cumsum([block.columns for block in table.blocks])
+    parts = []
+    for block, own in zip(table.blocks, np.split(deviations, ends[:-1]), strict=True):
+        share = total / (block.count * len(table.blocks))  # that its features' variance becomes
+        parts.append(_of_scale(own, block.scale, block.count) / np.sqrt(share))
+    return np.concatenate(parts)
+
+
+def _of_scale(deviations: NDArray[Any], scale: str, count: int) -> NDArray[Any]:
+    if scale == "all":
+        variance = np.square(deviations).sum() / (count or len(deviations))
+        deviations = np.full_like(deviations, np.sqrt(variance))
+    return np.where(deviations < 1e-8, 1.0, deviations)
+
+
 def table_of(
     task: Task, features: NDArray[Any], scale: str, places: NDArray[Any] | None = None, count: int = 0
 ) -> FeatureTable:
@@ -207,7 +235,8 @@ def split_features(table: FeatureTable, train: NDArray[Any], test: NDArray[Any])
     """Regress confounds out of the features and scale them, fitting both to the training rows only.
 
     ``scale`` ``each`` gives every feature variance 1 over the training scans. ``all`` divides all features by one number,
-    which keeps their proportions (needed for the coordinates of voxels); the mean of their variances becomes 1.
+    which keeps their proportions (needed for the coordinates of voxels); the mean of their variances becomes 1. A table with
+    ``blocks`` has a scale for each.
 
     Args:
         table: the table of N scans.

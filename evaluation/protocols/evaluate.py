@@ -15,14 +15,9 @@ from data_pipeline.storage.manifest import Manifest
 from evaluation.features.tables import reduced, table_of
 from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder, search_folder
 from evaluation.protocols.finetune import FineTuning, check_head_pooling
+from evaluation.protocols.inputs import add_readouts, candidate_tables, joint_tables
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
-from evaluation.protocols.protocols import (
-    PROTOCOLS,
-    add_readouts,
-    candidate_tables,
-    checked_settings,
-    variant_of,
-)
+from evaluation.protocols.protocols import PROTOCOLS, checked_settings, decide_readouts, variant_of
 from evaluation.protocols.record import log_result, open_run
 from evaluation.protocols.results import EvaluationResult, chosen_lines, is_complete, make_result, write_result
 from evaluation.protocols.settings import AUTO, EvaluationSettings
@@ -50,7 +45,7 @@ def evaluate(
     checkpoints: Any, shards: str | os.PathLike[str] | Manifest, *, tasks: str | Sequence[str],
     protocols: str | Sequence[str] = ("paper",), folds: int = 5, n_train: Sequence[int] = (100, 300, 500), draws: int = 10,
     seed: int = 0, inner_repeats: int = 1, leave_site_out: bool = False, layer: str | None = None,
-    pooling: str | Sequence[str] = ("mean",), scale: str = "each", readouts: str = "no",
+    pooling: str | Sequence[str] = ("mean",), scale: str = "each", readouts: str = "auto",
     mlp_trials: int = 12, repeats: int = 3, halvings: int = 10,
     permutations: int = 0, finetune: FineTuning | Mapping[str, Any] | None = None, all_steps: bool = False,
     experiment: str = "yaware", tracking_uri: str | None = None, workers: int | None = None,
@@ -74,13 +69,15 @@ def evaluate(
         seed: of folds, draws and models.
         inner_repeats: number of shuffles of the inner folds.
         leave_site_out: make folds of whole sites.
-        layer: use the features of this block inside the encoder instead of the encoder's own; ``auto``: block, pooling and
-            scale are chosen on the inner folds of each training set (protocols paper and linear).
+        layer: use the features of this block inside the encoder; ``own``: those of the encoder's end; ``auto``: block, pooling
+            and scale are chosen on the inner folds of each training set (protocols paper and linear). None: paper and linear
+            use the encoder's own features and spatial ones, every position of its deepest map of two positions or more along
+            each side, with the same total variance; knn and mlp use the own features.
         pooling: of that block over its voxels: mean, max, std, grid2 to grid8, none or several; see ``Encoder.embed``.
         scale: of the features of paper and linear: ``each`` has variance 1, or one scale for ``all``.
         readouts: give the proxies that the encoder's readouts predict to the models of paper and linear, beside the features:
             ``free`` of the penalty, as covariates are, or ``penalised``: with a penalty of their own, chosen on inner folds,
-            which may be none; ``no`` does not.
+            which may be none; ``no`` does not; ``auto``: free, if every checkpoint has readouts that may be used, else no.
         mlp_trials: settings that Optuna tries for each fold of the protocol mlp.
         repeats: nested cross-validations of all scans, each with other folds, by the protocols on fixed features.
         halvings: random divisions of the participants into halves, each cross-validated, for the intervals and tests of
@@ -124,11 +121,12 @@ def evaluate(
         cache=feature_folder(manifest, cache), storage=search_folder(storage),
     )  # fmt: skip
     candidates = [_load_candidate(path, context) for path in paths]
+    context = decide_readouts(context, candidates)
     _print_tasks(context)
     _print_cost(context)
     rows = []
     with ray_cluster.session_on_demand(workers):
-        for name, candidate in _candidates_by_protocol(candidates, settings):
+        for name, candidate in _candidates_by_protocol(candidates, context.settings):
             metrics, run_id = _evaluate_once(context, name, candidate)
             _print_first_metrics(context, name, candidate, metrics)
             rows += _metric_rows(context, name, candidate, metrics, run_id)
@@ -175,7 +173,7 @@ def _load_candidate(path: Path, context: EvaluationContext) -> Candidate:
     check_preprocessing(encoder.preprocessing, context.manifest, str(path))
     tags = check_leakage(encoder, path, context.manifest, context.rows, str(path))
     if context.settings.layer != AUTO and any(PROTOCOLS[name].uses_layer for name in context.settings.protocols):
-        intermediate_features(encoder.network, context.settings.layer, context.settings.pooling)
+        intermediate_features(encoder.network, context.settings.block, context.settings.pooling)
     if any(PROTOCOLS[name].model == "network" for name in context.settings.protocols):
         check_head_pooling(encoder.network, context.settings.finetune.pooling, context.manifest.grid["shape"])
     if any(PROTOCOLS[name].gives_readouts(context.settings) for name in context.settings.protocols):
@@ -255,14 +253,20 @@ def compute_result(context: EvaluationContext, name: str, candidate: Candidate, 
     protocol, settings = PROTOCOLS[name], context.settings
     baseline_of_shards = candidate.name == name
     title = name if baseline_of_shards else f"{name} of {candidate.name} step {candidate.step}"
+    tables = (
+        joint_tables(context, candidate) if protocol.uses_joint(settings) else {}
+    )  # first: it computes all features
     features, scale = protocol.inputs(context, candidate), protocol.scale_of(settings)
-    columns, count = reduced(features, scale)
+    if not tables:
+        columns, count = reduced(features, scale)
+        tables = {
+            task.name: table_of(task, columns[context.positions_of(task)], scale, count=count) for task in context.tasks
+        }
     choices = candidate_tables(context, candidate) if protocol.uses_layer and settings.layer == AUTO else {}
     curve = protocol.learning_curve(settings)
     prepared = {
         task.name: prepare(
-            task, table_of(task, columns[context.positions_of(task)], scale, count=count), folds=settings.folds,
-            sizes=list(settings.n_train) if curve else [],
+            task, tables[task.name], folds=settings.folds, sizes=list(settings.n_train) if curve else [],
             draws=settings.draws, seed=settings.seed, repeats=settings.inner_repeats, by_site=settings.leave_site_out,
             resampling=settings.resampling if protocol.resamples else NO_RESAMPLING, candidates=choices.get(task.name, ()),
         )

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from evaluation.features.candidates import FeatureChoice, candidate_blocks
-from evaluation.features.tables import SCALES, WIDE, reduced, table_of
+from evaluation.features.tables import WIDE
 from evaluation.protocols.context import Candidate, EvaluationContext
-from evaluation.protocols.features import cache_name, features_of, features_of_each
 from evaluation.protocols.finetune import FineTuning
+from evaluation.protocols.inputs import Inputs, no_features, voxel_features
+from evaluation.protocols.inputs import frozen_features as frozen_features  # a protocol of one's own may use it
 from evaluation.protocols.nested_cv import NestedCVResult, PreparedTask, search_grid, search_perceptrons
 from evaluation.protocols.probes import LINEAR, LINEAR_WIDE, NEAREST_NEIGHBOURS, Probe, with_readout_penalties
-from evaluation.protocols.settings import AUTO, EvaluationSettings, check_types, load_fine_tuning, names_of
+from evaluation.protocols.settings import AUTO, OWN_LAYER, EvaluationSettings, check_types, load_fine_tuning, names_of
 from evaluation.protocols.tune_networks import search_fine_tuning, training_jobs
-from evaluation.protocols.variant import ProtocolVariant
-from evaluation.protocols.voxels import voxel_coordinates
+from evaluation.protocols.variant import JOINT, ProtocolVariant
+from evaluation.tasks.leakage import check_readouts
 from infra.errors import UserError, nearest
-from pretrain.weights.layers import OWN, Block
+from pretrain.weights.layers import OWN
 
 # Settings of the protocols that search a grid: these repeat their cross-validation; perceptrons and networks do not.
 RESAMPLING = ("repeats", "halvings", "permutations")
 
-Inputs = Callable[[EvaluationContext, Candidate], NDArray[Any]]
 # (context, candidate, prepared tasks by name, folder of unfinished searches, title of progress bars) -> results by task
 Search = Callable[
     [EvaluationContext, Candidate, dict[str, PreparedTask], Path, str], dict[str, NestedCVResult]
@@ -78,84 +76,22 @@ class Protocol:
         layer = ("layer", "pooling") if self.uses_layer else ()
         scale = ("scale",) if self.scale == "setting" else ()
         readouts = ("readouts",) if self.gives_readouts(settings) else ()
-        names = ("folds", "seed", "leave_site_out", *self.settings, *curve, *layer, *scale, *readouts)
-        return settings.as_params(names)
+        joint = self.uses_joint(settings)
+        features = () if joint else (*layer, *scale)
+        names = ("folds", "seed", "leave_site_out", *self.settings, *curve, *features, *readouts)
+        return settings.as_params(names) | ({"layer": JOINT} if joint else {})
 
     def gives_readouts(self, settings: EvaluationSettings) -> bool:
-        """Return whether predicted proxies are given to the model."""
-        return self.uses_readouts and settings.readouts != "no"
+        """Return whether predicted proxies are given to the model; not before ``auto`` is decided (``decide_readouts``)."""
+        return self.uses_readouts and settings.readouts not in ("no", "auto")
+
+    def uses_joint(self, settings: EvaluationSettings) -> bool:
+        """Return whether the models get the encoder's own features and spatial ones (``inputs.joint_tables``)."""
+        return self.uses_layer and self.scale == "setting" and settings.joint
 
     def scale_of(self, settings: EvaluationSettings) -> str:
         """Return the scale of the features: ``each`` or ``all``."""
         return settings.scale if self.scale == "setting" else self.scale
-
-
-def frozen_features(context: EvaluationContext, candidate: Candidate) -> NDArray[np.float32]:
-    """Return the features (N, F) of the candidate's encoder, or of the configured layer, from the cache if they are there."""
-    assert candidate.encoder is not None
-    layer, pooling = context.settings.layer, context.settings.pooling
-    if layer == AUTO:  # the map of the scans shows the encoder's own features
-        layer = None
-    cache = context.cache / cache_name(candidate.weights, context.manifest.digest, layer, pooling)
-    title = f"features of {candidate.name} step {candidate.step}"
-    return features_of(candidate.encoder, context.manifest, context.rows, cache, title, layer=layer, pooling=pooling)
-
-
-def candidate_features(context: EvaluationContext, candidate: Candidate) -> dict[Block, NDArray[np.float32]]:
-    """Return the features (N, F) of every block and pooling that ``--layer auto`` chooses from, computed in one pass."""
-    assert candidate.encoder is not None
-    network, manifest = candidate.encoder.network, context.manifest
-    caches = {
-        block: context.cache / cache_name(candidate.weights, manifest.digest, *block)
-        for block in candidate_blocks(network, manifest.grid["shape"])
-    }
-    title = f"features of {len(caches)} candidates of {candidate.name} step {candidate.step}"
-    return features_of_each(candidate.encoder, manifest, context.rows, caches, title)
-
-
-def candidate_tables(context: EvaluationContext, candidate: Candidate) -> dict[str, list[FeatureChoice]]:
-    """Return the features that ``--layer auto`` chooses from, for each task by name; the tasks share the arrays."""
-    choices: dict[str, list[FeatureChoice]] = {task.name: [] for task in context.tasks}
-    for (layer, pooling), features in candidate_features(context, candidate).items():
-        for scale in SCALES:
-            columns, count = reduced(features, scale)
-            params = {"layer": layer or "encoder", "pooling": "+".join(pooling), "scale": scale}
-            for task in context.tasks:
-                places = context.positions_of(task)
-                choices[task.name].append(FeatureChoice(params, table_of(task, columns, scale, places, count)))
-    return choices
-
-
-def add_readouts(
-    context: EvaluationContext, candidate: Candidate, prepared: dict[str, PreparedTask]
-) -> dict[str, PreparedTask]:
-    """Return the tasks with the proxies that the candidate's readouts predict for their scans."""
-    assert candidate.encoder is not None
-    readouts = candidate.encoder.need_readouts()
-    layer, pooling = readouts.layer, readouts.pooling
-    cache = context.cache / cache_name(candidate.weights, context.manifest.digest, layer, pooling)
-    title = f"readouts of {candidate.name} step {candidate.step}"
-    features = features_of(
-        candidate.encoder, context.manifest, context.rows, cache, title, layer=layer, pooling=pooling
-    )
-    values = readouts.predict(features)
-    added = {}
-    for task in context.tasks:
-        entry, own = prepared[task.name], values[context.positions_of(task)]
-        candidates = [choice._replace(table=replace(choice.table, readouts=own)) for choice in entry.candidates]
-        added[task.name] = replace(entry, table=replace(entry.table, readouts=own), candidates=candidates)
-    return added
-
-
-def voxel_features(context: EvaluationContext, candidate: Candidate) -> NDArray[np.float64]:
-    """Return coordinates (N, N) of the scans with the inner products of their voxels."""
-    cache = context.cache / f"voxels-{context.manifest.digest[:16]}.npz"
-    return voxel_coordinates(context.manifest, context.rows, cache)
-
-
-def no_features(context: EvaluationContext, candidate: Candidate) -> NDArray[np.float32]:
-    """Return an empty matrix (N, 0), for models that read the scans themselves."""
-    return np.empty((len(context.rows), 0), dtype=np.float32)
 
 
 def grid_of(probe: Probe) -> Search:
@@ -253,7 +189,8 @@ def check_features(settings: EvaluationSettings) -> None:
         raise UserError(
             f"scale={settings.scale} is not used by {', '.join(settings.protocols)}; only by paper and linear"
         )
-    if settings.readouts != "no" and not any(PROTOCOLS[name].uses_readouts for name in settings.protocols):
+    asked = settings.readouts not in ("no", "auto")
+    if asked and not any(PROTOCOLS[name].uses_readouts for name in settings.protocols):
         raise UserError(
             f"readouts={settings.readouts} is not used by {', '.join(settings.protocols)}; only by paper and linear"
         )
@@ -283,12 +220,49 @@ def checked_settings(
 def variant_of(name: str, settings: EvaluationSettings) -> ProtocolVariant:
     """Return a protocol with the options that apply to it."""
     protocol = PROTOCOLS[name]
-    layer = settings.layer if protocol.uses_layer else None
+    layer = settings.layer if protocol.uses_layer and settings.layer != OWN_LAYER else None
     if protocol.uses_layer and layer is None and settings.pooling != OWN:
         layer = "end"
+    if protocol.uses_joint(settings):
+        layer = JOINT
     scale = settings.scale if protocol.scale == "setting" and settings.scale != "each" else ""
     return ProtocolVariant(
         protocol=name, model=protocol.model, evaluates=protocol.evaluates, leave_site_out=settings.leave_site_out,
-        layer=layer or "", pooling=settings.pooling if layer and layer != AUTO else (), scale=scale,
+        layer=layer or "", pooling=settings.pooling if layer and layer not in (AUTO, JOINT) else (), scale=scale,
         readouts=settings.readouts if protocol.gives_readouts(settings) else "",
     )  # fmt: skip
+
+
+def decide_readouts(context: EvaluationContext, checkpoints: Sequence[Candidate]) -> EvaluationContext:
+    """Return the context with ``readouts`` decided: ``free`` if every checkpoint has readouts that may be used, else ``no``.
+
+    All checkpoints are evaluated in the same way, so that they can be compared. If only some have readouts, or some were
+    fitted to test participants, a printed line says why no readouts are given.
+    """
+    settings = context.settings
+    if settings.readouts != "auto":
+        return context
+    usable = False
+    if any(PROTOCOLS[name].uses_readouts for name in settings.protocols) and any(map(_has_readouts, checkpoints)):
+        faults = [(checkpoint.name, _fault(context, checkpoint)) for checkpoint in checkpoints]
+        usable = not any(fault for _, fault in faults)
+        for name, fault in [entry for entry in faults if entry[1]][:1]:
+            print(f"evaluate: readouts are not given to the models: {name}: {fault}")
+    return replace(context, settings=replace(settings, readouts="free" if usable else "no"))
+
+
+def _has_readouts(checkpoint: Candidate) -> bool:
+    encoder = checkpoint.encoder
+    return encoder is not None and encoder.readouts is not None and bool(encoder.readouts.readouts)
+
+
+def _fault(context: EvaluationContext, checkpoint: Candidate) -> str:
+    """Return why a checkpoint's readouts cannot be used; empty if they can."""
+    if not _has_readouts(checkpoint):
+        return "it has none; `yaware readouts` fits them"
+    assert checkpoint.encoder is not None
+    try:
+        check_readouts(checkpoint.encoder.need_readouts(), context.manifest, context.rows, checkpoint.name)
+    except UserError as error:
+        return str(error).removeprefix(f"{checkpoint.name}: ").removesuffix("; evaluate on other scans")
+    return ""

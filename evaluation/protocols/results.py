@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
 from evaluation.features.candidates import choices_text
+from evaluation.features.embedding import embedding_table
 from evaluation.protocols.context import EvaluationContext
-from evaluation.protocols.embedding import embedding_table
 from evaluation.protocols.nested_cv import NestedCVResult, ResampledPredictions
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, chance_level, with_interval
 from evaluation.tasks.resamples import Resample

@@ -16,8 +16,9 @@ from infra.errors import WHOLE, Kind, UserError, check_arguments, nearest
 from infra.settings import load_settings
 from pretrain.weights.layers import OWN
 
-READOUTS = ("no", "free", "penalised")
+READOUTS = ("auto", "no", "free", "penalised")
 AUTO = "auto"  # as a layer: block, pooling and scale are chosen on inner folds
+OWN_LAYER = "own"  # as a layer: the encoder's own features alone
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class EvaluationSettings:
     layer: str | None = None
     pooling: tuple[str, ...] = ("mean",)
     scale: str = "each"
-    readouts: str = "no"
+    readouts: str = "auto"
     mlp_trials: int = 12
     repeats: int = 3
     halvings: int = 10
@@ -72,6 +73,16 @@ class EvaluationSettings:
                 f"finetune.batch={self.finetune.batch} is too small for {self.finetune.ranks} ranks; it must be at least "
                 f"{2 * self.finetune.ranks}, two scans per rank"
             )
+
+    @property
+    def block(self) -> str | None:
+        """The block that ``layer`` names; None if it names none."""
+        return None if self.layer in (AUTO, OWN_LAYER) else self.layer
+
+    @property
+    def joint(self) -> bool:
+        """Whether no features are named, so that linear models use the own features and spatial ones."""
+        return self.layer is None and self.pooling == OWN and self.scale == "each"
 
     @property
     def resampling(self) -> Resampling:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+JOINT = "joint"  # as a layer: the encoder's own features and spatial ones, the default of linear models
+
 
 @dataclass(frozen=True)
 class ProtocolVariant:
@@ -12,8 +14,9 @@ class ProtocolVariant:
 
     ``model`` names what is fitted; protocols that fit the same model share it (``paper`` and ``linear``).
     ``evaluates`` is ``checkpoint``, ``architecture`` or ``shards`` (see ``protocols.Protocol``). ``layer`` is the block
-    whose output was pooled by ``pooling``: empty for the encoder's own features, ``end`` for its last map, ``auto`` if block,
-    pooling and scale were chosen on inner folds. ``scale`` is ``all`` if all features have one scale, and empty otherwise.
+    whose output was pooled by ``pooling``: empty for the encoder's own features, ``joint`` for these and spatial ones, ``end``
+    for its last map, ``auto`` if block, pooling and scale were chosen on inner folds. ``scale`` is ``all`` if all features have
+    one scale, and empty otherwise.
     ``readouts`` is ``free`` or ``penalised`` if predicted proxies were given to the model, and empty otherwise.
     """
 
@@ -58,7 +61,9 @@ class ProtocolVariant:
     @property
     def options(self) -> list[str]:
         """Return the options that differ from the defaults, as text for people."""
-        layer = [f"{self.layer} {'+'.join(self.pooling)}".strip()] if self.layer else []
+        layer = [f"{self.layer} {'+'.join(self.pooling)}".strip()] if self.layer not in ("", JOINT) else []
+        if not self.layer and self.model == "linear" and not self.is_baseline:
+            layer = ["own features"]
         readouts = [f"{self.readouts} readouts"] if self.readouts else []
         return layer + ["one scale"] * (self.scale == "all") + readouts + ["sites left out"] * self.leave_site_out
 

@@ -28,12 +28,14 @@ METHOD_TITLES = {
 }  # fmt: skip
 FEATURE_TITLES = {
     "pooled": "pooled", "spatial": "spatial", "readout": "spatial + readout", AUTO: "chosen on inner folds",
+    "default": "default of evaluate",
 }  # fmt: skip
 ENCODERS = ("y-aware", "simclr", "age-regression", "random", "y-aware-dense", "y-aware-reconstruction")
 # Every method of the tables, in their order.
 ALL = (
     Method("y-aware", "readout"), Method("y-aware", "spatial"), Method("y-aware", "pooled"), Method("y-aware", AUTO),
-    *(Method(name, features) for name in ENCODERS[1:] for features in ("readout", "spatial", "pooled")),
+    Method("y-aware", "default"),
+    *(Method(name, features) for name in ENCODERS[1:] for features in ("readout", "spatial", "pooled", "default")),
     *map(Method, VOXEL_METHODS), *map(Method, NETWORK_METHODS),
 )  # fmt: skip
 TESTED = Method("y-aware", "readout")
@@ -49,7 +51,8 @@ SECONDARY = (
     *((TESTED, other) for other in (Method("voxels"), Method("brain-age"), *map(Method, NETWORK_METHODS))),
     *((TESTED, Method(f"y-aware-{term}", "readout")) for term in ("dense", "reconstruction")),
     (TESTED, Method("y-aware", "spatial")), (Method("y-aware", "spatial"), Method("y-aware", "pooled")),
-    (Method("y-aware", AUTO), Method("y-aware", "spatial")), (Method("voxels-brain-age"), Method("voxels")),
+    (Method("y-aware", AUTO), Method("y-aware", "spatial")), (Method("y-aware", "default"), Method("y-aware", "pooled")),
+    (Method("y-aware", "default"), TESTED), (Method("voxels-brain-age"), Method("voxels")),
     *((Method("y-aware", features), Method(name, features)) for features in ("spatial", "pooled")
       for name in ("simclr", "age-regression", "random")),
 )  # fmt: skip

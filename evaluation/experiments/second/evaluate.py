@@ -16,7 +16,7 @@ from evaluation.experiments.evaluate import brain_ages, load_plan_task
 from evaluation.experiments.networks import network_answers, network_jobs, network_points
 from evaluation.experiments.plan import DISEASES
 from evaluation.experiments.second.plan import AUTO, FINE_TUNED, SPATIAL, WHOLE, Piece, SecondPlan
-from evaluation.features.candidates import FeatureChoice, candidate_blocks
+from evaluation.features.candidates import FeatureChoice, candidate_blocks, joined, joint_table, spatial_block
 from evaluation.features.tables import SCALES, FeatureTable, reduced, table_of
 from evaluation.protocols.features import features_of_each
 from evaluation.protocols.nested_cv import PreparedTask, nested_fit, prepare
@@ -72,9 +72,11 @@ class Clinic:
         check_leakage(encoder, path, self.manifest, self.rows, piece.name)
         readouts = encoder.need_readouts()
         check_readouts(readouts, self.manifest, self.rows, piece.name)
-        blocks = [POOLED, SPATIAL]
+        sides = self.manifest.grid["shape"]
+        default = spatial_block(encoder.network, sides) or SPATIAL
+        blocks = list(dict.fromkeys([POOLED, SPATIAL, default]))
         if AUTO in piece.features:
-            blocks = list(dict.fromkeys([*candidate_blocks(encoder.network, self.manifest.grid["shape"]), *blocks]))
+            blocks = list(dict.fromkeys([*candidate_blocks(encoder.network, sides), *blocks]))
         work = self.out / "features" / path.name
         caches = {block: work / f"{number}.npz" for number, block in enumerate(blocks)}
         work.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,8 @@ class Clinic:
             for kind in piece.features:
                 source = piece.method, kind, piece.seed
                 for name in self.tasks:
-                    answers.append(self._disease_answers(source, name, self._prepared(kind, name, features, ages)))
+                    prepared = self._prepared(kind, name, features, ages, default)
+                    answers.append(self._disease_answers(source, name, prepared))
         shutil.rmtree(work, ignore_errors=True)  # a hundred megabytes and more
         return answers
 
@@ -120,12 +123,19 @@ class Clinic:
         return network_answers(self.level, WHOLE, disease, task, results)
 
     def _prepared(
-        self, kind: str, name: str, features: dict[Block, NDArray[np.float32]], ages: NDArray[Any]
+        self, kind: str, name: str, features: dict[Block, NDArray[np.float32]], ages: NDArray[Any], default: Block
     ) -> PreparedTask:
-        """Return a task with one kind of an encoder's features; ``readout``: spatial ones with the predicted age beside."""
+        """Return a task with one kind of an encoder's features; ``readout``: spatial ones with the predicted age beside.
+
+        The kind ``default`` is what ``yaware evaluate`` uses if nothing is named: own features, those of the block ``default``
+        by place, and the predicted age.
+        """
         task, places = self.tasks[name], self._places(name)
         if kind == "pooled":
             return self._prepare(name, table_of(task, features[POOLED][places], "each"))
+        if kind == "default":
+            columns, blocks = joined(features[POOLED][places], features[default][places])
+            return self._prepare(name, replace(joint_table(task, columns, blocks), readouts=ages[places][:, None]))
         spatial = table_of(task, features[SPATIAL][places], "all")
         if kind == "spatial":
             return self._prepare(name, spatial)

@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "y-aware-dense": ("--loss.dense={weight: 1.0, grid: 2}",),
     "y-aware-reconstruction": ("--loss.reconstruction={weight: 0.5, masked: 0.25}",),
 }
-FEATURES = ("pooled", "spatial", "readout")  # of every encoder
+FEATURES = ("pooled", "spatial", "readout", "default")  # of every encoder
 AUTO = "auto"  # features chosen on inner folds; of y-aware encoders at the middle level
 NETWORK_METHODS = ("fine-tuned", "scratch")
 VOXEL_METHODS = ("voxels", "voxels-brain-age", "brain-age")

@@ -13,7 +13,7 @@ from evaluation.experiments.second.comparisons import ALL, CURVES, FEATURE_TITLE
 from evaluation.experiments.second.plan import LEVELS, MIDDLE
 
 # Of the rows of the first plot: colour by kind of features; black for methods without an encoder, or trained end to end.
-COLOURS = dict(zip(FEATURE_TITLES, (PALETTE[1], PALETTE[2], PALETTE[6], PALETTE[5]), strict=True))
+COLOURS = dict(zip(FEATURE_TITLES, (PALETTE[1], PALETTE[2], PALETTE[6], PALETTE[5], PALETTE[3]), strict=True))
 
 
 def plot_middle(table: pd.DataFrame) -> Any:

@@ -16,6 +16,7 @@ from evaluation.features.candidates import (
     candidate_blocks,
     candidate_scores,
     ridge_answers,
+    spatial_block,
 )
 from evaluation.features.tables import FeatureTable, split_features, table_of
 from evaluation.protocols.nested_cv import prepare
@@ -25,7 +26,7 @@ from evaluation.tasks.folds import inner_folds
 from evaluation.tasks.resamples import Resampling
 from evaluation.tasks.tasks import Task
 from pretrain.encoders import ENCODERS, build_encoder
-from pretrain.weights.layers import features_of_blocks
+from pretrain.weights.layers import features_of_blocks, main_blocks
 from tests.searches import search_task
 
 PENALTIES = [0.1, 10.0, 1e4]
@@ -181,6 +182,35 @@ def test_every_encoder_has_candidates_of_bounded_size(name):
     ]
     assert max(sizes) <= MOST_FEATURES
     assert sizes[0] == encoder.feature_size
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_has_spatial_features_of_bounded_size(name):
+    options = {"grid": [96, 112, 96]} if name.startswith("vit") else {}
+    with torch.device("cpu" if name == "swin-unetr" else "meta"):
+        encoder = build_encoder(name, options)
+    encoder.to("meta").eval()
+    block = spatial_block(encoder, (96, 112, 96))
+    assert block is not None
+    layer, pooling = block
+    assert layer in main_blocks(encoder)
+    assert pooling in (("none",), ("grid3",))
+    (features,) = features_of_blocks(encoder, [block])(torch.empty(1, 1, 96, 112, 96, device="meta"))
+    assert 8 <= features.shape[1] <= MOST_FEATURES
+
+
+def test_the_spatial_features_of_a_resnet_are_those_of_its_deepest_map_with_places():
+    encoder = build_encoder("resnet18", {"width": 0.125, "norm": "group"})
+    assert spatial_block(encoder, (121, 145, 121)) == ("layer4", ("none",))  # 4 x 5 x 4 positions
+    assert spatial_block(encoder, (30, 36, 30)) == ("layer3", ("none",))  # 2 x 3 x 2; layer4 has 1 x 2 x 1
+    encoder = build_encoder("resnet18", {"width": 0.125, "norm": "batch"}).eval()
+    assert spatial_block(encoder, (8, 8, 8)) == ("layer1", ("none",))
+    assert spatial_block(encoder, (4, 4, 4)) is None
+
+
+def test_too_many_positions_become_the_cells_of_a_grid():
+    encoder = build_encoder("resnet18", {"norm": "group", "max_pool": False})
+    assert spatial_block(encoder, (250, 250, 250)) == ("layer4", ("grid3",))
 
 
 def test_the_candidates_of_a_resnet_on_a_coarse_grid():

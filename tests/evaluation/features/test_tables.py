@@ -9,7 +9,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from evaluation.features import tables
-from evaluation.features.tables import FeatureTable, coordinates, permuted, reduced, split_features
+from evaluation.features.tables import FeatureBlock, FeatureTable, coordinates, permuted, reduced, split_features
 from evaluation.protocols.probes import fit_predict, linear, nearest_neighbours
 
 TRAIN, TEST = np.arange(40), np.arange(40, 52)
@@ -114,3 +114,40 @@ def test_wide_features_are_never_copied_whole(monkeypatch):
     monkeypatch.setattr(tables, "SLAB", 64)
     fit_predict(linear, {"penalty": 9.0}, make_table(), TRAIN, TEST)
     assert largest == [64, 64, 64, 64, 44]
+
+
+@pytest.mark.parametrize("coordinates_of_second", [False, True])
+@pytest.mark.parametrize("confounds", [0, 2])
+def test_blocks_keep_their_scale_and_get_the_same_total_variance(coordinates_of_second, confounds):
+    """Own features of variance 1 each beside spatial ones of one scale, also if coordinates stand for these."""
+    first, second = make_table("each", confounds=confounds, columns=20), make_table("all", columns=300)
+    x, y = by_hand(first)
+    spatial = by_hand(replace(second, confounds=first.confounds))
+    columns, count = reduced(second.features, "all") if coordinates_of_second else (second.features, 300)
+    assert columns.shape[1] == (52 if coordinates_of_second else 300)
+    table = replace(
+        first,
+        features=np.column_stack([first.features, columns]).astype(float),
+        blocks=(FeatureBlock(20, "each", 20), FeatureBlock(columns.shape[1], "all", count)),
+    )
+    split = split_features(table, TRAIN, TEST)
+    # The variances of all features have the mean 1, half of their sum in each block.
+    weights = np.sqrt(320 / (2 * 20)), np.sqrt(320 / (2 * 300))
+    train = np.column_stack([weights[0] * x, weights[1] * spatial[0]])
+    test = np.column_stack([weights[0] * y, weights[1] * spatial[1]])
+    np.testing.assert_allclose(split.gram[0], train @ train.T, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(split.gram[1], test @ train.T, rtol=1e-5, atol=1e-4)
+    of_blocks = [np.square(part).sum() for part in np.split(split.train, [20], axis=1)]
+    # One of the own features is constant.
+    np.testing.assert_allclose(of_blocks, [160 * len(TRAIN) * 19 / 20, 160 * len(TRAIN)], rtol=1e-5)
+    predicted = fit_predict(linear, {"penalty": 50.0}, table, TRAIN, TEST).predicted
+    model = LogisticRegression(C=1 / 50, class_weight="balanced", max_iter=5000, tol=1e-10)
+    expected = model.fit(train, table.labels[TRAIN]).decision_function(test)
+    np.testing.assert_allclose(predicted, expected, rtol=1e-3, atol=2e-3)
+
+
+def test_test_scans_do_not_change_the_scale_of_a_block():
+    table = make_table(columns=30, dtype=float)
+    table = replace(table, blocks=(FeatureBlock(10, "each", 10), FeatureBlock(20, "all", 20)))
+    other = replace(table, features=np.where(np.arange(52)[:, None] >= 40, 7 * table.features, table.features))
+    np.testing.assert_array_equal(*(split_features(each, TRAIN, TEST).train for each in (table, other)))

@@ -17,8 +17,8 @@ from matplotlib.image import imread
 from data_pipeline.loading.loader import volumes
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from evaluation.protocols import embedding
-from evaluation.protocols.embedding import embedding_table
+from evaluation.features import embedding
+from evaluation.features.embedding import embedding_table
 from evaluation.protocols.saliency import boxes_of, occlusion
 from evaluation.tasks.tasks import load_task
 from infra import cli

@@ -128,10 +128,14 @@ def world(tmp_path_factory):
 
 
 def evaluate(root, name, *more, encoder="encoder"):
-    """Run ``yaware evaluate`` with a store of its own; return its status, the store and its finished runs."""
+    """Run ``yaware evaluate`` on encoders, separated by +, with a store of its own.
+
+    Return its status, the store and its finished runs.
+    """
     uri = store_at(root / f"{name}.db")
     small = ["--folds", "2", "--draws", "2", "--n-train", "8", "--repeats", "1", "--halvings", "0", "--workers", "1"]
-    given = ["evaluate", str(root / encoder), "--shards", str(root / "shards"), "--experiment", name, "--tasks", "ad"]
+    encoders = [str(root / one) for one in encoder.split("+")]
+    given = ["evaluate", *encoders, "--shards", str(root / "shards"), "--experiment", name, "--tasks", "ad"]
     status = cli.run([*given, *small, "--storage", str(root / "storage"), "--tracking-uri", uri, *more])
     return status, uri, runs.runs(uri, name, "evaluation") if status == 0 else []
 
@@ -156,16 +160,35 @@ def test_the_command_knows_readouts_in_tags_params_and_choices(world, tmp_path, 
     assert ("readout_penalty" in chosen) == (more[1] == "penalised")
 
 
-def test_without_readouts_nothing_says_so(world):
-    _, _, (row,) = evaluate(world, "plain", "--protocols", "linear")
+def test_without_readouts_nothing_says_so(world, capsys):
+    for name, more, encoder in (("plain", ["--readouts", "no"], "encoder"), ("none", [], "without")):
+        _, _, (row,) = evaluate(world, name, "--protocols", "linear", *more, encoder=encoder)
+        assert row["tags"]["yaware.readouts"] == ""
+        assert not {"readouts", "readouts_sha256"} & set(row["params"])
+    assert "readouts are not given" not in capsys.readouterr().out
+
+
+def test_by_default_readouts_are_given_if_every_checkpoint_has_them(world, capsys):
+    _, _, (row,) = evaluate(world, "default", "--protocols", "linear")
+    assert (row["tags"]["yaware.readouts"], row["params"]["readouts"]) == ("free", "free")
+    _, _, rows = evaluate(world, "both", "--protocols", "linear", encoder="encoder+without")
+    assert {row["tags"]["yaware.readouts"] for row in rows} == {""}
+    printed = capsys.readouterr().out
+    assert "evaluate: readouts are not given to the models: " in printed
+    assert "it has none; `yaware readouts` fits them" in printed
+
+
+def test_by_default_readouts_of_test_participants_are_not_given(world, capsys):
+    _, _, (row,) = evaluate(world, "unused", "--protocols", "linear", encoder="other")
     assert row["tags"]["yaware.readouts"] == ""
-    assert not {"readouts", "readouts_sha256"} & set(row["params"])
+    assert "readouts are not given to the models: " in (printed := capsys.readouterr().out)
+    assert "its readouts were fitted on participants of the test scans" in printed
 
 
 def test_predicted_proxies_reach_the_model(world, tmp_path):
     """Both evaluations differ only in the readouts, and so do their predictions."""
     predicted = []
-    for name, more in (("with", ["--readouts", "free"]), ("no", [])):
+    for name, more in (("with", ["--readouts", "free"]), ("no", ["--readouts", "no"])):
         _, uri, (row,) = evaluate(world, name, "--protocols", "linear", *more)
         folder = runs.download(uri, row["run_id"], "evaluation", tmp_path / name)
         predicted.append(pd.read_parquet(folder / "predictions.parquet").set_index("key")["answer"].sort_index())
@@ -176,7 +199,7 @@ def test_predicted_proxies_reach_the_model(world, tmp_path):
 @pytest.mark.parametrize(
     ("more", "encoder", "message"),
     [
-        (["--readouts", "maybe"], "encoder", "readouts='maybe' is not known; allowed: no, free, penalised"),
+        (["--readouts", "maybe"], "encoder", "readouts='maybe' is not known; allowed: auto, no, free, penalised"),
         (
             ["--readouts", "free", "--protocols", "knn,voxels"],
             "encoder",
@@ -194,11 +217,6 @@ def test_refusals(world, capsys, more, encoder, message):
     status, _, _ = evaluate(world, "refused", *more, encoder=encoder)
     assert status == 2
     assert message in capsys.readouterr().err
-
-
-def test_people_of_the_readouts_may_be_tested_on_without_them(world):
-    status, _, _ = evaluate(world, "unused", "--protocols", "linear", encoder="other")
-    assert status == 0
 
 
 def test_readouts_of_other_features_are_one_line(world):

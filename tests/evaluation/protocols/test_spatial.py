@@ -9,10 +9,13 @@ import torch
 
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from evaluation.features.candidates import choices_text
+from evaluation.features.candidates import choices_text, spatial_block
+from evaluation.protocols.context import Candidate, EvaluationContext
 from evaluation.protocols.features import cache_name, features_of, features_of_each
+from evaluation.protocols.inputs import joint_tables
 from evaluation.protocols.settings import EvaluationSettings
-from evaluation.protocols.variant import ProtocolVariant
+from evaluation.protocols.variant import JOINT, ProtocolVariant
+from evaluation.tasks.tasks import load_task
 from infra import cli
 from infra.tracking import runs
 from pretrain.weights.encoder import Encoder
@@ -74,18 +77,62 @@ def test_features_are_chosen_in_each_fold_and_reported(world, tmp_path, capsys):
     [
         (["--layer", "layer1", "--pooling", "grid2", "--scale", "all"], "linear, layer1 grid2, one scale"),
         (["--pooling", "none"], "linear, end none"),
+        (["--layer", "own"], "linear, own features"),
+        (["--scale", "all"], "linear, own features, one scale"),
         (["--layer", "layer1", "--pooling", "mean,none"], "linear, layer1 mean+none"),
     ],
 )
 def test_named_features_have_their_own_variant(world, more, label):
-    name = f"named-{len(label)}"
+    name = "named-" + "".join(more).replace(",", "")
     status, _, (row,) = evaluate(world, name, "--tasks", "ad", "--protocols", "linear", *more)
     assert status == 0
     variant = ProtocolVariant.from_tags(row["tags"])
     assert variant.label == label
     assert ProtocolVariant.from_tags(variant.to_tags()) == variant
-    assert variant.fitted != ProtocolVariant(protocol="linear", model="linear").fitted
+    assert variant.fitted != ProtocolVariant(protocol="linear", model="linear", layer=JOINT).fitted
     assert row["params"]["scale"] == ("all" if "one scale" in label else "each")
+
+
+def test_without_a_layer_linear_models_get_own_and_spatial_features(world):
+    status, _, rows = evaluate(world, "default", "--tasks", "ad", "--protocols", "linear,knn")
+    assert status == 0
+    variants = {row["params"]["protocol"]: ProtocolVariant.from_tags(row["tags"]) for row in rows}
+    assert [variants[name].layer for name in ("linear", "knn")] == [JOINT, ""]
+    assert [variants[name].label for name in ("linear", "knn")] == ["linear", "knn"]
+    params = {row["params"]["protocol"]: row["params"] for row in rows}
+    assert params["linear"]["layer"] == JOINT
+    assert not {"pooling", "scale"} & params["linear"].keys()
+    _, _, (own,) = evaluate(world, "own", "--tasks", "ad", "--protocols", "linear", "--layer", "own")
+    (joint,) = [row for row in rows if row["params"]["protocol"] == "linear"]
+    assert own["metrics"]["ad.auc"] != joint["metrics"]["ad.auc"]
+
+
+def test_the_joint_table_holds_the_features_of_both_blocks(world, tmp_path):
+    root, shards = world
+    manifest, encoder = Manifest.load(shards), Encoder.from_pretrained(root / "encoder")
+    tasks = [load_task(name, manifest, 2) for name in ("ad", "age")]
+    rows = np.unique(np.concatenate([task.rows for task in tasks]))
+    context = EvaluationContext(
+        manifest=manifest, tasks=tasks, rows=rows, settings=EvaluationSettings(("ad", "age")), cache=tmp_path,
+        storage=tmp_path, uri="", experiment="",
+    )  # fmt: skip
+    tables = joint_tables(context, Candidate("first", "y-aware", weights="a" * 64, encoder=encoder))
+    spatial = spatial_block(encoder.network, manifest.grid["shape"])
+    assert spatial == ("layer2", ("none",))  # 2 x 2 x 2 positions of 14 x 16 x 12 voxels
+    own, places = (features_of(encoder, manifest, rows, tmp_path / f"{n}.npz", "test", *block)
+                   for n, block in enumerate(((None, ("mean",)), spatial)))  # fmt: skip
+    for task in tasks:
+        table, of_task = tables[task.name], np.searchsorted(rows, task.rows)
+        first = table.blocks[0].columns
+        assert [(block.scale, block.count) for block in table.blocks] == [
+            ("each", own.shape[1]),
+            ("all", places.shape[1]),
+        ]
+        np.testing.assert_allclose(table.features[:, :first], own[of_task], rtol=1e-6)
+        centred = places[of_task].astype(float) - places[of_task].mean(0)
+        found = table.features[:, first:] - table.features[:, first:].mean(0)
+        np.testing.assert_allclose(found @ found.T, centred @ centred.T, rtol=1e-3, atol=1e-5)
+        assert table.count == own.shape[1] + places.shape[1]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,13 @@ def test_an_encoder_is_evaluated_with_each_kind_of_features_on_the_test_sites_on
             assert entry.answers.shape == (4, len(entry.labels))
             assert (list(entry.sizes), list(entry.draws)) == ([16, 16, 24, 24], [0, 1, 0, 1])
             assert np.isfinite([auc(entry.labels, row) for row in entry.answers]).all()
-    for one, other in (("pooled", "spatial"), ("spatial", "readout"), ("spatial", "auto")):
+    for one, other in (
+        ("pooled", "spatial"),
+        ("spatial", "readout"),
+        ("spatial", "auto"),
+        ("readout", "default"),
+        ("pooled", "default"),
+    ):
         assert not np.allclose(answers[one, "ad"].answers, answers[other, "ad"].answers)
 
 
