@@ -16,7 +16,7 @@ step shards build demo/cohort demo/shards --dataset demo --modality vbm --scalin
 step shards preview demo/shards --out demo/preview.png
 step pretrain --config demo-cpu
 step pretrain --config demo-cpu --run.name=SimCLR --run.output=demo/runs/simclr --loss.proxies.age.bandwidth=0
-step pretrain --config demo-cpu --run.name=random --run.output=demo/runs/random --train.steps=0
+step pretrain --config demo-cpu --run.name=random --run.output=demo/runs/random --train.steps=0 --readouts.fit=true
 step evaluate demo/runs/y-aware demo/runs/simclr demo/runs/random --shards demo/shards --tasks ad,scz,age,site \
     --experiment yaware-demo --n-train 15,30,60,120
 step compare --experiment yaware-demo --out demo/report.html
