@@ -32,7 +32,8 @@ def frozen_features(context: EvaluationContext, candidate: Candidate) -> NDArray
 def joint_tables(context: EvaluationContext, candidate: Candidate) -> dict[str, FeatureTable]:
     """Return the table of each task, by name, with the encoder's own features and its spatial ones (``spatial_block``).
 
-    An encoder that has no map of two positions along each side gives its own features alone.
+    An encoder that has no map of two positions along each side gives its own features alone, and so does every encoder for a
+    multiclass task: regression on K classes takes minutes with that many features.
     """
     assert candidate.encoder is not None
     own: Block = (None, OWN)
@@ -42,7 +43,14 @@ def joint_tables(context: EvaluationContext, candidate: Candidate) -> dict[str, 
     title = f"features of {candidate.name} step {candidate.step}"
     features = features_of_each(candidate.encoder, context.manifest, context.rows, caches, title)
     columns, described = joined(features[own], None if spatial is None else features[spatial])
-    return {task.name: joint_table(task, columns[context.positions_of(task)], described) for task in context.tasks}
+    tables = {}
+    for task in context.tasks:
+        places = context.positions_of(task)
+        tables[task.name] = (
+            table_of(task, features[own][places], "each") if task.kind == "multiclass"
+            else joint_table(task, columns[places], described)
+        )  # fmt: skip
+    return tables
 
 
 def candidate_features(context: EvaluationContext, candidate: Candidate) -> dict[Block, NDArray[np.float32]]:

@@ -110,7 +110,7 @@ def test_without_a_layer_linear_models_get_own_and_spatial_features(world):
 def test_the_joint_table_holds_the_features_of_both_blocks(world, tmp_path):
     root, shards = world
     manifest, encoder = Manifest.load(shards), Encoder.from_pretrained(root / "encoder")
-    tasks = [load_task(name, manifest, 2) for name in ("ad", "age")]
+    tasks = [load_task(name, manifest, 2) for name in ("ad", "age", "site")]
     rows = np.unique(np.concatenate([task.rows for task in tasks]))
     context = EvaluationContext(
         manifest=manifest, tasks=tasks, rows=rows, settings=EvaluationSettings(("ad", "age")), cache=tmp_path,
@@ -121,7 +121,7 @@ def test_the_joint_table_holds_the_features_of_both_blocks(world, tmp_path):
     assert spatial == ("layer2", ("none",))  # 2 x 2 x 2 positions of 14 x 16 x 12 voxels
     own, places = (features_of(encoder, manifest, rows, tmp_path / f"{n}.npz", "test", *block)
                    for n, block in enumerate(((None, ("mean",)), spatial)))  # fmt: skip
-    for task in tasks:
+    for task in tasks[:2]:
         table, of_task = tables[task.name], np.searchsorted(rows, task.rows)
         first = table.blocks[0].columns
         assert [(block.scale, block.count) for block in table.blocks] == [
@@ -133,6 +133,9 @@ def test_the_joint_table_holds_the_features_of_both_blocks(world, tmp_path):
         found = table.features[:, first:] - table.features[:, first:].mean(0)
         np.testing.assert_allclose(found @ found.T, centred @ centred.T, rtol=1e-3, atol=1e-5)
         assert table.count == own.shape[1] + places.shape[1]
+    table = tables["site"]
+    assert table.blocks == ()
+    np.testing.assert_allclose(table.features, own[np.searchsorted(rows, tasks[2].rows)], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
