@@ -70,14 +70,15 @@ def evaluate(
         inner_repeats: number of shuffles of the inner folds.
         leave_site_out: make folds of whole sites.
         layer: use the features of this block inside the encoder; ``own``: those of the encoder's end; ``auto``: block, pooling
-            and scale are chosen on the inner folds of each training set (protocols paper and linear). None: the own features, to
-            which paper and linear add spatial ones (but in multiclass tasks): every position of the encoder's deepest map of
-            two positions or more along each side; both kinds get the same total variance.
+            and scale are chosen on the inner folds of each training set (protocols paper and linear). None: the own features,
+            to which paper and linear add spatial ones (but in multiclass tasks): every position of the encoder's deepest map
+            of two positions or more along each side; both kinds get the same total variance.
         pooling: of that block over its voxels: mean, max, std, grid2 to grid8, none or several; see ``Encoder.embed``.
         scale: of the features of paper and linear: ``each`` has variance 1, or one scale for ``all``.
         readouts: give the proxies that the encoder's readouts predict to the models of paper and linear, beside the features:
             ``free`` of the penalty, as covariates are, or ``penalised``: with a penalty of their own, chosen on inner folds,
-            which may be none; ``no`` does not; ``auto``: free, if every checkpoint has readouts that may be used, else no.
+            which may be none; ``no`` does not; ``auto``: free, if every checkpoint has readouts that may be used, else no. Multiclass
+            tasks get none.
         mlp_trials: settings that Optuna tries for each fold of the protocol mlp.
         repeats: nested cross-validations of all scans, each with other folds, by the protocols on fixed features.
         halvings: random divisions of the participants into halves, each cross-validated, for the intervals and tests of

@@ -81,7 +81,10 @@ def candidate_tables(context: EvaluationContext, candidate: Candidate) -> dict[s
 def add_readouts(
     context: EvaluationContext, candidate: Candidate, prepared: dict[str, PreparedTask]
 ) -> dict[str, PreparedTask]:
-    """Return the tasks with the proxies that the candidate's readouts predict for their scans."""
+    """Return the tasks with the proxies that the candidate's readouts predict for their scans; multiclass tasks as they are.
+
+    With columns that are hardly penalised, scikit-learn's regression on K classes takes several times as long.
+    """
     assert candidate.encoder is not None
     readouts = candidate.encoder.need_readouts()
     layer, pooling = readouts.layer, readouts.pooling
@@ -91,8 +94,10 @@ def add_readouts(
         candidate.encoder, context.manifest, context.rows, cache, title, layer=layer, pooling=pooling
     )
     values = readouts.predict(features)
-    added = {}
+    added = dict(prepared)
     for task in context.tasks:
+        if task.kind == "multiclass":
+            continue
         entry, own = prepared[task.name], values[context.positions_of(task)]
         candidates = [choice._replace(table=replace(choice.table, readouts=own)) for choice in entry.candidates]
         added[task.name] = replace(entry, table=replace(entry.table, readouts=own), candidates=candidates)
