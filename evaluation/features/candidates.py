@@ -100,7 +100,7 @@ def joint_table(
     task: Task, columns: NDArray[np.float64], blocks: tuple[FeatureBlock, ...]
 ) -> FeatureTable:  # fmt: skip
     """Return a task with the columns (n, F) of its scans, in blocks (``joined``)."""
-    return replace(table_of(task, columns, "each", count=sum(block.count for block in blocks)), blocks=blocks)
+    return replace(table_of(task, columns, "each", count=sum(block.features for block in blocks)), blocks=blocks)
 
 
 def _maps(

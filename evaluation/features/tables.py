@@ -38,12 +38,13 @@ class Predictions(NamedTuple):
 class FeatureBlock(NamedTuple):
     """Columns of a table that have a scale of their own.
 
-    ``columns`` is their number, ``scale`` is ``each`` or ``all``, and ``count`` is the number of features that they stand for.
+    ``columns`` is their number, ``scale`` is ``each`` or ``all``, and ``features`` is the number of features for which they
+    stand.
     """
 
     columns: int
     scale: str
-    count: int
+    features: int
 
 
 @dataclass(frozen=True)
@@ -200,12 +201,12 @@ def _divisors(deviations: NDArray[Any], table: FeatureTable) -> NDArray[Any]:
     """Return what the columns (F,) are divided by, from their standard deviations over the training scans."""
     if not table.blocks:
         return _of_scale(deviations, table.scale, table.count)
-    total = sum(block.count for block in table.blocks)
+    total = sum(block.features for block in table.blocks)
     ends = np.cumsum([block.columns for block in table.blocks])
     parts = []
     for block, own in zip(table.blocks, np.split(deviations, ends[:-1]), strict=True):
-        share = total / (block.count * len(table.blocks))  # that its features' variance becomes
-        parts.append(_of_scale(own, block.scale, block.count) / np.sqrt(share))
+        share = total / (block.features * len(table.blocks))  # that its features' variance becomes
+        parts.append(_of_scale(own, block.scale, block.features) / np.sqrt(share))
     return np.concatenate(parts)
 
 

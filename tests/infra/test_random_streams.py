@@ -51,7 +51,7 @@ SEEDED = {
         "pretrain/run/checkpoint.py", "pretrain/weights/import_weights.py",
     ],
     "random_state": [
-        "evaluation/protocols/embedding.py", "evaluation/tasks/folds.py", "pretrain/run/online_probes.py",
+        "evaluation/features/embedding.py", "evaluation/tasks/folds.py", "pretrain/run/online_probes.py",
     ],
     "RandomState": [],
 }  # fmt: skip

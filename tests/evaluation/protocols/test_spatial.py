@@ -102,7 +102,8 @@ def test_without_a_layer_linear_models_get_own_and_spatial_features(world):
     params = {row["params"]["protocol"]: row["params"] for row in rows}
     assert params["linear"]["layer"] == JOINT
     assert not {"pooling", "scale"} & params["linear"].keys()
-    _, _, (own,) = evaluate(world, "own", "--tasks", "ad", "--protocols", "linear", "--layer", "own")
+    more = ["--tasks", "ad", "--protocols", "linear", "--layer", "own"]
+    _, _, (own,) = evaluate(world, "own", *more)
     (joint,) = [row for row in rows if row["params"]["protocol"] == "linear"]
     assert own["metrics"]["ad.auc"] != joint["metrics"]["ad.auc"]
 
@@ -124,7 +125,7 @@ def test_the_joint_table_holds_the_features_of_both_blocks(world, tmp_path):
     for task in tasks[:2]:
         table, of_task = tables[task.name], np.searchsorted(rows, task.rows)
         first = table.blocks[0].columns
-        assert [(block.scale, block.count) for block in table.blocks] == [
+        assert [(block.scale, block.features) for block in table.blocks] == [
             ("each", own.shape[1]),
             ("all", places.shape[1]),
         ]
