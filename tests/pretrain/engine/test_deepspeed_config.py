@@ -83,7 +83,7 @@ def test_the_bucket_fits_the_network_unless_the_recipe_sets_one(parameters, over
 def test_a_bucket_without_a_value_of_the_recipe_is_at_most_that_of_deepspeed(one_rank):
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    assert LARGEST_BUCKET == DeepSpeedZeroConfig().reduce_bucket_size
+    assert DeepSpeedZeroConfig().reduce_bucket_size == LARGEST_BUCKET
 
 
 @pytest.mark.parametrize(
