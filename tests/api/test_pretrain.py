@@ -26,7 +26,7 @@ import yaware
 def sections(steps):
     return {{
         "data": {{"shards": {shards!r}, "workers": 0}}, "train": {{"steps": steps}}, "batch": {{"global": 8}},
-        "encoder": {{"options": {{"width": 0.25, "norm": "batch"}}}}, "checkpoint": {{"every_steps": 2}},
+        "encoder": {{"options": {{"width": 0.25, "norm": "batch"}}}}, "checkpoint": {{"every_steps": 10}},
     }}
 """
 
@@ -98,10 +98,10 @@ def test_a_run_gives_metrics_checkpoints_and_encoders(stopped_run, tmp_path):
     metrics = run.metrics
     assert metrics["step"].tolist() == list(range(30))
     assert metrics[["loss", "lr", "grad_norm"]].notna().all(axis=None)
-    assert [path.name for path in run.checkpoints] == ["step-00000028", "step-00000030"]
+    assert [path.name for path in run.checkpoints] == ["step-00000020", "step-00000030"]
     assert run.encoder().config["step"] == run.encoder(30).config["step"] == 30
-    assert run.encoder(28).config["step"] == 28
-    with pytest.raises(UserError, match=r"has no checkpoint of step 5; its steps: 28, 30$"):
+    assert run.encoder(20).config["step"] == 20
+    with pytest.raises(UserError, match=r"has no checkpoint of step 5; its steps: 20, 30$"):
         run.encoder(5)
     assert run.recipe.batch.global_ == 8
     assert find_encoder(run) == run.checkpoints[-1] / "encoder"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -130,35 +131,40 @@ def test_a_file_that_is_no_json_object_is_refused(folder, name, text):
     refused(folder, str(folder / name))
 
 
-@pytest.mark.parametrize("options", [{"width": 8}, {"width": 2.0}, {"max_pool": False, "width": 4}])
-def test_weights_are_compared_before_the_network_is_built(folder, options):
-    content = {**CONFIG, "encoder": {"name": "resnet18", "options": {**OPTIONS, **options}}}
-    (folder / "config.json").write_text(json.dumps(content))
-    renew(folder)
+def test_weights_are_compared_before_the_network_is_built(exported, tmp_path):
+    folders = []
+    for number, options in enumerate([{"width": 8}, {"width": 2.0}, {"max_pool": False, "width": 4}]):
+        folders.append(shutil.copytree(exported, tmp_path / str(number)))
+        content = {**CONFIG, "encoder": {"name": "resnet18", "options": {**OPTIONS, **options}}}
+        (folders[-1] / "config.json").write_text(json.dumps(content))
+        renew(folders[-1])
     code = """
         import sys
         from infra.errors import UserError
         from pretrain.weights.encoder import Encoder
         from tests.memory import peak_bytes, reset_peak
-        reset_peak()
-        before = peak_bytes()
-        try:
-            Encoder.from_pretrained(sys.argv[1])
-        except UserError as error:
-            print(error)
-        print((peak_bytes() - before) >> 20)
+        for folder in sys.argv[1:]:
+            reset_peak()
+            before = peak_bytes()
+            try:
+                Encoder.from_pretrained(folder)
+            except UserError as error:
+                print(error)
+            print((peak_bytes() - before) >> 20)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(folder)],
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, folders)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=100,
     )
-    message, megabytes = done.stdout.strip().splitlines()
-    assert "model.safetensors: weights do not fit resnet18: " in message
-    assert "in the network that config.json names" in message
-    assert int(megabytes) < 300, done.stdout
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) == 2 * len(folders), done.stdout + done.stderr
+    for folder, message, megabytes in zip(folders, lines[::2], lines[1::2], strict=True):
+        assert f"{folder / 'model.safetensors'}: weights do not fit resnet18: " in message
+        assert "in the network that config.json names" in message
+        assert int(megabytes) < 300, done.stdout
 
 
 @pytest.mark.parametrize("options", [{"width": 100}, {"width": -1}, {"width": "8"}, {"nets": 3}, {"norm": ["group"]}])
