@@ -36,7 +36,7 @@ def pretrain_command(shards: Path, output: Path, steps: int, *more: str) -> list
     return [sys.executable, "-m", "infra.cli", "pretrain", "--config", "demo-cpu", *overrides]
 
 
-def run(command: list[str], folder: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], folder: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and print its output, which pytest shows if the test fails."""
     done = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=timeout)
     print(done.stdout[-4000:], done.stderr[-4000:])
@@ -53,7 +53,7 @@ def losses(output: Path) -> list[tuple[int, float]]:
     return rows
 
 
-def kill_ranks_when(command: list[str], folder: Path, ready: Callable[[], bool], timeout: float = 150) -> None:
+def kill_ranks_when(command: list[str], folder: Path, ready: Callable[[], bool], timeout: float = 400) -> None:
     """Start ``command``; once ``ready()``, send SIGKILL to both training processes, then wait for the launcher."""
     log = (folder / "killed.log").open("w")
     started = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=log, stderr=log)

@@ -25,7 +25,7 @@ from pretrain.engine.deepspeed_config import deepspeed_config, fit_bucket, zero_
 from pretrain.engine.importing import import_deepspeed, import_muon_uncompiled, without_compiler
 from pretrain.engine.optimizers import LayerWise, build_optimizer, parameter_groups
 from pretrain.engine.partitions import deepspeed_internal, keeps_float32_copies, local_shards
-from pretrain.engine.rendezvous import init_method
+from pretrain.engine.rendezvous import init_method, taken_port_is_named
 from pretrain.engine.safe_load import no_code
 
 # The loss scaler needs 24 skipped steps to come down from 2^24 to 1. More than this many in a row mean a NaN.
@@ -49,7 +49,10 @@ def warm() -> None:
 
 
 def start_ranks() -> torch.device:
-    """Join the launcher's process group, or create one of a single rank; return this rank's device."""
+    """Join the launcher's process group, or create one of a single rank; return this rank's device.
+
+    Raises UserError if ``MASTER_PORT`` is taken.
+    """
     os.environ.update(distributed.single_process_environment())
     cuda = torch.cuda.is_available()
     if cuda:
@@ -64,7 +67,7 @@ def start_ranks() -> torch.device:
             _keep_freed_memory()
     warm()
     # Otherwise every rank prints that the collectives were built.
-    with redirect_stdout(io.StringIO()), hidden_compiler_checks(), _no_shared_buffers():
+    with redirect_stdout(io.StringIO()), hidden_compiler_checks(), _no_shared_buffers(), taken_port_is_named():
         import_deepspeed().init_distributed("nccl" if cuda else "gloo", verbose=False, init_method=init_method())
     return torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
 

@@ -5,16 +5,20 @@ torch's own store listens on all addresses of the host, so other hosts could con
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from torch._C._distributed_c10d import Store, TCPStore  # torch.distributed does not export them for the type checker
+from torch.distributed import DistNetworkError
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from infra.distributed import is_loopback, rank, world_size
+from infra.errors import UserError
 
 SCHEME = "yaware-loopback"
 LOOPBACK = "127.0.0.1"
@@ -27,6 +31,20 @@ def init_method() -> str | None:
     """
     own_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return f"{SCHEME}://" if is_loopback(os.environ["MASTER_ADDR"]) and not own_store else None
+
+
+@contextmanager
+def taken_port_is_named() -> Iterator[None]:
+    """Raise UserError within the block if another program listens on ``MASTER_PORT``, as a second job of this host would."""
+    try:
+        yield
+    except (OSError, DistNetworkError) as error:
+        if getattr(error, "errno", None) != errno.EADDRINUSE and "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT={os.environ.get('MASTER_PORT')}: another program of this host listens on it, perhaps another job; "
+            "give the launcher a free port, such as --master_port=29517"
+        ) from error
 
 
 def _meet(url: str, timeout: timedelta = timedelta(minutes=10), **_: Any) -> Iterator[tuple[Store, int, int]]:

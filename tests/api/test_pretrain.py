@@ -36,7 +36,7 @@ def python(code, folder, shards):
     env = {**environment(folder), "PYTHONPATH": str(ROOT)}
     script = HEAD.format(shards=str(shards)) + code
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=280
+        [sys.executable, "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=600
     )
     print(done.stdout[-3000:], done.stderr[-3000:])
     assert done.returncode == 0

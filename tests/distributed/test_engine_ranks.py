@@ -27,7 +27,7 @@ from tests.distributed.deepspeed_cases import serve
 from tests.distributed.engine_cases import Run, build, plain_steps, steps_on_ranks
 from tests.distributed.ranks import Ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-3, "fp16": 1e-3, "autocast": 3e-3, "autocast-fp16": 1e-3}
 STAGES = {

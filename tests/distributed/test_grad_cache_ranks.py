@@ -14,7 +14,7 @@ from tests.distributed.ranks import Ranks
 from tests.distributed.test_all_losses_ranks import expected_of
 from tests.distributed.test_loss_ranks import errors
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 KERNEL = KERNELS["gaussian"](bandwidth=8.0)
 STAGES = (0, 1, 2, 3)
 

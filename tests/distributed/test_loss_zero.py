@@ -11,7 +11,7 @@ from tests.distributed.deepspeed_cases import serve, zero_steps
 from tests.distributed.ranks import Ranks
 from tests.reference import naive
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 STAGES = (0, 1, 2, 3)
 BANDWIDTH = 5.0

@@ -98,7 +98,7 @@ def pools() -> Iterator[Pools]:
     started.close()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("world_size", "cases"),
     [(1, [(0, ()), (3, MICRO)]), (2, [(0, MICRO), (1, ()), (2, MICRO), (3, ())]), (3, [(1, MICRO), (3, MICRO)])],
@@ -118,7 +118,7 @@ def test_training_with_both_terms_equals_plain_torch_under_every_stage_and_in_mi
             assert min(parts[1:]) > 0.01
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_with_both_terms_resumes_bit_for_bit_and_on_other_ranks(
     pools: Pools, tmp_path: Path, precision: str

@@ -186,7 +186,7 @@ def test_pdsh_starts_both_hosts_from_one(pair, shards, tmp_path, one_host, sshd,
         pair, tmp_path / "run", work=tmp_path / "work", shards=shards, sshd=sshd, store=store
     )
     done = subprocess.run(
-        pair.a.command(command), cwd=tmp_path / "work", env=variables, capture_output=True, text=True, timeout=240
+        pair.a.command(command), cwd=tmp_path / "work", env=variables, capture_output=True, text=True, timeout=600
     )
     print(done.stdout[-3000:], done.stderr[-3000:])
     assert done.returncode == 0

@@ -19,7 +19,7 @@ from tests.faults.rank_process import wait
 from tests.forkserver import imported
 from tests.stores import store_at
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
 def start(commands: list[list[str]], folder: Path, harm=None) -> list[int | None]:

@@ -18,7 +18,7 @@ STEPS = 8
 # Batch statistics would differ with the number of ranks.
 GROUP = ("--encoder.options={width: 0.25, norm: group}", "--checkpoint.every_steps=100", "--optimizer.lr=1e-4",
          "--train.ema_decay=0.9")  # fmt: skip
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_two_processes_with_slurms_variables_are_two_ranks(shards, tmp_path):
         for rank in range(2)
     ]  # fmt: skip
     try:
-        outputs = [task.communicate(timeout=200)[0] for task in tasks]
+        outputs = [task.communicate(timeout=600)[0] for task in tasks]
     finally:
         for task in tasks:
             task.kill()
@@ -214,7 +214,7 @@ def test_the_documented_ray_commands_make_one_cluster():
             daemons.append(subprocess.Popen([binaries / "ray", *arguments, *extra], stdout=subprocess.DEVNULL))
             time.sleep(12)
         code = "from infra.ray_cluster import session\nwith session() as ray: print('cpus', ray.cluster_resources()['CPU'])"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600,
                               env={**os.environ, "RAY_ADDRESS": f"127.0.0.1:{port}"})  # fmt: skip
         assert "cpus 2.0" in done.stdout, done.stderr[-2000:]
     finally:

@@ -115,7 +115,7 @@ def test_a_lock_that_another_process_holds(tmp_path):
 def run(code: str, variables: dict[str, str], *before: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run(
-        [*before, sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        [*before, sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600
     )
 
 

@@ -86,7 +86,7 @@ def test_a_killed_search_continues_without_repeating_finished_trials(tmp_path, k
     finished = set(logged_points(tmp_path, "finished"))
     assert 2 <= len(finished) < SAMPLES, "the driver was killed after the search had finished"
     second = start_driver(tmp_path, kind)
-    printed, _ = second.communicate(timeout=300)
+    printed, _ = second.communicate(timeout=600)
     assert second.returncode == 0, (tmp_path / f"{kind}.err").read_text()[-3000:]
     started = Counter(logged_points(tmp_path, "started"))
     assert all(started[point] == 1 for point in finished)

@@ -76,7 +76,7 @@ class World:
         words = json.dumps([[str(word) for word in command] for command in commands])
         done = subprocess.run(
             self._inside([sys.executable, "-c", code, words]), cwd=work, env=self._environment(), capture_output=True,
-            text=True, errors="replace", timeout=400,
+            text=True, errors="replace", timeout=600,
         )  # fmt: skip
         print(done.stdout[-3000:], done.stderr[-6000:])
         return done

@@ -17,6 +17,7 @@ import torch
 from data_pipeline.storage.manifest import Manifest
 from infra import cli
 from infra.demo.summary import summary
+from infra.distributed import free_port
 from infra.tracking import runs
 from pretrain import Encoder
 from pretrain.weights.folder import find_encoder
@@ -37,7 +38,8 @@ def job(tmp_path_factory):
     ):  # fmt: skip
         assert cli.run(command) == 0
     # As a user types it, with a smaller encoder. The paths of the recipe are relative.
-    typed = ["deepspeed", "--num_accelerators", "2", "--module", "pretrain.train", "--config", "demo-cpu"]
+    port = f"--master_port={free_port()}"  # the default one may be another job's
+    typed = ["deepspeed", "--num_accelerators", "2", port, "--module", "pretrain.train", "--config", "demo-cpu"]
     small = ["--train.steps=6", "--checkpoint.every_steps=3", "--encoder.options={width: 0.25}", "--run.experiment=job"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -46,7 +48,7 @@ def job(tmp_path_factory):
         env={**environment(folder), "PATH": path},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=600,
     )
     print(done.stdout[-3000:], done.stderr[-3000:])
     assert done.returncode == 0
@@ -194,7 +196,7 @@ def test_print_config_prints_a_recipe_that_can_be_loaded(capsys, tmp_path):
 
 def test_a_rank_started_by_hand_prints_one_line_for_a_wrong_recipe(tmp_path):
     command = [sys.executable, "-m", "pretrain.train", "--config", "demo-cpu", f"--data.shards={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("yaware: error: ")
     assert "Traceback" not in done.stderr

@@ -34,7 +34,7 @@ import evaluation.comparison.comparison, evaluation.protocols.evaluate, evaluati
 def test_public_names_are_functions_and_classes_before_and_after_their_use():
     """Other orders of imports are tested in tests/api/test_names.py."""
     for program in (USE + NAMES_ARE_RIGHT, NAMES_ARE_RIGHT + USE + NAMES_ARE_RIGHT):
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
 
 

@@ -214,12 +214,12 @@ def test_a_browser_shows_the_page_without_sideways_scrolling(page, tmp_path, wid
     ]  # fmt: skip
     address = (tmp_path / "page.html").as_uri()
     content = subprocess.run(
-        [*options, "--dump-dom", address], capture_output=True, text=True, timeout=200, check=True
+        [*options, "--dump-dom", address], capture_output=True, text=True, timeout=600, check=True
     ).stdout
     title = re.search(r"<title>(\d+) (\w+)</title>", content)
     assert title
     assert int(title.group(1)) <= max(width, 500)  # chromium has no window narrower than 500
     assert title.group(2) == "true"
     for option, name in (("--screenshot", "page.png"), ("--print-to-pdf", "page.pdf")):
-        subprocess.run([*options, f"{option}={tmp_path / name}", address], capture_output=True, timeout=200, check=True)
+        subprocess.run([*options, f"{option}={tmp_path / name}", address], capture_output=True, timeout=600, check=True)
         assert (tmp_path / name).stat().st_size > 20_000

@@ -105,7 +105,7 @@ def folders() -> set[Path]:
 def test_a_command_runs_on_the_cluster_and_its_status_is_that_of_the_node(tmp_path):
     before = folders()
     done = start(tmp_path, 0, 5)
-    out, _ = done.communicate(timeout=200)
+    out, _ = done.communicate(timeout=600)
     assert (out, done.returncode) == ("CPUs 3.0\n", 5)
     assert folders() <= before
 

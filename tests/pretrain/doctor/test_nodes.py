@@ -61,7 +61,7 @@ def ask(pair, shards, tmp_path):
                    "--json", "--config", "demo-cpu", f"--data.shards={shards}"]  # fmt: skip
         packages = f"{tmp_path / 'packages'}:{ROOT}"
         done = subprocess.run(
-            command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=120,
+            command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=600,
             env={**variables, "PATH": f"{tmp_path / 'bin'}:{variables['PATH']}", "PYTHONPATH": packages},
         )  # fmt: skip
         assert done.stdout, done.stderr

@@ -26,7 +26,7 @@ def ask(cluster, command):
     """Run a command on the controller; return the doctor's rows by (check, node) and its exit status."""
     variables = {**cluster.environment, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": slurm.INTERFACE}
     done = subprocess.run(
-        cluster.enter(slurm.CONTROLLER, command), cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120
+        cluster.enter(slurm.CONTROLLER, command), cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600
     )
     assert "{" in done.stdout, done.stdout + done.stderr + cluster.log()
     found = json.loads(done.stdout[done.stdout.index("{") :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -37,9 +38,33 @@ def test_ranks_of_one_host_meet_on_loopback(tmp_path, world):
         )
         for rank in range(world)
     ]  # fmt: skip
-    lines = [process.communicate(timeout=120)[0].split(maxsplit=2) for process in ranks]
+    lines = [process.communicate(timeout=600)[0].split(maxsplit=2) for process in ranks]
     assert [process.returncode for process in ranks] == [0] * world
     assert lines == [[str(sum(range(world + 1)) + 0.0), str(rank), "['127.0.0.1']\n"] for rank in range(world)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("address", ["127.0.0.1", "own"])
+def test_a_port_that_another_program_has_is_one_line(tmp_path, address):
+    """By the store on loopback and, with an address that others can reach, by torch's own."""
+    host = "localhost" if address == "127.0.0.1" else socket.gethostname()
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "pretrain.train", "--config", "demo-cpu", f"--run.output={tmp_path / 'run'}"],
+            cwd=ROOT, capture_output=True, text=True, timeout=600,
+            env={**environment(tmp_path), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": host,
+                 "MASTER_PORT": str(port)},
+        )  # fmt: skip
+    print(done.stderr)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("yaware: error:")]
+    assert errors == [f"yaware: error: MASTER_PORT={port}: another program of this host listens on it, perhaps another job; "
+                      "give the launcher a free port, such as --master_port=29517"]  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_several_hosts_and_torchrun_keep_their_store(monkeypatch):

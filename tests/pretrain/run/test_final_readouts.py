@@ -66,7 +66,7 @@ def runs(tmp_path_factory, healthy):
     """A run without readouts, and one that was killed while it fitted them and called twice again."""
     folder = tmp_path_factory.mktemp("runs")
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(shards=healthy.url)], cwd=folder, capture_output=True, text=True, timeout=280,
+        [sys.executable, "-c", SCRIPT.format(shards=healthy.url)], cwd=folder, capture_output=True, text=True, timeout=600,
         env={**environment(folder), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     print(done.stdout[-3000:], done.stderr[-3000:])

@@ -157,7 +157,7 @@ def test_weights_are_compared_before_the_network_is_built(exported, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     )
     lines = done.stdout.strip().splitlines()
     assert len(lines) == 2 * len(folders), done.stdout + done.stderr

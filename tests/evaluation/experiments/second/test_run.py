@@ -89,7 +89,7 @@ def test_a_tiny_tuning_compares_its_grid_and_a_second_call_trains_nothing(tmp_pa
     assert (table["pooled: effective rank"] > 1).all()
     measured = tmp_path / "t" / "measured" / "y-aware-lr0.001-steps2.json"
     before = measured.stat().st_mtime_ns
-    done = run(one, tmp_path, timeout=300)
+    done = run(one, tmp_path, timeout=600)
     assert done.returncode == 0
     assert "tuning:" not in done.stdout
     assert measured.stat().st_mtime_ns == before
