@@ -100,7 +100,11 @@ def database() -> Iterator[Database]:
             shutil.chown(path, user)
     log = (folder / "postgres.log").open("ab")
     # SIGINT to a PostgreSQL whose parent has died: it ends its connections and then itself.
-    as_user = ["setpriv", "--pdeathsig=INT", *([f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else [])]
+    as_user = [
+        "setpriv",
+        "--pdeathsig=INT",
+        *([f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []),
+    ]
     server = None
     try:
         subprocess.run(

@@ -29,11 +29,13 @@ def sections():
 
 def debian_packages(text):
     (found,) = re.findall(r"apt-get install -y --no-install-recommends (.*)", text)
-    return sorted(found.split())
+    return sorted(found.rstrip("\\").split())
 
 
 def test_both_images_start_from_the_same_system_with_the_same_packages():
-    assert re.findall(r"^From: (.*)$", DEFINITION, re.MULTILINE) == re.findall(r"^FROM (.*)$", CONTAINERFILE, re.MULTILINE)
+    assert re.findall(r"^From: (.*)$", DEFINITION, re.MULTILINE) == re.findall(
+        r"^FROM (.*)$", CONTAINERFILE, re.MULTILINE
+    )
     assert debian_packages(DEFINITION) == debian_packages(CONTAINERFILE)
     (pip,) = [line for line in sections()["post"] if "pip install" in line]
     assert pip in CONTAINERFILE
@@ -95,7 +97,9 @@ def wrapped(folder, *arguments, **variables):
 
 
 def test_a_job_runs_the_python_of_the_image_with_gpus_and_bound_folders(fake):
-    done = wrapped(fake, "-m", "pretrain.train", "a b", YAWARE_IMAGE=str(fake / "yaware.sif"), YAWARE_BIND="/data,/scratch")
+    done = wrapped(
+        fake, "-m", "pretrain.train", "a b", YAWARE_IMAGE=str(fake / "yaware.sif"), YAWARE_BIND="/data,/scratch"
+    )
     assert done.stdout.splitlines() == [
         "exec", "--nv", "--pwd", str(fake), "--bind", f"{fake},/data,/scratch", str(fake / "yaware.sif"),
         "/opt/yaware/.venv/bin/python", "-m", "pretrain.train", "a b",

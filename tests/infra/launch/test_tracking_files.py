@@ -55,8 +55,11 @@ def test_the_script_listens_on_loopback_with_login_and_artifacts_and_no_secret_a
     for words in ("--app-name\nbasic-auth\n", "--host\n127.0.0.1\n", "--serve-artifacts\n", "--workers\n"):
         assert words in arguments
     assert not [name for name in SECRETS if f"{name}-value" in arguments]
-    for line in ("PGPASSWORD=database_password-value\n", "MLFLOW_FLASK_SERVER_SECRET_KEY=flask_secret_key-value\n",
-                 "MLFLOW_AUTH_ADMIN_PASSWORD=admin_password-value\n", f"MLFLOW_AUTH_CONFIG_PATH={TRACKING}/basic_auth.ini\n"):  # fmt: skip
+    lines = [
+        "PGPASSWORD=database_password-value\n", "MLFLOW_FLASK_SERVER_SECRET_KEY=flask_secret_key-value\n",
+        "MLFLOW_AUTH_ADMIN_PASSWORD=admin_password-value\n", f"MLFLOW_AUTH_CONFIG_PATH={TRACKING}/basic_auth.ini\n",
+    ]  # fmt: skip
+    for line in lines:
         assert line in variables
 
 
@@ -109,9 +112,10 @@ def test_the_server_needs_the_same_packages_everywhere():
 
 
 def test_no_file_holds_a_secret():
+    secret = r"(?im)^[ \t]*(admin_password|PGPASSWORD|POSTGRES_PASSWORD|database_password)[ \t]*[=:][ \t]*\w"
     for path in TRACKING.iterdir():
         text = path.read_text()
-        assert not re.search(r"(?im)^\s*(admin_password|PGPASSWORD|POSTGRES_PASSWORD|database_password)\s*[=:]\s*\w", text), path
+        assert not re.search(secret, text), path
         assert not re.search(r"://\w+:\w+@", text), path
 
 
