@@ -48,7 +48,10 @@ def main(seconds: float, actions: dict[str, str]) -> None:
 
 @contextmanager
 def sigterm_recorded() -> Iterator[None]:
-    """Ignore SIGTERM within the block, as pretrain.run.stop does while ranks train."""
+    """Ignore SIGTERM within the block, as pretrain.run.stop does while ranks train.
+
+    Until the watchdog has ended: a signal between the two would end the rank, whose death the launching command then names.
+    """
     signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         yield
@@ -61,7 +64,7 @@ def watched(seconds: float, actions: dict[str, str]) -> None:
     if actions.get("late") == str(distributed.rank()):
         reduce_scalars = distributed.reduce_scalars
         distributed.reduce_scalars = lambda *given: (reduce_scalars(*given), time.sleep(1))[0]
-    with watchdog.Watchdog(seconds), sigterm_recorded():
+    with sigterm_recorded(), watchdog.Watchdog(seconds):
         watchdog.connect()
         for step in range(6):
             watchdog.phase(f"the loading of batch {step}")
