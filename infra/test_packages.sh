@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Install the Debian packages that some tests need: brain templates, a remote shell, network namespaces, SLURM. If they cannot
-# be installed (another system, not root, no network), print a message; these tests are then skipped.
+# Install the Debian packages that some tests need: brain templates, a remote shell, network namespaces, SLURM, PostgreSQL. If
+# they cannot be installed (another system, not root, no network), print a message; these tests are then skipped.
 set -u
 packages=(mricron-data pdsh openssh-server iproute2 numactl
-    slurm-wlm slurmctld slurmd slurm-client munge)
+    slurm-wlm slurmctld slurmd slurm-client munge postgresql)
 give_up() { printf 'test-packages: %s; the tests that need %s will be skipped\n' "$1" "${packages[*]}"; exit 0; }
 command -v apt-get >/dev/null || give_up "no apt-get here"
 [ "$(id -u)" = 0 ] || give_up "not root (sudo make test-packages)"

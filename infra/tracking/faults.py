@@ -40,9 +40,16 @@ CAUSES: tuple[tuple[str, str], ...] = (
      "another process holds it; wait until that process ends, or use a server (mlflow server) for many writers"),
     (r"locking protocol|No locks available|Operation not supported|Function not implemented",
      "its file system has no file locks, which sqlite needs; put the store on a local disk, or use a server (mlflow server)"),
+    (r"Invalid Host header",
+     "its server does not accept this host name; use an address that it accepts, or add the name to the server's "
+     "MLFLOW_SERVER_ALLOWED_HOSTS"),
     # Before the faults of files: the server answers "Permission denied".
-    (r"error code 40[13]\b|40[13] (Unauthorized|Forbidden)|Unauthorized|UNAUTHENTICATED|PERMISSION_DENIED",
-     "it refuses the login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"),
+    (r"error code 401\b|401 (Client Error|Unauthorized)|Unauthorized|UNAUTHENTICATED",
+     "it refuses the login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, or correct "
+     "~/.mlflow/credentials"),
+    (r"error code 403\b|403 (Client Error|Forbidden)|PERMISSION_DENIED",
+     "it does not let this user do that; ask its administrator for the permission EDIT of the experiment, or log in as "
+     "another user (MLFLOW_TRACKING_USERNAME)"),
     (r"readonly database|read-only|Read-only file system",
      "it is read-only here; change its permissions, or choose a store that you can write to"),
     (r"unable to open database file|Permission denied|Is a directory|Not a directory",

@@ -28,6 +28,8 @@ DEFAULT_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Two lines with pictographs at the end of every run and trial, which a console that is not UTF-8 cannot print.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # By default MLflow retries for minutes and training waits for it. The spool makes these retries unnecessary.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",

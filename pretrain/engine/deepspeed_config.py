@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from infra.errors import UserError, nearest
@@ -33,6 +34,8 @@ PASSED = (
     "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "wall_clock_breakdown", "memory_breakdown",
     "dump_state", "disable_python_gc", "dataloader_drop_last", "log_level", "timers",
 )  # fmt: skip
+# DeepSpeed's default of deepspeed.zero_optimization.reduce_bucket_size, in elements.
+LARGEST_BUCKET = 500_000_000
 # Keys of deepspeed.fp16 that may be set: those of the loss scaler.
 SCALER = ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis",
           "min_loss_scale")  # fmt: skip
@@ -41,6 +44,35 @@ SCALER = ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis"
 def zero_stage(recipe: Recipe) -> int:
     """Return the recipe's ZeRO stage; DeepSpeed's default is 0."""
     return int((recipe.deepspeed.get("zero_optimization") or {}).get("stage", 0))
+
+
+def reduce_bucket_size(recipe: Recipe, parameters: int) -> int:
+    """Return the elements of the buffer in which stages 1 to 3 reduce gradients.
+
+    It is what the recipe says, else the number of parameters, at most DeepSpeed's default. DeepSpeed reserves the whole buffer,
+    1.9 GiB in float32 by its default, but a backward pass fills no more of it than there are parameters: a smaller buffer
+    than the default, but not than the network, changes no collective.
+
+    Raises:
+        UserError: if the recipe's value is not a number of elements.
+    """
+    given = (recipe.deepspeed.get("zero_optimization") or {}).get("reduce_bucket_size")
+    if given is None:
+        return max(1, min(parameters, LARGEST_BUCKET))
+    if isinstance(given, bool) or not isinstance(given, int | float) or given < 1 or not float(given).is_integer():
+        raise UserError(
+            f"deepspeed.zero_optimization.reduce_bucket_size={given!r} is not possible; give a whole number of elements of at "
+            "least 1, or leave it out for the number of parameters"
+        )
+    return int(given)
+
+
+def fit_bucket(config: dict[str, Any], recipe: Recipe, parameters: int) -> dict[str, Any]:
+    """Return a copy of DeepSpeed's configuration with the bucket of a network of ``parameters`` parameters."""
+    copied = deepcopy(config)
+    if zero_stage(recipe) > 0:
+        copied["zero_optimization"]["reduce_bucket_size"] = reduce_bucket_size(recipe, parameters)
+    return copied
 
 
 def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -104,6 +136,7 @@ def _check_keys(recipe: Recipe) -> None:
         raise UserError(
             f"deepspeed.zero_optimization={zero!r} is not possible; give a section of keys with stage 0, 1, 2 or 3"
         )
+    reduce_bucket_size(recipe, 0)  # its check
     for key in FIXED_ZERO:
         if key in zero:
             raise UserError(f"deepspeed.zero_optimization.{key} is not supported by the training engine; leave it out")

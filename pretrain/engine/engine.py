@@ -7,7 +7,6 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from infra.extensions import exclusive_build, hidden_compiler_checks
 from infra.internals import internal, library_changed, replaced_internal, set_internal
 from infra.lean_imports import is_own_process
 from pretrain.config import Recipe
-from pretrain.engine.deepspeed_config import deepspeed_config, zero_stage
+from pretrain.engine.deepspeed_config import deepspeed_config, fit_bucket, zero_stage
 from pretrain.engine.importing import import_deepspeed, import_muon_uncompiled, without_compiler
 from pretrain.engine.optimizers import LayerWise, build_optimizer, parameter_groups
 from pretrain.engine.partitions import deepspeed_internal, keeps_float32_copies, local_shards
@@ -129,6 +128,7 @@ def build_engine(
     Raises:
         UserError: if the recipe's configuration is not possible, or DeepSpeed refuses a key of ``deepspeed:``.
     """
+    config = deepspeed_config(recipe, distributed.world_size()) if config is None else config
     make_contiguous(model)
     _check_fp16(recipe)
     if not recipe.encoder.options.get("compile"):
@@ -145,7 +145,7 @@ def build_engine(
             model=model,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(recipe, distributed.world_size()) if config is None else deepcopy(config),
+            config=fit_bucket(config, recipe, sum(p.numel() for p in model.parameters())),
             dist_init_required=False,
         )
     except ValidationError as error:

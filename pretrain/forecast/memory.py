@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain.config import Recipe
-from pretrain.engine.deepspeed_config import zero_stage
+from pretrain.engine.deepspeed_config import reduce_bucket_size, zero_stage
 from pretrain.forecast.fake_pass import PassMemory, loss_pass, network_pass
 from pretrain.forecast.hardware import Gpu
 from pretrain.forecast.operations import memory_of_a_rank
 from pretrain.forecast.traffic import MAX_LIVE, record_bytes, width_of
 
-BUCKET = 500_000_000  # DeepSpeed's default of zero_optimization.reduce_bucket_size, in elements
 # Flat tensors of float32 that the optimisers of torch make in a step, beside gradient and state.
 STEP_TENSORS = 2
 LARGEST_SEARCHED = 2048
@@ -66,9 +65,8 @@ class MemoryModel:
         self.recipe, self.grid, self.parameters, self.ranks = recipe, list(grid), parameters, ranks
         self.gpu, self.loaded = gpu, loaded
         self.stage, self.width = zero_stage(recipe), width_of(recipe)
-        zero = recipe.deepspeed.get("zero_optimization") or {}
         self._cached: dict[tuple[int, bool], PassMemory] = {}
-        self.bucket = float(self.width * int(zero.get("reduce_bucket_size", BUCKET)))
+        self.bucket = float(self.width * reduce_bucket_size(recipe, parameters))
 
     def for_ranks(self, recipe: Recipe, ranks: int) -> MemoryModel:
         """Return the model of the same network on another number of ranks, which does not count its passes again."""

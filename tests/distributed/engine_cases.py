@@ -119,7 +119,7 @@ def batch_of(step: int, rank: int, world: int) -> dict[str, Tensor]:
 
 
 def steps_on_ranks(group: Any, rank: int, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the result of each run: metrics by step, and the encoder and its average afterwards."""
+    """Return the result of each run: metrics by step, the encoder and its average afterwards, and the engine's bucket."""
     return [_steps(rank, run) for run in runs]
 
 
@@ -189,6 +189,7 @@ def _steps(rank: int, run: Run) -> dict[str, Any]:
         "metrics": metrics,
         "encoder": engine.encoder_state(trained),
         "average": average.state() if average else None,
+        "bucket": trained.zero_reduce_bucket_size(),
         "rates": [group["lr"] for group in trained.basic_optimizer.param_groups],
     }
     trained.destroy()

@@ -22,8 +22,9 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.config import load_recipe
 from tests.distributed.deepspeed_cases import serve
-from tests.distributed.engine_cases import Run, plain_steps, steps_on_ranks
+from tests.distributed.engine_cases import Run, build, plain_steps, steps_on_ranks
 from tests.distributed.ranks import Ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -113,6 +114,19 @@ def test_two_ranks_train_like_one_float32_process_and_resume_bit_for_bit(
         assert found["grad_norm"] == pytest.approx(expected_step["grad_norm"], rel=30 * TOLERANCE[precision])
     assert resumed["metrics"] == whole["metrics"][3:]
     assert all(torch.equal(resumed["encoder"][name], value) for name, value in whole["encoder"].items())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_bucket_of_the_network_changes_no_bit(pools: Pools, stage: int) -> None:
+    parameters = sum(p.numel() for p in build(load_recipe("demo-cpu", [])).parameters())
+    fitted, reserved, split = pools.run(
+        2,
+        [Run((zero(stage),)), *(Run((zero(stage, f"reduce_bucket_size: {size}"),)) for size in (500_000_000, 150))],
+    )
+    assert [run["bucket"] for run in (fitted, reserved, split)] == [parameters, 500_000_000, 150]
+    for other in (reserved, split):  # two ranks: the sum of a gradient does not depend on where it is cut
+        assert other["metrics"] == fitted["metrics"]
+        assert all(torch.equal(other["encoder"][name], value) for name, value in fitted["encoder"].items())
 
 
 OPTIMISERS = ["adamw", "sgd", "lamb", "lars"]

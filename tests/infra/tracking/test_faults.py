@@ -135,7 +135,7 @@ def web_server(status, body=b"<html>hello</html>"):
     ("status", "words"),
     [
         (401, "refuses the login; set MLFLOW_TRACKING_USERNAME"),
-        (403, "refuses the login; set MLFLOW_TRACKING_USERNAME"),
+        (403, "it does not let this user do that; ask its administrator for the permission EDIT"),
         (404, "what answers there is not an MLflow server of this version"),
         (200, "what answers there is not an MLflow server of this version"),
         (500, "the server answers with an error of its own; look into the server's log"),
@@ -159,7 +159,9 @@ def test_a_server_that_is_not_there():
     [
         (OSError(37, "No locks available"), "has no file locks, which sqlite needs"),
         (sqlite3.OperationalError("attempt to write a readonly database"), "it is read-only here"),
-        (OSError("failed with error code 403 != 200. Response body: 'Permission denied'"), "it refuses the login"),
+        (OSError("failed with error code 401 != 200. Response body: 'Permission denied'"), "it refuses the login"),
+        (OSError("failed with error code 403 != 200. Response body: 'Permission denied'"), "does not let this user do"),
+        (OSError("error code 403 != 200. Response body: 'Invalid Host header - p'"), "does not accept this host name"),
         (PermissionError(13, "Permission denied"), "it cannot be opened"),
         (sqlite3.OperationalError("database or disk is full"), "its disk is full; make room"),
         (ModuleNotFoundError("No module named 'psycopg2'"), "pip install 'psycopg2-binary'"),

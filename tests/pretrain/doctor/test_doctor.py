@@ -291,7 +291,7 @@ def test_the_experiment_of_the_doctor_is_created_in_a_new_store():
     ("status", "body", "text"),
     [
         (401, "You are not authenticated.", "it refuses the login"),  # as MLflow's own login answers
-        (403, "Permission denied", "it refuses the login"),
+        (403, "Permission denied", "it does not let this user do that"),
         (500, {"message": "no"}, "an error of its own"),
         (401, {"message": "give a token"}, "give a token"),  # as a gateway before it may answer
     ],

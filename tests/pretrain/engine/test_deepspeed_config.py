@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 
 from infra.errors import UserError
 from pretrain.config import load_recipe
 from pretrain.engine import engine
-from pretrain.engine.deepspeed_config import FIXED, FIXED_ZERO, OWNED, PASSED, SCALER, deepspeed_config
+from pretrain.engine.deepspeed_config import (
+    FIXED,
+    FIXED_ZERO,
+    LARGEST_BUCKET,
+    OWNED,
+    PASSED,
+    SCALER,
+    deepspeed_config,
+    fit_bucket,
+)
 from pretrain.model import build_model
 
 
@@ -47,6 +58,34 @@ def test_the_keys_of_the_loss_scaler_are_passed_with_fp16():
     assert built["fp16"] == {"initial_scale_power": 12, "enabled": True}
 
 
+BUCKET = "--deepspeed.zero_optimization.reduce_bucket_size="
+
+
+@pytest.mark.parametrize(
+    ("parameters", "overrides", "expected"),
+    [
+        (1000, [], 1000),
+        (10**10, [], LARGEST_BUCKET),
+        (1000, [BUCKET + "300"], 300),
+        (1000, [BUCKET + "5e8"], 500_000_000),
+        (1000, ["--deepspeed={}"], None),
+    ],
+)
+def test_the_bucket_fits_the_network_unless_the_recipe_sets_one(parameters, overrides, expected):
+    recipe = load_recipe("demo-cpu", overrides)
+    plain = deepspeed_config(recipe, world_size=2)
+    before = deepcopy(plain)
+    fitted = fit_bucket(plain, recipe, parameters)
+    assert fitted.get("zero_optimization", {}).get("reduce_bucket_size") == expected
+    assert plain == before
+
+
+def test_a_bucket_without_a_value_of_the_recipe_is_at_most_that_of_deepspeed(one_rank):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert DeepSpeedZeroConfig().reduce_bucket_size == LARGEST_BUCKET
+
+
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
@@ -56,6 +95,9 @@ def test_the_keys_of_the_loss_scaler_are_passed_with_fp16():
         (["--deepspeed.gradient_allreduce_op=sum"], "is set by the training engine; leave it out"),
         (["--deepspeed.gradient_clipping=-1"], "gradient_clipping=-1 is not possible; give the largest L2 norm"),
         (["--deepspeed.zero_optimization.zenflow={topk_ratio: 0.1}"], "zero_optimization.zenflow is not supported"),
+        ([BUCKET + "0"], "reduce_bucket_size=0 is not possible; give a whole number of elements of at least 1"),
+        ([BUCKET + ".inf"], "reduce_bucket_size=inf is not possible"),
+        ([BUCKET + "much"], "reduce_bucket_size='much' is not possible"),
         (["--deepspeed.zero_optimization.stage=4"], "a section of keys with stage 0, 1, 2 or 3"),
         (["--deepspeed.zero_optimization.offload_param={device: cpu}"], "offload_param does not work with stage 1"),
         (["--deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"], "with stage 0; use stage 1 or 2 or 3"),
