@@ -3,16 +3,20 @@
     python -m tests.benchmarks.default_features OUT [--seeds 11,12] [--participants 1200] [--steps 120] [--width 0.25]
 
 For every seed a cohort is simulated, an encoder is pretrained on its healthy people with the recipe demo-cpu, and a second one
-is left untrained. The candidates of ``--layer auto`` are compared on the tasks ad, scz and age. Only the training scans of the
-first outer fold are used. They are divided into three folds, ``--repeats`` times; a model is fitted to two of them, with its
-penalty (and for ``auto`` the candidate) chosen on folds inside these two, and scored on the third. Use seeds that no experiment
-uses. What is finished in OUT is not repeated.
+is left untrained; both get readouts of age. The candidates of ``--layer auto`` are compared on the tasks ad, scz and age, and
+three more: ``auto`` itself, ``default`` (what ``yaware evaluate`` uses if nothing is named) and ``own without age`` (what it
+used before: the encoder's own features, without readouts and without the covariate age).
+
+Only the training scans of the first outer fold are used. They are divided into three folds, ``--repeats`` times; a model is
+fitted to two of them, with its penalty (and for ``auto`` the candidate) chosen on folds inside these two, and scored on the
+third. Use seeds that no experiment uses. What is finished in OUT is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +24,13 @@ import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
 from evaluation.features.candidates import FeatureChoice, candidate_blocks
-from evaluation.features.tables import SCALES, reduced, table_of
+from evaluation.features.tables import SCALES, FeatureTable, reduced, table_of
+from evaluation.protocols.context import Candidate, EvaluationContext
 from evaluation.protocols.features import cache_name, features_of_each
+from evaluation.protocols.inputs import add_readouts, joint_tables
 from evaluation.protocols.nested_cv import PreparedTask, nested_fit
 from evaluation.protocols.probes import LINEAR, LINEAR_WIDE
+from evaluation.protocols.settings import EvaluationSettings
 from evaluation.statistics.metrics import inner_metric
 from evaluation.tasks.folds import make_folds, outer_folds
 from evaluation.tasks.tasks import Task, load_task
@@ -33,6 +40,7 @@ from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
 
 TASKS = ("ad", "scz", "age")
+BEFORE = "own without age"
 SMALL_SET = 100  # people of the smaller of two sizes of training data
 COLUMNS = ["seed", "encoder", "task", "people", "repeat", "fold", "features", "score"]
 
@@ -53,6 +61,7 @@ def prepare_cohort(out: Path, seed: int, participants: int, *, steps: int, width
             f"--data.shards={shards}", f"--run.output={folder / name}", f"--train.steps={length}", "--data.workers=0",
             f"--encoder.options.width={width}",
         ])  # fmt: skip
+    commands += [["readouts", str(folder / name), "--shards", str(shards)] for name in ("y-aware", "untrained")]
     done = folder / "done"
     for number, command in enumerate(commands):
         finished = done.with_suffix(f".{number}")
@@ -83,8 +92,29 @@ def choices(folder: Path, encoder_name: str, manifest: Manifest, task: Task) -> 
     return found
 
 
-def scores_of(candidates: list[FeatureChoice], task: Task, repeats: int) -> Iterator[tuple[int, int, int, str, float]]:
+def default_table(folder: Path, encoder_name: str, manifest: Manifest, task: Task) -> FeatureTable:
+    """Return a task with the features that ``yaware evaluate`` uses by default: own and spatial ones, and the predicted age."""
+    path = folder / encoder_name
+    encoder = Encoder.from_pretrained(path)
+    weights = sha256_of(find_encoder(path) / "model.safetensors")
+    context = EvaluationContext(
+        manifest=manifest, tasks=[task], rows=np.arange(len(manifest.scans)), settings=EvaluationSettings((task.name,)),
+        cache=folder, storage=folder, uri="", experiment="",
+    )  # fmt: skip
+    candidate = Candidate(encoder_name, encoder_name, weights=weights, encoder=encoder)
+    table = joint_tables(context, candidate)[task.name]
+    prepared = add_readouts(context, candidate, {task.name: PreparedTask(table, [], [], 0)})
+    return prepared[task.name].table
+
+
+def scores_of(
+    candidates: list[FeatureChoice], default: FeatureTable, task: Task, repeats: int
+) -> Iterator[tuple[int, int, int, str, float]]:
     """Yield people, repeat, fold, features and score for every candidate and for the choice among them."""
+    own = candidates[0].table
+    before = replace(own, covariates=np.empty((len(task.rows), 0)))
+    named = [(" ".join(choice.params.values()), [choice]) for choice in candidates] + [("auto", candidates)]
+    named += [("default", [FeatureChoice({}, default)]), (BEFORE, [FeatureChoice({}, before)])]
     train = outer_folds(task, 5, 0)[0][0]
     for small in (True, False):
         for repeat in range(repeats):
@@ -92,9 +122,9 @@ def scores_of(candidates: list[FeatureChoice], task: Task, repeats: int) -> Iter
             folds = make_folds(task.labels[people], task.groups[people], task.kind, 3, repeat)
             for number, (inner, test) in enumerate(folds):
                 labels = task.labels[people[test]]
-                for name, own in [(" ".join(c.params.values()), [c]) for c in candidates] + [("auto", candidates)]:
-                    prepared = PreparedTask(own[0].table, [], [], 0, candidates=own if name == "auto" else [])
-                    probe = LINEAR if name.startswith("encoder") else LINEAR_WIDE
+                for name, of_name in named:
+                    prepared = PreparedTask(of_name[0].table, [], [], 0, candidates=of_name if name == "auto" else [])
+                    probe = LINEAR if name.startswith("encoder") or name in ("default", BEFORE) else LINEAR_WIDE
                     fit = nested_fit(probe, prepared, people[inner], people[test])
                     yield len(inner), repeat, number, name, inner_metric(labels, fit.predictions.predicted, task.kind)
 
@@ -104,9 +134,9 @@ def report(table: pd.DataFrame) -> str:
     table = table.assign(size=np.where(table["people"] > 1.2 * SMALL_SET, "all", str(SMALL_SET)))
     cells = table.pivot_table("score", "features", ["encoder", "task", "size"], sort=False)
     of_seeds = table.pivot_table("score", "features", ["encoder", "task", "size", "seed"], sort=False)
-    better = of_seeds.gt(of_seeds.loc["encoder mean each"]).drop(columns="untrained", level="encoder", errors="ignore")
+    better = of_seeds.gt(of_seeds.loc[BEFORE]).drop(columns="untrained", level="encoder", errors="ignore")
     text = pd.concat([cells.round(3), better.sum(axis=1).rename(("better", "", "")).to_frame()], axis=1).to_string()
-    return f"{text}\nbetter: than the encoder's own features, of {better.shape[1]} cells of the pretrained encoder and one seed"
+    return f"{text}\nbetter: than {BEFORE!r}, of {better.shape[1]} cells of the pretrained encoder and one seed"
 
 
 def main() -> None:
@@ -130,7 +160,8 @@ def main() -> None:
                 path = folder / f"scores-{encoder}-{name}-{options.repeats}.csv"
                 if not path.exists():
                     task = load_task(name, manifest)
-                    rows = scores_of(choices(folder, encoder, manifest, task), task, options.repeats)
+                    candidates = choices(folder, encoder, manifest, task)
+                    rows = scores_of(candidates, default_table(folder, encoder, manifest, task), task, options.repeats)
                     table = pd.DataFrame([(seed, encoder, name, *row) for row in rows], columns=COLUMNS)
                     table.to_csv(path, index=False)
                     print(f"default_features: seed {seed}, {encoder}, {name}: done", flush=True)

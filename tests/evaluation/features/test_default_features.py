@@ -35,14 +35,18 @@ def test_scores_use_training_scans_only_and_the_table_counts_better_cells():
         )
         for layer, features in (("encoder", noise), ("layer2", signal))
     ]
-    rows = list(scores_of(candidates, task, repeats=2))
-    assert len(rows) == 2 * 2 * 3 * 3  # sizes, repeats, folds, two candidates and auto
+    default = table_of(task, np.column_stack([noise, signal]), "each")
+    rows = list(scores_of(candidates, default, task, repeats=2))
+    assert len(rows) == 2 * 2 * 3 * 5  # sizes, repeats, folds; two candidates, auto, the default and that of before
     table = pd.DataFrame([(11, "y-aware", "ad", *row) for row in rows], columns=COLUMNS)
     assert table["score"].notna().all()
     assert table.groupby("features")["score"].mean()["layer2 mean each"] > 0.8
     lines = report(table).splitlines()
-    assert [line.split()[-1] for line in lines if line.startswith(("encoder mean", "layer2 mean", "auto"))] == [
+    assert [
+        line.split()[-1] for line in lines if line.startswith(("encoder mean", "layer2 mean", "auto", "default"))
+    ] == [
         "0",
+        "1",
         "1",
         "1",
     ]
