@@ -61,7 +61,9 @@ def prepare_cohort(out: Path, seed: int, participants: int, *, steps: int, width
             f"--data.shards={shards}", f"--run.output={folder / name}", f"--train.steps={length}", "--data.workers=0",
             f"--encoder.options.width={width}",
         ])  # fmt: skip
-    commands += [["readouts", str(folder / name), "--shards", str(shards)] for name in ("y-aware", "untrained")]
+    commands += [
+        ["readouts", str(folder / name), "--shards", str(shards), "--replace"] for name in ("y-aware", "untrained")
+    ]
     done = folder / "done"
     for number, command in enumerate(commands):
         finished = done.with_suffix(f".{number}")
