@@ -80,7 +80,7 @@ def _parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParse
     add("--scale", default="each", help="paper, linear: each feature has variance 1, or one scale for all: each, all")
     add("--readouts", default="auto", help="paper, linear: give the predicted proxies (yaware readouts) to the model beside "
         "the features: free of the penalty, or penalised, with a penalty of their own that is chosen on inner folds; auto: "
-        "free if every checkpoint has readouts; auto, no, free, penalised")  # fmt: skip
+        "free if every checkpoint has some, but not in multiclass tasks; auto, no, free, penalised")  # fmt: skip
     add("--experiment", default="yaware", help="MLflow experiment")
     add("--folds", type=int, default=5, help="number of outer folds")
     add("--leave-site-out", action="store_true", help="make folds of whole sites")

@@ -77,8 +77,8 @@ def evaluate(
         scale: of the features of paper and linear: ``each`` has variance 1, or one scale for ``all``.
         readouts: give the proxies that the encoder's readouts predict to the models of paper and linear, beside the features:
             ``free`` of the penalty, as covariates are, or ``penalised``: with a penalty of their own, chosen on inner folds,
-            which may be none; ``no`` does not; ``auto``: free, if every checkpoint has readouts that may be used, else no.
-            Multiclass tasks get none.
+            which may be none; ``no`` does not; ``auto``: free in binary tasks and regressions, if every checkpoint has readouts
+            that may be used, else no.
         mlp_trials: settings that Optuna tries for each fold of the protocol mlp.
         repeats: nested cross-validations of all scans, each with other folds, by the protocols on fixed features.
         halvings: random divisions of the participants into halves, each cross-validated, for the intervals and tests of

@@ -14,6 +14,7 @@ from evaluation.features.tables import SCALES, FeatureTable, reduced, table_of
 from evaluation.protocols.context import Candidate, EvaluationContext
 from evaluation.protocols.features import cache_name, features_of, features_of_each
 from evaluation.protocols.nested_cv import PreparedTask
+from evaluation.protocols.variant import BY_DEFAULT
 from evaluation.protocols.voxels import voxel_coordinates
 from pretrain.weights.layers import OWN, Block
 
@@ -81,9 +82,10 @@ def candidate_tables(context: EvaluationContext, candidate: Candidate) -> dict[s
 def add_readouts(
     context: EvaluationContext, candidate: Candidate, prepared: dict[str, PreparedTask]
 ) -> dict[str, PreparedTask]:
-    """Return the tasks with the proxies that the candidate's readouts predict for their scans; multiclass tasks as they are.
+    """Return the tasks with the proxies that the candidate's readouts predict for their scans.
 
-    With columns that are hardly penalised, scikit-learn's regression on K classes takes several times as long.
+    By default multiclass tasks get none: with columns that are hardly penalised, scikit-learn's regression on K classes takes
+    several times as long.
     """
     assert candidate.encoder is not None
     readouts = candidate.encoder.need_readouts()
@@ -96,7 +98,7 @@ def add_readouts(
     values = readouts.predict(features)
     added = dict(prepared)
     for task in context.tasks:
-        if task.kind == "multiclass":
+        if task.kind == "multiclass" and context.settings.readouts == BY_DEFAULT:
             continue
         entry, own = prepared[task.name], values[context.positions_of(task)]
         candidates = [choice._replace(table=replace(choice.table, readouts=own)) for choice in entry.candidates]

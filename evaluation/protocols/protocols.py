@@ -18,7 +18,7 @@ from evaluation.protocols.nested_cv import NestedCVResult, PreparedTask, search_
 from evaluation.protocols.probes import LINEAR, LINEAR_WIDE, NEAREST_NEIGHBOURS, Probe, with_readout_penalties
 from evaluation.protocols.settings import AUTO, OWN_LAYER, EvaluationSettings, check_types, load_fine_tuning, names_of
 from evaluation.protocols.tune_networks import search_fine_tuning, training_jobs
-from evaluation.protocols.variant import JOINT, ProtocolVariant
+from evaluation.protocols.variant import BY_DEFAULT, JOINT, ProtocolVariant
 from evaluation.tasks.leakage import check_readouts
 from infra.errors import UserError, nearest
 from pretrain.weights.layers import OWN
@@ -234,7 +234,7 @@ def variant_of(name: str, settings: EvaluationSettings) -> ProtocolVariant:
 
 
 def decide_readouts(context: EvaluationContext, checkpoints: Sequence[Candidate]) -> EvaluationContext:
-    """Return the context with ``readouts`` decided: ``free`` if every checkpoint has readouts that may be used, else ``no``.
+    """Return the context with ``readouts`` decided: by default if every checkpoint has some that may be used, else ``no``.
 
     All checkpoints are evaluated in the same way, so that they can be compared. If only some have readouts, or some were
     fitted to test participants, a printed line says why no readouts are given.
@@ -248,7 +248,7 @@ def decide_readouts(context: EvaluationContext, checkpoints: Sequence[Candidate]
         usable = not any(fault for _, fault in faults)
         for name, fault in [entry for entry in faults if entry[1]][:1]:
             print(f"evaluate: readouts are not given to the models: {name}: {fault}")
-    return replace(context, settings=replace(settings, readouts="free" if usable else "no"))
+    return replace(context, settings=replace(settings, readouts=BY_DEFAULT if usable else "no"))
 
 
 def _has_readouts(checkpoint: Candidate) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 JOINT = "joint"  # as a layer: the encoder's own features and spatial ones, the default of linear models
+BY_DEFAULT = "default"  # of readouts that nobody asked for: free, but none in multiclass tasks
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class ProtocolVariant:
     whose output was pooled by ``pooling``: empty for the encoder's own features, ``joint`` for these and spatial ones, ``end``
     for its last map, ``auto`` if block, pooling and scale were chosen on inner folds. ``scale`` is ``all`` if all features have
     one scale, and empty otherwise.
-    ``readouts`` is ``free`` or ``penalised`` if predicted proxies were given to the model, and empty otherwise.
+    ``readouts`` is ``default``, ``free`` or ``penalised`` if predicted proxies were given to the model, and empty otherwise.
     """
 
     protocol: str = ""
@@ -64,7 +65,7 @@ class ProtocolVariant:
         layer = [f"{self.layer} {'+'.join(self.pooling)}".strip()] if self.layer not in ("", JOINT) else []
         if not self.layer and self.model == "linear" and not self.is_baseline:
             layer = ["own features"]
-        readouts = [f"{self.readouts} readouts"] if self.readouts else []
+        readouts = [f"{self.readouts} readouts".removeprefix(f"{BY_DEFAULT} ")] if self.readouts else []
         return layer + ["one scale"] * (self.scale == "all") + readouts + ["sites left out"] * self.leave_site_out
 
     @property

@@ -10,6 +10,10 @@ from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
 from evaluation.features.candidates import ridge_answers
 from evaluation.features.tables import FeatureTable, permuted, split_features
+from evaluation.protocols.context import Candidate, EvaluationContext
+from evaluation.protocols.inputs import add_readouts as add_readouts_to_tasks
+from evaluation.protocols.inputs import joint_tables
+from evaluation.protocols.nested_cv import PreparedTask
 from evaluation.protocols.probes import (
     LINEAR,
     READOUT_PENALTIES,
@@ -19,11 +23,15 @@ from evaluation.protocols.probes import (
     linear,
     with_readout_penalties,
 )
+from evaluation.protocols.protocols import decide_readouts
+from evaluation.protocols.settings import EvaluationSettings
 from evaluation.protocols.variant import ProtocolVariant
+from evaluation.tasks.tasks import load_task
 from infra import cli
 from infra.errors import UserError
 from infra.tracking import runs
 from pretrain.readouts.add import add_readouts
+from pretrain.weights.encoder import Encoder
 from pretrain.weights.readouts import readouts_folder
 from tests.cohorts import write_cohort
 from tests.pretrain.weights.encoders import write_encoders_of
@@ -170,12 +178,29 @@ def test_without_readouts_nothing_says_so(world, capsys):
 
 def test_by_default_readouts_are_given_if_every_checkpoint_has_them(world, capsys):
     _, _, (row,) = evaluate(world, "default", "--protocols", "linear")
-    assert (row["tags"]["yaware.readouts"], row["params"]["readouts"]) == ("free", "free")
+    assert (row["tags"]["yaware.readouts"], row["params"]["readouts"]) == ("default", "default")
+    assert ProtocolVariant.from_tags(row["tags"]).label == "linear, readouts"
     _, _, rows = evaluate(world, "both", "--protocols", "linear", encoder="encoder+without")
     assert {row["tags"]["yaware.readouts"] for row in rows} == {""}
     printed = capsys.readouterr().out
     assert "evaluate: readouts are not given to the models: " in printed
     assert "it has none; `yaware readouts` fits them" in printed
+
+
+@pytest.mark.parametrize(("readouts", "given"), [("auto", [True, False]), ("free", [True, True])])
+def test_by_default_multiclass_tasks_get_no_readouts(world, tmp_path, readouts, given):
+    manifest, encoder = Manifest.load(world / "shards"), Encoder.from_pretrained(world / "encoder")
+    tasks = [load_task(name, manifest, 2) for name in ("ad", "site")]
+    context = EvaluationContext(
+        manifest=manifest, tasks=tasks, rows=np.unique(np.concatenate([task.rows for task in tasks])),
+        settings=EvaluationSettings(("ad", "site"), readouts=readouts), cache=tmp_path, storage=tmp_path, uri="", experiment="",
+    )  # fmt: skip
+    candidate = Candidate("first", "y-aware", weights="a" * 64, encoder=encoder)
+    context = decide_readouts(context, [candidate])
+    tables = joint_tables(context, candidate)
+    prepared = {name: PreparedTask(table, [], [], 0) for name, table in tables.items()}
+    found = add_readouts_to_tasks(context, candidate, prepared)
+    assert [found[name].table.readouts is not None for name in ("ad", "site")] == given
 
 
 def test_by_default_readouts_of_test_participants_are_not_given(world, capsys):
@@ -220,8 +245,6 @@ def test_refusals(world, capsys, more, encoder, message):
 
 
 def test_readouts_of_other_features_are_one_line(world):
-    from pretrain.weights.encoder import Encoder
-
     readouts = Encoder.from_pretrained(world / "encoder").readouts
     with pytest.raises(UserError, match=r"readout age was fitted to 64 features, this encoder gives 5; remove"):
         readouts.predict(np.zeros((2, 5)))
