@@ -79,9 +79,7 @@ def spatial_block(network: nn.Module, sides: Sequence[int]) -> Block | None:
     return None
 
 
-def joined(
-    own: NDArray[Any], spatial: NDArray[Any] | None
-) -> tuple[NDArray[np.float64], tuple[FeatureBlock, ...]]:  # fmt: skip
+def joined(own: NDArray[Any], spatial: NDArray[Any] | None) -> tuple[NDArray[np.float64], tuple[FeatureBlock, ...]]:
     """Return an encoder's own features (N, F) beside its spatial ones (N, G), if it has any, as columns of a table in blocks.
 
     Own features have variance 1 each, spatial ones have one scale, and both kinds the same total variance. Coordinates stand
@@ -96,16 +94,12 @@ def joined(
     return np.concatenate(parts, axis=1), tuple(blocks)
 
 
-def joint_table(
-    task: Task, columns: NDArray[np.float64], blocks: tuple[FeatureBlock, ...]
-) -> FeatureTable:  # fmt: skip
+def joint_table(task: Task, columns: NDArray[np.float64], blocks: tuple[FeatureBlock, ...]) -> FeatureTable:
     """Return a task with the columns (n, F) of its scans, in blocks (``joined``)."""
     return replace(table_of(task, columns, "each", count=sum(block.features for block in blocks)), blocks=blocks)
 
 
-def _maps(
-    network: nn.Module, names: Sequence[str], sides: Sequence[int]
-) -> list[tuple[str, int, tuple[int, ...]]]:  # fmt: skip
+def _maps(network: nn.Module, names: Sequence[str], sides: Sequence[int]) -> list[tuple[str, int, tuple[int, ...]]]:
     """Return name, channels and sides of the map of each of these blocks that has one, for scans of ``sides`` voxels."""
     multiple = getattr(network, "multiple", 1)
     patches = [-(-side // multiple) for side in sides]
