@@ -70,13 +70,16 @@ class RankNote:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
         if error is None or (isinstance(error, SystemExit) and not error.code):
+            self._restore()
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)
                 self._path.parent.rmdir()  # fails while other ranks have notes
         else:
+            # Before SIGTERM has its old handler: a launcher sends it to all ranks once one has died, and it would end this one
+            # before its note is written, which then looks like that of the rank that was killed.
             self.end(f"failed: {type(error).__name__}: {first_line(error)}")
+            self._restore()
 
     def end(self, ending: str, verdict: str = "") -> None:
         """Write how this rank ends and, if known, why the job ends. The first verdict is kept."""
@@ -112,7 +115,7 @@ class RankNote:
     def _await_sigterm(self, read_end: int) -> None:
         while received := os.read(read_end, 64):
             if signal.SIGTERM in received and signal.getsignal(signal.SIGTERM) is _noted:
-                self.end(TERMINATED)
+                self.end(TERMINATED if self.note.ending == RUNNING else self.note.ending)
                 self._before_termination()
                 os._exit(128 + signal.SIGTERM)
 

@@ -22,6 +22,7 @@ from infra.watchdog.run_status import FINISHED, STOPPED, RunStatus, read_status
 from pretrain.config import load_recipe
 
 RECORD = "requeues.jsonl"
+SHOWN = 4  # ranks of a message
 
 
 def why_unfinished(status: int, said: RunStatus | None, notes: Sequence[ExitNote], preempted: bool) -> tuple[bool, str]:
@@ -38,7 +39,9 @@ def why_unfinished(status: int, said: RunStatus | None, notes: Sequence[ExitNote
     if preempted:
         return True, "preempted"
     verdicts = [note.verdict.removeprefix("watchdog: ") for note in notes if note.verdict]
-    lost = [f"rank {note.rank} ({note.host}) was lost" for note in notes if note.ending == NO_WORD]
+    silent = [f"{note.rank} ({note.host})" for note in notes if note.ending == NO_WORD]
+    lost = [f"rank {silent[0]} was lost" if len(silent) == 1 else
+            f"{len(silent)} ranks were lost, one of them first: {', '.join(silent[:SHOWN])}"] if silent else []  # fmt: skip
     failed = [note.ending for note in notes if note.ending.startswith("failed")]
     if verdicts or lost:
         return True, (verdicts or lost)[0]

@@ -104,11 +104,15 @@ class Job(BatchJob):
         return ranks
 
     def reach_time_limit(self) -> None:
-        """Set the time limit to two minutes and wait for SLURM's warning, without a step meanwhile."""
+        """Set the time limit to one or two minutes from now and wait for SLURM's warning, without a step meanwhile.
+
+        SLURM looks at limits every 30 s. The script asks for the warning two minutes before the limit.
+        """
         ranks = [rank for node in NODES for rank in self.ranks(node)]
         for rank in ranks:
             rank.send_signal(signal.SIGSTOP)
-        self.slurm.run("scontrol", "update", f"jobid={self.number}", "TimeLimit=2")
+        hours, minutes, _ = map(int, self.slurm.job(self.number)["RunTime"].split(":"))
+        self.slurm.run("scontrol", "update", f"jobid={self.number}", f"TimeLimit={60 * hours + minutes + 2}")
         logs = [self.slurm.folder / f"{node}.log" for node in NODES]
         told = [f"Sent signal {int(signal.SIGUSR1)} to StepId={self.number}."] * 2
         self.slurm.until(lambda: {"": ""} if all(t in log.read_text() for t, log in zip(told, logs, strict=True)) else None,

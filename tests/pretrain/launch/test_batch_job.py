@@ -37,6 +37,8 @@ def note(ending: str = "running", verdict: str = "", attempt: str = "12.0", rank
         (143, None, [note("failed: NotFinite: the loss is nan"), note("ended by SIGTERM", rank=1)], False, False,
          "failed: NotFinite: the loss is nan"),
         (143, None, [note("failed: RuntimeError: Connection reset"), note(rank=1)], False, True, "rank 1 (a) was lost"),
+        # srun has killed the survivors too, before they could say anything.
+        (143, None, [note(), note(rank=1)], False, True, "2 ranks were lost, one of them first: 0 (a), 1 (a)"),
         (138, None, [], False, True, "ended with status 138"),
         (2, None, [], False, False, "ended with status 2"),
         (0, None, [], False, False, "ended with status 0"),

@@ -178,6 +178,35 @@ def test_ranks_that_end_by_themselves_are_not_lost(launched, tmp_path):
     assert {note.ending for note in read_notes(tmp_path / "run")} == {"failed: ValueError: bad"}
 
 
+INTERRUPTED = """
+import os, signal, sys, time
+from pathlib import Path
+from infra.watchdog import RankNote, exit_note
+write = exit_note.write_json
+
+def write_slowly(path, content):
+    if content["ending"].startswith("failed") and not Path("sent").exists():
+        Path("sent").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+    write(path, content)
+
+exit_note.write_json = write_slowly
+with RankNote(Path(sys.argv[1])):
+    raise RuntimeError("Connection closed by peer")
+"""
+
+
+def test_a_rank_that_is_terminated_while_it_writes_its_note_is_not_taken_for_the_killed_one(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "run")], cwd=tmp_path, capture_output=True, text=True,
+        timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    (note,) = read_notes(tmp_path / "run")
+    assert note.ending == "failed: RuntimeError: Connection closed by peer"
+
+
 def test_a_verdict_of_the_watchdog_is_repeated():
     notes = [
         ExitNote(0, "a", 1, "ended by the watchdog", "watchdog: rank 1 (b) has died"),
