@@ -107,11 +107,11 @@ def nidl_case(folder: str, batch: int, workers: int, steps: int, precision: str,
 
 
 def our_rate(
-    folder: Path, batch: int, workers: int, steps: int, precision: str, *, tf32: bool, more: list[str]
+    folder: Path, shards: Path, batch: int, workers: int, steps: int, precision: str, *, tf32: bool, more: list[str]
 ) -> float:
     """Train with this project in a new process; return scans per second."""
     run = folder / f"run-{precision}-{tf32}-{len(more)}"
-    overrides = [f"--data.shards={folder}/shards", f"--run.output={run}", f"--train.steps={steps}", "--monitor.every_epochs=0",
+    overrides = [f"--data.shards={shards}", f"--run.output={run}", f"--train.steps={steps}", "--monitor.every_epochs=0",
                  f"--run.tracking_uri=sqlite:///{folder}/mlflow.db", f"--batch.global={batch}", "--batch.micro=null",
                  f"--data.workers={workers}", "--augmentation.preset=paper-all", f"--train.precision={precision}"]  # fmt: skip
     case = json.dumps(["train", "paper-bhb10k", tf32, [*overrides, *more]])
@@ -140,6 +140,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small scans and few steps, to check that it runs")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--shards", type=Path, help="shards to train on, in place of simulated ones")
+    parser.add_argument(
+        "--precision", choices=tuple(PRECISIONS), help="only this one (default: all on a GPU, fp32 on a CPU)"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case:
@@ -155,25 +159,26 @@ def main() -> None:
     hardware = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} cores {platform.machine()}"
     print(f"{hardware}, {os.cpu_count()} CPU cores, torch {torch.__version__}, nidl {version('nidl')}, batch {batch}, "
           f"{workers} reader processes")  # fmt: skip
-    settings: list[tuple[str, bool]] = [("fp32", True), ("autocast", True)] if cuda else [("fp32", False)]
+    chosen_precisions = [chosen.precision] if chosen.precision else list(PRECISIONS) if cuda else ["fp32"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_npy(simulated_shards(folder, 8 if chosen.quick else 64, 6.0 if chosen.quick else 1.5), folder / "npy")
+        shards = chosen.shards or simulated_shards(folder, 8 if chosen.quick else 64, 6.0 if chosen.quick else 1.5)
+        write_npy(shards, folder / "npy")
         print(
             f"{'precision':<12}{'nidl':>10}{'ours':>10}{'ratio':>8}{'+ compile':>12}{'ratio':>8}   scans/s", flush=True
         )
-        for precision, tf32 in settings:
-            case = json.dumps([str(folder), batch, workers, steps, precision, tf32])
+        for precision in chosen_precisions:
+            case = json.dumps([str(folder), batch, workers, steps, precision, cuda])
             command = [sys.executable, "-m", "tests.benchmarks.bench_nidl", "--case", case]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(done.stdout[-1000:] + done.stderr[-2000:])
             peer = json.loads(done.stdout.splitlines()[-1])["rate"]
-            ours = our_rate(folder, batch, workers, steps, precision, tf32=tf32, more=[])
+            ours = our_rate(folder, shards, batch, workers, steps, precision, tf32=cuda, more=[])
             print(f"{precision:<12}{peer:>10.2f}{ours:>10.2f}{ours / peer:>8.2f}", end="", flush=True)
             if precision == "autocast":
                 fast = ["--encoder.options={norm: batch, channels_last: true, compile: true}"]
-                compiled = our_rate(folder, batch, workers, steps, precision, tf32=tf32, more=fast)
+                compiled = our_rate(folder, shards, batch, workers, steps, precision, tf32=cuda, more=fast)
                 print(f"{compiled:>12.2f}{compiled / peer:>8.2f}", end="")
             print(flush=True)
 

@@ -6,8 +6,9 @@ step        Time of a training step of DenseNet121 with two scans at 121 x 145 x
 checkpoint  Seconds and bytes of a checkpoint of `paper-bhb10k` (DenseNet121, Adam), and its share of the training time at the
             recipe's interval, for several step times.
 stall       Share of the time after warm-up in which the demo's ranks waited for data, from metrics.jsonl (`--run FOLDER`).
-recipes     (--device cuda, or --quick) Scans/s, MFU, data stall and memory of real runs on simulated scans: `paper-bhb10k` in
-            fp32, tf32, and bf16 + channels-last + compile, beside a plain fp32 loop; and the large recipes, reduced to one GPU.
+recipes     (--device cuda, or --quick) Scans/s, MFU, data stall and memory (the peak of torch's allocator, and what `yaware
+            plan` forecasts) of real runs on simulated scans: `paper-bhb10k` in fp32, tf32, and bf16 + channels-last + compile,
+            beside a plain fp32 loop; and the large recipes, reduced to one GPU. `--shards FOLDER` takes shards that exist.
 
 `--only PART` runs one part. MFU is the number of operations counted by torch.utils.flop_counter, without recomputation,
 divided by the peak of the data sheet that is printed.
@@ -223,9 +224,11 @@ def simulated_shards(folder: Path, scans: int, spacing: float) -> Path:
 
 
 def train_case(recipe: str, tf32: bool, overrides: list[str]) -> dict[str, Any]:
-    """Train in this process; return the peak GPU memory and the network's operations per scan."""
+    """Train in this process; return the peak GPU memory, its forecast, and the network's operations per scan."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     from data_pipeline.storage.manifest import Manifest
+    from pretrain.forecast.hardware import GPUS
+    from pretrain.forecast.memory import MemoryModel
     from pretrain.forecast.operations import plain_model, scan_flops
     from pretrain.train import train
 
@@ -233,7 +236,11 @@ def train_case(recipe: str, tf32: bool, overrides: list[str]) -> dict[str, Any]:
     train(settings)
     grid = Manifest.load(settings.data.shards).grid["shape"]
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"bytes": peak, "flops": scan_flops(plain_model(settings), grid)}
+    network = plain_model(settings)
+    model = MemoryModel(settings, grid, sum(p.numel() for p in network.parameters()), 1, gpu=GPUS["h100"],
+                        loaded=1 + settings.data.prefetch)  # fmt: skip
+    forecast = model.of_batch(settings.batch.global_).total
+    return {"bytes": peak, "forecast": forecast, "flops": scan_flops(network, grid)}
 
 
 def bare_case(sides: tuple[int, ...], scans: int, rounds: int, device: str) -> float:
@@ -245,10 +252,12 @@ def bare_case(sides: tuple[int, ...], scans: int, rounds: int, device: str) -> f
     return scans / statistics.median(timed(lambda: step(batch), device)[0] for _ in range(rounds))
 
 
-def report_recipes(device: str, quick: bool, folder: Path, steps: int) -> None:
-    """Train the recipes of RUNS for ``steps`` steps after the warm-up, and print their speed and memory."""
+def report_recipes(
+    device: str, quick: bool, folder: Path, steps: int, shards: Path | None, names: list[str]
+) -> None:  # fmt: skip
+    """Train the runs ``names`` of RUNS for ``steps`` steps after the warm-up, and print their speed and memory."""
     cuda = device == "cuda"
-    shards = simulated_shards(folder, 24 if quick else 128, 5.0 if quick else 1.5)
+    shards = shards or simulated_shards(folder, 24 if quick else 128, 5.0 if quick else 1.5)
     from data_pipeline.storage.manifest import Manifest
 
     sides = tuple(Manifest.load(shards).grid["shape"])
@@ -257,9 +266,10 @@ def report_recipes(device: str, quick: bool, folder: Path, steps: int) -> None:
     print(
         f"\nRuns on simulated scans of {'x'.join(map(str, sides))}, one rank; bare fp32 loop of MONAI's: {bare:.3g} scans/s"
     )
-    print(f"{'run':<34}{'scans/s':>9}{'x bare':>8}{'MFU':>8}{'peak':>8}{'stall':>8}{'MiB':>9}")
+    print(f"{'run':<34}{'scans/s':>9}{'x bare':>8}{'MFU':>8}{'peak':>8}{'stall':>8}{'MiB':>9}{'forecast':>10}")
     failed = 0
-    for name, (recipe, kind, tf32, overrides) in RUNS.items():
+    for name in names:
+        recipe, kind, tf32, overrides = RUNS[name]
         if quick and recipe != "paper-bhb10k":
             continue
         run = folder / recipe / str(len(overrides) + kind)
@@ -281,7 +291,8 @@ def report_recipes(device: str, quick: bool, folder: Path, steps: int) -> None:
         peak = peaks[kind] if peaks else None
         used = f"{rate * found['flops'] / (peak * 1e12):.1%}" if peak else "-"
         print(
-            f"{name:<34}{rate:>9.2f}{rate / bare:>8.2f}{used:>8}{peak or '-':>8}{stall:>8.1%}{found['bytes'] / MIB:>9,.0f}",
+            f"{name:<34}{rate:>9.2f}{rate / bare:>8.2f}{used:>8}{peak or '-':>8}{stall:>8.1%}{found['bytes'] / MIB:>9,.0f}"
+            f"{found['forecast'] / MIB:>10,.0f}",
             flush=True,
         )
     if failed:
@@ -303,6 +314,8 @@ def main() -> None:
     )
     parser.add_argument("--cpu-step", type=float, default=12.0, help="seconds of a step of two scans, for `checkpoint`")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of a run, for `recipes`")
+    parser.add_argument("--name", choices=RUNS, action="append", help="only this run of `recipes`")
+    parser.add_argument("--shards", type=Path, help="shards to train on, for `recipes`, in place of simulated ones")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case:
@@ -325,7 +338,8 @@ def main() -> None:
         report_stall(chosen.run)
     if "recipes" in parts:
         with tempfile.TemporaryDirectory() as folder:
-            report_recipes(chosen.device, chosen.quick, Path(folder), chosen.steps)
+            names = chosen.name or list(RUNS)
+            report_recipes(chosen.device, chosen.quick, Path(folder), chosen.steps, chosen.shards, names)
 
 
 if __name__ == "__main__":
