@@ -36,6 +36,19 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def accelerator() -> str:
+    """Return the device that this process trains on, as DeepSpeed chooses it: "cuda" or "cpu".
+
+    It is that of DS_ACCELERATOR if it is set; otherwise "cuda" if torch sees a GPU. Raises UserError for another value.
+    """
+    import torch
+
+    chosen = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen not in ("cuda", "cpu"):
+        raise UserError(f"DS_ACCELERATOR={chosen} is not supported; allowed: cuda, cpu, or unset")
+    return chosen
+
+
 def adopt_slurm() -> None:
     """Set torch's environment variables from SLURM's if ``srun`` started this process and no other launcher did."""
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:

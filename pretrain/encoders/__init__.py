@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from data_pipeline.volume.limits import is_too_large
+from infra.distributed import accelerator
 from infra.errors import UserError, nearest
 from infra.lean_imports import quiet_imports, without_optional
 from pretrain.encoders import networks
@@ -101,7 +101,7 @@ def check_encoder(
             f"encoder.options.compile and .checkpointing cannot be combined with norm={norm!r} (torch.compile cannot keep "
             "the running statistics unchanged in the second pass); use norm group or instance, or only one of the two"
         )
-    if norm == "sync-batch" and training and not torch.cuda.is_available():
+    if norm == "sync-batch" and training and accelerator() != "cuda":
         raise UserError(NO_SYNC_ON_CPU)
     if grid is not None:
         check_sides(name, norm, networks.smallest_side(name, norm, options.get("max_pool", True)), tuple(grid))

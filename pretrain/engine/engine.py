@@ -51,10 +51,12 @@ def warm() -> None:
 def start_ranks() -> torch.device:
     """Join the launcher's process group, or create one of a single rank; return this rank's device.
 
-    Raises UserError if ``MASTER_PORT`` is taken.
+    Raises UserError if ``MASTER_PORT`` is taken, or if DS_ACCELERATOR names a device that this host does not have.
     """
     os.environ.update(distributed.single_process_environment())
-    cuda = torch.cuda.is_available()
+    cuda = distributed.accelerator() == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise UserError("DS_ACCELERATOR=cuda, but torch sees no GPU on this host; unset it, or set it to cpu")
     if cuda:
         torch.cuda.set_device(distributed.local_rank())
     else:
@@ -195,7 +197,7 @@ def _check_fp16(recipe: Recipe) -> None:
 
 
 def _has_fp16() -> bool:
-    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return distributed.accelerator() == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def _refuse_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from infra.distributed import accelerator
 from infra.errors import UserError, nearest
 
 
@@ -23,7 +24,7 @@ def launch(arguments: list[str]) -> int:
     from pretrain.config import load_recipe
     from pretrain.launch.hosts import read_hostfile
     from pretrain.launch.launchers import DEEPSPEED, LAUNCHERS, Job
-    from pretrain.launch.start import accelerator, start
+    from pretrain.launch.start import start
     from pretrain.run.plan import make_plan
 
     name = options.launcher or ("pdsh" if options.node_rank is None else "node")
@@ -39,9 +40,11 @@ def launch(arguments: list[str]) -> int:
     print(f"launch: {shlex.join(words)}", flush=True)
     if options.dry_run:
         return 0
+    # srun gives this host's environment to all nodes, which may have GPUs where this host has none.
+    defaults = {} if name == "slurm" else {"DS_ACCELERATOR": accelerator()}
     end = start(
         LAUNCHERS[name], command, run_folder=Path(recipe.run.output),
-        host=None if options.node_rank is None else socket.gethostname(), defaults={"DS_ACCELERATOR": accelerator()},
+        host=None if options.node_rank is None else socket.gethostname(), defaults=defaults,
     )  # fmt: skip
     if end.reason:
         print(f"launch: {end.reason}", file=sys.stderr, flush=True)

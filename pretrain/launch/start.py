@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.distributed import loopback_of_gloo
+from infra.distributed import accelerator, loopback_of_gloo
 from infra.errors import UserError
 from infra.extensions import extensions_folder
 from infra.files import read_text
@@ -68,7 +68,7 @@ def start_on_this_host(recipe: Sequence[str], ranks: int, run_folder: Path, defa
 
     Raises UserError if this host has fewer GPUs than ranks.
     """
-    device = os.environ.get("DS_ACCELERATOR", accelerator())
+    device = accelerator()
     if device == "cuda" and (gpus := visible_gpus()) < ranks:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         cause = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
@@ -159,10 +159,3 @@ def visible_gpus() -> int:
     import torch
 
     return int(torch.cuda.device_count())
-
-
-def accelerator() -> str:
-    """Return the device that DeepSpeed uses on this host: "cuda" or "cpu"."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

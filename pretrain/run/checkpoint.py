@@ -291,7 +291,7 @@ class Clock:
 
 def _write_random_state(folder: Path) -> None:
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if distributed.accelerator() == "cuda":
         states["cuda"] = torch.cuda.get_rng_state()
     content = io.BytesIO()  # into memory, because torch.save reports a full disk as a RuntimeError
     torch.save(states, content)
@@ -301,7 +301,7 @@ def _write_random_state(folder: Path) -> None:
 def _read_random_state(folder: Path) -> None:
     states = torch.load(regular_file(folder / f"random-{distributed.rank():05d}.pt"), weights_only=True)
     torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available() and "cuda" in states:
+    if distributed.accelerator() == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
 
 

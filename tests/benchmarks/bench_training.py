@@ -47,11 +47,13 @@ PEAKS = {
     "H100 PCIe": (51, 378, 756), "H100": (67, 495, 989), "H200": (67, 495, 989), "A100": (19.5, 156, 312),
     "RTX 4090": (82.6, 82.6, 165),
 }  # fmt: skip
+NO_COMPILE = "--encoder.options={norm: batch, channels_last: true}"
 FAST = "--encoder.options={norm: batch, channels_last: true, compile: true}"
 # Run -> recipe, column of PEAKS, whether tf32 is allowed, overrides.
 RUNS: dict[str, tuple[str, int, bool, list[str]]] = {
     "fp32": ("paper-bhb10k", 0, False, []),
     "tf32": ("paper-bhb10k", 1, True, []),
+    "bf16 + channels-last": ("paper-bhb10k", 2, True, ["--train.precision=autocast", NO_COMPILE]),
     "bf16 + channels-last + compile": ("paper-bhb10k", 2, True, ["--train.precision=autocast", FAST]),
     "large-batch-64gpu": ("large-batch-64gpu", 2, True, ["--batch.global=128"]),
     "vit-large-multinode": ("vit-large-multinode", 2, True, ["--batch.global=32"]),
@@ -272,7 +274,7 @@ def report_recipes(
         recipe, kind, tf32, overrides = RUNS[name]
         if quick and recipe != "paper-bhb10k":
             continue
-        run = folder / recipe / str(len(overrides) + kind)
+        run = folder / name.replace(" ", "-")
         common = [f"--data.shards={shards}", f"--run.output={run}", f"--train.steps={4 if quick else WARM_UP + steps}",
                   f"--run.tracking_uri=sqlite:///{folder}/mlflow.db", "--monitor.every_epochs=0"]  # fmt: skip
         if quick:

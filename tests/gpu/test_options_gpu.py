@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipeline.shards.build import build_shards
 from data_pipeline.volume.grid import Grid
@@ -33,7 +34,7 @@ OPTIONS = {
     "dali reader": [SMALL, "--data.reader=dali"],
     "stream reader": [SMALL, "--data.reader=stream"],
     "vit": ["--encoder.name=vit-small", "--encoder.options={}"],
-    "unet": ["--encoder.name=unet", "--encoder.options={norm: group}"],
+    "unet": ["--encoder.name=unet", "--encoder.options={norm: group}", "--batch.global=4"],
 }
 
 
@@ -55,12 +56,23 @@ def test_losses_of_the_first_steps_are_those_of_the_cpu(device, name, scans, tmp
         output.parent.mkdir()
         command = [sys.executable, "-m", "infra.cli", "pretrain", "--config", "demo-cpu", *SAME, *OPTIONS[name],
                    f"--data.shards={scans}", f"--run.output={output}"]  # fmt: skip
-        done = run(["env", f"DS_ACCELERATOR={where}", "NVIDIA_TF32_OVERRIDE=0", *command], output.parent)
+        hidden = ["CUDA_VISIBLE_DEVICES="] if where == "cpu" else []
+        done = run(["env", *hidden, f"DS_ACCELERATOR={where}", "NVIDIA_TF32_OVERRIDE=0", *command], output.parent)
         assert done.returncode == 0, name
         found.append([loss for _, loss in losses(output)])
     on_cpu, on_gpu = found
+    print(f"losses of {name}: CPU {on_cpu}, GPU {on_gpu}")
     assert len(on_cpu) == len(on_gpu) == STEPS
     assert all(math.isfinite(loss) for loss in on_gpu)
     assert on_gpu[0] == pytest.approx(on_cpu[0], rel=1e-4)
     # Adam's first steps have the length of the learning rate whatever the gradient's is, so that rounding grows.
     assert on_gpu == pytest.approx(on_cpu, rel=5e-3)
+
+
+def test_a_run_can_be_kept_off_the_gpu(device, scans, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "infra.cli", "pretrain", "--config", "demo-cpu", *SAME, SMALL,
+               f"--data.shards={scans}", f"--run.output={output}", "--train.steps=1"]  # fmt: skip
+    assert run(["env", "DS_ACCELERATOR=cpu", *command], tmp_path).returncode == 0
+    (states,) = output.glob("checkpoints/step-*/random-00000.pt")
+    assert "cuda" not in torch.load(states, weights_only=True)
