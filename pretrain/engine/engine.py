@@ -53,10 +53,10 @@ def start_ranks() -> torch.device:
 
     Raises UserError if ``MASTER_PORT`` is taken, or if DS_ACCELERATOR names a device that this host does not have.
     """
-    os.environ.update(distributed.single_process_environment())
     cuda = distributed.accelerator() == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("DS_ACCELERATOR=cuda, but torch sees no GPU on this host; unset it, or set it to cpu")
+    os.environ.update(distributed.single_process_environment())
     if cuda:
         torch.cuda.set_device(distributed.local_rank())
     else:

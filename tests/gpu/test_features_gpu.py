@@ -18,6 +18,7 @@ from pretrain.encoders import build_encoder
 from pretrain.readouts.add import add_readouts
 from pretrain.weights.layers import intermediate_features
 from tests.cohorts import write_cohort
+from tests.gpu.cpu_side import without_gpu
 from tests.pretrain.weights.encoders import write_encoders_of
 from tests.runs import run
 from tests.stores import store_at
@@ -93,8 +94,8 @@ def test_an_evaluation_with_ray_on_the_gpu_measures_what_it_measures_on_the_cpu(
             "--finetune.epochs=2", "--finetune.trials=2",
             *(["--finetune.gpus_per_trial=0.5"] if where == "cuda" else []),
         ]  # fmt: skip
-        variables = ["CUDA_VISIBLE_DEVICES=", "DS_ACCELERATOR=cpu"] if where == "cpu" else ["DS_ACCELERATOR=cuda"]
-        assert run(["env", *variables, sys.executable, "-m", "infra.cli", *command], folder).returncode == 0
+        start = without_gpu() if number == 0 else ["env", f"DS_ACCELERATOR={where}"]
+        assert run([*start, sys.executable, "-m", "infra.cli", *command], folder).returncode == 0
         found = runs.runs(uri, "gpu", "evaluation")
         measured.append({row["params"]["protocol"]: row["metrics"] for row in found})
     on_cpu, on_gpu = measured

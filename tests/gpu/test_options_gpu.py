@@ -12,6 +12,7 @@ import torch
 from data_pipeline.shards.build import build_shards
 from data_pipeline.volume.grid import Grid
 from tests.cohorts import write_cohort
+from tests.gpu.cpu_side import without_gpu
 from tests.runs import losses, run
 
 pytestmark = pytest.mark.gpu
@@ -56,8 +57,8 @@ def test_losses_of_the_first_steps_are_those_of_the_cpu(device, name, scans, tmp
         output.parent.mkdir()
         command = [sys.executable, "-m", "infra.cli", "pretrain", "--config", "demo-cpu", *SAME, *OPTIONS[name],
                    f"--data.shards={scans}", f"--run.output={output}"]  # fmt: skip
-        hidden = ["CUDA_VISIBLE_DEVICES="] if where == "cpu" else []
-        done = run(["env", *hidden, f"DS_ACCELERATOR={where}", "NVIDIA_TF32_OVERRIDE=0", *command], output.parent)
+        start = without_gpu() if number == 0 else ["env", f"DS_ACCELERATOR={where}", "NVIDIA_TF32_OVERRIDE=0"]
+        done = run([*start, *command], output.parent)
         assert done.returncode == 0, name
         found.append([loss for _, loss in losses(output)])
     on_cpu, on_gpu = found

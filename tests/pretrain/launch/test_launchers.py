@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from infra import cli
-from infra.distributed import free_port
+from infra.distributed import accelerator, free_port
 from infra.errors import UserError
+from pretrain.engine.engine import start_ranks
 from pretrain.launch.hosts import read_hostfile
 from pretrain.launch.launchers import LAUNCHERS, Job, Launcher
 from pretrain.launch.processes import RankObserver
@@ -94,6 +95,33 @@ def test_slurm_submits_equal_hosts_from_the_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="submit from the checkout"):
         LAUNCHERS["slurm"].command(job)
+
+
+def test_slurm_does_not_carry_the_device_of_the_login_node_to_nodes_with_gpus(tmp_path, monkeypatch, shards):
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/environment\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.chdir(ROOT)
+    given = ["--config", "demo-cpu", f"--data.shards={shards}", f"--run.output={tmp_path}/run", "--batch.global=4"]
+    assert cli.run(["launch", "--launcher", "slurm", "--hostfile", f"{tmp_path}/hosts", *given]) == 0
+    assert "DS_ACCELERATOR" not in (tmp_path / "environment").read_text()
+
+
+def test_the_device_is_that_of_the_variable_or_the_one_that_torch_sees(monkeypatch):
+    for sees_gpu, found in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda sees_gpu=sees_gpu: sees_gpu)
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        assert accelerator() == found
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        assert accelerator() == "cpu"
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    with pytest.raises(UserError, match="DS_ACCELERATOR=xpu is not supported; allowed: cuda, cpu, or unset"):
+        accelerator()
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(UserError, match="DS_ACCELERATOR=cuda, but torch sees no GPU on this host"):
+        start_ranks()
 
 
 def test_a_hostfile_means_the_same_as_to_deepspeed(tmp_path):
