@@ -113,7 +113,7 @@ class ProxySection:
 
 @dataclass(config=_strict)
 class ReconstructionSection:
-    """A light decoder rebuilds the voxels that cutout and masking hid (pretrain.losses.reconstruction), in training only."""
+    """A small decoder, in training only, predicts the voxels that cutout and masking hide (pretrain.losses.reconstruction)."""
 
     weight: float = Field(default=1.0, gt=0)  # of its mean squared error in the whole loss
     masked: float = Field(

@@ -52,7 +52,7 @@ def train(recipe: Recipe | Plan) -> None:
         CheckpointFailed: if a checkpoint cannot be written.
     """
     if isinstance(recipe, Recipe) and distributed.world_size() == 1:
-        recipe = make_plan(recipe, 1)  # a single rank has nobody to agree with
+        recipe = make_plan(recipe, 1)  # several ranks make their plans together, below
     output = (recipe.recipe if isinstance(recipe, Plan) else recipe).run.output
     with _process_group() as device:
         plan = plan_together(recipe)

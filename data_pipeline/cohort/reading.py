@@ -178,7 +178,10 @@ def _sex(where: str, text: str, place: str) -> str:
 
 
 def in_years(where: str, name: str, text: str, age: float | None, place: str = "") -> float:
-    """Check that an age is a number in 0..130; ``text`` is how it was written, ``place`` where it can be declared missing."""
+    """Return an age in years after checking it. Raises UserError unless it is a number in 0..130.
+
+    ``text`` is how it was written, ``place`` where it can be declared missing.
+    """
     if age is None or not 0 <= age <= OLDEST:
         declare = "correct the dates"
         if place:

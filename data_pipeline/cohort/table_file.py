@@ -82,7 +82,10 @@ def read_rows(path: Path, required: Sequence[str], delimiter: str | None = "\t")
 def parse_rows(
     text: str, table: Path, name: str, required: Sequence[str] = (), delimiter: str | None = "\t"
 ) -> tuple[list[str], list[Row]]:
-    """Parse the text of the file ``table``, which messages call ``name``; return its columns and rows. See ``read_rows``."""
+    """Return the columns and rows of the file ``table``, given its text; messages call it ``name``. See ``read_rows``.
+
+    Raises UserError if the text is no such table or lacks a column of ``required``.
+    """
     if delimiter is None:
         first = next((line for line in text.splitlines() if line.strip()), "")
         delimiter = "\t" if "\t" in first else "," if "," in first else ";"

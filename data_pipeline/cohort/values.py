@@ -105,7 +105,7 @@ def _constant(reading: Reading, name: str, rule: str) -> Any:
 
 
 def _cell(reading: Reading, name: str, theirs: str, row: Row) -> Cell:
-    """The cell of a person's column: the first that is not missing of a session's row and the participant's row."""
+    """Return the cell of a column for a person: that of the session's row, or of the participant's row if it is missing."""
     cells = list(row.cells(theirs))
     known = (cell for cell in cells if not reading.is_missing(name, cell.text.strip()))
     return next(known, cells[0] if cells else row.cell(theirs))

@@ -68,7 +68,7 @@ def batch_of(order: Order, step: int, batch: int) -> tuple[NDArray[np.int64], ND
 
 
 def global_batch(scans: int, seed: int, step: int, batch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return ``batch_of`` the plain order.
+    """Return the scan numbers (batch,) of a step in the plain order, and how often each was shown before (batch,).
 
     A batch that spans two epochs holds no scan twice if there are at least 2 x batch scans.
     """

@@ -109,7 +109,7 @@ class StreamSource:
         return int(own.stop - own.start)
 
     def sequence(self, epoch: int) -> NDArray[np.int64]:
-        """Return the indices into ``rows`` of this rank's part of an epoch, in the order in which they are read."""
+        """Return the indices (n,) into ``rows`` of this rank's part of an epoch, in the order in which they are read."""
         position = generator(self.seed, SHARD_ORDER, (0, epoch, 0, 0)).permutation(len(self.shards))
         order = np.lexsort((self.offset, position[self.shard]))
         return order[rank_slice(len(self.rows), self.rank, self.world_size)]
@@ -259,7 +259,7 @@ def open_stream(
 
     Args:
         manifest: the data set.
-        rows: row numbers of the scans.
+        rows: row numbers of the scans, (n,).
         kind: ``stream`` or ``dali``.
         settings: the augmentation.
         seed: of the run.

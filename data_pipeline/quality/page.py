@@ -211,7 +211,7 @@ def _correlations(survey: Survey) -> bytes:
         ends = [*values, *([] if limit is None else [limit])]
         if ends:
             bins = np.linspace(min(ends), max(ends) + 1e-6, 50)
-            groups = [r[~outlier], r[outlier]]  # the bins cut off what is not near
+            groups = [r[~outlier], r[outlier]]  # values outside the bins are not drawn
             axis.hist(groups, bins=bins, stacked=True, color=[KEPT, EXCLUDED], label=["others", "outliers"])
         if limit is not None:
             axis.axvline(limit, color="black", lw=1.2, ls="--")

@@ -146,7 +146,7 @@ def read_people(content: bytes, path: str, sidecar: bytes | None = None, rules: 
     typed, _ = typed_values(lines, source, sidecars, RowOwners(owners, {}))
     rows: dict[str, list[dict[str, Any]]] = {}
     for record, values in zip(records, typed, strict=True):
-        if "path" in names and source.columns is None:  # a cohort's column of files; here a column like others
+        if "path" in names and source.columns is None:  # in a cohort's table it names files; here it is data
             values["path"] = None if record["path"] in MISSING else record["path"]
         entities = {name: _entity(record[name]) for name in ENTITIES if name in record}
         rows.setdefault(str(entities.pop("participant_id")), []).append({**entities, **values})

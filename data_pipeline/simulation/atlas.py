@@ -87,7 +87,7 @@ def load_template(grid: Grid) -> Template:
 
 
 def _make(grid: Grid) -> dict[str, Any]:
-    """The fields of ``Template`` by name."""
+    """Return the arguments of ``Template`` for a grid, by name."""
     (gm, affine), (wm, _), (t1, _) = (_read_map(name) for name in ("gm", "wm", "t1"))
     brain = ndimage.binary_fill_holes(gm + wm > 0.3)
     csf = np.clip(brain - gm - wm, 0.0, 1.0).astype(np.float32)

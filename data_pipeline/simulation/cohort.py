@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import multiprocessing
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from data_pipeline.simulation.atlas import REGIONS, load_template
 from data_pipeline.simulation.people import MEAN_TIV, Person, change_with_age, draw_people
@@ -22,6 +22,7 @@ from data_pipeline.volume.grid import Grid
 from infra import random_streams
 from infra.errors import NUMBER, OPTIONAL_WHOLE, PATH, WHOLE, Kind, UserError, check_arguments
 from infra.files import atomic_write, read_text, write_json
+from infra.processes.pool import map_in_processes
 from infra.progress import Progress
 
 RECORD = "simulation.json"
@@ -49,8 +50,7 @@ def simulate_cohort(
     """Write a simulated cohort as a BIDS folder.
 
     The same arguments give the same bytes, whatever ``workers`` is. A killed simulation continues when the call is
-    repeated; a complete cohort is left unchanged. The worker processes are spawned, so a script that calls this function
-    needs the usual guard ``if __name__ == "__main__":``.
+    repeated; a complete cohort is left unchanged.
 
     Args:
         out: the folder to write.
@@ -117,22 +117,19 @@ def _write_people(
     tasks = [(str(folder), settings, person) for person in people]
     truths: list[list[dict[str, Any]]] = []
     with Progress(len(people), "participants", "simulating") as progress:
-        if processes == 1:
-            for task in tasks:
-                with _one_thread():  # as in the worker processes: with more threads BLAS sums in another order
-                    truths.append(write_person(task))
-                progress.advance()
-        else:
-            with multiprocessing.get_context("spawn").Pool(processes, initializer=_one_thread) as pool:
-                for rows in pool.imap(write_person, tasks, chunksize=8):
-                    truths.append(rows)
-                    progress.advance()
+        for rows in map(write_person, tasks) if processes == 1 else map_in_processes(write_person, tasks, processes):
+            truths.append(rows)
+            progress.advance()
     return truths
 
 
 def write_person(task: tuple[str, Simulation, Person]) -> list[dict[str, Any]]:
     """Write the missing volumes of one participant (folder, settings, participant); return the rows of truth.tsv."""
-    root, settings, person = task
+    with threadpool_limits(1):  # with more threads BLAS sums in another order
+        return _write_person(*task)
+
+
+def _write_person(root: str, settings: Simulation, person: Person) -> list[dict[str, Any]]:
     rows = []
     for session, years in enumerate((0.0, *person.later), start=1):
         name = f"sub-{person.number:05d}"
@@ -149,7 +146,7 @@ def write_person(task: tuple[str, Simulation, Person]) -> list[dict[str, Any]]:
 
 
 def _truth(settings: Simulation, person: Person, session: int, age: float) -> dict[str, Any]:
-    """The row of truth.tsv of one session: what is measured, and the hidden causes."""
+    """Return the row of truth.tsv of one session: what is measured, and the hidden causes."""
     regions, whole, ventricle = change_with_age(person, age, settings)
     size = float(np.exp(person.log_tiv))
     hippocampus = [regions[REGIONS.index(f"hippocampus_{side}")] for side in ("left", "right")]
@@ -215,10 +212,3 @@ def _claim(folder: Path, settings: Simulation) -> None:
     description = {"Name": "Simulated brains (yaware)", "BIDSVersion": "1.9.0", "DatasetType": "raw", "Simulated": True}
     write_json(folder / "dataset_description.json", description)
     write_json(path, record)
-
-
-def _one_thread() -> Any:
-    """Limit linear algebra to one thread, until the end of a ``with`` block or of the process."""
-    from threadpoolctl import threadpool_limits
-
-    return threadpool_limits(1)

@@ -97,7 +97,7 @@ class Manifest:
         return join(self.shards_root, name)
 
     def rows(self, split: str | Sequence[str] | None = None, query: str | None = None) -> NDArray[np.int64]:
-        """Return the row numbers of the scans in some splits that match a query, ascending.
+        """Return the row numbers (n,) of the scans in some splits that match a query, ascending.
 
         Args:
             split: name or names of splits; None for all scans.

@@ -253,7 +253,7 @@ def _losses(
 def predict(
     job: TrainingJob, network: EncoderWithHead, scans: TaskScans, train: NDArray[Any], test: NDArray[Any]
 ) -> Predictions:
-    """Return the predictions for the scans ``test`` of a network that was trained on the scans ``train``."""
+    """Return the predictions for the scans ``test`` (m,) of a network that was trained on the scans ``train`` (n,)."""
     network.eval()
     batches = []
     with torch.no_grad(), _autocast(job):

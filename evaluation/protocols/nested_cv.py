@@ -144,7 +144,7 @@ class NestedFit(NamedTuple):
 
 
 def nested_fit(probe: Probe, prepared: PreparedTask, train: NDArray[Any], test: NDArray[Any]) -> NestedFit:
-    """Choose the grid's entry with the best inner score on the rows ``train`` and predict the rows ``test``.
+    """Choose the grid's entry with the best inner score on the rows ``train`` (n,) and predict the rows ``test`` (m,).
 
     Equal scores are decided by the order of the grid. If there are candidates for the features, one is chosen first, on the
     same inner folds.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from evaluation.features.tables import FeatureTable as FeatureTable  # a model of one's own needs these
+from evaluation.features.tables import FeatureTable as FeatureTable  # re-exported for users' models
 from evaluation.features.tables import Predictions as Predictions
 from evaluation.features.tables import TrainTestSplit as TrainTestSplit
 from evaluation.features.tables import split_features
@@ -156,7 +156,10 @@ def fit_predict(
 def fit_predict_each(
     probe: Probe, table: FeatureTable, train: NDArray[Any], test: NDArray[Any], seed: int = 0
 ) -> list[Predictions]:
-    """Return what `fit_predict` returns for each entry of a probe's grid. The features are scaled and rotated only once."""
+    """Return what `fit_predict` returns for each entry of a probe's grid, for the rows ``train`` (n,) and ``test`` (m,).
+
+    The features are scaled and rotated only once.
+    """
     if table.kind != "regression" and len(np.unique(table.labels[train])) < 2:
         label = float(table.labels[train][0])
         if table.kind == "multiclass":

@@ -49,22 +49,19 @@ def check_schema(uri: str, file: Path | None, create: bool) -> None:
     missing = sorted(needed - tables)
     if revision == newest and not missing:
         return
-    same = f"{place}: its tables are"
+    incomplete = f"{place}: its tables are incomplete or of another version of MLflow"
+    other = f"{place}: its tables were written by another version of MLflow"
     if revision == newest or revision is None:
         shown = ", ".join(missing[:3]) or REVISION_TABLE
-        raise UserError(
-            f"{same} incomplete or of another version of MLflow ({shown}); restore the file from a copy, or choose "
-            "another store"
-        )
+        raise UserError(f"{incomplete} ({shown}); restore the file from a copy, or choose another store")
     copy = f"copy the store, then bring it up to date with `mlflow db upgrade {hide_password(uri)}`"
     if revision in known:
         raise UserError(
-            f"{same} those of another version of MLflow; the older schema ({revision}, here {newest}) is not changed without "
-            f"asking; {copy}"
+            f"{other}, with an older schema ({revision}, here {newest}), which is not changed without your order; {copy}"
         )
     raise UserError(
-        f"{same} those of another version of MLflow; its schema ({revision}, here {newest}) is not known; if a newer MLflow "
-        f"wrote it, install that version here; else {copy}"
+        f"{other}, with a schema that is not known here ({revision}, here {newest}); if a newer MLflow wrote it, install that "
+        f"version here; else {copy}"
     )
 
 

@@ -42,7 +42,7 @@ def own_folder(path: Path) -> Path:
 
 
 def foreign_owner(path: Path) -> str | None:
-    """Return "PATH belongs to USER" for the first entry below ``path`` (itself included) of another user; None if all are own.
+    """Return "PATH belongs to USER" for the first entry of another user at or below ``path``; None if this user owns all.
 
     Links are followed: what is read is what their target holds.
     """

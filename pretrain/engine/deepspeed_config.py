@@ -47,11 +47,11 @@ def zero_stage(recipe: Recipe) -> int:
 
 
 def reduce_bucket_size(recipe: Recipe, parameters: int) -> int:
-    """Return the elements of the buffer in which stages 1 to 3 reduce gradients.
+    """Return the number of elements of the buffer in which stages 1 to 3 reduce gradients.
 
-    It is what the recipe says, else the number of parameters, at most DeepSpeed's default. DeepSpeed reserves the whole buffer,
-    1.9 GiB in float32 by its default, but a backward pass fills no more of it than there are parameters: a smaller buffer
-    than the default, but not than the network, changes no collective.
+    It is the recipe's number if it has one, else the number of parameters, at most DeepSpeed's default. DeepSpeed reserves the
+    whole buffer, by its default 1.9 GiB in float32, but a backward pass fills only as many elements as there are parameters.
+    So a buffer of that size gives the same collectives as a larger one.
 
     Raises:
         UserError: if the recipe's value is not a number of elements.

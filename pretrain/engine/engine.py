@@ -172,7 +172,7 @@ def close_engine(engine: Any) -> None:
         offload = import_module("deepspeed.runtime.zero.parameter_offload")
         running, own = internal("deepspeed", offload, "FWD_MODULE_STACK"), set(engine.module.modules())
         running[:] = [module for module in running if module not in own]
-        # Something still holds a stage-3 engine after its steps (torch 2.13): let go of the weights and the state.
+        # torch 2.13 keeps a reference to a stage-3 engine after its steps, so its weights and state are freed here.
         for parameter in engine.module.parameters():
             vars(parameter).clear()
         vars(engine.optimizer).clear()

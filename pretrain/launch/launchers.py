@@ -129,7 +129,10 @@ def slurm(job: Job) -> list[str]:
         raise UserError(f"{SBATCH} is not here; submit from the checkout, which all hosts must see under the same path")
     counts = set(job.hosts.values())
     if len(counts) > 1:
-        raise UserError(f"{job.hostfile} gives its hosts {sorted(counts)} slots; SLURM takes the same number on each")
+        raise UserError(
+            f"{job.hostfile} gives its hosts {sorted(counts)} slots; SLURM takes the same "
+            "number on each; give all hosts the same slots"
+        )
     return _sbatch(len(job.hosts), counts.pop(), job.recipe)
 
 

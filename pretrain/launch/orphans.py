@@ -12,7 +12,7 @@ import psutil
 from infra.processes.words import words_of
 from infra.watchdog.exit_note import read_notes
 
-WAIT_SECONDS = 60.0  # that a rank has to finish its step and its checkpoint
+WAIT_SECONDS = 60.0  # a rank has so long to finish its step and its checkpoint
 
 
 def end_orphans(run_folder: Path, seconds: float = WAIT_SECONDS) -> list[int]:

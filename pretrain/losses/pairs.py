@@ -91,7 +91,7 @@ class Pairs:
         world_size: number of ranks.
         kernel: weight of two scans.
         temperature: τ.
-        cross_view: whether an anchor is compared only with the other kind of view.
+        cross_view: whether a first view is compared only with second views, and a second view only with first ones.
     """
 
     z_2BD: Tensor
@@ -217,7 +217,7 @@ def gather_pairs(
         temperature: τ > 0.
         gather: how to reach the other ranks; None is a single process.
         subjects: (B,) integers, or None.
-        cross_view: whether an anchor is compared only with the other kind of view.
+        cross_view: whether a first view is compared only with second views, and a second view only with first ones.
 
     Raises:
         UserError: if a shape or type is wrong, the temperature is not above 0, or no rank holds a scan.

@@ -255,7 +255,10 @@ def clean_checkpoints(checkpoints: Path, keep: int) -> None:
 
 
 def read_best(checkpoints: Path) -> dict[str, Any] | None:
-    """Return ``step``, ``metric`` (older files: ``figure``) and ``score`` of the best encoder so far; None if there is none."""
+    """Return ``step``, ``metric`` (older files: ``figure``) and ``score`` of the best encoder so far; None if there is none.
+
+    Raises UserError if the file is damaged.
+    """
     path = checkpoints / f"{BEST}.json"
     best = read_object(path, "remove it") if path.exists() else None
     if best is not None and not ({"step", "score"} <= best.keys()):

@@ -183,7 +183,7 @@ def check_preprocessing(preprocessing: Mapping[str, Any], manifest: Manifest, na
         if expected.get(key) is not None and expected[key] != found.get(key):
             raise UserError(
                 f"{name}: the encoder was trained on {key} {expected[key]!r}, {manifest.root} has {found.get(key)!r}; "
-                "build shards with the encoder's own"
+                f"build shards with {key} {expected[key]!r}"
             )
 
 

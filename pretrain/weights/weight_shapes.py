@@ -37,15 +37,11 @@ class _WithoutMemory(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def network_shapes(name: str, options: dict[str, Any]) -> Shapes:
-    """Return the shapes of an encoder's weights and buffers by name. Takes no memory for them.
+def empty_state(name: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return an encoder's weights and buffers by name, with their shapes and without memory (torch's device ``meta``).
 
     Raises UserError as ``build_encoder`` does.
     """
-    return {key: tuple(value.shape) for key, value in _empty_state(name, options).items()}
-
-
-def _empty_state(name: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     with _WithoutMemory():
         network = build_encoder(name, options)
     return network.state_dict()
@@ -70,7 +66,7 @@ def check_shapes(path: Path, name: str, options: dict[str, Any]) -> None:
 
     Raises UserError, naming the first weight that is missing, unknown, of another shape or of another kind of type.
     """
-    state, (found, types) = _empty_state(name, options), file_shapes(path)
+    state, (found, types) = empty_state(name, options), file_shapes(path)
     expected = {key: tuple(value.shape) for key, value in state.items()}
     for key in [*expected, *(other for other in found if other not in expected)]:
         if expected.get(key) != found.get(key):

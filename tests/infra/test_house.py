@@ -106,6 +106,14 @@ def test_no_code_lies_outside_the_packages_tests_and_docs(paths):
     none_of(house_rules.other_code(paths, ALLOWED))
 
 
+def test_contributing_names_every_room():
+    rows = [line.split("|") for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| `")]
+    named = {package.strip(" `"): set(re.findall(r"`(\w+)`", rooms)) for _, package, _, rooms, _ in rows}
+    for package in PACKAGES[:4]:
+        folders = {path.parent.relative_to(ROOT / package) for path in (ROOT / package).glob("*/*") if path.is_file()}
+        assert named[package] == {folder.name for folder in folders} - {"__pycache__", "recipes"}, package
+
+
 def test_every_imported_library_is_a_declared_dependency(packaged):
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read TOML")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -100,10 +100,14 @@ def test_the_table_holds_the_logged_metrics_and_two_calls_in_one_process_agree(s
     assert not set(again["run_id"]) & set(table["run_id"])
 
 
-def test_ray_is_stopped_and_the_run_marked_failed_after_an_error(shards, exports, tmp_path, monkeypatch):
-    uri = store_at(tmp_path / "mlflow.db")
+@pytest.mark.parametrize("with_ray", [False, pytest.param(True, marks=pytest.mark.jobs)])
+def test_ray_is_stopped_and_the_run_marked_failed_after_an_error(shards, exports, tmp_path, monkeypatch, with_ray):
+    uri, started = store_at(tmp_path / "mlflow.db"), []
 
     def broken(context, candidate):
+        if with_ray:
+            ray_cluster.connect()
+        started.append(ray_is_running())
         raise RuntimeError("no inputs")
 
     protocol = Protocol("fails", "checkpoint", "linear", broken, PROTOCOLS["linear"].search)
@@ -118,6 +122,7 @@ def test_ray_is_stopped_and_the_run_marked_failed_after_an_error(shards, exports
             storage=tmp_path / "work",
             **SMALL,
         )
+    assert started == [with_ray]
     assert not ray_is_running()
     (run,) = runs.runs(uri, "yaware", "evaluation")
     assert run["status"] == "FAILED"

@@ -18,7 +18,7 @@ from pretrain.run.monitor import encode
 from pretrain.run.plan import make_plan
 from pretrain.run.step import lr_factor
 from pretrain.weights.encoder import Encoder
-from pretrain.weights.weight_shapes import network_shapes
+from pretrain.weights.weight_shapes import empty_state
 from pretrain.weights.write import write_encoder
 from tests.cohorts import GRID
 from tests.pretrain.weights.encoders import CONFIG, PREPROCESSING
@@ -59,8 +59,8 @@ def test_the_projector_takes_every_place_and_a_written_encoder_keeps_them(tmp_pa
     embeddings, _ = model(torch.randn(2, 1, 1, 64, 96, 64))
     embeddings.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    shapes = {name: tuple(value.shape) for name, value in model.encoder.state_dict().items()}
-    assert network_shapes("resnet18", options) == shapes
+    shapes = {name: value.shape for name, value in model.encoder.state_dict().items()}
+    assert {name: value.shape for name, value in empty_state("resnet18", options).items()} == shapes
     config = {**CONFIG, "encoder": {"name": "resnet18", "options": options}, "feature_size": 64 * places}
     grid = {**GRID.to_dict(), "shape": [64, 96, 64]}
     write_encoder(tmp_path / "encoder", model.encoder.state_dict(), config, {**PREPROCESSING, "grid": grid})
