@@ -179,7 +179,7 @@ def test_other_databases_are_asked_in_the_same_way(good, tmp_path):
     with pytest.raises(UserError, match=NONE):
         check_schema(f"sqlite:///{tmp_path}/a.db", None, create=True)
     older(shutil.copy(good, tmp_path / "b.db"))
-    with pytest.raises(UserError, match="the older schema"):
+    with pytest.raises(UserError, match="an older schema"):
         check_schema(f"sqlite:///{tmp_path}/b.db", None, create=True)
     check_schema(f"sqlite:///{good}", None, create=False)
     check_schema(f"sqlite:///{tmp_path}/new.db", None, create=True)
