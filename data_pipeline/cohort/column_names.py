@@ -89,7 +89,7 @@ def _taken(source: DataSet, present: Sequence[str]) -> dict[str, str]:
 
 
 def _take_split(source: DataSet, taken: dict[str, str], everywhere: Iterable[str]) -> None:
-    """Read the tables' column ``split`` even if a declaration leaves it out, so that nobody of the test split is trained on."""
+    """Read the tables' column ``split`` also if a declaration lists other columns only: test people must not be trained on."""
     if isinstance(source.values.get(SPLIT), str):
         raise UserError(
             f"{source.declared_in}: values.{SPLIT} is one split for every scan, but the tables of {source.name} have a column "
@@ -104,8 +104,8 @@ def _take_split(source: DataSet, taken: dict[str, str], everywhere: Iterable[str
         return
     if renamed:
         raise UserError(
-            f"{source.declared_in}: columns.{renamed[0]}: {SPLIT} reads the tables' column {SPLIT!r} as {renamed[0]!r}, and "
-            f"then nobody would have a split; write `columns: {{{SPLIT}: {as_yaml(renamed[0])}}}` to read the column "
+            f"{source.declared_in}: columns.{renamed[0]}: {SPLIT} reads the tables' column {SPLIT!r} as {renamed[0]!r}, so "
+            f"that nobody's split would be read; write `columns: {{{SPLIT}: {as_yaml(renamed[0])}}}` to read the column "
             f"{renamed[0]!r} as the split, or `columns: {{{SPLIT}: {SPLIT}}}`"
         )
     taken[SPLIT] = SPLIT

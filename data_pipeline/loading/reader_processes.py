@@ -28,6 +28,7 @@ import numpy as np
 
 from data_pipeline.loading.source import Sample, Source, sample_bytes
 from infra.errors import LoaderError
+from infra.processes.pool import importing_environment
 
 MAX_DEATHS = 3  # of reader processes between two batches; more have a lasting cause
 ALIGNMENT = 64  # bytes
@@ -165,9 +166,8 @@ class ReaderProcesses:
             *map(str, fds),
             str(size),
         ]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with _blocked(SIGNALS):  # the process inherits the mask, until it ignores them
-            process = subprocess.Popen(command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(command, pass_fds=fds, env=importing_environment(), stdin=subprocess.DEVNULL)
         memory = mmap.mmap(handle, size)
         os.close(handle)
         reader_end.close()

@@ -1,4 +1,4 @@
-"""A function over many tasks in worker processes that do not import the caller's script, which needs no guard therefore."""
+"""A function over many tasks in worker processes. They do not import the caller's script, so it needs no guard."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ def map_in_processes(function: Callable[[Any], Any], tasks: Sequence[Any], proce
     """
     results: dict[int, Any] = {}
     with ExitStack() as stack:
-        workers = [_start(function) for _ in range(min(processes, len(tasks)))]
-        for worker in workers:
-            stack.callback(worker.close)
+        workers: list[_Worker] = []
         left = iter(range(len(tasks)))
-        for worker in workers:
-            _give(worker, tasks, left)
+        for _ in range(min(processes, len(tasks))):
+            workers.append(_start())
+            stack.callback(workers[-1].close)
+            _send(workers[-1], function)
+            _give(workers[-1], tasks, left)
         for number in range(len(tasks)):
             while number not in results:
                 for pipe in wait([worker.pipe for worker in workers if worker.task >= 0]):
@@ -54,31 +55,46 @@ def map_in_processes(function: Callable[[Any], Any], tasks: Sequence[Any], proce
             yield results.pop(number)
 
 
-def _start(function: Callable[[Any], Any]) -> _Worker:
+def importing_environment() -> dict[str, str]:
+    """Return the environment for a new Python that imports what this one can import."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def _start() -> _Worker:
     own_end, worker_end = Pipe()
     command = [sys.executable, "-c", "from infra.processes.pool import serve; serve()", str(worker_end.fileno())]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen(command, pass_fds=[worker_end.fileno()], env=environment, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, pass_fds=[worker_end.fileno()], env=importing_environment(), stdin=subprocess.DEVNULL
+    )
     worker_end.close()
-    own_end.send(function)
     return _Worker(process, own_end)
 
 
 def _give(worker: _Worker, tasks: Sequence[Any], left: Iterator[int]) -> None:
     worker.task = next(left, -1)
     if worker.task >= 0:
-        worker.pipe.send(tasks[worker.task])
+        _send(worker, tasks[worker.task])
+
+
+def _send(worker: _Worker, content: Any) -> None:
+    try:
+        worker.pipe.send(content)
+    except ConnectionError:
+        raise _died(worker) from None
 
 
 def _result(worker: _Worker) -> Any:
     try:
         error, result = worker.pipe.recv()
-    except EOFError:
-        status = worker.process.wait()
-        raise RuntimeError(f"a worker process has died (status {status}); is there enough memory?") from None
+    except (EOFError, ConnectionError):
+        raise _died(worker) from None
     if error is not None:
         raise error
     return result
+
+
+def _died(worker: _Worker) -> RuntimeError:
+    return RuntimeError(f"a worker process has died (status {worker.process.wait()}); is there enough memory?")
 
 
 def serve() -> None:
@@ -93,5 +109,5 @@ def serve() -> None:
             except Exception as raised:
                 error, result = raised, None
             pipe.send((error, result))
-    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+    except (EOFError, ConnectionError, KeyboardInterrupt):
         return  # the other process has ended or has been interrupted

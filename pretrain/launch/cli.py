@@ -40,8 +40,7 @@ def launch(arguments: list[str]) -> int:
     print(f"launch: {shlex.join(words)}", flush=True)
     if options.dry_run:
         return 0
-    # srun gives this host's environment to all nodes, which may have GPUs where this host has none.
-    defaults = {} if name == "slurm" else {"DS_ACCELERATOR": accelerator()}
+    defaults = {} if LAUNCHERS[name].gives_environment else {"DS_ACCELERATOR": accelerator()}
     end = start(
         LAUNCHERS[name], command, run_folder=Path(recipe.run.output),
         host=None if options.node_rank is None else socket.gethostname(), defaults=defaults,

@@ -54,11 +54,13 @@ class Launcher:
         command: the command line for a job; raises UserError if the job cannot be started in this way.
         stop: ask a running job to save a checkpoint and end, given the started process.
         examples: lines that ``yaware plan`` prints for (hosts, ranks per host, recipe and overrides).
+        gives_environment: whether this host's environment reaches ranks on other hosts, which may have other devices.
     """
 
     command: Callable[[Job], list[str]]
     stop: Callable[[subprocess.Popen[bytes]], None] = stop_local_ranks
     examples: Callable[[int, int, str], list[str]] = lambda hosts, ranks, recipe: []
+    gives_environment: bool = False
 
 
 def one_host(job: Job) -> list[str]:
@@ -130,8 +132,8 @@ def slurm(job: Job) -> list[str]:
     counts = set(job.hosts.values())
     if len(counts) > 1:
         raise UserError(
-            f"{job.hostfile} gives its hosts {sorted(counts)} slots; SLURM takes the same "
-            "number on each; give all hosts the same slots"
+            f"{job.hostfile} gives its hosts {sorted(counts)} slots; SLURM takes the same number on each; give all hosts the "
+            "same slots"
         )
     return _sbatch(len(job.hosts), counts.pop(), job.recipe)
 
@@ -173,5 +175,5 @@ LAUNCHERS: dict[str, Launcher] = {
     "one-host": Launcher(one_host, examples=_examples_one_host),
     "pdsh": Launcher(over_pdsh, stop_over_pdsh, _examples_pdsh),
     "node": Launcher(this_host),
-    "slurm": Launcher(slurm, examples=_examples_slurm),
+    "slurm": Launcher(slurm, examples=_examples_slurm, gives_environment=True),
 }

@@ -239,6 +239,7 @@ def train_case(recipe: str, tf32: bool, overrides: list[str]) -> dict[str, Any]:
     grid = Manifest.load(settings.data.shards).grid["shape"]
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     network = plain_model(settings)
+    # The kind of GPU does not change the sum, as long as it reserves memory when it is allocated.
     model = MemoryModel(settings, grid, sum(p.numel() for p in network.parameters()), 1, gpu=GPUS["h100"],
                         loaded=1 + settings.data.prefetch)  # fmt: skip
     forecast = model.of_batch(settings.batch.global_).total

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,6 +32,11 @@ def refuse_three(number):
 def die_at_three(number):
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def die_after_the_result(number):
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
     return number
 
 
@@ -65,6 +71,14 @@ def test_an_error_or_a_death_ends_all_workers(function, error, words):
     with pytest.raises(error, match=words):
         list(map_in_processes(function, range(20), 2))
     assert children() <= before
+
+
+def test_a_worker_that_dies_while_it_waits_is_named_too():
+    results = map_in_processes(die_after_the_result, range(3), 1)
+    assert next(results) == 0
+    time.sleep(1)
+    with pytest.raises(RuntimeError, match=f"worker process has died .status {-signal.SIGKILL}"):
+        next(results)
 
 
 def test_workers_end_with_a_killed_caller(tmp_path):

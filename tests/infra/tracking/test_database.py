@@ -53,7 +53,10 @@ DATABASES = {
                                "INSERT INTO alembic_version VALUES (1)"), "incomplete or of another version of MLflow"),
     "two revisions": (lambda file: sql(file, "INSERT INTO alembic_version VALUES ('abcdef')"), "another version of MLflow"),
     "older": (older, "another version of MLflow, with an older schema .* not changed without your order; .*`mlflow db upgrade"),
-    "newer": (lambda file: sql(file, "UPDATE alembic_version SET version_num='ffff'"), "with a schema that is not known here"),
+    "newer": (
+        lambda file: sql(file, "UPDATE alembic_version SET version_num='ffff'"),
+        "another version of MLflow, with a schema that is not known here",
+    ),
     "a table of the newest missing": (lambda file: sql(file, "DROP TABLE logged_models"), r"incomplete .*\(logged_models\)"),
 }  # fmt: skip
 OF_MLFLOW = ("two revisions", "older", "newer", "a table of the newest missing")

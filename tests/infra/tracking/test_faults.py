@@ -52,11 +52,11 @@ def replace_by_folder(file):
 FAULTS = {
     "newer": (
         sql("UPDATE alembic_version SET version_num='ffffffffffff'"),
-        "another version of MLflow, with a.* schema .*`mlflow db upgrade",
+        "another version of MLflow, with a schema that is not known here .*`mlflow db upgrade",
     ),
     "older": (
         sql("UPDATE alembic_version SET version_num='451aebb31d03'"),
-        "another version of MLflow, with a.* schema .*`mlflow db upgrade",
+        "another version of MLflow, with an older schema .* is not changed without your order; .*`mlflow db upgrade",
     ),
     "no table": (sql("DROP TABLE runs"), "its tables are incomplete or of another version of MLflow"),
     "no database": (lambda file: file.write_bytes(b"x" * 5000), "this file is not a sqlite database; correct the path"),
