@@ -26,7 +26,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpu", help="kind of GPU: h100, a100, ...; prints what fits, the time and the bandwidth of the shards")
     add("--scans", type=int, help="number of training scans to plan for, instead of reading data.shards")
     add("--grid", default="121x145x121", help="with --scans: voxels of a scan (default: 121x145x121)")
-    add("--utilisation", type=float, help="share of the GPU's peak that the network reaches (default: 0.055)")
+    add(
+        "--utilisation",
+        type=float,
+        help="share of the GPU's peak that the network reaches (default: 0.055, in 16 bits 0.028)",
+    )
     add("--tflops", type=float, help="10^12 operations per second that a rank sustains, instead of --utilisation")
     add(
         "--table", action="store_true", help="print a table from 1 host to --nodes hosts, the scans of a rank unchanged"
@@ -40,7 +44,7 @@ def plan(arguments: list[str]) -> int:
     options, overrides = _parser().parse_known_args(arguments)
     from pretrain.config import load_recipe
     from pretrain.forecast.cluster import Machine, check_share
-    from pretrain.forecast.hardware import UTILISATION, find_gpu
+    from pretrain.forecast.hardware import find_gpu
 
     recipe = load_recipe(options.config, overrides)
     for name in ("nodes", "gpus", "scans", "tflops"):
@@ -49,7 +53,7 @@ def plan(arguments: list[str]) -> int:
     gpu = None if options.gpu is None else find_gpu(options.gpu)
     if options.utilisation is not None:
         check_share("utilisation", options.utilisation)
-    machine = Machine(options.nodes, options.gpus or recipe.launch.ranks, gpu, options.utilisation or UTILISATION)
+    machine = Machine(options.nodes, options.gpus or recipe.launch.ranks, gpu, options.utilisation)
     return _forecast(recipe, machine, options, [options.config, *overrides])
 
 

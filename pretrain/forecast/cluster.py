@@ -8,7 +8,7 @@ from typing import Any
 
 from infra.errors import UserError
 from pretrain.config import Recipe
-from pretrain.forecast.hardware import LINK_SHARE, UTILISATION, Gpu, link_seconds
+from pretrain.forecast.hardware import LINK_SHARE, UTILISATION_16_BITS, UTILISATION_FP32, Gpu, link_seconds
 from pretrain.forecast.memory import MemoryModel, RankMemory
 from pretrain.forecast.traffic import collectives_of_step, sent_bytes
 
@@ -24,18 +24,23 @@ class Machine:
         nodes: number of hosts.
         gpus: ranks of a host, one per GPU.
         gpu: kind of the GPUs; None if it is not known, which leaves out times and limits.
-        utilisation: share of the GPU's peak that the network reaches.
+        utilisation: share of the GPU's peak that the network reaches; None: the measured one of the precision.
     """
 
     nodes: int
     gpus: int
     gpu: Gpu | None = None
-    utilisation: float = UTILISATION
+    utilisation: float | None = None
 
     @property
     def ranks(self) -> int:
         """Processes on all hosts, one per GPU."""
         return self.nodes * self.gpus
+
+    def share(self, precision: str) -> float:
+        """Return the share of the peak that the network reaches in a ``train.precision``."""
+        measured = UTILISATION_FP32 if precision == "fp32" else UTILISATION_16_BITS
+        return measured if self.utilisation is None else self.utilisation
 
     @property
     def backend(self) -> str:
@@ -104,7 +109,8 @@ def forecast_step(
     scans = recipe.batch.global_ // machine.ranks
     exchanges = collectives_of_step(recipe, model.parameters, scans, machine.ranks, machine.backend)
     sent, gpu, timing = sent_bytes(exchanges, machine.ranks, machine.backend), machine.gpu, None
-    speed = 1e12 * tflops if tflops else gpu.peak(recipe.train.precision) * machine.utilisation if gpu else None
+    precision = recipe.train.precision
+    speed = 1e12 * tflops if tflops else gpu.peak(precision) * machine.share(precision) if gpu else None
     if speed:
         messages = sum(exchange.messages(machine.ranks) for exchange in exchanges)
         exchange = link_seconds(sum(sent.values()), messages, gpu, machine.nodes) if gpu else 0.0
@@ -122,9 +128,11 @@ def assumptions(machine: Machine, recipe: Recipe, tflops: float | None) -> list[
     if tflops:
         said.append(f"{tflops:g} TFLOP/s per rank (given)")
     elif gpu is not None:
-        peak = gpu.peak(recipe.train.precision) / 1e12
-        measured = " as DenseNet121 in TF32 on an H200" if machine.utilisation == UTILISATION else ""
-        said.append(f"{machine.utilisation:.1%} of the peak of {peak:g} TFLOP/s (data sheet){measured}")
+        precision = recipe.train.precision
+        peak = gpu.peak(precision) / 1e12
+        kind = "TF32" if precision == "fp32" else "bf16"
+        measured = f" as DenseNet121 in {kind} on an H200" if machine.utilisation is None else ""
+        said.append(f"{machine.share(precision):.1%} of the peak of {peak:g} TFLOP/s (data sheet){measured}")
     if gpu is not None:
         link, speed = (
             ("in the host", gpu.inside) if machine.nodes == 1 else ("to other hosts", min(gpu.inside, gpu.network))

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_iter
 from data_pipeline.loading.augment import load_augmentation
 from data_pipeline.loading.view_details import ViewDetails
 from pretrain.config import Recipe
+from pretrain.forecast.gpu_autocast import GpuAutocast
 from pretrain.forecast.operations import network_without
 from pretrain.losses.gather import Columns
 from pretrain.losses.options import find_loss, takes
@@ -120,8 +121,9 @@ def fake_network(recipe: Recipe, mode: FakeTensorMode) -> ContrastiveModel:
 
 
 def network_pass(
-    recipe: Recipe, grid: Sequence[int], scans: int, *, keep_gradients: bool, mode: FakeTensorMode | None = None
-) -> PassMemory:
+    recipe: Recipe, grid: Sequence[int], scans: int, *, keep_gradients: bool, on_gpu: bool = True,
+    mode: FakeTensorMode | None = None,
+) -> PassMemory:  # fmt: skip
     """Count the memory of the recipe's network in a forward and backward pass of ``scans`` scans on a grid (D, H, W).
 
     Args:
@@ -129,6 +131,7 @@ def network_pass(
         grid: voxels of a scan.
         scans: scans of a rank that are embedded at a time; each has two views.
         keep_gradients: whether the gradients of the parameters stay until the end of the backward pass.
+        on_gpu: whether autocast chooses types as on a GPU, else as on a CPU.
         mode: the mode of the fake tensors.
     """
     mode = mode or FakeTensorMode()
@@ -140,7 +143,9 @@ def network_pass(
     known = [*model.parameters(), *model.buffers(), views, *details.values()]
     hooks = [] if keep_gradients else [_forget_gradient(p) for p in model.parameters()]
     low = AUTOCAST.get(precision)
-    with mode, LiveBytes(known) as counted, _saved_bytes(known) as hooked:
+    types = GpuAutocast() if on_gpu else nullcontext()
+    # The backward pass is inside too, since it may compute activations again.
+    with mode, types, LiveBytes(known) as counted, _saved_bytes(known) as hooked:
         with torch.autocast("cpu", low) if low else nullcontext():
             outputs = [output for output in model(views, **details) if output is not None]
         saved, kept = counted.live, hooked()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from infra.errors import UserError, nearest
 
-# Share of the peak that a run reaches: that of DenseNet121 in TF32 on one H200, with loader and augmentation, 52.9 scans/s
-# (docs/benchmarks/h200.md). Other networks, precisions and GPUs were not measured; transformers reach more.
-UTILISATION = 0.055
+# Share of the peak that a run reaches: DenseNet121 on one H200 with loader and augmentation, in TF32 (52.9 scans/s) and in bf16
+# (54.3 scans/s; docs/benchmarks/h200.md). Its convolutions have few channels; ViT-large reached 0.115 in bf16.
+UTILISATION_FP32, UTILISATION_16_BITS = 0.055, 0.028
 LINK_SHARE = 0.8  # of a link's bandwidth that collectives reach; assumed
 # Seconds that every step of a collective between GPUs of one host, and between hosts, waits before its first byte. Assumed.
 LATENCY_INSIDE, LATENCY_BETWEEN = 5e-6, 20e-6

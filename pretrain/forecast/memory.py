@@ -78,8 +78,9 @@ class MemoryModel:
         """Return the memory of the network's pass: counted for one and two scans, and the same growth for every further one."""
         for few in (1, 2):
             if (few, keep_gradients) not in self._cached:
-                counted = network_pass(self.recipe, self.grid, few, keep_gradients=keep_gradients)
-                self._cached[few, keep_gradients] = counted
+                self._cached[few, keep_gradients] = network_pass(
+                    self.recipe, self.grid, few, keep_gradients=keep_gradients, on_gpu=not self.gpu.lazy
+                )
         one, two = (self._cached[few, keep_gradients] for few in (1, 2))
         grown = {key: value + (scans - 1) * (getattr(two, key) - value) for key, value in vars(one).items()}
         return PassMemory(**grown)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from infra.errors import UserError
 from pretrain.config import load_recipe
 from pretrain.forecast import operations
 from pretrain.forecast.fake_pass import LiveBytes, loss_pass, network_pass
+from pretrain.forecast.gpu_autocast import GpuAutocast
 from pretrain.losses import LOSSES
 from pretrain.losses.supervised import SUPERVISED
-from pretrain.model import build_model
+from tests.pretrain.forecast.real_pass import saved_by_a_real_pass
 
 GRID = (24, 24, 24)
 SMALL = "--encoder.options={width: 0.25, norm: group}"
@@ -43,7 +46,7 @@ def test_what_two_layers_keep_is_counted_by_hand(monkeypatch):
 
 
 def test_a_freed_tensor_is_no_longer_counted():
-    with torch._subclasses.fake_tensor.FakeTensorMode(), LiveBytes() as counted:
+    with FakeTensorMode(), LiveBytes() as counted:
         first = torch.empty(1000)
         second = first + 1
         del first
@@ -53,30 +56,15 @@ def test_a_freed_tensor_is_no_longer_counted():
         assert counted.live == 0
 
 
-def saved_by_a_real_pass(recipe, scans):
-    """Bytes that autograd saves in a real forward pass, without parameters and volumes."""
-    model = build_model(recipe).train()
-    views = torch.zeros(2, scans, 1, *GRID)
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), views)}
-    sizes, alive = {}, []
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = model(views)
-    assert outputs is not None
-    return sum(sizes.values())
-
-
+@pytest.mark.parametrize("precision", ["fp32", "autocast"])
 @pytest.mark.parametrize("scans", [1, 3])
-def test_fake_tensors_save_what_real_ones_do(scans):
-    recipe = recipe_of()
-    assert network_pass(recipe, GRID, scans, keep_gradients=False).hooked == saved_by_a_real_pass(recipe, scans)
+def test_fake_tensors_save_what_real_ones_do(scans, precision):
+    recipe = recipe_of(f"--train.precision={precision}")
+    found = network_pass(recipe, GRID, scans, keep_gradients=False, on_gpu=False)
+    # The statistics of a normalisation of 16-bit volumes are float32 in torch's kernel, and 16-bit on fake tensors.
+    assert found.hooked == pytest.approx(
+        saved_by_a_real_pass(recipe, GRID, scans), rel=0 if precision == "fp32" else 1e-3
+    )
 
 
 def test_memory_grows_by_the_same_for_every_scan():
@@ -98,6 +86,50 @@ def test_half_precision_keeps_less():
         network_pass(recipe_of(f"--train.precision={p}"), GRID, 2, keep_gradients=False) for p in ("fp32", "bf16")
     )
     assert 0.45 < half.saved / full.saved < 0.6
+
+
+LOW, FULL = torch.bfloat16, torch.float32
+# Operation on 16-bit volumes (2, 4, 4, 4, 4) -> type on a GPU and on a CPU, by torch's ATen/autocast_mode.h.
+TYPES = {
+    "convolution": (lambda v: F.conv3d(v, torch.ones(4, 4, 1, 1, 1)), LOW, LOW),
+    "linear": (lambda v: F.linear(v, torch.ones(4, 4)), LOW, LOW),
+    "largest": (lambda v: F.max_pool3d(v, 2), LOW, FULL),
+    "mean": (lambda v: nn.AvgPool3d(2)(v), LOW, FULL),
+    "mean of all": (lambda v: nn.AdaptiveAvgPool3d(1)(v), LOW, FULL),
+    "padding": (lambda v: F.pad(v, [1] * 6, mode="replicate"), LOW, FULL),
+    "batch": (lambda v: nn.BatchNorm3d(4)(v), LOW, LOW),
+    "gelu": (F.gelu, LOW, LOW),
+    "layer": (lambda v: nn.LayerNorm(4)(v), FULL, LOW),
+    "groups": (lambda v: nn.GroupNorm(2, 4)(v), FULL, LOW),
+    "softmax": (lambda v: v.softmax(1), FULL, LOW),
+    "square": (lambda v: v**2, FULL, LOW),
+    "sum": (lambda v: v.sum(1), FULL, LOW),
+    "larger": (lambda v: F.interpolate(v, scale_factor=2, mode="trilinear"), FULL, LOW),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_autocast_gives_the_types_of_a_gpu(name):
+    operation, on_gpu, on_cpu = TYPES[name]
+    with FakeTensorMode():
+        volumes = torch.ones(2, 4, 4, 4, 4, dtype=LOW)
+        with torch.autocast("cpu", LOW):
+            with GpuAutocast():
+                assert operation(volumes).dtype == on_gpu
+            assert operation(volumes).dtype == on_cpu
+        with GpuAutocast():
+            assert F.max_pool3d(volumes.float(), 2).dtype == FULL
+            assert F.softmax(volumes, 1).dtype == LOW, "changed without autocast"
+
+
+def test_autocast_on_a_gpu_keeps_about_half():
+    """On an H200 autocast took 0.56 times as much memory (docs/benchmarks/h200.md)."""
+    dense = "--encoder.name=densenet121", "--encoder.options={norm: batch}"
+    full, half = (
+        network_pass(load_recipe("demo-cpu", [*dense, f"--train.precision={p}"]), (96, 96, 96), 2, keep_gradients=False)
+        for p in ("fp32", "autocast")
+    )
+    assert 0.5 < half.saved / full.saved < 0.6
 
 
 def test_further_terms_of_the_loss_are_counted():

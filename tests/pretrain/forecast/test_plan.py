@@ -144,6 +144,10 @@ def test_the_forecast_of_a_gpu_has_time_traffic_and_advice(capsys):
     faster = forecast_of(capsys, *FOUR, "--utilisation", "0.55")
     assert faster["timing"]["compute"] == pytest.approx(timing["compute"] / 10)
     assert faster["timing"]["exchange"] == timing["exchange"]
+    low = forecast_of(
+        capsys, *FOUR, "--train.precision=bf16"
+    )  # twice the peak, and nearly half of the share, as measured
+    assert low["timing"]["compute"] == pytest.approx(timing["compute"] * 494 / 989 * 0.055 / 0.028)
 
 
 def test_one_rank_sends_nothing_and_more_micro_batches_reduce_more_often_in_stage_two():
