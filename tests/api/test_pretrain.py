@@ -77,6 +77,7 @@ print(json.dumps({"message": message, "steps": steps, "same": same, "run": repr(
     return folder, *python(code, folder, shards)
 
 
+@pytest.mark.jobs
 def test_a_stopped_run_continues_at_the_second_call_and_is_complete_at_the_third(stopped_run):
     _, result, printed = stopped_run
     first, second = result["steps"]
@@ -87,10 +88,12 @@ def test_a_stopped_run_continues_at_the_second_call_and_is_complete_at_the_third
     assert printed.count("pretrain: y-aware is already complete: 30 steps") == 1
 
 
+@pytest.mark.jobs
 def test_signal_handlers_and_environment_are_as_before(stopped_run):
     assert stopped_run[1]["same"]
 
 
+@pytest.mark.jobs
 def test_a_run_gives_metrics_checkpoints_and_encoders(stopped_run, tmp_path):
     folder, result, _ = stopped_run
     run = Run(folder / "run")

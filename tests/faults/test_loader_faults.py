@@ -42,7 +42,7 @@ def undisturbed(shards):
     return batches
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.jobs)])
 def test_killing_reader_processes_at_random_moments_changes_no_batch(shards, undisturbed, capfd, seed):
     loader, chance = loader_of(shards, workers=2, prefetch=2), random.Random(seed)
     next_kill, kills = threading.Event(), []
@@ -221,7 +221,7 @@ def test_a_run_on_damaged_shards_ends_with_one_line(damage, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("reader", ["stream", "dali"])
+@pytest.mark.parametrize("reader", [pytest.param("stream", marks=pytest.mark.jobs), "dali"])
 def test_a_killed_run_with_a_sequential_reader_resumes_exactly(shards, tmp_path, reader):
     more = [f"--data.reader={reader}", "--data.buffer=8"]
     run_ranks(pretrain_command(shards, tmp_path / "whole", 10, *more), tmp_path / "logs")

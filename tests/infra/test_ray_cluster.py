@@ -202,6 +202,7 @@ print("ok")
     assert done.stdout == "ok\n", done.stderr[-2000:]
 
 
+@pytest.mark.jobs
 def test_a_session_leaves_the_process_as_it_was():
     script = """
 import os, signal, sys

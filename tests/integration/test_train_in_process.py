@@ -23,6 +23,7 @@ def called(shards, tmp_path_factory):
     return folder, json.loads(done.stdout.split("RESULT ")[1])
 
 
+@pytest.mark.jobs
 def test_two_recipes_train_in_one_process(called):
     folder, result = called
     for name in ("first", "second"):
@@ -33,6 +34,7 @@ def test_two_recipes_train_in_one_process(called):
     assert "holds a run of another recipe (optimizer.lr was 0.001, now 0.5)" in result["problems"][0]
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("call", ["first", "failed", "second, in a thread"])
 @pytest.mark.parametrize("what", ["signals", "wakeup", "environ", "threads", "torch threads", "process group",
                                   "excepthook", "random", "warning filters"])  # fmt: skip
@@ -41,6 +43,7 @@ def test_a_call_leaves_the_process_as_it_was(called, call, what):
     assert result["after"][call][what] == result["before"][what]
 
 
+@pytest.mark.jobs
 def test_every_call_frees_its_engine(called):
     held = called[1]["held"]
     assert held["first"]["engines"] == 0
@@ -51,6 +54,7 @@ def test_every_call_frees_its_engine(called):
     assert held["stage 3"]["tensor bytes"] < 2 * 10e6
 
 
+@pytest.mark.jobs
 def test_the_losses_are_those_of_the_command(called, shards, tmp_path):
     folder, _ = called
     given = ["--launch.ranks=1", "--encoder.options={width: 0.25, norm: group}", "--checkpoint.every_steps=40",

@@ -190,6 +190,7 @@ SEARCH = settings(max_examples=3000, deadline=None, derandomize=True, suppress_h
                   database=None)  # fmt: skip
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("guard", UNDONE)
 def test_without_a_guard_a_cohort_is_found_that_trains_on_test(monkeypatch, guard):
     for module, name, old in UNDONE[guard]:
