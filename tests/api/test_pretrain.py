@@ -144,6 +144,7 @@ def test_a_run_of_one_rank_is_planned_once(tmp_path, shards, monkeypatch):
     assert len(plans) == 1
 
 
+@pytest.mark.jobs
 def test_several_ranks_are_started_and_a_failed_rank_raises_its_reason(tmp_path, shards):
     code = """
 run = yaware.pretrain("demo-cpu", ranks=2, output="good", **sections(2))

@@ -89,7 +89,7 @@ def test_the_real_engine_trains_the_same_from_micro_batches(one_rank) -> None:
         source = torch.Generator().manual_seed(seed)
         batches.append({"views": torch.randn(2, 4, 1, 24, 24, 24, generator=source), "proxies": AGES[:4].float()})
     small = [
-        "--encoder.options={width: 0.5, norm: group}",
+        "--encoder.options={width: 0.25, norm: group}",
         "--batch.global=4",
         "--loss.temperature_bounds=[0.01, 1.0]",
     ]
