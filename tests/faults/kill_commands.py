@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.run.intact import verify_checkpoint
+from pretrain.run.newest import newest_first
 from tests.cohorts import write_cohort
 from tests.runs import environment, losses, pretrain_command
 
@@ -110,7 +112,7 @@ def contents(folder: Path, ends: tuple[str, ...] = ("",)) -> Result:
 
 
 def pretraining(out: Path) -> Result:
-    """Return the losses to the last digit, the name of the last checkpoint and the bytes of its encoder's weights."""
+    """Return the losses to the last digit, the last checkpoint and the bytes of its encoder's weights, and damaged checkpoints."""
     run = out / "run"
     found = losses(run)
     assert [step for step, _ in found] == list(range(STEPS)), found
@@ -118,6 +120,7 @@ def pretraining(out: Path) -> Result:
     return {
         "losses": found,
         "last checkpoint": last,
+        "damaged": [folder.name for folder in newest_first(run / "checkpoints") if verify_checkpoint(folder)],
         **contents(run / "checkpoints" / last / "encoder", ("safetensors",)),
     }
 
@@ -148,5 +151,11 @@ def evaluation(out: Path) -> Result:
 
 
 def file_names(folder: Path) -> set[str]:
-    """Return the names of all files and folders below a folder, with ID in place of ids that are drawn at random."""
-    return {re.sub("[0-9a-f]{32}", "ID", str(path.relative_to(folder))) for path in folder.rglob("*")}
+    """Return the names of all files and folders below a folder, with ID in place of ids that are drawn at random.
+
+    Checkpoints are numbered from the newest. Ranks whose command is killed save the step that they have reached, so that
+    a run may keep another step before its last one than a run that was not killed.
+    """
+    names = {re.sub("[0-9a-f]{32}", "ID", str(path.relative_to(folder))) for path in folder.rglob("*")}
+    steps = sorted({found[0] for name in names if (found := re.search("step-[0-9]{8}", name))}, reverse=True)
+    return {re.sub("step-[0-9]{8}", lambda step: f"checkpoint {steps.index(step[0])}", name) for name in names}

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults import kill_campaign
 from tests.faults.kill_campaign import Campaign, run_campaign
-from tests.faults.kill_commands import Command, commands_in, contents, empty
+from tests.faults.kill_commands import Command, commands_in, contents, empty, file_names
 
 # Counts to three, one file a step; is continued by the next start.
 COUNT = """
@@ -64,6 +64,16 @@ def test_a_broken_promise_is_noticed(name, tmp_path, monkeypatch):
     record = campaign.records[name]
     assert (record.kills, record.cases, record.same) == (1, 1, 0)
     assert any(NOTICED[name] in text for text in record.differences), record.differences
+
+
+def test_kept_checkpoints_may_be_of_other_steps_but_not_more_or_fewer(tmp_path):
+    for run, steps in {"whole": (4, 6), "saved at 5": (5, 6), "too many": (4, 5, 6), "too few": (6,)}.items():
+        for step in steps:
+            (tmp_path / run / f"step-{step:08d}").mkdir(parents=True)
+            (tmp_path / run / f"step-{step:08d}/state.json").touch()
+    whole, saved, many, few = (file_names(tmp_path / run) for run in ("whole", "saved at 5", "too many", "too few"))
+    assert whole == saved
+    assert few < whole < many
 
 
 def kill_when_begun(started, seconds, draw):
