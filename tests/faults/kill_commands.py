@@ -112,7 +112,7 @@ def contents(folder: Path, ends: tuple[str, ...] = ("",)) -> Result:
 
 
 def pretraining(out: Path) -> Result:
-    """Return the losses to the last digit, the last checkpoint and the bytes of its encoder's weights, and damaged checkpoints."""
+    """Return the losses, the last checkpoint, the bytes of its encoder's weights, and damaged checkpoints."""
     run = out / "run"
     found = losses(run)
     assert [step for step, _ in found] == list(range(STEPS)), found
