@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from infra.slurm.batch_script import CheckedCommand, JobSize
+from infra.slurm.batch_script import RECIPE_COPY, CheckedCommand, JobSize
 
 
 def pretrain(arguments: list[str]) -> int:
@@ -58,8 +58,9 @@ def _parse(parser_class: type[argparse.ArgumentParser], arguments: list[str]) ->
 
 def check_batch(arguments: list[str], size: JobSize) -> CheckedCommand:
     """Check the recipe, and its shards if they should be there, for a batch job with so many ranks. Raises UserError."""
+    from infra.settings import to_yaml
     from infra.slurm.parser import OneLineParser
-    from pretrain.config import check_world_size, load_recipe
+    from pretrain.config import check_world_size, find_recipe, load_recipe
     from pretrain.run.plan import make_plan
 
     options, overrides = _parse(OneLineParser, arguments)
@@ -67,6 +68,8 @@ def check_batch(arguments: list[str], size: JobSize) -> CheckedCommand:
     check_world_size(recipe.batch.global_, size.tasks)
     if not size.waits:
         make_plan(recipe, size.tasks)
+    if find_recipe(options.config) == Path(options.config):  # a file of the user, which may change while the job waits
+        return CheckedCommand([RECIPE_COPY], Path(recipe.run.output), to_yaml(recipe))
     return CheckedCommand([options.config, *overrides], Path(recipe.run.output))
 
 

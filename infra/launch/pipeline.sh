@@ -27,13 +27,29 @@ jobs=()
 # Nothing is left in the queue if a later job is refused.
 trap '[ $? = 0 ] || [ ${#jobs[@]} = 0 ] || scancel "${jobs[@]}"' EXIT
 
-words() { xargs --no-run-if-empty --max-args=1 printf '%s\n' <<< "$1"; } # quotes as in a shell; expands nothing
+words_of() { # NAME: put the words of a variable into the array `words`; quotes as in a shell; expands nothing
+    local lines
+    words=()
+    # The dot keeps empty words at the end, which $(...) would cut off.
+    if ! lines=$(xargs --no-run-if-empty --max-args=1 printf '%s\n' <<< "${!1:-}" 2>/dev/null && echo .); then
+        echo "pipeline: error: $1=${!1} has a quote without its partner; close it, or write \\' or \\\" for the character" >&2
+        exit 2
+    fi
+    lines=${lines%.}
+    [ -z "$lines" ] || mapfile -t words <<< "${lines%$'\n'}"
+}
+
+for name in JOBS {BUILD,PRETRAIN,EVALUATE,COMPARE}_{JOB,ARGUMENTS}; do words_of "$name"; done # before anything is submitted
 
 submit() { # NAME WORK ARGUMENT ...
     local name=$1 work=$2 options more after=() said job
     local of_job=${name}_JOB of_command=${name}_ARGUMENTS
-    mapfile -t options < <(words "${JOBS:-} ${!of_job:-}")
-    mapfile -t more < <(words "${!of_command:-}")
+    words_of JOBS
+    options=("${words[@]}")
+    words_of "$of_job"
+    options+=("${words[@]}")
+    words_of "$of_command"
+    more=("${words[@]}")
     [ ${#jobs[@]} = 0 ] || after=(--dependency "afterok:${jobs[-1]}")
     said=$("$yaware" launch --slurm "${options[@]}" "${after[@]}" "$work" "${@:3}" "${more[@]}")
     job=$(sed -n 's/^launch: submitted job \([0-9]*\);.*/\1/p' <<< "$said")

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from infra.cli import batch_check
 from infra.errors import UserError
 from infra.files import atomic_write, check_output
-from infra.slurm.batch_script import (
-    WORKS,
-    JobSize,
-    batch_script,
-    check_values,
-    free_options,
-    gpu_options,
-    log_path,
-    log_pattern,
-    read_template,
-)
+from infra.slurm.batch_script import RECIPE_COPY, WORKS, JobSize, batch_script, read_template
+from infra.slurm.options import check_values, free_options, gpu_options, gpus_asked
 from infra.slurm.parser import OneLineParser
+from infra.slurm.submission import log_path, log_pattern, submit
 
 # Options of sbatch that have an option of the same name here, and what they mean.
 SAME_NAME = {
@@ -37,15 +28,20 @@ def launch_in_slurm(arguments: list[str]) -> int:
     """Write the batch script of a command and submit it to SLURM."""
     parsed = _parser().parse_args(arguments)
     template = read_template(parsed.work)
-    merged = {**template.options, **_chosen_options(parsed)}
+    typed = _chosen_options(parsed)
+    merged = {**template.options, **typed}
     options = {key: value for key, value in merged.items() if value is not None}
     check_values(options)
-    tasks = int(options["nodes"].partition("-")[0]) * int(options["ntasks-per-node"])
+    tasks = int(options["nodes"]) * int(options["ntasks-per-node"])
     name, *rest = command = WORKS[parsed.work][1]
     checked = batch_check(name)([*rest, *parsed.arguments], JobSize(tasks, "dependency" in options))
     script = parsed.script or checked.folder / f"{options['job-name']}.sbatch"
-    options["output"] = _output_option(parsed, script)
-    text = batch_script(template, options, checked.arguments, Path.cwd())
+    if "output" not in typed:
+        options["output"] = log_pattern(script.absolute().parent)
+    # The name holds a part of the content's digest: another submission into the same folder does not change this job.
+    copy = script.with_name(f"{script.stem}-{hashlib.sha256(checked.recipe.encode()).hexdigest()[:12]}.yaml").absolute()
+    words = [str(copy) if word == RECIPE_COPY else word for word in checked.arguments]
+    text = batch_script(template, options, words, Path.cwd())
     if parsed.dry_run:
         print(text, end="")
         return 0
@@ -53,9 +49,17 @@ def launch_in_slurm(arguments: list[str]) -> int:
         raise UserError(f"sbatch is not found; submit from a host of the cluster, or add --dry-run and copy the script of "
                         f"`yaware {shlex.join(command)}` there")  # fmt: skip
     check_output(script, "--script")
-    with atomic_write(script, "w") as stream:
-        stream.write(text)
-    _submit(script, options)
+    for path, content in ((copy, checked.recipe), (script, text)):
+        if content:
+            with atomic_write(path, "w") as stream:
+                stream.write(content)
+    job = submit(script, options, typed)
+    print(f"launch: wrote {script}")
+    if checked.recipe:
+        print(
+            f"launch: the job reads the recipe from {copy}, a copy with all overrides; edits of the file do not change it"
+        )
+    _print_watch(job, options)
     return 0
 
 
@@ -104,7 +108,7 @@ def _at_least_zero(text: str) -> int:
 
 
 def _number(text: str, least: int) -> int:
-    if not text.isdigit() or int(text) < least:
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
 
@@ -114,36 +118,32 @@ def _chosen_options(parsed: argparse.Namespace) -> dict[str, str | None]:
     chosen: dict[str, str | None] = {}
     for name in ("nodes", "cpus-per-task", *SAME_NAME):
         value = getattr(parsed, name.replace("-", "_"))
+        if value == "":
+            raise UserError(f"--{name} is empty; give a value, or leave it out")
         if value is not None:
             chosen[name] = str(value)
     if parsed.gpus is not None:
         chosen |= gpu_options(parsed.work, parsed.gpus)
-    free = free_options(parsed.sbatch_option, chosen)
-    for name in ("nodes", "ntasks-per-node"):
-        if name in free and not free[name].isdigit():
-            raise UserError(f"--sbatch-option={name}={free[name]} is not a whole number")
+    free: dict[str, str | None] = {}
+    given = free_options(parsed.sbatch_option, chosen)
+    gpus = gpus_asked(given)
+    if gpus is not None:
+        if parsed.gpus is not None:
+            raise UserError(
+                f"--gpus={parsed.gpus} and --sbatch-option=gres={given['gres']} ask for GPUs twice; give one of them"
+            )
+        free = gpu_options(parsed.work, gpus) | ({"gpus-per-node": None} if "gres" in given else {})
+    free |= given
     if "dependency" in chosen and "kill-on-invalid-dep" not in free:
         # A job whose condition cannot come true any more is cancelled; some clusters would keep it in the queue.
         free["kill-on-invalid-dep"] = "yes"
     return {**chosen, **free}
 
 
-def _output_option(parsed: argparse.Namespace, script: Path) -> str:
-    given = [text.partition("=")[2] for text in parsed.sbatch_option if text.removeprefix("--").startswith("output=")]
-    return given[0] if given else log_pattern(script.absolute().parent)
-
-
-def _submit(script: Path, options: dict[str, str]) -> None:
-    """Submit a batch script, and print the job's number, its log, and how to watch and cancel it."""
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split()).removeprefix("sbatch: error: ")
-        raise UserError(f"sbatch refused {script}: {said}")
-    if done.stderr.strip():
-        print(done.stderr.strip(), file=sys.stderr)
-    job = done.stdout.strip().partition(";")[0]
+def _print_watch(job: str, options: dict[str, str]) -> None:
+    """Print the job's number, its log, and how to watch and cancel it."""
     log = log_path(options["output"], options["job-name"], job)
-    print(f"launch: wrote {script}")
-    print(f"launch: submitted job {job}; its log: {log}")
-    print(f"launch: to watch: squeue --jobs {job}; tail -F {shlex.quote(log)}")
+    told = log or f"a file of the pattern {options['output']}, which SLURM completes when the job starts"
+    print(f"launch: submitted job {job}; its log: {told}")
+    print(f"launch: to watch: squeue --jobs {job}" + (f"; tail -F {shlex.quote(log)}" if log else ""))
     print(f"launch: to cancel: scancel {job}")

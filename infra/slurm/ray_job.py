@@ -117,7 +117,11 @@ def run(words: list[str], variables: Mapping[str, str]) -> tuple[int, bool]:
         options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", where, "--cpu-bind=none", "--gpu-bind=none",
                    "--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--export=ALL"]  # fmt: skip
         command = ["srun", *options, sys.executable, "-m", "infra.slurm.ray_node", *role]
-        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        try:
+            return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        except FileNotFoundError:
+            raise UserError(f"srun is not found on {here}; put SLURM's commands on PATH. An Apptainer image has none: "
+                            "run builds and evaluations from a .venv that all nodes see") from None  # fmt: skip
 
     command = [sys.executable, "-m", "infra.cli", *words]
     head = step(1, f"--nodelist={here}", ["head", address, *command])

@@ -185,30 +185,46 @@ def look_interfaces(request: Request, own: str, others: list[str]) -> dict[str, 
 
 
 def judge_interfaces(value: dict[str, Any]) -> tuple[str, str, str]:
-    """Fail if gloo or NCCL would take an interface that does not exist or that other nodes cannot reach."""
+    """Fail if gloo or NCCL would take an interface that does not exist, has no IPv4 address, or that other nodes cannot reach;
+    warn if one takes another interface than the one that leads to the other nodes."""
     addresses, route = value["addresses"], value["route"]
     instead = f"set GLOO_SOCKET_IFNAME={route or 'the interface between the nodes'} on every node"
     gloo = value["gloo"].split(",")[0]
-    if gloo and not addresses.get(gloo):
-        return (
-            FAIL,
-            f"GLOO_SOCKET_IFNAME={gloo} is no interface with an address (found: {', '.join(addresses)})",
-            instead,
-        )
+    if gloo and (problem := _unusable(gloo, addresses)):
+        return FAIL, f"GLOO_SOCKET_IFNAME={gloo} {problem}", instead
     if not gloo:
         if not value["address"]:
             return FAIL, f"the host's name {value['hostname']} has no address, so gloo finds no interface", instead
         gloo = next((name for name, own in addresses.items() if value["address"] in own), "")
         if is_loopback(value["address"]) or not gloo:
             return FAIL, f"the host's name stands for {value['address']}, where gloo would listen", instead
-    nccl = _nccl(value["nccl"], list(addresses))
+    for_nccl = instead.replace("GLOO", "NCCL")
+    nccl = _nccl(value["nccl"], [name for name, own in addresses.items() if own])
     if not nccl:
-        fix = instead.replace("GLOO", "NCCL")
-        return FAIL, f"NCCL_SOCKET_IFNAME={value['nccl']} matches no interface (found: {', '.join(addresses)})", fix
+        without = _nccl(value["nccl"], list(addresses))
+        return FAIL, f"NCCL_SOCKET_IFNAME={value['nccl']} {_unusable(without or value['nccl'], addresses)}", for_nccl
     text = f"gloo takes {gloo}, NCCL {nccl}"
-    if route and gloo != route:
-        return WARN, f"{text}; the other nodes are reached by {route}", instead
+    if _is_loopback(addresses.get(nccl, ["127.0.0.1"])):  # without any other interface, NCCL takes lo
+        return FAIL, f"{text}, which is the loopback and reaches no other node", for_nccl
+    if route and route not in (gloo, nccl):
+        return WARN, f"{text}; the other nodes are reached by {route}", f"{instead}, and NCCL_SOCKET_IFNAME={route}"
+    if route and not gloo == nccl == route:
+        return WARN, f"{text}; the other nodes are reached by {route}", instead if gloo != route else for_nccl
     return OK, text, ""
+
+
+def _is_loopback(own_addresses: list[str]) -> bool:
+    return bool(own_addresses) and all(is_loopback(address) for address in own_addresses)
+
+
+def _unusable(name: str, addresses: dict[str, list[str]]) -> str:
+    """Return why an interface cannot carry messages to other nodes; empty if it can."""
+    if name not in addresses:
+        return f"is no interface with an address (found: {', '.join(n for n, own in addresses.items() if own)})"
+    if not addresses[name]:
+        usable = ", ".join(n for n, own in addresses.items() if own)
+        return f"is the interface {name}, which has no IPv4 address (with one: {usable})"
+    return "is the loopback, which reaches no other node" if _is_loopback(addresses[name]) else ""
 
 
 def _nccl(told: str, names: list[str]) -> str:

@@ -1,9 +1,10 @@
-"""What the doctor starts on every node: ``python -m pretrain.doctor.node REQUEST [NAME]``. It prints its answer.
+"""What the doctor starts on every node: ``python -m pretrain.doctor.node REQUEST [NAME [-]]``. It prints its answer.
 
 srun and pdsh break long lines and mix those of several nodes. So the answer is written in short lines, each with its node and
-number.
+number. The line STARTED comes first.
 
-NAME is the node's name in the hostfile; in a job step of SLURM, name and nodes are those of the step.
+NAME is the node's name in the hostfile; in a job step of SLURM, name and nodes are those of the step. With ``-`` the first line
+of the standard input holds environment variables as JSON: secrets, which would be read by everybody on a command line.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pretrain.doctor.checks import look_at_all
 from pretrain.doctor.row import Request
 
 MARK = "yaware-doctor: "
+STARTED = "yaware-doctor-started"
 LINE = 600
 
 
@@ -52,7 +54,10 @@ def read_lines(output: str) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Answer the request."""
+    print(STARTED, flush=True)
     request = Request.from_json(base64.urlsafe_b64decode(arguments[0]).decode())
+    if arguments[2:] == ["-"]:
+        os.environ.update(json.loads(sys.stdin.readline()))
     if len(arguments) > 1:
         own, nodes = arguments[1], list(request.hosts)
     else:

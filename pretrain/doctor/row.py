@@ -19,12 +19,18 @@ class Request:
         recipe: name or path of a recipe and its overrides; empty for none.
         port: the master's port.
         seconds: how long a node waits for the others.
+        gpus: GPUs that SLURM is asked for on each node, with a rank for each; 0 for none.
     """
 
     hosts: dict[str, int] = field(default_factory=dict)
     recipe: list[str] = field(default_factory=list)
     port: int = 29500
     seconds: float = 20.0
+    gpus: int = 0
+
+    def ranks_of(self, node: str) -> int:
+        """Return the ranks of a node: its slots, or the GPUs that SLURM is asked for, or 1."""
+        return self.hosts.get(node, max(1, self.gpus))
 
     def to_json(self) -> str:
         """Return the request as a line of JSON."""

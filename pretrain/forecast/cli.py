@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,8 @@ def plan(arguments: list[str]) -> int:
 
     recipe = load_recipe(options.config, overrides)
     for name in ("nodes", "gpus", "scans", "tflops"):
-        if (value := getattr(options, name)) is not None and value <= 0:
-            raise UserError(f"--{name}={value} must be more than 0")
+        if (value := getattr(options, name)) is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name}={value} must be more than 0 and finite")
     gpu = None if options.gpu is None else find_gpu(options.gpu)
     if options.utilisation is not None:
         check_share("utilisation", options.utilisation)
@@ -94,7 +95,7 @@ def _data(recipe: Recipe, machine: Machine, options: argparse.Namespace) -> tupl
     """Return scans per epoch, steps, the grid, and the mean bytes of a scan in a shard."""
     from pretrain.encoders import check_encoder
     from pretrain.forecast.cluster import scan_bytes_of
-    from pretrain.run.plan import make_plan, total_steps
+    from pretrain.run.plan import check_epoch, make_plan, total_steps
 
     if not options.scans:
         checked = make_plan(recipe, machine.ranks)
@@ -104,6 +105,7 @@ def _data(recipe: Recipe, machine: Machine, options: argparse.Namespace) -> tupl
     if not re.fullmatch(r"\d+x\d+x\d+", options.grid):
         raise UserError(f"--grid={options.grid} is not of the form 121x145x121")
     grid = [int(side) for side in options.grid.split("x")]
+    check_epoch(recipe, options.scans, f"--scans={options.scans} is", "give more scans")
     check_encoder(recipe.encoder.name, recipe.encoder.options, grid=grid)
     return options.scans, total_steps(recipe, options.scans), grid, scan_bytes_of(grid)
 

@@ -139,7 +139,12 @@ def assumptions(machine: Machine, recipe: Recipe, tflops: float | None) -> list[
         )
         said.append(f"{LINK_SHARE:.0%} of {speed / 1e9:g} GB/s per GPU {link}; the exchange overlaps with nothing")
         said.append(f"{gpu.usable / 2**30:.0f} GiB of {gpu.memory / 2**30:.0f} GiB can be filled")
-    said.append("the loader keeps up; DALI's own memory and checkpoints are not counted")
+    elif machine.ranks > 1:
+        said.append("the exchange is not counted, because no --gpu names the network")
+    extra = ["the monitor"] if recipe.monitor.every_epochs else []
+    extra += ["readouts"] if recipe.readouts.fit else []
+    left_out = ["DALI's own memory", "checkpoints", *extra]
+    said.append(f"the loader keeps up; {', '.join(left_out[:-1])} and {left_out[-1]} are not counted")
     return said
 
 

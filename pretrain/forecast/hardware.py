@@ -63,10 +63,10 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return a kind of GPU; raises UserError, naming the kinds, if it is not known."""
-    if name not in GPUS:
-        raise UserError(f"--gpu={name} is not known{nearest(name, GPUS)}; allowed: {', '.join(GPUS)}")
-    return GPUS[name]
+    """Return a kind of GPU, by its name in any case; raises UserError, naming the kinds, if it is not known."""
+    if name.lower() not in GPUS:
+        raise UserError(f"--gpu={name} is not known{nearest(name.lower(), GPUS)}; allowed: {', '.join(GPUS)}")
+    return GPUS[name.lower()]
 
 
 def link_seconds(sent: float, steps: int, gpu: Gpu, nodes: int) -> float:

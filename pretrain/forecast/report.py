@@ -78,8 +78,10 @@ def report(
 def _times(step: ClusterForecast, steps: int, machine: Machine) -> dict[str, str]:
     timing = step.timing
     assert timing is not None
+    counted = machine.gpu is not None or machine.ranks == 1
+    exchange = f"{timing.exchange / timing.step:.0%} exchange" if counted else "exchange not counted"
     speed = (
-        f"{timing.step:.3g} s per step ({timing.exchange / timing.step:.0%} exchange), "
+        f"{timing.step:.3g} s per step ({exchange}), "
         f"{timing.scans_per_second:,.0f} scans/s, {timing.step * steps / 3600:.2g} h"
     )
     read = timing.shard_bytes_per_second / 1e6

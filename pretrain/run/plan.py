@@ -163,12 +163,16 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
         manifest, rows, seed=recipe.run.seed, batch=recipe.batch.global_, by=data.balance.by, bins=data.balance.bins,
         one_session_per_subject=data.balance.one_session_per_subject,
     )  # fmt: skip
-    if order.length < recipe.batch.global_:
-        raise UserError(
-            f"data.split={data.split} has {order.length} scans an epoch, fewer than batch.global={recipe.batch.global_}; "
-            "lower batch.global or choose other splits"
-        )
+    check_epoch(
+        recipe, order.length, f"data.split={data.split} has {order.length} scans an epoch,", "choose other splits"
+    )
     return Plan.build(recipe, manifest, rows, order, world_size)
+
+
+def check_epoch(recipe: Recipe, scans: int, told: str, fix: str) -> None:
+    """Raise UserError, which begins with ``told`` and ends with ``fix``, if an epoch has fewer scans than a batch."""
+    if scans < recipe.batch.global_:
+        raise UserError(f"{told} fewer than batch.global={recipe.batch.global_}; lower batch.global or {fix}")
 
 
 def total_steps(recipe: Recipe, scans: int) -> int:

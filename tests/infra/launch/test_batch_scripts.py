@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,59 @@ def test_the_scripts_on_ray_differ_in_their_command_only():
         "#SBATCH --open-mode=append",
         "#SBATCH --ntasks-per-node=1",
     } <= set(shown[0])
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [({"SLURM_ARRAY_JOB_ID": "1"}, "SLURM_ARRAY_JOB_ID: every task"), ({"SLURM_HET_SIZE": "2"}, "SLURM_HET_SIZE=2: a hetero")],
+)  # fmt: skip
+def test_a_comparison_refuses_arrays_and_heterogeneous_jobs(variables, text, tmp_path):
+    given = {
+        **os.environ,
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "YAWARE_PYTHON": sys.executable,
+        "PYTHONPATH": str(LAUNCH.parents[1]),
+    }
+    done = subprocess.run(["bash", LAUNCH / "compare.sbatch", "--out", "x.html"], env={**given, **variables},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"yaware: error: {text}")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    """Return a function that runs pipeline.sh with a stand-in for yaware, and returns the result and its calls."""
+    tool = tmp_path / "yaware"
+    tool.write_text(
+        f'#!/bin/sh\nprintf "[%s]" "$@" >> {tmp_path}/calls; echo >> {tmp_path}/calls\n'
+        'echo "launch: submitted job 7; its log: x"\n'
+    )
+    tool.chmod(0o755)
+
+    def run_pipeline(**variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        (tmp_path / "calls").write_text("")
+        command = ["bash", LAUNCH / "pipeline.sh", "cohort", "shards", "demo-cpu", "run", "age"]
+        done = subprocess.run(command, env={**os.environ, "YAWARE": str(tool), **variables}, cwd=tmp_path,
+                              capture_output=True, text=True)  # fmt: skip
+        return done, (tmp_path / "calls").read_text().splitlines()
+
+    return run_pipeline
+
+
+@pytest.mark.parametrize("name", ["JOBS", "COMPARE_JOB", "BUILD_ARGUMENTS", "COMPARE_ARGUMENTS"])
+@pytest.mark.parametrize("value", ["--account lab --comment 'a", '--time 30 "b c'])
+def test_a_quote_without_its_partner_stops_the_pipeline_before_anything_is_submitted(pipeline, name, value):
+    done, calls = pipeline(**{name: value})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"pipeline: error: {name}={value} has a quote without its partner; close it")
+    assert done.stderr.count("\n") == 1
+    assert calls == []
+
+
+def test_the_pipeline_passes_quoted_and_empty_words_on(pipeline):
+    done, calls = pipeline(JOBS="--comment 'a  b'", BUILD_ARGUMENTS="--x \"c d\" ''", PRETRAIN_JOB="--gpus 2")
+    assert done.returncode == 0, done.stderr
+    assert calls[0] == "[launch][--slurm][--comment][a  b][build][cohort][shards][--x][c d][]"
+    assert calls[1].startswith("[launch][--slurm][--comment][a  b][--gpus][2][--dependency][afterok:7][pretrain]")
+    assert len(calls) == 4

@@ -6,12 +6,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from infra import cli
-from infra.slurm.batch_script import TEMPLATES, WORKS, batch_script, log_path, log_pattern, read_template
+from infra.slurm.batch_script import TEMPLATES, WORKS, batch_script, read_template
+from pretrain.config import find_recipe, load_recipe
 
 PRETRAIN = ["pretrain", "--config", "demo-cpu", "--run.output=my runs/one"]
 
@@ -20,6 +20,8 @@ PRETRAIN = ["pretrain", "--config", "demo-cpu", "--run.output=my runs/one"]
 def start(tmp_path, monkeypatch):
     """The folder in which the command is typed."""
     monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("SBATCH_", "YAWARE_PYTHON"))]:
+        monkeypatch.delenv(name)
     return tmp_path
 
 
@@ -105,7 +107,18 @@ def test_a_script_is_put_where_the_user_wants_it_with_its_log(start, capsys):
         (["--job-name=a/b", *PRETRAIN], "job-name='a/b' cannot be used; allowed: a name without /, % and spaces"),
         (["--account=a\n#SBATCH --nodes=9", *PRETRAIN], r"account='a\\n#SBATCH --nodes=9' cannot be used; allowed: one line"),
         (["--sbatch-option=nodes=2", "--nodes=2", *PRETRAIN], "--sbatch-option=nodes=2: nodes is given twice"),
-        (["--sbatch-option=nodes=1-2", *PRETRAIN], "--sbatch-option=nodes=1-2 is not a whole number"),
+        (["--sbatch-option=nodes=0", *PRETRAIN], "--sbatch-option=nodes=0: nodes is not possible here; use --nodes N"),
+        (["--sbatch-option=ntasks=4", *PRETRAIN], "ntasks is not possible here; use --nodes N and --gpus G"),
+        (["--sbatch-option=export=NONE", *PRETRAIN], "export is not possible here; leave it out"),
+        (["--sbatch-option=signal=B:TERM@9", *PRETRAIN], "signal='B:TERM@9' cannot be used; allowed: USR1@SECONDS"),
+        (["--sbatch-option=ntasks-per-node=²", *PRETRAIN], "ntasks-per-node='²' cannot be used; allowed: a whole number"),
+        (["--nodes=²", *PRETRAIN], "argument --nodes: '²' is not a whole number of at least 1"),
+        (["--time=2", *PRETRAIN], "time=2 is too short: .* 120 s before it; .*USR1@SECONDS with fewer seconds"),
+        (["--account=", *PRETRAIN], "--account is empty; give a value, or leave it out"),
+        (["--sbatch-option=qos=", *PRETRAIN], "--sbatch-option=qos= has no value; write qos=VALUE, or qos for"),
+        (["--gpus=2", "--sbatch-option=gres=gpu:2", *PRETRAIN], "--gpus=2 and --sbatch-option=gres=gpu:2 ask for GPUs twice"),
+        (["--gpus=2", "--sbatch-option=gpus-per-node=2", *PRETRAIN], "gpus-per-node is given twice"),
+        (["--sbatch-option=gres=gpu:x:y", *PRETRAIN], "gres=gpu:x:y: 'gpu:x:y' names no number of GPUs"),
         (["--sbatch-option=q", "--sbatch-option=q=1", *PRETRAIN], "--sbatch-option=q=1: q is given twice"),
         (["--sbatch-option=-N2", *PRETRAIN], "--sbatch-option=-N2: '-N2' is no long option of sbatch; write KEY=VALUE"),
         (["--sbatch-option=array=1-3", *PRETRAIN], "--sbatch-option=array=1-3: array is not possible here"),
@@ -143,6 +156,23 @@ def test_without_sbatch_one_line_says_what_to_do(monkeypatch, capsys, start):
     assert not (start / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "ranks"), [("gpus-per-node=h100:4", 4), ("gres=gpu:a100:2,shard:8", 2), ("gres=gpu", 1), ("gpus-per-node=1", 1)]
+)  # fmt: skip
+def test_gpus_of_a_kind_set_the_ranks_of_a_node(option, ranks, capsys):
+    assert launch("--dry-run", "--dependency=afterok:1", "--sbatch-option", option, *PRETRAIN) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"#SBATCH --ntasks-per-node={ranks}" in lines
+    gpus = [line for line in lines if line.startswith(("#SBATCH --gpus", "#SBATCH --gres"))]
+    assert gpus == [f"#SBATCH --{option}"]
+
+
+def test_a_python_that_the_user_has_chosen_is_kept(monkeypatch, capsys):
+    monkeypatch.setenv("YAWARE_PYTHON", "/images/python of yaware")
+    assert launch("--dry-run", "--dependency=afterok:1", *PRETRAIN) == 0
+    assert "YAWARE_PYTHON='/images/python of yaware'" in capsys.readouterr().out.splitlines()
+
+
 @pytest.fixture
 def sbatch(start, monkeypatch):
     """A stand-in for sbatch that records its arguments and says what the test wrote into ``answer``."""
@@ -167,6 +197,53 @@ def test_a_submission_prints_the_job_its_log_and_what_to_type(sbatch, start, cap
     assert (start / "calls").read_text() == "--parsable a%j b/b.sbatch\n"
     assert subprocess.run(["bash", "-n", start / "a%j b/b.sbatch"], check=False).returncode == 0
     assert [path.name for path in (start / "a%j b").iterdir()] == ["b.sbatch"], "no temporary file is left"
+
+
+def test_a_job_keeps_its_recipe_although_the_file_changes(sbatch, start, capsys):
+    """Both queued jobs have the recipe of their submission, with its overrides, and the file can be removed."""
+    sbatch.write_text("echo 7")
+    recipe = start / "mine.yaml"
+    copies = []
+    for steps in (3, 4):
+        text = find_recipe("demo-cpu").read_text()
+        recipe.write_text(re.sub(r"(?m)^train:", f"train:\n  steps: {steps}", re.sub(r"(?m)^  steps:.*\n", "", text)))
+        words = ["pretrain", "--config", "mine.yaml", "--run.output=run", "--batch.global=16"]
+        assert launch("--dependency=afterok:1", *words) == 0
+        (copy,) = re.findall(r"^set -- (\S+)$", (start / "run/yaware.sbatch").read_text(), re.MULTILINE)
+        assert f"launch: the job reads the recipe from {copy}, a copy" in capsys.readouterr().out
+        copies.append(copy)
+    recipe.unlink()
+    loaded = [load_recipe(copy, []) for copy in copies]
+    assert [(one.train.steps, one.batch.global_, one.run.output) for one in loaded] == [(3, 16, "run"), (4, 16, "run")]
+    assert not list((start / "run").glob("*.tmp*"))
+
+
+def test_variables_of_sbatch_do_not_replace_what_was_typed(sbatch, start, monkeypatch, capsys):
+    sbatch.write_text("env | grep ^SBATCH_ >> calls; echo 7")
+    for name, value in {
+        "PARTITION": "debug",
+        "OUTPUT": "x.log",
+        "TIMELIMIT": "9",
+        "RESERVATION": "r",
+        "ARRAY_INX": "1-3",
+    }.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    assert launch("--partition=gpu", "--dependency=afterok:1", "build", "cohort", "out") == 0
+    captured = capsys.readouterr()
+    assert sorted((start / "calls").read_text().splitlines()[1:]) == ["SBATCH_RESERVATION=r", "SBATCH_TIMELIMIT=9"]
+    assert "launch: SBATCH_PARTITION=debug is not used: the job has --partition=gpu\n" in captured.err
+    assert "launch: SBATCH_ARRAY_INX=1-3 is not used: it is not possible here\n" in captured.err
+    assert f"its log: {start}/out/yaware-build-7.log" in captured.out
+
+
+def test_a_log_that_only_slurm_can_name_is_told_as_a_pattern(sbatch, capsys):
+    sbatch.write_text("echo 7")
+    assert launch("--sbatch-option=output=logs/%N-%j", "--dependency=afterok:1", "build", "cohort", "out") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == (
+        "launch: submitted job 7; its log: a file of the pattern logs/%N-%j, which SLURM completes when the job starts"
+    )
+    assert lines[2] == "launch: to watch: squeue --jobs 7"
 
 
 def test_a_refusal_of_sbatch_is_one_line(sbatch, capsys):
@@ -195,10 +272,6 @@ def test_every_work_has_a_batch_script_that_runs_its_command_and_a_check(work):
         re.search(rf'-m (infra\.slurm\.ray_job |infra\.cli |){re.escape(called)} "\$@"', line) for line in last
     ), name
     assert callable(cli.batch_check(command[0]))
-
-
-def test_the_log_is_where_slurm_puts_it():
-    assert log_path(log_pattern(Path("/a%x")), "name", "7") == "/a%x/name-7.log"
 
 
 def test_the_arguments_reach_the_command_unchanged(tmp_path):

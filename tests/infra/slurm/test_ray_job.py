@@ -117,6 +117,22 @@ def test_a_job_step_of_workers_that_does_not_end_is_ended(monkeypatch, command, 
         assert ray_job._end_well(workers) == well
 
 
+def test_a_node_without_srun_is_one_line(monkeypatch, capsys, tmp_path):
+    for name, value in {
+        "SLURM_JOB_ID": "12",
+        "SLURM_JOB_NODELIST": "a",
+        "SLURMD_NODENAME": "a",
+        "PATH": str(tmp_path),
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert ray_job.main(["evaluate"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "yaware: error: srun is not found on a; put SLURM's commands on PATH. An Apptainer image has none"
+    )
+    assert error.count("\n") == 1
+
+
 def test_outside_a_job_one_line_says_what_is_missing(monkeypatch, capsys):
     for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURMD_NODENAME"):
         monkeypatch.delenv(name, raising=False)

@@ -67,7 +67,14 @@ def test_doctor_fails_on_a_full_disk(free_gib, capsys):
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        (["--nodes", "2"], "--nodes and --partition are for --slurm"),
+        (["--nodes", "2"], "--nodes is for --slurm; a hostfile names its hosts"),
+        (["--gpus", "2"], "--gpus is for --slurm"),
+        (["--slurm", "--account", ""], "--account is empty; give a value"),
+        (["--slurm", "--wait", "nan"], "--wait=nan must be more than 0 and finite"),
+        (
+            ["--slurm", "--gpus=1", "--sbatch-option=gres=gpu:1"],
+            "--sbatch-option=gres=gpu:1: `yaware doctor` sets it itself",
+        ),
         (["--slurm", "--hostfile", "x"], "--hostfile and --slurm name the nodes in two ways"),
         (["--hostfile", "nowhere"], "hostfile nowhere cannot be read"),
         (["--port", "0"], "--port=0 must be more than 0"),
@@ -125,7 +132,7 @@ def judged(check, found, hosts=None):
 
 
 GPU = {"name": "NVIDIA H100", "total": 80 * GIB, "used": 0, "driver": "580.1"}
-EIGHT = {"gpus": [GPU] * 8, "torch": 8, "cuda": "13.0", "cores": 64, "visible": None}
+EIGHT = {"gpus": [GPU] * 8, "torch": 8, "cuda": "13.0", "cores": 64, "visible": None, "problem": ""}
 
 
 @pytest.mark.parametrize(
@@ -225,6 +232,42 @@ def test_a_name_that_stands_for_the_loopback_is_found():
     state, text, fix = network.judge_interfaces(value)
     assert (state, fix) == ("fail", "set GLOO_SOCKET_IFNAME=eth0 on every node")
     assert "127.0.1.1" in text
+
+
+TWO = {"addresses": {"lo": ["127.0.0.1"], "eth0": ["10.0.0.7"], "ib0": ["10.1.0.7"], "ib1": []}, "hostname": "n1",
+       "address": "10.0.0.7", "route": "eth0", "gloo": "", "nccl": "eth0"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "state", "text", "fix"),
+    [
+        ({}, "ok", "gloo takes eth0, NCCL eth0", ""),
+        ({"nccl": "lo"}, "fail", "gloo takes eth0, NCCL lo, which is the loopback", "set NCCL_SOCKET_IFNAME=eth0 on every"),
+        ({"gloo": "lo"}, "fail", "GLOO_SOCKET_IFNAME=lo is the loopback", "set GLOO_SOCKET_IFNAME=eth0 on every node"),
+        ({"gloo": "ib1"}, "fail", "is the interface ib1, which has no IPv4 address (with one: lo, eth0, ib0)", "GLOO"),
+        ({"nccl": "ib1"}, "fail", "NCCL_SOCKET_IFNAME=ib1 is the interface ib1, which has no IPv4 address", "NCCL"),
+        ({"nccl": "bond"}, "fail", "is no interface with an address (found: lo, eth0, ib0)", "NCCL"),
+        ({"nccl": ""}, "warn", "NCCL ib0; the other nodes are reached by eth0", "set NCCL_SOCKET_IFNAME=eth0 on every node"),
+        ({"gloo": "ib0"}, "warn", "gloo takes ib0, NCCL eth0", "set GLOO_SOCKET_IFNAME=eth0 on every node"),
+        ({"gloo": "ib0", "nccl": "ib0"}, "warn", "gloo takes ib0, NCCL ib0", "and NCCL_SOCKET_IFNAME=eth0"),
+    ],
+)  # fmt: skip
+def test_interfaces_are_compared_with_the_one_to_the_other_nodes(change, state, text, fix):
+    judgement, said, todo = network.judge_interfaces({**TWO, **change})
+    assert judgement == state
+    assert text in said
+    assert fix in todo
+
+
+def test_without_any_other_interface_nccl_would_take_the_loopback():
+    value = {
+        **TWO,
+        "addresses": {"lo": ["127.0.0.1"], "docker0": ["172.17.0.1"]},
+        "gloo": "docker0",
+        "route": "",
+        "nccl": "",
+    }
+    assert network.judge_interfaces(value)[0] == "fail"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 
 from infra import cli
 from pretrain.config import load_recipe
-from pretrain.forecast.hardware import GPUS
+from pretrain.forecast.hardware import GPUS, find_gpu
 from pretrain.forecast.memory import MemoryModel
 from pretrain.forecast.operations import memory_of_a_rank, plain_model, scan_flops
 from pretrain.forecast.traffic import collectives_of_step
@@ -94,6 +94,9 @@ def test_plan_prints_ranks_steps_memory_time_and_the_command(capsys):
         (["--gpu", "h10"], "--gpu=h10 is not known (did you mean 'h100'?); allowed: b200, h200, h100, a100,"),
         (["--gpu", "h100", "--utilisation", "1.5"], "--utilisation=1.5 must be more than 0 and at most 1"),
         (["--table"], "--table needs --gpu"),
+        (["--tflops", "inf"], "--tflops=inf must be more than 0 and finite"),
+        (["--tflops", "nan"], "--tflops=nan must be more than 0 and finite"),
+        (["--scans", "63"], "--scans=63 is fewer than batch.global=64; lower batch.global or give more scans"),
     ],
 )
 def test_an_impossible_plan_is_one_line(given, text, capsys):
@@ -114,6 +117,25 @@ FOUR = ["--nodes", "2", "--gpus", "2", "--gpu", "h100"]
 def forecast_of(capsys, *given):
     assert cli.run([*SMALL, "--json", *given]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def planned(capsys, *given):
+    assert cli.run([*SMALL, *given]) == 0
+    return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_assumptions_name_what_is_not_counted(capsys):
+    rows = planned(capsys, "--gpus", "2", "--tflops", "1", "--monitor.every_epochs=1", "--readouts.fit=true")
+    assert "the exchange is not counted, because no --gpu names the network" in rows["assuming"]
+    assert "DALI's own memory, checkpoints, the monitor and readouts are not counted" in rows["assuming"]
+    assert "exchange not counted" in rows["time"]
+    rows = planned(capsys, *FOUR, "--monitor.every_epochs=0", "--readouts.fit=false")
+    assert "the exchange is not counted" not in rows["assuming"]
+    assert rows["assuming"].endswith("DALI's own memory and checkpoints are not counted")
+
+
+def test_a_gpu_is_named_in_any_case():
+    assert find_gpu("H100") == GPUS["h100"]
 
 
 def test_the_largest_batch_fits_and_one_scan_more_does_not(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -148,6 +149,20 @@ def test_an_error_in_a_hostfile_names_the_line(tmp_path, content, text):
         path.write_text(content)
     with pytest.raises(UserError, match=text):
         read_hostfile(path)
+
+
+@pytest.mark.parametrize("name", ["node[1-2]", "a,b", "a;reboot", "-oProxyCommand", "^file", "a%h", "$(x)"])
+def test_a_name_that_pdsh_or_a_shell_would_interpret_is_refused(tmp_path, name):
+    (tmp_path / "hosts").write_text(f"a slots=1\n{name} slots=1\n")
+    with pytest.raises(
+        UserError, match=rf"line 2: {re.escape(repr(name))} is not the name of one host; allowed: letters"
+    ):
+        read_hostfile(tmp_path / "hosts")
+
+
+def test_names_addresses_and_users_of_hosts_are_read(tmp_path):
+    (tmp_path / "hosts").write_text("gpu-01.lab.org slots=1\nme@n_2 slots=1\nfe80::1 slots=1\n")
+    assert list(read_hostfile(tmp_path / "hosts")) == ["gpu-01.lab.org", "me@n_2", "fe80::1"]
 
 
 def test_one_host_refuses_a_hostfile_with_two(tmp_path, capsys):
