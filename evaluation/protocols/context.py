@@ -20,6 +20,7 @@ from evaluation.protocols.settings import EvaluationSettings
 from evaluation.tasks.tasks import Task
 from infra.errors import UserError
 from infra.files import writable_folder
+from infra.tracking.mlflow_store import absolute_uri
 from pretrain.weights.encoder import Encoder
 
 
@@ -69,7 +70,7 @@ class EvaluationContext:
         inputs = {
             "protocol": protocol, "settings": params, "weights": candidate.weights, "candidate": candidate.name,
             "encoder": encoder, "manifest": self.manifest.digest, "version": version("yaware"),
-            "store": [self.uri, self.experiment],
+            "store": [absolute_uri(self.uri), self.experiment],
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
         for task in self.tasks:

@@ -30,6 +30,7 @@ from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import read_text, sha256_of, write_json
 from infra.processes.unchanged import unchanged_environment
+from infra.tracking import runs
 from infra.tracking.tracker import store_uri
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder, list_checkpoints
@@ -221,7 +222,9 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
     logged, run_file, result_folder = work / "metrics.json", work / "run.json", work / "result"
     run_id = json.loads(read_text(run_file))["run_id"] if run_file.exists() else None
     if logged.exists():
-        return json.loads(read_text(logged)), str(run_id)
+        if runs.is_finished(context.uri, str(run_id)):
+            return json.loads(read_text(logged)), str(run_id)
+        run_id = None  # its run was deleted since, or the whole store: the result is logged again
     params = {"tasks": ",".join(context.settings.tasks), "protocol": name, **used, "scans": len(context.rows)}
     tracker = open_run(context, candidate, variant, params, run_id)
     write_json(run_file, {"run_id": tracker.run_id})
@@ -254,9 +257,8 @@ def compute_result(context: EvaluationContext, name: str, candidate: Candidate, 
     protocol, settings = PROTOCOLS[name], context.settings
     baseline_of_shards = candidate.name == name
     title = name if baseline_of_shards else f"{name} of {candidate.name} step {candidate.step}"
-    tables = (
-        joint_tables(context, candidate) if protocol.uses_joint(settings) else {}
-    )  # first: it computes all features
+    # First: it computes all features.
+    tables = joint_tables(context, candidate) if protocol.uses_joint(settings) else {}
     features, scale = protocol.inputs(context, candidate), protocol.scale_of(settings)
     if not tables:
         columns, count = reduced(features, scale)

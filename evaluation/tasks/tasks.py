@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.cohort.split import is_healthy
 from data_pipeline.storage.manifest import Manifest, fulfilling
 from evaluation.tasks.columns import as_numbers, as_strata, as_text, name_of_label, normalise_spelling
+from evaluation.tasks.match import Match, match_controls
 from infra.errors import UserError, nearest
 from infra.settings import load_settings
 
@@ -31,18 +32,6 @@ def _as_label(value: Any) -> Any:
 
 
 Label = Annotated[str, BeforeValidator(_as_label)]
-
-
-@dataclass(config=_strict)
-class Match:
-    """Match controls to patients: each patient gets the ``ratio`` controls nearest in ``column``, none twice.
-
-    A control is matched only if it differs from the patient by at most ``within``.
-    """
-
-    column: str = "age"
-    within: float = Field(default=5.0, gt=0)
-    ratio: int = Field(default=2, ge=1)
 
 
 @dataclass(config=_strict)
@@ -117,13 +106,13 @@ def load_task(name: str, manifest: Manifest, folds: int = 5) -> Task:
     spec = _read(path)
     scans = manifest.scans[_select(spec, manifest, path.name)]
     labels, classes, scans = _labels(spec, scans, path.name)
-    if spec.match:
-        matched = _match_controls(scans, labels, spec.match)
-        scans, labels = scans[matched], labels[matched]
-    groups, participants = _groups(spec, scans, path.name)
     test = None
     if spec.test is not None and len(scans):
         test = _query(scans, spec.test, path.name, "test")
+    if spec.match:
+        matched = match_controls(scans, labels, spec.match, test)
+        scans, labels, test = scans[matched], labels[matched], None if test is None else test[matched]
+    groups, participants = _groups(spec, scans, path.name)
     left_out: list[str] = []
     if spec.kind == "multiclass":
         small = _small_classes(labels, groups, len(classes), folds, test)
@@ -185,7 +174,8 @@ def _select(spec: TaskFile, manifest: Manifest, file: str) -> Any:
     scans = manifest.scans
     available = [str(column) for column in scans.columns]
     used = {"label": [spec.label], "groups": [spec.groups], "strata": spec.strata, "covariates": spec.covariates}
-    used |= {"confounds": spec.confounds, "match.column": [spec.match.column] if spec.match else []}
+    used |= {"confounds": spec.confounds}
+    used |= {"match.column": [spec.match.column], "match.same": spec.match.same} if spec.match else {}
     for key, columns in used.items():
         for column in columns:
             if column not in available:
@@ -288,29 +278,6 @@ def _small_classes(
         return {code: count for code, count in counts.items() if count < folds}
     both = set(labels[test]) & set(labels[~test])
     return {code: count for code, count in counts.items() if code not in both}
-
-
-def _match_controls(scans: pd.DataFrame, labels: NDArray[Any], match: Match) -> NDArray[np.bool_]:
-    """Return which scans to keep: patients with at least one matching control, and these controls.
-
-    Patients choose in the order of the rows; every patient gets a first control before any gets a second. Scans are
-    matched, so a patient with two sessions has controls for each.
-    """
-    values = scans[match.column].to_numpy(np.float64)
-    patients, controls = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
-    keep = np.zeros(len(scans), dtype=bool)
-    free = np.ones(len(controls), dtype=bool)
-    for round_ in range(match.ratio):
-        for patient in patients:
-            if round_ and not keep[patient]:
-                continue
-            gap = np.abs(values[controls] - values[patient])
-            distance = np.where(free & np.isfinite(gap), gap, np.inf)
-            best = int(np.argmin(distance)) if len(controls) else 0
-            if len(controls) and distance[best] <= match.within:
-                keep[patient] = keep[controls[best]] = True
-                free[best] = False
-    return keep
 
 
 def _check_size(task: Task, spec: TaskFile, file: str, folds: int) -> None:

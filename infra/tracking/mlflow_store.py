@@ -262,6 +262,12 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(path.partition("?")[0]) if scheme.partition("+")[0] == "sqlite" and path else None
 
 
+def absolute_uri(uri: str) -> str:
+    """Return a store's URI; a relative path of a sqlite file becomes absolute, so that two folders' stores differ."""
+    file = _sqlite_file(uri)
+    return uri if file is None else f"sqlite:///{file.resolve()}"
+
+
 def _experiment_id(client: Any, uri: str, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:

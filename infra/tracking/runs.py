@@ -89,6 +89,19 @@ def has_model(uri: str, model_id: str) -> bool:
     return True
 
 
+def is_finished(uri: str, run_id: str) -> bool:
+    """Return whether the store has a run that has ended well and was not deleted. Raises UserError if it does not answer."""
+    client = client_of(uri)
+    try:
+        with query_errors(uri):
+            info = client.get_run(run_id).info
+    except UserError as error:
+        if getattr(error.__cause__, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return info.lifecycle_stage == "active" and info.status == "FINISHED"
+
+
 def checkpoint(uri: str, model_id: str) -> dict[str, Any]:
     """Return one checkpoint by its model id, in the form of ``checkpoints``. Raises UserError if it is not in the store."""
     client = client_of(uri, create=False)

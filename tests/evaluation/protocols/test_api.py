@@ -14,13 +14,15 @@ import torch
 import evaluation
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from evaluation.protocols.evaluate import COLUMNS, checkpoint_paths
+from evaluation.protocols.context import Candidate, EvaluationContext
+from evaluation.protocols.evaluate import COLUMNS, checkpoint_paths, compute_result
 from evaluation.protocols.probes import Predictions, Probe
 from evaluation.protocols.protocols import PROTOCOLS, Protocol, frozen_features, grid_of
-from evaluation.protocols.settings import load_fine_tuning
+from evaluation.protocols.settings import EvaluationSettings, load_fine_tuning
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from infra.tracking import runs
+from infra.tracking.mlflow_store import client_of
 from pretrain.encoders import build_encoder
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.seen_scans import source_of
@@ -98,6 +100,50 @@ def test_the_table_holds_the_logged_metrics_and_two_calls_in_one_process_agree(s
     assert not ray_is_running()
     pd.testing.assert_frame_equal(again.drop(columns="run_id"), table.drop(columns="run_id"))
     assert not set(again["run_id"]) & set(table["run_id"])
+
+
+def test_what_an_interrupted_call_has_logged_is_logged_again_if_it_was_deleted(shards, exports, tmp_path, monkeypatch):
+    monkeypatch.setattr(EvaluationContext, "remove_work_folders", lambda self: None)  # as if killed before
+    uri, computed = store_at(tmp_path / "mlflow.db"), []
+
+    def evaluate_and_count(*arguments):
+        computed.append(arguments)
+        return compute_result(*arguments)
+
+    monkeypatch.setattr("evaluation.protocols.evaluate.compute_result", evaluate_and_count)
+
+    def call():
+        table = evaluation.evaluate(
+            [exports["first"]], shards, tasks=["age"], protocols=["linear"], tracking_uri=uri, experiment="one",
+            storage=tmp_path / "work", **SMALL,
+        )  # fmt: skip
+        (stored,) = runs.runs(uri, "one", "evaluation")
+        assert set(table["run_id"]) == {stored["run_id"]}
+        assert stored["status"] == "FINISHED"
+        assert stored["metrics"]["age.mae"] == table.set_index("metric")["value"]["mae"]
+        return table
+
+    first = call()
+    pd.testing.assert_frame_equal(call(), first)
+    client_of(uri).delete_run(first["run_id"][0])
+    again = call()
+    pd.testing.assert_frame_equal(again.drop(columns="run_id"), first.drop(columns="run_id"))
+    assert again["run_id"][0] != first["run_id"][0]
+    assert len(computed) == 1, "the result was kept"
+
+
+def test_unfinished_work_for_stores_of_one_relative_name_in_two_folders_is_kept_apart(shards, tmp_path, monkeypatch):
+    """Two copies of a project evaluate the same checkpoint into ``sqlite:///mlflow.db``."""
+    found = set()
+    for name in ("a", "b", "a"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        context = EvaluationContext(
+            manifest=Manifest.load(shards), tasks=[], rows=np.arange(2), settings=EvaluationSettings(tasks=["age"]),
+            cache=tmp_path, storage=tmp_path / "work", uri="sqlite:///mlflow.db", experiment="one",
+        )  # fmt: skip
+        found.add(context.work_folder("linear", Candidate("first", "y-aware"), {}))
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("with_ray", [False, pytest.param(True, marks=pytest.mark.jobs)])

@@ -95,6 +95,30 @@ def test_controls_are_matched_to_patients_by_age(tmp_path):
     assert sorted(chosen) == sorted(age + 100 * copy for age in kept for copy in range(5))
 
 
+def test_controls_are_matched_within_the_test_set_and_within_equal_values(tmp_path):
+    """The nearest control of each patient is on the other side of the test set, or of the other sex."""
+    ages = {"AD": [60, 70], "control": [61, 64, 71, 74]}
+    sites = {"AD": ["in", "out"], "control": ["out", "in", "in", "out"]}
+    columns = {name: np.tile(np.concatenate([values[kind] for kind in ages]), 6) for name, values in
+               {"age": ages, "site": sites, "sex": {kind: ["F"] * len(ages[kind]) for kind in ages}}.items()}  # fmt: skip
+    columns["age"] = columns["age"].astype(float) + np.repeat(100 * np.arange(6), 6)
+    given = manifest([kind for _ in range(6) for kind in ages for _ in ages[kind]], **columns)
+    free = load_task(task_file(tmp_path, PLAIN + "match: {column: age, ratio: 1}\n"), given)
+    tested = load_task(task_file(tmp_path, PLAIN + "match: {column: age, ratio: 1}\ntest: site == 'out'\n"), given)
+    same = load_task(task_file(tmp_path, PLAIN + "match: {column: age, ratio: 1, same: [site]}\n"), given)
+    controls = [given.scans.loc[task.rows[task.labels == 0], "age"] % 100 for task in (free, tested, same)]
+    assert set(controls[0]) == {61, 71}
+    assert set(controls[1]) == set(controls[2]) == {64, 74}
+    for side in (False, True):
+        assert tested.labels[tested.test == side].mean() == 0.5
+
+
+def test_a_patient_without_a_value_that_must_be_equal_is_left_out(tmp_path):
+    given = manifest(["AD", "control"] * 30, age=50.0, sex=["F", "F", "M", "M", None, None] * 10)
+    task = load_task(task_file(tmp_path, PLAIN + "match: {column: age, ratio: 1, same: [sex]}\n"), given)
+    assert set(given.scans.loc[task.rows, "sex"]) == {"F", "M"}
+
+
 @pytest.mark.parametrize("name", ["ad", "scz", "bd", "mci"])
 def test_shipped_tasks_match_controls_that_are_much_younger_than_the_patients(name):
     generator = np.random.default_rng(0)
@@ -131,6 +155,7 @@ def test_missing_numbers_stay_nan_and_text_is_one_hot_encoded():
         (PLAIN.replace("binary", "binry"), "mine.yaml: kind: .*'binary', 'multiclass' or 'regression', found 'binry'$"),
         (PLAIN + "lable: x\n", r"mine.yaml: unknown key 'lable' \(did you mean 'label'\?\)"),
         (PLAIN.replace("binary", "regression"), "mine.yaml: label: 'diagnosis' holds text such as 'AD'; regression needs"),
+        (PLAIN + "match: {same: [sx]}\n", "mine.yaml: match.same: 'sx' is not a column .*did you mean 'sex'"),
         (PLAIN.replace("binary", "multiclass") + "match: {column: age}\n", "mine.yaml: match needs a task of kind binary"),
         (PLAIN + "splits: [nowhere]\n", "task mine: too few participants for 5 folds in splits nowhere of mine.yaml"),
     ],
