@@ -125,7 +125,7 @@ def planned(capsys, *given):
 
 
 def test_the_assumptions_name_what_is_not_counted(capsys):
-    rows = planned(capsys, "--gpus", "2", "--tflops", "1", "--monitor.every_epochs=1", "--readouts.fit=true")
+    rows = planned(capsys, "--gpus=2", "--tflops=1", "--monitor.every_epochs=1", "--readouts.fit=true")
     assert "the exchange is not counted, because no --gpu names the network" in rows["assuming"]
     assert "DALI's own memory, checkpoints, the monitor and readouts are not counted" in rows["assuming"]
     assert "exchange not counted" in rows["time"]
