@@ -99,7 +99,7 @@ def is_finished(uri: str, run_id: str) -> bool:
         if getattr(error.__cause__, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
-    return info.lifecycle_stage == "active" and info.status == "FINISHED"
+    return bool(info.lifecycle_stage == "active" and info.status == "FINISHED")
 
 
 def checkpoint(uri: str, model_id: str) -> dict[str, Any]:
