@@ -7,7 +7,7 @@ training set.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +121,12 @@ class _ClinicData:
         return answers
 
 
-def load_plan_task(out: Path, name: str, manifest: Manifest) -> Task:
+def load_plan_task(out: Path, name: str, manifest: Manifest, tasks: Mapping[str, Any] = TASKS) -> Task:
     """Write a task of the plan to OUT/tasks/NAME.yaml and load it for the manifest's scans."""
     path = out / "tasks" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path, "w") as stream:
-        stream.write(OmegaConf.to_yaml(OmegaConf.create(TASKS[name])))
+        stream.write(OmegaConf.to_yaml(OmegaConf.create(tasks[name])))
     return load_task(str(path), manifest)
 
 

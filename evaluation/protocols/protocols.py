@@ -246,9 +246,24 @@ def decide_readouts(context: EvaluationContext, checkpoints: Sequence[Candidate]
     if any(PROTOCOLS[name].uses_readouts for name in settings.protocols) and any(map(_has_readouts, checkpoints)):
         faults = [(checkpoint.name, _fault(context, checkpoint)) for checkpoint in checkpoints]
         usable = not any(fault for _, fault in faults)
+        if usable and (other := _different_columns(checkpoints)):
+            faults, usable = [other], False
         for name, fault in [entry for entry in faults if entry[1]][:1]:
             print(f"evaluate: readouts are not given to the models: {name}: {fault}")
     return replace(context, settings=replace(settings, readouts=BY_DEFAULT if usable else "no"))
+
+
+def _different_columns(checkpoints: Sequence[Candidate]) -> tuple[str, str] | None:
+    """Return a checkpoint whose readouts predict other columns than the first one's, and the fault; None if there is none."""
+    columns = {c.name: list(c.encoder.readouts.readouts) for c in checkpoints if c.encoder and c.encoder.readouts}
+    first = next(iter(columns), "")
+    for name, own in columns.items():
+        if set(own) != set(columns[first]):
+            return (
+                name,
+                f"it predicts {', '.join(own)}, and {first} {', '.join(columns[first])}; `yaware readouts --replace`",
+            )
+    return None
 
 
 def _has_readouts(checkpoint: Candidate) -> bool:

@@ -15,19 +15,21 @@ from evaluation.experiments.answers import MethodAnswers
 from evaluation.experiments.evaluate import brain_ages, load_plan_task
 from evaluation.experiments.networks import network_answers, network_jobs, network_points
 from evaluation.experiments.plan import DISEASES
-from evaluation.experiments.second.plan import AUTO, FINE_TUNED, SPATIAL, WHOLE, Piece, SecondPlan
+from evaluation.experiments.second.plan import AUTO, CLINIC_TASKS, FINE_TUNED, SPATIAL, WHOLE, Piece, SecondPlan
 from evaluation.features.candidates import FeatureChoice, candidate_blocks, joined, joint_table, spatial_block
 from evaluation.features.tables import SCALES, FeatureTable, reduced, table_of
-from evaluation.protocols.features import features_of_each
+from evaluation.protocols.features import cache_name, features_of_each
 from evaluation.protocols.nested_cv import PreparedTask, nested_fit, prepare
 from evaluation.protocols.probes import LINEAR, LINEAR_WIDE
 from evaluation.protocols.tune_networks import final_fit_trial
 from evaluation.protocols.voxels import voxel_coordinates
 from evaluation.tasks.folds import outer_folds
 from evaluation.tasks.leakage import check_copies, check_leakage, check_readouts
+from infra.files import sha256_of
 from infra.progress import Progress
 from infra.ray_cluster import one_thread
 from pretrain.weights.encoder import Encoder
+from pretrain.weights.folder import find_encoder
 from pretrain.weights.layers import OWN, Block
 from pretrain.weights.scan_source import check_preprocessing
 from pretrain.weights.seen_scans import participants_of
@@ -60,7 +62,7 @@ class Clinic:
     def __init__(self, out: Path, plan: SecondPlan, level: str) -> None:
         self.out, self.plan, self.level = out, plan, level
         self.manifest = Manifest.load(shards_of(out, level, clinic=True))
-        self.tasks = {name: load_plan_task(out, name, self.manifest) for name in DISEASES}
+        self.tasks = {name: load_plan_task(out, name, self.manifest, CLINIC_TASKS) for name in DISEASES}
         check_copies(self.tasks.values(), self.manifest)
         self.rows = np.unique(np.concatenate([task.rows for task in self.tasks.values()]))
 
@@ -78,7 +80,9 @@ class Clinic:
         if AUTO in piece.features:
             blocks = list(dict.fromkeys([*candidate_blocks(encoder.network, sides), *blocks]))
         work = self.out / "features" / path.name
-        caches = {block: work / f"{number}.npz" for number, block in enumerate(blocks)}
+        weights = sha256_of(find_encoder(path) / "model.safetensors")
+        caches = {(layer, pooling): work / cache_name(weights, self.manifest.digest, layer, pooling)
+                  for layer, pooling in blocks}  # fmt: skip
         work.mkdir(parents=True, exist_ok=True)
         features = features_of_each(encoder, self.manifest, self.rows, caches, f"features of {piece.name}")
         ages = readouts.predict(features[SPATIAL])[:, list(readouts.readouts).index("age")]
@@ -96,7 +100,7 @@ class Clinic:
         """Return the answers of linear models on the voxels, on these with the brain-age score, and on the score alone."""
         healthy = Manifest.load(shards_of(self.out, self.level, clinic=False))
         ages = brain_ages(healthy, self.manifest, self.rows)
-        cache = self.out / "features" / f"voxels-{self.level}.npz"
+        cache = self.out / "features" / f"voxels-{self.level}-{self.manifest.digest[:16]}.npz"
         cache.parent.mkdir(parents=True, exist_ok=True)
         answers = [self._age_answers(("brain-age", WHOLE, 0), ages)]
         with one_thread():

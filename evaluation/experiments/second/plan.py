@@ -15,19 +15,30 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import pretrain
+from data_pipeline.loading.augment import load_augmentation
+from data_pipeline.simulation.settings import Simulation
+from evaluation.experiments.evaluate import ALPHAS, LEAST_GREY_MATTER
 from evaluation.experiments.plan import DISEASES, METHODS, TASKS
 from evaluation.experiments.pretraining import RECIPE, settings_digest
+from evaluation.features.candidates import MOST_FEATURES
+from evaluation.protocols.finetune import FineTuning
+from evaluation.protocols.probes import LINEAR, LINEAR_WIDE
 from infra.errors import UserError, nearest
 from infra.files import regular_file
+from pretrain.readouts.solve import GRID
 
 EXPERIMENT = "yaware-experiment-2"  # in MLflow
-FORMAT = 1  # raise it when the same plan would give other answers
+FORMAT = 2  # raise it when the same plan would give other answers
 MIDDLE = "middle"  # level of the primary comparisons
 # Level -> settings of the simulation that differ from its defaults, of the healthy people as of the clinic.
 LEVELS: dict[str, dict[str, Any]] = {
     "easy": {"individuality": 0.5, "misregistration": 0.0, "subtypes": 1},
     MIDDLE: {"individuality": 1.0, "misregistration": 1.0, "subtypes": 2},
     "hard": {"individuality": 1.5, "misregistration": 2.0, "subtypes": 3},
+}
+# Controls are matched within a site and a sex, so that neither predicts the diagnosis.
+CLINIC_TASKS: dict[str, dict[str, Any]] = {
+    disease: {**TASKS[disease], "match": {**TASKS[disease]["match"], "same": ["site", "sex"]}} for disease in DISEASES
 }
 SPATIAL = ("layer2", ("none",))  # block and pooling of the spatial features and of the readouts
 READOUTS = (f"--readouts.layer={SPATIAL[0]}", "--readouts.pooling=[none]", "--readouts.fit=true")
@@ -50,7 +61,7 @@ class SecondPlan:
     """The size of the experiment. The defaults are those of docs/experiments_2.md."""
 
     healthy: int = 6000  # participants of each pretraining cohort
-    clinic: int = 5000  # participants of each clinic
+    clinic: int = 6500  # participants of each clinic
     spacing: float = 6.0  # mm
     steps: int = 1000  # of pretraining, 64 scans each
     seeds: int = 3  # pretrainings of each method
@@ -141,6 +152,16 @@ def recipe_settings() -> dict[str, Any]:
     return {name: section for name, section in recipe.items() if name not in ADMINISTRATION}
 
 
+def fixed_settings() -> dict[str, str]:
+    """Return what the code fixes and no plan names, as text: augmentation, penalties, simulation, fine-tuning."""
+    recipe = recipe_settings()
+    return {
+        "augmentation": repr(load_augmentation(recipe["augmentation"])), "simulation": repr(Simulation()),
+        "penalties": repr([LINEAR.grid, LINEAR_WIDE.grid, ALPHAS, LEAST_GREY_MATTER, GRID]),
+        "fine_tuning": repr(FineTuning()), "most features": repr(MOST_FEATURES),
+    }  # fmt: skip
+
+
 def pretraining_settings(plan: SecondPlan, piece: Piece) -> dict[str, Any]:
     """Return all that an encoder depends on."""
     return {
@@ -154,7 +175,7 @@ def piece_digest(plan: SecondPlan, piece: Piece) -> str:
     settings: dict[str, Any] = {
         "format": FORMAT, "piece": piece.name,
         "people": [LEVELS[piece.level], plan.healthy, plan.clinic, plan.spacing, plan.seed],
-        "tasks": {disease: TASKS[disease] for disease in DISEASES}, "sizes": plan.sizes, "draws": plan.draws,
+        "tasks": CLINIC_TASKS, "sizes": plan.sizes, "draws": plan.draws, "fixed": fixed_settings(),
     }  # fmt: skip
     if piece.kind == "encoder":
         settings |= {

@@ -13,7 +13,7 @@ from evaluation.experiments.bootstrap import BootstrapMetrics
 from evaluation.experiments.second import plots, tables
 from evaluation.experiments.second.piece import is_done
 from evaluation.experiments.second.plan import LEVELS, MIDDLE, SecondPlan, pieces_of
-from evaluation.experiments.second.store import check_same_people, load_piece
+from evaluation.experiments.second.store import check_same_people, code_of, load_piece
 from evaluation.experiments.tables import markdown
 from infra.files import atomic_write
 
@@ -42,6 +42,7 @@ def write_report(out: Path, results: Path, plan: SecondPlan) -> None:
     missing_lines = [f"Not yet: {', '.join(missing)}.", ""] if missing else []
     lines = [
         f"Plan: {plan}", "", f"{len(done)} of {len(pieces)} pieces are done.", "", *missing_lines,
+        "Code: " + "; ".join(f"{commit}: {', '.join(made)}" for commit, made in code_of(files).items()), "",
         "Test people: " + ", ".join(f"{level} {task} {count}" for (level, task), count in people.items()), "",
         *_sections(contents),
     ]  # fmt: skip

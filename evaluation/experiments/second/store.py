@@ -20,6 +20,7 @@ from evaluation.experiments.answers import MethodAnswers
 from evaluation.experiments.plan import DISEASES
 from infra.errors import UserError
 from infra.files import atomic_write, regular_file
+from infra.machine import git_tags
 
 PARTS = 64
 
@@ -39,7 +40,7 @@ def save_piece(path: Path, digest: str, answers: list[MethodAnswers]) -> None:
         arrays[f"people.{entry.task}"] = codes.reshape(-1).astype(np.uint16)
         arrays[f"labels.{entry.task}"] = np.asarray(entry.labels, np.uint8 if is_disease else np.float32)
         names[entry.task] = hashlib.sha256("\n".join(people).encode()).hexdigest()
-    about = {"digest": digest, "entries": entries, "people": names}
+    about = {"digest": digest, "entries": entries, "people": names, "code": git_tags(Path(__file__).parent)}
     with atomic_write(path) as stream:
         np.savez_compressed(stream, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
 
@@ -48,6 +49,18 @@ def read_about(stored: Any) -> dict[str, Any]:
     """Return digest, entries (what each answer is about) and digests of the test people of an open file."""
     about: dict[str, Any] = json.loads(stored["about"].tobytes())
     return about
+
+
+def code_of(files: list[Path]) -> dict[str, list[str]]:
+    """Return the commits of the code that made the pieces, each with its files; ``changed``: with changes beside a commit."""
+    made: dict[str, list[str]] = {}
+    for path in files:
+        with np.load(regular_file(path)) as stored:
+            code = read_about(stored)["code"]
+        commit = code.get("mlflow.source.git.commit", "unknown")[:12]
+        name = commit if code.get("yaware.git_dirty") == "false" else f"{commit} (changed)"
+        made.setdefault(name, []).append(path.stem)
+    return made
 
 
 def coded(scores: NDArray[Any]) -> NDArray[np.uint8]:

@@ -32,14 +32,15 @@ from evaluation.experiments.second.evaluate import POOLED
 from evaluation.experiments.second.plan import LEVELS, MIDDLE, SPATIAL, SecondPlan, recipe_settings
 from evaluation.experiments.tables import markdown
 from evaluation.features.tables import FeatureTable
-from evaluation.protocols.features import features_of_each
+from evaluation.protocols.features import cache_name, features_of_each
 from evaluation.protocols.nested_cv import PreparedTask, nested_fit
 from evaluation.protocols.probes import LINEAR_WIDE
 from evaluation.statistics.metrics import mae
 from infra import ray_cluster
 from infra.errors import UserError, nearest
-from infra.files import atomic_write, read_text, write_json
+from infra.files import atomic_write, read_text, sha256_of, write_json
 from pretrain.weights.encoder import Encoder
+from pretrain.weights.folder import find_encoder
 
 EXPERIMENT = "yaware-experiment-2-tuning"  # in MLflow
 UNSEEN = SITES[8:]
@@ -100,7 +101,8 @@ def measure(run_folder: Path, manifest: Manifest, work: Path) -> dict[str, float
     train, test = np.flatnonzero(~unseen[rows]), np.flatnonzero(unseen[rows])
     groups = np.unique(manifest.subjects()[rows], return_inverse=True)[1].reshape(-1)
     ages, none = scans["age"].to_numpy(float)[rows], np.empty((len(rows), 0))
-    caches = {block: work / f"{run_folder.name}-{kind}.npz" for kind, (block, _) in KINDS.items()}
+    weights = sha256_of(find_encoder(run_folder) / "model.safetensors")
+    caches = {block: work / cache_name(weights, manifest.digest, *block) for block, _ in KINDS.values()}
     work.mkdir(parents=True, exist_ok=True)
     features = features_of_each(encoder, manifest, rows, caches, f"features of {run_folder.name}")
     found = {}

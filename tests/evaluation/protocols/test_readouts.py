@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -185,6 +187,27 @@ def test_by_default_readouts_are_given_if_every_checkpoint_has_them(world, capsy
     printed = capsys.readouterr().out
     assert "evaluate: readouts are not given to the models: " in printed
     assert "it has none; `yaware readouts` fits them" in printed
+
+
+def test_by_default_checkpoints_with_readouts_of_other_columns_get_none(world, tmp_path, capsys):
+    manifest, encoders = Manifest.load(world / "shards"), [Encoder.from_pretrained(world / "encoder") for _ in range(3)]
+    columns = dict(encoders[1].need_readouts().readouts)
+    columns["tiv"] = replace(columns["age"], name="tiv")
+    encoders[1].readouts = replace(encoders[1].need_readouts(), readouts=columns)
+    task = load_task("ad", manifest, 2)
+    context = EvaluationContext(
+        manifest=manifest, tasks=[task], rows=task.rows, settings=EvaluationSettings(("ad",), readouts="auto"),
+        cache=tmp_path, storage=tmp_path, uri="", experiment="",
+    )  # fmt: skip
+    first, more, same = (
+        Candidate(name, "y-aware", encoder=encoder) for name, encoder in zip("abc", encoders, strict=True)
+    )
+    assert decide_readouts(context, [first, same]).settings.readouts != "no"
+    assert capsys.readouterr().out == ""
+    assert decide_readouts(context, [first, more]).settings.readouts == "no"
+    assert (
+        "readouts are not given to the models: b: it predicts age, sex, tiv, and a age, sex" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(("readouts", "given"), [("auto", [True, False]), ("free", [True, True])])

@@ -19,7 +19,7 @@ from pretrain.weights.seen_scans import participants_of
 from tests.pretrain.weights.encoders import write_encoders_of
 
 pytestmark = pytest.mark.jobs
-PLAN = SecondPlan(healthy=60, clinic=240, spacing=12.0, sizes=(16, 24), draws=2, network_draws=(1, 1), network_epochs=1)
+PLAN = SecondPlan(healthy=60, clinic=600, spacing=12.0, sizes=(16, 24), draws=2, network_draws=(1, 1), network_epochs=1)
 PIECE = Piece("middle", "encoder", "y-aware", 0)
 FITTED_TO_CLINIC = Piece("middle", "encoder", "simclr", 0)
 

@@ -10,6 +10,7 @@ from evaluation.experiments.plan import METHODS
 from evaluation.experiments.second import __main__ as command
 from evaluation.experiments.second import plan as plans
 from evaluation.experiments.second.comparisons import ALL, CURVES, PRIMARY, SECONDARY, TESTED, Method
+from evaluation.experiments.second.evaluate import shards_of
 from evaluation.experiments.second.piece import is_done
 from evaluation.experiments.second.plan import (
     LEVELS,
@@ -23,7 +24,9 @@ from evaluation.experiments.second.plan import (
 )
 from evaluation.experiments.second.store import save_piece
 from evaluation.experiments.second.tune import TuningPlan, check_choices
+from evaluation.protocols.probes import Probe
 from infra.errors import UserError
+from infra.files import write_json
 from tests.evaluation.experiments.second.answers import made_up
 
 PLAN = SecondPlan()
@@ -92,6 +95,31 @@ def test_every_piece_and_recipe_has_a_digest_of_its_own(monkeypatch):
     monkeypatch.setattr(plans, "recipe_settings", lambda: {**recipe, "optimizer": {**recipe["optimizer"], "lr": 0.5}})
     changed = {name for name, piece in BY_NAME.items() if piece_digest(PLAN, piece) != digests[name]}
     assert changed == {name for name in BY_NAME if "voxels" not in name}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALPHAS", (1.0,)), ("LEAST_GREY_MATTER", 0.5), ("MOST_FEATURES", 1), ("GRID", ()),
+     ("LINEAR", Probe(None, [])), ("LINEAR_WIDE", Probe(None, [])), ("FineTuning", lambda: "others"),
+     ("Simulation", lambda: "another"), ("load_augmentation", lambda section: "another")],
+)  # fmt: skip
+def test_a_piece_is_stale_if_the_code_fixes_something_else(monkeypatch, name, value):
+    digests = {name: piece_digest(PLAN, piece) for name, piece in BY_NAME.items()}
+    assert digests == {name: piece_digest(PLAN, piece) for name, piece in BY_NAME.items()}
+    monkeypatch.setattr(plans, name, value)
+    assert not any(piece_digest(PLAN, piece) == digests[name] for name, piece in BY_NAME.items())
+
+
+def test_shards_of_another_simulation_are_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "is_built", lambda folder: True)
+    for clinic in (False, True):
+        shards = shards_of(tmp_path, "middle", clinic=clinic)
+        shards.parent.mkdir(exist_ok=True)
+        write_json(shards.with_name(f"{shards.name}.json"), command.simulation_of(PLAN, "middle", clinic=clinic))
+    command.prepare_level(tmp_path, PLAN, "middle", 1)
+    monkeypatch.setitem(plans.LEVELS, "middle", {**plans.LEVELS["middle"], "misregistration": 9.0})
+    with pytest.raises(UserError, match="holds people of another simulation; remove the folder"):
+        command.prepare_level(tmp_path, PLAN, "middle", 1)
 
 
 def test_a_stored_piece_of_another_plan_is_not_taken(tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 from evaluation.experiments.second.store import (
     PARTS,
     check_same_people,
+    code_of,
     coded,
     load_piece,
     save_piece,
@@ -42,6 +43,15 @@ def test_a_piece_takes_about_six_bits_per_test_person_and_training_set(tmp_path)
     answers = [made_up("y-aware", "spatial", 1.0, people=800, draws=20, sizes=(100, 500))]
     save_piece(tmp_path / "x.npz", "abc", answers)
     assert (tmp_path / "x.npz").stat().st_size < 40 * 800 * 7 / 8
+
+
+def test_the_commits_of_the_pieces_are_named(tmp_path, monkeypatch):
+    for name, dirty in (("a", "false"), ("b", "true"), ("c", "false")):
+        tags = {"mlflow.source.git.commit": "0123456789abcdef", "yaware.git_dirty": dirty}
+        monkeypatch.setattr("evaluation.experiments.second.store.git_tags", lambda folder, tags=tags: tags)
+        save_piece(tmp_path / f"{name}.npz", "abc", [made_up("y-aware", "spatial", 1.0)])
+    files = [tmp_path / f"{name}.npz" for name in "abc"]
+    assert code_of(files) == {"0123456789ab": ["a", "c"], "0123456789ab (changed)": ["b"]}
 
 
 def test_codes_keep_the_order_and_ties_of_the_scores():
