@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from infra.cli import batch_check
@@ -44,6 +45,8 @@ def launch_in_slurm(arguments: list[str]) -> int:
     text = batch_script(template, options, words, Path.cwd())
     if parsed.dry_run:
         print(text, end="")
+        if checked.recipe:
+            print(f"launch: {copy} is not written yet: a submission writes it", file=sys.stderr)
         return 0
     if shutil.which("sbatch") is None:
         raise UserError(f"sbatch is not found; submit from a host of the cluster, or add --dry-run and copy the script of "

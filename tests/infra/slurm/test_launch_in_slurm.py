@@ -212,6 +212,8 @@ def test_a_job_keeps_its_recipe_although_the_file_changes(sbatch, start, capsys)
         (copy,) = re.findall(r"^set -- (\S+)$", (start / "run/yaware.sbatch").read_text(), re.MULTILINE)
         assert f"launch: the job reads the recipe from {copy}, a copy" in capsys.readouterr().out
         copies.append(copy)
+    assert launch("--dry-run", "--dependency=afterok:1", *words) == 0
+    assert capsys.readouterr().err == f"launch: {copies[1]} is not written yet: a submission writes it\n"
     recipe.unlink()
     loaded = [load_recipe(copy, []) for copy in copies]
     assert [(one.train.steps, one.batch.global_, one.run.output) for one in loaded] == [(3, 16, "run"), (4, 16, "run")]
