@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,27 +79,25 @@ def checkpoints(uri: str, run_id: str) -> list[dict[str, Any]]:
 def has_model(uri: str, model_id: str) -> bool:
     """Return whether the store has a logged model. Raises UserError if the store does not answer."""
     client = client_of(uri, create=False)
-    try:
-        with query_errors(uri):
-            client.get_logged_model(model_id)
-    except UserError as error:
-        if getattr(error.__cause__, "error_code", None) in UNKNOWN_MODEL:
-            return False
-        raise
-    return True
+    return _found(uri, lambda: client.get_logged_model(model_id), UNKNOWN_MODEL) is not None
 
 
 def is_finished(uri: str, run_id: str) -> bool:
     """Return whether the store has a run that has ended well and was not deleted. Raises UserError if it does not answer."""
     client = client_of(uri)
+    run = _found(uri, lambda: client.get_run(run_id), ("RESOURCE_DOES_NOT_EXIST",))
+    return run is not None and bool(run.info.lifecycle_stage == "active" and run.info.status == "FINISHED")
+
+
+def _found(uri: str, read: Callable[[], Any], unknown: Sequence[str]) -> Any:
+    """Return what is read from the store; None if it answers with one of the error codes ``unknown``."""
     try:
         with query_errors(uri):
-            info = client.get_run(run_id).info
+            return read()
     except UserError as error:
-        if getattr(error.__cause__, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
-            return False
+        if getattr(error.__cause__, "error_code", None) in unknown:
+            return None
         raise
-    return bool(info.lifecycle_stage == "active" and info.status == "FINISHED")
 
 
 def checkpoint(uri: str, model_id: str) -> dict[str, Any]:

@@ -91,8 +91,12 @@ print(json.dumps([name for name in heavy if name in sys.modules]))
 
 @pytest.mark.parametrize(
     "imports",
-    [[], SUBMODULES, SUBMODULES[::-1], ["evaluation.comparison.comparison"]],
-    ids=["none", "all", "reverse", "one"],
+    [
+        pytest.param([], id="none"),
+        pytest.param(["evaluation.comparison.comparison"], id="one"),
+        pytest.param(SUBMODULES, id="all", marks=pytest.mark.jobs),
+        pytest.param(SUBMODULES[::-1], id="reverse", marks=pytest.mark.jobs),
+    ],
 )
 def test_a_function_is_a_function_whatever_was_imported_before(imports):
     assert kinds_after(imports) == {name: ["function"] for name in FUNCTIONS}

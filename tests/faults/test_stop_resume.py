@@ -54,6 +54,7 @@ def stopped(shards, tmp_path_factory):
     return folder, (folder / "log").read_text()
 
 
+@pytest.mark.jobs
 def test_a_stopped_run_saves_its_last_step_and_prints_how_to_continue(stopped):
     folder, text = stopped
     done = len(losses(folder / "run"))
@@ -87,6 +88,7 @@ def test_a_run_continued_on_other_ranks_has_equal_losses_within_rounding(stopped
     assert not list((tmp_path / "run/checkpoints").glob(".unfinished-*"))
 
 
+@pytest.mark.jobs
 @pytest.mark.jobs
 def test_resume_never_and_another_precision_are_refused_in_one_line(stopped, shards, tmp_path):
     for option, text in (

@@ -13,13 +13,12 @@ recipe are not used. A killed run continues when it is started again.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from evaluation.experiments.cohorts import is_built, make_cohort, make_shards
 from evaluation.experiments.plan_options import add_plan_options, check_plan_file, default_jobs, plan_of
@@ -34,14 +33,12 @@ from evaluation.experiments.second.plan import (
     Piece,
     SecondPlan,
     chosen_pieces,
-    fixed_settings,
     pieces_of,
     pretraining_settings,
 )
 from evaluation.experiments.second.report import write_report
 from infra import ray_cluster
 from infra.errors import UserError
-from infra.files import read_text, write_json
 
 COMMITTED = Path("docs/benchmarks/experiment2")  # answers of the plan in docs/experiments_2.md
 
@@ -106,38 +103,17 @@ def _run_level(
 def prepare_level(out: Path, plan: SecondPlan, level: str, jobs: int) -> None:
     """Simulate the healthy people and the clinic of a level and build their shards, unless they are there.
 
-    Raises UserError if shards of another simulation are there.
+    Raises UserError if people or shards of another simulation are there.
     """
-    wanted = []
-    for clinic in (False, True):
-        shards, record = shards_of(out, level, clinic=clinic), simulation_of(plan, level, clinic=clinic)
-        if not is_built(shards):
-            wanted.append(clinic)
-        elif json.loads(read_text(_record(shards))) != record:
-            raise UserError(f"{shards} holds people of another simulation; remove the folder, or choose another --out")
-    if not wanted:
-        return
-    with ray_cluster.session(jobs):
-        for clinic in wanted:
-            shards = shards_of(out, level, clinic=clinic)
+    every = {clinic: shards_of(out, level, clinic=clinic) for clinic in (False, True)}
+    with nullcontext() if all(map(is_built, every.values())) else ray_cluster.session(jobs):
+        for clinic, shards in every.items():
             cohort = out / "cohorts" / shards.name
             make_cohort(
                 cohort, participants=plan.clinic if clinic else plan.healthy, spacing=plan.spacing, seed=plan.seed,
                 clinic=clinic, jobs=jobs, differences=LEVELS[level],
             )  # fmt: skip
-            write_json(_record(shards), simulation_of(plan, level, clinic=clinic))
             make_shards(cohort, shards, scaling="tiv", seed=plan.seed, clinic=clinic, jobs=jobs)
-
-
-def simulation_of(plan: SecondPlan, level: str, *, clinic: bool) -> dict[str, Any]:
-    """Return all that the people of a level depend on."""
-    participants = plan.clinic if clinic else plan.healthy
-    return {"participants": participants, "spacing": plan.spacing, "seed": plan.seed, "level": LEVELS[level],
-            "defaults": fixed_settings()["simulation"]}  # fmt: skip
-
-
-def _record(shards: Path) -> Path:
-    return shards.with_name(f"{shards.name}.json")
 
 
 def _pretraining(out: Path, plan: SecondPlan, piece: Piece) -> list[Command]:

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,10 @@ def tune(out: Path, plan: TuningPlan, runs: Sequence[Run], jobs: int) -> pd.Data
     check_plan_file(out, plan)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(out / 'mlflow.db').resolve()}")
     shards = out / "shards"
-    if not is_built(shards):
-        with ray_cluster.session(jobs):
-            make_cohort(out / "cohort", participants=plan.healthy, spacing=plan.spacing, seed=plan.seed, clinic=False,
-                        jobs=jobs, differences=LEVELS[MIDDLE])  # fmt: skip
-            make_shards(out / "cohort", shards, scaling="tiv", seed=plan.seed, clinic=False, jobs=jobs)
+    with nullcontext() if is_built(shards) else ray_cluster.session(jobs):
+        make_cohort(out / "cohort", participants=plan.healthy, spacing=plan.spacing, seed=plan.seed, clinic=False,
+                    jobs=jobs, differences=LEVELS[MIDDLE])  # fmt: skip
+        make_shards(out / "cohort", shards, scaling="tiv", seed=plan.seed, clinic=False, jobs=jobs)
     waiting = [run for run in runs if not is_pretrained(out / "runs" / run.name, run.settings(plan))]
     if waiting:
         run_jobs([Job(run.name, [_pretraining(out, plan, run)]) for run in waiting], jobs, "tuning")

@@ -82,6 +82,7 @@ def test_embeddings_reach_the_loss_in_float32_or_better() -> None:
         assert at_least_float32(torch.zeros(2, dtype=dtype)).dtype is expected
 
 
+@pytest.mark.jobs
 def test_the_real_engine_trains_the_same_from_micro_batches(one_rank) -> None:
     """Three steps of Adam with group normalisation give the losses and weights of whole batches."""
     batches = []

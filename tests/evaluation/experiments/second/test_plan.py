@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +13,6 @@ from evaluation.experiments.plan import METHODS
 from evaluation.experiments.second import __main__ as command
 from evaluation.experiments.second import plan as plans
 from evaluation.experiments.second.comparisons import ALL, CURVES, PRIMARY, SECONDARY, TESTED, Method
-from evaluation.experiments.second.evaluate import shards_of
 from evaluation.experiments.second.piece import is_done
 from evaluation.experiments.second.plan import (
     LEVELS,
@@ -26,7 +28,6 @@ from evaluation.experiments.second.store import save_piece
 from evaluation.experiments.second.tune import TuningPlan, check_choices
 from evaluation.protocols.probes import Probe
 from infra.errors import UserError
-from infra.files import write_json
 from tests.evaluation.experiments.second.answers import made_up
 
 PLAN = SecondPlan()
@@ -110,16 +111,27 @@ def test_a_piece_is_stale_if_the_code_fixes_something_else(monkeypatch, name, va
     assert not any(piece_digest(PLAN, piece) == digests[name] for name, piece in BY_NAME.items())
 
 
-def test_shards_of_another_simulation_are_not_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "is_built", lambda folder: True)
-    for clinic in (False, True):
-        shards = shards_of(tmp_path, "middle", clinic=clinic)
-        shards.parent.mkdir(exist_ok=True)
-        write_json(shards.with_name(f"{shards.name}.json"), command.simulation_of(PLAN, "middle", clinic=clinic))
-    command.prepare_level(tmp_path, PLAN, "middle", 1)
+@pytest.mark.parametrize("left", [True, False])
+def test_people_of_another_simulation_are_not_used(tmp_path, monkeypatch, left):
+    """The levels were changed in the code, and cohorts of before are there, or only their shards."""
+    # So few scans need no cluster.
+    monkeypatch.setattr(command, "ray_cluster", SimpleNamespace(session=lambda workers: nullcontext()))
+    tiny = replace(PLAN, healthy=20, clinic=20, spacing=12.0)
+    command.prepare_level(tmp_path, tiny, "middle", 1)
+    manifests = sorted(tmp_path.glob("shards/*/manifest.json"))
+    before = [path.stat() for path in manifests]
+    command.prepare_level(tmp_path, tiny, "middle", 1)
+    assert [path.stat() for path in manifests] == before
     monkeypatch.setitem(plans.LEVELS, "middle", {**plans.LEVELS["middle"], "misregistration": 9.0})
-    with pytest.raises(UserError, match="holds people of another simulation; remove the folder"):
-        command.prepare_level(tmp_path, PLAN, "middle", 1)
+    if not left:
+        shutil.rmtree(tmp_path / "cohorts")
+    with pytest.raises(
+        UserError,
+        match=r"another simulation \(misregistration was 1.0, now 9.0\)"
+        if left
+        else "people of another simulation .* remove the folder",
+    ):
+        command.prepare_level(tmp_path, tiny, "middle", 1)
 
 
 def test_a_stored_piece_of_another_plan_is_not_taken(tmp_path, capsys):
