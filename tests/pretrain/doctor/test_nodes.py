@@ -29,7 +29,8 @@ ENTER = """{address}) exec ip netns exec {namespace} unshare --uts --mount sh -c
 UNKNOWN = """*) echo "ssh: connect to host $host port 22: No route to host" >&2; exit 255 ;;
 esac
 """
-HEALTHY = "export GLOO_SOCKET_IFNAME=cable\n"
+# The folder has its own disk, since the doctor wants 5 GiB free and this machine's may be fuller.
+HEALTHY = "export GLOO_SOCKET_IFNAME=cable\nmount -t tmpfs -o size=6g tmpfs {folder}/work\n"
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,10 @@ def ask(pair, shards, tmp_path):
     ]
     (tmp_path / "bin" / "ssh").write_text(SSH + "".join(enter) + UNKNOWN)
     (tmp_path / "bin" / "ssh").chmod(0o755)
-    (tmp_path / "host-a.sh").write_text(HEALTHY)
+    (tmp_path / "host-a.sh").write_text(HEALTHY.format(folder=tmp_path))
 
     def ask(faults="", slots=1, more=()):
-        (tmp_path / "host-b.sh").write_text(HEALTHY + faults)
+        (tmp_path / "host-b.sh").write_text(HEALTHY.format(folder=tmp_path) + faults)
         hosts = {pair.a.address: 1, pair.b.address: slots, **dict.fromkeys(more, 1)}
         (tmp_path / "hostfile").write_text("".join(f"{host} slots={n}\n" for host, n in hosts.items()))
         command = [sys.executable, "-m", "infra.cli", "doctor", "--hostfile", str(tmp_path / "hostfile"), "--seconds=6",
