@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from evaluation.comparison.evaluations import CheckpointEvaluation
 from evaluation.comparison.resampled import chance_test, metric_interval, paired_interval
@@ -209,7 +210,8 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     null: dict[tuple[str, tuple[float, ...]], list[list[float]]] = {}
-    with ProcessPoolExecutor(options.jobs) as pool:
+    # The matrices are small: more than one thread a process makes two processes five times slower.
+    with ProcessPoolExecutor(options.jobs, initializer=threadpool_limits, initargs=(1,)) as pool:
         jobs = [(cell, pool.submit(summary_of, cell, options.studies, options.seed)) for cell in cells()]
         for cell, job in jobs:
             for metric, shares in job.result().items():

@@ -125,7 +125,7 @@ def test_slow_ranks_that_make_progress_are_not_ended(tmp_path):
     assert all((tmp_path / f"rank{rank}.log").read_text().strip().endswith("done") for rank in range(2))
 
 
-@pytest.mark.parametrize("late", ["0", "1"])
+@pytest.mark.parametrize("late", ["0", pytest.param("1", marks=pytest.mark.jobs)])
 def test_a_rank_that_is_slow_to_connect_is_not_lost(tmp_path, late):
     ranks = start(2, {"late": late, "1": "take twice as long but beat"}, tmp_path, seconds=60)
     assert statuses(ranks) == [0, 0]

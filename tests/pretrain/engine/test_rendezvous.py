@@ -27,7 +27,7 @@ engine.stop_ranks()
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.jobs)])
 def test_ranks_of_one_host_meet_on_loopback(tmp_path, world):
     port = str(free_port())
     ranks = [

@@ -105,7 +105,7 @@ def test_an_encoder_without_a_map_is_refused(monkeypatch):
         build_model(load_recipe("demo-cpu", ["--encoder={name: flat}", "--loss.dense={}"]))
 
 
-@pytest.mark.parametrize("name", ["vit-small", "swin-unetr", "densenet121"])
+@pytest.mark.parametrize("name", ["vit-small", pytest.param("swin-unetr", marks=pytest.mark.jobs), "densenet121"])
 def test_every_parameter_of_the_terms_gets_a_gradient_also_with_transformers(name):
     options = "{norm: group}" if name == "densenet121" else "{}"
     recipe = load_recipe("demo-cpu", [f"--encoder={{name: {name}, options: {options}}}", *BOTH])
