@@ -221,10 +221,13 @@ class MonitorSection:
 class ReadoutSection:
     """Predictions of the proxies from the features, fitted to the training scans at the end and kept with the encoder."""
 
-    # true, false, or auto: fit if the run has at least 3.3 epochs (the fit then costs at most 5 % of the training) and
-    # (features <= 4096 or scans <= 4096)
+    # true, false, or auto: fit if the run has at least 3.3 epochs, or 3.7 with a tenth as many scans to calibrate on (the fit
+    # then costs at most 5 % of the training), and (features <= 4096 or scans <= 4096)
     fit: bool | Literal["auto"] = "auto"
     columns: list[str] = field(default_factory=list)  # of scans.parquet, beside those of loss.proxies: sex, ...
+    # People who choose the penalty, and whose errors give the interval: a split; none: the training people, out of fold; auto:
+    # monitor.split, if it has at least 50 people, otherwise none
+    calibration: str = Field(default="auto", min_length=1)
     layer: str | None = None  # a block of the encoder, as of yaware embed --layer; null: the encoder's end
     pooling: list[str] = Field(default_factory=lambda: ["mean"], min_length=1)  # of that block
     batch: int = Field(default=8, ge=1)  # scans that a rank encodes at a time

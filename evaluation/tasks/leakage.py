@@ -21,7 +21,7 @@ from infra.errors import UserError
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
 from pretrain.weights.readouts import Readouts
-from pretrain.weights.seen_scans import DIGITS, SeenScans, participant_digest, participants_of, read, source_of
+from pretrain.weights.seen_scans import SeenScans, copies_in, participants_of, people_in, read, trained_on
 
 
 def check_leakage(
@@ -45,18 +45,16 @@ def check_leakage(
     """
     if encoder.config.get("method") == "random":
         return {"leakage.checked": "untrained"}
-    sources = read(find_encoder(path))
-    if sources is None:
-        sources = _sources_by_manifest(encoder, manifest)
-    if sources is None:
+    folder = find_encoder(path)
+    trained = trained_on(folder, encoder.config, manifest)
+    if trained is None:
         print(
             f"evaluate: {name} has no record of the scans it was trained on; make sure that no test participant is among "
             "them"
         )
         return {"leakage.checked": "nothing"}
-    trained = [source for source in sources if source.role == "trained"]
     _refuse_overlap(trained, manifest, rows, name, "pretrained")
-    watched = _in_sources([source for source in sources if source.role == "watched"], manifest, rows)
+    watched = people_in([source for source in read(folder) or [] if source.role == "watched"], manifest, rows)
     if watched.any():
         print(
             f"evaluate: {name}: {int(watched.sum())} test scans belong to participants on whom the pretraining's monitor "
@@ -70,7 +68,7 @@ def check_leakage(
 
 
 def check_readouts(readouts: Readouts, manifest: Manifest, rows: NDArray[Any], name: str) -> None:
-    """Refuse readouts that were fitted to participants, or to voxels, of the scans that they are to be tested on.
+    """Refuse readouts that were fitted to, or calibrated on, participants or voxels of the scans that they are tested on.
 
     Args:
         readouts: of an encoder.
@@ -81,17 +79,16 @@ def check_readouts(readouts: Readouts, manifest: Manifest, rows: NDArray[Any], n
     Raises:
         UserError: if there is an overlap; the message names the participants.
     """
-    _refuse_overlap(readouts.fitted_on, manifest, rows, name, "its readouts were fitted")
+    calibrated = [source for source in readouts.fitted_on if source.role == "calibration"]
+    fitted = [source for source in readouts.fitted_on if source.role != "calibration"]
+    _refuse_overlap(fitted, manifest, rows, name, "its readouts were fitted")
+    _refuse_overlap(calibrated, manifest, rows, name, "its readouts were calibrated")
 
 
 def _refuse_overlap(sources: Sequence[SeenScans], manifest: Manifest, rows: NDArray[Any], name: str, what: str) -> None:
     """Raise UserError if participants of ``rows``, or voxels of them, are in one of the sources; ``what`` was done on these."""
-    seen_people = _in_sources(sources, manifest, rows)
-    # A participant with one seen scan counts as seen in every session, even if that scan is not a test scan.
-    all_rows = np.arange(len(manifest.scans))
-    of_test_people = np.flatnonzero(np.isin(participants_of(manifest, all_rows), participants_of(manifest, rows)))
-    copies = of_test_people[_voxels_in_sources(sources, manifest, of_test_people)]
-    seen_voxels = np.isin(participants_of(manifest, rows), participants_of(manifest, copies))
+    seen_people = people_in(sources, manifest, rows)
+    seen_voxels, copies = copies_in(sources, manifest, rows)
     if seen_people.any() or seen_voxels.any():
         overlap = _describe_overlap(manifest, rows, seen_people, seen_voxels, copies=copies, what=what)
         raise UserError(f"{name}: {overlap}; evaluate on other scans")
@@ -115,33 +112,6 @@ def check_copies(tasks: Iterable[Task], manifest: Manifest) -> None:
                 f"task {task.name}: several participants have the same voxels ({_first_names(names)}); exclude all but "
                 "one of them with the task's query"
             )
-
-
-def _sources_by_manifest(encoder: Encoder, manifest: Manifest) -> list[SeenScans] | None:
-    """Return the pretraining split of these shards, or None if the encoder was trained on other shards."""
-    if encoder.config.get("manifest_digest") != manifest.digest:
-        return None
-    return [source_of(manifest, np.flatnonzero(manifest.scans["split"].isin(encoder.config["split"])))]
-
-
-def _in_sources(sources: Sequence[SeenScans], manifest: Manifest, rows: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return (len(rows),) whether a scan's participant is in one of the sources."""
-    names = np.array(participants_of(manifest, rows), dtype=object)
-    result = np.zeros(len(rows), dtype=bool)
-    for source in sources:
-        digests = set(source.participants)
-        seen = {name for name in set(names) if participant_digest(source.manifest_digest, name) in digests}
-        result |= np.isin(names, list(seen))
-    return result
-
-
-def _voxels_in_sources(sources: Sequence[SeenScans], manifest: Manifest, rows: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return (len(rows),) whether a scan's voxels are in one of the sources; False without digests of voxels."""
-    if "voxels_sha256" not in manifest.scans:
-        return np.zeros(len(rows), dtype=bool)
-    seen = {digest for source in sources for digest in source.voxels or ()}
-    digests = manifest.scans["voxels_sha256"].iloc[rows].astype("string").fillna("").str[:DIGITS]
-    return digests.isin(seen).to_numpy(dtype=bool)
 
 
 def _describe_overlap(

@@ -13,6 +13,7 @@ from data_pipeline.storage.manifest import Manifest, check_shards
 from infra.errors import UserError
 from infra.files import regular_file
 from pretrain.losses.proxies import proxy_columns
+from pretrain.readouts.calibration import AUTO, MONITOR, CalibrationChoice, check_named_split
 from pretrain.readouts.fit import ReadoutSettings, fit_readouts
 from pretrain.readouts.targets import check_columns
 from pretrain.weights.embedding import BATCH_SIZE
@@ -24,7 +25,7 @@ WORK = ".readouts-unfinished"  # folder of features beside the readouts, until t
 
 def add_readouts(
     encoder: str | Path, shards: str | Path | Manifest, *, columns: Sequence[str] | None = None,
-    split: Sequence[str] | None = None, query: str | None = None, layer: str | None = None,
+    split: Sequence[str] | None = None, query: str | None = None, calibration: str = AUTO, layer: str | None = None,
     pooling: str | Sequence[str] = ("mean",), seed: int = 0, batch_size: int = BATCH_SIZE, device: str | None = None,
     workers: int | None = None, replace: bool = False, progress: bool = True,
 ) -> Readouts:  # fmt: skip
@@ -37,7 +38,10 @@ def add_readouts(
             the encoder is a checkpoint of, and ``age`` for other encoders.
         split: splits of the shards to fit to; None is those of the pretraining, with its ``data.query`` if these are its
             shards.
-        query: only scans that fulfil this pandas query.
+        query: only scans that fulfil this pandas query, for the fit and for the calibration.
+        calibration: people who choose the penalty, and whose errors give the interval: a split, whose people must not be
+            trained on; ``none`` is the people of the fit, out of fold; ``auto``: if the encoder was trained on people of the
+            fit, the split of the monitor, if it has at least 50 other people, and otherwise as ``none``.
         layer: a block inside the network; None is its end.
         pooling: of that block.
         seed: of the folds of people.
@@ -48,8 +52,8 @@ def add_readouts(
         progress: show progress on stderr.
 
     Raises:
-        UserError: if there are readouts already, a column or split does not exist, no column can be predicted, or the shards do
-            not fit the encoder.
+        UserError: if there are readouts already, a column or split does not exist, no column can be predicted, the split of the
+            calibration has fewer than 20 people who are not trained on, or the shards do not fit the encoder.
     """
     loaded = Encoder.from_pretrained(encoder)
     assert loaded.folder is not None
@@ -67,10 +71,12 @@ def add_readouts(
     rows = manifest.rows(split=list(split) if split is not None else loaded.config["split"], query=query)
     if not len(rows):
         raise UserError(f"query={query!r} leaves no scan of {manifest.url}")
+    choice = CalibrationChoice(calibration, OmegaConf.select(recipe, "monitor.split") or MONITOR, query)
+    check_named_split(manifest, rows, choice, "calibration")
     check_shards(manifest, rows)
     settings = ReadoutSettings(
-        columns=chosen, layer=layer, pooling=(pooling,) if isinstance(pooling, str) else tuple(pooling), seed=seed,
-        batch_size=batch_size, device=device, workers=workers, progress=progress,
+        columns=chosen, layer=layer, pooling=(pooling,) if isinstance(pooling, str) else tuple(pooling), calibration=choice,
+        seed=seed, batch_size=batch_size, device=device, workers=workers, progress=progress,
     )  # fmt: skip
     work = folder.parent / WORK
     fitted = fit_readouts(loaded, manifest, rows, settings, work)

@@ -16,8 +16,8 @@ def readouts(arguments: list[str]) -> int:
 
     fitted = add_readouts(
         options.encoder, options.shards, columns=options.columns, split=options.split, query=options.query,
-        layer=options.layer, pooling=tuple(options.pooling), seed=options.seed, batch_size=options.batch_size,
-        device=options.device, workers=options.workers, replace=options.replace,
+        calibration=options.calibration, layer=options.layer, pooling=tuple(options.pooling), seed=options.seed,
+        batch_size=options.batch_size, device=options.device, workers=options.workers, replace=options.replace,
     )  # fmt: skip
     for line in fitted.lines():
         print(f"readouts: {line}")
@@ -42,7 +42,14 @@ def _parser() -> argparse.ArgumentParser:
         help="columns to predict: numbers, or texts with two values (default: the run's proxies)",
     )
     add("--split", nargs="+", help="splits of the shards to fit to (default: those of the pretraining)")
-    add("--query", help="fit only to scans that fulfil this pandas query")
+    add("--query", help="use only scans that fulfil this pandas query")
+    add(
+        "--calibration",
+        default="auto",
+        metavar="SPLIT",
+        help="split whose people choose the penalty and give errors and intervals; none: the people of the fit, out of fold; "
+        "auto (default): the split of the monitor, if it has 50 people and the encoder was trained on people of the fit",
+    )
     add("--layer", help="a block inside the network; default: its end")
     add("--pooling", nargs="+", default=["mean"], help="of a block (default: mean)")
     add("--seed", type=int, default=0, help="seed of the folds of people (default: 0)")

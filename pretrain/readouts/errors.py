@@ -1,4 +1,4 @@
-"""Out-of-fold errors of a readout, over all scans, by age band and by site. n = scans."""
+"""Errors of a readout on people whom it is not fitted to, over all scans, by age band and by site. n = scans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FEWEST_IN_GROUP = 5  # people; errors of fewer could be told apart, and say litt
 
 
 def summarise(true: NDArray[np.float64], predicted: NDArray[np.float64], is_number: bool) -> dict[str, float]:
-    """Return mae and r2 of out-of-fold predictions (n,), and slope and offset of predicted over true values of a number."""
+    """Return mae and r2 of predictions (n,), and slope and offset of the line of predicted over true values of a number."""
     error = predicted - true
     summary = {
         "mae": float(np.abs(error).mean()),
@@ -32,7 +32,7 @@ def error_rows(
     """Return rows of by, group, people, scans, mae and bias (mean of predicted minus true).
 
     Args:
-        error: (n,) predicted minus true values, out of fold.
+        error: (n,) predicted minus true values of people who are not fitted to.
         people: (n,) participant of each scan.
         columns: ``age`` (bands of ten years) and ``site``, those that the shards have. Groups of fewer than
             ``FEWEST_IN_GROUP`` people are left out.

@@ -1,13 +1,13 @@
-"""Fit the readouts of an encoder: features of all scans once, sums over all ranks, out-of-fold errors, intervals.
+"""Fit the readouts of an encoder: features of all scans once, sums over all ranks, errors of people not fitted to, intervals.
 
-n = scans, F = features, P = targets of a group, K = folds.
+n = scans of the fit and of the calibration, F = features, P = targets of a group, K = folds, G = entries of the grid.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,19 +19,31 @@ from numpy.typing import NDArray
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError
 from infra.files import sha256_of
+from pretrain.readouts.calibration import Calibration, CalibrationChoice, choose_calibration
 from pretrain.readouts.errors import error_rows, summarise
 from pretrain.readouts.features import FeatureStore, embed_scans
-from pretrain.readouts.solve import BLOCK, FOLDS, GRID, Floats, Moments, NestedRidge, Samples, nested_ridge
-from pretrain.readouts.targets import Target, TargetGroup, read_targets
+from pretrain.readouts.solve import (
+    BLOCK,
+    FOLDS,
+    GRID,
+    Fits,
+    Floats,
+    Moments,
+    NestedRidge,
+    Samples,
+    calibrated_ridge,
+    nested_ridge,
+)
+from pretrain.readouts.targets import TargetGroup, Targets, read_targets
 from pretrain.weights.embedding import BATCH_SIZE
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.readouts import Readout, Readouts
 from pretrain.weights.scan_source import ShardSource
-from pretrain.weights.seen_scans import source_of
+from pretrain.weights.seen_scans import SeenScans, source_of
 
 # Most features, or scans if these are fewer: the sums over 8192 features take 2.7 GB.
 LARGEST = 8192
-ROLE = "readouts"  # of the scans in Readouts.fitted_on
+FITTED, CALIBRATED = "readouts", "calibration"  # roles of the scans in Readouts.fitted_on
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class ReadoutSettings:
         columns: columns of the scan table to predict.
         layer: a block of the encoder; None is its end.
         pooling: of that block.
+        calibration: on whom scale and penalty are chosen and errors are measured.
         seed: of the folds of people.
         largest: most features, or scans if these are fewer.
         batch_size: scans per forward pass.
@@ -86,6 +99,7 @@ class ReadoutSettings:
     columns: Sequence[str]
     layer: str | None = None
     pooling: tuple[str, ...] = ("mean",)
+    calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
     seed: int = 0
     largest: int = LARGEST
     batch_size: int = BATCH_SIZE
@@ -126,38 +140,46 @@ def fit_readouts(
     Args:
         encoder: the encoder.
         manifest: of the shards.
-        rows: (n,) the scans, as rows of the manifest.
+        rows: the scans to fit to, as rows of the manifest.
         settings: what is fitted.
         work: folder for the features; with it the next call continues after a kill. The caller removes it.
         ranks: the processes that share the scans; None is this one alone.
         beat: called after every batch and every fit, for a watchdog.
 
     Raises:
-        UserError: if the shards were prepared otherwise than the encoder's, a block or pooling does not exist, or no scan can
-            be read.
+        UserError: if the shards were prepared otherwise than the encoder's, a block or pooling does not exist, no scan can be
+            read, or a split that is named for the calibration has too few people.
     """
     ranks = ranks or Ranks()
     assert encoder.folder is not None
     weights = sha256_of(encoder.folder / "model.safetensors")
-    targets = read_targets(manifest, rows, settings.columns, settings.seed)
+    fit_rows = np.asarray(rows, np.int64)
+    calibration = choose_calibration(encoder, manifest, fit_rows, settings.calibration)
+    targets = read_targets(manifest, fit_rows, settings.columns, settings.seed, calibration)
     left_out, readouts = dict(targets.left_out), dict[str, Readout]()
     if targets.groups:
         about = {"weights": weights, "manifest": manifest.digest}
-        own = _embed_share(encoder, manifest, rows, settings, _store(work, about, rows, settings, ranks=ranks),
-                           ranks=ranks, beat=beat)  # fmt: skip
+        own = _embed_share(encoder, manifest, targets.rows, settings,
+                           _store(work, about, targets.rows, settings, ranks=ranks), ranks=ranks, beat=beat)  # fmt: skip
         for group in targets.groups:
             result = fit_group(own, group, settings.largest, beat)
             if isinstance(result, str):
                 left_out |= {target.name: result for target in group.targets}
                 continue
-            predicted = _out_of_fold(own, group, result)
+            predicted = _held_out(own, group, result)
             for number, target in enumerate(group.targets):
-                readouts[target.name] = _readout(target, number, group, result, predicted, manifest=manifest, rows=rows,
-                                              readable=own.readable)  # fmt: skip
+                readouts[target.name] = _readout(number, group, result, predicted[:, number], manifest=manifest,
+                                                 targets=targets, calibration=calibration, readable=own.readable)  # fmt: skip
     return Readouts(
         {column: readouts[column] for column in dict.fromkeys(settings.columns) if column in readouts}, weights, settings.layer,
-        settings.pooling, left_out, [source_of(manifest, rows, ROLE)] if readouts else [],
+        settings.pooling, left_out, _sources(manifest, targets) if readouts else [],
     )  # fmt: skip
+
+
+def _sources(manifest: Manifest, targets: Targets) -> list[SeenScans]:
+    """Return the digests of the scans of the fit and of the calibration, if there is one."""
+    parts = [(targets.rows[: targets.fit], FITTED), (targets.calibration, CALIBRATED)]
+    return [source_of(manifest, rows, role) for rows, role in parts if len(rows)]
 
 
 def _store(
@@ -205,67 +227,99 @@ def fit_group(
     another, and the solution of rank 0 counts.
     """
     usable = group.has_value & own.readable
-    count, width = int(usable.sum()), own.features.shape[1]
-    if len(np.unique(group.folds[usable])) < FOLDS:
+    fitted, measured = usable & group.fitted, usable & (group.folds >= 0)
+    count, width = int(fitted.sum()), own.features.shape[1]
+    if count < FOLDS or len(np.unique(group.folds[measured])) < FOLDS:
         return "too few scans can be read"
     if min(count, width) > largest:
         return f"{count} scans and {width} features, both more than {largest}; choose a coarser pooling or fewer scans"
-    values = group.values
-    mine = usable[own.scans]
-    positions = np.flatnonzero(mine)
-    if width <= count:
-        shift = own.ranks.gather(_mean(own.features[positions[:BLOCK]]))
-        data: Any = Moments.empty(next(mean for mean in shift if mean is not None), values[usable].mean(0))
-        for start in range(0, len(positions), BLOCK):
-            block = positions[start : start + BLOCK]
-            data.add(own.features[block], values[own.scans[block]], group.folds[own.scans[block]])
-        data.reduce(own.ranks.add)
+    if group.calibration is None:
+        solved = nested_ridge(_data(own, group.values, fitted, group.folds, FOLDS), beat=beat)
     else:
-        features = own.ranks.join(own.features, len(usable))[usable]
-        data = Samples(features, values[usable], group.folds[usable])
-    solved = nested_ridge(data, beat=beat)
+        data = _data(own, group.values, fitted, np.zeros_like(group.folds), 1)
+        solved = calibrated_ridge(data, lambda fits: _squared_errors(own, group, fits), beat)
     first: NestedRidge = own.ranks.gather(solved if own.ranks.rank == 0 else None)[0]
     return first
+
+
+def _data(
+    own: OwnFeatures, values: Floats, fitted: NDArray[np.bool_], folds: NDArray[np.int64], count: int
+) -> Moments | Samples:
+    """Return the scans ``fitted`` (n,) of all ranks, in ``count`` folds, as sums or as they are. Collective."""
+    if own.features.shape[1] > int(fitted.sum()):
+        return Samples(own.ranks.join(own.features, len(fitted))[fitted], values[fitted], folds[fitted])
+    positions = np.flatnonzero(fitted[own.scans])
+    shift = own.ranks.gather(_mean(own.features[positions[:BLOCK]]))
+    sums = Moments.empty(next(mean for mean in shift if mean is not None), values[fitted].mean(0), count)
+    for start in range(0, len(positions), BLOCK):
+        block = positions[start : start + BLOCK]
+        sums.add(own.features[block], values[own.scans[block]], folds[own.scans[block]])
+    sums.reduce(own.ranks.add)
+    return sums
 
 
 def _mean(features: NDArray[np.float32]) -> Floats | None:
     return np.asarray(features, np.float64).mean(0) if len(features) else None
 
 
-def _out_of_fold(own: OwnFeatures, group: TargetGroup, fits: NestedRidge) -> Floats:
-    """Return the predictions (n, P) of all ranks' scans, each without its person's fold; NaN for others. Collective."""
-    predicted = np.full((len(own.scans), len(group.targets)), np.nan)
+def _measured(own: OwnFeatures, group: TargetGroup) -> Iterator[tuple[int, NDArray[np.int64], Floats]]:
+    """Yield this rank's scans whose errors are measured, block by block: fold, positions (b,) and features (b, F)."""
     folds = np.where(group.has_value & own.readable, group.folds, -1)[own.scans]
     for fold in range(FOLDS):
         positions = np.flatnonzero(folds == fold)
         for start in range(0, len(positions), BLOCK):
             block = positions[start : start + BLOCK]
-            without_intercept = np.asarray(own.features[block], np.float64) @ fits.fold_coefficients[fold]
-            predicted[block] = without_intercept + fits.fold_intercepts[fold]
+            yield fold, block, np.asarray(own.features[block], np.float64)
+
+
+def _squared_errors(own: OwnFeatures, group: TargetGroup, fits: Fits) -> Floats:
+    """Return the summed squared errors (K, G, P) of all ranks' scans in each fold under every entry. Collective."""
+    entries, features, targets = fits.coefficients.shape
+    flat = fits.coefficients.transpose(1, 0, 2).reshape(features, entries * targets)
+    values, errors = group.values, np.zeros((FOLDS, entries, targets))
+    for fold, block, x in _measured(own, group):
+        predicted = (x @ flat).reshape(len(block), entries, targets) + fits.intercepts
+        errors[fold] += np.square(predicted - values[own.scans[block], None]).sum(0)
+    own.ranks.add(errors)
+    return errors
+
+
+def _held_out(own: OwnFeatures, group: TargetGroup, fits: NestedRidge) -> Floats:
+    """Return the predictions (n, P) of all ranks' scans, each by the fit of its person's fold; NaN for others. Collective."""
+    predicted = np.full((len(own.scans), len(group.targets)), np.nan)
+    for fold, block, x in _measured(own, group):
+        predicted[block] = x @ fits.fold_coefficients[fold] + fits.fold_intercepts[fold]
     return own.ranks.join(predicted, len(group.has_value))
 
 
 def _readout(
-    target: Target, number: int, group: TargetGroup, fits: NestedRidge, predicted: Floats, *, manifest: Manifest,
-    rows: NDArray[np.integer[Any]], readable: NDArray[np.bool_],
+    number: int, group: TargetGroup, fits: NestedRidge, predicted: Floats, *, manifest: Manifest, targets: Targets,
+    calibration: Calibration, readable: NDArray[np.bool_],
 ) -> Readout:  # fmt: skip
-    """Return the readout of one target, with out-of-fold errors and residuals.
+    """Return the readout of one target of a group, with the errors and residuals of the people who are not fitted to.
 
     Residuals are sorted within folds: their order does not tell whose they are.
     """
-    used = group.has_value & readable
-    true, folds, people = target.values[used], group.folds[used], manifest.subjects()[rows][used]
-    error = predicted[used, number] - true
+    target, subjects = group.targets[number], manifest.subjects()[targets.rows]
+    fitted, used = group.fitted & readable, group.has_value & readable & (group.folds >= 0)
+    true, folds, people = target.values[used], group.folds[used], subjects[used]
+    error = predicted[used] - true
     scans_of = np.unique(people, return_inverse=True, return_counts=True)
     weights = 1.0 / scans_of[2][scans_of[1].reshape(-1)]
     order = np.lexsort((weights, np.abs(error), folds))
     scale, penalty = GRID[int(fits.entries[number])]
-    scans = manifest.scans.iloc[rows[used]]
+    scans = manifest.scans.iloc[targets.rows[used]]
     columns = {name: scans[name] for name in ("age", "site") if name in scans}
+    calibrated = group.calibration is not None
     summary = {
-        "scale": scale, "penalty": penalty, "people": len(scans_of[0]), "scans": int(used.sum()),
-        "missing": int((~group.has_value).sum()), "unreadable": int((group.has_value & ~readable).sum()),
-        **summarise(true, predicted[used, number], is_number=not target.classes),
+        "scale": scale, "penalty": penalty, "people": len(np.unique(subjects[fitted])), "scans": int(fitted.sum()),
+        "missing": int(np.isnan(target.values[: targets.fit]).sum()), "unreadable": int((group.fitted & ~readable).sum()),
+        **summarise(true, predicted[used], is_number=not target.classes),
+        "calibrated_on": {
+            "split": calibration.split if calibrated else None, "people": len(scans_of[0]), "scans": int(used.sum()),
+            "excluded": calibration.excluded if calibrated else 0,
+            "seen": calibration.seen and not calibrated, "reason": target.reason,
+        },
     }  # fmt: skip
     return Readout(
         target.name, target.classes, float(fits.intercepts[number]), fits.coefficients[:, number].copy(),

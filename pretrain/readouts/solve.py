@@ -6,6 +6,9 @@ A fit to some folds needs only their sums: of x, y, xx', xy' and y². One pass o
 (``Moments``). Every fit of the nested cross-validation, and the squared error of a fold under any fit, then follows from
 additions. The sums take K F² numbers, so this is the way for F <= n. Otherwise ``Samples`` keeps the features and solves the
 dual problem of the same regression in n x n.
+
+Scale and penalty are chosen by nested cross-validation (``nested_ridge``), or by the errors of people who are not fitted to
+(``calibrated_ridge``).
 """
 
 from __future__ import annotations
@@ -171,13 +174,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class NestedRidge:
-    """Ridge fits for P targets.
+    """Ridge fits for P targets, with errors out of fold or of calibration people.
 
     Attributes:
-        coefficients: (F, P) fitted to all folds, with the entry of the grid that is best over all folds.
+        coefficients: (F, P) fitted to all people of the fit, with the entry of the grid that is best over all folds.
         intercepts: (P,) of the fits above.
         entries: (P,) numbers of these entries in ``GRID``.
-        fold_coefficients: (K, F, P) fitted without fold k, with the entry that is best over the other folds.
+        fold_coefficients: (K, F, P) of fold k, with the entry that is best over the other folds. Out of fold they are fitted
+            without fold k; with calibration people, who are in these folds, to all people of the fit.
         fold_intercepts: (K, P) of the fits above.
     """
 
@@ -212,6 +216,32 @@ def nested_ridge(data: Folds, folds: int = FOLDS, beat: Callable[[], None] = lam
     entries = np.argmin(outer, axis=0)
     coefficients, intercepts = _pick(data.fit(every), entries)
     fold_coefficients, fold_intercepts = (np.stack(parts) for parts in zip(*fold_fits, strict=True))
+    return NestedRidge(coefficients, intercepts, entries, fold_coefficients, fold_intercepts)
+
+
+def calibrated_ridge(
+    data: Folds, errors_of: Callable[[Fits], Floats], beat: Callable[[], None] = lambda: None
+) -> NestedRidge:
+    """Fit ridge regressions to the only fold of ``data``, choosing scale and penalty by the errors of other people.
+
+    These calibration people are in K folds. The fit of fold k has the entry of the grid that is best on the other folds, so
+    that its errors on fold k are those of people who have chosen nothing. Equal errors are decided by the order of the grid.
+
+    Args:
+        data: the scans of the fit, all in fold 0.
+        errors_of: returns the summed squared errors (K, G, P) of each fold of the calibration people.
+        beat: called after the fit and after the errors.
+    """
+    fits = data.fit([0])
+    beat()
+    errors_KGP = errors_of(fits)
+    beat()
+    entries = np.argmin(errors_KGP.sum(0), axis=0)
+    coefficients, intercepts = _pick(fits, entries)
+    chosen = [np.argmin(np.delete(errors_KGP, fold, axis=0).sum(0), axis=0) for fold in range(len(errors_KGP))]
+    fold_coefficients, fold_intercepts = (
+        np.stack(parts) for parts in zip(*(_pick(fits, each) for each in chosen), strict=True)
+    )
     return NestedRidge(coefficients, intercepts, entries, fold_coefficients, fold_intercepts)
 
 

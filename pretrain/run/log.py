@@ -144,7 +144,7 @@ class RunLog:
             self.tracker.set_tags({"yaware.collapse": f"after {step + 1} steps: {alarm}"})
 
     def readouts(self, steps: int, fitted: Readouts) -> None:
-        """Log and print the out-of-fold errors of the readouts."""
+        """Log and print the errors of the readouts on people whom they are not fitted to."""
         self._note({f"readouts/{name}_mae": readout.summary["mae"] for name, readout in fitted.readouts.items()}, steps)
         for line in fitted.lines():
             print(f"pretrain: {line}", flush=True)

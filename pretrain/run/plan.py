@@ -24,6 +24,7 @@ from pretrain.config import ReadoutSection, Recipe, check_world_size
 from pretrain.encoders import ENCODERS, TRAINING_ONLY, build_encoder, check_encoder
 from pretrain.encoders.pooling import SPATIAL
 from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.readouts.calibration import CalibrationChoice, check_named_split
 from pretrain.readouts.targets import check_columns
 from pretrain.run import folder
 from pretrain.run.objective import Objective, build_objective
@@ -67,7 +68,7 @@ class Plan:
         check_something_hidden(recipe, augmentation)
         check_encoder(recipe.encoder.name, recipe.encoder.options, grid=manifest.grid["shape"], training=True)
         _check_poolings(recipe, manifest.grid["shape"])
-        _check_readouts(recipe, manifest)
+        _check_readouts(recipe, manifest, rows)
         steps_per_epoch = order.length / recipe.batch.global_
         return cls(
             recipe=recipe, manifest=manifest, rows=rows, order=order, total_steps=total_steps(recipe, order.length),
@@ -89,6 +90,11 @@ class Plan:
         d, h, w = (int(side) for side in self.manifest.grid["shape"])
         masked = 0.0 if self.recipe.loss.reconstruction is None else self.recipe.loss.reconstruction.masked
         return ViewDetails(self.augmentation, (d, h, w), self.recipe.run.seed, masked)
+
+    @property
+    def calibration(self) -> CalibrationChoice:
+        """The people on whom the readouts of the last checkpoint are calibrated."""
+        return calibration_of(self.recipe)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -129,12 +135,21 @@ def _check_poolings(recipe: Recipe, sides: Sequence[int]) -> None:
                 encoder.use_pooling(pooling, sides)  # type: ignore[operator]
 
 
-def _check_readouts(recipe: Recipe, manifest: Manifest) -> None:
-    """Raise UserError if a column of ``readouts`` is not in the shards, or its block or pooling is not the encoder's."""
+def calibration_of(recipe: Recipe) -> CalibrationChoice:
+    """Return the people on whom a recipe's readouts are calibrated."""
+    return CalibrationChoice(recipe.readouts.calibration, recipe.monitor.split, recipe.data.query)
+
+
+def _check_readouts(recipe: Recipe, manifest: Manifest, rows: NDArray[np.int64]) -> None:
+    """Raise UserError if a column or split of ``readouts`` cannot be used, or its block or pooling is not the encoder's.
+
+    ``rows``: the training scans.
+    """
     settings = recipe.readouts
     if settings.fit is False:
         return
     check_columns(manifest, settings.columns, "readouts.columns")
+    check_named_split(manifest, rows, calibration_of(recipe), "readouts.calibration")
     if settings.layer is not None or settings.pooling != ReadoutSection().pooling:
         encoder = build_encoder(recipe.encoder.name, recipe.encoder.options)
         intermediate_features(encoder, settings.layer, settings.pooling)

@@ -52,7 +52,7 @@ def embed(arguments: list[str]) -> int:
     names = ("layer", "pooling", "batch_size", "device", "workers")
     keywords: dict[str, Any] = {name: getattr(options, name) for name in names}
     if options.readouts or options.gap:
-        keywords["readouts"] = encoder.need_readouts()
+        keywords["readouts"], source.identify = encoder.need_readouts(), True
     if options.out:
         table, unreadable, taken = embed_to_file(options.encoder, source, options.out, loaded=encoder, **keywords)
         if options.gap and len(table):
@@ -72,6 +72,8 @@ def embed(arguments: list[str]) -> int:
         print(to_tsv(table), end="")
     if source.unlike:
         print(f"embed: warning: {unlike_line(source, encoder.preprocessing)}", file=sys.stderr)
+    if "readouts" in keywords and (known := encoder.known_scans_line(source)):
+        print(f"embed: warning: {known}", file=sys.stderr)
     if unreadable:
         lines = "".join(f"  {name}: {reason}\n" for name, reason in unreadable.items())
         print(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
@@ -17,14 +18,21 @@ from data_pipeline.storage.manifest import Manifest
 from infra.errors import OPTIONAL_TEXT, OPTIONAL_WHOLE, WHOLE, UserError, check_arguments
 from infra.files import regular_file, sha256_of
 from pretrain.encoders import TRAINING_ONLY, build_encoder
+from pretrain.weights import seen_scans
 from pretrain.weights.embedding import BATCH_SIZE, embed_table
 from pretrain.weights.folder import FILES, find_encoder, read_json
 from pretrain.weights.readouts import Readouts, read_readouts
-from pretrain.weights.scan_source import EmbeddableScans, scan_source, unlike_line
+from pretrain.weights.scan_source import EmbeddableScans, ScanSource, scan_source, unlike_line
 from pretrain.weights.schema import check_config, check_preprocessing_file
 from pretrain.weights.weight_shapes import check_shapes, check_values
 
 ON_ERROR = ("raise", "skip")
+# Role of scans (seen_scans.ROLES) -> the words for their people in a warning.
+KNOWN_BY = {
+    "trained": "whom the encoder was trained on",
+    "readouts": "to whom its readouts were fitted",
+    "calibration": "on whom its readouts were calibrated",
+}
 
 
 class Encoder(nn.Module):
@@ -96,6 +104,28 @@ class Encoder(nn.Module):
             )
         return self.readouts
 
+    def known_scans_line(self, source: ScanSource) -> str:
+        """Return one line about scans whose people the encoder or its readouts know; empty if there are none.
+
+        They are recognised by the digests beside the weights and in the readouts.
+
+        Args:
+            source: the scans, after they were read with ``identify``.
+        """
+        recorded = list((seen_scans.read(self.folder) if self.folder else None) or [])
+        recorded += self.readouts.fitted_on if self.readouts else []
+        counts = {
+            told: source.seen([scans for scans in recorded if scans.role == role]) for role, told in KNOWN_BY.items()
+        }
+        count = int(np.any(list(counts.values()), axis=0).sum())
+        if not count:
+            return ""
+        told = ", ".join(f"{told} ({int(known.sum())})" for told, known in counts.items() if known.any())
+        return (
+            f"{count} of {len(source.names)} scans are of people {told}; their predictions may be closer to the truth than "
+            "those of new people: do not judge the readouts, and do not compare groups, by them"
+        )
+
     def embed(
         self, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
         tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE,
@@ -123,7 +153,8 @@ class Encoder(nn.Module):
             on_error: what an unreadable scan does: ``raise``, or ``skip`` it with a warning.
             progress: show progress on stderr.
             readouts: add the readouts and the limits of their 95 % intervals as columns, such as ``predicted_age``,
-                ``predicted_age_low`` and ``predicted_age_high``.
+                ``predicted_age_low`` and ``predicted_age_high``. Scans of people whom the encoder or the readouts know are
+                counted in a warning.
 
         Returns:
             A row per scan in the order given, columns ``f0``, ``f1``, ... (float32), then those of the readouts. The index is
@@ -141,6 +172,7 @@ class Encoder(nn.Module):
         source = scan_source(scans, self.preprocessing, manifest, tiv, orientation)
         if not source.names:
             raise UserError("there are no scans to embed")
+        source.identify = readouts
         table, unreadable = embed_table(
             self.network, source, stop_at_unreadable=on_error == "raise", layer=layer, pooling=pooling, device=device,
             batch_size=batch_size, workers=workers, progress=progress, readouts=self.need_readouts() if readouts else None,
@@ -150,6 +182,8 @@ class Encoder(nn.Module):
             warnings.warn(f"{len(unreadable)} scans cannot be read and are left out: {listed}", stacklevel=2)
         if source.unlike:
             warnings.warn(unlike_line(source, self.preprocessing), stacklevel=2)
+        if readouts and (known := self.known_scans_line(source)):
+            warnings.warn(known, stacklevel=2)
         return table
 
 

@@ -35,6 +35,9 @@ IMAGES = (".nii", ".nii.gz", ".mgz", ".npy")
 TABLES = (".tsv", ".csv")
 # Scan -> its stamp (see ScanSource.stamp) and its features (F,).
 Entries = dict[str, tuple[list[Any], NDArray[np.float32]]]
+# What a source notes about scans while it reads them: the names of its attributes (ScanSource).
+NOTES = ("unlike", "voxels")
+Notes = Mapping[str, Mapping[str, str]]  # scan -> its notes
 
 
 class PartialFile:
@@ -44,8 +47,8 @@ class PartialFile:
         self.path = out.with_name(f".{out.name}.partial")
         self.header = header
 
-    def read(self) -> tuple[Entries, dict[str, str]]:
-        """Return stamp and features by name, and in what scans differ from the training scans.
+    def read(self) -> tuple[Entries, Notes]:
+        """Return stamp and features by name, and notes.
 
         Both are empty if the file belongs to another encoder or other options.
         """
@@ -56,19 +59,19 @@ class PartialFile:
             entry["name"]: (entry["stamp"], np.frombuffer(base64.b64decode(entry["features"]), "<f4"))
             for entry in lines[1:]
         }
-        return entries, {entry["name"]: entry["unlike"] for entry in lines[1:] if entry.get("unlike")}
+        return entries, {entry["name"]: {key: entry[key] for key in NOTES if key in entry} for entry in lines[1:]}
 
-    def start(self, entries: Entries, unlike: Mapping[str, str]) -> None:
+    def start(self, entries: Entries, notes: Notes) -> None:
         """Replace the file by one with these entries, without a last line that a kill cut short."""
         with atomic_write(self.path, "w") as stream:
             stream.write(json.dumps(self.header) + "\n")
-        self.append(entries, unlike)
+        self.append(entries, notes)
 
-    def append(self, entries: Entries, unlike: Mapping[str, str]) -> None:
-        """Add the features of a batch, and in what its scans differ from the training scans."""
+    def append(self, entries: Entries, notes: Notes) -> None:
+        """Add the features of a batch, and what was noted about its scans."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.writelines(
-                _entry(name, stamp, features, unlike.get(name)) for name, (stamp, features) in entries.items()
+                _entry(name, stamp, features, notes.get(name, {})) for name, (stamp, features) in entries.items()
             )
 
 
@@ -98,14 +101,15 @@ def embed_to_file(
         header["readouts"] = sha256_of(readouts_folder(find_encoder(encoder)) / "checksums.json")
     partial = PartialFile(out, header)
     stamps = [source.stamp(position) for position in range(len(source.names))]
-    stored, unlike = partial.read()
+    stored, notes = partial.read()
     computed = {
         name: stored[name]
         for name, stamp in zip(source.names, stamps, strict=True)
         if name in stored and stored[name][0] == stamp
     }
-    source.unlike.update({name: fault for name, fault in unlike.items() if name in computed})
-    partial.start(computed, unlike)
+    for key in NOTES:
+        getattr(source, key).update({name: notes[name][key] for name in computed if key in notes[name]})
+    partial.start(computed, notes)
     continued = len(computed)
     missing = [position for position, name in enumerate(source.names) if name not in computed]
     unreadable: dict[str, str] = {}
@@ -115,7 +119,7 @@ def embed_to_file(
                 source.names[position]: (stamps[position], features)
                 for position, features in zip(batch.positions, batch.features, strict=True)
             }
-            partial.append(entries, source.unlike)
+            partial.append(entries, {name: _notes(source, name) for name in entries})
             computed |= entries
             unreadable |= {source.names[position]: reason for position, reason in batch.unreadable.items()}
     readable = [name for name in source.names if name in computed]
@@ -193,10 +197,13 @@ def _head_sizes(place: Path, rows: Sequence[Row]) -> list[float]:
     return [math.nan if row["tiv"] is None else float(row["tiv"]) for row in values]
 
 
-def _entry(name: str, stamp: list[Any], features: NDArray[np.float32], unlike: str | None) -> str:
+def _notes(source: ScanSource, name: str) -> dict[str, str]:
+    return {key: getattr(source, key)[name] for key in NOTES if name in getattr(source, key)}
+
+
+def _entry(name: str, stamp: list[Any], features: NDArray[np.float32], notes: Mapping[str, str]) -> str:
     encoded = base64.b64encode(features.astype("<f4").tobytes()).decode()
-    differs = {"unlike": unlike} if unlike else {}
-    return json.dumps({"name": name, "stamp": stamp, "features": encoded, **differs}) + "\n"
+    return json.dumps({"name": name, "stamp": stamp, "features": encoded, **notes}) + "\n"
 
 
 def _json_lines(path: Path) -> Iterator[Any]:

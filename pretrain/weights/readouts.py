@@ -8,7 +8,7 @@ residuals) and ``readouts.json`` (everything else), whose digests are in ``check
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,15 @@ class Readout:
         classes: the texts that 0 and 1 stand for; empty for a number.
         intercept: of the regression that is fitted to all people.
         coefficients: (F,) of it, for features as they are.
-        fold_coefficients: (K, F) fitted without the people of fold k.
+        fold_coefficients: (K, F) of fold k, whose people are neither fitted to nor have chosen its penalty.
         fold_intercepts: (K,) of them.
-        residuals: (R,) absolute errors of the scans, each predicted without its person's fold.
+        residuals: (R,) absolute errors of scans of people who are not fitted to, each predicted by the model of its person's
+            fold.
         residual_folds: (R,) the fold of each.
         residual_weights: (R,) one divided by the number of scans of the person.
-        summary: scale, penalty, people, scans, missing, unreadable, mae, r2; and, for a number, slope and offset of the line
-            of predicted over true values.
-        errors: out-of-fold errors: rows of by (all, age, site), group, people, scans, mae, bias.
+        summary: scale, penalty; people, scans, missing, unreadable of the fit; mae, r2 and, for a number, slope and offset of
+            the line of predicted over true values; calibrated_on: whose errors these are (``whose_errors``).
+        errors: of the same people: rows of by (all, age, site), group, people, scans, mae, bias.
     """
 
     name: str
@@ -72,11 +73,12 @@ class Readout:
     def interval(self, features: NDArray[Any], coverage: float = COVERAGE) -> tuple[Floats, Floats]:
         """Return lower and upper limits (n,) that hold the truth of a new person with the probability ``coverage``.
 
-        CV+ of Barber, Candès, Ramdas and Tibshirani (Annals of Statistics 49, 2021): with the prediction m_k(x) without fold
-        k and the residual R_i of scan i of fold k(i), the limits are quantiles over i of m_k(i)(x) - R_i and of
+        CV+ of Barber, Candès, Ramdas and Tibshirani (Annals of Statistics 49, 2021): with the prediction m_k(x) of fold k's
+        model and the residual R_i of scan i of fold k(i), the limits are quantiles over i of m_k(i)(x) - R_i and of
         m_k(i)(x) + R_i. Each scan of a person with k scans has weight 1/k, since persons, not scans, are exchangeable. The
         guarantee is 2 x coverage - 1; the coverage of stable regressions as this one is near ``coverage``.
-        It holds for people like those of the fit: at a scanner that shifts all predictions it does not.
+        It holds for people like those whose residuals these are: at a scanner that shifts all predictions it does not, and not
+        if the encoder was trained on those people.
         """
         of_folds_nK = np.asarray(features, np.float64) @ self.fold_coefficients.T + self.fold_intercepts
         limits = np.empty((2, len(of_folds_nK)))
@@ -91,8 +93,8 @@ class Readout:
     def corrected_gap(self, predicted: NDArray[Any], true: NDArray[Any]) -> Floats:
         """Return predicted minus true values (n,) without their dependence on the true value; NaN where that is missing.
 
-        The line of predicted over true values is that of the out-of-fold predictions of the people of the fit (de Lange and
-        Cole 2020). Raises UserError for classes.
+        The line of predicted over true values is that of people who are not fitted to (de Lange and Cole 2020). Raises
+        UserError for classes.
         """
         if self.classes:
             raise UserError(f"readout {self.name} predicts classes ({', '.join(self.classes)}); a gap needs a number")
@@ -110,7 +112,7 @@ class Readouts:
         layer: the block whose features they read; None is the encoder's end.
         pooling: of that block.
         left_out: columns that were asked for and have no readout, with the reason.
-        fitted_on: digests of the scans that they are fitted to.
+        fitted_on: digests of the scans that they are fitted to, and calibrated on.
     """
 
     readouts: dict[str, Readout]
@@ -181,7 +183,7 @@ class Readouts:
         return pd.DataFrame(columns, index=predicted.index)
 
     def errors(self) -> pd.DataFrame:
-        """Return the out-of-fold errors: readout, by (all, age, site), group, people, scans, mae, bias."""
+        """Return the errors on people not fitted to: readout, by (all, age, site), group, people, scans, mae, bias."""
         rows = [{"readout": name, **row} for name, readout in self.readouts.items() for row in readout.errors]
         return pd.DataFrame(rows, columns=["readout", "by", "group", "people", "scans", "mae", "bias"])
 
@@ -193,10 +195,37 @@ class Readouts:
             missing = f", {summary['missing']} scans without a value left out" if summary["missing"] else ""
             unreadable = f", {summary['unreadable']} unreadable" if summary["unreadable"] else ""
             lines.append(
-                f"readout of {name}: mean absolute error {summary['mae']:.3g}, R² {summary['r2']:.3g} out of fold "
-                f"({summary['people']} people, {summary['scans']} scans{missing}{unreadable}; penalty {summary['penalty']:g})"
+                f"readout of {name}: mean absolute error {summary['mae']:.3g}, R² {summary['r2']:.3g} "
+                f"{whose_errors(summary)} (fitted to {summary['people']} people, {summary['scans']} scans{missing}"
+                f"{unreadable}; penalty {summary['penalty']:g}){doubt(summary)}"
             )
         return lines + [f"no readout of {name}: {reason}" for name, reason in self.left_out.items()]
+
+
+def whose_errors(summary: Mapping[str, Any]) -> str:
+    """Return on whom the errors of a readout are measured, in words; ``summary`` is the readout's.
+
+    ``summary["calibrated_on"]``, which older readouts lack, has the keys split (None: out of fold), people, scans, excluded
+    (people of the split who are not used), seen (whether the encoder was trained on people whose errors these are; None: not
+    known) and reason (why errors are out of fold though the encoder may know the people).
+    """
+    found = summary.get("calibrated_on") or {"split": None, "seen": None}
+    if found["split"] is None:
+        whose = {
+            True: ", of the encoder's own training people",
+            False: ", of people whom the encoder has not seen",
+            None: "",
+        }
+        return f"out of fold{whose[found['seen']]}"
+    unseen = " whom the encoder has not seen" if found["seen"] is False else ""
+    excluded = f", {found['excluded']} others left out" if found["excluded"] else ""
+    return f"on {found['people']} people of the split {found['split']}{unseen}{excluded}"
+
+
+def doubt(summary: Mapping[str, Any]) -> str:
+    """Return why the interval of a readout may be too narrow, as the end of a sentence; empty if there is no reason."""
+    reason = (summary.get("calibrated_on") or {}).get("reason")
+    return f"; the interval may be too narrow: {reason}" if reason else ""
 
 
 def _upper(values: Floats, weights: Floats, coverage: float) -> Floats:

@@ -14,6 +14,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from data_pipeline.cohort.declarations import check_orientation
+from data_pipeline.quality.rules import voxels_digest
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.reader import VolumeReader
 from data_pipeline.volume.errors import BadScan
@@ -22,6 +23,7 @@ from data_pipeline.volume.load import read_voxels
 from data_pipeline.volume.preparation import DEFAULT_PREPARATION, FilePreparation, scale_factor
 from infra.errors import UserError
 from pretrain.weights.likeness import Likeness
+from pretrain.weights.seen_scans import DIGITS, SeenScans, seen_in
 
 # What Encoder.embed takes: paths, a manifest, a table of paths or of a manifest's scans, or row numbers of a manifest.
 EmbeddableScans = Sequence[str | os.PathLike[str]] | Manifest | pd.DataFrame | NDArray[np.integer[Any]]
@@ -33,12 +35,17 @@ class ScanSource(Protocol):
     names: list[str]  # the scan's path or key
     index: str  # what the names are: "path" or "key"
     unlike: dict[str, str]  # name of a scan -> how it differs from the training scans
+    identify: bool  # whether to note digests of the voxels that are read, if nothing else tells whose they are
+    voxels: dict[str, str]  # name of a scan -> this digest
 
     def read(self, position: int) -> NDArray[np.float32]:
         """Return z-scored voxels (D, H, W). Raises BadScan, with the reason, if the scan cannot be used."""
 
     def stamp(self, position: int) -> list[Any]:
         """Return values that change when the scan's features would change."""
+
+    def seen(self, sources: Sequence[SeenScans]) -> NDArray[np.bool_]:
+        """Return (n,) whether each scan, or another one of its participant, is in one of the sources."""
 
 
 class FileSource:
@@ -61,6 +68,7 @@ class FileSource:
             raise UserError("there are no scans to embed")
         self.names = list(paths)
         self.unlike: dict[str, str] = {}
+        self.identify, self.voxels = False, dict[str, str]()
         self._file = FilePreparation.of(preprocessing)
         self._likeness, self._tiv = Likeness(preprocessing), tiv
         arrays = any(name.lower().endswith(".npy") for name in self.names)
@@ -80,6 +88,8 @@ class FileSource:
             Path(name), preparation.grid, self._file.checks, crop=preparation.crop, intensity=preparation.intensity,
             orientation=self._orientation, arrays_on=preparation.grid if self._file.arrays_on_grid else None,
         )  # fmt: skip
+        if self.identify:  # as a build takes the digest: before scaling
+            self.voxels[name] = voxels_digest(to_float16(voxels.copy()))[:DIGITS]
         stored = to_float16(voxels, factor)  # as in the shards
         if fault := self._likeness.fault(stored):
             self.unlike[name] = fault
@@ -94,6 +104,14 @@ class FileSource:
         tiv = self._tiv[position] if self._tiv is not None else None
         return [status.st_size, status.st_mtime_ns, tiv, *([self._orientation] if self._orientation else [])]
 
+    def seen(self, sources: Sequence[SeenScans]) -> NDArray[np.bool_]:
+        """Return (n,) whether the voxels of each file are in one of the sources; False for files not read with ``identify``.
+
+        A file does not say whose scan it is, so other scans of the same people are not recognised.
+        """
+        digests = {digest for source in sources for digest in source.voxels or ()}
+        return np.array([self.voxels.get(name) in digests for name in self.names], dtype=bool)
+
 
 class ShardSource:
     """Scans of shards. Threads may read at the same time: each has its own reader."""
@@ -104,6 +122,7 @@ class ShardSource:
         check_preprocessing(preprocessing, manifest, "the encoder")
         self.names = manifest.scans["key"].iloc[rows].astype(str).tolist()
         self.unlike: dict[str, str] = {}
+        self.identify, self.voxels = False, dict[str, str]()
         self._manifest, self._rows = manifest, rows
         self._readers = threading.local()
 
@@ -120,6 +139,10 @@ class ShardSource:
     def stamp(self, position: int) -> list[Any]:
         """Return the checksum of the scan's bytes."""
         return [int(self._manifest.scans["crc32c"].iloc[int(self._rows[position])])]
+
+    def seen(self, sources: Sequence[SeenScans]) -> NDArray[np.bool_]:
+        """Return (n,) whether each scan's participant is in one of the sources, by name or by the voxels of any scan."""
+        return seen_in(sources, self._manifest, self._rows)
 
 
 def scan_source(

@@ -129,6 +129,15 @@ class PreprocessingFile(_Part):
     likeness: _Likeness | None = None
 
 
+class _CalibratedOn(_Part):
+    split: Text | None
+    people: int = Field(ge=1)
+    scans: int = Field(ge=1)
+    excluded: int = Field(ge=0)
+    seen: bool | None
+    reason: Text
+
+
 class _Summary(_Part):
     scale: Literal["each", "all"]
     penalty: Annotated[float, Field(allow_inf_nan=False, gt=0)]
@@ -140,6 +149,7 @@ class _Summary(_Part):
     r2: Finite
     slope: Finite | None = None
     offset: Finite | None = None
+    calibrated_on: _CalibratedOn | None = None  # older files have none: out of fold
 
 
 class _ErrorRow(_Part):

@@ -9,7 +9,7 @@ someone who guesses a participant's id can test the guess (docs/evaluation_proto
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,13 @@ from pretrain.weights.folder import find_encoder, read_json
 NAME = "seen_scans.json"
 # 64 bits: 10^4 training scans and 10^4 test scans share a digest by chance with a probability of about 10^-11.
 DIGITS = 16
+# What was done with the scans. The first two are of encoders, the others of their readouts.
+ROLES = {
+    "trained": "the weights were fitted to them",
+    "watched": "the monitor chose a checkpoint by them",
+    "readouts": "the coefficients of readouts were fitted to them",
+    "calibration": "the penalty of readouts was chosen, and their errors were measured, on them",
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class SeenScans:
 
     Attributes:
         manifest_digest: digest of the data set's manifest.
-        role: ``trained`` if the weights were fitted to the scans, ``watched`` if the monitor chose a checkpoint by them.
+        role: a key of ``ROLES``.
         participants: ``participant_digest`` of each participant, sorted.
         voxels: the first digits of each scan's ``voxels_sha256``, sorted; None if the manifest does not have them.
     """
@@ -74,6 +81,61 @@ def read(folder: Path) -> list[SeenScans] | None:
     except (ValidationError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path} is damaged ({reason}); export the encoder again") from None
+
+
+def trained_on(folder: Path, config: Mapping[str, Any], manifest: Manifest) -> list[SeenScans] | None:
+    """Return the scans that an encoder was trained on; empty if it is untrained, None if that is not known.
+
+    Without a file ``seen_scans.json`` it is known of the shards that the encoder was trained on.
+
+    Args:
+        folder: of the exported encoder.
+        config: its config.json.
+        manifest: of the shards that it is used on.
+    """
+    if config.get("method") == "random":
+        return []
+    sources = read(folder)
+    if sources is not None:
+        return [source for source in sources if source.role == "trained"]
+    if config.get("manifest_digest") != manifest.digest:
+        return None
+    return [source_of(manifest, np.flatnonzero(manifest.scans["split"].isin(config["split"])))]
+
+
+def people_in(sources: Sequence[SeenScans], manifest: Manifest, rows: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """Return (n,) whether a scan's participant is in one of the sources."""
+    names = np.array(participants_of(manifest, rows), dtype=object)
+    result = np.zeros(len(rows), dtype=bool)
+    for source in sources:
+        digests = set(source.participants)
+        seen = {name for name in set(names) if participant_digest(source.manifest_digest, name) in digests}
+        result |= np.isin(names, list(seen))
+    return result
+
+
+def copies_in(
+    sources: Sequence[SeenScans], manifest: Manifest, rows: NDArray[np.integer[Any]]
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Return (n,) whether any scan of a scan's participant has voxels that are in one of the sources, and these scans' rows.
+
+    Without digests of voxels there are none.
+    """
+    none = np.zeros(len(rows), dtype=bool), np.empty(0, np.int64)
+    digests = {digest for source in sources for digest in source.voxels or ()}
+    if "voxels_sha256" not in manifest.scans or not digests:
+        return none
+    subjects = manifest.subjects()
+    # A participant with one seen scan counts as seen in every session.
+    candidates = np.flatnonzero(np.isin(subjects, subjects[rows]))
+    voxels = manifest.scans["voxels_sha256"].iloc[candidates].astype("string").fillna("").str[:DIGITS]
+    copies = candidates[voxels.isin(digests).to_numpy(dtype=bool)]
+    return np.isin(subjects[rows], subjects[copies]), copies
+
+
+def seen_in(sources: Sequence[SeenScans], manifest: Manifest, rows: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """Return (n,) whether a scan's participant is in one of the sources, by name or by the voxels of any scan."""
+    return people_in(sources, manifest, rows) | copies_in(sources, manifest, rows)[0]
 
 
 def seen_before(*paths: str | Path) -> list[SeenScans]:

@@ -45,6 +45,7 @@ ERROR = {"by": "all", "group": "all", "people": 9, "scans": 12, "mae": 3.2, "bia
 SUMMARY = {
     "scale": "each", "penalty": 1.0, "people": 9, "scans": 12, "missing": 0, "unreadable": 0, "mae": 3.2, "r2": 0.7,
     "slope": 0.9, "offset": 1.0,
+    "calibrated_on": {"split": "monitor", "people": 60, "scans": 61, "excluded": 1, "seen": False, "reason": ""},
 }  # fmt: skip
 READOUTS = {
     "weights": "0" * 64, "layer": None, "pooling": ["mean"], "coverage": 0.95, "left_out": {"iq": "too few"},

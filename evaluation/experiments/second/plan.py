@@ -28,7 +28,7 @@ from infra.files import regular_file
 from pretrain.readouts.solve import GRID
 
 EXPERIMENT = "yaware-experiment-2"  # in MLflow
-FORMAT = 2  # raise it when the same plan would give other answers
+FORMAT = 3  # raise it when the same plan would give other answers
 MIDDLE = "middle"  # level of the primary comparisons
 # Level -> settings of the simulation that differ from its defaults, of the healthy people as of the clinic.
 LEVELS: dict[str, dict[str, Any]] = {

@@ -196,6 +196,15 @@ def test_people_of_the_readouts_are_refused_by_name_and_by_voxels(tmp_path):
     check_readouts(readouts, manifest, four, "mine")
     with pytest.raises(UserError, match=r"mine: its readouts were fitted on participants .*003.; evaluate on other"):
         check_readouts(readouts, manifest, np.concatenate([three, four]), "mine")
+    calibrated = Readouts(
+        {}, "0" * 64, fitted_on=[source_of(manifest, four, "readouts"), source_of(manifest, three, "calibration")]
+    )
+    with pytest.raises(
+        UserError, match=r"mine: its readouts were calibrated on participants .*003.; evaluate on other"
+    ):
+        check_readouts(calibrated, manifest, three, "mine")
+    with pytest.raises(UserError, match=r"its readouts were calibrated, under another name, on voxels of .*903"):
+        check_readouts(calibrated, other, np.flatnonzero(other.scans["participant_id"] == "903"), "mine")
     renamed_row = np.flatnonzero(other.scans["participant_id"] == "903")
     with pytest.raises(UserError, match=r"its readouts were fitted, under another name, on voxels of .*903"):
         check_readouts(readouts, other, renamed_row, "mine")

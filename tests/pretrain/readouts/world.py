@@ -32,16 +32,20 @@ class World:
         return pd.DataFrame({"person": person, "age": age, "site": site}), features.astype(np.float32)
 
 
-def fit(table, features, seed=0):
-    """Fit a readout of age to scans, as ``fit_readouts`` does, and return it."""
+def fit(table, features, seed=0, calibration=None):
+    """Fit a readout of age to scans, as ``fit_readouts`` does, and return it.
+
+    ``calibration``: (n,) which scans measure the errors and are not fitted to; None: errors out of fold.
+    """
     known = np.ones(len(table), bool)
-    folds = deal_folds(table["person"].to_numpy(np.int64), known, seed)
+    folds = deal_folds(table["person"].to_numpy(np.int64), known if calibration is None else calibration, seed)
     target = Target("age", table["age"].to_numpy())
-    found = fit_group(OwnFeatures(features, known, Ranks()), TargetGroup([target], known, folds))
-    predicted = (features * found.fold_coefficients[folds, :, 0]).sum(1) + found.fold_intercepts[folds, 0]
+    found = fit_group(OwnFeatures(features, known, Ranks()), TargetGroup([target], known, folds, calibration))
+    used = folds >= 0
+    own = (features * found.fold_coefficients[folds, :, 0]).sum(1) + found.fold_intercepts[folds, 0]
     weights = 1.0 / table.groupby("person")["age"].transform("size").to_numpy()
     return Readout(
         "age", (), float(found.intercepts[0]), found.coefficients[:, 0], found.fold_coefficients[:, :, 0],
-        found.fold_intercepts[:, 0], residuals=np.abs(predicted - target.values), residual_folds=folds,
-        residual_weights=weights, summary={},
+        found.fold_intercepts[:, 0], residuals=np.abs(own - target.values)[used], residual_folds=folds[used],
+        residual_weights=weights[used], summary={},
     )  # fmt: skip

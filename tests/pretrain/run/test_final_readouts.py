@@ -103,6 +103,44 @@ def test_readouts_do_not_change_the_run_and_are_those_of_the_command(runs, healt
     assert list(add_readouts(folder / "without", healthy, progress=False).readouts) == ["age"]
 
 
+@pytest.mark.jobs
+def test_two_ranks_calibrate_on_the_monitor_split_as_the_command_does(two_splits, tmp_path):
+    script = f"""
+import yaware
+sections = {{
+    "data": {{"shards": {str(two_splits)!r}, "workers": 0}}, "train": {{"steps": 2}}, "batch": {{"global": 8}},
+    "encoder": {{"options": {{"width": 0.25, "norm": "group"}}}}, "monitor": {{"every_epochs": 0}}, "readouts": {{"fit": True}},
+}}
+yaware.pretrain("demo-cpu", ranks=2, output="run", **sections)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=600,
+        env={**environment(tmp_path), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "on 54 people of the split monitor whom the encoder has not seen (fitted to 24 people" in done.stdout
+    fitted = Encoder.from_pretrained(tmp_path / "run").readouts
+    by_command = add_readouts(tmp_path / "run", two_splits, replace=True, progress=False)
+    one, other = fitted.readouts["age"], by_command.readouts["age"]
+    np.testing.assert_allclose(one.coefficients, other.coefficients, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(one.residuals, other.residuals, rtol=1e-4, atol=1e-4)
+    assert one.summary["calibrated_on"] == other.summary["calibrated_on"]
+    assert fitted.fitted_on == by_command.fitted_on
+
+
+@pytest.mark.parametrize(
+    ("calibration", "steps", "expected"),
+    [("auto", 32, False), ("auto", 33, True), ("none", 9, False), ("none", 10, True)],
+)
+def test_scans_to_calibrate_on_count_too(two_splits, tmp_path, calibration, steps, expected):
+    """24 scans to fit to, and 55 of the monitor's split."""
+    overrides = [
+        f"--readouts.calibration={calibration}", f"--train.steps={steps}", "--batch.global=8", f"--data.shards={two_splits}",
+    ]  # fmt: skip
+    plan = make_plan(load_recipe("demo-cpu", [*overrides, f"--run.output={tmp_path}", "--monitor.every_epochs=0"]), 1)
+    assert wanted(plan) == expected
+
+
 @pytest.mark.parametrize(
     ("fit", "steps", "expected"),
     [("auto", 41, False), ("auto", 42, True), ("true", 1, True), ("false", 1000, False), ("auto", 0, False)],
@@ -132,6 +170,14 @@ def test_a_run_is_due_until_its_last_checkpoint_has_readouts(tmp_path):
         ("--readouts.pooling=[median]", "pooling='median' is not known"),
         ("--readouts.pooling=[grid8]", "pooling grid8 needs a map of 8 or more"),
         ("--readouts.fit=sometimes", "readouts.fit"),
+        (
+            "--readouts.calibration=monitor",
+            "readouts.calibration=monitor is not a split of .*; allowed: auto, none, pretrain",
+        ),
+        (
+            "--readouts.calibration=pretrain",
+            "readouts.calibration=pretrain: 0 people of this split are neither fitted to nor",
+        ),
     ],
 )
 def test_wrong_settings_are_refused_by_the_plan(healthy, tmp_path, override, message):
