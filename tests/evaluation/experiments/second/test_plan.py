@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from evaluation.experiments.cohorts import HEALTHY_SPLITS
 from evaluation.experiments.plan import METHODS
+from evaluation.experiments.pretraining import RECIPE
 from evaluation.experiments.second import __main__ as command
 from evaluation.experiments.second import plan as plans
 from evaluation.experiments.second.comparisons import ALL, CURVES, PRIMARY, SECONDARY, TESTED, Method
@@ -28,6 +30,9 @@ from evaluation.experiments.second.store import save_piece
 from evaluation.experiments.second.tune import TuningPlan, check_choices
 from evaluation.protocols.probes import Probe
 from infra.errors import UserError
+from pretrain.config import load_recipe
+from pretrain.readouts.calibration import FEWEST_OF_AUTO
+from pretrain.run.plan import calibration_of
 from tests.evaluation.experiments.second.answers import made_up
 
 PLAN = SecondPlan()
@@ -148,6 +153,14 @@ def test_weights_depend_on_the_loss_and_the_level():
     assert settings[0] != settings[1]
     assert settings[0] != settings[2]
     assert any("bandwidth=0" in text for text in simclr.overrides)
+
+
+def test_readouts_are_calibrated_on_the_split_that_sets_the_penalty_of_the_brain_age_ridge():
+    for piece in pieces_of(PLAN):
+        if piece.kind == "encoder":
+            choice = calibration_of(load_recipe(RECIPE, list(piece.overrides)))
+            assert (choice.name, choice.split, choice.query) == ("auto", "monitor", None)
+    assert PLAN.healthy * HEALTHY_SPLITS["monitor"] >= FEWEST_OF_AUTO
 
 
 def test_tuning_does_not_use_the_people_of_the_experiment_and_knows_its_methods():
