@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from infra.errors import UserError
 from infra.slurm.batch_script import CheckedCommand, JobSize
@@ -14,13 +15,13 @@ FINETUNE = "--finetune."
 
 def evaluate(arguments: list[str]) -> int:
     """Evaluate checkpoints on downstream tasks."""
-    options, rest = _parser().parse_known_args(arguments)
+    options, rest = _parser().parse_known_intermixed_args(arguments)
     fine_tuning = _fine_tuning_options(rest)
     from evaluation.protocols.evaluate import evaluate as run
     from infra.tracking.runs import ui_command
     from infra.tracking.tracker import default_uri
 
-    run(**vars(options), finetune=fine_tuning)
+    run(**{**vars(options), **_tables(options)}, finetune=fine_tuning)
     print(f"evaluate: logged to MLflow; to browse: {ui_command(options.tracking_uri or default_uri())}")
     return 0
 
@@ -40,7 +41,8 @@ def check_batch(arguments: list[str], size: JobSize) -> CheckedCommand:
     from infra.slurm.parser import OneLineParser
     from pretrain.weights.folder import find_encoder
 
-    options, rest = _parser(OneLineParser).parse_known_args(arguments)
+    options, rest = _parser(OneLineParser).parse_known_intermixed_args(arguments)
+    _tables(options)
     names = {field.name for field in fields(EvaluationSettings)} & vars(options).keys()
     given = {name: getattr(options, name) for name in names}
     settings = checked_settings(**given, finetune=_fine_tuning_options(rest))
@@ -49,7 +51,7 @@ def check_batch(arguments: list[str], size: JobSize) -> CheckedCommand:
         manifest = Manifest.load(options.shards)
         for name in settings.tasks:
             load_task(name, manifest, settings.folds)
-        for path in checkpoint_paths(options.checkpoints, all_steps=options.all_steps):
+        for path in checkpoint_paths(options.checkpoints, all_steps=options.all_steps) if options.checkpoints else ():
             find_encoder(path)
     return CheckedCommand(arguments, Path())
 
@@ -62,7 +64,8 @@ def _parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParse
         epilog="--finetune.KEY=VALUE sets how the protocols finetune and scratch train networks",
     )
     add = parser.add_argument
-    add("checkpoints", nargs="+", help="run folders (latest checkpoint), checkpoints/step-*, or exports")
+    add("checkpoints", nargs="*", help="run folders (latest checkpoint), checkpoints/step-*, or exports")
+    _add_feature_options(parser)
     add("--shards", required=True, help="folder of built shards")
     add("--tasks", required=True, type=_names, help="shipped tasks or YAML files, for example ad,scz,age,site")
     add("--protocols", default=("paper",), type=_names,
@@ -102,6 +105,43 @@ def _parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParse
     add("--storage", type=Path, help="folder of unfinished searches; on a cluster, one that all nodes see")
     add("--tracking-uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlruns/mlflow.db)")
     return parser
+
+
+def _add_feature_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of features that other software computed."""
+    add = parser.add_argument
+    add("--features", nargs="+", action="append", metavar="TABLE", help="evaluate features that other software computed: a "
+        ".tsv, .csv, .parquet or .npz with a row per scan, or several whose columns are put side by side; FreeSurfer's and "
+        "CAT12's tables as they are; repeat the option for more candidates")  # fmt: skip
+    add(
+        "--name",
+        action="append",
+        help="name of the features in the results (default: of the first file); once per --features",
+    )
+    add(
+        "--join",
+        action="store_true",
+        help="evaluate each checkpoint also with each table's columns beside its features",
+    )
+    add("--common-scans", action="store_true",
+        help="evaluate all candidates on the scans that every table has (default: a missing scan is an error)")  # fmt: skip
+
+
+def _tables(options: argparse.Namespace) -> dict[str, Any]:
+    """Return ``features`` and ``name`` as ``evaluation.evaluate`` takes them.
+
+    Raises UserError if the names are not as many as the features, or if there is nothing to evaluate.
+    """
+    groups, names = options.features or [], options.name or []
+    if not groups and not options.checkpoints:
+        raise UserError("there is nothing to evaluate; name checkpoints, or a table of features with --features")
+    if names and len(names) != len(groups):
+        raise UserError(f"--name is given {len(names)} times and --features {len(groups)} times; name each once")
+    titles = names or [Path(group[0]).stem for group in groups]
+    repeated = sorted({title for title in titles if titles.count(title) > 1})
+    if repeated:
+        raise UserError(f"two tables of features are named {repeated[0]!r}; give each a --name")
+    return {"features": dict(zip(titles, groups, strict=True)) or None, "name": None}
 
 
 def _fine_tuning_options(arguments: list[str]) -> dict[str, str]:

@@ -16,8 +16,9 @@ def pairs(
 ) -> Iterator[tuple[CheckpointEvaluation, CheckpointEvaluation]]:
     """Yield the pairs to compare: each evaluation with each later one, or each one with the one named ``against``.
 
-    Evaluations are compared if they are of one protocol. Baselines (voxels, networks from scratch) are also compared with
-    every other protocol on the same kind of folds. If a protocol has more than ALL_PAIRS evaluations, all others are
+    Evaluations are compared if they are of one protocol. Features of others (tables, adapters) are compared with every
+    checkpoint of their protocol, whatever its layer and readouts. Baselines (voxels, networks from scratch) are also compared
+    with every other protocol on the same kind of folds. If a protocol has more than ALL_PAIRS evaluations, all others are
     compared with its first only.
     """
     names: dict[str, list[str]] = {}
@@ -42,5 +43,7 @@ def _comparable(first: CheckpointEvaluation, second: CheckpointEvaluation) -> bo
     """Whether a difference is one of the checkpoints, not of two protocols or two kinds of folds."""
     if first.protocol == second.protocol:
         return True
-    baseline = first.variant.is_baseline or second.variant.is_baseline
-    return baseline and first.variant.leave_site_out == second.variant.leave_site_out
+    one, other = first.variant, second.variant
+    baseline = one.is_baseline or other.is_baseline
+    given = (one.is_given or other.is_given) and one.protocol == other.protocol
+    return (baseline or given) and one.leave_site_out == other.leave_site_out

@@ -19,11 +19,11 @@ from sklearn.linear_model import Ridge
 from data_pipeline.storage.manifest import Manifest
 from evaluation.experiments.answers import Method, MethodAnswers, log_answers, save_answers
 from evaluation.experiments.plan import DISEASES, MAIN_CLINIC, PRETRAINED_ON, TASKS, ExperimentPlan, encoders_for
+from evaluation.features.voxels import gram_matrix, voxel_coordinates
 from evaluation.protocols.context import feature_folder
 from evaluation.protocols.features import cache_name, features_of
 from evaluation.protocols.nested_cv import PreparedTask, prepare, search_grid
 from evaluation.protocols.probes import LINEAR
-from evaluation.protocols.voxels import gram_matrix, voxel_coordinates
 from evaluation.statistics.metrics import mae
 from evaluation.tasks.leakage import check_copies, check_leakage
 from evaluation.tasks.tasks import Task, load_task

@@ -232,6 +232,15 @@ def table_of(
     )  # fmt: skip
 
 
+def beside(table: FeatureTable, columns: NDArray[Any]) -> FeatureTable:
+    """Return a table (N, F) with other features (N, G) beside its own, each of variance 1 before both get equal parts of it."""
+    assert table.places is None
+    own = table.blocks or (FeatureBlock(table.features.shape[1], table.scale, table.count or table.features.shape[1]),)
+    blocks = (*own, FeatureBlock(columns.shape[1], "each", columns.shape[1]))
+    features = np.concatenate([table.features, columns], axis=1, dtype=np.float64)
+    return replace(table, features=features, blocks=blocks, count=sum(block.features for block in blocks))
+
+
 def split_features(table: FeatureTable, train: NDArray[Any], test: NDArray[Any]) -> TrainTestSplit:
     """Regress confounds out of the features and scale them, fitting both to the training rows only.
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
+from evaluation.external.given import GivenFeatures
 from evaluation.protocols.settings import EvaluationSettings
 from evaluation.tasks.tasks import Task
 from infra.errors import UserError
@@ -26,7 +27,7 @@ from pretrain.weights.encoder import Encoder
 
 @dataclass
 class Candidate:
-    """What a protocol evaluates: a checkpoint, an architecture with random weights, or the shards themselves."""
+    """What a protocol evaluates: a checkpoint, an architecture with random weights, given features, or the shards."""
 
     name: str
     method: str
@@ -35,11 +36,20 @@ class Candidate:
     encoder: Encoder | None = None
     folder: Path | None = None  # of the exported encoder; None: random weights
     tags: dict[str, str] = field(default_factory=dict)  # further MLflow tags, without "yaware."
+    given: GivenFeatures | None = None  # features of a table or an adapter; with an encoder: beside its features
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights, of the given features, or of both; empty for baselines."""
+        if self.given is None or not self.weights:
+            return self.weights if self.given is None else self.given.digest
+        return hashlib.sha256(f"{self.weights} {self.given.digest}".encode()).hexdigest()
 
     @property
     def config(self) -> dict[str, Any]:
-        """The checkpoint's config.json; empty without a checkpoint."""
-        return self.encoder.config if self.encoder is not None and self.folder is not None else {}
+        """The checkpoint's config.json; empty without a checkpoint, and with other features beside its own."""
+        alone = self.folder is not None and self.given is None
+        return self.encoder.config if self.encoder is not None and alone else {}
 
 
 @dataclass
@@ -68,7 +78,7 @@ class EvaluationContext:
         """Create and return the folder of one unfinished result; its name is a digest of all that the result depends on."""
         encoder = candidate.encoder.config["encoder"] if candidate.encoder is not None else None
         inputs = {
-            "protocol": protocol, "settings": params, "weights": candidate.weights, "candidate": candidate.name,
+            "protocol": protocol, "settings": params, "weights": candidate.digest, "candidate": candidate.name,
             "encoder": encoder, "manifest": self.manifest.digest, "version": version("yaware"),
             "store": [absolute_uri(self.uri), self.experiment],
         }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,34 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
-from evaluation.features.tables import reduced, table_of
+from evaluation.external.given import (
+    GivenFeatures,
+    Tables,
+    check_complete,
+    check_values,
+    missing_rows,
+    read_tables,
+)
+from evaluation.features.tables import beside, reduced, table_of
+from evaluation.protocols.candidates import (
+    candidates_by_protocol,
+    check_join,
+    context_of,
+    given_candidates,
+    load_checkpoint,
+    variant_for,
+)
+from evaluation.protocols.candidates import checkpoint_paths as checkpoint_paths  # the command line uses it
 from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder, search_folder
-from evaluation.protocols.finetune import FineTuning, check_head_pooling
+from evaluation.protocols.finetune import FineTuning
 from evaluation.protocols.inputs import add_readouts, candidate_tables, joint_tables
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
-from evaluation.protocols.protocols import PROTOCOLS, checked_settings, decide_readouts, variant_of
+from evaluation.protocols.protocols import PROTOCOLS, checked_settings, decide_readouts
 from evaluation.protocols.record import log_result, open_run
 from evaluation.protocols.results import EvaluationResult, chosen_lines, is_complete, make_result, write_result
 from evaluation.protocols.settings import AUTO, EvaluationSettings
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS
-from evaluation.tasks.leakage import check_copies, check_leakage, check_readouts
+from evaluation.tasks.leakage import check_copies
 from evaluation.tasks.published import PUBLISHED, SOURCE
 from evaluation.tasks.resamples import NO_RESAMPLING
 from evaluation.tasks.tasks import Task, check_names, load_task
@@ -32,18 +49,15 @@ from infra.files import read_text, sha256_of, write_json
 from infra.processes.unchanged import unchanged_environment
 from infra.tracking import runs
 from infra.tracking.tracker import store_uri
-from pretrain.weights.encoder import Encoder
-from pretrain.weights.folder import find_encoder, list_checkpoints
-from pretrain.weights.layers import intermediate_features
 from pretrain.weights.readouts import readouts_folder
-from pretrain.weights.scan_source import check_preprocessing
 
 COLUMNS = ["checkpoint", "step", "protocol", "task", "metric", "value", "low", "high", "run_id"]
 
 
 @unchanged_environment()
 def evaluate(
-    checkpoints: Any, shards: str | os.PathLike[str] | Manifest, *, tasks: str | Sequence[str],
+    checkpoints: Any = None, shards: str | os.PathLike[str] | Manifest | None = None, *, tasks: str | Sequence[str],
+    features: Tables | None = None, name: str | None = None, join: bool = False, common_scans: bool = False,
     protocols: str | Sequence[str] = ("paper",), folds: int = 5, n_train: Sequence[int] = (100, 300, 500), draws: int = 10,
     seed: int = 0, inner_repeats: int = 1, leave_site_out: bool = False, layer: str | None = None,
     pooling: str | Sequence[str] = ("mean",), scale: str = "each", readouts: str = "auto",
@@ -52,7 +66,7 @@ def evaluate(
     experiment: str = "yaware", tracking_uri: str | None = None, workers: int | None = None,
     cache: str | os.PathLike[str] | None = None, storage: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
-    """Evaluate checkpoints on downstream tasks, log the results to MLflow and return the metrics.
+    """Evaluate checkpoints and tables of features on downstream tasks, log the results to MLflow and return the metrics.
 
     All candidates are evaluated on the same folds and draws. Nothing is fitted to, or chosen on, test scans. A call that was
     interrupted is continued by the same call: finished trials and results are kept in ``storage`` until all are logged. Ray
@@ -60,9 +74,17 @@ def evaluate(
 
     Args:
         checkpoints: one checkpoint or several: paths of run folders (their latest checkpoint), ``checkpoints/step-*`` or
-            exports, or objects with a ``folder``, such as ``pretrain.Run`` and ``pretrain.Encoder``.
+            exports, or objects with a ``folder``, such as ``pretrain.Run`` and ``pretrain.Encoder``. None with
+            ``features`` alone.
         shards: folder or URL of built shards, or their manifest.
         tasks: names of shipped tasks or paths of YAML files.
+        features: a table of features that other software computed (.tsv, .csv, .parquet, .npz or a DataFrame), several whose
+            columns are put side by side, or a mapping from a name to such tables for several candidates. Rows name their scan
+            by ``key`` or ``participant_id`` (with ``session``, ``run``, ``dataset`` where needed); tables of FreeSurfer and
+            CAT12 are read as these programs write them.
+        name: of the candidate with ``features``; by default that of its file.
+        join: evaluate each checkpoint also with the columns of each table beside its features, in equal parts of the variance.
+        common_scans: evaluate all candidates on the scans that every table has. By default missing scans are an error.
         protocols: keys of ``PROTOCOLS``.
         folds: number of outer folds.
         n_train: training-set sizes of learning curves.
@@ -97,8 +119,8 @@ def evaluate(
     Returns:
         A row per checkpoint, protocol, task and metric, in the order of evaluation:
 
-        - checkpoint: name of the pretraining run; ``voxels`` or ``scratch ENCODER`` for a baseline
-        - step: pretraining step of the checkpoint; 0 for a baseline
+        - checkpoint: name of the pretraining run or of the table; ``voxels`` or ``scratch ENCODER`` for a baseline
+        - step: pretraining step of the checkpoint; 0 for a table or baseline
         - protocol: key of ``PROTOCOLS``
         - task: name of the task
         - metric: key of ``METRICS`` or ``PROBABILITY_METRICS`` for the kind of the task
@@ -110,102 +132,71 @@ def evaluate(
         UserError: if an argument, a checkpoint, the shards or a task cannot be used; if a checkpoint was trained on test
             participants; if the MLflow store did not take a result, which then stays in ``storage``.
     """
+    if shards is None:
+        raise UserError("shards is missing; give the folder of built shards")
     ray_cluster.check_workers(workers)
     settings = checked_settings(
         tasks=tasks, protocols=protocols, folds=folds, n_train=n_train, draws=draws, seed=seed, inner_repeats=inner_repeats,
         leave_site_out=leave_site_out, layer=layer, pooling=pooling, scale=scale, readouts=readouts, mlp_trials=mlp_trials,
         repeats=repeats, halvings=halvings, permutations=permutations, finetune=finetune,
     )  # fmt: skip
-    paths = checkpoint_paths(checkpoints, all_steps=all_steps)
+    paths = [] if features is not None and _none(checkpoints) else checkpoint_paths(checkpoints, all_steps=all_steps)
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
+    given = read_tables(features, name, manifest, common=common_scans)
+    check_join(settings, given=len(given), checkpoints=len(paths), join=join)
     context = _make_context(
-        settings, manifest, store_uri(tracking_uri), experiment,
+        settings, manifest, store_uri(tracking_uri), experiment, given=given, common=common_scans,
         cache=feature_folder(manifest, cache), storage=search_folder(storage),
     )  # fmt: skip
-    candidates = [_load_candidate(path, context) for path in paths]
-    context = decide_readouts(context, candidates)
+    loaded = [load_checkpoint(path, context) for path in paths]
+    others = given_candidates(given, loaded, join=join)
+    context = decide_readouts(context, loaded)
     _print_tasks(context)
     _print_cost(context)
     rows = []
     with ray_cluster.session_on_demand(workers):
-        for name, candidate in _candidates_by_protocol(candidates, context.settings):
-            metrics, run_id = _evaluate_once(context, name, candidate)
-            _print_first_metrics(context, name, candidate, metrics)
-            rows += _metric_rows(context, name, candidate, metrics, run_id)
+        for protocol, candidate in candidates_by_protocol(loaded, others, context.settings):
+            own = context_of(context, candidate)
+            metrics, run_id = _evaluate_once(own, protocol, candidate)
+            _print_first_metrics(own, protocol, candidate, metrics)
+            rows += _metric_rows(own, protocol, candidate, metrics, run_id)
     context.remove_work_folders()
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def checkpoint_paths(checkpoints: Any, *, all_steps: bool = False) -> list[Path]:
-    """Return the paths of one checkpoint or several, given as paths or as objects with a ``folder``.
-
-    Raises UserError if one is neither, or if ``all_steps`` and a path is not a run folder with checkpoints.
-    """
-    single = isinstance(checkpoints, (str, os.PathLike)) or not isinstance(checkpoints, Iterable)
-    paths = []
-    for checkpoint in [checkpoints] if single else checkpoints:
-        folder = checkpoint if isinstance(checkpoint, (str, os.PathLike)) else getattr(checkpoint, "folder", None)
-        if folder is None:
-            raise UserError(
-                f"checkpoints: {type(checkpoint).__name__} is neither a path nor an object with a folder; give a run folder, a "
-                "checkpoint or an export"
-            )
-        paths += list_checkpoints(Path(folder)) if all_steps else [Path(folder)]
-    if not paths:
-        raise UserError(f"checkpoints={checkpoints!r:.80} names none; give one or more")
-    return paths
+def _none(checkpoints: Any) -> bool:
+    """Whether no checkpoint is given."""
+    return checkpoints is None or (isinstance(checkpoints, Sequence) and len(checkpoints) == 0)
 
 
 def _make_context(
-    settings: EvaluationSettings, manifest: Manifest, uri: str, experiment: str, *, cache: Path, storage: Path
-) -> EvaluationContext:
-    """Load and check the tasks."""
+    settings: EvaluationSettings, manifest: Manifest, uri: str, experiment: str, *, cache: Path, storage: Path,
+    given: Sequence[GivenFeatures] = (), common: bool = False,
+) -> EvaluationContext:  # fmt: skip
+    """Load and check the tasks, and the features that were given for their scans.
+
+    With ``common`` the tasks have the scans of which all features were given; else a scan without features is an error.
+    """
     check_names(settings.tasks)
     tasks = [load_task(name, manifest, settings.folds) for name in settings.tasks]
+    rows = np.unique(np.concatenate([task.rows for task in tasks]))
+    lacking = missing_rows(given, rows)
+    if lacking.any():
+        if not common:
+            check_complete(given, manifest, rows)
+        print(
+            f"evaluate: {int(lacking.sum())} of the {len(rows)} scans of the tasks have no features in some table; all "
+            "candidates are evaluated on the others (--common-scans)"
+        )
+        among = np.setdiff1d(np.arange(len(manifest.scans)), rows[lacking])
+        tasks = [load_task(name, manifest, settings.folds, among=among) for name in settings.tasks]
+        rows = np.unique(np.concatenate([task.rows for task in tasks]))
     check_copies(tasks, manifest)
+    check_values(given, tasks, rows)
     return EvaluationContext(
-        manifest=manifest, tasks=tasks, rows=np.unique(np.concatenate([task.rows for task in tasks])), settings=settings,
+        manifest=manifest, tasks=tasks, rows=rows, settings=settings,
         cache=cache, storage=storage, uri=uri, experiment=experiment,
     )  # fmt: skip
-
-
-def _load_candidate(path: Path, context: EvaluationContext) -> Candidate:
-    """Load a checkpoint and check it against the shards: preprocessing, leakage, layer."""
-    folder, encoder = find_encoder(path), Encoder.from_pretrained(path)
-    check_preprocessing(encoder.preprocessing, context.manifest, str(path))
-    tags = check_leakage(encoder, path, context.manifest, context.rows, str(path))
-    if context.settings.layer != AUTO and any(PROTOCOLS[name].uses_layer for name in context.settings.protocols):
-        intermediate_features(encoder.network, context.settings.block, context.settings.pooling)
-    if any(PROTOCOLS[name].model == "network" for name in context.settings.protocols):
-        check_head_pooling(encoder.network, context.settings.finetune.pooling, context.manifest.grid["shape"])
-    if any(PROTOCOLS[name].gives_readouts(context.settings) for name in context.settings.protocols):
-        check_readouts(encoder.need_readouts(), context.manifest, context.rows, str(path))
-    config = encoder.config
-    return Candidate(
-        name=config["run_name"], method=config["method"], step=int(config["step"]),
-        weights=sha256_of(folder / "model.safetensors"), encoder=encoder, folder=folder.resolve(), tags=tags,
-    )  # fmt: skip
-
-
-def _candidates_by_protocol(
-    checkpoints: Sequence[Candidate], settings: EvaluationSettings
-) -> Iterator[tuple[str, Candidate]]:  # fmt: skip
-    """Yield every protocol with each candidate that it evaluates."""
-    for name in settings.protocols:
-        evaluates = PROTOCOLS[name].evaluates
-        if evaluates == "checkpoint":
-            yield from ((name, checkpoint) for checkpoint in checkpoints)
-        elif evaluates == "shards":
-            yield name, Candidate(name, name)
-        else:
-            architectures: list[dict[str, Any]] = []
-            for checkpoint in checkpoints:
-                assert checkpoint.encoder is not None
-                architecture = checkpoint.encoder.config["encoder"]
-                if architecture not in architectures:
-                    architectures.append(architecture)
-                    number = f" {len(architectures)}" if len(architectures) > 1 else ""
-                    yield name, Candidate(f"{name} {architecture['name']}{number}", name, encoder=checkpoint.encoder)
 
 
 def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) -> tuple[dict[str, float], str]:
@@ -214,8 +205,10 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
     What an interrupted call already computed or logged is not repeated. Raises UserError if the store has not taken the
     whole result; it stays in the work folder, and the next call logs it.
     """
-    protocol, variant = PROTOCOLS[name], variant_of(name, context.settings)
+    protocol, variant = PROTOCOLS[name], variant_for(name, context, candidate)
     used = protocol.params(context.settings)
+    if candidate.given is not None:
+        used |= {"features": candidate.given.source, "features_sha256": candidate.given.digest}
     if protocol.gives_readouts(context.settings) and candidate.folder is not None:
         used["readouts_sha256"] = sha256_of(readouts_folder(candidate.folder) / "checksums.json")
     work = context.work_folder(name, candidate, used)
@@ -265,6 +258,9 @@ def compute_result(context: EvaluationContext, name: str, candidate: Candidate, 
         tables = {
             task.name: table_of(task, columns[context.positions_of(task)], scale, count=count) for task in context.tasks
         }
+    if candidate.given is not None and candidate.encoder is not None:
+        columns = candidate.given.of(context.rows)
+        tables = {task.name: beside(tables[task.name], columns[context.positions_of(task)]) for task in context.tasks}
     choices = candidate_tables(context, candidate) if protocol.uses_layer and settings.layer == AUTO else {}
     curve = protocol.learning_curve(settings)
     prepared = {
@@ -335,7 +331,7 @@ def _print_first_metrics(
 ) -> None:
     keys = [f"{task.name}.{next(iter(METRICS[task.kind]))}" for task in context.tasks]
     values = ", ".join(f"{key} {metrics[key]:.3f}" for key in keys)
-    print(f"evaluate: {candidate.name} step {candidate.step}, {variant_of(name, context.settings).label}: {values}")
+    print(f"evaluate: {candidate.name} step {candidate.step}, {variant_for(name, context, candidate).label}: {values}")
 
 
 def _print_missing_sizes(context: EvaluationContext, results: dict[str, NestedCVResult]) -> None:

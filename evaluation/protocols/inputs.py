@@ -11,18 +11,23 @@ from numpy.typing import NDArray
 
 from evaluation.features.candidates import FeatureChoice, candidate_blocks, joined, joint_table, spatial_block
 from evaluation.features.tables import SCALES, FeatureTable, reduced, table_of
+from evaluation.features.voxels import voxel_coordinates
 from evaluation.protocols.context import Candidate, EvaluationContext
 from evaluation.protocols.features import cache_name, features_of, features_of_each
 from evaluation.protocols.nested_cv import PreparedTask
 from evaluation.protocols.variant import BY_DEFAULT
-from evaluation.protocols.voxels import voxel_coordinates
 from pretrain.weights.layers import OWN, Block
 
 Inputs = Callable[[EvaluationContext, Candidate], NDArray[Any]]
 
 
-def frozen_features(context: EvaluationContext, candidate: Candidate) -> NDArray[np.float32]:
-    """Return the features (N, F) of the candidate's encoder, or of the named block, from the cache if they are there."""
+def frozen_features(context: EvaluationContext, candidate: Candidate) -> NDArray[Any]:
+    """Return the features (N, F) of the candidate's encoder, or of the named block, from the cache if they are there.
+
+    Of a candidate without an encoder: the features that were given.
+    """
+    if candidate.encoder is None and candidate.given is not None:
+        return candidate.given.of(context.rows)
     assert candidate.encoder is not None
     layer, pooling = context.settings.block, context.settings.pooling
     cache = context.cache / cache_name(candidate.weights, context.manifest.digest, layer, pooling)

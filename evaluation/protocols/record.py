@@ -35,7 +35,7 @@ def open_run(
     tags = {
         "yaware.kind": "evaluation", "yaware.run_name": candidate.name, "yaware.method": candidate.method,
         **variant.to_tags(), "yaware.step": str(candidate.step),
-        "yaware.weights_sha256": candidate.weights, "yaware.manifest_digest": manifest.digest,
+        "yaware.weights_sha256": candidate.digest, "yaware.manifest_digest": manifest.digest,
         "yaware.pretraining_run": str(config.get("run_id") or ""), "yaware.model_id": str(config.get("model_id") or ""),
         "yaware.simulated": str(manifest.simulated), "yaware.version": version("yaware"),
         "yaware.encoder": candidate.encoder.config["encoder"]["name"] if candidate.encoder is not None else "",

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 JOINT = "joint"  # as a layer: the encoder's own features and spatial ones, the default of linear models
 BY_DEFAULT = "default"  # of readouts that nobody asked for: free, but none in multiclass tasks
 
+GIVEN = ("table", "adapter")  # what else than the protocol's own kind is evaluated: features of others
+
 
 @dataclass(frozen=True)
 class ProtocolVariant:
     """The protocol of one evaluation run: two runs with equal variants were evaluated in the same way.
 
     ``model`` names what is fitted; protocols that fit the same model share it (``paper`` and ``linear``).
-    ``evaluates`` is ``checkpoint``, ``architecture`` or ``shards`` (see ``protocols.Protocol``). ``layer`` is the block
-    whose output was pooled by ``pooling``: empty for the encoder's own features, ``joint`` for these and spatial ones, ``end``
-    for its last map, ``auto`` if block, pooling and scale were chosen on inner folds. ``scale`` is ``all`` if all features have
-    one scale, and empty otherwise.
+    ``evaluates`` is ``checkpoint``, ``architecture`` or ``shards`` (see ``protocols.Protocol``); for features of others it is
+    ``table`` or ``adapter``. ``layer`` is the block whose output was pooled by ``pooling``: empty for the encoder's own
+    features, ``joint`` for these and spatial ones, ``end`` for its last map, ``auto`` if block, pooling and scale were chosen
+    on inner folds. ``scale`` is ``all`` if all features have one scale, and empty otherwise.
     ``readouts`` is ``default``, ``free`` or ``penalised`` if predicted proxies were given to the model, and empty otherwise.
     """
 
@@ -51,8 +53,13 @@ class ProtocolVariant:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether no pretrained checkpoint was evaluated: voxels, or a network trained from random weights."""
-        return self.evaluates != "checkpoint"
+        """Whether it is a baseline by its protocol: voxels, or a network trained from random weights."""
+        return self.evaluates in ("architecture", "shards")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether features of others were evaluated: a table, or an adapter of an encoder."""
+        return self.evaluates in GIVEN
 
     @property
     def fitted(self) -> tuple[str, str, tuple[str, ...], str, str]:
@@ -63,7 +70,7 @@ class ProtocolVariant:
     def options(self) -> list[str]:
         """Return the options that differ from the defaults, as text for people."""
         layer = [f"{self.layer} {'+'.join(self.pooling)}".strip()] if self.layer not in ("", JOINT) else []
-        if not self.layer and self.model == "linear" and not self.is_baseline:
+        if not self.layer and self.model == "linear" and self.evaluates == "checkpoint":
             layer = ["own features"]
         readouts = [f"{self.readouts} readouts".removeprefix(f"{BY_DEFAULT} ")] if self.readouts else []
         return layer + ["one scale"] * (self.scale == "all") + readouts + ["sites left out"] * self.leave_site_out

@@ -91,20 +91,22 @@ def check_names(tasks: Sequence[str]) -> None:
         of_name[name] = task
 
 
-def load_task(name: str, manifest: Manifest, folds: int = 5) -> Task:
+def load_task(name: str, manifest: Manifest, folds: int = 5, among: NDArray[np.int64] | None = None) -> Task:
     """Load a task and apply it to the scans of a manifest.
 
     Args:
         name: of a shipped task, or the path of a YAML file (``.yaml`` or ``.yml``).
         manifest: of the shards.
         folds: number of folds that every class must have participants for.
+        among: rows of the scans that the task may have; None: all.
 
     Raises:
         UserError: if the file is missing, has an unknown key, or does not fit the manifest; the message names file and field.
     """
     path = _find(name)
     spec = _read(path)
-    scans = manifest.scans[_select(spec, manifest, path.name)]
+    selected = _select(spec, manifest, path.name)
+    scans = manifest.scans[selected if among is None else selected & manifest.scans.index.isin(among)]
     labels, classes, scans = _labels(spec, scans, path.name)
     test = None
     if spec.test is not None and len(scans):

@@ -18,11 +18,11 @@ from evaluation.experiments.plan import DISEASES
 from evaluation.experiments.second.plan import AUTO, CLINIC_TASKS, FINE_TUNED, SPATIAL, WHOLE, Piece, SecondPlan
 from evaluation.features.candidates import FeatureChoice, candidate_blocks, joined, joint_table, spatial_block
 from evaluation.features.tables import SCALES, FeatureTable, reduced, table_of
+from evaluation.features.voxels import voxel_coordinates
 from evaluation.protocols.features import cache_name, features_of_each
 from evaluation.protocols.nested_cv import PreparedTask, nested_fit, prepare
 from evaluation.protocols.probes import LINEAR, LINEAR_WIDE
 from evaluation.protocols.tune_networks import final_fit_trial
-from evaluation.protocols.voxels import voxel_coordinates
 from evaluation.tasks.folds import outer_folds
 from evaluation.tasks.leakage import check_copies, check_leakage, check_readouts
 from infra.files import sha256_of

@@ -48,6 +48,24 @@ def test_pairs_are_of_one_protocol_and_baselines_pair_with_protocols_on_the_same
     ]
 
 
+def test_features_of_others_pair_with_every_checkpoint_of_their_protocol():
+    def one(name, protocol, **options):
+        run = {"tags": ProtocolVariant(protocol, model="linear", **options).to_tags(), "params": {}}
+        return CheckpointEvaluation(name, run, pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
+
+    evaluations = [
+        one("joint", "paper", layer="joint"), one("layer3", "paper", layer="layer3", pooling=("mean",)),
+        one("FreeSurfer", "paper", evaluates="table"), one("adapter", "paper", evaluates="adapter"),
+        one("FreeSurfer, linear", "linear", evaluates="table"), one("voxels", "voxels", evaluates="shards"),
+        one("FreeSurfer, sites", "paper", evaluates="table", leave_site_out=True),
+    ]  # fmt: skip
+    assert evaluations[2].protocol == evaluations[0].protocol == "paper"
+    paper = ["joint", "layer3", "FreeSurfer", "adapter"]
+    expected = {(first, second) for n, first in enumerate(paper) for second in paper[n + 1 :]} - {("joint", "layer3")}
+    expected |= {(name, "voxels") for name in [*paper, "FreeSurfer, linear"]}
+    assert set(names_of_pairs(evaluations)) == expected
+
+
 def test_more_than_six_checkpoints_of_a_protocol_are_compared_with_its_first_only():
     few = [*evaluations_of("paper", 3), *evaluations_of("knn", 3), *evaluations_of("mlp", 3)]
     assert len(names_of_pairs(few)) == 9  # three pairs in each protocol

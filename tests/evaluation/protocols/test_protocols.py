@@ -16,11 +16,11 @@ import torch
 
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
+from evaluation.features.voxels import voxel_coordinates
 from evaluation.protocols.nested_cv import trial_row
 from evaluation.protocols.probes import LINEAR, FeatureTable, fit_predict, linear
 from evaluation.protocols.record import trial_runs
 from evaluation.protocols.variant import ProtocolVariant
-from evaluation.protocols.voxels import voxel_coordinates
 from infra import cli, ray_cluster
 from infra.errors import UserError
 from infra.tracking import runs
