@@ -118,6 +118,11 @@ def _add_feature_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="name of the features in the results (default: of the first file); once per --features",
     )
+    add("--encoder", action="append", metavar="MODULE:FACTORY", help="evaluate an encoder of others: a Python function that "
+        "returns an object with prepare(path) and embed(batch); its code is run, on the files of --cohort")  # fmt: skip
+    add("--cohort", type=Path, help="with --encoder: the cohort whose files the encoder reads")
+    add("--modality", help="with --encoder: of these files: vbm, t1w or quasiraw (default: that of the shards)")
+    add("--columns", type=Path, help="with --encoder: YAML file that declares the columns of the cohort's tables")
     add(
         "--join",
         action="store_true",
@@ -133,8 +138,10 @@ def _tables(options: argparse.Namespace) -> dict[str, Any]:
     Raises UserError if the names are not as many as the features, or if there is nothing to evaluate.
     """
     groups, names = options.features or [], options.name or []
-    if not groups and not options.checkpoints:
-        raise UserError("there is nothing to evaluate; name checkpoints, or a table of features with --features")
+    if not groups and not options.checkpoints and not options.encoder:
+        raise UserError(
+            "there is nothing to evaluate; name checkpoints, a table of features (--features) or an --encoder"
+        )
     if names and len(names) != len(groups):
         raise UserError(f"--name is given {len(names)} times and --features {len(groups)} times; name each once")
     titles = names or [Path(group[0]).stem for group in groups]

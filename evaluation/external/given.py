@@ -45,6 +45,7 @@ class GivenFeatures:
         columns: names of the F features.
         values: (scans of the manifest, F) float64; NaN where a scan has no value.
         parts: name of each file -> its part, in the order of the columns.
+        adapter: computes the features (``adapters.computed``); None: they are known.
     """
 
     name: str
@@ -54,6 +55,7 @@ class GivenFeatures:
     columns: list[str]
     values: NDArray[np.float64]
     parts: dict[str, Part]
+    adapter: Any = None
 
     @property
     def rows(self) -> NDArray[np.int64]:

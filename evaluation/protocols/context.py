@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from data_pipeline.storage.manifest import Manifest
 from evaluation.external.given import GivenFeatures
 from evaluation.protocols.settings import EvaluationSettings
+from evaluation.tasks.published import PUBLISHED, SOURCE
 from evaluation.tasks.tasks import Task
 from infra.errors import UserError
 from infra.files import writable_folder
@@ -124,3 +125,26 @@ def feature_folder(manifest: Manifest, folder: str | os.PathLike[str] | None = N
         return writable_folder("features", manifest.root / ".features")
     except UserError:
         return writable_folder(f"features/{manifest.digest[:32]}", option="--cache")
+
+
+def print_tasks(context: EvaluationContext) -> None:
+    """Print what each task holds, and the published values."""
+    for task in context.tasks:
+        classes = "" if task.kind == "regression" else f" ({_class_counts(task)})"
+        participants = len(np.unique(task.groups))
+        print(f"evaluate: task {task.name}: {len(task.rows)} scans of {participants} participants{classes}")
+        if task.left_out:
+            print(
+                f"evaluate: task {task.name}: left out, too few participants for the folds: {', '.join(task.left_out)}; "
+                "fewer --folds keep more of them"
+            )
+        if context.manifest.simulated:
+            continue
+        for size, row in PUBLISHED.get(task.name, {}).items():
+            values = ", ".join(f"{method} {value:.3f}" for method, value in row.items())
+            print(f"evaluate: published ({SOURCE}; on other scans), {task.name}, {size} training scans: {values}")
+
+
+def _class_counts(task: Task) -> str:
+    counts = [f"{name} {int((task.labels == code).sum())}" for code, name in enumerate(task.classes)]
+    return ", ".join(counts[:8]) + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")

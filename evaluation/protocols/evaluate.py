@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
+from evaluation.external.adapters import CohortFiles, adapter_files, computed, load_adapters
 from evaluation.external.given import (
     GivenFeatures,
     Tables,
@@ -30,7 +31,7 @@ from evaluation.protocols.candidates import (
     variant_for,
 )
 from evaluation.protocols.candidates import checkpoint_paths as checkpoint_paths  # the command line uses it
-from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder, search_folder
+from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder, print_tasks, search_folder
 from evaluation.protocols.finetune import FineTuning
 from evaluation.protocols.inputs import add_readouts, candidate_tables, joint_tables
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
@@ -40,9 +41,8 @@ from evaluation.protocols.results import EvaluationResult, chosen_lines, is_comp
 from evaluation.protocols.settings import AUTO, EvaluationSettings
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS
 from evaluation.tasks.leakage import check_copies
-from evaluation.tasks.published import PUBLISHED, SOURCE
 from evaluation.tasks.resamples import NO_RESAMPLING
-from evaluation.tasks.tasks import Task, check_names, load_task
+from evaluation.tasks.tasks import check_names, load_task
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import read_text, sha256_of, write_json
@@ -57,7 +57,9 @@ COLUMNS = ["checkpoint", "step", "protocol", "task", "metric", "value", "low", "
 @unchanged_environment()
 def evaluate(
     checkpoints: Any = None, shards: str | os.PathLike[str] | Manifest | None = None, *, tasks: str | Sequence[str],
-    features: Tables | None = None, name: str | None = None, join: bool = False, common_scans: bool = False,
+    features: Tables | None = None, name: str | None = None, encoder: Any = None,
+    cohort: str | os.PathLike[str] | None = None, modality: str | None = None, columns: str | os.PathLike[str] | None = None,
+    join: bool = False, common_scans: bool = False,
     protocols: str | Sequence[str] = ("paper",), folds: int = 5, n_train: Sequence[int] = (100, 300, 500), draws: int = 10,
     seed: int = 0, inner_repeats: int = 1, leave_site_out: bool = False, layer: str | None = None,
     pooling: str | Sequence[str] = ("mean",), scale: str = "each", readouts: str = "auto",
@@ -83,7 +85,14 @@ def evaluate(
             by ``key`` or ``participant_id`` (with ``session``, ``run``, ``dataset`` where needed); tables of FreeSurfer and
             CAT12 are read as these programs write them.
         name: of the candidate with ``features``; by default that of its file.
-        join: evaluate each checkpoint also with the columns of each table beside its features, in equal parts of the variance.
+        encoder: an encoder of others, or several: ``package.module:factory``, whose factory returns an adapter, or the adapter
+            itself: an object with ``prepare(path)`` -> (1, D, H, W) and ``embed(batch)`` -> (N, F). It is applied to the files
+            of ``cohort``. Its code is run.
+        cohort: the files for ``encoder``: a cohort as ``read_cohort`` takes it, with the scans of the shards.
+        modality: of these files; by default that of the shards.
+        columns: YAML file that declares the columns of the cohort's tables.
+        join: evaluate each checkpoint also with the features of each table or adapter beside its own, in equal parts of the
+            variance.
         common_scans: evaluate all candidates on the scans that every table has. By default missing scans are an error.
         protocols: keys of ``PROTOCOLS``.
         folds: number of outer folds.
@@ -140,18 +149,22 @@ def evaluate(
         leave_site_out=leave_site_out, layer=layer, pooling=pooling, scale=scale, readouts=readouts, mlp_trials=mlp_trials,
         repeats=repeats, halvings=halvings, permutations=permutations, finetune=finetune,
     )  # fmt: skip
-    paths = [] if features is not None and _none(checkpoints) else checkpoint_paths(checkpoints, all_steps=all_steps)
+    others_named = features is not None or encoder is not None
+    paths = [] if others_named and _none(checkpoints) else checkpoint_paths(checkpoints, all_steps=all_steps)
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
     given = read_tables(features, name, manifest, common=common_scans)
+    given += adapter_files(load_adapters(encoder), CohortFiles(cohort, modality, columns), manifest)
     check_join(settings, given=len(given), checkpoints=len(paths), join=join)
     context = _make_context(
         settings, manifest, store_uri(tracking_uri), experiment, given=given, common=common_scans,
         cache=feature_folder(manifest, cache), storage=search_folder(storage),
     )  # fmt: skip
     loaded = [load_checkpoint(path, context) for path in paths]
+    given = computed(given, manifest, context.rows, context.cache)
+    check_values(given, context.tasks, context.rows)
     others = given_candidates(given, loaded, join=join)
     context = decide_readouts(context, loaded)
-    _print_tasks(context)
+    print_tasks(context)
     _print_cost(context)
     rows = []
     with ray_cluster.session_on_demand(workers):
@@ -192,7 +205,6 @@ def _make_context(
         tasks = [load_task(name, manifest, settings.folds, among=among) for name in settings.tasks]
         rows = np.unique(np.concatenate([task.rows for task in tasks]))
     check_copies(tasks, manifest)
-    check_values(given, tasks, rows)
     return EvaluationContext(
         manifest=manifest, tasks=tasks, rows=rows, settings=settings,
         cache=cache, storage=storage, uri=uri, experiment=experiment,
@@ -294,23 +306,6 @@ def _metric_rows(
     return rows
 
 
-def _print_tasks(context: EvaluationContext) -> None:
-    for task in context.tasks:
-        classes = "" if task.kind == "regression" else f" ({_class_counts(task)})"
-        participants = len(np.unique(task.groups))
-        print(f"evaluate: task {task.name}: {len(task.rows)} scans of {participants} participants{classes}")
-        if task.left_out:
-            print(
-                f"evaluate: task {task.name}: left out, too few participants for the folds: {', '.join(task.left_out)}; "
-                "fewer --folds keep more of them"
-            )
-        if context.manifest.simulated:
-            continue
-        for size, row in PUBLISHED.get(task.name, {}).items():
-            values = ", ".join(f"{method} {value:.3f}" for method, value in row.items())
-            print(f"evaluate: published ({SOURCE}; on other scans), {task.name}, {size} training scans: {values}")
-
-
 def _print_cost(context: EvaluationContext) -> None:
     """Print how many cross-validations the permutations add, and which protocols do not use them."""
     settings = context.settings
@@ -339,8 +334,3 @@ def _print_missing_sizes(context: EvaluationContext, results: dict[str, NestedCV
         missing = sorted(set(context.settings.n_train) - {size for size, _, _ in results[task.name].curve})
         if task.kind == "binary" and missing:
             print(f"evaluate: task {task.name}: too few scans for a learning curve at {', '.join(map(str, missing))}")
-
-
-def _class_counts(task: Task) -> str:
-    counts = [f"{name} {int((task.labels == code).sum())}" for code, name in enumerate(task.classes)]
-    return ", ".join(counts[:8]) + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")

@@ -294,7 +294,7 @@ def test_a_table_that_holds_the_label_is_refused(shards):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "there is nothing to evaluate; name checkpoints, or a table of features"),
+        ([], "there is nothing to evaluate; name checkpoints, a table of features"),
         (
             ["--features", "a/t.tsv", "--features", "b/t.csv"],
             "two tables of features are named 't'; give each a --name",

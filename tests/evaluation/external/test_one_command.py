@@ -12,6 +12,7 @@ import torch
 import evaluation
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
+from evaluation.tasks.tasks import load_task
 from infra import cli
 from infra.errors import UserError
 from infra.tracking import runs
@@ -72,19 +73,19 @@ def freesurfer(shards, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def judged(shards, encoders, freesurfer, tmp_path_factory):
-    """The store after one command: two encoders, a table, each encoder beside it, voxels."""
+def judged(cohort, shards, encoders, freesurfer, tmp_path_factory):
+    """The store after one command: two encoders, a table, an adapter, voxels."""
     root = tmp_path_factory.mktemp("judged")
     uri = store_at(root / "mlflow.db")
-    command = ["evaluate", "--features", *freesurfer, "--name", "FreeSurfer", "--join", "--shards", str(shards)]
-    command += [str(path) for path in encoders.values()]
-    command = [*command[:1], *command[-2:], *command[1:-2], "--tasks", "ad,age", "--protocols", "paper,voxels"]
+    command = ["evaluate", *map(str, encoders.values()), "--features", *freesurfer, "--name", "FreeSurfer"]
+    command += ["--encoder", "tests.evaluation.external.adapter:blurred", "--cohort", str(cohort)]
+    command += ["--shards", str(shards), "--tasks", "ad,age", "--protocols", "paper,voxels"]
     command += ["--folds", "3", "--n-train", "8", "--draws", "2", "--repeats", "1", "--halvings", "5", "--workers", "1"]
     assert cli.run([*command, "--experiment", "referee", "--tracking-uri", uri, "--storage", str(root / "work")]) == 0
     return root, uri
 
 
-NAMES = ["trained", "untrained", "FreeSurfer", "trained + FreeSurfer", "untrained + FreeSurfer", "voxels"]
+NAMES = ["trained", "untrained", "FreeSurfer", "blurred", "voxels"]
 
 
 def test_all_candidates_have_the_same_scans_folds_and_draws(judged):
@@ -117,26 +118,35 @@ def test_one_report_has_paired_differences_among_all(judged, capsys):
     assert not named.unpaired
 
 
-def test_the_run_of_a_table_says_where_its_features_come_from(judged):
+def test_the_runs_of_a_table_and_an_adapter_say_where_their_features_come_from(judged):
     _, uri = judged
     by_name = {run["tags"]["yaware.run_name"]: run for run in runs.runs(uri, "referee", "evaluation")}
-    table, beside, alone = by_name["FreeSurfer"], by_name["trained + FreeSurfer"], by_name["trained"]
-    assert table["params"]["features"] == beside["params"]["features"] == "lh.txt, aseg.txt"
-    assert table["tags"]["yaware.evaluates"] == "table"
-    assert table["tags"]["yaware.leakage.checked"] == "nothing"
-    digests = [run["tags"]["yaware.weights_sha256"] for run in (table, beside, alone)]
+    table, adapter, alone = by_name["FreeSurfer"], by_name["blurred"], by_name["trained"]
+    assert table["params"]["features"] == "lh.txt, aseg.txt"
+    assert adapter["params"]["features"] == "tests.evaluation.external.adapter:blurred"
+    assert [run["tags"]["yaware.evaluates"] for run in (table, adapter, alone)] == ["table", "adapter", "checkpoint"]
+    assert table["tags"]["yaware.leakage.checked"] == adapter["tags"]["yaware.leakage.checked"] == "nothing"
+    digests = [run["tags"]["yaware.weights_sha256"] for run in (table, adapter, alone)]
     assert len(set(digests)) == 3
     assert min(map(len, digests)) == 64
     assert "features" not in alone["params"]
 
 
-def test_a_table_that_knows_the_age_predicts_it_alone_and_beside_an_encoder(judged):
-    _, uri = judged
-    errors = {
-        run["tags"]["yaware.run_name"]: run["metrics"]["age.mae"] for run in runs.runs(uri, "referee", "evaluation")
-    }
-    assert errors["FreeSurfer"] < 6  # years; noise of 0.1 in 3 is 6 years, of two regions 4
+def test_a_table_that_knows_the_age_predicts_it_alone_and_beside_an_encoder(shards, encoders, freesurfer, tmp_path):
+    given = {"tasks": "age", "tracking_uri": store_at(tmp_path / "mlflow.db"), "storage": tmp_path / "work"}
+    results = evaluation.evaluate(
+        encoders["trained"], shards, features=freesurfer, name="FreeSurfer", join=True, experiment="join", **given,
+        **{**SMALL, "halvings": 0},
+    )  # fmt: skip
+    errors = results[results["metric"] == "mae"].set_index("checkpoint")["value"]
+    assert list(errors.index) == ["trained", "FreeSurfer", "trained + FreeSurfer"]
+    assert errors["FreeSurfer"] < 6  # years; noise of 0.1 in a slope of 1/60 is 6 years, of two regions 4
     assert errors["trained + FreeSurfer"] < 0.8 * errors["trained"]
+    by_name = {run["tags"]["yaware.run_name"]: run for run in runs.runs(given["tracking_uri"], "join", "evaluation")}
+    beside = by_name["trained + FreeSurfer"]
+    assert beside["params"]["features_sha256"] == by_name["FreeSurfer"]["params"]["features_sha256"]
+    digests = {run["tags"]["yaware.weights_sha256"] for run in by_name.values()}
+    assert len(digests) == 3
 
 
 def test_an_encoders_features_as_a_table_give_its_own_results(shards, encoders, tmp_path):
@@ -162,20 +172,20 @@ def test_an_encoders_features_as_a_table_give_its_own_results(shards, encoders, 
 
 
 def test_common_scans_restricts_every_candidate_and_says_so(shards, encoders, tmp_path, capsys):
-    scans = Manifest.load(shards).scans
-    down = scans[scans["split"] == "downstream"]
-    frame = pd.DataFrame({"key": [*down["key"].iloc[4:], "elsewhere"], "x": np.arange(len(down) - 3) % 7})
-    given = {"features": {"short": frame}, "tasks": "age", "tracking_uri": store_at(tmp_path / "mlflow.db")}
-    more = {"storage": tmp_path / "work", "experiment": "common", **SMALL}
+    manifest = Manifest.load(shards)
+    keys = manifest.scans["key"].iloc[load_task("age", manifest, 3).rows].tolist()
+    frame = pd.DataFrame({"key": [*keys[4:], "elsewhere"], "x": np.arange(len(keys) - 3) % 7})
+    given = {"tasks": "age", "tracking_uri": store_at(tmp_path / "mlflow.db"), "storage": tmp_path / "work"}
+    given |= {"experiment": "common", **SMALL}
     with pytest.raises(UserError, match="row [0-9]+: key 'elsewhere' is no scan of the shards"):
-        evaluation.evaluate(encoders["trained"], shards, **given, **more)
-    frame = frame.iloc[:-1]
-    with pytest.raises(UserError, match="short: the DataFrame has no features of 4 of the 36 scans of the tasks"):
-        evaluation.evaluate(encoders["trained"], shards, **{**given, "features": {"short": frame}}, **more)
-    results = evaluation.evaluate(encoders["trained"], shards, common_scans=True, **given, **more)
+        evaluation.evaluate(encoders["trained"], shards, features={"short": frame}, **given)
+    lacking = f"4 of the {len(keys)} scans of the tasks"
+    with pytest.raises(UserError, match=f"short: the DataFrame has no features of {lacking}"):
+        evaluation.evaluate(encoders["trained"], shards, features={"short": frame.iloc[:-1]}, **given)
+    results = evaluation.evaluate(encoders["trained"], shards, features={"short": frame}, common_scans=True, **given)
     out = capsys.readouterr().out
     assert "1 rows of the DataFrame are no scans of the shards" in out
-    assert "4 of the 36 scans of the tasks have no features in some table" in out
+    assert f"{lacking} have no features in some table" in out
     assert set(results["checkpoint"]) == {"trained", "short"}
     for each in evaluation.compare("common", tracking_uri=given["tracking_uri"]).evaluations:
-        assert set(each.predictions["key"]) == set(down["key"].iloc[4:])
+        assert set(each.predictions["key"]) == set(keys[4:])
