@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
 
 Floats = NDArray[np.float64]
 FOLDS = 5
@@ -261,5 +260,7 @@ def _solve(matrix: Floats, penalty: float, right: Floats) -> Floats:
     """Return the solution of (matrix + penalty I) s = right, for a symmetric matrix without negative eigenvalues."""
     penalised = matrix.copy()
     penalised[np.diag_indices_from(penalised)] += penalty
+    from scipy.linalg import cho_factor, cho_solve  # only here: most commands that import this module solve nothing
+
     factor = cho_factor(penalised, lower=True, overwrite_a=True, check_finite=False)
     return np.asarray(cho_solve(factor, right, check_finite=False))

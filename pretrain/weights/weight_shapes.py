@@ -22,18 +22,28 @@ KINDS = {
     "I64": "counts",
 }  # types in a safetensors file that are read
 MAKES_TENSORS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+# Functions by which layers fill their weights in place; none changes a shape.
+FILLS = {
+    torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_, torch.Tensor.mul_, torch.Tensor.add_,
+    torch.Tensor.clamp_,
+}  # fmt: skip
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """Within the block, new tensors have a shape but no content (torch's device ``meta``).
+    """Within the block, new tensors have a shape but no content (torch's device ``meta``), and nothing is drawn for them.
 
-    Numbers that a constructor counts with, such as those of torch.linspace, keep their content.
+    Numbers that a constructor counts with, such as those of torch.linspace, keep their content. Torch would import its
+    compiler, 1.3 s of CPU, to draw the content that these tensors do not have.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if function in MAKES_TENSORS and kwargs.get("device") is None:
             kwargs["device"] = "meta"
+        filled = kwargs.get("tensor", args[0] if args else None)
+        fills = function in FILLS or getattr(function, "__module__", "") == "torch.nn.init"
+        if fills and isinstance(filled, torch.Tensor) and filled.is_meta:
+            return filled
         return function(*args, **kwargs)
 
 

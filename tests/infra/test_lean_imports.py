@@ -12,7 +12,8 @@ import pytest
 from infra.lean_imports import without
 
 LARGE = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "deepspeed", "monai", "mlflow", "ray", "pandas", "sklearn",
-         "nvidia.dali", "matplotlib.pyplot", "nibabel", "scipy.signal", "optuna", "transformers")  # fmt: skip
+         "nvidia.dali", "matplotlib.pyplot", "nibabel", "scipy.signal", "scipy.linalg", "scipy.ndimage", "scipy.spatial",
+         "scipy.stats", "sympy", "jsonschema", "optuna", "transformers")  # fmt: skip
 OWN = "from infra.lean_imports import own_process; own_process()\n"
 ENCODERS = """
 from pretrain.encoders import ENCODERS, build_encoder
@@ -20,6 +21,14 @@ for name, encoder in ENCODERS.items():
     if name not in ("vit-base", "vit-large"):
         options = {"width": 0.25} if "width" in encoder.__kwdefaults__ else {}
         assert build_encoder(name, options).feature_size > 0, name
+"""
+# What `embed`, `export` and an evaluation do before they read the first scan.
+LOADING = """
+import pretrain.weights.embedding, pretrain.weights.write
+from pretrain.encoders import ENCODERS
+from pretrain.weights.weight_shapes import empty_state
+for name in ENCODERS:
+    assert all(value.is_meta for key, value in empty_state(name, {}).items() if key.endswith("weight")), name
 """
 STEP = """
 import torch
@@ -65,6 +74,11 @@ def large_modules(code: str) -> set[str]:
         ),
         ("import pretrain.train", {"torch", "pandas", "nibabel"}),
         (OWN + ENCODERS, {"torch", "monai"}),
+        (OWN + LOADING, {"torch", "monai", "pandas", "nibabel"}),
+        (
+            "import evaluation.protocols.evaluate",
+            {"torch", "pandas", "nibabel", "sklearn", "scipy.linalg", "scipy.ndimage", "scipy.spatial", "scipy.stats"},
+        ),
         (OWN + STEP, {"torch"}),
     ],
 )
