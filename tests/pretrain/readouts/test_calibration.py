@@ -9,22 +9,33 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-import yaware
 from data_pipeline.storage.manifest import Manifest
+from data_pipeline.volume.intensity import zscore
 from infra import cli
 from infra.errors import UserError
 from infra.files import sha256_of
 from pretrain.readouts import add
 from pretrain.readouts.add import add_readouts
+from pretrain.readouts.calibration import CalibrationChoice, choose_calibration
 from pretrain.readouts.fit import OwnFeatures, Ranks, fit_group
 from pretrain.readouts.solve import FOLDS, GRID
-from pretrain.readouts.targets import Target, TargetGroup, deal_folds
-from pretrain.weights.readouts import read_readouts
+from pretrain.readouts.targets import Target, TargetGroup, deal_folds, read_targets
+from pretrain.weights.encoder import Encoder
+from pretrain.weights.readouts import read_readouts, whose_errors
 from pretrain.weights.seen_scans import source_of
 from tests.pretrain.weights.encoders import write_encoders_of, write_small_encoder
 
 WIDE = {"layer": None, "pooling": ["mean"]}  # 64 features, more than scans: Samples
 NARROW = {"layer": "layer1", "pooling": ["mean"]}  # 8 features: Moments
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, two_splits):
+    """An exported encoder that was trained on the split pretrain, with the readout of age that ``auto`` fits."""
+    folder = tmp_path_factory.mktemp("trained") / "encoder"
+    write_encoders_of(Manifest.load(two_splits), folder)
+    add_readouts(folder, two_splits, columns=["age"], batch_size=8, workers=0, progress=False)
+    return folder
 
 
 @pytest.fixture
@@ -34,10 +45,21 @@ def manifest(two_splits):
 
 
 @pytest.fixture
-def encoder(tmp_path, manifest):
-    """An exported encoder that was trained on the split pretrain."""
-    write_encoders_of(manifest, tmp_path / "encoder")
-    return tmp_path / "encoder"
+def encoder(tmp_path, trained):
+    """A copy of the encoder."""
+    return shutil.copytree(trained, tmp_path / "encoder")
+
+
+def chosen(encoder, manifest, name="auto", split=("pretrain",), query=None, monitor="monitor"):
+    """Return the calibration of a fit to some scans."""
+    rows = manifest.rows(split=list(split), query=query)
+    return choose_calibration(Encoder.from_pretrained(encoder), manifest, rows, CalibrationChoice(name, monitor, query))
+
+
+def people_of(calibration, manifest, column="age"):
+    """How many people of a calibration have a value of a column."""
+    known = calibration.rows[manifest.scans[column].iloc[calibration.rows].notna().to_numpy()]
+    return len(set(manifest.subjects()[known]))
 
 
 def fitted(encoder, manifest, **options):
@@ -109,8 +131,10 @@ def test_fits_and_choices_are_those_of_scikit_learn(scans, features):
 @pytest.mark.parametrize("block", [WIDE, NARROW])
 def test_auto_measures_errors_on_the_monitor_split(encoder, manifest, block):
     """Coefficients, residuals, line and errors against scikit-learn on the features of the scans."""
-    readout = fitted(encoder, manifest, **block).readouts["age"]
-    loaded = yaware.Encoder.from_pretrained(encoder)
+    if block["layer"]:
+        fitted(encoder, manifest, **block)
+    loaded = Encoder.from_pretrained(encoder)
+    readout = loaded.readouts.readouts["age"]
     x = loaded.embed(manifest, progress=False, **block).to_numpy(np.float64)
     ages, subjects = manifest.scans["age"].to_numpy(), manifest.subjects()
     fit, monitor = manifest.rows(split="pretrain"), manifest.rows(split="monitor")
@@ -136,123 +160,145 @@ def test_auto_measures_errors_on_the_monitor_split(encoder, manifest, block):
     }  # fmt: skip
 
 
-def test_the_file_and_the_command_say_who_was_calibrated_on(encoder, two_splits, manifest, capsys):
-    assert cli.run(["readouts", str(encoder), "--shards", str(two_splits), "--columns", "age"]) == 0
+def test_the_file_and_the_command_say_who_was_calibrated_on(tmp_path, manifest, two_splits, capsys):
+    write_encoders_of(manifest, tmp_path / "encoder")
+    assert cli.run(["readouts", str(tmp_path / "encoder"), "--shards", str(two_splits), "--columns", "age"]) == 0
     said = "on 54 people of the split monitor whom the encoder has not seen (fitted to 24 people, 24 scans; penalty "
     assert said in capsys.readouterr().out
-    (entry,) = json.loads((encoder / "readouts" / "readouts.json").read_text())["readouts"]
+    (entry,) = json.loads((tmp_path / "encoder" / "readouts" / "readouts.json").read_text())["readouts"]
     assert entry["summary"]["calibrated_on"] == {
         "split": "monitor", "people": 54, "scans": 54, "excluded": 0, "seen": False, "reason": "",
     }  # fmt: skip
-    sources = yaware.Encoder.from_pretrained(encoder).readouts.fitted_on
+    sources = Encoder.from_pretrained(tmp_path / "encoder").readouts.fitted_on
     assert [source.role for source in sources] == ["readouts", "calibration"]
     assert sources[1] == source_of(manifest, manifest.rows(split="monitor"), "calibration")
 
 
-def test_files_of_before_are_read_as_out_of_fold(encoder, manifest):
-    fitted(encoder, manifest)
+def test_files_of_before_are_read_as_out_of_fold(encoder):
     path = encoder / "readouts" / "readouts.json"
     content = json.loads(path.read_text())
     del content["readouts"][0]["summary"]["calibrated_on"]
     path.write_text(json.dumps(content))
-    names = ("readouts.safetensors", "readouts.json")
-    (path.parent / "checksums.json").write_text(json.dumps({name: sha256_of(path.parent / name) for name in names}))
+    renew_checksums(path.parent)
     found = read_readouts(encoder, content["weights"])
     assert " out of fold (fitted to 24 people" in found.lines()[0]
 
 
-OWN = "out of fold, of the encoder's own training people (fitted to"
-TOO_FEW = "people with a value to calibrate on, fewer than 50"
+def renew_checksums(folder):
+    names = [path.name for path in folder.iterdir() if path.is_file() and path.name != "checksums.json"]
+    (folder / "checksums.json").write_text(json.dumps({name: sha256_of(folder / name) for name in names}))
+
+
+def test_none_is_out_of_fold_and_says_why(encoder, manifest):
+    (line,) = fitted(encoder, manifest, calibration="none").lines()
+    assert "out of fold, of the encoder's own training people (fitted to 24 people, 24 scans; penalty " in line
+    assert line.endswith("; the interval may be too narrow: calibration is none")
 
 
 @pytest.mark.parametrize(
-    ("options", "said", "reason"),
+    ("found", "said"),
     [
-        ({"calibration": "none"}, f"{OWN} 24 people, 24 scans; penalty ", "calibration is none"),
-        ({"split": ["pretrain", "monitor"]}, f"{OWN} 78 people", f"the split monitor has 0 {TOO_FEW}"),
-        ({"query": "key > 'cohort_sub-01'"}, f"{OWN} 21 people", f"the split monitor has 48 {TOO_FEW}"),
-        ({"split": ["monitor"]}, "out of fold, of people whom the encoder has not seen (fitted to 54 people", ""),
-        (
-            {"calibration": "monitor"},
-            "on 54 people of the split monitor whom the encoder has not seen (fitted to 24 ",
-            "",
-        ),
+        ({"split": None, "seen": False}, "out of fold, of people whom the encoder has not seen"),
+        ({"split": None, "seen": True}, "out of fold, of the encoder's own training people"),
+        ({"split": None, "seen": None}, "out of fold"),
+        ({"split": "m", "seen": False}, "on 60 people of the split m whom the encoder has not seen, 2 others left out"),
+        ({"split": "m", "seen": None}, "on 60 people of the split m, 2 others left out"),
     ],
 )
-def test_who_is_used_depends_on_the_setting(encoder, manifest, options, said, reason):
-    (line,) = fitted(encoder, manifest, **options).lines()
-    assert said in line
-    assert line.partition("; the interval may be too narrow: ")[2] == reason
+def test_whose_errors_they_are_is_said_in_words(found, said):
+    assert whose_errors({"calibrated_on": {"people": 60, "scans": 61, "excluded": 2, "reason": "", **found}}) == said
 
 
-def test_out_of_fold_is_the_same_with_and_without_people_to_calibrate_on(encoder, manifest):
-    """Too few calibration people leave no trace in the fit."""
-    expected = fitted(encoder, manifest, calibration="none")
+@pytest.mark.parametrize(
+    ("options", "split", "people", "seen", "reason"),
+    [
+        ({}, "monitor", 54, True, ""),
+        ({"name": "none"}, "", 0, True, "calibration is none"),
+        ({"split": ["monitor"]}, "", 0, False, ""),
+        ({"split": ["monitor"], "name": "none"}, "", 0, False, ""),
+        ({"split": ["pretrain", "monitor"]}, "monitor", 0, True, ""),
+        ({"split": ["other", "pretrain"], "query": "key > 'cohort_sub-01'"}, "monitor", 48, True, ""),
+        ({"monitor": "watched"}, "", 0, True, "the shards have no split watched"),
+        ({"name": "monitor"}, "monitor", 54, True, ""),
+        ({"name": "monitor", "split": ["other"]}, "monitor", 54, False, ""),
+    ],
+)
+def test_who_is_used_depends_on_the_setting_and_on_the_fit(trained, manifest, options, split, people, seen, reason):
+    found = chosen(trained, manifest, **options)
+    assert (found.split, people_of(found, manifest)) == (split, people)
+    assert (found.seen, found.reason) == (seen, reason)
+
+
+def test_too_few_people_leave_no_trace_in_the_fit(trained, manifest):
     manifest.scans.loc[manifest.rows(split="monitor")[31:], "split"] = "other"
-    found = fitted(encoder, manifest)
-    np.testing.assert_array_equal(found.readouts["age"].coefficients, expected.readouts["age"].coefficients)
-    np.testing.assert_array_equal(found.readouts["age"].residuals, expected.readouts["age"].residuals)
-    assert [source.role for source in found.fitted_on] == ["readouts"]
+    rows, columns = manifest.rows(split="pretrain"), ["age", "sex"]
+    found = read_targets(manifest, rows, columns, calibration=chosen(trained, manifest))
+    expected = read_targets(manifest, rows, columns)
+    assert not len(found.calibration)
+    for one, other in zip(found.groups, expected.groups, strict=True):
+        assert one.calibration is None
+        np.testing.assert_array_equal(one.folds, other.folds)
+        np.testing.assert_array_equal(one.values, other.values)
+        assert {target.reason for target in one.targets} <= {
+            f"the split monitor has {count} people with a value to calibrate on, fewer than 50" for count in (30, 31)
+        }
 
 
 def test_an_untrained_encoder_and_one_without_a_record_are_measured_out_of_fold(encoder, manifest):
-    config = encoder / "config.json"
-    content = json.loads(config.read_text())
-    trained = "out of fold, of people whom the encoder has not seen"
-    for change, record, said in (
-        ({"method": "random"}, True, trained), ({"manifest_digest": "1" * 64}, False, "no record says whom the encoder was"),
-        ({}, False, "on 54 people of the split monitor whom the encoder has not seen"),
-    ):  # fmt: skip
-        config.write_text(json.dumps({**content, **change}))
-        names = [path.name for path in encoder.iterdir() if path.is_file() and path.name != "checksums.json"]
-        if not record and "seen_scans.json" in names:
-            (encoder / "seen_scans.json").unlink()
-            names.remove("seen_scans.json")
-        (encoder / "checksums.json").write_text(json.dumps({name: sha256_of(encoder / name) for name in names}))
-        (line,) = fitted(encoder, manifest, split=["pretrain"]).lines()
-        assert said in line
+    content = json.loads((encoder / "config.json").read_text())
+    for change, record, seen, reason in (
+        ({"method": "random"}, True, False, ""),
+        ({"manifest_digest": "1" * 64}, False, None, "no record says whom the encoder was trained on"),
+        ({}, False, True, ""),  # trained on these shards, which say whom
+    ):
+        (encoder / "config.json").write_text(json.dumps({**content, **change}))
+        if not record:
+            (encoder / "seen_scans.json").unlink(missing_ok=True)
+        renew_checksums(encoder)
+        found = chosen(encoder, manifest)
+        assert (found.seen, found.reason, found.split) == (seen, reason, "monitor" if seen else "")
 
 
 def test_people_with_scans_elsewhere_are_never_calibrated_on(manifest, tmp_path):
     """By name in the training split, by voxels under another name, and, unless the split is named, by name in any split."""
-    scans, pretrain, folder = manifest.scans, manifest.rows(split="pretrain"), tmp_path / "encoder"
-    monitor = [row for row in manifest.rows(split="monitor") if np.isfinite(scans["age"][row])]
+    scans, pretrain, monitor = manifest.scans, manifest.rows(split="pretrain"), manifest.rows(split="monitor")
     scans.loc[monitor[6], "participant_id"] = scans["participant_id"][pretrain[0]]
     scans.loc[monitor[7], "voxels_sha256"] = scans["voxels_sha256"][pretrain[1]]
     scans.loc[manifest.rows(split="other")[0], "participant_id"] = scans["participant_id"][monitor[9]]
-    write_encoders_of(manifest, folder)
-    for calibration, left_out in (("auto", [6, 7, 9]), ("monitor", [6, 7])):
-        readouts = fitted(folder, manifest, calibration=calibration)
-        count = len(left_out)
-        assert (
-            f"on {54 - count} people of the split monitor whom the encoder has not seen, {count} others left out ("
-            in (readouts.lines()[0])
-        )
-        used = [row for row in manifest.rows(split="monitor") if row not in [monitor[number] for number in left_out]]
-        assert readouts.fitted_on[1] == source_of(manifest, np.array(used), "calibration")
+    write_encoders_of(manifest, tmp_path / "encoder")
+    for name, left_out in (("auto", [6, 7, 9]), ("monitor", [6, 7])):
+        # Also if the scans of these people are not among those of the fit.
+        for query in (None, f"key != {scans['key'][pretrain[0]]!r} and key != {scans['key'][pretrain[1]]!r}"):
+            found = chosen(tmp_path / "encoder", manifest, name, query=query)
+            np.testing.assert_array_equal(found.rows, np.delete(monitor, left_out))
+            assert found.excluded == len(left_out)
 
 
 def test_people_of_the_fit_are_not_calibrated_on_if_nothing_is_known_of_the_encoder(manifest, tmp_path):
     scans, monitor = manifest.scans, manifest.rows(split="monitor")
     scans.loc[manifest.rows(split="pretrain")[0], "participant_id"] = scans["participant_id"][monitor[0]]
     write_small_encoder(tmp_path / "encoder", manifest.grid, modality="vbm")
-    readouts = fitted(tmp_path / "encoder", manifest, columns=["sex"], calibration="monitor")
-    assert " on 54 people of the split monitor, 1 others left out (fitted to 24 people" in readouts.lines()[0]
+    found = chosen(tmp_path / "encoder", manifest, "monitor")
+    np.testing.assert_array_equal(found.rows, monitor[1:])
+    assert (found.excluded, found.seen) == (1, None)
 
 
-def test_the_splits_of_tests_are_used_only_if_they_are_named(encoder, manifest):
+def test_the_splits_of_tests_are_used_only_if_they_are_named(trained, manifest, tmp_path):
     manifest.scans.loc[manifest.rows(split="monitor"), "split"] = "downstream"
-    (line,) = fitted(encoder, manifest).lines()
-    assert line.endswith("the interval may be too narrow: the shards have no split monitor")
-    assert "on 54 people of the split downstream" in fitted(encoder, manifest, calibration="downstream").lines()[0]
-    # Nor if the monitor watched them.
-    moved = encoder.parent / "run" / "checkpoints" / "step-00000005" / "encoder"
-    shutil.copytree(encoder, moved)
-    recipe = moved.parents[2] / "recipe.yaml"
-    recipe.write_text("monitor: {split: downstream}\n")
-    shutil.rmtree(moved / "readouts")
-    (line,) = fitted(moved, manifest).lines()
-    assert line.endswith("the monitor's split is downstream, which is for tests")
+    assert chosen(trained, manifest).reason == "the shards have no split monitor"
+    assert chosen(trained, manifest, "downstream").split == "downstream"
+    assert (
+        chosen(trained, manifest, monitor="downstream").reason
+        == "the monitor's split is downstream, which is for tests"
+    )
+
+
+def test_the_split_of_the_runs_monitor_is_used(trained, manifest, tmp_path):
+    manifest.scans.loc[manifest.rows(split="monitor"), "split"] = "watched"
+    encoder = tmp_path / "checkpoints" / "step-00000005" / "encoder"
+    shutil.copytree(trained, encoder)
+    (tmp_path / "recipe.yaml").write_text("monitor: {split: watched}\n")
+    assert "on 54 people of the split watched whom the encoder" in fitted(encoder, manifest).lines()[0]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +312,6 @@ def test_the_splits_of_tests_are_used_only_if_they_are_named(encoder, manifest):
 def test_a_named_split_that_cannot_be_used_is_one_line(encoder, manifest, calibration, message):
     with pytest.raises(UserError, match=f"calibration{message}"):
         fitted(encoder, manifest, calibration=calibration)
-    assert not (encoder / "readouts").exists()
 
 
 def test_each_column_is_calibrated_if_enough_people_are_known(encoder, manifest):
@@ -280,52 +325,43 @@ def test_each_column_is_calibrated_if_enough_people_are_known(encoder, manifest)
     }  # fmt: skip
     assert found["rare"]["reason"] == "the split monitor has 30 people with a value to calibrate on, fewer than 50"
     assert readouts.readouts["handed"].classes == ("left", "right")
-    alone = fitted(encoder, manifest, columns=["rare"])
-    np.testing.assert_allclose(readouts.readouts["rare"].coefficients, alone.readouts["rare"].coefficients, rtol=1e-4)
-    assert alone.readouts["rare"].summary["missing"] == 0
-    named = fitted(encoder, manifest, columns=columns, calibration="monitor").readouts["rare"]
-    assert named.summary["calibrated_on"]["people"] == 30
+    rows, calibration = manifest.rows(split="pretrain"), chosen(encoder, manifest, "monitor")
+    named = read_targets(manifest, rows, columns, calibration=calibration)
+    assert all(group.calibration is not None for group in named.groups)
+    assert not named.left_out
     known = [row for row in manifest.rows(split="monitor") if np.isfinite(manifest.scans["rare"][row])]
     manifest.scans.loc[known[15:], "rare"] = np.nan
-    left_out = fitted(encoder, manifest, columns=columns, calibration="monitor").left_out
-    assert left_out == {"rare": "the split monitor has 15 people with a value to calibrate on, fewer than 20"}
+    assert read_targets(manifest, rows, columns, calibration=calibration).left_out == {
+        "rare": "the split monitor has 15 people with a value to calibrate on, fewer than 20"
+    }
 
 
 def test_a_killed_fit_is_continued_with_the_same_people(encoder, manifest, monkeypatch):
+    expected = Encoder.from_pretrained(encoder).readouts.readouts["age"]
     options = {"batch_size": 8, "workers": 0}
-    expected = fitted(encoder, manifest, **options)
-    calls, fit = [], add.fit_readouts
+    fit, reads = add.fit_readouts, []
+    monkeypatch.setattr("pretrain.weights.scan_source.zscore", lambda voxels: reads.append(1) or zscore(voxels))
 
-    def killed_after_five_batches(*arguments, **keywords):
+    def kill_after_five_batches():
+        calls = []
+
         def beat():
             calls.append(1)
             if len(calls) == 5:
                 raise KeyboardInterrupt
 
-        return fit(*arguments, **keywords, beat=beat)
+        monkeypatch.setattr(add, "fit_readouts", lambda *arguments, **keywords: fit(*arguments, **keywords, beat=beat))
+        with pytest.raises(KeyboardInterrupt):
+            fitted(encoder, manifest, **options)
+        monkeypatch.setattr(add, "fit_readouts", fit)
+        reads.clear()
 
-    monkeypatch.setattr(add, "fit_readouts", killed_after_five_batches)
-    with pytest.raises(KeyboardInterrupt):
-        fitted(encoder, manifest, **options)
-    monkeypatch.setattr(add, "fit_readouts", fit)
-    reads, zscore = [], add_zscore()
-    monkeypatch.setattr("pretrain.weights.scan_source.zscore", lambda voxels: reads.append(1) or zscore(voxels))
-    found = fitted(encoder, manifest, **options)
+    kill_after_five_batches()
+    found = fitted(encoder, manifest, **options).readouts["age"]
     assert len(reads) == 24 + 55 - 5 * 8
-    np.testing.assert_array_equal(found.readouts["age"].coefficients, expected.readouts["age"].coefficients)
-    np.testing.assert_array_equal(found.readouts["age"].residuals, expected.readouts["age"].residuals)
-    # Features of other people are not taken for these.
-    calls.clear()
-    monkeypatch.setattr(add, "fit_readouts", killed_after_five_batches)
-    with pytest.raises(KeyboardInterrupt):
-        fitted(encoder, manifest, **options)
-    monkeypatch.setattr(add, "fit_readouts", fit)
-    reads.clear()
+    np.testing.assert_array_equal(found.coefficients, expected.coefficients)
+    np.testing.assert_array_equal(found.residuals, expected.residuals)
+    # Features of these people are not taken for others.
+    kill_after_five_batches()
     fitted(encoder, manifest, calibration="none", **options)
     assert len(reads) == 24
-
-
-def add_zscore():
-    from data_pipeline.volume.intensity import zscore
-
-    return zscore

@@ -30,7 +30,7 @@ def write_small_encoder(folder, grid=GRID, **preprocessing):
     return network
 
 
-def write_encoders_of(manifest, *folders, width=0.125, scaling="none"):
+def write_encoders_of(manifest, *folders, width=0.125):
     """Write an exported encoder to some folders, as one that was trained on the split ``pretrain`` of a data set."""
     torch.manual_seed(0)
     options = {**OPTIONS, "width": width}
@@ -39,7 +39,7 @@ def write_encoders_of(manifest, *folders, width=0.125, scaling="none"):
         **CONFIG, "encoder": {"name": "resnet18", "options": options}, "feature_size": int(network.feature_size),
         "run_name": "first", "manifest_digest": manifest.digest, "simulated": False,
     }  # fmt: skip
-    preprocessing = {**PREPROCESSING, "modality": "vbm", "grid": manifest.grid, "scaling": scaling}
+    preprocessing = {**PREPROCESSING, "modality": "vbm", "grid": manifest.grid}
     seen = [source_of(manifest, manifest.rows(split="pretrain"))]
     for folder in folders:
         write_encoder(folder, network.state_dict(), config, preprocessing, seen)
