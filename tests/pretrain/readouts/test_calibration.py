@@ -1,4 +1,4 @@
-"""Readouts that are calibrated on people whom the encoder has not seen: fits against scikit-learn, who is used, who is not."""
+"""Readouts that are calibrated on people whom the encoder has not seen: fits and errors against scikit-learn, files, kills."""
 
 from __future__ import annotations
 
@@ -9,57 +9,28 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.intensity import zscore
 from infra import cli
 from infra.errors import UserError
-from infra.files import sha256_of
 from pretrain.readouts import add
 from pretrain.readouts.add import add_readouts
-from pretrain.readouts.calibration import CalibrationChoice, choose_calibration
 from pretrain.readouts.fit import OwnFeatures, Ranks, fit_group
 from pretrain.readouts.solve import FOLDS, GRID
-from pretrain.readouts.targets import Target, TargetGroup, deal_folds, read_targets
+from pretrain.readouts.targets import Target, TargetGroup, deal_folds
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.readouts import read_readouts, whose_errors
 from pretrain.weights.seen_scans import source_of
-from tests.pretrain.weights.encoders import write_encoders_of, write_small_encoder
+from tests.pretrain.readouts.test_readouts import renew_checksums
+from tests.pretrain.weights.encoders import write_encoders_of
 
 WIDE = {"layer": None, "pooling": ["mean"]}  # 64 features, more than scans: Samples
 NARROW = {"layer": "layer1", "pooling": ["mean"]}  # 8 features: Moments
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, two_splits):
-    """An exported encoder that was trained on the split pretrain, with the readout of age that ``auto`` fits."""
-    folder = tmp_path_factory.mktemp("trained") / "encoder"
-    write_encoders_of(Manifest.load(two_splits), folder)
-    add_readouts(folder, two_splits, columns=["age"], batch_size=8, workers=0, progress=False)
-    return folder
-
-
-@pytest.fixture
-def manifest(two_splits):
-    """The manifest of 24 people of pretrain, 55 of monitor and 3 of other, whose table a test may change."""
-    return Manifest.load(two_splits)
 
 
 @pytest.fixture
 def encoder(tmp_path, trained):
     """A copy of the encoder."""
     return shutil.copytree(trained, tmp_path / "encoder")
-
-
-def chosen(encoder, manifest, name="auto", split=("pretrain",), query=None, monitor="monitor"):
-    """Return the calibration of a fit to some scans."""
-    rows = manifest.rows(split=list(split), query=query)
-    return choose_calibration(Encoder.from_pretrained(encoder), manifest, rows, CalibrationChoice(name, monitor, query))
-
-
-def people_of(calibration, manifest, column="age"):
-    """How many people of a calibration have a value of a column."""
-    known = calibration.rows[manifest.scans[column].iloc[calibration.rows].notna().to_numpy()]
-    return len(set(manifest.subjects()[known]))
 
 
 def fitted(encoder, manifest, **options):
@@ -184,11 +155,6 @@ def test_files_of_before_are_read_as_out_of_fold(encoder):
     assert " out of fold (fitted to 24 people" in found.lines()[0]
 
 
-def renew_checksums(folder):
-    names = [path.name for path in folder.iterdir() if path.is_file() and path.name != "checksums.json"]
-    (folder / "checksums.json").write_text(json.dumps({name: sha256_of(folder / name) for name in names}))
-
-
 def test_none_is_out_of_fold_and_says_why(encoder, manifest):
     (line,) = fitted(encoder, manifest, calibration="none").lines()
     assert "out of fold, of the encoder's own training people (fitted to 24 people, 24 scans; penalty " in line
@@ -207,90 +173,6 @@ def test_none_is_out_of_fold_and_says_why(encoder, manifest):
 )
 def test_whose_errors_they_are_is_said_in_words(found, said):
     assert whose_errors({"calibrated_on": {"people": 60, "scans": 61, "excluded": 2, "reason": "", **found}}) == said
-
-
-@pytest.mark.parametrize(
-    ("options", "split", "people", "seen", "reason"),
-    [
-        ({}, "monitor", 54, True, ""),
-        ({"name": "none"}, "", 0, True, "calibration is none"),
-        ({"split": ["monitor"]}, "", 0, False, ""),
-        ({"split": ["monitor"], "name": "none"}, "", 0, False, ""),
-        ({"split": ["pretrain", "monitor"]}, "monitor", 0, True, ""),
-        ({"split": ["other", "pretrain"], "query": "key > 'cohort_sub-01'"}, "monitor", 48, True, ""),
-        ({"monitor": "watched"}, "", 0, True, "the shards have no split watched"),
-        ({"name": "monitor"}, "monitor", 54, True, ""),
-        ({"name": "monitor", "split": ["other"]}, "monitor", 54, False, ""),
-    ],
-)
-def test_who_is_used_depends_on_the_setting_and_on_the_fit(trained, manifest, options, split, people, seen, reason):
-    found = chosen(trained, manifest, **options)
-    assert (found.split, people_of(found, manifest)) == (split, people)
-    assert (found.seen, found.reason) == (seen, reason)
-
-
-def test_too_few_people_leave_no_trace_in_the_fit(trained, manifest):
-    manifest.scans.loc[manifest.rows(split="monitor")[31:], "split"] = "other"
-    rows, columns = manifest.rows(split="pretrain"), ["age", "sex"]
-    found = read_targets(manifest, rows, columns, calibration=chosen(trained, manifest))
-    expected = read_targets(manifest, rows, columns)
-    assert not len(found.calibration)
-    for one, other in zip(found.groups, expected.groups, strict=True):
-        assert one.calibration is None
-        np.testing.assert_array_equal(one.folds, other.folds)
-        np.testing.assert_array_equal(one.values, other.values)
-        assert {target.reason for target in one.targets} <= {
-            f"the split monitor has {count} people with a value to calibrate on, fewer than 50" for count in (30, 31)
-        }
-
-
-def test_an_untrained_encoder_and_one_without_a_record_are_measured_out_of_fold(encoder, manifest):
-    content = json.loads((encoder / "config.json").read_text())
-    for change, record, seen, reason in (
-        ({"method": "random"}, True, False, ""),
-        ({"manifest_digest": "1" * 64}, False, None, "no record says whom the encoder was trained on"),
-        ({}, False, True, ""),  # trained on these shards, which say whom
-    ):
-        (encoder / "config.json").write_text(json.dumps({**content, **change}))
-        if not record:
-            (encoder / "seen_scans.json").unlink(missing_ok=True)
-        renew_checksums(encoder)
-        found = chosen(encoder, manifest)
-        assert (found.seen, found.reason, found.split) == (seen, reason, "monitor" if seen else "")
-
-
-def test_people_with_scans_elsewhere_are_never_calibrated_on(manifest, tmp_path):
-    """By name in the training split, by voxels under another name, and, unless the split is named, by name in any split."""
-    scans, pretrain, monitor = manifest.scans, manifest.rows(split="pretrain"), manifest.rows(split="monitor")
-    scans.loc[monitor[6], "participant_id"] = scans["participant_id"][pretrain[0]]
-    scans.loc[monitor[7], "voxels_sha256"] = scans["voxels_sha256"][pretrain[1]]
-    scans.loc[manifest.rows(split="other")[0], "participant_id"] = scans["participant_id"][monitor[9]]
-    write_encoders_of(manifest, tmp_path / "encoder")
-    for name, left_out in (("auto", [6, 7, 9]), ("monitor", [6, 7])):
-        # Also if the scans of these people are not among those of the fit.
-        for query in (None, f"key != {scans['key'][pretrain[0]]!r} and key != {scans['key'][pretrain[1]]!r}"):
-            found = chosen(tmp_path / "encoder", manifest, name, query=query)
-            np.testing.assert_array_equal(found.rows, np.delete(monitor, left_out))
-            assert found.excluded == len(left_out)
-
-
-def test_people_of_the_fit_are_not_calibrated_on_if_nothing_is_known_of_the_encoder(manifest, tmp_path):
-    scans, monitor = manifest.scans, manifest.rows(split="monitor")
-    scans.loc[manifest.rows(split="pretrain")[0], "participant_id"] = scans["participant_id"][monitor[0]]
-    write_small_encoder(tmp_path / "encoder", manifest.grid, modality="vbm")
-    found = chosen(tmp_path / "encoder", manifest, "monitor")
-    np.testing.assert_array_equal(found.rows, monitor[1:])
-    assert (found.excluded, found.seen) == (1, None)
-
-
-def test_the_splits_of_tests_are_used_only_if_they_are_named(trained, manifest, tmp_path):
-    manifest.scans.loc[manifest.rows(split="monitor"), "split"] = "downstream"
-    assert chosen(trained, manifest).reason == "the shards have no split monitor"
-    assert chosen(trained, manifest, "downstream").split == "downstream"
-    assert (
-        chosen(trained, manifest, monitor="downstream").reason
-        == "the monitor's split is downstream, which is for tests"
-    )
 
 
 def test_the_split_of_the_runs_monitor_is_used(trained, manifest, tmp_path):
@@ -325,15 +207,6 @@ def test_each_column_is_calibrated_if_enough_people_are_known(encoder, manifest)
     }  # fmt: skip
     assert found["rare"]["reason"] == "the split monitor has 30 people with a value to calibrate on, fewer than 50"
     assert readouts.readouts["handed"].classes == ("left", "right")
-    rows, calibration = manifest.rows(split="pretrain"), chosen(encoder, manifest, "monitor")
-    named = read_targets(manifest, rows, columns, calibration=calibration)
-    assert all(group.calibration is not None for group in named.groups)
-    assert not named.left_out
-    known = [row for row in manifest.rows(split="monitor") if np.isfinite(manifest.scans["rare"][row])]
-    manifest.scans.loc[known[15:], "rare"] = np.nan
-    assert read_targets(manifest, rows, columns, calibration=calibration).left_out == {
-        "rare": "the split monitor has 15 people with a value to calibrate on, fewer than 20"
-    }
 
 
 def test_a_killed_fit_is_continued_with_the_same_people(encoder, manifest, monkeypatch):
