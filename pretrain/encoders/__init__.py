@@ -63,8 +63,9 @@ _SWITCH = (lambda value: isinstance(value, bool), "true, false")
 _RATE = (lambda value: _is_number(value) and 0 <= value < 1, "0 to below 1")
 # Option -> (check of its value, the allowed values in words).
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("checkpointing", "channels_last", "compile", "max_pool"), _SWITCH),
+    **dict.fromkeys(("checkpointing", "channels_last", "compile", "max_pool", "dilated"), _SWITCH),
     **dict.fromkeys(("dropout", "drop_path"), _RATE),
+    "first_stride": (lambda value: type(value) is int and value in (1, 2), "1, 2"),
     "width": (lambda value: _is_number(value) and 0.125 <= value <= 8, "0.125 to 8"),
     "grid": (lambda value: value is None or _is_grid(value), "three sides in voxels, as [121, 145, 121]"),
 }

@@ -82,47 +82,63 @@ def densenet121(
 
 def resnet18(
     *, norm: str = "batch", pooling: str = "mean", grid: Sequence[int] | None = None, width: float = 1.0,
-    max_pool: bool = True, checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
+    max_pool: bool = True, first_stride: int = 2, dilated: bool = False, checkpointing: bool = False,
+    channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Build MONAI's 3D ResNet18 (He et al. 2016); ``512 * width`` features.
 
     ``width`` scales the channels of every layer. ``max_pool=False`` leaves out the max-pooling after the first layer and so
-    keeps twice the resolution, for coarse grids.
+    keeps twice the resolution, for coarse grids. ``first_stride`` is that of the first layer, 1 or 2. ``dilated`` replaces the
+    strides of the last two stages by dilations of 2 and 4, as MedicalNet does (Chen et al. 2019, arXiv:1904.00625).
     """
     return _resnet(
-        "resnet18", 512, norm=norm, pooling=pooling, grid=grid, width=width, max_pool=max_pool, checkpointing=checkpointing,
-        channels_last=channels_last, compile=compile,
+        "resnet18", 512, norm=norm, pooling=pooling, grid=grid, width=width, max_pool=max_pool, first_stride=first_stride,
+        dilated=dilated, checkpointing=checkpointing, channels_last=channels_last, compile=compile,
     )  # fmt: skip
 
 
 def resnet50(
     *, norm: str = "batch", pooling: str = "mean", grid: Sequence[int] | None = None, width: float = 1.0,
-    max_pool: bool = True, checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
+    max_pool: bool = True, first_stride: int = 2, dilated: bool = False, checkpointing: bool = False,
+    channels_last: bool = False, compile: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Build MONAI's 3D ResNet50 (He et al. 2016); ``2048 * width`` features. Options as in `resnet18`."""
     return _resnet(
-        "resnet50", 2048, norm=norm, pooling=pooling, grid=grid, width=width, max_pool=max_pool, checkpointing=checkpointing,
-        channels_last=channels_last, compile=compile,
+        "resnet50", 2048, norm=norm, pooling=pooling, grid=grid, width=width, max_pool=max_pool, first_stride=first_stride,
+        dilated=dilated, checkpointing=checkpointing, channels_last=channels_last, compile=compile,
     )  # fmt: skip
 
 
 def _resnet(
     name: str, channels: int, *, norm: str, pooling: str, grid: Sequence[int] | None, width: float, max_pool: bool,
-    checkpointing: bool, channels_last: bool, compile: bool,
+    first_stride: int, dilated: bool, checkpointing: bool, channels_last: bool, compile: bool,
 ) -> nn.Module:  # fmt: skip
     _import_monai()
     from monai.networks import nets
 
     network = getattr(nets, name)(
-        spatial_dims=3, n_input_channels=1, feed_forward=False, conv1_t_stride=2, widen_factor=width, shortcut_type="B"
-    )
+        spatial_dims=3, n_input_channels=1, feed_forward=False, conv1_t_stride=first_stride, widen_factor=width,
+        shortcut_type="B",
+    )  # fmt: skip
     replace_norms(network, norm)
     blocks = {layer: monai_internal(network, layer) for layer in RESNET_LAYERS if max_pool or layer != "maxpool"}
+    if dilated:
+        for layer, dilation in (("layer3", 2), ("layer4", 4)):
+            _dilate(blocks[layer], dilation)
     recompute = [block for block in blocks if block.startswith("layer")] if checkpointing else []
     return PooledEncoder(
         Trunk(blocks, recompute, channels_last), int(512 * width) * (channels // 512), name=name, norm=norm, pooling=pooling,
         grid=grid, smallest=smallest_side(name, norm, max_pool), channels_last=channels_last, compile=compile,
     )  # fmt: skip
+
+
+def _dilate(stage: nn.Module, dilation: int) -> None:
+    """Replace the stride of a stage by a dilation of its 3 x 3 x 3 convolutions; weights keep their shapes."""
+    for conv in stage.modules():
+        if isinstance(conv, nn.Conv3d):
+            conv.stride = (1, 1, 1)
+            if conv.kernel_size == (3, 3, 3):
+                conv.dilation = conv.padding = (dilation,) * 3
 
 
 def unet(

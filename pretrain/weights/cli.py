@@ -86,7 +86,11 @@ def import_weights(arguments: list[str]) -> int:
     """Bring published weights into an export folder, for `yaware evaluate` and `Encoder.from_pretrained`."""
     parser = argparse.ArgumentParser(prog="yaware import-weights", description=import_weights.__doc__)
     parser.add_argument("file", type=Path, help="the published checkpoint, as downloaded")
-    parser.add_argument("--arch", required=True, help="its layout: densenet121-yaware (Dufumier et al. 2021, BHB-10K)")
+    parser.add_argument(
+        "--arch",
+        required=True,
+        help="its layout, such as densenet121-yaware (Dufumier et al. 2021); an unknown one lists all",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
     parser.add_argument(
         "--grid",
@@ -99,7 +103,7 @@ def import_weights(arguments: list[str]) -> int:
     from pretrain.weights.import_weights import import_weights as import_file
     from pretrain.weights.import_weights import preprocessing_from
 
-    preprocessing = preprocessing_from(options.grid)
+    preprocessing = None if options.grid is None else preprocessing_from(options.grid)
     out, match = import_file(
         options.file, options.arch, options.out, preprocessing=preprocessing, allow_missing=options.allow_missing
     )

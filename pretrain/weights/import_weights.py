@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,22 @@ class Architecture:
         rename: the encoder's name for a key of the file.
         method: how the weights were trained.
         ignored: the beginnings, without ``module.``, of keys that an encoder has no weights for: the projector.
+        options: of the encoder.
+        zeros: ends of the encoder's weights that the published network does not have, which is as if they were 0.
+        licence: of the published weights.
+        data: what they were trained on.
+        vbm: whether that are CAT12's maps at 1.5 mm, so that no grid need be given.
     """
 
     encoder: str
     rename: Callable[[str], str]
     method: str
     ignored: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    zeros: tuple[str, ...] = ()
+    licence: str = ""
+    data: str = ""
+    vbm: bool = False
 
 
 def densenet_key(key: str) -> str:
@@ -46,16 +56,61 @@ def densenet_key(key: str) -> str:
     ``module.features.denseblock1.denselayer1.norm1.weight`` -> ``trunk.denseblock1.denselayer1.layers.norm1.weight``;
     torchvision's oldest versions write ``norm.1``.
     """
-    key = re.sub(r"^(module\.)?features\.", "trunk.", key)
+    key = re.sub(r"^(module\.)?(encoder\.)?features\.", "trunk.", key)
     return re.sub(r"(\.denselayer\d+)\.(norm|conv)\.?([12])\.", r"\1.layers.\2\3.", key)
 
 
-# The checkpoints of Dufumier et al. 2021 (BHB-10K): {epoch, model, optimizer}, trained on CAT12 grey-matter maps.
+def resnet_key(key: str) -> str:
+    """Return the encoder's name for a key of a 3D ResNet, as MONAI and MedicalNet name its layers.
+
+    ``module.encoder.layer1.0.conv1.weight`` -> ``trunk.layer1.0.conv1.weight``.
+    """
+    return "trunk." + re.sub(r"^(module\.)?(encoder\.|f\.)?", "", key)
+
+
+def resenc_key(key: str) -> str:
+    """Return the encoder's name for a key of nnU-Net's residual encoder (dynamic-network-architectures).
+
+    ``encoder.stages.1.blocks.0.conv1.conv.weight`` -> ``trunk.stage2.0.conv1.weight``; its projection is ``skip.1`` behind the
+    pooling of a stage, ``skip.0`` without one.
+    """
+    key = re.sub(r"^(module\.|_orig_mod\.)*(encoder\.)?", "", key)
+    key = re.sub(r"^stem\.convs\.0\.", "trunk.stem.", key)
+    key = re.sub(r"^stages\.(\d+)\.blocks\.", lambda found: f"trunk.stage{int(found[1]) + 1}.", key)
+    key = re.sub(r"\.skip\.[01]\.", ".skip.", key)
+    return re.sub(r"\.(conv|norm)([12])\.(conv|norm)\.", lambda found: f".{found[3]}{found[2]}.", key)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
+    # {epoch, model, optimizer}
     "densenet121-yaware": Architecture(
-        "densenet121", densenet_key, "y-aware", ("hidden_representation.", "head_projection.")
+        "densenet121", densenet_key, "y-aware", ("hidden_representation.", "head_projection."), licence="not stated",
+        data="BHB-10K: CAT12 grey matter of 10,000 healthy people (Dufumier et al. 2021)", vbm=True,
     ),
-}
+    # A Lightning checkpoint, {state_dict, ...}: encoder.features.* and encoder.embedding.*, a linear layer that is left out
+    "densenet121-nidl": Architecture(
+        "densenet121", densenet_key, "nidl", ("encoder.embedding.", "embedding.", "projection_head.", "projector."),
+        licence="that of the estimator's author", data="what the estimator's author says",
+    ),
+    # {epoch, model_state_dict, optimizer_state_dict}: encoder.* and projector.*
+    "resnet18-neuro-simclr": Architecture(
+        "resnet18", resnet_key, "SimCLR", ("projector.", "encoder.fc."), {"first_stride": 1}, licence="not stated",
+        data="T1-weighted scans of several cohorts, skull-stripped by TurboPrep (Kaczmarek et al. 2025)",
+    ),
+    # {state_dict}: module.*; the segmentation head is not in the files
+    "resnet50-medicalnet": Architecture(
+        "resnet50", resnet_key, "MedicalNet", ("conv_seg.", "fc."), {"dilated": True}, ("downsample.0.bias",), licence="MIT",
+        data="segmentation of 23 data sets of CT and MR, most of them not of the brain (Chen et al. 2019)",
+    ),
+    # {network_weights}: encoder.* and decoder.*; each convolution appears twice, also under all_modules
+    "resenc-l-nnssl": Architecture(
+        "resenc-l", resenc_key, "nnssl", ("decoder.",), licence="see the model's card",
+        data="OpenMind: 114,000 head MR volumes (Wald et al. 2024)",
+    ),
+}  # fmt: skip
+# Where published files keep their tensors.
+CONTAINERS = ("model", "model_state_dict", "state_dict", "network_weights")
+ALIASES = (".all_modules.",)  # second names of the same tensors
 
 
 @dataclass
@@ -87,7 +142,7 @@ def import_weights(
         arch: key of ``ARCHITECTURES``.
         out: the folder to make.
         preprocessing: how the scans that the weights were trained on were prepared, which the file does not say; see
-            ``preprocessing_from``. Default: CAT12's grey matter at 1.5 mm.
+            ``preprocessing_from``. Default: CAT12's grey matter at 1.5 mm, for layouts that were trained on it.
         allow_missing: leave weights that the file lacks as initialised.
 
     Returns:
@@ -103,12 +158,18 @@ def import_weights(
         )
     if out.exists():
         raise UserError(f"{out} exists already; choose a new folder")
-    architecture, preprocessing = ARCHITECTURES[arch], preprocessing or preprocessing_from(None)
-    check_encoder(architecture.encoder, {}, grid=preprocessing["grid"]["shape"])
+    architecture = ARCHITECTURES[arch]
+    if preprocessing is None and not architecture.vbm:
+        raise UserError(
+            f"--arch={arch} was not trained on CAT12's maps ({architecture.data}); give --grid: a folder of shards that were "
+            "prepared as its training scans"
+        )
+    preprocessing = preprocessing or preprocessing_from(None)
+    check_encoder(architecture.encoder, architecture.options, grid=preprocessing["grid"]["shape"])
     state, epoch = read_published(file)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(architecture.encoder, {})
+        encoder = build_encoder(architecture.encoder, architecture.options)
     match = match_keys(state, encoder.state_dict(), architecture, file)
     if match.missing and not allow_missing:
         raise UserError(
@@ -117,7 +178,7 @@ def import_weights(
         )
     encoder.load_state_dict({**encoder.state_dict(), **match.matched})
     config = {
-        "encoder": {"name": architecture.encoder, "options": {}}, "feature_size": int(encoder.feature_size),  # type: ignore[arg-type]
+        "encoder": {"name": architecture.encoder, "options": architecture.options}, "feature_size": int(encoder.feature_size),  # type: ignore[arg-type]
         "step": 0, "epoch": epoch, "run_id": None, "run_name": file.stem, "method": architecture.method,
         "manifest_digest": None, "split": [], "version": version("yaware"), "simulated": False, "experiment": "imported",
         "source": {"file": file.name, "sha256": sha256_of(file), "arch": arch},
@@ -143,7 +204,7 @@ def preprocessing_from(grid: str | None) -> dict[str, Any]:
 
 
 def read_published(file: Path) -> tuple[State, int | None]:
-    """Read tensors and epoch of a torch file: ``{epoch, model, optimizer}`` or the bare state. Code in it is never run.
+    """Read tensors and epoch of a torch file: one of CONTAINERS in it, or the bare state. Code in it is never run.
 
     Raises UserError if the file is missing or damaged, needs code, or holds something else than tensors.
     """
@@ -161,11 +222,12 @@ def read_published(file: Path) -> tuple[State, int | None]:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{file} cannot be read by torch ({reason}); download it again") from None
     epoch = content.get("epoch") if isinstance(content, dict) else None
-    state = content.get("model", content) if isinstance(content, dict) else content
+    holder = next((key for key in CONTAINERS if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
+    state = content if holder is None else content[holder]
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(
-            f"{file} is neither {{epoch, model, optimizer}} with a dictionary of tensors under 'model', nor a dictionary of "
-            "tensors"
+            f"{file} is neither {{epoch, model, optimizer}} with a dictionary of tensors under 'model' (or "
+            f"{', '.join(CONTAINERS[1:])}), nor a dictionary of tensors"
         )
     return state, epoch if isinstance(epoch, int) else None
 
@@ -183,6 +245,8 @@ def match_keys(published: State, encoder: State, architecture: Architecture, fil
     unexpected = []
     for key, tensor in published.items():
         name = architecture.rename(key)
+        if any(alias in key for alias in ALIASES):
+            continue
         if name not in encoder:
             unexpected.append(key)
             continue
@@ -204,6 +268,9 @@ def match_keys(published: State, encoder: State, architecture: Architecture, fil
             f"{file}: {_first(unknown)} are not weights of {architecture.encoder} and none of its projector; the file is of "
             "another architecture"
         )
+    if architecture.zeros:
+        absent = [name for name in encoder if name not in matched and name.endswith(architecture.zeros)]
+        matched |= {name: torch.zeros_like(encoder[name]) for name in absent}
     missing = [name for name in encoder if name not in matched and not name.endswith("num_batches_tracked")]
     return WeightMatch(matched, missing, unexpected)
 
@@ -215,6 +282,7 @@ def _first(names: list[str]) -> str:
 
 def _write(out: Path, state: State, config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
     source = config["source"]
+    architecture = ARCHITECTURES[source["arch"]]
     out.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder("import", beside=out) as temporary:
         folder = temporary / "encoder"
@@ -222,6 +290,7 @@ def _write(out: Path, state: State, config: dict[str, Any], preprocessing: dict[
         with (folder / "README.md").open("a", encoding="utf-8") as card:
             card.write(
                 f"\nImported from `{source['file']}` (SHA-256 {source['sha256']}, layout {source['arch']}, epoch "
-                f"{config['epoch']}). Step, manifest and MLflow run are unknown; the grid was given at the import.\n"
+                f"{config['epoch']}). Step, manifest and MLflow run are unknown; the grid was given at the import.\n\n"
+                f"Trained on {architecture.data}. Licence of the published weights: {architecture.licence}.\n"
             )
         folder.rename(out)

@@ -218,8 +218,8 @@ def test_a_file_that_is_not_plain_tensors_is_refused_in_one_line(tmp_path, kind,
 
 
 def test_unknown_architectures_and_existing_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--arch=densenet121 is not known \(did you mean 'densenet121-yaware'\?\)"):
-        import_weights(tmp_path / "x.pth", "densenet121", tmp_path / "out")
+    with pytest.raises(UserError, match=r"--arch=densenet-yaware is not known \(did you mean 'densenet121-yaware'\?\)"):
+        import_weights(tmp_path / "x.pth", "densenet-yaware", tmp_path / "out")
     with pytest.raises(UserError, match="exists already; choose a new folder"):
         import_weights(tmp_path / "x.pth", "densenet121-yaware", tmp_path)
 
