@@ -119,6 +119,7 @@ class ReconstructionSection:
     masked: float = Field(
         default=0.25, ge=0, lt=1
     )  # share of each view's 8 x 8 x 8 patches that is masked, besides cutout
+    layer: str | None = None  # the block from whose map it works, as layer2; null: the last map
 
 
 @dataclass(config=_strict)
@@ -127,6 +128,7 @@ class DenseSection:
 
     weight: float = Field(default=1.0, gt=0)  # of the dense loss in the whole loss
     grid: int = Field(default=3, ge=2, le=6)  # cells per side of a scan
+    layer: str | None = None  # the block from whose map it works, as layer2; null: the last map
 
 
 @dataclass(config=_strict)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from infra.errors import UserError
+from infra.errors import UserError, nearest
 from pretrain.config import Recipe
 from pretrain.encoders import build_encoder
-from pretrain.encoders.layers import padding_of
+from pretrain.encoders.centres import SIDE
 from pretrain.losses.dense import sample_cells
-from pretrain.losses.reconstruction import Decoder, hidden_voxels, squared_errors
+from pretrain.losses.reconstruction import Decoder, doublings_for, hidden_voxels, squared_errors
 from pretrain.losses.temperature import Temperature
+from pretrain.weights.layers import main_blocks
 
 # Tensors of a loader's batch that the model takes beside the views, if the recipe has a further term of the loss.
 VIEW_DETAILS = ("masked", "cutout", "placement")
@@ -27,11 +28,14 @@ class Projector(nn.Sequential):
 
 
 class CellProjector(Projector):
-    """The projector of the dense loss, shared by the G x G x G cells: (N, G³, C) -> (N, G³, P)."""
+    """The projector of the dense loss, shared by the G x G x G cells: (N, G³, C) -> (N, G³, P).
 
-    def __init__(self, channels: int, hidden: int, out: int, grid: int) -> None:
+    ``layer`` is the block whose map has the cells; None is the last map.
+    """
+
+    def __init__(self, channels: int, hidden: int, out: int, grid: int, layer: str | None = None) -> None:
         super().__init__(channels, hidden, out)
-        self.grid = grid
+        self.grid, self.layer = grid, layer
 
 
 class ContrastiveModel(nn.Module):
@@ -41,12 +45,12 @@ class ContrastiveModel(nn.Module):
     published code.
 
     Args:
-        encoder: (N, 1, D, H, W) -> (N, F). With a decoder or cells it also has ``map_and_features`` and ``multiple``, as
-            `pretrain.encoders.layers.PooledEncoder`.
+        encoder: (N, 1, D, H, W) -> (N, F). With a decoder or cells it also has ``maps_and_features`` and ``map_axes``,
+            as `pretrain.encoders.layers.PooledEncoder`.
         projector: (N, F) -> (N, P).
         temperature: the learned temperature.
-        decoder: rebuilds hidden voxels from the encoder's last map.
-        cells: projects the cells of the encoder's last map.
+        decoder: rebuilds hidden voxels from a map of the encoder.
+        cells: projects the cells of a map of the encoder.
     """
 
     def __init__(
@@ -68,30 +72,39 @@ class ContrastiveModel(nn.Module):
 
         The details of the views (`data_pipeline.loading.view_details`) are given in training, if there is a further term:
         with a decoder, voxels that they hide are set to 0 before the encoder sees them, and the output has the errors
-        (2, B, 2) of `squared_errors`; with cells, it then has the projected cells (2, B, G³, P).
+        (2, B, 2) of `squared_errors`; with cells, it then has (2, B, G³, P + 1): the projected cells, and in the last place 1
+        if the view shows the cell, else 0.
         """
         learned = None if self.temperature is None else self.temperature()
-        if cutout is None or (self.decoder is None and self.cells is None):
+        if cutout is None or masked is None or (self.decoder is None and self.cells is None):
             embeddings: torch.Tensor = self.projector(self.encoder(views_2B1DHW.flatten(0, 1)))
             return embeddings.view(2, -1, embeddings.shape[-1]), learned
         sides, shown, hidden = tuple(views_2B1DHW.shape[3:]), views_2B1DHW, None
-        if self.decoder is not None and masked is not None:
+        if self.decoder is not None:
             hidden = hidden_voxels(masked, cutout, sides)
             shown = views_2B1DHW.masked_fill(hidden, 0.0)
-        last_map, features = self.encoder.map_and_features(shown.flatten(0, 1))  # type: ignore[operator]
-        embeddings = self.projector(features)
-        further, padding = [], padding_of(sides, int(self.encoder.multiple))  # type: ignore[arg-type]
+        layers = [part.layer for part in (self.decoder, self.cells) if part is not None]
+        maps, features = self.encoder.maps_and_features(shown.flatten(0, 1), layers)  # type: ignore[operator]
+        embeddings, further = self.projector(features), []
         if self.decoder is not None and hidden is not None:
-            rebuilt = self.decoder.rebuild(last_map, sides, padding).view(views_2B1DHW.shape)
+            axes = self.encoder.map_axes(sides, self.decoder.layer)  # type: ignore[operator]
+            rebuilt = self.decoder.rebuild(maps[0], sides, axes).view(views_2B1DHW.shape)
             further.append(squared_errors(rebuilt, views_2B1DHW, hidden))
         if self.cells is not None and placement is not None:
-            sampled_NKC = sample_cells(
-                last_map, placement.flatten(0, 1), cutout.flatten(0, 1), grid=self.cells.grid, sides=sides,
-                padding=padding,
-            )  # fmt: skip
-            projected_NKP = self.cells(sampled_NKC.to(last_map.dtype))
-            further.append(projected_NKP.view(2, -1, *projected_NKP.shape[1:]))
+            details = (placement.flatten(0, 1), cutout.flatten(0, 1), masked.flatten(0, 1))
+            further.append(self._projected_cells(maps[-1], details, sides))
         return embeddings.view(2, -1, embeddings.shape[-1]), learned, *further
+
+    def _projected_cells(
+        self, map_NCdhw: torch.Tensor, details: tuple[torch.Tensor, torch.Tensor, torch.Tensor], sides: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Return the projected cells of both views, and whether the views show them, as one tensor (2, B, G³, P + 1)."""
+        assert self.cells is not None
+        axes = self.encoder.map_axes(sides, self.cells.layer)  # type: ignore[operator]
+        sampled_NKC, shown_NK = sample_cells(map_NCdhw, *details, grid=self.cells.grid, axes=axes, sides=sides)
+        projected_NKP = self.cells(sampled_NKC.to(map_NCdhw.dtype))
+        cells_NKQ = torch.cat([projected_NKP, shown_NK[..., None].to(projected_NKP.dtype)], dim=2)
+        return cells_NKQ.view(2, -1, *cells_NKQ.shape[1:])
 
 
 def build_model(recipe: Recipe) -> ContrastiveModel:
@@ -106,20 +119,39 @@ def build_model(recipe: Recipe) -> ContrastiveModel:
         encoder = build_encoder(recipe.encoder.name, recipe.encoder.options)
         features = int(encoder.feature_size)  # type: ignore[arg-type]
         projector = Projector(features, sizes.hidden, sizes.out)
-        decoder = None if loss.reconstruction is None else Decoder(_channels(recipe, encoder))
-        cells = None
+        decoder = cells = None
+        if loss.reconstruction is not None:
+            channels, step = _map_of(recipe, encoder, "reconstruction", loss.reconstruction.layer)
+            decoder = Decoder(channels, loss.reconstruction.layer, doublings_for(step))
         if loss.dense is not None:
-            cells = CellProjector(_channels(recipe, encoder), sizes.hidden, sizes.out, loss.dense.grid)
+            channels, _ = _map_of(recipe, encoder, "dense", loss.dense.layer)
+            cells = CellProjector(channels, sizes.hidden, sizes.out, loss.dense.grid, loss.dense.layer)
     learned = loss.temperature_bounds
     temperature = None if learned is None else Temperature(loss.temperature, *learned)
     return ContrastiveModel(encoder, projector, temperature, decoder, cells)
 
 
-def _channels(recipe: Recipe, encoder: nn.Module) -> int:
-    """Return the channels of the encoder's last map; raises UserError if the encoder does not give the map."""
-    if not hasattr(encoder, "map_and_features"):
+def _map_of(recipe: Recipe, encoder: nn.Module, term: str, layer: str | None) -> tuple[int, float]:
+    """Return the channels of the map that a term of the loss works on, and the least distance of its positions in voxels.
+
+    Raises UserError if the encoder has no such map.
+    """
+    check_layer(recipe.encoder.name, encoder, f"loss.{term}", layer)
+    sides = (SIDE, SIDE, SIDE)
+    channels = encoder.map_of(sides, layer)[0]  # type: ignore[operator]
+    return channels, min(axis.step for axis in encoder.map_axes(sides, layer))  # type: ignore[operator]
+
+
+def check_layer(name: str, encoder: nn.Module, term: str, layer: str | None) -> None:
+    """Raise UserError if an encoder does not give its maps, or has no block ``layer``. ``term`` is loss.dense, for example."""
+    if not hasattr(encoder, "maps_and_features"):
         raise UserError(
-            f"loss.reconstruction and loss.dense need an encoder that gives its last feature map; {recipe.encoder.name} has no "
-            "map_and_features: leave them out, or choose another encoder"
+            f"{term} needs an encoder that gives its feature maps; {name} has no maps_and_features: leave it out, or choose "
+            "another encoder"
         )
-    return int(encoder.channels)  # type: ignore[arg-type]
+    blocks = main_blocks(encoder)
+    if layer is not None and layer not in blocks:
+        raise UserError(
+            f"{term}.layer={layer!r} is not a block of {name}{nearest(layer, blocks)}; allowed: {', '.join(blocks)}, or null "
+            "for the last map"
+        )

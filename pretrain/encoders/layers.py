@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infra.errors import UserError
 from infra.internals import library_changed
+from pretrain.encoders.centres import Axes, MapAxis, map_axes
 from pretrain.encoders.pooling import (
     GRIDS,
     MOST_FEATURES,
@@ -115,13 +116,21 @@ class Trunk(nn.Sequential):
         self.recompute = {name: has_statistics(blocks[name]) for name in recompute}
         self.channels_last = channels_last
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the last feature map (N, C, d, h, w) of volumes (N, 1, D, H, W)."""
+    def forward(
+        self, features: torch.Tensor, keep: Sequence[str] = ()
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:  # fmt: skip
+        """Return the last feature map (N, C, d, h, w) of volumes (N, 1, D, H, W).
+
+        With ``keep``, names of blocks, return a tuple of it and the output of each of these blocks.
+        """
+        kept: dict[str, torch.Tensor] = {}
         for name, block in self.named_children():
             features = run_block(block, features, name in self.recompute, self.recompute.get(name, False))
             if self.channels_last:  # copies only if the block lost the layout, as pooling and instance norm do on a CPU
                 features = features.contiguous(memory_format=torch.channels_last_3d)
-        return features
+            if name in keep:
+                kept[name] = features
+        return (features, *(kept[name] for name in keep)) if keep else features
 
 
 class PooledEncoder(nn.Module):
@@ -131,7 +140,8 @@ class PooledEncoder(nn.Module):
     their outermost voxels (background in a brain scan).
 
     Args:
-        trunk: (N, 1, D, H, W) -> (N, channels, ...).
+        trunk: (N, 1, D, H, W) -> (N, channels, ...); with ``keep``, names of its main blocks
+            (`pretrain.weights.layers.main_blocks`), a tuple of that and of their outputs (N, C, ...).
         channels: channels of the trunk's output.
         name: the encoder's name, for messages.
         norm: a key of `NORMS`, or "layer".
@@ -157,6 +167,7 @@ class PooledEncoder(nn.Module):
         self.trunk = trunk
         self.channels, self.name, self.norm = channels, name, norm
         self.smallest, self.multiple, self.channels_last = smallest, multiple, channels_last
+        self._axes: dict[str | None, Axes] = {}
         self.use_pooling(pooling, grid if pooling == "none" else None)
         if channels_last:
             self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -187,14 +198,28 @@ class PooledEncoder(nn.Module):
             )
         self.pooling, self.feature_size = pooling, size
 
-    def map_of(self, sides: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape (C, d, h, w) of the last map of volumes of some sides in voxels, without the class token.
+    def map_of(self, sides: Sequence[int], layer: str | None = None) -> tuple[int, ...]:
+        """Return the shape (C, d, h, w) of a block's map of volumes of some sides in voxels, without the class token.
 
-        Raises UserError if a side is too small.
+        ``layer`` names the block; None is the last map. Raises UserError if a side is too small.
         """
         check_sides(self.name, self.norm, self.smallest, tuple(sides))
-        shape = map_shapes(self.trunk, [""], [side + -side % self.multiple for side in sides])[0]
-        return shape if len(shape) == 4 else (shape[0], *self.patches(sides))
+        shape = map_shapes(self.trunk, [layer or ""], [side + -side % self.multiple for side in sides])[0]
+        # Tokens are (C, T) at the end, and (T, C) of a block.
+        return shape if len(shape) == 4 else (shape[0 if layer is None else 1], *self.patches(sides))
+
+    def map_axes(self, sides: Sequence[int], layer: str | None = None) -> Axes:
+        """Return where the positions of a block's map lie in volumes of some sides, in voxels (`pretrain.encoders.centres`).
+
+        ``layer`` names the block; None is the last map. It is found once: later, ZeRO may hold the weights in parts.
+        """
+        if layer not in self._axes:
+            self._axes[layer] = map_axes(self.trunk, layer, multiple=self.multiple, name=self.name)
+        d, h, w = (
+            MapAxis(axis.first - before, axis.step)
+            for axis, (before, _) in zip(self._axes[layer], padding_of(sides, self.multiple), strict=True)
+        )
+        return d, h, w
 
     def patches(self, sides: Sequence[int]) -> tuple[int, ...]:
         """Return the number of patches of a transformer along each side of volumes of some sides in voxels."""
@@ -202,15 +227,21 @@ class PooledEncoder(nn.Module):
 
     def forward(self, volumes_N1DHW: torch.Tensor) -> torch.Tensor:
         """Return the features (N, feature_size) of volumes (N, 1, D, H, W)."""
-        return self._pooled(self._trunk_output(volumes_N1DHW), volumes_N1DHW.shape[2:])
+        return self._pooled(self._trunk_outputs(volumes_N1DHW)[0], volumes_N1DHW.shape[2:])
 
-    def map_and_features(self, volumes_N1DHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the last feature map (N, C, d, h, w) and the features (N, feature_size) of volumes (N, 1, D, H, W).
+    def maps_and_features(
+        self, volumes_N1DHW: torch.Tensor, layers: Sequence[str | None] = (None,)
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return the maps (N, C, d, h, w) of some blocks, and the features (N, feature_size), of volumes (N, 1, D, H, W).
 
-        The map covers the padded volume (`padding_of`). A transformer's tokens are put on their grid, without the class token.
+        ``layers`` are names of main blocks (`pretrain.weights.layers.main_blocks`); None is the last map. `map_axes` says where
+        their positions lie. A transformer's tokens are put on their grid, without the class token.
         """
-        output, sides = self._trunk_output(volumes_N1DHW), volumes_N1DHW.shape[2:]
-        return as_map(output, self.patches(sides)), self._pooled(output, sides)
+        keep = tuple(sorted({layer for layer in layers if layer is not None}))
+        outputs = self._trunk_outputs(volumes_N1DHW, keep)
+        sides, by_layer = volumes_N1DHW.shape[2:], dict(zip((None, *keep), outputs, strict=True))
+        maps = [as_map(by_layer[layer], self.patches(sides)) for layer in layers]
+        return maps, self._pooled(outputs[0], sides)
 
     def _pooled(self, output: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
         """Return the features (N, feature_size) of the trunk's output for volumes of some sides in voxels."""
@@ -223,7 +254,8 @@ class PooledEncoder(nn.Module):
             )
         return features
 
-    def _trunk_output(self, volumes_N1DHW: torch.Tensor) -> torch.Tensor:
+    def _trunk_outputs(self, volumes_N1DHW: torch.Tensor, keep: tuple[str, ...] = ()) -> tuple[torch.Tensor, ...]:
+        """Return the trunk's output, and those of the blocks ``keep``."""
         check_sides(self.name, self.norm, self.smallest, tuple(volumes_N1DHW.shape[2:]))
         if self.norm == "sync-batch" and self.training and not volumes_N1DHW.is_cuda:
             raise UserError(NO_SYNC_ON_CPU)
@@ -231,8 +263,8 @@ class PooledEncoder(nn.Module):
         if self.channels_last:
             # With one channel both layouts have the same order in memory, so that .contiguous() would change nothing.
             volumes = torch.empty_like(volumes, memory_format=torch.channels_last_3d).copy_(volumes)
-        output: torch.Tensor = self.trunk(volumes)
-        return output
+        outputs: tuple[torch.Tensor, ...] = self.trunk(volumes, keep) if keep else (self.trunk(volumes),)
+        return outputs
 
 
 NO_SYNC_ON_CPU = (

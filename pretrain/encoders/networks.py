@@ -36,6 +36,8 @@ DENSENET_LAYERS = (
     "transition3", "denseblock4", "norm5",
 )  # fmt: skip
 RESNET_LAYERS = ("conv1", "bn1", "act", "maxpool", "layer1", "layer2", "layer3", "layer4")
+# Blocks of SwinTransformer whose outputs it returns, in order.
+SWIN_BLOCKS = ("transformer.patch_embed", *(f"transformer.layers{scale}.0" for scale in (1, 2, 3, 4)))
 
 monai_internal = partial(internal, "monai")
 
@@ -280,18 +282,26 @@ class _ViT(nn.Module):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
-    def forward(self, volumes: torch.Tensor) -> torch.Tensor:
-        """Return the map (N, C, d, h, w) of volumes (N, 1, D, H, W); with a class token the tokens (N, C, T), it first."""
+    def forward(
+        self, volumes: torch.Tensor, keep: Sequence[str] = ()
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:  # fmt: skip
+        """Return the map (N, C, d, h, w) of volumes (N, 1, D, H, W); with a class token the tokens (N, C, T), it first.
+
+        With ``keep``, names of blocks (blocks.0, ...), return a tuple of it and the tokens (N, C, T) of each of these blocks.
+        """
         patches_NCdhw = self.patches(volumes)
         tokens_NTC = patches_NCdhw.flatten(2).transpose(1, 2) + self._position(tuple(patches_NCdhw.shape[2:]))
         if self.class_token is not None:
             tokens_NTC = torch.cat([self.class_token.expand(len(tokens_NTC), -1, -1), tokens_NTC], dim=1)
-        tokens_NTC = self.dropout(tokens_NTC)
-        for block in self.blocks:
+        tokens_NTC, kept = self.dropout(tokens_NTC), dict[str, torch.Tensor]()
+        for number, block in enumerate(self.blocks):
             tokens_NTC = run_block(block, tokens_NTC, self.checkpointing)
+            if f"blocks.{number}" in keep:
+                kept[f"blocks.{number}"] = tokens_NTC.transpose(1, 2)
         normed: torch.Tensor = self.norm(tokens_NTC)
         tokens_NCT = normed.transpose(1, 2)
-        return tokens_NCT if self.class_token is not None else tokens_NCT.reshape(patches_NCdhw.shape)
+        output = tokens_NCT if self.class_token is not None else tokens_NCT.reshape(patches_NCdhw.shape)
+        return (output, *(kept[name] for name in keep)) if keep else output
 
     def _position(self, patches_per_side: tuple[int, ...]) -> torch.Tensor:
         """Return the positions (1, T, C) for a volume of so many patches, interpolated if its shape is not ``grid``."""
@@ -317,9 +327,16 @@ class _Swin(nn.Module):
             spatial_dims=3,
         )  # fmt: skip
 
-    def forward(self, volumes: torch.Tensor) -> torch.Tensor:
-        """Return the deepest features of volumes (N, 1, D, H, W)."""
-        deepest_NCdhw: torch.Tensor = self.transformer(volumes, normalize=False)[-1]
+    def forward(
+        self, volumes: torch.Tensor, keep: Sequence[str] = ()
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:  # fmt: skip
+        """Return the deepest features of volumes (N, 1, D, H, W).
+
+        With ``keep``, names of blocks of `SWIN_BLOCKS`, return a tuple of them and the output (N, C, d, h, w) of each of these.
+        """
+        scales = self.transformer(volumes, normalize=False)
+        deepest_NCdhw: torch.Tensor = scales[-1]
         tokens_NTC = deepest_NCdhw.flatten(2).transpose(1, 2)
         normed: torch.Tensor = nn.functional.layer_norm(tokens_NTC, tokens_NTC.shape[-1:])
-        return normed.transpose(1, 2).reshape(deepest_NCdhw.shape)
+        output = normed.transpose(1, 2).reshape(deepest_NCdhw.shape)
+        return (output, *(scales[SWIN_BLOCKS.index(name)] for name in keep)) if keep else output

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,17 +110,38 @@ def map_shapes(trunk: nn.Module, blocks: Sequence[str], sides: Sequence[int]) ->
         for name in blocks
         if name
     ]
+    try:
+        note("", run_on_meta(trunk, torch.empty(1, 1, *sides, device="meta")))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [shapes.get(name, ()) for name in blocks]
+
+
+def run_on_meta(trunk: nn.Module, *arguments: Any) -> Any:
+    """Return what a trunk in evaluation mode returns for arguments on torch's device ``meta``; it is not compiled for it."""
     training = trunk.training
     weights = {
-        name: torch.empty_like(value, device="meta")
+        f"trunk.{name}": torch.empty_like(
+            value, device="meta", dtype=torch.float32 if value.is_floating_point() else None
+        )
         for name, value in (*trunk.named_parameters(), *trunk.named_buffers())
     }
     try:
         with torch.no_grad():
             trunk.eval()
-            note("", functional_call(trunk, weights, (torch.empty(1, 1, *sides, device="meta"),)))
+            return functional_call(_NotCompiled(trunk), weights, arguments)
     finally:
         trunk.train(training)
-        for handle in handles:
-            handle.remove()
-    return [shapes.get(name, ()) for name in blocks]
+
+
+class _NotCompiled(nn.Module):
+    """Calls a trunk without the form of it that ``trunk.compile()`` made."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, *arguments: Any) -> Any:
+        """Return the trunk's output."""
+        return self.trunk.forward(*arguments)

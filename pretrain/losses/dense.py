@@ -1,7 +1,8 @@
 """The dense loss: a contrastive loss between the same places of the brain, cell by cell of a grid.
 
-The scan is divided into G x G x G cells. The known transform of each view says where a cell lies in it; the encoder's last map
-is sampled there, so that a cell's vector describes the same place in every view of every scan:
+The scan is divided into G x G x G cells. The known transform of each view says where a cell lies in it; a map of the encoder is
+sampled there, between the centres of its positions (`pretrain.encoders.centres`), so that a cell's vector describes the same
+place in every view of every scan:
 
     scan (registered)                  view 1 (shifted)               view 2 (mirrored)
     +----+----+----+                 +----+----+----+               +----+----+----+
@@ -9,11 +10,16 @@ is sampled there, so that a cell's vector describes the same place in every view
     +----+----+----+                 +----+----+----+               +----+----+----+
                                  cell 0 is outside: left out
 
+A point of a cell is shown if it is inside the view, and neither in the box of cutout nor in a masked patch. A position of the
+map is left out if more than half of the voxels around it, a step wide, are hidden in one of these ways: what it holds is then
+a guess from further away. (Whether its centre is hidden would say little: a masked patch, 1/8 of a side, is smaller than the
+steps of last maps.) A view shows a cell if at least half of the weight of its points is on shown points and visible positions.
+
 Cell by cell, the scans that show the cell in both views are compared by the recipe's loss, with its kernel, positives and
 negatives; the dense loss is the mean over the cells that at least two scans show.
 
 N = views, B = scans of this rank, K = G³ cells, S = 8 points of a cell, T = d h w positions of the map, C = its channels,
-P = size of the projection. Places are shares of the sides, 0 to 1.
+n = masked patches per side, P = size of the projection. Places are shares of the sides, 0 to 1.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pretrain.encoders.centres import Axes
 from pretrain.losses.gather import AllGather, SingleProcess
 from pretrain.losses.interpolation import linear_weights, map_positions
 from pretrain.losses.pairs import full_precision
@@ -30,6 +37,7 @@ from pretrain.losses.pairs import full_precision
 # A cell is sampled at 2 x 2 x 2 points, and a view shows it if it shows half of them.
 POINTS_PER_SIDE = 2
 SHOWN_POINTS = 4
+ROUNDING = 0.01  # of the sum of the points' weights, so that half is half on every device
 # (views (2, B', P), proxies (B', number of proxies), gather, subjects (B',) or None) -> this rank's scalar
 CellLoss = Callable[[Tensor, Tensor, AllGather | SingleProcess, Tensor | None], Tensor]
 
@@ -43,12 +51,15 @@ def cell_points(grid: int, like: Tensor) -> Tensor:
     return cells.permute((0, 2, 4, 1, 3, 5, 6)).reshape(grid**3, POINTS_PER_SIDE**3, 3)
 
 
-def points_in_views(placement_N34: Tensor, cutout_N23: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+def points_in_views(
+    placement_N34: Tensor, cutout_N23: Tensor, masked_Nnnn: Tensor, grid: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return where the cells' points lie in the views, (N, K, S, 3), and whether the views show them, (N, K, S) bool.
 
     Args:
         placement_N34: affine maps from a place in the scan to its place in the view.
         cutout_N23: low and high corners of the boxes that cutout hid.
+        masked_Nnnn: bool, which patches are masked; they divide each side evenly.
         grid: G.
     """
     points_KS3 = cell_points(grid, placement_N34)
@@ -57,40 +68,78 @@ def points_in_views(placement_N34: Tensor, cutout_N23: Tensor, grid: int) -> tup
     low, high = cutout_N23[:, None, None, 0], cutout_N23[:, None, None, 1]
     in_view = ((places_NKS3 >= 0) & (places_NKS3 <= 1)).all(dim=-1)
     in_cutout = ((places_NKS3 >= low) & (places_NKS3 < high)).all(dim=-1)
-    return places_NKS3, in_view & ~in_cutout
+    patches = masked_Nnnn.shape[1]
+    i, j, k = (places_NKS3 * patches).long().clamp(0, patches - 1).unbind(dim=-1)
+    number = ((i * patches + j) * patches + k).flatten(1)
+    in_patch = masked_Nnnn.flatten(1).gather(1, number).view(in_view.shape)
+    return places_NKS3, in_view & ~in_cutout & ~in_patch
 
 
-def cells_shown(placement_2B34: Tensor, cutout_2B23: Tensor, grid: int) -> Tensor:
-    """Return which cells both views of a scan show, (B, K) bool."""
-    _, shown = points_in_views(placement_2B34.flatten(0, 1), cutout_2B23.flatten(0, 1), grid)
-    return (shown.sum(dim=2) >= SHOWN_POINTS).view(2, -1, grid**3).all(dim=0)
+def visible_positions(
+    cutout_N23: Tensor, masked_Nnnn: Tensor, axes: Axes, sides: Sequence[int], positions: Sequence[int]
+) -> Tensor:  # fmt: skip
+    """Return the positions of a map of whose cell at least half is neither in the box of cutout nor masked, (N, d, h, w) bool.
+
+    The cell of a position is a step wide around its centre, as far as it is inside the volume.
+
+    Args:
+        cutout_N23: low and high corners of the boxes.
+        masked_Nnnn: bool, which patches are masked.
+        axes: where the map's positions lie, in voxels.
+        sides: (D, H, W) of the views, in voxels.
+        positions: (d, h, w).
+    """
+    cutout = cutout_N23.double()
+    numbers = torch.arange(max(masked_Nnnn.shape[1] + 1, *positions), dtype=torch.float64, device=cutout.device)
+    edges = numbers[: masked_Nnnn.shape[1] + 1] / masked_Nnnn.shape[1]
+    inside, in_box = [], []  # how long the cells' overlaps with the patches are: (p, n), and in the box: (N, p, n)
+    for axis, count in enumerate(positions):
+        centres = (axes[axis].first + axes[axis].step * numbers[:count]) / sides[axis]
+        half = axes[axis].step / sides[axis] / 2
+        low = torch.maximum((centres - half)[:, None], edges[:-1])
+        high = torch.minimum((centres + half)[:, None], edges[1:])
+        inside.append((high - low).clamp(min=0))
+        box_low, box_high = (cutout[:, side, axis, None, None] for side in (0, 1))
+        in_box.append((torch.minimum(high, box_high) - torch.maximum(low, box_low)).clamp(min=0))
+    open_Nnnn = (~masked_Nnnn).double()
+    seen = torch.einsum("Nabc,ia,jb,kc->Nijk", open_Nnnn, *inside)
+    seen = seen - torch.einsum("Nabc,Nia,Njb,Nkc->Nijk", open_Nnnn, *in_box)
+    whole = torch.einsum("i,j,k->ijk", *(overlaps.sum(dim=1) for overlaps in inside))
+    return 2 * seen >= whole * (1 - 1e-6)
 
 
 @full_precision
 def sample_cells(
-    last_map_NCdhw: Tensor, placement_N34: Tensor, cutout_N23: Tensor, *, grid: int, sides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-) -> Tensor:  # fmt: skip
-    """Return the mean (N, K, C) of the map over the points of each cell that the view shows; 0 if it shows none.
+    map_NCdhw: Tensor, placement_N34: Tensor, cutout_N23: Tensor, masked_Nnnn: Tensor, *, grid: int, axes: Axes,
+    sides: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the mean (N, K, C) of the map over the shown points of each cell, and which cells the views show, (N, K) bool.
+
+    The mean is 0 if no point of the cell is shown.
 
     Args:
-        last_map_NCdhw: the encoder's last map, which covers the padded view.
+        map_NCdhw: a feature map of the views.
         placement_N34: affine maps from a place in the scan to its place in the view.
         cutout_N23: low and high corners of the boxes that cutout hid.
+        masked_Nnnn: bool, which patches are masked.
         grid: G.
+        axes: where the map's positions lie, in voxels.
         sides: (D, H, W) of the views, in voxels.
-        padding: voxels that the encoder adds before and after each side.
     """
-    values = last_map_NCdhw.to(torch.promote_types(last_map_NCdhw.dtype, torch.float32))
-    places, shown = points_in_views(placement_N34.to(values.dtype), cutout_N23.to(values.dtype), grid)
+    values = map_NCdhw.to(torch.promote_types(map_NCdhw.dtype, torch.float32))
+    cutout = cutout_N23.to(values.dtype)
+    places, shown = points_in_views(placement_N34.to(values.dtype), cutout, masked_Nnnn, grid)
     along = [
-        linear_weights(map_positions(places[..., axis], sides[axis], padding[axis], positions), positions)
+        linear_weights(map_positions(places[..., axis], sides[axis], axes[axis]), positions)
         for axis, positions in enumerate(values.shape[2:])
     ]
-    share_NKS = shown.to(values.dtype) / shown.sum(dim=2, keepdim=True).clamp(min=1)
-    planes = (along[0] * share_NKS[..., None])[..., :, None] * along[1][..., None, :]  # (N, K, S, d, h)
+    planes = (along[0] * shown[..., None])[..., :, None] * along[1][..., None, :]  # (N, K, S, d, h)
     weights_NKT = (planes.flatten(3).transpose(2, 3) @ along[2]).flatten(2)
-    return weights_NKT @ values.flatten(2).transpose(1, 2)
+    visible = visible_positions(cutout_N23, masked_Nnnn, axes, sides, values.shape[2:])
+    weights_NKT = weights_NKT * visible.flatten(1)[:, None]
+    points_NK = weights_NKT.sum(dim=2)
+    means = (weights_NKT / points_NK.clamp(min=1e-6)[..., None]) @ values.flatten(2).transpose(1, 2)
+    return means, points_NK >= SHOWN_POINTS - ROUNDING
 
 
 def dense_loss(

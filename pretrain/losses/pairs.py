@@ -33,14 +33,14 @@ ZERO = 1e-30
 # Entries of the kernel matrix in memory at a time, in computations that go over the whole matrix.
 KERNEL_BLOCK = 2**20
 
-Loss = TypeVar("Loss", bound=Callable[..., Tensor])
+Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 
 def full_precision(loss: Loss) -> Loss:
     """Decorate a loss so that it is computed outside autocast, which would compute similarities in half precision."""
 
     @functools.wraps(loss)
-    def without_autocast(*arguments: Any, **options: Any) -> Tensor:
+    def without_autocast(*arguments: Any, **options: Any) -> Any:
         """Compute the loss with autocast off."""
         devices = (value.device.type for value in (*arguments, *options.values()) if isinstance(value, Tensor))
         with torch.autocast(next(devices, "cpu"), enabled=False):

@@ -4,17 +4,19 @@
 
 The decoder is part of the training only; it is not exported.
 
-b = scans of a forward pass, B = scans of this rank, N = volumes, C = channels of the encoder's last map.
+b = scans of a forward pass, B = scans of this rank, N = volumes, C = channels of the encoder's map.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.encoders.centres import Axes, MapAxis
 from pretrain.losses.gather import Gather, SingleProcess
 from pretrain.losses.interpolation import linear_weights, map_positions
 from pretrain.losses.pairs import full_precision
@@ -25,34 +27,49 @@ CHANNELS = (64, 32, 16, 8)
 class Decoder(nn.Sequential):
     """(N, C, d, h, w) -> (N, 1, 8 d, 8 h, 8 w): a 1x1x1 convolution, three transposed ones that double the sides, another.
 
-    It has 64 C + 21,633 parameters: 87,169 for DenseNet121 (C = 1,024), 54,401 for ResNet18 (C = 512).
+    It has 64 C + 21,633 parameters: 87,169 for DenseNet121 (C = 1,024), 54,401 for ResNet18 (C = 512). A map whose positions
+    are fewer than 8 voxels apart has fewer doublings, so that the output is not finer than the volume.
+
+    Args:
+        channels: C.
+        layer: the block whose map is decoded; None is the last map.
+        doublings: 0 to 3.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, layer: str | None = None, doublings: int = len(CHANNELS) - 1) -> None:
         layers: list[nn.Module] = [nn.Conv3d(channels, CHANNELS[0], 1), nn.ReLU()]
-        for before, after in pairwise(CHANNELS):
+        for before, after in pairwise(CHANNELS[: doublings + 1]):
             layers += [nn.ConvTranspose3d(before, after, 2, stride=2), nn.ReLU()]
-        super().__init__(*layers, nn.Conv3d(CHANNELS[-1], 1, 1))
+        super().__init__(*layers, nn.Conv3d(CHANNELS[doublings], 1, 1))
+        self.layer, self.doublings = layer, doublings
 
-    def rebuild(self, last_map_NCdhw: Tensor, sides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Tensor:
+    def rebuild(self, map_NCdhw: Tensor, sides: Sequence[int], axes: Axes) -> Tensor:
         """Return volumes (N, 1, D, H, W), float32 or better, interpolated linearly from the decoder's output.
 
         Args:
-            last_map_NCdhw: the map, which covers the padded volume.
+            map_NCdhw: the map.
             sides: (D, H, W).
-            padding: voxels that the encoder adds before and after each side.
+            axes: where the map's positions lie, in voxels.
         """
-        return _interpolated(self(last_map_NCdhw), sides, padding)
+        parts = 2**self.doublings
+        d, h, w = (
+            MapAxis(axis.first - axis.step / 2 + axis.step / (2 * parts), axis.step / parts) for axis in axes
+        )  # of the decoder's output: each position of the map becomes so many equal parts of its cell
+        return _interpolated(self(map_NCdhw), sides, (d, h, w))
+
+
+def doublings_for(step: float) -> int:
+    """Return how often a decoder doubles the sides of a map of positions ``step`` voxels apart: not beyond single voxels."""
+    return min(len(CHANNELS) - 1, max(0, int(math.log2(step))))
 
 
 @full_precision
-def _interpolated(coarse: Tensor, sides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Tensor:
+def _interpolated(coarse: Tensor, sides: Sequence[int], axes: Axes) -> Tensor:
     volumes = coarse.to(torch.promote_types(coarse.dtype, torch.float32))
-    for axis, (side, added) in enumerate(zip(sides, padding, strict=True), start=2):
-        positions = volumes.shape[axis]
+    for dim, (side, axis) in enumerate(zip(sides, axes, strict=True), start=2):
         places = (torch.arange(side, device=volumes.device, dtype=torch.float64) + 0.5) / side
-        weights = linear_weights(map_positions(places, side, added, positions), positions).to(volumes.dtype)
-        volumes = (volumes.movedim(axis, -1) @ weights.T).movedim(-1, axis)
+        weights = linear_weights(map_positions(places, side, axis), volumes.shape[dim]).to(volumes.dtype)
+        volumes = (volumes.movedim(dim, -1) @ weights.T).movedim(-1, dim)
     return volumes
 
 

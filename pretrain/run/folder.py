@@ -27,6 +27,7 @@ CHANGEABLE = (
 # Keys that must be equal for another run's checkpoint to fit the model and the optimiser (`run.resume: PATH`).
 NETWORK_KEYS = (
     "encoder.name", "encoder.options.", "projector.", "optimizer.name", "train.precision", "loss.temperature_bounds",
+    "loss.reconstruction.layer", "loss.dense.layer",
 )  # fmt: skip
 # Terms of the loss that add weights to the model: both recipes must have them, or neither.
 NETWORK_TERMS = ("loss.reconstruction.weight", "loss.dense.weight")

@@ -19,7 +19,7 @@ from infra import distributed
 from infra.errors import UserError
 from pretrain.config import LossSection, Recipe
 from pretrain.kernels import Kernel
-from pretrain.losses.dense import cells_shown, dense_loss
+from pretrain.losses.dense import dense_loss
 from pretrain.losses.diagnostics import effective_positives
 from pretrain.losses.gather import AllGather, SingleProcess
 from pretrain.losses.options import SHARED_OPTIONS, check_own_options, find_loss, takes
@@ -43,7 +43,6 @@ class Objective:
         cross_view: whether only pairs of different views are compared.
         weights: weights of the terms, by name, if there are further terms: ``contrastive`` (1), then ``reconstruction`` and
             ``dense``, in the order of the model's further outputs.
-        grid: cells per side of the dense loss.
     """
 
     name: str
@@ -52,7 +51,6 @@ class Objective:
     subjects: torch.Tensor | None
     cross_view: bool
     weights: dict[str, float] = field(default_factory=dict)
-    grid: int = 0
 
     def loss(
         self, views_2BP: torch.Tensor, temperature: torch.Tensor | None, batch: dict[str, torch.Tensor],
@@ -76,9 +74,9 @@ class Objective:
         if "reconstruction" in self.weights:
             terms.append(reconstruction_error(outputs.pop(0), gather))
         if "dense" in self.weights:
-            shown = cells_shown(batch["placement"], batch["cutout"], self.grid)
+            cells, shown = outputs[0][..., :-1], (outputs.pop(0)[..., -1] > 0.5).all(dim=0)
             of_cell = partial(self._contrastive, temperature=temperature)
-            terms.append(dense_loss(outputs.pop(0), shown, proxies, loss=of_cell, gather=gather, subjects=subjects))
+            terms.append(dense_loss(cells, shown, proxies, loss=of_cell, gather=gather, subjects=subjects))
         return torch.stack([term.to(terms[0].dtype) for term in terms])
 
     def _contrastive(
@@ -119,7 +117,6 @@ def build_objective(recipe: Recipe, manifest: Manifest, rows: NDArray[np.int64])
     return Objective(
         recipe.loss.name, kernel, options, subjects, recipe.loss.cross_view,
         weights={"contrastive": 1.0, **weights} if weights else {},
-        grid=recipe.loss.dense.grid if recipe.loss.dense else 0,
     )  # fmt: skip
 
 

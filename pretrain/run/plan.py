@@ -24,12 +24,13 @@ from pretrain.config import ReadoutSection, Recipe, check_world_size
 from pretrain.encoders import ENCODERS, TRAINING_ONLY, build_encoder, check_encoder
 from pretrain.encoders.pooling import SPATIAL
 from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.model import check_layer
 from pretrain.readouts.calibration import CalibrationChoice, check_named_split
 from pretrain.readouts.targets import check_columns
 from pretrain.run import folder
 from pretrain.run.objective import Objective, build_objective
 from pretrain.run.online_probes import Watched, check_held_out, watched_scans
-from pretrain.weights.layers import POOLINGS, intermediate_features
+from pretrain.weights.layers import POOLINGS, intermediate_features, main_blocks
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Plan:
         check_something_hidden(recipe, augmentation)
         check_encoder(recipe.encoder.name, recipe.encoder.options, grid=manifest.grid["shape"], training=True)
         _check_poolings(recipe, manifest.grid["shape"])
+        _check_maps(recipe, manifest.grid["shape"])
         _check_readouts(recipe, manifest, rows)
         steps_per_epoch = order.length / recipe.batch.global_
         return cls(
@@ -133,6 +135,32 @@ def _check_poolings(recipe: Recipe, sides: Sequence[int]) -> None:
         for pooling in (options.get("pooling"), watched):
             if pooling in SPATIAL:
                 encoder.use_pooling(pooling, sides)  # type: ignore[operator]
+
+
+def _check_maps(recipe: Recipe, sides: Sequence[int]) -> None:
+    """Raise UserError if a further term of the loss has no map, or one of fewer than two positions along a side.
+
+    ``sides`` are those of the scans in voxels.
+    """
+    terms = {"reconstruction": recipe.loss.reconstruction, "dense": recipe.loss.dense}
+    layers = {f"loss.{term}": section.layer for term, section in terms.items() if section is not None}
+    if not layers:
+        return
+    name = recipe.encoder.name
+    options = {key: value for key, value in recipe.encoder.options.items() if key not in TRAINING_ONLY}
+    encoder: Any = build_encoder(name, options)
+    for term, layer in layers.items():
+        check_layer(name, encoder, term, layer)
+        positions = encoder.map_of(sides, layer)[1:]
+        if min(positions) > 1:
+            continue
+        larger = [block for block in main_blocks(encoder) if min(encoder.map_of(sides, block)[1:]) > 1]
+        fix = f"set {term}.layer to an earlier block, as {larger[-1]}" if larger else "use scans of a finer spacing"
+        place = "last map" if layer is None else f"map of {layer}"
+        raise UserError(
+            f"{term}: the {place} of {name} has {'x'.join(map(str, positions))} positions for scans of "
+            f"{'x'.join(map(str, sides))} voxels, and at least 2 along each side are needed; {fix}, or leave {term} out"
+        )
 
 
 def calibration_of(recipe: Recipe) -> CalibrationChoice:

@@ -18,7 +18,8 @@ def runs(tmp_path_factory, shards):
     code = """
 recipe = yaware.Recipe.load("demo-cpu").with_(**sections(3)).with_(
     encoder={{"options": {{"width": 0.25, "norm": "group"}}}},
-    loss={{"reconstruction": {{"weight": 0.5, "masked": 0.3}}, "dense": {{"weight": 2.0, "grid": 2}}, "proxies": {{
+    loss={{"reconstruction": {{"weight": 0.5, "masked": 0.3, "layer": "layer2"}},
+          "dense": {{"weight": 2.0, "grid": 2, "layer": "layer2"}}, "proxies": {{
         "age": {{"kernel": "gaussian", "bandwidth": 8.0}}, "sex": {{"kernel": "same", "otherwise": 0.5, "missing": 1.0}}}}}},
 )
 yaware.pretrain(recipe, ranks=1, output="one")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data_pipeline.loading.augment import load_augmentation
 from data_pipeline.loading.view_details import ViewDetails
 from pretrain.config import Recipe, load_recipe
+from pretrain.encoders.centres import Axes, MapAxis
 from pretrain.engine import engine
 from pretrain.engine.ema import Average
 from pretrain.engine.optimizers import build_optimizer, parameter_groups
@@ -52,7 +53,6 @@ class TinyEncoder(nn.Module):
     """An encoder with the parameter names of the real ones; a buffer counts the forward passes."""
 
     feature_size = 10
-    channels, multiple = 5, 1
     passes: Tensor
 
     def __init__(self) -> None:
@@ -72,17 +72,32 @@ class TinyEncoder(nn.Module):
         features: Tensor = self.trunk(volumes)
         return features
 
-    def map_and_features(self, volumes: Tensor) -> tuple[Tensor, Tensor]:
-        features = self(volumes)
-        return features.view(-1, 5, 2, 1, 1), features
+    def maps_and_features(self, volumes: Tensor, layers: Sequence[str | None]) -> tuple[list[Tensor], Tensor]:
+        """Maps of 5 channels and two positions at the end, and of 11 channels and one position after layer1."""
+        middle = self.trunk.layer1(self.trunk.stem(volumes))
+        features = self.trunk.layer2(middle)
+        if self.training:
+            self.passes += 1
+        maps = {None: features.view(-1, 5, 2, 1, 1), "layer1": middle.view(-1, 11, 1, 1, 1)}
+        return [maps[layer] for layer in layers], features
+
+    def map_axes(self, sides: Sequence[int], layer: str | None) -> Axes:
+        first = MapAxis(0.7, 2.0) if layer is None else MapAxis(2.0, 4.0)
+        return first, MapAxis(2.0, 4.0), MapAxis(2.0, 4.0)
 
 
 def build(recipe: Recipe) -> ContrastiveModel:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         encoder, projector = TinyEncoder(), Projector(10, 9, 7)
-        decoder = None if recipe.loss.reconstruction is None else Decoder(5)
-        cells = None if recipe.loss.dense is None else CellProjector(5, 8, 6, recipe.loss.dense.grid)
+        decoder = cells = None
+        channels = {None: 5, "layer1": 11}
+        if recipe.loss.reconstruction is not None:
+            layer = recipe.loss.reconstruction.layer
+            decoder = Decoder(channels[layer], layer)
+        if recipe.loss.dense is not None:
+            layer = recipe.loss.dense.layer
+            cells = CellProjector(channels[layer], 8, 6, recipe.loss.dense.grid, layer)
     learned = recipe.loss.temperature_bounds
     return ContrastiveModel(
         encoder, projector, None if learned is None else Temperature(0.1, *learned), decoder, cells
@@ -95,7 +110,7 @@ def objective_of(recipe: Recipe) -> Objective:
     weights = {name: section.weight for name, section in further.items() if section is not None}
     return Objective(
         "y-aware", KERNELS["gaussian"](bandwidth=5.0), {"temperature": 0.1}, None, False,
-        weights={"contrastive": 1.0, **weights}, grid=recipe.loss.dense.grid if recipe.loss.dense else 0,
+        weights={"contrastive": 1.0, **weights},
     )  # fmt: skip
 
 

@@ -88,6 +88,7 @@ def test_a_wrong_gather_is_detected(ranks, form):
 
 BOTH = ("--loss.reconstruction={weight: 0.5, masked: 0.2}", "--loss.dense={weight: 0.7, grid: 2}",
         "--loss.temperature_bounds=[0.01, 1.0]")  # fmt: skip
+LAYERS = ("--loss.reconstruction.layer=layer1", "--loss.dense.layer=layer1")
 MICRO = ("--batch.micro=2",)
 
 
@@ -107,9 +108,14 @@ def test_training_with_both_terms_equals_plain_torch_under_every_stage_and_in_mi
     pools: Pools, world_size: int, cases: list[tuple[int, tuple[str, ...]]]
 ) -> None:
     clip = "--deepspeed.gradient_clipping=1000"
-    expected = plain_steps((*BOTH, clip), 3)
-    runs = [Run((*BOTH, zero(stage), clip, *micro), last=3) for stage, micro in cases]
-    for run, result in zip(runs, pools.run(world_size, runs), strict=True):
+    by_layers = {layers: plain_steps((*BOTH, clip, *layers), 3) for layers in ((), LAYERS)}
+    runs = [
+        (layers, Run((*BOTH, zero(stage), clip, *micro, *layers), last=3))
+        for stage, micro in cases
+        for layers in by_layers
+    ]
+    for (layers, run), result in zip(runs, pools.run(world_size, [run for _, run in runs]), strict=True):
+        expected = by_layers[layers]
         assert losses(result) == pytest.approx([step["loss"] for step in expected], rel=1e-5), run
         for found, plain in zip(result["metrics"], expected, strict=True):
             assert found["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4), run

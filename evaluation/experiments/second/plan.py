@@ -42,10 +42,11 @@ CLINIC_TASKS: dict[str, dict[str, Any]] = {
 }
 SPATIAL = ("layer2", ("none",))  # block and pooling of the spatial features and of the readouts
 READOUTS = (f"--readouts.layer={SPATIAL[0]}", "--readouts.pooling=[none]", "--readouts.fit=true")
-# Terms of the loss beside the y-aware one, at the middle level only: method -> changes of the recipe.
+# Terms of the loss beside the y-aware one, at the middle level only: method -> changes of the recipe. They work on the block of
+# the spatial features, since the last map has two positions at 6 mm.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "y-aware-dense": ("--loss.dense={weight: 1.0, grid: 2}",),
-    "y-aware-reconstruction": ("--loss.reconstruction={weight: 0.5, masked: 0.25}",),
+    "y-aware-dense": (f"--loss.dense={{weight: 1.0, grid: 2, layer: {SPATIAL[0]}}}",),
+    "y-aware-reconstruction": (f"--loss.reconstruction={{weight: 0.5, masked: 0.25, layer: {SPATIAL[0]}}}",),
 }
 FEATURES = ("pooled", "spatial", "readout", "default")  # of every encoder
 AUTO = "auto"  # features chosen on inner folds; of y-aware encoders at the middle level

@@ -171,6 +171,10 @@ def test_compiled_encoders_give_the_same_features_and_gradients_under_the_same_n
     features = [network(volumes) for network in (plain, compiled)]
     torch.testing.assert_close(features[1], features[0], rtol=1e-3, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1  # it was compiled
+    layer = "layer2" if name == "resnet18" else "blocks.3"
+    with torch.no_grad():
+        maps = [network.maps_and_features(volumes, [layer, None])[0] for network in (plain, compiled)]
+    torch.testing.assert_close(maps[1], maps[0], rtol=1e-3, atol=1e-4)
     direction = torch.randn_like(features[0])
     for result in features:
         (result * direction).sum().backward()

@@ -10,7 +10,9 @@ from infra.errors import UserError
 from pretrain.encoders import ENCODERS, build_encoder, check_encoder
 from pretrain.encoders.layers import pad_to
 from pretrain.encoders.networks import SMALLEST
+from pretrain.encoders.pooling import as_map
 from pretrain.model import ContrastiveModel, Projector
+from pretrain.weights.layers import main_blocks
 
 VBM = (121, 145, 121)
 TRANSFORMERS = ("vit-small", "vit-base", "vit-large", "swin-unetr")
@@ -60,10 +62,40 @@ def test_parameters_features_and_deepest_map_at_the_vbm_grid(name):
 def test_the_last_map_comes_with_the_features_also_of_transformers(name):
     with torch.device("cpu" if name == "swin-unetr" else "meta"):
         encoder = build_encoder(name, {})
-    last_map, features = encoder.to("meta").map_and_features(torch.empty(2, 1, *VBM, device="meta"))
+    (last_map,), features = encoder.to("meta").maps_and_features(torch.empty(2, 1, *VBM, device="meta"))
     deepest = (8, 10, 8) if name.startswith("vit") else KNOWN[name][2]
     assert last_map.shape == (2, encoder.channels, *deepest)
     assert features.shape == (2, encoder.feature_size)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["densenet121", "resnet18", "unet", "resenc-l", "vit-small", pytest.param("swin-unetr", marks=pytest.mark.jobs)],
+)
+def test_maps_of_blocks_are_their_outputs_with_the_shapes_that_are_told_also_if_recomputed(name):
+    torch.manual_seed(0)
+    encoder = build_encoder(name, {**options_of(name), "checkpointing": True}).train()
+    volumes, seen = torch.randn(2, 1, 34, 30, 29), {}
+    layers = main_blocks(encoder)[-3:]
+
+    def note(layer, output):
+        tokens = output.ndim == 3  # (N, T, C), class token first
+        seen.setdefault(layer, as_map(output.transpose(1, 2), encoder.patches((34, 30, 29))) if tokens else output)
+
+    for layer in layers:
+        encoder.trunk.get_submodule(layer).register_forward_hook(
+            lambda _, inputs, output, layer=layer: note(layer, output)
+        )
+    maps, features = encoder.maps_and_features(volumes, [*layers, None, layers[0]])
+    for layer, block_map in zip(layers, maps[:3], strict=True):
+        assert torch.equal(block_map, seen[layer])
+        assert tuple(block_map.shape[1:]) == encoder.map_of((34, 30, 29), layer)
+    assert torch.equal(maps[4], maps[0])
+    assert torch.equal(features, encoder(volumes))
+    maps[0].square().mean().backward()
+    blocks = [encoder.trunk.get_submodule(layer) for layer in layers]
+    assert any(p.grad is not None and p.grad.any() for p in blocks[0].parameters())
+    assert all(p.grad is None for block in blocks[1:] for p in block.parameters())
 
 
 @pytest.mark.parametrize("pooling", ["class", "mean"])
@@ -74,7 +106,7 @@ def test_the_tokens_of_a_vit_are_put_on_the_grid_of_its_patches(pooling):
     encoder.trunk.blocks, encoder.trunk.norm = nn.ModuleList(), nn.Identity()
     volumes = torch.randn(2, 1, 41, 32, 64)
     with torch.no_grad():
-        last_map, features = encoder.map_and_features(volumes)
+        (last_map,), features = encoder.maps_and_features(volumes)
         position = encoder.trunk.position.transpose(1, 2).reshape(1, 384, 3, 2, 4)
         assert torch.equal(last_map, encoder.trunk.patches(pad_to(volumes, 16)) + position)
         assert torch.equal(features, encoder(volumes))

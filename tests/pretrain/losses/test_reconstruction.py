@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pretrain.losses.reconstruction import Decoder, hidden_voxels, reconstruction_error, squared_errors
+from pretrain.encoders.centres import MapAxis
+from pretrain.losses.reconstruction import Decoder, doublings_for, hidden_voxels, reconstruction_error, squared_errors
 from tests.reference import terms
 
 SIDES = (7, 9, 5)
@@ -55,6 +56,23 @@ def test_the_size_of_the_decoder_is_the_documented_one(channels, parameters):
 def test_the_decoders_output_is_interpolated_to_the_volume_without_its_padding():
     decoder = Decoder(4).double()
     last_map = torch.randn(3, 4, 2, 1, 3, dtype=torch.float64)
-    found = decoder.rebuild(last_map, (13, 9, 20), [(1, 2), (0, 0), (2, 2)])
+    # The positions divide the sides with 1 + 2, 0 + 0 and 2 + 2 voxels of padding.
+    found = decoder.rebuild(last_map, (13, 9, 20), (MapAxis(3.0, 8.0), MapAxis(4.5, 9.0), MapAxis(2.0, 8.0)))
     padded = functional.interpolate(decoder(last_map), size=(16, 9, 24), mode="trilinear", align_corners=False)
     torch.testing.assert_close(found, padded[:, :, 1:14, :, 2:22], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("step", "doublings"), [(32.0, 3), (8.0, 3), (4.0, 2), (2.0, 1), (1.0, 0)])
+def test_the_output_is_not_finer_than_the_volume(step, doublings):
+    assert doublings_for(step) == doublings
+    decoder = Decoder(4, "layer", doublings).double()
+    values = torch.randn(1, 4, 2, 2, 2, dtype=torch.float64)
+    parts = 2**doublings
+    decoded, sides = decoder(values), (2 * int(step),) * 3
+    assert decoded.shape[2:] == (2 * parts,) * 3
+    if step > parts:
+        return
+    # The parts of a position's cell are voxels; a centre that lies a voxel lower moves all of them.
+    even, lower = (decoder.rebuild(values, sides, (MapAxis(first, step),) * 3) for first in (step / 2, step / 2 - 1))
+    torch.testing.assert_close(even, decoded)
+    torch.testing.assert_close(lower[..., :-1, :-1, :-1], decoded[..., 1:, 1:, 1:])

@@ -18,6 +18,7 @@ from evaluation.experiments.second.comparisons import ALL, CURVES, PRIMARY, SECO
 from evaluation.experiments.second.piece import is_done
 from evaluation.experiments.second.plan import (
     LEVELS,
+    SPATIAL,
     VARIANTS,
     Piece,
     SecondPlan,
@@ -31,6 +32,7 @@ from evaluation.experiments.second.tune import TuningPlan, check_choices
 from evaluation.protocols.probes import Probe
 from infra.errors import UserError
 from pretrain.config import load_recipe
+from pretrain.encoders import build_encoder
 from pretrain.readouts.calibration import FEWEST_OF_AUTO
 from pretrain.run.plan import calibration_of
 from tests.evaluation.experiments.second.answers import made_up
@@ -161,6 +163,14 @@ def test_readouts_are_calibrated_on_the_split_that_sets_the_penalty_of_the_brain
             choice = calibration_of(load_recipe(RECIPE, list(piece.overrides)))
             assert (choice.name, choice.split, choice.query) == ("auto", "monitor", None)
     assert PLAN.healthy * HEALTHY_SPLITS["monitor"] >= FEWEST_OF_AUTO
+
+
+def test_the_further_terms_work_on_the_block_whose_features_are_evaluated_which_has_places():
+    for method, term in (("y-aware-dense", "dense"), ("y-aware-reconstruction", "reconstruction")):
+        recipe = load_recipe(RECIPE, [*Piece("middle", "encoder", method, 0).overrides])
+        assert getattr(recipe.loss, term).layer == SPATIAL[0] == recipe.readouts.layer
+        encoder = build_encoder(recipe.encoder.name, recipe.encoder.options)
+        assert encoder.map_of((30, 36, 30), SPATIAL[0]) == (32, 4, 5, 4)
 
 
 def test_tuning_does_not_use_the_people_of_the_experiment_and_knows_its_methods():
