@@ -23,9 +23,14 @@ from infra.slurm.batch_script import CheckedCommand, JobSize
 
 def cohort(arguments: list[str]) -> int:
     """Run ``yaware cohort``; return the exit status."""
-    parser = argparse.ArgumentParser(prog="yaware cohort", description="Simulate a cohort of scans, or inspect one.")
+    parser = argparse.ArgumentParser(
+        prog="yaware cohort", description="Simulate, prepare or inspect a cohort of scans."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     simulate = commands.add_parser("simulate", help="write a simulated cohort as a BIDS folder of NIfTI files")
+    prepare = commands.add_parser(
+        "prepare", help="bring raw T1-weighted scans to the template: brain extraction, registration, grey matter"
+    )
     inspect = commands.add_parser(
         "inspect", help="write tables and an HTML page: participants, scans, and which scans a build excludes"
     )
@@ -38,6 +43,11 @@ def cohort(arguments: list[str]) -> int:
 
         add_simulate_arguments(simulate)
         return run_simulate(parser.parse_args(arguments))
+    if arguments[:1] == ["prepare"]:
+        from data_pipeline.prepare.cli import add_prepare_arguments, run_prepare
+
+        add_prepare_arguments(prepare)
+        return run_prepare(*parser.parse_known_args(arguments))
     return _inspect(parse_with_quality(parser, arguments))
 
 

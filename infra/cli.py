@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # subcommand -> (module with its COMMANDS table, one line of help)
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
-    "cohort": ("data_pipeline.cli", "inspect a cohort of brain scans, or simulate one as a BIDS folder"),
+    "cohort": ("data_pipeline.cli", "prepare raw brain scans, inspect a cohort, or simulate one as a BIDS folder"),
     "shards": ("data_pipeline.cli", "build, extend, describe, preview and verify WebDataset shards"),
     "pretrain": ("pretrain.cli", "pretrain an encoder from a recipe, on one host"),
     "plan": ("pretrain.forecast.cli", "show the steps, memory, network and time of a recipe on N hosts with G GPUs"),

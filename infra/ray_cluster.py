@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,7 @@ def _first_line(error: BaseException) -> str:
 
 def map_unordered(
     function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, in_flight: int, retries: int = 3,
-    in_process: bool = False,
+    in_process: bool = False, resources: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[int, Any]]:  # fmt: skip
     """Run ``function(*arguments[i])`` for every i as Ray tasks; yield (i, result) in the order of completion.
 
@@ -245,6 +245,7 @@ def map_unordered(
         in_flight: how many tasks are submitted at a time.
         retries: how often a task runs again after its worker process has died.
         in_process: run the tasks in this process, in order.
+        resources: of each task beside its CPU: ``num_gpus`` (a share is possible) and ``memory`` (bytes).
 
     Raises:
         UserError: if the workers of a task die at every attempt.
@@ -255,7 +256,8 @@ def map_unordered(
             yield from ((index, function(*task_arguments)) for index, task_arguments in enumerate(arguments))
         return
     ray = connect()
-    task = ray.remote(num_cpus=1, max_retries=retries)(function)
+    needed = {name: amount for name, amount in (resources or {}).items() if amount}
+    task = ray.remote(num_cpus=1, max_retries=retries, **needed)(function)
     waiting: dict[Any, int] = {}
     try:
         for index, task_arguments in enumerate(arguments):
@@ -297,6 +299,11 @@ def import_tune() -> Any:
 def gpus() -> float:
     """Return the number of GPUs of the connected cluster."""
     return float(connect().cluster_resources().get("GPU", 0))
+
+
+def node_memory() -> float:
+    """Return the bytes of memory that tasks of the largest node of the connected cluster can have."""
+    return max(float(node["Resources"].get("memory", 0)) for node in connect().nodes() if node["Alive"])
 
 
 def train_torch(

@@ -27,11 +27,11 @@ from data_pipeline.cohort.values import RowOwners, typed_values
 from infra.errors import UserError
 
 # The file names of each modality. Grey-matter maps are CAT12's, as BIDS derivatives or under CAT12's own names; quasi-raw
-# T1 images (bias-corrected, affinely registered, skull-stripped) are those of brainprep in OpenBHB.
+# T1 images (bias-corrected, affinely registered, skull-stripped) are those of brainprep in OpenBHB, or of ``cohort prepare``.
 MODALITIES = {
     "vbm": re.compile(r"(_desc-mwp1_probseg|_desc-gm_T1w|cat12vbm.*)\.nii(\.gz)?$|^mwp1.*\.nii(\.gz)?$"),
     "t1w": re.compile(r"^(?!.*_(desc|preproc)-).*_T1w\.nii(\.gz)?$"),
-    "quasiraw": re.compile(r"_preproc-quasiraw_T1w\.nii(\.gz)?$"),
+    "quasiraw": re.compile(r"(_preproc-quasiraw|_space-MNI152NLin2009_desc-preproc)_T1w\.nii(\.gz)?$"),
 }
 EXAMPLES = {"vbm": "_desc-mwp1_probseg", "t1w": "_T1w", "quasiraw": "_preproc-quasiraw_T1w"}
 OPENBHB = {"vbm": "_preproc-cat12vbm_desc-gm_T1w.npy", "quasiraw": "_preproc-quasiraw_T1w.npy"}

@@ -42,6 +42,7 @@ SIGNS: dict[str, Callable[[Path], Iterable[Path]]] = {
 }
 # Endings of files that list data sets, and of tables of paths.
 DATA_SETS, TABLES = (".yaml", ".yml"), (".csv", ".tsv", ".txt")
+DATA_SETS_FILE = "datasets.yaml"  # in a folder of several data sets, as ``cohort prepare`` writes it
 
 
 def read_cohort(
@@ -143,10 +144,16 @@ def _texts(scan: Scan, columns: Collection[str]) -> Scan:
 
 def is_simulated(root: str | Path) -> bool:
     """Whether dataset_description.json of the data set, or of one that a YAML file lists, says that it is simulated."""
-    source = Path(root)
+    source = _listing(Path(root))
     if source.is_file() and source.suffix.lower() in DATA_SETS:
         return any(is_simulated(data_set.path) for data_set in read_data_sets(source))
     return bool(read_sidecar(source / "dataset_description.json").get("Simulated", False))
+
+
+def _listing(source: Path) -> Path:
+    """The list of the data sets in a folder that has one; else the path itself."""
+    listing = source / DATA_SETS_FILE
+    return listing if listing.is_file() else source
 
 
 def name_of(scans: Iterable[Scan], source: str | Path) -> str:
@@ -187,6 +194,7 @@ def detect_layout(path: Path) -> str:
 
 def _data_sets(source: Path, dataset: str | None, layout: str | None, columns: str | Path | None) -> list[DataSet]:
     """The data sets of a cohort; raises UserError if an option does not fit or a layout is unknown."""
+    source = _listing(source)
     if source.is_file() and source.suffix.lower() in DATA_SETS:
         for option, value in (("dataset", dataset), ("layout", layout), ("columns", columns)):
             if value is not None:

@@ -111,7 +111,7 @@ class StreamSource:
     def sequence(self, epoch: int) -> NDArray[np.int64]:
         """Return the indices (n,) into ``rows`` of this rank's part of an epoch, in the order in which they are read."""
         position = generator(self.seed, SHARD_ORDER, (0, epoch, 0, 0)).permutation(len(self.shards))
-        order = np.lexsort((self.offset, position[self.shard]))
+        order: NDArray[np.int64] = np.lexsort((self.offset, position[self.shard]))
         return order[rank_slice(len(self.rows), self.rank, self.world_size)]
 
     def samples(self, step: int, positions: Sequence[int]) -> list[Sample]:

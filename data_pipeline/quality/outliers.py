@@ -174,7 +174,8 @@ def _correlations(coarse: Sequence[Path], kept: NDArray[np.bool_]) -> NDArray[np
             correlations.append(np.where(lengths > 0, r, np.nan))
             progress.advance(volumes.shape[1])
     # Rounded to six decimals: other processors sum in another order.
-    return np.round(np.concatenate(correlations), 6)
+    rounded: NDArray[np.float64] = np.round(np.concatenate(correlations), 6)
+    return rounded
 
 
 def _median_volume(coarse: Sequence[Path], kept: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -81,7 +81,10 @@ def _check_shape(shape: tuple[int, ...], voxels: int) -> None:
 
 HEADER_BYTES = 1 << 16
 MAX_WINDOW = 2**27  # of zstd's highest level
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_HEADERS: dict[tuple[int, int], Callable[[Any], Any]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def _read_all(stream: Any, voxels: int) -> bytes:

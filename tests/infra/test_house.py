@@ -23,6 +23,8 @@ LIBRARY_ROOMS = {
     "ray": "infra/ray_cluster.py",
     "mlflow": "infra/tracking",
     "monai": "pretrain/encoders",
+    "ants": "data_pipeline/prepare/steps/antspy.py",
+    "deepbet": "data_pipeline/prepare/steps/extraction.py",
 }
 # Modules that import others by a text, and the table of these texts: the command line imports the module of the command that
 # is called, and the packages import a public name at its first use (the rule of circles follows those names).
@@ -33,7 +35,7 @@ IMPORTS_BY_TABLE = {
     "evaluation/__init__.py": "_MODULES",
     "yaware.py": "_PACKAGES",
 }
-OPTIONAL_LIBRARIES = {"umap"}  # used if the user has installed it
+OPTIONAL_LIBRARIES = {"umap", "deepmriprep"}  # used if the user has installed it
 
 
 def none_of(violations):
@@ -117,7 +119,8 @@ def test_contributing_names_every_room():
 def test_every_imported_library_is_a_declared_dependency(packaged):
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read TOML")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["remote"]]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["remote"], *extras["prepare"]]
     declared = {normalised(re.match(r"[\w.-]+", requirement)[0]) for requirement in requirements}
     imported = {source.partition(".")[0] for module in packaged for source, _ in house_rules.imported_names(module)}
     distributions = metadata.packages_distributions()

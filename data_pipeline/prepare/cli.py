@@ -1,0 +1,122 @@
+"""``yaware cohort prepare``: the arguments of ``prepare_cohort`` on the command line, and its dry run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from data_pipeline.cli_arguments import add_layout_arguments, layout_options
+from data_pipeline.prepare.derivative import read_timings
+from data_pipeline.prepare.driver import (
+    PreparedCohort,
+    RawCohort,
+    check_recipe,
+    find_finished,
+    prepare_cohort,
+    read_raw_cohort,
+    scan_tasks,
+)
+from data_pipeline.prepare.job import ScanTask, prepare_one
+from data_pipeline.prepare.settings import Recipe, load_recipe
+from infra import ray_cluster
+from infra.errors import UserError
+from infra.processes.scratch import scratch_folder
+from infra.progress import clock
+
+LISTED = 20  # scans that a dry run names
+TIMED = 2  # scans that a dry run prepares for its estimate
+
+
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``yaware cohort prepare``."""
+    parser.add_argument("raw", help="folder of raw scans, table of paths (.csv, .tsv), or list of data sets (.yaml)")
+    parser.add_argument("out", type=Path, help="folder for the prepared scans, a BIDS derivative")
+    parser.add_argument("--pipeline", help="quasiraw (default), vbm (modulated grey matter) or deepmriprep")
+    parser.add_argument(
+        "--spacing", type=float, help="edge of a prepared voxel in mm (default 1 for quasiraw, 1.5 for vbm)"
+    )
+    parser.add_argument("--rigid", action="store_true", help="register with 6 parameters instead of 12 (quasiraw only)")
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE",
+        help="YAML file with a section prepare:; --prepare.section.key=value sets a single parameter",
+    )  # fmt: skip
+    parser.add_argument("--dataset", help="name with which every key begins (default: the name of the cohort's folder)")
+    add_layout_arguments(parser)
+    parser.add_argument("--workers", type=int, help="Ray workers (default: every core, or the cluster of RAY_ADDRESS)")
+    parser.add_argument("--gpu", action="store_true", help="find brains on a GPU, which four workers share")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be done, and estimate the CPU hours")
+
+
+def run_prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run ``yaware cohort prepare``; return the exit status."""
+    recipe = recipe_of(options, overrides)
+    reading = {"dataset": options.dataset, **layout_options(options)}
+    if options.dry_run:
+        check_recipe(recipe)
+        _dry_run(read_raw_cohort(options.raw, options.out, **reading), recipe, options)
+        return 0
+    done = prepare_cohort(options.raw, options.out, recipe, workers=options.workers, gpu=options.gpu, **reading)
+    _report(done)
+    return 0 if done.prepared else 1
+
+
+def recipe_of(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
+    """Return the recipe of the options and of the changes ``--prepare.key=value``. Raises UserError for an unknown argument."""
+    for argument in overrides:
+        if not argument.startswith("--prepare."):
+            raise UserError(f"unrecognized argument: {argument}; parameters are set as --prepare.section.key=value")
+    own = [f"--prepare.{name}={getattr(options, name)}" for name in ("pipeline", "spacing") if getattr(options, name)]
+    own += ["--prepare.linear.kind=rigid"] if options.rigid else []
+    return load_recipe(options.recipe, [*own, *overrides])
+
+
+def _report(done: PreparedCohort) -> None:
+    quarantined = len(done.removals)
+    print(
+        f"cohort: prepared {done.prepared} scans in {done.folder}"
+        + (f", {done.already} of all by an earlier run" if done.already else "")
+    )
+    if done.seconds:
+        mean = sum(done.seconds.values()) / len(done.seconds)
+        print(f"cohort: {clock(mean)} of CPU for a scan, {sum(done.seconds.values()) / 3600:.2f} CPU hours in all")
+    if quarantined:
+        print(f"cohort: {quarantined} scans are in quarantine; the reasons are in {done.folder / 'quarantine.tsv'}")
+
+
+def _dry_run(cohort: RawCohort, recipe: Recipe, options: argparse.Namespace) -> None:
+    """Print what a run would do, and its cost: from the timings of earlier runs, or from the first scans."""
+    tasks = scan_tasks(cohort, recipe, options.gpu)
+    waiting = [task for task, outcome in zip(tasks, find_finished(tasks), strict=True) if outcome is None]
+    print(
+        f"cohort: {len(tasks)} raw scans, {len(tasks) - len(waiting)} of them done; pipeline {recipe.pipeline}, {recipe.grid}"
+    )
+    for task in waiting[:LISTED]:
+        print(f"  {task.scan.key}: {task.scan.reported_path}")
+    if len(waiting) > LISTED:
+        print(f"  and {len(waiting) - LISTED} more")
+    for scan in cohort.unlisted[:LISTED]:
+        print(f"  left out: {scan.key}: {scan.unlisted or 'participant is not in participants.tsv'}")
+    if not waiting:
+        return
+    known = list(read_timings(options.out).values())
+    timings = known or _time_first(waiting)
+    mean = sum(timings) / len(timings)
+    cores = options.workers or len(os.sched_getaffinity(0))
+    where = (
+        f"{clock(mean * len(waiting) / cores)} on {cores} cores" if not ray_cluster.has_cluster() else "on the cluster"
+    )
+    print(
+        f"cohort: {clock(mean)} of CPU for a scan (from {len(timings)} scans): "
+        f"{mean * len(waiting) / 3600:.2f} CPU hours, {where}"
+    )
+
+
+def _time_first(tasks: Sequence[ScanTask]) -> list[float]:
+    """Prepare the first scans in a temporary folder; return the CPU seconds of each."""
+    with scratch_folder("prepare") as folder, ray_cluster.one_thread():
+        print(f"cohort: preparing {min(TIMED, len(tasks))} scans to estimate the time", file=sys.stderr, flush=True)
+        return [prepare_one(replace(task, root=str(folder))).seconds for task in tasks[:TIMED]]

@@ -1,0 +1,156 @@
+"""The settings of the preparation of raw scans: the pipeline, all parameters of its steps, and the limits of good figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.volume.grid import Grid
+from infra.settings import load_settings, to_dict
+
+VERSION = 1  # of the pipelines; raise it with every change that alters prepared voxels or figures
+SPACINGS = {"quasiraw": 1.0, "vbm": 1.5, "deepmriprep": 1.5}  # mm, the default of each pipeline
+SPACE = "MNI152NLin2009"  # the name of the template's space in file names: ICBM 2009a, symmetric, as nilearn has it
+_strict = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_strict)
+class Bias:
+    """The bias field (N4, Tustison et al. 2010): estimated from voxels of ``spacing`` mm, which a smooth field allows.
+
+    N4 runs twice: roughly on the whole head, so that the brain is found, and then on the brain alone.
+    """
+
+    spacing: float = Field(default=6.0, ge=1.0, le=8.0)
+    head_iterations: int = Field(default=20, ge=1, le=500)  # at most, at each of four resolutions
+    iterations: int = Field(default=50, ge=1, le=500)  # the same, on the brain
+    tolerance: float = Field(default=1e-3, gt=0.0, le=0.1)  # of a resolution's last change, where it ends
+    spline: float = Field(default=200.0, ge=30.0, le=1000.0)  # mm between the control points of the field
+
+
+@dataclass(frozen=True, config=_strict)
+class Brain:
+    """Brain extraction: ``deepbet`` (a network, Fisch et al. 2024), or ``given``: all voxels above 0, for extracted brains."""
+
+    method: Literal["deepbet", "given"] = "deepbet"
+    threshold: float = Field(default=0.5, gt=0.0, lt=1.0)  # of the network's probability
+
+
+@dataclass(frozen=True, config=_strict)
+class Linear:
+    """Linear registration to the template (mutual information), on voxels of ``spacing`` mm.
+
+    ``angles`` are the rotations in degrees about each axis at which the search for the first pose starts.
+    """
+
+    kind: Literal["affine", "rigid"] = "affine"
+    spacing: float = Field(default=2.0, ge=1.0, le=6.0)
+    sampling: float = Field(default=0.25, gt=0.0, le=1.0)  # share of the voxels that the metric uses
+    iterations: tuple[int, ...] = (200, 100, 50)  # at shrink factors 4, 2, 1
+    angles: tuple[float, ...] = (-30.0, 0.0, 30.0)
+
+
+@dataclass(frozen=True, config=_strict)
+class Tissues:
+    """Segmentation by Atropos (Avants et al. 2011) with the template's tissue maps as priors, on voxels of ``spacing`` mm."""
+
+    spacing: float = Field(default=1.0, ge=0.7, le=3.0)
+    iterations: int = Field(default=5, ge=1, le=100)
+    prior_weight: float = Field(default=0.25, ge=0.0, le=1.0)
+    smoothness: float = Field(default=0.1, ge=0.0, le=2.0)  # of the Markov random field
+
+
+@dataclass(frozen=True, config=_strict)
+class Nonlinear:
+    """Nonlinear registration (SyN, Avants et al. 2008) to the template, on voxels of ``spacing`` mm."""
+
+    spacing: float = Field(default=1.5, ge=1.0, le=6.0)
+    iterations: tuple[int, ...] = (40, 20, 10)  # at shrink factors 4, 2, 1
+    step: float = Field(default=0.2, gt=0.0, le=1.0)
+    smoothing: float = Field(default=3.0, ge=0.0, le=10.0)  # voxels, of each update of the displacement
+
+
+@dataclass(frozen=True, config=_strict)
+class Intensity:
+    """The scale of a quasi-raw image: these percentiles of the brain's voxels become 0 and 1; what is beyond is cut off."""
+
+    low: float = Field(default=0.5, ge=0.0, lt=50.0)
+    high: float = Field(default=99.5, gt=50.0, le=100.0)
+
+
+@dataclass(frozen=True, config=_strict)
+class Limits:
+    """A scan whose figures are outside goes to quarantine.tsv.
+
+    ``brain_ml`` is the volume of the brain's mask; ``correlation`` that of the prepared image with the template inside the
+    template's brain; ``overlap`` the Dice coefficient of the brain's mask and the template's; ``contrast`` how much brighter
+    white than grey matter is, as a share of the brain's intensities (negative in T2-weighted images); ``rotation`` the angle
+    in degrees between the header's axes and the template's; ``stretch`` the change of length along any axis; ``voxel_mm`` the
+    longest edge of a voxel.
+    """
+
+    brain_ml: tuple[float, float] = (800.0, 2200.0)
+    correlation: float = Field(default=0.7, ge=-1.0, le=1.0)
+    overlap: float = Field(default=0.8, ge=0.0, le=1.0)
+    contrast: float = Field(default=0.05, ge=-1.0, le=1.0)
+    rotation: float = Field(default=50.0, gt=0.0, le=180.0)
+    stretch: tuple[float, float] = (0.7, 1.5)
+    voxel_mm: float = Field(default=4.0, ge=1.0, le=12.0)
+
+
+@dataclass(frozen=True, config=_strict)
+class Recipe:
+    """Everything that decides what a raw scan becomes. ``spacing`` is that of the prepared voxels; None: the pipeline's own."""
+
+    pipeline: Literal["quasiraw", "vbm", "deepmriprep"] = "quasiraw"
+    spacing: float | None = Field(default=None, ge=0.7, le=12.0)
+    seed: int = Field(default=1, ge=1, le=2**31 - 1)  # of the points at which the registrations sample their metric
+    keep_warp: bool = True  # write the displacements of the nonlinear registration
+    bias: Bias = field(default_factory=Bias)
+    brain: Brain = field(default_factory=Brain)
+    linear: Linear = field(default_factory=Linear)
+    tissues: Tissues = field(default_factory=Tissues)
+    nonlinear: Nonlinear = field(default_factory=Nonlinear)
+    intensity: Intensity = field(default_factory=Intensity)
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of the prepared volumes: the VBM box with voxels of ``spacing``."""
+        return Grid.vbm(self.spacing or SPACINGS[self.pipeline])
+
+    @property
+    def modality(self) -> str:
+        """The modality by which ``cohort inspect`` and ``shards build`` find the prepared volumes."""
+        return "quasiraw" if self.pipeline == "quasiraw" else "vbm"
+
+
+@dataclass(frozen=True, config=_strict)
+class _File:
+    prepare: Recipe = field(default_factory=Recipe)
+
+
+def load_recipe(file: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Load the section ``prepare:`` of a YAML file and apply changes of the command line, each ``--prepare.key=value``.
+
+    Raises UserError: a key is unknown or a value is not allowed.
+    """
+    return load_settings(_File, file, overrides).prepare
+
+
+def as_recipe(section: Any, source: str) -> Recipe:
+    """Read the recipe that ``recorded`` wrote; ``source`` names its place. Raises UserError if a value is not possible."""
+    from infra.settings import change_settings
+
+    known = {name: value for name, value in dict(section).items() if name != "version"}
+    return change_settings(_File(), {"prepare": known}, source).prepare
+
+
+def recorded(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as the files of a preparation record it: its fields, and the version of the pipelines."""
+    return {"version": VERSION, **to_dict(recipe), "spacing": recipe.spacing or SPACINGS[recipe.pipeline]}

@@ -1,0 +1,1 @@
+"""The steps of a preparation. Each heavy library is imported in one module of this room."""
