@@ -33,19 +33,21 @@ def draw(picture: Picture) -> bytes:
     for plane, millimetres in enumerate(CUTS):
         index = round((millimetres - origin[plane]) / spacing[plane])
         slices.append([np.take(part, index, axis=plane).T[::-1] for part in (picture.voxels, picture.mask, tissue)])
-    widths = [image.shape[1] / image.shape[0] for image, _, _ in slices]
-    figure, axes = plt.subplots(
-        1, 3, figsize=(2.0 * sum(widths), 2.0), facecolor="black",
-        gridspec_kw={"width_ratios": widths, "wspace": 0.02, "left": 0, "right": 1, "top": 1, "bottom": 0},
-    )  # fmt: skip
-    for axis, (image, mask, white) in zip(axes, slices, strict=True):
-        axis.imshow(image, cmap="gray", vmin=0.0, vmax=1.1 * peak, interpolation="bilinear")
-        _contour(axis, mask, MASK)
-        _contour(axis, white, TISSUE)
-        axis.axis("off")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # other pages change the defaults, and a scan has one picture
+        widths = [image.shape[1] / image.shape[0] for image, _, _ in slices]
+        figure, axes = plt.subplots(
+            1, 3, figsize=(2.0 * sum(widths), 2.0), facecolor="black",
+            gridspec_kw={"width_ratios": widths, "wspace": 0.02, "left": 0, "right": 1, "top": 1, "bottom": 0},
+        )  # fmt: skip
+        for axis, (image, mask, white) in zip(axes, slices, strict=True):
+            axis.imshow(image, cmap="gray", vmin=0.0, vmax=1.1 * peak, interpolation="bilinear")
+            _contour(axis, mask, MASK)
+            _contour(axis, white, TISSUE)
+            axis.axis("off")
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+        plt.close(figure)
     return stream.getvalue()
 
 

@@ -95,7 +95,7 @@ class Limits:
     """
 
     brain_ml: tuple[float, float] = (800.0, 2200.0)
-    correlation: float = Field(default=0.7, ge=-1.0, le=1.0)
+    correlation: float = Field(default=0.85, ge=-1.0, le=1.0)
     overlap: float = Field(default=0.8, ge=0.0, le=1.0)
     contrast: float = Field(default=0.05, ge=-1.0, le=1.0)
     rotation: float = Field(default=50.0, gt=0.0, le=180.0)

@@ -52,11 +52,13 @@ def with_bias() -> nibabel.Nifti1Image:
     """The head with a smooth bias field from 0.6 to 1.6."""
     voxels, affine = head()
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in voxels.shape), indexing="ij")
-    return nibabel.Nifti1Image((voxels * np.exp(0.25 * x - 0.2 * y * y + 0.25 * z * x + 0.15)).astype(np.float32), affine)
+    return nibabel.Nifti1Image(
+        (voxels * np.exp(0.25 * x - 0.2 * y * y + 0.25 * z * x + 0.15)).astype(np.float32), affine
+    )
 
 
-def with_noise(sd: float = 6.0) -> nibabel.Nifti1Image:
-    """The head with Rician noise (4 % of white matter)."""
+def with_noise(sd: float = 4.5) -> nibabel.Nifti1Image:
+    """The head with Rician noise (3 % of white matter)."""
     voxels, affine = head()
     real, imaginary = np.random.default_rng(0).normal(0, sd, (2, *voxels.shape)).astype(np.float32)
     return nibabel.Nifti1Image(np.hypot(voxels + real, imaginary), affine)
@@ -100,7 +102,7 @@ VARIANTS: dict[str, Callable[[], nibabel.Nifti1Image]] = {
     "origin": without_origin,
     "bias": with_bias,
     "noise": with_noise,
-    "neck": lambda: cut(14, 0),
+    "neck": lambda: cut(8, 0),
     "top": lambda: cut(0, 28),
     "slope": with_slope,
 }
@@ -115,7 +117,9 @@ def t2_head() -> nibabel.Nifti1Image:
 
 def four_dimensional() -> nibabel.Nifti1Image:
     """A series of three volumes."""
-    return nibabel.Nifti1Image(np.random.default_rng(0).random((64, 64, 40, 3), dtype=np.float32), np.diag([3, 3, 3, 1.0]))
+    return nibabel.Nifti1Image(
+        np.random.default_rng(0).random((64, 64, 40, 3), dtype=np.float32), np.diag([3, 3, 3, 1.0])
+    )
 
 
 def empty() -> nibabel.Nifti1Image:
