@@ -19,6 +19,8 @@ from data_pipeline.prepare.template import Template, load_template
 from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import Grid
 
+# Voxels of 1 mm that hold a head and some of its neck in the template's pose.
+UPRIGHT = Grid.of((200, 250, 240), np.array([[1.0, 0, 0, -100], [0, 1, 0, -145], [0, 0, 1, -125], [0, 0, 0, 1]]))
 JUDGED = 4.0  # mm: the voxels on which a scan is compared with the template
 SURE = 0.8  # share of a tissue in the template's voxels by which the contrast is measured
 Affine = NDArray[np.float64]
@@ -62,13 +64,22 @@ def align(scan: RawScan, recipe: Recipe, *, gpu: bool = False) -> Aligned:
     positive = scan.voxels - min(0.0, float(scan.voxels.min()))
     head = _without_bias(positive, scan.affine, _foreground(positive), recipe, recipe.bias.head_iterations)
     mask = _brain(head, scan.affine, recipe, gpu)
-    figures = {"brain_ml": float(np.count_nonzero(mask) * abs(np.linalg.det(scan.affine[:3, :3])) / 1000.0)}
+    _check_volume(_millilitres(mask, scan.affine), recipe)
+    start = find_pose(head * mask, scan.affine, recipe.linear.angles, rigid=recipe.linear.kind == "rigid")
+    if recipe.brain.method == "deepbet" and angle_of(start) > recipe.brain.upright:
+        mask = _upright_brain(head, scan.affine, start, recipe, gpu)
+    figures = {"brain_ml": _millilitres(mask, scan.affine)}
     _check_volume(figures["brain_ml"], recipe)
     head = _without_bias(head, scan.affine, mask, recipe, recipe.bias.iterations)
-    to_scan = _register(head * mask, scan.affine, recipe)
+    to_scan = _register(head * mask, scan.affine, start, recipe)
     aligned = Aligned(head, scan.affine, mask, to_scan, scan, gpu=gpu, figures=figures)
     figures.update(_compare(aligned))
     return aligned
+
+
+def _millilitres(mask: NDArray[np.bool_], affine: Affine) -> float:
+    """The volume of a mask in ml."""
+    return float(np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])) / 1000.0)
 
 
 def _check_volume(millilitres: float, recipe: Recipe) -> None:
@@ -111,10 +122,23 @@ def _brain(head: NDArray[np.float32], affine: Affine, recipe: Recipe, gpu: bool)
     return brain_mask(head, affine, threshold=recipe.brain.threshold, gpu=gpu)
 
 
-def _register(brain: NDArray[np.float32], affine: Affine, recipe: Recipe) -> Affine:
+def _upright_brain(
+    head: NDArray[np.float32], affine: Affine, pose: Affine, recipe: Recipe, gpu: bool
+) -> NDArray[np.bool_]:
+    """The brain's mask, found in the head after it has been turned upright by a first pose."""
+    turned = resample(head, affine, UPRIGHT, pose)
+    found = brain_mask(turned, np.array(UPRIGHT.affine), threshold=recipe.brain.threshold, gpu=gpu)
+    step = np.linalg.inv(np.array(UPRIGHT.affine)) @ np.linalg.inv(pose) @ affine
+    back = ndimage.affine_transform(
+        found.astype(np.float32), step[:3, :3], step[:3, 3], head.shape, order=1, output=np.float32
+    )
+    inside: NDArray[np.bool_] = back > 0.5
+    return inside
+
+
+def _register(brain: NDArray[np.float32], affine: Affine, start: Affine, recipe: Recipe) -> Affine:
     """The map from points of the template to points of the scan."""
     settings = recipe.linear
-    start = find_pose(brain, affine, settings.angles, rigid=settings.kind == "rigid")
     template = load_template(Grid.vbm(settings.spacing))
     return antspy.register_linear(
         (template.t1, template.affine), isotropic(brain, affine, settings.spacing), start, kind=settings.kind,

@@ -21,6 +21,7 @@ from data_pipeline.prepare.driver import (
     scan_tasks,
 )
 from data_pipeline.prepare.job import ScanTask, prepare_one
+from data_pipeline.prepare.page import PAGE
 from data_pipeline.prepare.settings import Recipe, load_recipe
 from infra import ray_cluster
 from infra.errors import UserError
@@ -83,6 +84,7 @@ def _report(done: PreparedCohort) -> None:
     if done.seconds:
         mean = sum(done.seconds.values()) / len(done.seconds)
         print(f"cohort: {clock(mean)} of CPU for a scan, {sum(done.seconds.values()) / 3600:.2f} CPU hours in all")
+    print(f"cohort: look at {done.folder / PAGE}")
     if quarantined:
         print(f"cohort: {quarantined} scans are in quarantine; the reasons are in {done.folder / 'quarantine.tsv'}")
 

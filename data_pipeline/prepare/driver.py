@@ -16,6 +16,7 @@ from data_pipeline.cohort.read import DATA_SETS_FILE, is_simulated, name_of, rea
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.prepare.derivative import claim, read_timings, write_tables, write_timings
 from data_pipeline.prepare.job import MEMORY, Outcome, ScanTask, finished, prepare_one
+from data_pipeline.prepare.page import write_page
 from data_pipeline.prepare.settings import Recipe
 from data_pipeline.quality.rules import Removal, unlisted_removals, write_quarantine
 from data_pipeline.shards.unfinished import locked
@@ -175,6 +176,9 @@ def _run(cohort: RawCohort, folder: Path, tasks: list[ScanTask], workers: int | 
     for name, root in cohort.roots.items():
         write_tables(root, [scan for scan in cohort.scans if scan.dataset == name], by_key)
     write_quarantine(folder / "quarantine.tsv", removals)
+    if tasks:
+        recipe = tasks[0].recipe
+        write_page(folder, cohort.name, recipe, cohort.scans, by_key, cohort.roots, simulated=cohort.simulated)
     return PreparedCohort(folder, by_key, removals, seconds, already)
 
 

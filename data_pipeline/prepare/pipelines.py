@@ -31,7 +31,7 @@ from data_pipeline.volume.grid import Grid
 
 PICTURED = Grid.vbm(1.5)
 KEPT_WARP = Grid.vbm(3.0)  # displacements are smooth; at the full grid they would be ten times a scan's other files
-SPLINE: Literal[3] = 3  # order of the one interpolation of quasi-raw images
+SPLINE: Literal[3] = 3  # order of the interpolation of intensities: linear would blur thick slices
 
 
 def quasiraw(aligned: Aligned, recipe: Recipe) -> Prepared:
@@ -56,7 +56,7 @@ def vbm(aligned: Aligned, recipe: Recipe) -> Prepared:
     """Segment the brain, register it nonlinearly, and modulate its grey matter: ml of tissue stay ml of tissue."""
     fine = Grid.vbm(recipe.tissues.spacing)
     template = load_template(fine)
-    voxels, mask = aligned.on(fine)
+    voxels, mask = aligned.on(fine, order=SPLINE)
     # Voxels without any prior would be no tissue at all.
     priors = [tissue + np.float32(0.01) for tissue in (template.fluid, template.grey, template.white)]
     total = priors[0] + priors[1] + priors[2]

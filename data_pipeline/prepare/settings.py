@@ -35,10 +35,15 @@ class Bias:
 
 @dataclass(frozen=True, config=_strict)
 class Brain:
-    """Brain extraction: ``deepbet`` (a network, Fisch et al. 2024), or ``given``: all voxels above 0, for extracted brains."""
+    """Brain extraction: ``deepbet`` (a network, Fisch et al. 2024), or ``given``: all voxels above 0, for extracted brains.
+
+    The network was trained on upright heads. A head that is turned by more than ``upright`` degrees is turned
+    upright by its first pose, and its brain is found again.
+    """
 
     method: Literal["deepbet", "given"] = "deepbet"
     threshold: float = Field(default=0.5, gt=0.0, lt=1.0)  # of the network's probability
+    upright: float = Field(default=12.0, ge=0.0, le=180.0)
 
 
 @dataclass(frozen=True, config=_strict)

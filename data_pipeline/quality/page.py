@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.quality.columns import table_as_html
+from data_pipeline.quality.drawing import as_png, html_image, pyplot
 from data_pipeline.quality.survey import Survey, tables
 from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.load import read_voxels
@@ -41,10 +40,10 @@ def write_page(survey: Survey, out: Path) -> Path:
     )
     sections = [
         f"<h1>Cohort {html.escape(survey.dataset)}</h1><p class='note'>{html.escape(str(survey.root))}</p>", banner, overview,
-        rules, "<h2>Ages and sexes</h2>", _image(_ages(survey), "ages, and scans by sex"), "<h2>Scans by site</h2>",
-        _image(_by_site(survey), "scans by site"), sites, "<h2>Correlation with the median scan</h2>",
+        rules, "<h2>Ages and sexes</h2>", html_image(_ages(survey), "ages, and scans by sex"), "<h2>Scans by site</h2>",
+        html_image(_by_site(survey), "scans by site"), sites, "<h2>Correlation with the median scan</h2>",
         "<p class='note'>Correlation of each scan's coarse volume with the voxelwise median of all scans. Duplicates do not "
-        "count in the median.</p>", _image(_correlations(survey), "correlations"), _cards(survey), worst, excluded,
+        "count in the median.</p>", html_image(_correlations(survey), "correlations"), _cards(survey), worst, excluded,
         *(table_as_html(table) for table in survey.columns),
     ]  # fmt: skip
     title = html.escape(f"Cohort {survey.dataset}")
@@ -53,11 +52,6 @@ def write_page(survey: Survey, out: Path) -> Path:
         stream.write(f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}{OWN_STYLE}</style></head>")
         stream.write(f"<body>{''.join(sections)}</body></html>\n")
     return out
-
-
-def _image(png: bytes, alt: str) -> str:
-    """An HTML image with the PNG inside."""
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def _cards(survey: Survey) -> str:
@@ -87,7 +81,7 @@ def _card(survey: Survey, row: Any, remark: str) -> str:
     scan, crop = survey.files[str(row["key"])], survey.preparation.crop
     try:
         voxels = read_voxels(scan.path, survey.grid, frozenset(), crop=crop, orientation=scan.orientation)
-        picture = _image(slices(voxels, survey.grid.spacing), str(row["key"]))
+        picture = html_image(slices(voxels, survey.grid.spacing), str(row["key"]))
     except BadScan:
         picture = ""
     age = "" if row["age"] != row["age"] else f", {row['age']:.0f} years"
@@ -100,34 +94,13 @@ def _card(survey: Survey, row: Any, remark: str) -> str:
     return f"<figure{style}>{picture}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update(
-        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-         "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25,
-         "figure.facecolor": "white", "savefig.facecolor": "white"}
-    )  # fmt: skip
-    return plt
-
-
-def _png(figure: Any, dpi: int = 110) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=dpi)
-    _pyplot().close(figure)
-    return stream.getvalue()
-
-
 def slices(volume: Any, spacing: tuple[float, ...]) -> bytes:
     """Draw three slices of a volume (D, H, W) in RAS as a PNG.
 
     The slices are a sagittal one slightly right of the midline, and the middle coronal and axial ones. Superior is at the
     top of the first two, anterior at the top of the axial one, left on the left. ``spacing`` is in mm.
     """
-    plt = _pyplot()
+    plt = pyplot()
     low, high = (float(np.percentile(volume, q)) for q in (1, 99.7))
     pictures = []
     for plane in range(3):
@@ -142,14 +115,14 @@ def slices(volume: Any, spacing: tuple[float, ...]) -> bytes:
     for axis, (picture, ratio) in zip(axes, pictures, strict=True):
         axis.imshow(picture, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="bilinear", aspect=ratio)
         axis.axis("off")
-    return _png(figure, dpi=130)
+    return as_png(figure, dpi=130)
 
 
 def _ages(survey: Survey) -> bytes:
     """Histogram of ages stacked by sex; next to it the number of scans by sex, also those without an age."""
     from matplotlib.ticker import MaxNLocator
 
-    plt = _pyplot()
+    plt = pyplot()
     figure, (axis, sex_axis) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", width_ratios=[4, 1])
     scans = survey.scans.dropna(subset=["age"])
     groups = [(scans["age"][scans["sex"] == code].to_numpy(), *style) for code, style in SEXES.items()]
@@ -174,12 +147,12 @@ def _ages(survey: Survey) -> bytes:
     sex_axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     sex_axis.grid(axis="x", visible=False)
     sex_axis.set_xlabel("sex")
-    return _png(figure)
+    return as_png(figure)
 
 
 def _by_site(survey: Survey) -> bytes:
     """Bars of the kept and the excluded scans of each site, the largest site at the top."""
-    plt = _pyplot()
+    plt = pyplot()
     scans = survey.scans.assign(site=survey.scans["site"].replace("", "missing"))
     counts = scans.assign(kept=scans["rule"] == "").groupby("site")["kept"].agg(["sum", "size"])
     counts = counts.sort_values("size", ascending=False)
@@ -194,14 +167,14 @@ def _by_site(survey: Survey) -> bytes:
     axis.set_xlabel(
         "scans" if len(counts) <= MOST_SITES else f"scans (the {MOST_SITES} largest of {len(counts)} sites)"
     )
-    return _png(figure)
+    return as_png(figure)
 
 
 def _correlations(survey: Survey) -> bytes:
     """Two histograms: all correlations (log scale, so that single outliers show), and those near the threshold."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained")
     measured = survey.scans.dropna(subset=["quality_correlation"])
     r, outlier = measured["quality_correlation"].to_numpy(), (measured["rule"] == "outlier").to_numpy()
@@ -227,4 +200,4 @@ def _correlations(survey: Survey) -> bytes:
         rule = survey.quality.outlier
         text = f" threshold {limit:.3f}\n (robust z {rule.robust_z:g}, {rule.least_drop:g} below)"
         axes[1].annotate(text, (limit, 0.97), xycoords=("data", "axes fraction"), va="top")
-    return _png(figure)
+    return as_png(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pandas as pd
 import pytest
 
 from data_pipeline.prepare import driver
-from data_pipeline.prepare.job import finished, prepare_one, record_path
+from data_pipeline.prepare.job import Outcome, finished, prepare_one, record_path
+from data_pipeline.prepare.page import write_page
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.grid import Grid
@@ -147,6 +149,38 @@ def test_limits_may_change_between_runs(raw, prepared, tmp_path):
     lenient = driver.prepare_cohort(raw, out, small_recipe(), workers=1)
     assert (lenient.already, lenient.prepared) == (5 - len(refused), 5)
     assert len(list(out.rglob("*_T1w.nii.gz"))) == 5
+
+
+def test_the_quality_page_needs_no_other_file_and_shows_the_worst_scan_first(prepared):
+    page = (prepared / "prepare.html").read_text()
+    assert not re.search(r"(src|href)=.(?!data:image/png;base64,)", page)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    order = re.findall(r"<strong>(small_[^<]*)</strong>", page)
+    table = pd.read_csv(prepared / "participants.tsv", sep="\t", dtype=str, keep_default_na=False)
+    runs = [f"_run-{run}" if run != "n/a" else "" for run in table["run"]]
+    keys = [f"small_{p}_{s}{run}" for p, s, run in zip(table["participant_id"], table["session_id"], runs, strict=True)]
+    expected = [key for _, key in sorted(zip(table["prepare_correlation"].astype(float), keys, strict=True))]
+    assert order == expected
+    assert page.count("data:image/png;base64,") == 1 + len(keys)
+
+
+def test_a_refused_scan_is_first_on_the_page_with_its_reason_and_many_pictures_stay_files(
+    raw, prepared, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    cohort = driver.read_raw_cohort(raw, out)
+    outcomes = dict(zip([scan.key for scan in cohort.scans],
+                        driver.find_finished(driver.scan_tasks(cohort, small_recipe(), gpu=False)), strict=True))  # fmt: skip
+    outcomes["small_sub-01_ses-1"] = Outcome({"brain_ml": 90.0}, ("its <brain> has 90 ml", "brain_ml", 90.0, 800.0))
+    monkeypatch.setattr("data_pipeline.prepare.page.MOST_PICTURES", 2)
+    page = write_page(out, cohort.name, small_recipe(), cohort.scans, outcomes, cohort.roots).read_text()
+    assert re.findall(r"<strong>(small_[^<]*)</strong>", page)[0] == "small_sub-01_ses-1"
+    assert "brain_ml: its &lt;brain&gt; has 90 ml" in page
+    assert "5 scans: 4 prepared, 1 refused" in page
+    linked = re.findall(r"<a href='([^']*)'>", page)
+    assert len(linked) == 3
+    assert all((out / link).is_file() for link in linked)
 
 
 def test_another_recipe_needs_another_folder(raw, prepared, tmp_path):
