@@ -99,6 +99,8 @@ def _parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParse
         "cross-validation (default: none)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of folds, draws and models")
     add("--workers", type=int, help="CPUs for Ray (default: all, or the cluster of RAY_ADDRESS)")
+    add("--search", default="auto", choices=("auto", "ray", "here"), help="search the grids of paper, linear, knn and voxels "
+        "in Ray Tune (ray), in this process (here), or in Ray Tune if there is a cluster or much work (auto)")  # fmt: skip
     add(
         "--cache", type=Path, help="folder of computed features (default: .features in the shards, or the user's cache)"
     )

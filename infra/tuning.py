@@ -21,6 +21,7 @@ from infra import ray_cluster
 from infra.files import read_text
 from infra.progress import Progress
 from infra.ray_cluster import import_tune, train_torch
+from infra.search_place import search_place
 from infra.trust.owners import own_folder
 from infra.trust.results import read_result, to_bytes
 
@@ -53,7 +54,7 @@ def tune_grid(
         concurrency: the most trials that run at a time; None leaves it to the resources.
         resources: Ray resources of a trial; by default one CPU.
         in_process: begin in this process; Tune takes over when the remaining trials would take longer here than Ray takes to
-            start.
+            start. `search_place.searching` keeps all of them in this process, or gives all to Tune.
         title: label of the progress line.
 
     Raises:
@@ -62,8 +63,10 @@ def tune_grid(
     """
     results = _results_folder(storage, name)
     files = [results / f"{index}.npz" for index in range(len(points))]
-    if in_process and not ray_cluster.has_cluster():
-        _run_here(trainable, points, data, files, title=title, name=name)
+    place = search_place()
+    if in_process and place != "ray":
+        limit = float("inf") if place == "here" else ray_cluster.START_SECONDS
+        _run_here(trainable, points, data, files, title=title, name=name, limit=limit)
     if not all(file.is_file() for file in files):
         _run_in_tune(trainable, points, data, results, storage=storage, name=name, concurrency=concurrency,
                      resources=resources, title=title)  # fmt: skip
@@ -72,9 +75,9 @@ def tune_grid(
 
 def _run_here(
     trainable: Callable[[Point, dict[str, Any]], dict[str, Any]], points: Sequence[Point], data: dict[str, Any],
-    files: Sequence[Path], *, title: str, name: str,
+    files: Sequence[Path], *, title: str, name: str, limit: float,
 ) -> None:  # fmt: skip
-    """Run the points that have no file, in order, until the rest would take longer than a start of Ray."""
+    """Run the points that have no file, in order, until the rest would take longer than ``limit`` seconds."""
     missing = [index for index, file in enumerate(files) if not file.is_file()]
     if not missing:
         return
@@ -88,7 +91,7 @@ def _run_here(
                 raise RuntimeError(f"{name}: a trial failed: {error}") from error
             _write(files[index], _stored(points[index], result))
             progress.advance()
-            if (len(missing) - done) * (time.monotonic() - started) / done > ray_cluster.START_SECONDS:
+            if (len(missing) - done) * (time.monotonic() - started) / done > limit:
                 return
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.statistics.logistic import Curvature
+from evaluation.statistics.ridge import RidgePath
 from evaluation.tasks.tasks import Task
 
 SLAB = 2_048  # features worked on at a time, in float64
@@ -99,6 +101,8 @@ class TrainTestSplit:
     train_covariates: NDArray[Any]  # (n, C)
     test_covariates: NDArray[Any]  # (m, C)
     last_fit: NDArray[Any] | None = None  # solution of a logistic regression that warm-starts the next penalty
+    curvature: Curvature = field(default_factory=Curvature)  # of the same regression
+    ridge: RidgePath | None = None  # a regression of numbers without penalised readouts
 
     @property
     def labels(self) -> NDArray[Any]:

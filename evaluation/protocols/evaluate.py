@@ -35,7 +35,7 @@ from evaluation.protocols.context import Candidate, EvaluationContext, feature_f
 from evaluation.protocols.finetune import FineTuning
 from evaluation.protocols.inputs import add_readouts, candidate_tables, joint_tables
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
-from evaluation.protocols.protocols import PROTOCOLS, checked_settings, decide_readouts
+from evaluation.protocols.protocols import PROTOCOLS, check_search, checked_settings, decide_readouts
 from evaluation.protocols.record import log_result, open_run
 from evaluation.protocols.results import EvaluationResult, chosen_lines, is_complete, make_result, write_result
 from evaluation.protocols.settings import AUTO, EvaluationSettings
@@ -47,6 +47,7 @@ from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import read_text, sha256_of, write_json
 from infra.processes.unchanged import unchanged_environment
+from infra.search_place import searching
 from infra.tracking import runs
 from infra.tracking.tracker import store_uri
 from pretrain.weights.readouts import readouts_folder
@@ -66,6 +67,7 @@ def evaluate(
     mlp_trials: int = 12, repeats: int = 3, halvings: int = 10,
     permutations: int = 0, finetune: FineTuning | Mapping[str, Any] | None = None, all_steps: bool = False,
     experiment: str = "yaware", tracking_uri: str | None = None, workers: int | None = None,
+    search: str = "auto",
     cache: str | os.PathLike[str] | None = None, storage: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Evaluate checkpoints and tables of features on downstream tasks, log the results to MLflow and return the metrics.
@@ -122,6 +124,9 @@ def evaluate(
         experiment: MLflow experiment.
         tracking_uri: MLflow store; by default MLFLOW_TRACKING_URI, else mlruns/mlflow.db.
         workers: CPUs of the local Ray cluster, at least 1; by default all. With RAY_ADDRESS set, that cluster is used instead.
+        search: where the grids of paper, linear, knn and voxels are searched: ``ray``: in Ray Tune; ``here``: in this process;
+            ``auto``: in Ray Tune if a cluster is there (RAY_ADDRESS), else here, until the rest would take longer than a start
+            of Ray. The results are the same. Networks and perceptrons are always searched in Ray Tune.
         cache: folder of computed features; by default ``.features`` in the shards, or in the user's cache if that is read-only.
         storage: folder of unfinished searches; by default in the user's cache. All nodes of a Ray cluster must see it.
 
@@ -149,6 +154,7 @@ def evaluate(
         leave_site_out=leave_site_out, layer=layer, pooling=pooling, scale=scale, readouts=readouts, mlp_trials=mlp_trials,
         repeats=repeats, halvings=halvings, permutations=permutations, finetune=finetune,
     )  # fmt: skip
+    check_search(search, settings.protocols)
     others_named = features is not None or encoder is not None
     paths = [] if others_named and _none(checkpoints) else checkpoint_paths(checkpoints, all_steps=all_steps)
     manifest = shards if isinstance(shards, Manifest) else Manifest.load(os.fspath(shards))
@@ -167,7 +173,7 @@ def evaluate(
     print_tasks(context)
     _print_cost(context)
     rows = []
-    with ray_cluster.session_on_demand(workers):
+    with searching(search), ray_cluster.session_on_demand(workers):
         for protocol, candidate in candidates_by_protocol(loaded, others, context.settings):
             own = context_of(context, candidate)
             metrics, run_id = _evaluate_once(own, protocol, candidate)

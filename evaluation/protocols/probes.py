@@ -17,6 +17,7 @@ from evaluation.features.tables import TrainTestSplit as TrainTestSplit
 from evaluation.features.tables import split_features
 from evaluation.statistics.logistic import fit_logistic
 from evaluation.statistics.metrics import inner_metric as inner_metric
+from evaluation.statistics.ridge import RidgePath
 
 Params = dict[str, Any]
 
@@ -38,7 +39,11 @@ def linear(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predi
         for features, beside, readouts in zip(split.rotated, covariates, split.readouts, strict=True)
     )
     if kind == "regression":
-        return _numbers(Ridge(alpha=params["penalty"]).fit(train, split.labels).predict(test))
+        if train.shape[1] > len(train):
+            return _numbers(Ridge(alpha=params["penalty"]).fit(train, split.labels).predict(test))
+        if split.ridge is None or of_readouts:  # readouts have a weight of their own for every penalty
+            split.ridge = RidgePath(train, split.labels)
+        return _numbers(split.ridge.predict(test, params["penalty"]))
     if kind == "multiclass":
         # L-BFGS, the default, has not converged after 300 steps at low penalties, since trained features are correlated.
         model = LogisticRegression(C=1.0 / params["penalty"], max_iter=300, class_weight="balanced", solver="newton-cg")
@@ -47,7 +52,7 @@ def linear(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predi
             warnings.simplefilter("ignore")
             model.fit(train, split.labels)
         return split.multiclass(model.classes_, model.predict_proba(test))
-    split.last_fit = fit_logistic(train, split.labels, params["penalty"], split.last_fit)
+    split.last_fit = fit_logistic(train, split.labels, params["penalty"], split.last_fit, split.curvature)
     score = test @ split.last_fit[:-1] + split.last_fit[-1]
     # The classes were weighted to be equally common; the log odds of their proportion shift the intercept back.
     return Predictions(score, expit(score + log_odds(split.labels)))

@@ -21,6 +21,7 @@ from evaluation.protocols.tune_networks import search_fine_tuning, training_jobs
 from evaluation.protocols.variant import BY_DEFAULT, JOINT, ProtocolVariant
 from evaluation.tasks.leakage import check_readouts
 from infra.errors import UserError, nearest
+from infra.search_place import searching
 from pretrain.weights.layers import OWN
 
 # Settings of the protocols that search a grid: these repeat their cross-validation; perceptrons and networks do not.
@@ -180,6 +181,16 @@ def check_protocols(names: tuple[str, ...]) -> None:
             raise UserError(
                 f"protocol {name!r} is not known{nearest(name, PROTOCOLS)}; allowed: {', '.join(PROTOCOLS)}"
             )
+
+
+def check_search(search: str, protocols: Sequence[str]) -> None:
+    """Raise UserError if the protocols cannot be searched there; see ``evaluate``."""
+    with searching(search):  # raises if there is no such place
+        others = [name for name in protocols if not PROTOCOLS[name].resamples]
+    if search == "here" and others:
+        raise UserError(
+            f"search=here is not possible for {', '.join(others)}, which Ray Tune searches; use auto or ray"
+        )
 
 
 def check_features(settings: EvaluationSettings) -> None:

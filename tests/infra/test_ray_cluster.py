@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_info
 from infra import ray_cluster, tuning
 from infra.errors import UserError
 from infra.internals import LibraryChanged
+from infra.search_place import searching
 from tests.listening import reachable
 
 
@@ -160,6 +161,23 @@ def test_a_search_that_takes_longer_than_a_start_of_ray_is_handed_over(tmp_path,
     points, data = [{"seed": n, "sleep": 0.2} for n in range(6)], {"vector": np.ones(300)}
     rows = tuning.tune_grid(threads_and_product, points, data=data, storage=tmp_path, name="handed", in_process=True)
     assert [row["process"] == os.getpid() for row in rows] == [True] + [False] * 5
+
+
+def test_the_place_of_a_search_can_be_chosen(tmp_path, no_cluster, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "START_SECONDS", 0.0)
+    points, data = [{"seed": n} for n in range(3)], {"vector": np.linspace(0, 1, 300)}
+    found = {}
+    for place in ("here", "ray"):
+        with searching(place):
+            found[place] = tuning.tune_grid(
+                threads_and_product, points, data=data, storage=tmp_path, name=place, in_process=True
+            )
+    assert {row["process"] for row in found["here"]} == {os.getpid()}
+    assert os.getpid() not in {row["process"] for row in found["ray"]}
+    for ours, theirs in zip(found["here"], found["ray"], strict=True):
+        assert np.array_equal(ours["product"], theirs["product"])
+    with pytest.raises(UserError, match="search='there' is not known; allowed: auto, ray, here"), searching("there"):
+        pass
 
 
 def test_a_search_that_was_killed_here_goes_on_with_its_missing_points(tmp_path, no_cluster):

@@ -258,6 +258,11 @@ def test_settings_of_fine_tuning_may_be_numbers_or_text():
         ({"folds": 1}, "folds=1 is too small; it must be at least 2"),
         ({"protocols": ()}, "protocols is empty; allowed: paper, linear"),
         ({"protocols": "liner"}, r"protocol 'liner' is not known \(did you mean 'linear'\?\)"),
+        ({"search": "there"}, "search='there' is not known; allowed: auto, ray, here"),
+        (
+            {"search": "here", "protocols": ("linear", "mlp")},
+            "search=here is not possible for mlp, which Ray Tune searches",
+        ),
         ({"finetune": {"batch": 3, "ranks": 2}}, "finetune.batch=3 is too small for 2 ranks; it must be at least 4"),
     ],
 )

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from evaluation.protocols.nested_cv import prepare
+from evaluation.protocols.nested_cv import prepare, search_grid
 from evaluation.protocols.probes import (
     LINEAR,
     NEAREST_NEIGHBOURS,
@@ -25,6 +25,8 @@ from evaluation.protocols.probes import (
 from evaluation.statistics.metrics import auc
 from evaluation.tasks.folds import inner_folds
 from evaluation.tasks.tasks import Task
+from infra import ray_cluster
+from infra.search_place import searching
 from tests.searches import search_task
 
 TRAIN_TEST = {"train": np.arange(30), "test": np.arange(30, 39)}
@@ -226,3 +228,22 @@ def test_predictions_for_a_fold_do_not_depend_on_its_labels():
     task.labels[test] = 1 - task.labels[test]
     changed = replace(prepared, table=replace(prepared.table, labels=task.labels))
     np.testing.assert_allclose(search(changed).predicted[test], before.predicted[test])
+
+
+@pytest.mark.jobs
+def test_a_search_in_ray_has_the_answers_of_one_in_this_process(tmp_path):
+    found = {}
+    for place in ("here", "ray"):
+        prepared = {
+            kind: prepare(*make_task(kind, people=150, features=240, signal=1.0), folds=3, sizes=[], draws=0, seed=0)
+            for kind in ("binary", "regression")
+        }
+        with searching(place), ray_cluster.session_on_demand(2):
+            found[place] = search_grid(prepared, LINEAR, tmp_path / place, "search")
+            assert ray_cluster.has_cluster() == (place == "ray")
+    for kind, here in found["here"].items():
+        in_ray = found["ray"][kind]
+        assert here.chosen == in_ray.chosen
+        assert np.array_equal(here.predicted, in_ray.predicted)
+        for ours, theirs in zip(here.trials, in_ray.trials, strict=True):
+            assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from evaluation.statistics.logistic import fit_logistic
+from evaluation.statistics.logistic import MANY_COLUMNS, Curvature, fit_logistic
 
 
 def scikit_learn(features, labels, penalty):
@@ -50,6 +50,29 @@ def test_the_start_does_not_change_the_solution():
         np.random.default_rng(1).normal(size=31) * 1e3,
     ):
         assert np.allclose(fit_logistic(features, labels, 0.1, start), cold, rtol=1e-5, atol=1e-6 * np.abs(cold).max())
+
+
+@pytest.mark.parametrize(("scans", "noise"), [(400, 1.0), (300, 0.0)])
+def test_a_path_of_penalties_with_many_columns_is_scikit_learns(scans, noise):
+    features, labels = data(7, scans, MANY_COLUMNS + 50, 0.3, noise)
+    features[:, 3] *= 1e4  # as covariates, which are hardly penalised
+    curvature, last, computed = Curvature(), None, []
+    for penalty in (1e5, 1e3, 10.0, 1.0, 0.1):
+        last = fit_logistic(features, labels, penalty, last, curvature)
+        computed.append(curvature.products)
+        expected = scikit_learn(features, labels, penalty)
+        assert np.allclose(
+            features @ last[:-1] + last[-1], features @ expected[:-1] + expected[-1], rtol=1e-4, atol=1e-5
+        )
+    assert computed[0] is computed[1], "the second derivatives were computed again for a similar fit"
+
+
+def test_the_curvature_of_another_fit_does_not_change_the_solution():
+    features, labels = data(8, 300, MANY_COLUMNS + 20)
+    cold = fit_logistic(features, labels, 1.0)
+    for wrong in (np.eye(MANY_COLUMNS + 21), np.zeros((MANY_COLUMNS + 21, MANY_COLUMNS + 21))):
+        found = fit_logistic(features, labels, 1.0, None, Curvature(wrong))
+        assert np.allclose(found, cold, rtol=1e-5, atol=1e-6 * np.abs(cold).max())
 
 
 def test_a_column_of_large_values_is_hardly_penalised():
