@@ -110,7 +110,8 @@ def _without_bias(
     bias = antspy.bias_field(
         coarse, coarse_affine, coarse_mask, iterations=iterations, tolerance=settings.tolerance, spline=settings.spline
     )
-    corrected: NDArray[np.float32] = voxels / np.maximum(spread(bias, coarse_affine, voxels.shape, affine), 1e-3)
+    factor: NDArray[np.float32] = np.maximum(spread(bias, coarse_affine, voxels.shape, affine), 1e-3)
+    corrected: NDArray[np.float32] = voxels / factor
     return corrected
 
 

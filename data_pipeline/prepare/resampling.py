@@ -88,7 +88,9 @@ def displaced(
 
 def jacobian(displacement: NDArray[np.float32], spacing: float) -> Volume:
     """Return the determinant (D, H, W) of the map x -> x + displacement (D, H, W, 3) on a grid with voxels of ``spacing``."""
-    slopes = np.stack([np.stack(np.gradient(displacement[..., axis], spacing), axis=-1) for axis in range(3)], axis=-2)
+    slopes = np.stack(
+        [np.stack([*np.gradient(displacement[..., axis], spacing)], axis=-1) for axis in range(3)], axis=-2
+    )
     slopes += np.eye(3, dtype=slopes.dtype)
     a, b, c = slopes[..., 0, :], slopes[..., 1, :], slopes[..., 2, :]
     determinant: Volume = np.einsum("...i,...i->...", a, np.cross(b, c)).astype(np.float32)
