@@ -16,6 +16,7 @@ from data_pipeline.prepare.driver import (
     RawCohort,
     check_recipe,
     find_finished,
+    is_dicom_folder,
     prepare_cohort,
     read_raw_cohort,
     scan_tasks,
@@ -23,6 +24,7 @@ from data_pipeline.prepare.driver import (
 from data_pipeline.prepare.job import ScanTask, prepare_one
 from data_pipeline.prepare.page import PAGE
 from data_pipeline.prepare.settings import Recipe, load_recipe
+from data_pipeline.prepare.steps.dicom import find_series
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.processes.scratch import scratch_folder
@@ -34,7 +36,9 @@ TIMED = 2  # scans that a dry run prepares for its estimate
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``yaware cohort prepare``."""
-    parser.add_argument("raw", help="folder of raw scans, table of paths (.csv, .tsv), or list of data sets (.yaml)")
+    parser.add_argument(
+        "raw", help="folder of raw scans or of DICOM files, table of paths (.csv, .tsv), or list of data sets (.yaml)"
+    )
     parser.add_argument("out", type=Path, help="folder for the prepared scans, a BIDS derivative")
     parser.add_argument("--pipeline", help="quasiraw (default), vbm (modulated grey matter) or deepmriprep")
     parser.add_argument(
@@ -58,6 +62,9 @@ def run_prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     reading = {"dataset": options.dataset, **layout_options(options)}
     if options.dry_run:
         check_recipe(recipe)
+        source = Path(options.raw).resolve()
+        if is_dicom_folder(source, options.layout):
+            return _list_series(source)
         _dry_run(read_raw_cohort(options.raw, options.out, **reading), recipe, options)
         return 0
     done = prepare_cohort(options.raw, options.out, recipe, workers=options.workers, gpu=options.gpu, **reading)
@@ -87,6 +94,17 @@ def _report(done: PreparedCohort) -> None:
     print(f"cohort: look at {done.folder / PAGE}")
     if quarantined:
         print(f"cohort: {quarantined} scans are in quarantine; the reasons are in {done.folder / 'quarantine.tsv'}")
+
+
+def _list_series(source: Path) -> int:
+    """Print the DICOM series of a folder; return the exit status."""
+    series = find_series(source)
+    for one in series:
+        outcome = f"left out: {one.reason}" if one.reason else "would be prepared"
+        print(f"  {one.files[0].relative_to(source).parent}: {one.description} ({len(one.files)} files): {outcome}")
+    taken = sum(not one.reason for one in series)
+    print(f"cohort: {len(series)} DICOM series, {taken} of them T1-weighted 3D scans")
+    return 0 if taken else 1
 
 
 def _dry_run(cohort: RawCohort, recipe: Recipe, options: argparse.Namespace) -> None:

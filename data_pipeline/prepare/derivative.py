@@ -17,6 +17,7 @@ from infra.errors import UserError
 from infra.files import atomic_write, read_object, read_text, write_json
 
 DESCRIPTION, PARTICIPANTS, TIMINGS = "dataset_description.json", "participants.tsv", "timings.tsv"
+DICOM = "dicom.tsv"  # lists the series of a folder of DICOM files, before the derivative is claimed
 # Columns of participants.tsv: our name -> the figure, its unit, and what it is.
 COLUMNS = {
     "tiv": ("tiv", "ml", "total intracranial volume"),
@@ -49,7 +50,7 @@ def claim(root: Path, recipe: Recipe, *, name: str, simulated: bool) -> None:
                 f"{root} holds scans prepared otherwise ({key} was {before.get(key)!r}, now {own[key]!r}); choose another "
                 "folder, or remove that one"
             )
-    elif root.is_dir() and any(not child.name.startswith(".") for child in root.iterdir()):
+    elif root.is_dir() and any(not child.name.startswith(".") and child.name != DICOM for child in root.iterdir()):
         raise UserError(f"{root} is not empty and holds no prepared scans; choose another folder")
     root.mkdir(parents=True, exist_ok=True)
     described = [

@@ -12,12 +12,15 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.cohort.read import DATA_SETS_FILE, is_simulated, name_of, read_with_changes
-from data_pipeline.cohort.scan import Scan
-from data_pipeline.prepare.derivative import claim, read_timings, write_tables, write_timings
-from data_pipeline.prepare.job import MEMORY, Outcome, ScanTask, finished, prepare_one
+from data_pipeline.cohort.pseudonyms import read_key
+from data_pipeline.cohort.read import DATA_SETS_FILE, SIGNS, is_simulated, name_of, read_with_changes
+from data_pipeline.cohort.scan import Scan, safe_name
+from data_pipeline.prepare.derivative import DICOM, claim, read_timings, write_tables, write_timings
+from data_pipeline.prepare.job import MEMORY, RECORDS, Outcome, ScanTask, finished, prepare_one
 from data_pipeline.prepare.page import write_page
 from data_pipeline.prepare.settings import Recipe
+from data_pipeline.prepare.steps.dicom import find_series, first_dicom
+from data_pipeline.prepare.steps.dicom_cohort import write_dicom_cohort
 from data_pipeline.quality.rules import Removal, unlisted_removals, write_quarantine
 from data_pipeline.shards.unfinished import locked
 from infra import ray_cluster
@@ -63,6 +66,8 @@ def read_raw_cohort(
 ) -> RawCohort:  # fmt: skip
     """Read the raw T1-weighted scans of a cohort, as ``read_cohort`` does; several data sets have a folder each in ``out``.
 
+    The T1-weighted series of a folder of DICOM files are converted first; ``dicom.tsv`` in ``out`` lists all series.
+
     Raises UserError: the cohort or an option is wrong, or ``out`` is inside the cohort but not among its derivatives.
     """
     check_arguments(PATH, raw=raw, out=out)
@@ -75,10 +80,29 @@ def read_raw_cohort(
             f"{source / 'derivatives' / 'yaware'}"
         )
     check_output(folder, "OUT")
+    if is_dicom_folder(source, layout):
+        source, key_file = _converted(source, folder, dataset or source.name, key_file), None
+        dataset, layout = dataset or Path(raw).resolve().name, "bids"
     scans, unlisted, _, _ = read_with_changes(source, dataset, "t1w", layout=layout, columns=columns, key_file=key_file)
     names = sorted({scan.dataset for scan in (*scans, *unlisted)})
     roots = {name: folder / name if len(names) > 1 else folder for name in names}
     return RawCohort(scans, unlisted, roots, is_simulated(source), name_of(scans, source))
+
+
+def is_dicom_folder(source: Path, layout: str | None = None) -> bool:
+    """Return whether a path is a folder of DICOM files without any other layout."""
+    if layout is not None or not source.is_dir() or (source / DATA_SETS_FILE).is_file():
+        return False
+    return all(next(iter(find(source)), None) is None for find in SIGNS.values()) and first_dicom(source) is not None
+
+
+def _converted(source: Path, folder: Path, dataset: str, key_file: str | Path | None) -> Path:
+    """Convert a folder of DICOM files to raw scans inside the derivative; return their folder."""
+    home = folder / RECORDS / "dicom"
+    key = None if key_file is None else read_key(Path(key_file))
+    series = find_series(source)
+    write_dicom_cohort(series, source, home, folder / DICOM, dataset=safe_name(dataset), key=key)
+    return home
 
 
 def prepare_cohort(

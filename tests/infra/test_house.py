@@ -25,6 +25,7 @@ LIBRARY_ROOMS = {
     "monai": "pretrain/encoders",
     "ants": "data_pipeline/prepare/steps/antspy.py",
     "deepbet": "data_pipeline/prepare/steps/extraction.py",
+    "pydicom": "data_pipeline/prepare/steps/dicom.py",
 }
 # Modules that import others by a text, and the table of these texts: the command line imports the module of the command that
 # is called, and the packages import a public name at its first use (the rule of circles follows those names).
