@@ -41,7 +41,7 @@ _CHOICES: dict[str, dict[str, Sequence[str]]] = {
     "vit-small": _VIT,
     "vit-base": _VIT,
     "vit-large": _VIT,
-    "swin-unetr": {"norm": ("layer",), "pooling": _POOLINGS},
+    "swin-unetr": {"norm": ("layer",), "pooling": _POOLINGS, "merging": ("each", "published")},
 }
 _CONVOLUTIONAL: dict[str, Sequence[str]] = {"norm": tuple(NORMS), "pooling": _POOLINGS}
 

@@ -9,6 +9,7 @@ MONAI 1.6 differs from what an encoder needs in these points, which are correcte
 - The ViT's fast attention applies dropout in evaluation too. It is used only without dropout.
 - The ViT accepts one size of volume only. The positions are interpolated to any other size.
 - SwinTransformer normalises and returns the features of all five scales. Only the deepest are normalised here.
+- SwinTransformer merges patches otherwise than its published weights were trained to. `merging` chooses.
 
 The names of MONAI's layers are internal to it: a missing name raises LibraryChanged.
 """
@@ -24,6 +25,7 @@ from torch import nn
 from infra.internals import internal, library_changed, set_internal
 from infra.lean_imports import import_apart
 from pretrain.encoders.layers import PooledEncoder, Trunk, replace_norms, run_block
+from pretrain.encoders.merging import use_published_merging
 from pretrain.encoders.residual import FEATURES, resenc_trunk
 
 VBM = (121, 145, 121)
@@ -234,12 +236,16 @@ def vit_large(
 
 def swin_unetr(
     *, norm: str = "layer", pooling: str = "mean", grid: Sequence[int] | None = None, dropout: float = 0.0,
-    drop_path: float = 0.0, checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
+    drop_path: float = 0.0, merging: str = "each", checkpointing: bool = False, channels_last: bool = False,
+    compile: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """Build MONAI's encoder of SwinUNETR (Hatamizadeh et al. 2022) with 48 channels at the first scale; 768 features."""
+    """Build MONAI's encoder of SwinUNETR (Hatamizadeh et al. 2022) with 48 channels at the first scale; 768 features.
+
+    ``merging``: each scale merges ``each`` of eight neighbours, or those of MONAI's ``published`` weights (`merging`).
+    """
     return PooledEncoder(
-        _Swin(48, dropout, drop_path, checkpointing), 768, name="swin-unetr", norm=norm, pooling=pooling, grid=grid,
-        multiple=32, channels_last=channels_last, compile=compile,
+        _Swin(48, dropout, drop_path, checkpointing, merging=merging), 768, name="swin-unetr", norm=norm, pooling=pooling,
+        grid=grid, multiple=32, channels_last=channels_last, compile=compile,
     )  # fmt: skip
 
 
@@ -316,7 +322,7 @@ class _ViT(nn.Module):
 class _Swin(nn.Module):
     """(N, 1, D, H, W), sides multiples of 32, -> the layer-normed deepest features (N, 16 width, D/32, H/32, W/32)."""
 
-    def __init__(self, width: int, dropout: float, drop_path: float, checkpointing: bool) -> None:
+    def __init__(self, width: int, dropout: float, drop_path: float, checkpointing: bool, *, merging: str) -> None:
         _import_monai()
         from monai.networks.nets.swin_unetr import SwinTransformer
 
@@ -326,6 +332,8 @@ class _Swin(nn.Module):
             num_heads=(3, 6, 12, 24), drop_rate=dropout, drop_path_rate=drop_path, use_checkpoint=checkpointing,
             spatial_dims=3,
         )  # fmt: skip
+        if merging == "published":
+            use_published_merging(self.transformer)
 
     def forward(
         self, volumes: torch.Tensor, keep: Sequence[str] = ()

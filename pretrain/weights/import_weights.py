@@ -81,6 +81,15 @@ def resenc_key(key: str) -> str:
     return re.sub(r"\.(conv|norm)([12])\.(conv|norm)\.", lambda found: f".{found[3]}{found[2]}.", key)
 
 
+def swin_key(key: str) -> str:
+    """Return the encoder's name for a key of the Swin transformer in MONAI's self-supervised SwinUNETR.
+
+    ``module.layers1.0.blocks.0.mlp.fc1.weight`` -> ``trunk.transformer.layers1.0.blocks.0.mlp.linear1.weight``.
+    """
+    key = re.sub(r"^(module\.)?(swinViT\.|swin_vit\.)?", "trunk.transformer.", key)
+    return re.sub(r"\.mlp\.fc([12])\.", r".mlp.linear\1.", key)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     # {epoch, model, optimizer}
     "densenet121-yaware": Architecture(
@@ -106,6 +115,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "resenc-l-nnssl": Architecture(
         "resenc-l", resenc_key, "nnssl", ("decoder.",), licence="see the model's card",
         data="OpenMind: 114,000 head MR volumes (Wald et al. 2024)",
+    ),
+    # {state_dict}: module.*
+    "swin-unetr-monai": Architecture(
+        "swin-unetr", swin_key, "SwinUNETR",
+        ("norm.", "mask_token", "rotation_", "contrastive_", "conv"), {"merging": "published"}, licence="Apache-2.0",
+        data="5,050 CT volumes of the body, no MR (Tang et al. 2022)",
     ),
 }  # fmt: skip
 # Where published files keep their tensors.

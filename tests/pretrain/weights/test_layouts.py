@@ -12,30 +12,11 @@ from infra import cli
 from infra.errors import UserError
 from pretrain import Encoder
 from pretrain.weights.import_weights import ARCHITECTURES, import_weights, preprocessing_from
+from tests.pretrain.weights.published_swin import Tensors, naive_swin, swin_state
 from tests.pretrain.weights.test_import_weights import naive_features as naive_densenet
 from tests.pretrain.weights.test_import_weights import published_state as densenet_state
 
 State = dict[str, torch.Tensor]
-
-
-class Tensors:
-    """Random tensors by name, scaled so that features neither vanish nor explode."""
-
-    def __init__(self):
-        self.state: State = {}
-        self.source = torch.Generator().manual_seed(5)
-
-    def conv(self, name, out, channels, side, bias=False):
-        scale = (2 / (channels * side**3)) ** 0.5
-        self.state[f"{name}.weight"] = torch.randn(out, channels, side, side, side, generator=self.source) * scale
-        if bias:
-            self.state[f"{name}.bias"] = torch.randn(out, generator=self.source) * 0.1
-
-    def norm(self, name, channels, running=True):
-        for part in ("weight", "bias", *(("running_mean", "running_var") if running else ())):
-            self.state[f"{name}.{part}"] = 0.5 + torch.rand(channels, generator=self.source)
-        if running:
-            self.state[f"{name}.num_batches_tracked"] = torch.tensor(3)
 
 
 def batch_norm(state, name, x):
@@ -181,16 +162,29 @@ def nidl_file():
     return {**lightning, "hyper_parameters": {"lr": 1e-4}}, lambda volumes: naive_densenet(state, volumes)
 
 
+def monai_file():
+    state = swin_state()
+    content = {f"module.{key}": value for key, value in state.items()}
+    content |= {"module.rotation_head.weight": torch.zeros(4, 768), "module.contrastive_head.bias": torch.zeros(512)}
+    return {"state_dict": content, "epoch": 7}, lambda volumes: naive_swin(state, volumes)
+
+
 FILES = {
     "resnet18-neuro-simclr": simclr_file, "resnet50-medicalnet": medicalnet_file, "resenc-l-nnssl": nnssl_file,
-    "densenet121-nidl": nidl_file,
+    "densenet121-nidl": nidl_file, "swin-unetr-monai": monai_file,
 }  # fmt: skip
 
 
-SIDES = {"resnet18-neuro-simclr": 32, "resnet50-medicalnet": 48, "resenc-l-nnssl": 64, "densenet121-nidl": 48}
+SIDES = {
+    "resnet18-neuro-simclr": 32,
+    "resnet50-medicalnet": 48,
+    "resenc-l-nnssl": 64,
+    "densenet121-nidl": 48,
+    "swin-unetr-monai": 64,
+}
 
 
-LONG = ("resenc-l-nnssl", "resnet50-medicalnet")  # 10 CPU seconds each: large networks
+LONG = ("resenc-l-nnssl", "resnet50-medicalnet", "swin-unetr-monai")  # 10 CPU seconds each: large networks
 
 
 @pytest.mark.parametrize("arch", [pytest.param(arch, marks=[pytest.mark.jobs] * (arch in LONG)) for arch in FILES])
