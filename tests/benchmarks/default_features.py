@@ -3,9 +3,10 @@
     python -m tests.benchmarks.default_features OUT [--seeds 11,12] [--participants 1200] [--steps 120] [--width 0.25]
 
 For every seed a cohort is simulated, an encoder is pretrained on its healthy people with the recipe demo-cpu, and a second one
-is left untrained; both get readouts of age, whose penalty is chosen out of fold. The candidates of ``--layer auto`` are compared
-on the tasks ad, scz and age, and three more: ``auto`` itself, ``default`` (what ``yaware evaluate`` uses if nothing is named) and
-``own without age`` (what it used before: the encoder's own features, without readouts and without the covariate age).
+is left untrained; both get readouts of age, whose penalty is chosen out of fold. The candidates of ``--layer auto`` are
+compared on the tasks ad, scz and age, and three more: ``auto`` itself, ``default`` (what ``yaware evaluate`` uses if nothing is
+named) and ``own without age`` (what it used before: the encoder's own features, without readouts and without the covariate
+age).
 
 Only the training scans of the first outer fold are used. They are divided into three folds, ``--repeats`` times; a model is
 fitted to two of them, with its penalty (and for ``auto`` the candidate) chosen on folds inside these two, and scored on the
