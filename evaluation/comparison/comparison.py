@@ -13,6 +13,7 @@ import pandas as pd
 from evaluation.comparison import age_and_site, curves, report, tables
 from evaluation.comparison.evaluations import CheckpointEvaluation, RunRow, last_steps, read_evaluations
 from evaluation.comparison.formats import LABELS, rows_of, with_interval
+from evaluation.protocols.variant import unlike_published
 from evaluation.statistics.metrics import METRICS
 from infra.errors import OPTIONAL_TEXT, PATH, TEXT, UserError, check_arguments
 from infra.tracking import runs as store
@@ -150,6 +151,10 @@ class Comparison:
             name = f"{evaluation.pretraining}, {evaluation.protocol}" if several else evaluation.pretraining
             runs.setdefault(name, []).append(evaluation)
         return {name: steps for name, steps in runs.items() if len({evaluation.step for evaluation in steps}) > 1}
+
+    def unlike_published(self, task: str) -> str:
+        """Return what sets the evaluations of a task apart from the published ones; empty if one is made in the same way."""
+        return unlike_published([each.beyond_paper(task) for each in self.last if task in each.tasks])
 
     def label(self, task: str, metric: str) -> str:
         """Return a metric's name for people, with its unit if that is known: the MAE of ages is in years."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -59,6 +60,10 @@ class CheckpointEvaluation:
         """Return the evaluation run that a task's results are from."""
         return self.earlier.get(task, self.run)
 
+    def beyond_paper(self, task: str) -> list[str]:
+        """Return what the evaluation of a task does and the y-Aware paper did not; see ``ProtocolVariant.beyond_paper``."""
+        return self.variant.beyond_paper(_beside(self.run_of(task)["tags"].get("yaware.beside", ""), task))
+
     @property
     def runs(self) -> list[RunRow]:
         """All evaluation runs with results in use, newest first."""
@@ -108,6 +113,15 @@ class CheckpointEvaluation:
     def kind(self, task: str) -> str:
         """Return binary, multiclass or regression."""
         return str(self.predictions_of(task)["kind"].iloc[0])
+
+
+def _beside(tag: str, task: str) -> list[str] | None:
+    """Return the columns of a task's covariates and confounds from the tag of its run; None if it does not tell them."""
+    try:
+        columns = json.loads(tag).get(task)
+    except (ValueError, AttributeError):
+        return None
+    return [str(column) for column in columns] if isinstance(columns, list) else None
 
 
 def labels_of(predictions: pd.DataFrame) -> NDArray[Any]:

@@ -116,7 +116,9 @@ def learning_curves(comparison: Comparison) -> Any:
                 **styles[evaluation.name],
             )  # fmt: skip
         if not comparison.simulated:
-            sizes = _draw_published(axis, task, sizes)
+            sizes = _draw_published(
+                axis, task, sizes, "published, another method" if comparison.unlike_published(task) else "published"
+            )
         axis.axhline(0.5, color=REFERENCE, lw=1, ls="--", zorder=0)
         axis.set_xscale("log")
         axis.set_xticks(sizes, [str(size) for size in sizes])
@@ -129,14 +131,14 @@ def learning_curves(comparison: Comparison) -> Any:
     return figure
 
 
-def _draw_published(axis: Any, task: str, sizes: list[int]) -> list[int]:
-    """Draw the published curves in grey, each named at its end; return the sizes to mark on the axis."""
+def _draw_published(axis: Any, task: str, sizes: list[int], title: str) -> list[int]:
+    """Draw the published curves in grey, each named at its end by ``title``; return the sizes to mark on the axis."""
     published = PUBLISHED.get(task, {})
     for method in ("y-Aware", "SimCLR", "age supervision"):
         points = [(size, row[method]) for size, row in published.items()]
         if points:
             axis.plot(*zip(*points, strict=True), color=REFERENCE, lw=1, marker=".", zorder=0)
-            axis.annotate(f"published: {method}", points[-1], xytext=(4, 0), textcoords="offset points", fontsize=7.5,
+            axis.annotate(f"{title}: {method}", points[-1], xytext=(4, 0), textcoords="offset points", fontsize=7.5,
                           color="#5f5f5f", va="center")  # fmt: skip
     # Published sizes close to a measured one are not marked, because the numbers would overlap.
     return sorted({*sizes, *(size for size in published if all(abs(np.log(size / own)) > 0.3 for own in sizes))})

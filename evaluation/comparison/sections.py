@@ -128,17 +128,28 @@ def published(comparison: Comparison) -> str:
     tasks = published_tasks(comparison)
     simulated = " The scans above are simulated." if comparison.simulated else ""
     note = (
-        f"<p class='note'>These values were not measured here. They are AUCs of linear probes after pretraining on 10,000 scans, read "
-        f"off the figure of {SOURCE}. The scans differ from those above, so compare the shape of the curves, not the "
-        f"values.{simulated}</p>"
+        f"<p class='note'>These values were not measured here. They are AUCs of linear probes on the encoder's own pooled features "
+        f"alone, without readouts or covariates, after pretraining on 10,000 scans, read off the figure of {SOURCE}. The scans differ "
+        "from those above, so compare the shape of the curves, not the values, and only with results of the same method, which the "
+        f"last column names.{simulated}</p>"
     )
     methods = list(next(iter(PUBLISHED[tasks[0]].values())))
     rows = [
-        [f"{comparison.tasks[task].title}, {size} training scans", *(f"{row[method]:.3f}" for method in methods)]
+        [
+            f"{comparison.tasks[task].title}, {size} training scans",
+            *(f"{row[method]:.3f}" for method in methods),
+            _same_method(comparison, task),
+        ]
         for task in tasks
         for size, row in PUBLISHED[task].items()
     ]
-    return note + _table(["published", *methods], rows, "reference")
+    return note + _table(["published", *methods, "results by this method"], rows, "reference")
+
+
+def _same_method(comparison: Comparison, task: str) -> str:
+    """Name the evaluations of a task that were made as the published ones, or say what sets all of them apart."""
+    names = [each.name for each in comparison.last if task in each.tasks and not each.beyond_paper(task)]
+    return ", ".join(names) or f"none: {comparison.unlike_published(task)}"
 
 
 def differences(comparison: Comparison) -> str:

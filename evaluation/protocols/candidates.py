@@ -133,6 +133,12 @@ def context_of(context: EvaluationContext, candidate: Candidate) -> EvaluationCo
     return replace(context, settings=settings)
 
 
+def variants_of(context: EvaluationContext, candidates: Sequence[Candidate]) -> list[ProtocolVariant]:
+    """Return the variant of each protocol of frozen features or fine-tuning with each candidate; baselines have none."""
+    names = [name for name in context.settings.protocols if PROTOCOLS[name].evaluates == "checkpoint"]
+    return [variant_for(name, context_of(context, candidate), candidate) for name in names for candidate in candidates]
+
+
 def variant_for(name: str, context: EvaluationContext, candidate: Candidate) -> ProtocolVariant:
     """Return a protocol with the options that apply to it, for a candidate of ``context_of``."""
     variant = variant_of(name, context.settings)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from data_pipeline.storage.manifest import Manifest
 from evaluation.external.given import GivenFeatures
 from evaluation.protocols.settings import EvaluationSettings
+from evaluation.protocols.variant import ProtocolVariant, unlike_published
 from evaluation.tasks.published import PUBLISHED, SOURCE
 from evaluation.tasks.tasks import Task
 from infra.errors import UserError
@@ -127,8 +128,8 @@ def feature_folder(manifest: Manifest, folder: str | os.PathLike[str] | None = N
         return writable_folder(f"features/{manifest.digest[:32]}", option="--cache")
 
 
-def print_tasks(context: EvaluationContext) -> None:
-    """Print what each task holds, and the published values."""
+def print_tasks(context: EvaluationContext, variants: Sequence[ProtocolVariant]) -> None:
+    """Print what each task holds, and the published values, with what all ``variants`` of this evaluation do otherwise."""
     for task in context.tasks:
         classes = "" if task.kind == "regression" else f" ({_class_counts(task)})"
         participants = len(np.unique(task.groups))
@@ -140,9 +141,11 @@ def print_tasks(context: EvaluationContext) -> None:
             )
         if context.manifest.simulated:
             continue
+        other = unlike_published([variant.beyond_paper(task.beside) for variant in variants])
+        how = f"on other scans, by another method than here ({other})" if other else "on other scans"
         for size, row in PUBLISHED.get(task.name, {}).items():
             values = ", ".join(f"{method} {value:.3f}" for method, value in row.items())
-            print(f"evaluate: published ({SOURCE}; on other scans), {task.name}, {size} training scans: {values}")
+            print(f"evaluate: published ({SOURCE}; {how}), {task.name}, {size} training scans: {values}")
 
 
 def _class_counts(task: Task) -> str:

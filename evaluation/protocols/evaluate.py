@@ -29,6 +29,7 @@ from evaluation.protocols.candidates import (
     given_candidates,
     load_checkpoint,
     variant_for,
+    variants_of,
 )
 from evaluation.protocols.candidates import checkpoint_paths as checkpoint_paths  # the command line uses it
 from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder, print_tasks, search_folder
@@ -170,7 +171,7 @@ def evaluate(
     check_values(given, context.tasks, context.rows)
     others = given_candidates(given, loaded, join=join)
     context = decide_readouts(context, loaded)
-    print_tasks(context)
+    print_tasks(context, variants_of(context, [*loaded, *others]))
     _print_cost(context)
     rows = []
     with searching(search), ray_cluster.session_on_demand(workers):

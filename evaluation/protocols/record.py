@@ -39,6 +39,7 @@ def open_run(
         "yaware.pretraining_run": str(config.get("run_id") or ""), "yaware.model_id": str(config.get("model_id") or ""),
         "yaware.simulated": str(manifest.simulated), "yaware.version": version("yaware"),
         "yaware.encoder": candidate.encoder.config["encoder"]["name"] if candidate.encoder is not None else "",
+        "yaware.beside": json.dumps({task.name: task.beside for task in context.tasks}),
         **{f"yaware.{key}": value for key, value in candidate.tags.items()},
     }  # fmt: skip
     if config.get("run_id"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 JOINT = "joint"  # as a layer: the encoder's own features and spatial ones, the default of linear models
@@ -75,7 +75,35 @@ class ProtocolVariant:
         readouts = [f"{self.readouts} readouts".removeprefix(f"{BY_DEFAULT} ")] if self.readouts else []
         return layer + ["one scale"] * (self.scale == "all") + readouts + ["sites left out"] * self.leave_site_out
 
+    def beyond_paper(self, beside: Sequence[str] | None) -> list[str]:
+        """Return what this evaluation of a task does and that of the y-Aware paper did not, as text; empty: nothing.
+
+        The paper fits a linear model to the encoder's own features alone, with all sites in training and test folds.
+
+        Args:
+            beside: columns of the task's covariates and confounds; None: unknown, since an earlier version wrote it.
+        """
+        kinds = {"checkpoint": "", "table": "features of others", "adapter": "features of others"}
+        is_linear = self.fitted[0] in ("linear", "paper")
+        parts = [kinds.get(self.evaluates, "no pretrained encoder"), "" if is_linear else self.protocol]
+        if self.layer:
+            named = {JOINT: "spatial features", "auto": "features chosen on inner folds"}
+            parts.append(named.get(self.layer, f"{self.layer} {'+'.join(self.pooling)}"))
+        parts += ["one scale"] * (self.scale == "all") + ["readouts"] * bool(self.readouts)
+        parts += ["sites left out"] * self.leave_site_out
+        parts += ["unknown covariates"] if beside is None else beside
+        return [part for part in parts if part]
+
     @property
     def label(self) -> str:
         """Return the protocol's name and its options, for example ``knn, layer2 mean+std, sites left out``."""
         return ", ".join([self.protocol, *self.options]) if self.protocol else ""
+
+
+def unlike_published(evaluations: Sequence[Sequence[str]]) -> str:
+    """Return what sets evaluations apart from that of the paper, as text; empty if one of them is made in the paper's way.
+
+    ``evaluations`` holds what `ProtocolVariant.beyond_paper` returns for each; the text is that of the least different one.
+    """
+    by_size = sorted(evaluations, key=len)
+    return ", ".join(by_size[0]) if by_size else "no pretrained encoder"

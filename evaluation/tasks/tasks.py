@@ -76,6 +76,7 @@ class Task:
     covariates: Any = None  # (N, C) float64, NaN where missing
     confounds: Any = None  # (N, D) float64
     left_out: list[str] = field(default_factory=list)  # classes with too few participants, each with their number
+    beside: list[str] = field(default_factory=list)  # columns of the covariates and the confounds
 
 
 def check_names(tasks: Sequence[str]) -> None:
@@ -131,7 +132,7 @@ def load_task(name: str, manifest: Manifest, folds: int = 5, among: NDArray[np.i
         sites=as_text(scans[spec.sites]).to_numpy() if spec.sites in scans else None,
         sites_column=spec.sites, test=test,
         covariates=as_numbers(scans, spec.covariates), confounds=as_numbers(scans, spec.confounds),
-        left_out=left_out,
+        left_out=left_out, beside=[*spec.covariates, *spec.confounds],
     )  # fmt: skip
     _check_size(task, spec, path.name, folds)
     _check_test(task, path.name)

@@ -20,7 +20,7 @@ def store(tmp_path_factory):
         [(m, 1.0 + 1 / (s + 1), s) for s in range(30) for m in ("loss", "lr", "grad_norm", "scans_per_second")]
     )
     tracker.end()
-    scans, linear = people(), {"yaware.protocol": "linear"}
+    scans, linear = people(), {"yaware.protocol": "linear", "yaware.beside": '{"scz": [], "age": [], "site": []}'}
     y_aware = {**linear, "yaware.pretraining_run": str(tracker.run_id)}
     three = ("scz", "age", "site")
     scz = {"scz.auc": 0.7, "scz.auc.low": 0.6, "scz.auc.high": 0.8}

@@ -119,17 +119,53 @@ def test_published_values_are_marked_as_not_measured(comparison, page):
     assert "class='reference'" in page
 
 
+def tagged(comparison, **tags):
+    """The comparison with other tags of its evaluation runs."""
+    every = {f"yaware.{name}": value for name, value in tags.items()}
+    changed = {
+        each.name: replace(each, run={**each.run, "tags": {**each.run["tags"], **every}}, earlier={})
+        for each in comparison.evaluations
+    }
+    return replace(comparison, evaluations=[*changed.values()], last=[changed[each.name] for each in comparison.last])
+
+
 def test_published_curves_are_drawn_for_real_scans_only(comparison):
     def texts(each):
         return [text.get_text() for axis in learning_curves(each).axes for text in axis.texts]
 
     assert texts(comparison) == []
-    evaluations = [
-        replace(each, run={**each.run, "tags": {**each.run["tags"], "yaware.simulated": "False"}}, earlier={})
-        for each in comparison.evaluations
-    ]
-    real = replace(comparison, evaluations=evaluations)
+    real = tagged(comparison, simulated="False")
     assert texts(real) == ["published: y-Aware", "published: SimCLR", "published: age supervision"]
+    other = tagged(comparison, simulated="False", layer="joint")
+    assert texts(other)[0] == "published, another method: y-Aware"
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({}, ""),
+        (
+            {"layer": "joint", "readouts": "default", "beside": '{"scz": ["age"]}'},
+            "none: spatial features, readouts, age",
+        ),
+        ({"layer": "layer2", "pooling": "mean,std", "leave_site_out": "True"}, "none: layer2 mean+std, sites left out"),
+        ({"protocol": "knn", "model": "knn"}, "none: knn"),
+        ({"evaluates": "table"}, "none: features of others"),
+        ({"evaluates": "shards", "model": "linear", "scale": "all"}, "none: no pretrained encoder, one scale"),
+        ({"beside": ""}, "none: unknown covariates"),
+        ({"beside": "[1]"}, "none: unknown covariates"),
+    ],
+)
+def test_published_values_name_the_results_of_the_same_method_or_say_what_differs(comparison, tags, expected):
+    changed = tagged(comparison, **tags)
+    section = f'<h2 id="published">{sections.published(changed)}</section>'
+    cells = cells_of(section, "published", "schizophrenia, 500 training scans")
+    if tags:
+        assert cells[-1] == expected
+    else:
+        names = [each.name for each in changed.last if "scz" in each.tasks]
+        assert len(names) > 2
+        assert cells[-1] == ", ".join(names)
 
 
 def lines_of(axis):
