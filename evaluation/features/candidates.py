@@ -2,7 +2,7 @@
 
 A candidate is a block of the encoder, a pooling and a scale. Ridge regression on numbers, or on classes of equal weight, gives
 the answers of all penalties from one decomposition; logistic regression would take minutes for what this does in seconds.
-n = training scans, m = test scans, C = covariates, P = penalties, K = targets.
+n = training scans, m = test scans, C = covariates, R = readouts, K = targets.
 """
 
 from __future__ import annotations
@@ -116,11 +116,12 @@ def _maps(network: nn.Module, names: Sequence[str], sides: Sequence[int]) -> lis
 
 def candidate_scores(
     candidates: Sequence[FeatureChoice], train: NDArray[Any], folds: Sequence[tuple[NDArray[Any], NDArray[Any]]],
-    penalties: Sequence[float],
+    penalties: Sequence[float], readout_penalties: Sequence[float] = (0.0,),
 ) -> NDArray[np.float64]:  # fmt: skip
     """Return for each candidate its best mean score over the inner folds of the rows ``train``: (candidates,).
 
-    ``folds`` are positions in ``train``. NaN if the score is undefined on all of them. No other rows are used.
+    The best is over all pairs of a penalty and a penalty of the readouts, as in the fit that follows. ``folds`` are positions
+    in ``train``. NaN if the score is undefined on all of them. No other rows are used.
     """
     best = []
     for _, table in candidates:
@@ -130,34 +131,45 @@ def candidate_scores(
             if table.kind != "regression" and len(np.unique(table.labels[train[inner]])) < 2:
                 continue
             split = split_features(table, train[inner], train[test])
-            scores.append([inner_metric(labels, p, table.kind) for p in ridge_answers(split, table.kind, penalties)])
+            answers = ridge_answers(split, table.kind, penalties, readout_penalties)
+            scores.append([inner_metric(labels, predicted, table.kind) for predicted in answers])
         means = [np.nanmean(column) if np.isfinite(column).any() else np.nan for column in np.array(scores).T]
         best.append(np.nanmax(means) if np.isfinite(means).any() else np.nan)
     return np.array(best)
 
 
-def ridge_answers(split: TrainTestSplit, kind: str, penalties: Sequence[float]) -> list[NDArray[Any]]:
-    """Return the predictions (m,) for the m test scans of ridge regression with each penalty.
+def ridge_answers(
+    split: TrainTestSplit, kind: str, penalties: Sequence[float], readout_penalties: Sequence[float] = (0.0,)
+) -> list[NDArray[Any]]:
+    """Return the predictions (m,) for the m test scans of ridge regression with each penalty and penalty of the readouts.
 
-    Intercept, covariates and readouts are not penalised. Classes have equal weight. A binary task is a regression on -1 and 1,
-    and its predictions are the scores. A multiclass task is a regression on K columns, one for each class; its predictions are
-    the numbers (int, 0 to K - 1) of the columns with the largest score.
+    They are in the order of ``penalties``, and of ``readout_penalties`` for each. Intercept and covariates are not penalised,
+    nor are readouts with the penalty 0. Classes have equal weight. A binary task is a regression on -1 and 1, and its
+    predictions are the scores. A multiclass task is a regression on K columns, one for each class; its predictions are the
+    numbers (int, 0 to K - 1) of the columns with the largest score.
     """
     gram, cross = split.gram
     targets_nK, root = _targets(split, kind)
-    design = root * _with_intercept(split.train_covariates, split.readouts[0])
-    test_design = _with_intercept(split.test_covariates, split.readouts[1])
+    design, readouts = root * _with_intercept(split.train_covariates), root * split.readouts[0]
+    test_design, test_readouts = _with_intercept(split.test_covariates), split.readouts[1]
     inverse = np.linalg.pinv(design)
-    # Unpenalised columns are projected out of features and targets (Frisch, Waugh and Lovell), here of inner products.
+    # Unpenalised columns are projected out of everything else (Frisch, Waugh and Lovell); of the features, here of their inner
+    # products.
     residual = np.eye(len(gram)) - design @ inverse
     weighted = root * gram * root.T
-    test_weighted = cross * root.T
     values, vectors = np.linalg.eigh(residual @ weighted @ residual)
-    test_axes = (test_weighted - test_design @ (inverse @ weighted)) @ residual @ vectors
-    rotated = vectors.T @ (residual @ (root * targets_nK))
-    base = test_design @ (inverse @ (root * targets_nK))
-    values = np.maximum(values, 0.0)[:, None]
-    answers = [base + test_axes @ (rotated / (values + penalty)) for penalty in penalties]
+    test_axes = (cross * root.T - test_design @ (inverse @ weighted)) @ residual @ vectors
+    axes = vectors.T @ residual
+    targets, columns, values = axes @ (root * targets_nK), axes @ readouts, np.maximum(values, 0.0)[:, None]
+    answers = []
+    for penalty in penalties:
+        # With the best features for any weights of the readouts, what is left is a ridge regression on the readouts alone.
+        left = columns.T * (penalty / (values + penalty)).T
+        for of_readouts in readout_penalties:
+            system = left @ columns + of_readouts * np.eye(columns.shape[1])
+            weights = np.linalg.pinv(system, hermitian=True) @ (left @ targets)
+            base = test_design @ (inverse @ (root * targets_nK - readouts @ weights)) + test_readouts @ weights
+            answers.append(base + test_axes @ ((targets - columns @ weights) / (values + penalty)))
     return [answer.argmax(1) if kind == "multiclass" else answer[:, 0] for answer in answers]
 
 
@@ -173,5 +185,5 @@ def _targets(split: TrainTestSplit, kind: str) -> tuple[NDArray[np.float64], NDA
     return 2.0 * labels[:, None] - 1.0, root
 
 
-def _with_intercept(covariates: NDArray[Any], readouts: NDArray[Any]) -> NDArray[np.float64]:
-    return np.column_stack([np.ones(len(covariates)), covariates, readouts])
+def _with_intercept(covariates: NDArray[Any]) -> NDArray[np.float64]:
+    return np.column_stack([np.ones(len(covariates)), covariates])

@@ -154,7 +154,8 @@ def nested_fit(probe: Probe, prepared: PreparedTask, train: NDArray[Any], test: 
         table = prepared.table
         folds = inner_folds(table.labels[train], table.groups[train], table.kind, prepared.seed, prepared.repeats)
         penalties = list(dict.fromkeys(params["penalty"] for params in probe.grid))
-        of_candidates = candidate_scores(prepared.candidates, train, folds, penalties)
+        of_readouts = list(dict.fromkeys(params.get("readout_penalty", 0.0) for params in probe.grid))
+        of_candidates = candidate_scores(prepared.candidates, train, folds, penalties, of_readouts)
         candidate = int(np.nan_to_num(of_candidates, nan=-np.inf).argmax())
         prepared = replace(prepared, table=prepared.candidates[candidate].table, candidates=[])
     scores = inner_scores(probe, prepared, train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +20,8 @@ from evaluation.features.candidates import (
     spatial_block,
 )
 from evaluation.features.tables import FeatureTable, split_features, table_of
-from evaluation.protocols.nested_cv import prepare
-from evaluation.protocols.probes import LINEAR, Probe, linear
+from evaluation.protocols.nested_cv import PreparedTask, inner_scores, nested_fit, prepare
+from evaluation.protocols.probes import LINEAR, Probe, linear, with_readout_penalties
 from evaluation.statistics.metrics import auc, inner_metric
 from evaluation.tasks.folds import inner_folds
 from evaluation.tasks.resamples import Resampling
@@ -90,6 +91,52 @@ def test_the_scores_are_those_of_a_plain_search_and_depend_on_training_scans_onl
         table.features[TEST] = np.nan  # would spread to every score
         table.labels[TEST] = 1 - table.labels[TEST]
     np.testing.assert_array_equal(candidate_scores(candidates, TRAIN, folds, PENALTIES), found)
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass", "regression"])
+def test_readouts_have_the_penalties_that_scikit_learn_gives_them(kind):
+    table = replace(make_table(kind), readouts=np.random.default_rng(5).normal(size=(60, 3)))
+    split, of_readouts = split_features(table, TRAIN, TEST), [0.0, 1.0, 100.0]
+    labels, weights = table.labels[TRAIN], np.ones(45)
+    if kind != "regression":
+        weights = 45 / (len(set(labels)) * np.bincount(labels)[labels])
+    targets = {"binary": 2 * labels - 1, "multiclass": np.eye(3)[labels.astype(int) % 3], "regression": labels}[kind]
+    found = ridge_answers(split, kind, PENALTIES, of_readouts)
+    for (penalty, readout_penalty), answers in zip(itertools.product(PENALTIES, of_readouts), found, strict=True):
+        scale = np.sqrt(penalty / readout_penalty) if readout_penalty else 1e5
+        train, test = (
+            np.column_stack([features, 1e5 * covariates, scale * readouts])
+            for features, covariates, readouts in zip(
+                (split.train, split.test), (split.train_covariates, split.test_covariates), split.readouts, strict=True
+            )
+        )
+        expected = Ridge(alpha=penalty, solver="svd").fit(train, targets, sample_weight=weights).predict(test)
+        if kind == "multiclass":
+            np.testing.assert_array_equal(answers, expected.argmax(1))
+        else:
+            np.testing.assert_allclose(answers, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("penalised", [False, True])
+def test_candidates_are_scored_with_the_penalties_of_the_readouts_that_the_fit_has(penalised):
+    """The fit of a regression is ridge regression too, so a candidate's score is that of a search with its features alone."""
+    probe = with_readout_penalties(LINEAR) if penalised else LINEAR
+    for seed in range(3):
+        table = make_table("regression", seed=seed)
+        # Seven of the readouts are noise, which fits the training scans if it is not penalised.
+        readouts = np.random.default_rng(seed).normal(size=(60, 8))
+        readouts[:, 0] += table.labels / 10
+        tables = [replace(table, readouts=readouts, features=table.features[:, :count]) for count in (1, 12, 200)]
+        choices = [FeatureChoice({"layer": str(n)}, each) for n, each in enumerate(tables)]
+        fit = nested_fit(probe, PreparedTask(tables[0], [], [], seed, candidates=choices), TRAIN, TEST)
+        alone = [inner_scores(probe, PreparedTask(each, [], [], seed), TRAIN) for each in tables]
+        best = [np.nanmax(scores) for scores in alone]
+        np.testing.assert_allclose(fit.candidate_scores, best, rtol=1e-3)
+        assert fit.candidate == np.argmax(best)
+        np.testing.assert_array_equal(fit.scores, alone[fit.candidate])
+        folds = inner_folds(table.labels[TRAIN], table.groups[TRAIN], "regression", seed)
+        free = candidate_scores(choices, TRAIN, folds, [params["penalty"] for params in LINEAR.grid])
+        assert (fit.candidate_scores > free + 0.01).any() == penalised
 
 
 def make_task(people=80, seed=0):
