@@ -41,7 +41,9 @@ def linear(split: TrainTestSplit, kind: str, params: Params, seed: int) -> Predi
     if kind == "regression":
         if train.shape[1] > len(train):
             return _numbers(Ridge(alpha=params["penalty"]).fit(train, split.labels).predict(test))
-        if split.ridge is None or of_readouts:  # readouts have a weight of their own for every penalty
+        if of_readouts:  # readouts have a weight of their own for every penalty, so that nothing is shared
+            return _numbers(RidgePath(train, split.labels).predict(test, params["penalty"]))
+        if split.ridge is None:
             split.ridge = RidgePath(train, split.labels)
         return _numbers(split.ridge.predict(test, params["penalty"]))
     if kind == "multiclass":

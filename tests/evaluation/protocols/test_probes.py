@@ -16,11 +16,14 @@ from evaluation.protocols.probes import (
     LINEAR,
     NEAREST_NEIGHBOURS,
     FeatureTable,
+    Probe,
     fit_predict,
+    fit_predict_each,
     inner_metric,
     linear,
     nearest_neighbours,
     perceptron,
+    with_readout_penalties,
 )
 from evaluation.statistics.metrics import auc
 from evaluation.tasks.folds import inner_folds
@@ -90,6 +93,20 @@ def test_rotation_onto_principal_axes_changes_no_prediction(penalty):
     ridge = Ridge(alpha=penalty).fit(scaler.transform(train), ages[:30]).predict(scaler.transform(test))
     predictions = fit_predict(linear, {"penalty": penalty}, table(features, ages, "regression"), **TRAIN_TEST)
     np.testing.assert_allclose(predictions.predicted, ridge, rtol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [5, 50])
+@pytest.mark.parametrize("kind", ["binary", "regression"])
+def test_entries_of_a_grid_with_penalised_readouts_are_fitted_as_if_each_were_alone(kind, columns):
+    generator = np.random.default_rng(2)
+    labels = generator.integers(0, 2, 39) if kind == "binary" else generator.uniform(20, 80, 39)
+    data = table(generator.normal(size=(39, columns)), labels, kind)
+    data = replace(data, readouts=generator.normal(size=(39, 2)) + labels[:, None] / labels.std())
+    probe = with_readout_penalties(Probe(linear, LINEAR.grid[:4]))
+    together = fit_predict_each(probe, data, **TRAIN_TEST)
+    for params, fitted in zip(probe.grid, together, strict=True):
+        alone = fit_predict(linear, params, data, **TRAIN_TEST)
+        np.testing.assert_allclose(fitted.predicted, alone.predicted, rtol=1e-3, atol=1e-3, err_msg=str(params))
 
 
 @pytest.mark.parametrize("kind", ["binary", "regression"])
