@@ -13,6 +13,7 @@ from data_pipeline.volume.grid import Grid
 Affine = NDArray[np.float64]
 Volume = NDArray[np.float32]
 FWHM = 2.355  # widths at half maximum in a standard deviation
+COARSER = 1.2  # new voxels so many times larger than the old ones need smoothing against aliasing
 
 
 def resample(
@@ -98,9 +99,9 @@ def jacobian(displacement: NDArray[np.float32], spacing: float) -> Volume:
 
 
 def _smoothed(voxels: NDArray[np.float32], scale: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The volume, smoothed along axes where the new voxels are clearly larger (``scale`` times), against aliasing."""
+    """The volume, smoothed along axes where the new voxels are ``COARSER`` (``scale`` times larger)."""
     widths = np.sqrt(np.maximum(scale**2 - 1.0, 0.0)) / FWHM
-    widths[scale < 1.5] = 0.0
+    widths[scale < COARSER] = 0.0
     if not widths.any():
         return np.asarray(voxels, dtype=np.float32)
     return np.asarray(
