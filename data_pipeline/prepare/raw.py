@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.load import open_image
+from infra.files import regular_file
 
 LEAST_EXTENT = 100.0  # mm along each axis; the smallest adult brains are 130 mm long, wide and high
 MOST_NONFINITE = 0.05  # share of voxels that may be NaN or infinite, as some converters write outside the head
@@ -76,7 +77,7 @@ def read_raw(path: Path, orientation: str = "", *, most_voxel: float = 4.0) -> R
 def check_header(path: Path) -> None:
     """Raise BadScan if a NIfTI header does not say which side is left, or says two different things."""
     try:
-        header: Any = nibabel.load(path).header if path.is_file() and path.suffix.lower() != ".npy" else None
+        header: Any = nibabel.load(regular_file(path)).header if path.suffix.lower() != ".npy" else None
     except Exception:  # `open_image` says what is wrong with the file
         return
     if not isinstance(header, nibabel.Nifti1Header):

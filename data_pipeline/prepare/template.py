@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.prepare.resampling import resample
 from data_pipeline.volume.grid import Grid
+from infra.files import regular_file
 
 
 @dataclass(frozen=True)
@@ -50,5 +51,6 @@ def _read(name: str) -> tuple[NDArray[np.float32], Any]:
     import nilearn
 
     file = f"mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz"
-    image = nibabel.as_closest_canonical(nibabel.load(Path(nilearn.__file__).parent / "datasets" / "data" / file))
+    path = Path(nilearn.__file__).parent / "datasets" / "data" / file
+    image = nibabel.as_closest_canonical(nibabel.load(regular_file(path)))
     return np.asarray(image.dataobj, dtype=np.float32) / np.float32(255.0), image.affine

@@ -181,7 +181,7 @@ def remove_records(folder: Path, listed: Sequence[str]) -> None:
     """
     names = {record_path(folder, name).name for name in listed} | {coarse_path(folder, name).name for name in listed}
     left = [path for path in folder.glob(f"{UNFINISHED}*.json") if path.name in names]
-    coarse = [*folder.glob(f"{COARSE_PREFIX}*"), *folder.glob(f".{COARSE_PREFIX}*.tmp")]
+    coarse = [*folder.glob(f"{COARSE_PREFIX}*"), *_half_written(folder, COARSE_PREFIX)]
     left += [path for path in coarse if path.name in names]
     others = [path for path in coarse if path.name not in names]
     if others:
@@ -201,10 +201,15 @@ def remove_records(folder: Path, listed: Sequence[str]) -> None:
         print(f"shards: removed {len(left)} files that a killed build left in {folder}", file=sys.stderr, flush=True)
 
 
+def _half_written(folder: Path, pattern: str) -> list[Path]:
+    """Return the temporary files of ``atomic_write`` for a pattern of names; ``.new`` is one that was not yet locked."""
+    return [path for ending in ("tmp", "new") for path in folder.glob(f".{pattern}*.{ending}")]
+
+
 def remove_leftovers(folder: Path, keep: Sequence[str] = ()) -> None:
     """Remove unfinished tars, finished tars that no manifest lists, and their records; keep the shards named ``keep``."""
     coarse = {coarse_path(folder, name).name for name in keep}
-    for path in (*folder.glob(f"{COARSE_PREFIX}*"), *folder.glob(f".{COARSE_PREFIX}*.tmp")):
+    for path in (*folder.glob(f"{COARSE_PREFIX}*"), *_half_written(folder, COARSE_PREFIX)):
         if path.name not in coarse:
             path.unlink(missing_ok=True)
     listed = set()
@@ -212,7 +217,7 @@ def remove_leftovers(folder: Path, keep: Sequence[str] = ()) -> None:
         listed = {str(row["name"]) for row in read_content(folder)["shards"]}
     records = {record_path(folder, name).name for name in keep}
     for written in ("manifest.json", "quarantine.tsv", "scans*.parquet"):
-        for path in folder.glob(f".{written}.*.tmp"):  # temporary files of atomic_write in a killed process
+        for path in _half_written(folder, f"{written}."):
             path.unlink(missing_ok=True)
     for path in list(folder.glob(f"{UNFINISHED}*")):
         if path.is_dir():

@@ -141,7 +141,7 @@ def _read_decimal_commas(columns: dict[str, list[str] | NDArray[Any]], name: str
 
 def _cells_of_parquet(path: Path) -> _Cells:
     try:
-        table = pd.read_parquet(path)
+        table = pd.read_parquet(regular_file(path))
     except Exception as error:  # pyarrow raises many types of errors for damaged files
         raise UserError(
             f"{path.name} cannot be read as Parquet ({' '.join(str(error).split())[:120]}); write it again"
@@ -177,7 +177,7 @@ def _as_text(value: Any) -> str:
 def _cells_of_npz(path: Path) -> _Cells:
     """The cells of an .npz file: ``features`` (R, F), ``key`` (R,) or other names, and perhaps ``columns`` (F,)."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(regular_file(path), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except Exception as error:  # zipfile and NumPy raise many types of errors for damaged files and pickled objects
         raise UserError(

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import UserError
+from infra.files import regular_file
 from infra.processes.scratch import scratch_folder
 
 Affine = NDArray[np.float64]  # (4, 4)
@@ -160,7 +161,7 @@ def register_nonlinear(
             grad_step=step, flow_sigma=smoothing, total_sigma=0, syn_metric="mattes", syn_sampling=32,
         )  # fmt: skip
         (path,) = (name for name in found["fwdtransforms"] if name.endswith("Warp.nii.gz"))
-        field = np.asarray(nibabel.load(path).dataobj, dtype=np.float32)
+        field = np.asarray(nibabel.load(regular_file(path)).dataobj, dtype=np.float32)
     return np.ascontiguousarray(field.reshape(*fixed.shape, 3) * TO_LPS)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from data_pipeline.cohort.scan import visible
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
+from infra.files import open_file
 
 TAGS = [
     "Modality", "SeriesInstanceUID", "StudyInstanceUID", "SeriesNumber", "SeriesDescription", "ProtocolName", "PatientID",
@@ -51,9 +52,9 @@ class Series:
 def is_dicom(path: Path) -> bool:
     """Whether a file has the four letters of DICOM behind its preamble."""
     try:
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             return stream.read(132)[128:] == b"DICM"
-    except OSError:
+    except (OSError, UserError):  # UserError: a pipe, a socket or a device
         return False
 
 

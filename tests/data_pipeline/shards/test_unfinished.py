@@ -216,15 +216,25 @@ def test_what_a_build_left_that_was_killed_in_its_last_second_is_removed_and_tol
 
     names = ["a-000000.tar", "a-000001.tar"]
     gone = [".coarse-a-000000.tar.npy", ".coarse-a-000001.tar.npy", "..coarse-a-000000.tar.npy.x1.tmp",
-            ".coarse-a-000007.tar.npy", ".unfinished-a-000001.tar.json"]  # fmt: skip
+            "..coarse-a-000001.tar.npy.x2.new", ".coarse-a-000007.tar.npy", ".unfinished-a-000001.tar.json"]  # fmt: skip
     kept = [".unfinished-a-000002.tar.json", ".coarse-a-000002.tar.npy", "a-000000.tar", "manifest.json"]
     for name in (*gone, *kept):
         (tmp_path / name).write_bytes(b"x")
     with unfinished.locked(tmp_path):  # another command works here: only what the manifest lists is surely left over
         unfinished.remove_records(tmp_path, names)
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, gone[2], gone[3]}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, *gone[2:5]}
     unfinished.remove_records(tmp_path, names)
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
-    assert f"removed 2 files that a killed build left in {tmp_path}" in capfd.readouterr().err
+    assert f"removed 3 files that a killed build left in {tmp_path}" in capfd.readouterr().err
     unfinished.remove_records(tmp_path, names)
     assert capfd.readouterr().err == ""
+
+
+def test_the_next_build_removes_files_of_one_that_was_killed_before_it_locked_them(tmp_path):
+    from data_pipeline.shards import unfinished
+
+    half_written = ["..coarse-a-000000.tar.npy.x2.new", ".manifest.json.x3.new", ".scans-1.parquet.x4.new"]
+    for name in (*half_written, ".manifest.json.bak", "notes.new"):
+        (tmp_path / name).write_bytes(b"")
+    unfinished.remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".manifest.json.bak", "notes.new"}

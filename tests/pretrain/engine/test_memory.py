@@ -23,18 +23,19 @@ def faults():
     parts = [torch.ones(2**22) for _ in range(16)]  # 16 MiB each
     del parts
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-first, second = faults(), faults()
-print(first, second)
+print(faults(), faults(), faults())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the options of glibc's malloc are set")
-def test_a_second_step_reuses_the_memory_of_the_first():
+def test_later_steps_reuse_the_memory_of_the_first():
     done = subprocess.run(
         [sys.executable, "-c", ALLOCATE_TWICE.format(keep=True)], capture_output=True, text=True, check=True
     )
-    first, second = map(int, done.stdout.split())
-    assert second < first / 8, done.stdout  # one block of sixteen may need new memory
+    first, second, third = map(int, done.stdout.split())
+    # The second step may need a few new blocks, since blocks are aligned: what lay between them has been used.
+    assert second < first / 2, done.stdout
+    assert third < first / 64, done.stdout
 
 
 START_AND_STOP = """
