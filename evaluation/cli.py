@@ -34,7 +34,7 @@ def check_batch(arguments: list[str], size: JobSize) -> CheckedCommand:
     from dataclasses import fields
 
     from data_pipeline.storage.manifest import Manifest
-    from evaluation.protocols.evaluate import checkpoint_paths
+    from evaluation.protocols.candidates import checkpoint_paths
     from evaluation.protocols.protocols import checked_settings
     from evaluation.protocols.settings import EvaluationSettings
     from evaluation.tasks.tasks import check_names, load_task

@@ -12,7 +12,7 @@ from scipy import ndimage
 from data_pipeline.prepare.pose import angle_of, find_pose, stretches_of
 from data_pipeline.prepare.raw import RawScan
 from data_pipeline.prepare.resampling import isotropic, resample, spread
-from data_pipeline.prepare.settings import Recipe
+from data_pipeline.prepare.settings import PrepareRecipe
 from data_pipeline.prepare.steps import antspy
 from data_pipeline.prepare.steps.extraction import brain_mask
 from data_pipeline.prepare.template import Template, load_template
@@ -55,7 +55,7 @@ class Aligned:
         return np.maximum(voxels, 0.0), mask
 
 
-def align(scan: RawScan, recipe: Recipe, *, gpu: bool = False) -> Aligned:
+def align(scan: RawScan, recipe: PrepareRecipe, *, gpu: bool = False) -> Aligned:
     """Remove the bias field, find the brain and register it to the template.
 
     Raises BadScan if no brain is found, or if its volume is outside the limits: a brain of another species cannot be
@@ -82,7 +82,7 @@ def _millilitres(mask: NDArray[np.bool_], affine: Affine) -> float:
     return float(np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])) / 1000.0)
 
 
-def _check_volume(millilitres: float, recipe: Recipe) -> None:
+def _check_volume(millilitres: float, recipe: PrepareRecipe) -> None:
     low, high = recipe.limits.brain_ml
     if not low <= millilitres <= high:
         raise BadScan(
@@ -98,7 +98,7 @@ def _foreground(voxels: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def _without_bias(
-    voxels: NDArray[np.float32], affine: Affine, mask: NDArray[np.bool_], recipe: Recipe, iterations: int
+    voxels: NDArray[np.float32], affine: Affine, mask: NDArray[np.bool_], recipe: PrepareRecipe, iterations: int
 ) -> NDArray[np.float32]:
     """The volume divided by its bias field, which is estimated in the mask."""
     settings = recipe.bias
@@ -115,7 +115,7 @@ def _without_bias(
     return corrected
 
 
-def _brain(head: NDArray[np.float32], affine: Affine, recipe: Recipe, gpu: bool) -> NDArray[np.bool_]:
+def _brain(head: NDArray[np.float32], affine: Affine, recipe: PrepareRecipe, gpu: bool) -> NDArray[np.bool_]:
     """The brain's mask by the recipe's method, without holes."""
     if recipe.brain.method == "given":
         filled: NDArray[np.bool_] = ndimage.binary_fill_holes(head > 0.02 * np.percentile(head, 99))
@@ -124,7 +124,7 @@ def _brain(head: NDArray[np.float32], affine: Affine, recipe: Recipe, gpu: bool)
 
 
 def _upright_brain(
-    head: NDArray[np.float32], affine: Affine, pose: Affine, recipe: Recipe, gpu: bool
+    head: NDArray[np.float32], affine: Affine, pose: Affine, recipe: PrepareRecipe, gpu: bool
 ) -> NDArray[np.bool_]:
     """The brain's mask, found in the head after it has been turned upright by a first pose."""
     turned = resample(head, affine, UPRIGHT, pose)
@@ -137,7 +137,7 @@ def _upright_brain(
     return inside
 
 
-def _register(brain: NDArray[np.float32], affine: Affine, start: Affine, recipe: Recipe) -> Affine:
+def _register(brain: NDArray[np.float32], affine: Affine, start: Affine, recipe: PrepareRecipe) -> Affine:
     """The map from points of the template to points of the scan."""
     settings = recipe.linear
     template = load_template(Grid.vbm(settings.spacing))

@@ -23,7 +23,7 @@ from data_pipeline.prepare.driver import (
 )
 from data_pipeline.prepare.job import ScanTask, prepare_one
 from data_pipeline.prepare.page import PAGE
-from data_pipeline.prepare.settings import Recipe, load_recipe
+from data_pipeline.prepare.settings import PrepareRecipe, load_prepare_recipe
 from data_pipeline.prepare.steps.dicom import find_series
 from infra import ray_cluster
 from infra.errors import UserError
@@ -72,14 +72,14 @@ def run_prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0 if done.prepared else 1
 
 
-def recipe_of(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
+def recipe_of(options: argparse.Namespace, overrides: Sequence[str]) -> PrepareRecipe:
     """Return the recipe of the options and of the changes ``--prepare.key=value``. Raises UserError for an unknown argument."""
     for argument in overrides:
         if not argument.startswith("--prepare."):
             raise UserError(f"unrecognized argument: {argument}; parameters are set as --prepare.section.key=value")
     own = [f"--prepare.{name}={getattr(options, name)}" for name in ("pipeline", "spacing") if getattr(options, name)]
     own += ["--prepare.linear.kind=rigid"] if options.rigid else []
-    return load_recipe(options.recipe, [*own, *overrides])
+    return load_prepare_recipe(options.recipe, [*own, *overrides])
 
 
 def _report(done: PreparedCohort) -> None:
@@ -107,7 +107,7 @@ def _list_series(source: Path) -> int:
     return 0 if taken else 1
 
 
-def _dry_run(cohort: RawCohort, recipe: Recipe, options: argparse.Namespace) -> None:
+def _dry_run(cohort: RawCohort, recipe: PrepareRecipe, options: argparse.Namespace) -> None:
     """Print what a run would do, and its cost: from the timings of earlier runs, or from the first scans."""
     tasks = scan_tasks(cohort, recipe, options.gpu)
     waiting = [task for task, outcome in zip(tasks, find_finished(tasks), strict=True) if outcome is None]

@@ -12,7 +12,7 @@ from typing import Any
 from data_pipeline.cohort.cells import number_as_text
 from data_pipeline.cohort.scan import Scan, safe_name
 from data_pipeline.prepare.job import LIBRARIES, Outcome, versions
-from data_pipeline.prepare.settings import SPACE, Recipe, recorded
+from data_pipeline.prepare.settings import SPACE, PrepareRecipe, recorded
 from infra.errors import UserError
 from infra.files import atomic_write, read_object, read_text, write_json
 
@@ -32,7 +32,7 @@ COLUMNS = {
 }
 
 
-def claim(root: Path, recipe: Recipe, *, name: str, simulated: bool) -> None:
+def claim(root: Path, recipe: PrepareRecipe, *, name: str, simulated: bool) -> None:
     """Write ``dataset_description.json`` with the recipe into a new or empty folder; keep that of the same recipe.
 
     Raises UserError if the folder holds other files, or scans that another recipe has prepared (its limits may differ).

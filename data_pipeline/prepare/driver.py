@@ -18,7 +18,7 @@ from data_pipeline.cohort.scan import Scan, safe_name
 from data_pipeline.prepare.derivative import DICOM, claim, read_timings, write_tables, write_timings
 from data_pipeline.prepare.job import MEMORY, RECORDS, Outcome, ScanTask, finished, prepare_one
 from data_pipeline.prepare.page import write_page
-from data_pipeline.prepare.settings import Recipe
+from data_pipeline.prepare.settings import PrepareRecipe
 from data_pipeline.prepare.steps.dicom import find_series, first_dicom
 from data_pipeline.prepare.steps.dicom_cohort import write_dicom_cohort
 from data_pipeline.quality.rules import Removal, unlisted_removals, write_quarantine
@@ -106,7 +106,7 @@ def _converted(source: Path, folder: Path, dataset: str, key_file: str | Path | 
 
 
 def prepare_cohort(
-    raw: str | Path, out: str | Path, recipe: Recipe | None = None, *, dataset: str | None = None,
+    raw: str | Path, out: str | Path, recipe: PrepareRecipe | None = None, *, dataset: str | None = None,
     layout: str | None = None, columns: str | Path | None = None, key_file: str | Path | None = None,
     workers: int | None = None, gpu: bool = False,
 ) -> PreparedCohort:  # fmt: skip
@@ -127,7 +127,7 @@ def prepare_cohort(
         UserError: the cohort or an option is wrong, a library is missing, or ``out`` holds something else.
     """
     ray_cluster.check_workers(workers)
-    recipe = recipe or Recipe()
+    recipe = recipe or PrepareRecipe()
     check_recipe(recipe)
     cohort = read_raw_cohort(raw, out, dataset=dataset, layout=layout, columns=columns, key_file=key_file)
     folder = Path(out).resolve()
@@ -142,7 +142,7 @@ def prepare_cohort(
         return _run(cohort, folder, tasks, workers)
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: PrepareRecipe) -> None:
     """Raise UserError if the recipe's parts do not fit each other, or its pipeline cannot run here."""
     if recipe.pipeline == "vbm" and recipe.linear.kind == "rigid":
         raise UserError(
@@ -154,7 +154,7 @@ def check_recipe(recipe: Recipe) -> None:
         check_installed()
 
 
-def scan_tasks(cohort: RawCohort, recipe: Recipe, gpu: bool) -> list[ScanTask]:
+def scan_tasks(cohort: RawCohort, recipe: PrepareRecipe, gpu: bool) -> list[ScanTask]:
     """Return the task of each scan of a cohort."""
     return [ScanTask(scan=scan, root=str(cohort.roots[scan.dataset]), recipe=recipe, gpu=gpu) for scan in cohort.scans]
 

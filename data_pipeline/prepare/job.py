@@ -23,7 +23,7 @@ from data_pipeline.prepare.picture import draw
 from data_pipeline.prepare.pipelines import PIPELINES
 from data_pipeline.prepare.prepared import Prepared, stem_of, write_prepared
 from data_pipeline.prepare.raw import read_raw
-from data_pipeline.prepare.settings import SPACE, Recipe, recorded
+from data_pipeline.prepare.settings import SPACE, PrepareRecipe, recorded
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
 from infra.files import atomic_write, read_text, sha256_of, write_json
@@ -41,7 +41,7 @@ class ScanTask:
 
     scan: Scan
     root: str
-    recipe: Recipe
+    recipe: PrepareRecipe
     gpu: bool = False
 
 
@@ -131,7 +131,7 @@ def picture_path(root: Path, key: str) -> Path:
 
 
 @cache
-def recipe_digest(recipe: Recipe) -> str:
+def recipe_digest(recipe: PrepareRecipe) -> str:
     """Return the SHA-256 of all that decides prepared voxels: the recipe without later limits, and the libraries' versions."""
     settings = recorded(recipe)
     settings["limits"] = {name: settings["limits"][name] for name in EARLY_LIMITS}

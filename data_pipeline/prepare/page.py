@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.cohort.scan import Scan
 from data_pipeline.prepare.job import RECORDS, Outcome, picture_path
 from data_pipeline.prepare.picture import MASK, TISSUE
-from data_pipeline.prepare.settings import Recipe
+from data_pipeline.prepare.settings import PrepareRecipe
 from data_pipeline.quality.drawing import as_png, html_image, pyplot
 from infra.files import atomic_write, read_bytes
 from infra.page import STYLE
@@ -35,7 +35,7 @@ tr.refused {{ background: #fdf0e6; }} td.reason {{ max-width: 22rem; }}
 
 
 def write_page(
-    folder: Path, name: str, recipe: Recipe, scans: Sequence[Scan], outcomes: Mapping[str, Outcome],
+    folder: Path, name: str, recipe: PrepareRecipe, scans: Sequence[Scan], outcomes: Mapping[str, Outcome],
     roots: Mapping[str, Path], *, simulated: bool = False,
 ) -> Path:  # fmt: skip
     """Write ``prepare.html`` into a folder; return its path.
@@ -110,7 +110,7 @@ def _shown(value: float | None) -> str:
 
 
 def _histograms(
-    figures: Sequence[str], scans: Sequence[Scan], outcomes: Mapping[str, Outcome], recipe: Recipe
+    figures: Sequence[str], scans: Sequence[Scan], outcomes: Mapping[str, Outcome], recipe: PrepareRecipe
 ) -> bytes:  # fmt: skip
     """A histogram of each figure, stacked by whether scans are refused, with the limits as dashed lines."""
     plt = pyplot()

@@ -22,7 +22,7 @@ from data_pipeline.prepare.prepared import (
     Volume,
 )
 from data_pipeline.prepare.resampling import displaced, jacobian, resample
-from data_pipeline.prepare.settings import Recipe
+from data_pipeline.prepare.settings import PrepareRecipe
 from data_pipeline.prepare.steps import antspy
 from data_pipeline.prepare.steps import deepmriprep as networks
 from data_pipeline.prepare.template import load_template
@@ -34,7 +34,7 @@ KEPT_WARP = Grid.vbm(3.0)  # displacements are smooth; at the full grid they wou
 SPLINE: Literal[3] = 3  # order of the interpolation of intensities: linear would blur thick slices
 
 
-def quasiraw(aligned: Aligned, recipe: Recipe) -> Prepared:
+def quasiraw(aligned: Aligned, recipe: PrepareRecipe) -> Prepared:
     """Sample the brain once, from its own voxels to the grid, and scale its intensities by percentiles."""
     grid = recipe.grid
     voxels, mask = aligned.on(grid, order=SPLINE)
@@ -52,7 +52,7 @@ def quasiraw(aligned: Aligned, recipe: Recipe) -> Prepared:
     )  # fmt: skip
 
 
-def vbm(aligned: Aligned, recipe: Recipe) -> Prepared:
+def vbm(aligned: Aligned, recipe: PrepareRecipe) -> Prepared:
     """Segment the brain, register it nonlinearly, and modulate its grey matter: ml of tissue stay ml of tissue."""
     fine = Grid.vbm(recipe.tissues.spacing)
     template = load_template(fine)
@@ -86,7 +86,7 @@ def vbm(aligned: Aligned, recipe: Recipe) -> Prepared:
     return Prepared(GREY_MATTER, volumes, _picture(aligned), _linear(aligned), figures)
 
 
-def deepmriprep(aligned: Aligned, recipe: Recipe) -> Prepared:
+def deepmriprep(aligned: Aligned, recipe: PrepareRecipe) -> Prepared:
     """Grey matter by deepmriprep's networks; the aligned brain gives the figures and the picture."""
     found = networks.grey_matter(aligned.raw.voxels, aligned.affine, gpu=aligned.gpu)
     grid = recipe.grid
@@ -95,7 +95,7 @@ def deepmriprep(aligned: Aligned, recipe: Recipe) -> Prepared:
     return Prepared(GREY_MATTER, volumes, _picture(aligned), _linear(aligned), found.figures)
 
 
-def _warp(aligned: Aligned, recipe: Recipe) -> tuple[Grid, NDArray[np.float32]]:
+def _warp(aligned: Aligned, recipe: PrepareRecipe) -> tuple[Grid, NDArray[np.float32]]:
     """The grid of the nonlinear registration, and the displacements (D, H, W, 3) in mm from the template to the brain."""
     settings, grid = recipe.nonlinear, Grid.vbm(recipe.nonlinear.spacing)
     voxels, mask = aligned.on(grid)
@@ -137,6 +137,6 @@ def _picture(aligned: Aligned) -> Picture:
     return Picture(voxels, mask, PICTURED)
 
 
-PIPELINES: dict[str, Callable[[Aligned, Recipe], Prepared]] = {
+PIPELINES: dict[str, Callable[[Aligned, PrepareRecipe], Prepared]] = {
     "quasiraw": quasiraw, "vbm": vbm, "deepmriprep": deepmriprep,
 }  # fmt: skip

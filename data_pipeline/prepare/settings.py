@@ -109,7 +109,7 @@ class Limits:
 
 
 @dataclass(frozen=True, config=_strict)
-class Recipe:
+class PrepareRecipe:
     """Everything that decides what a raw scan becomes. ``spacing`` is that of the prepared voxels; None: the pipeline's own."""
 
     pipeline: Literal["quasiraw", "vbm", "deepmriprep"] = "quasiraw"
@@ -137,10 +137,10 @@ class Recipe:
 
 @dataclass(frozen=True, config=_strict)
 class _File:
-    prepare: Recipe = field(default_factory=Recipe)
+    prepare: PrepareRecipe = field(default_factory=PrepareRecipe)
 
 
-def load_recipe(file: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+def load_prepare_recipe(file: Path | None, overrides: Sequence[str] = ()) -> PrepareRecipe:
     """Load the section ``prepare:`` of a YAML file and apply changes of the command line, each ``--prepare.key=value``.
 
     Raises UserError: a key is unknown or a value is not allowed.
@@ -148,14 +148,6 @@ def load_recipe(file: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     return load_settings(_File, file, overrides).prepare
 
 
-def as_recipe(section: Any, source: str) -> Recipe:
-    """Read the recipe that ``recorded`` wrote; ``source`` names its place. Raises UserError if a value is not possible."""
-    from infra.settings import change_settings
-
-    known = {name: value for name, value in dict(section).items() if name != "version"}
-    return change_settings(_File(), {"prepare": known}, source).prepare
-
-
-def recorded(recipe: Recipe) -> dict[str, Any]:
+def recorded(recipe: PrepareRecipe) -> dict[str, Any]:
     """Return the recipe as the files of a preparation record it: its fields, and the version of the pipelines."""
     return {"version": VERSION, **to_dict(recipe), "spacing": recipe.spacing or SPACINGS[recipe.pipeline]}

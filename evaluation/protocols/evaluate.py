@@ -25,13 +25,13 @@ from evaluation.features.tables import beside, reduced, table_of
 from evaluation.protocols.candidates import (
     candidates_by_protocol,
     check_join,
+    checkpoint_paths,
     context_of,
     given_candidates,
     load_checkpoint,
     variant_for,
     variants_of,
 )
-from evaluation.protocols.candidates import checkpoint_paths as checkpoint_paths  # the command line uses it
 from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder, print_tasks, search_folder
 from evaluation.protocols.finetune import FineTuning
 from evaluation.protocols.inputs import add_readouts, candidate_tables, joint_tables

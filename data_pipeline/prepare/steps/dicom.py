@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,11 +158,6 @@ def convert(series: Series, folder: Path) -> Path:
         last = " ".join((done.stderr or done.stdout).split())[-100:]
         raise BadScan(f"dcm2niix made {len(made)} volumes of {len(series.files)} files: {last}", "dicom", len(made), 1)
     return made[0]
-
-
-def count_reasons(series: list[Series]) -> Counter[str]:
-    """How many series are left out for each reason."""
-    return Counter(one.reason for one in series if one.reason)
 
 
 def _pydicom() -> Any:

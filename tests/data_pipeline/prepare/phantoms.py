@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from data_pipeline.prepare.resampling import resample
-from data_pipeline.prepare.settings import Recipe, load_recipe
+from data_pipeline.prepare.settings import PrepareRecipe, load_prepare_recipe
 from data_pipeline.prepare.template import load_template
 from data_pipeline.volume.grid import Grid
 
@@ -21,9 +21,9 @@ SMALL = (
 SMALL_OPTIONS = [f"--prepare.{setting}" for setting in SMALL]
 
 
-def small_recipe(*settings: str) -> Recipe:
+def small_recipe(*settings: str) -> PrepareRecipe:
     """The recipe of small brains, with other settings ``key=value``."""
-    return load_recipe(None, [*SMALL_OPTIONS, *(f"--prepare.{setting}" for setting in settings)])
+    return load_prepare_recipe(None, [*SMALL_OPTIONS, *(f"--prepare.{setting}" for setting in settings)])
 
 
 def turned(rotation, shift, scale: float = 1.0) -> np.ndarray:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
 from data_pipeline.prepare.judge import judge
-from data_pipeline.prepare.settings import Limits, as_recipe, load_recipe, recorded
+from data_pipeline.prepare.settings import Limits, load_prepare_recipe, recorded
 from infra.errors import UserError
 
 GOOD = {"brain_ml": 1500.0, "contrast": 0.15, "rotation": 5.0, "stretch_low": 0.9, "stretch_high": 1.1,
@@ -39,9 +40,13 @@ def test_a_missing_figure_violates_nothing():
     assert judge({}, Limits()) is None
 
 
-def test_a_recipe_is_read_back_as_it_is_recorded():
-    recipe = load_recipe(None, ["--prepare.pipeline=vbm", "--prepare.linear.iterations=[7,5,3]", "--prepare.spacing=3"])
-    assert as_recipe(recorded(recipe), "here") == recipe
+def test_a_recipe_is_read_back_as_it_is_recorded(tmp_path):
+    recipe = load_prepare_recipe(
+        None, ["--prepare.pipeline=vbm", "--prepare.linear.iterations=[7,5,3]", "--prepare.spacing=3"]
+    )
+    section = {key: value for key, value in recorded(recipe).items() if key != "version"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"prepare": section}))
+    assert load_prepare_recipe(tmp_path / "recipe.yaml") == recipe
     assert recipe.grid.shape == (60, 72, 60)
     assert recipe.modality == "vbm"
 
@@ -51,4 +56,4 @@ def test_a_recipe_is_read_back_as_it_is_recorded():
 )
 def test_a_wrong_parameter_is_refused(change):
     with pytest.raises(UserError, match="prepare"):
-        load_recipe(None, [change])
+        load_prepare_recipe(None, [change])

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from data_pipeline.prepare.driver import prepare_cohort
-from data_pipeline.prepare.settings import load_recipe
+from data_pipeline.prepare.settings import load_prepare_recipe
 from tests.data_pipeline.prepare.heads import CH2, VARIANTS, needs_mricron, t2_head, write_raw
 
 pytestmark = [needs_mricron, pytest.mark.slow]
@@ -28,7 +28,7 @@ def image(folder: Path, name: str, kind: str) -> np.ndarray:
 def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("real")
     raw = write_raw(root / "raw", {"ch2": CH2, "t2": t2_head(), **{name: make() for name, make in VARIANTS.items()}})
-    prepare_cohort(raw, root / "out", load_recipe(None, QUICK), workers=2)
+    prepare_cohort(raw, root / "out", load_prepare_recipe(None, QUICK), workers=2)
     return root
 
 
@@ -53,7 +53,7 @@ def test_a_scan_with_the_contrast_of_t2_is_refused(prepared):
 
 def test_one_process_and_two_ray_workers_write_the_same_bytes(prepared, tmp_path):
     raw = write_raw(tmp_path / "raw", {"ch2": CH2})
-    prepare_cohort(raw, tmp_path / "out", load_recipe(None, QUICK), workers=1)
+    prepare_cohort(raw, tmp_path / "out", load_prepare_recipe(None, QUICK), workers=1)
     files = [path for path in (tmp_path / "out" / "sub-ch2").rglob("*") if path.is_file()]
     assert len(files) == 5
     for path in files:

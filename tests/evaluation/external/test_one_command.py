@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 import evaluation
 from data_pipeline.shards.build import build_shards
@@ -16,11 +15,9 @@ from evaluation.tasks.tasks import load_task
 from infra import cli
 from infra.errors import UserError
 from infra.tracking import runs
-from pretrain.encoders import build_encoder
 from pretrain.weights.encoder import Encoder
-from pretrain.weights.seen_scans import source_of
-from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
+from tests.pretrain.weights.encoders import write_encoders_of
 from tests.stores import store_at
 
 pytestmark = pytest.mark.jobs  # two evaluations and a report: 30 CPU seconds
@@ -45,16 +42,8 @@ def shards(cohort, tmp_path_factory):
 def encoders(shards, tmp_path_factory):
     """A checkpoint and an untrained network."""
     root, manifest = tmp_path_factory.mktemp("exports"), Manifest.load(shards)
-    for seed, (name, method) in enumerate({"trained": "y-aware", "untrained": "random"}.items()):
-        torch.manual_seed(seed)
-        config = {
-            "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 64, "step": 7 if seed == 0 else 0,
-            "run_id": None, "run_name": name, "method": method, "manifest_digest": manifest.digest, "split": ["pretrain"],
-            "version": "0.1.0", "simulated": False, "experiment": "test",
-        }  # fmt: skip
-        preprocessing = {"grid": manifest.grid, "normalisation": "zscore", "modality": "vbm", "scaling": "none"}
-        state = build_encoder("resnet18", OPTIONS).state_dict()
-        write_encoder(root / name, state, config, preprocessing, [source_of(manifest, manifest.rows(split="pretrain"))])
+    write_encoders_of(manifest, root / "trained", run_name="trained", step=7)
+    write_encoders_of(manifest, root / "untrained", seed=1, run_name="untrained", method="random", step=0)
     return {name: root / name for name in ("trained", "untrained")}
 
 

@@ -14,8 +14,9 @@ import torch
 import evaluation
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
+from evaluation.protocols.candidates import checkpoint_paths
 from evaluation.protocols.context import Candidate, EvaluationContext
-from evaluation.protocols.evaluate import COLUMNS, checkpoint_paths, compute_result
+from evaluation.protocols.evaluate import COLUMNS, compute_result
 from evaluation.protocols.probes import Predictions, Probe
 from evaluation.protocols.protocols import PROTOCOLS, Protocol, frozen_features, grid_of
 from evaluation.protocols.settings import EvaluationSettings, load_fine_tuning
@@ -23,11 +24,9 @@ from infra import cli, ray_cluster
 from infra.errors import UserError
 from infra.tracking import runs
 from infra.tracking.mlflow_store import client_of
-from pretrain.encoders import build_encoder
 from pretrain.weights.encoder import Encoder
-from pretrain.weights.seen_scans import source_of
-from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
+from tests.pretrain.weights.encoders import write_encoders_of
 from tests.stores import store_at
 
 OPTIONS = {"width": 0.125, "norm": "group"}
@@ -50,15 +49,7 @@ def exports(shards, tmp_path_factory):
     """Two exported encoders, by name."""
     root, manifest = tmp_path_factory.mktemp("exports"), Manifest.load(shards)
     for seed, name in enumerate(("first", "second")):
-        torch.manual_seed(seed)
-        config = {
-            "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 64, "step": 7, "run_id": None,
-            "run_name": name, "method": "y-aware", "manifest_digest": manifest.digest, "split": ["pretrain"],
-            "version": "0.1.0", "simulated": False, "experiment": "test",
-        }  # fmt: skip
-        preprocessing = {"grid": manifest.grid, "normalisation": "zscore", "modality": "vbm", "scaling": "none"}
-        state = build_encoder("resnet18", OPTIONS).state_dict()
-        write_encoder(root / name, state, config, preprocessing, [source_of(manifest, manifest.rows(split="pretrain"))])
+        write_encoders_of(manifest, root / name, seed=seed, run_name=name, step=7)
     return {name: root / name for name in ("first", "second")}
 
 

@@ -25,12 +25,10 @@ from infra import cli, ray_cluster
 from infra.errors import UserError
 from infra.tracking import runs
 from infra.tracking.mlflow_store import StoredRun
-from pretrain.encoders import build_encoder
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.layers import block_names, intermediate_features
-from pretrain.weights.seen_scans import source_of
-from pretrain.weights.write import write_encoder
 from tests.cohorts import write_cohort
+from tests.pretrain.weights.encoders import write_encoders_of
 from tests.runs import ROOT, environment
 from tests.stores import store_at
 
@@ -41,16 +39,8 @@ NETWORKS = ["--finetune.epochs=2", "--finetune.trials=2", "--finetune.halving=1"
 
 def write_checkpoint(run, manifest, step, seed):
     """Write a checkpoint as pretraining does."""
-    torch.manual_seed(seed)
-    config = {
-        "encoder": {"name": "resnet18", "options": OPTIONS}, "feature_size": 64, "step": step, "run_id": None,
-        "run_name": run.name, "method": "y-aware", "manifest_digest": manifest.digest, "split": ["pretrain"],
-        "version": "0.1.0", "simulated": False, "experiment": "test",
-    }  # fmt: skip
-    preprocessing = {"grid": manifest.grid, "normalisation": "zscore", "modality": "vbm", "scaling": "none"}
     folder = run / "checkpoints" / f"step-{step:08d}" / "encoder"
-    state = build_encoder("resnet18", OPTIONS).state_dict()
-    write_encoder(folder, state, config, preprocessing, [source_of(manifest, manifest.rows(split="pretrain"))])
+    write_encoders_of(manifest, folder, seed=seed, run_name=run.name, step=step)
     (run / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from infra.distributed import free_port
 
-ALLOCATE_TWICE = """
+ALLOCATE_REPEATEDLY = """
 import resource
 import torch
 from pretrain.engine import engine
@@ -23,19 +23,19 @@ def faults():
     parts = [torch.ones(2**22) for _ in range(16)]  # 16 MiB each
     del parts
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), faults(), faults())
+print(*[faults() for _ in range(12)])
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the options of glibc's malloc are set")
 def test_later_steps_reuse_the_memory_of_the_first():
     done = subprocess.run(
-        [sys.executable, "-c", ALLOCATE_TWICE.format(keep=True)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", ALLOCATE_REPEATEDLY.format(keep=True)], capture_output=True, text=True, check=True
     )
-    first, second, third = map(int, done.stdout.split())
-    # The second step may need a few new blocks, since blocks are aligned: what lay between them has been used.
-    assert second < first / 2, done.stdout
-    assert third < first / 64, done.stdout
+    first, *later = map(int, done.stdout.split())
+    # Blocks are aligned, so one of the later steps may need a block or two more, when a small object has come to lie
+    # between them. Returned memory would cost every later step as much as the first.
+    assert sum(later) < first / 2, done.stdout
 
 
 START_AND_STOP = """

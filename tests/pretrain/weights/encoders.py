@@ -30,14 +30,18 @@ def write_small_encoder(folder, grid=GRID, **preprocessing):
     return network
 
 
-def write_encoders_of(manifest, *folders, width=0.125):
-    """Write an exported encoder to some folders, as one that was trained on the split ``pretrain`` of a data set."""
-    torch.manual_seed(0)
+def write_encoders_of(manifest, *folders, width=0.125, seed=0, **more):
+    """Write an exported encoder to some folders, as one that was trained on the split ``pretrain`` of a data set.
+
+    ``more`` is for its config.json.
+    """
+    torch.manual_seed(seed)
     options = {**OPTIONS, "width": width}
     network = build_encoder("resnet18", options)
     config = {
         **CONFIG, "encoder": {"name": "resnet18", "options": options}, "feature_size": int(network.feature_size),
         "run_name": "first", "manifest_digest": manifest.digest, "simulated": False,
+        **more,
     }  # fmt: skip
     preprocessing = {**PREPROCESSING, "modality": "vbm", "grid": manifest.grid}
     seen = [source_of(manifest, manifest.rows(split="pretrain"))]
