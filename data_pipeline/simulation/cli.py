@@ -22,6 +22,9 @@ HELP = {
     "misregistration": "mm by which registration misses, another error for every scan",
     "individuality": "scale of the pattern of folds that is a participant's own",
     "subtypes": "subtypes of each disease, with different foci",
+    "travelling": "healthy participants who are scanned on several scanners at one age (travelling heads)",
+    "scanners": "scanners of the travelling heads: the first so many sites",
+    "repeats": "scans of a travelling head on each scanner",
 }
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from threadpoolctl import threadpool_limits
 from data_pipeline.simulation.atlas import REGIONS, load_template
 from data_pipeline.simulation.people import MEAN_TIV, Person, change_with_age, draw_people
 from data_pipeline.simulation.settings import SHARES, Simulation
-from data_pipeline.simulation.volumes import VENTRICLE_ML, make_volume
+from data_pipeline.simulation.visits import Visit, send_travelling, visits_of
+from data_pipeline.simulation.volumes import VENTRICLE_ML, make_volume, true_grey_matter
 from data_pipeline.volume.grid import Grid
 from infra import random_streams
 from infra.errors import NUMBER, OPTIONAL_WHOLE, PATH, WHOLE, Kind, UserError, check_arguments
@@ -44,6 +46,9 @@ def simulate_cohort(
     misregistration: float = 0.0,
     individuality: float = 1.0,
     subtypes: int = 1,
+    travelling: int = 0,
+    scanners: int = 8,
+    repeats: int = 2,
     shares: Mapping[str, float] | None = None,
     workers: int | None = None,
 ) -> Path:
@@ -67,6 +72,10 @@ def simulate_cohort(
         misregistration: mm by which registration misses, in each direction (standard deviation), another error for every scan.
         individuality: scale of the pattern of folds that is a participant's own.
         subtypes: number of subtypes of each disease, with different weights of the regions; the mean over them is the disease.
+        travelling: so many healthy participants are scanned on several scanners at one age, instead of at their site. Their
+            true grey matter is then the same in all their scans; truth.tsv has it as ``grey_matter_ml``.
+        scanners: the scanners on which travelling participants are scanned: those of the first so many sites.
+        repeats: scans of a travelling participant on each scanner.
         shares: the share of each patient group (AD, MCI, SCZ, BD) among the participants; the others are healthy.
             Default ``SHARES``; ``{}`` for none.
         workers: processes; default: every core.
@@ -78,7 +87,8 @@ def simulate_cohort(
         UserError: a setting is outside its limits, or the folder holds another cohort or other files.
     """
     check_arguments(PATH, out=out)
-    check_arguments(WHOLE, participants=participants, seed=seed, sites=sites, subtypes=subtypes)
+    check_arguments(WHOLE, participants=participants, seed=seed, sites=sites, subtypes=subtypes, travelling=travelling,
+                    scanners=scanners, repeats=repeats)  # fmt: skip
     check_arguments(NUMBER, spacing=spacing, effect=effect, acceleration=acceleration, heterogeneity=heterogeneity,
                     site_effects=site_effects, misregistration=misregistration, individuality=individuality)  # fmt: skip
     check_arguments(OPTIONAL_WHOLE, workers=workers)
@@ -89,16 +99,18 @@ def simulate_cohort(
         participants=participants, spacing=spacing, modality=modality, seed=seed, effect=effect,
         acceleration=acceleration, heterogeneity=heterogeneity, site_effects=site_effects, sites=sites,
         misregistration=misregistration, individuality=individuality, subtypes=subtypes,
+        travelling=travelling, scanners=scanners, repeats=repeats,
         shares=tuple((SHARES if shares is None else shares).items()),
     )  # fmt: skip
     settings.check()
     folder = Path(out)
-    _claim(folder, settings)
-    if is_complete(folder):
-        return folder
     people = draw_people(
         settings.participants, dict(settings.shares), settings.seed, sites=settings.sites, subtypes=settings.subtypes
     )
+    people = send_travelling(people, settings)
+    _claim(folder, settings)
+    if is_complete(folder):
+        return folder
     load_template(Grid.vbm(settings.spacing))  # made once here; the workers read it from the cache
     truths = _write_people(folder, settings, people, workers or len(os.sched_getaffinity(0)))
     _write_tables(folder, people, truths)
@@ -131,33 +143,36 @@ def write_person(task: tuple[str, Simulation, Person]) -> list[dict[str, Any]]:
 
 def _write_person(root: str, settings: Simulation, person: Person) -> list[dict[str, Any]]:
     rows = []
-    for session, years in enumerate((0.0, *person.later), start=1):
+    for visit in visits_of(person, settings):
         name = f"sub-{person.number:05d}"
-        folder = Path(root) / name / f"ses-{session}" / "anat"
+        folder = Path(root) / name / f"ses-{visit.label}" / "anat"
         folder.mkdir(parents=True, exist_ok=True)
-        stem, age = f"{name}_ses-{session}", person.age + years
+        stem, scanned = f"{name}_ses-{visit.label}", replace(person, site=visit.site)
         files = {"vbm": f"{stem}_space-MNI152_desc-mwp1_probseg.nii.gz", "t1w": f"{stem}_T1w.nii.gz"}
         for modality, file in files.items():
             if settings.modality in (modality, "both") and not (folder / file).is_file():
-                volume, grid = make_volume(settings, person, session=session, age=age, modality=modality)
+                volume, grid = make_volume(settings, scanned, session=visit.number, age=visit.age, modality=modality)
                 _write_nifti(folder / file, volume, grid)
-        rows.append(_truth(settings, person, session, age))
+        rows.append(_truth(settings, person, visit))
     return rows
 
 
-def _truth(settings: Simulation, person: Person, session: int, age: float) -> dict[str, Any]:
+def _truth(settings: Simulation, person: Person, visit: Visit) -> dict[str, Any]:
     """Return the row of truth.tsv of one session: what is measured, and the hidden causes."""
-    regions, whole, ventricle = change_with_age(person, age, settings)
+    regions, whole, ventricle = change_with_age(person, visit.age, settings)
     size = float(np.exp(person.log_tiv))
     hippocampus = [regions[REGIONS.index(f"hippocampus_{side}")] for side in ("left", "right")]
-    noise = random_streams.generator(settings.seed, random_streams.SIMULATED_TIV, (0, 0, person.number, session))
-    return {
-        "participant_id": f"sub-{person.number:05d}", "session_id": f"ses-{session}", "age": round(age, 1),
+    noise = random_streams.generator(settings.seed, random_streams.SIMULATED_TIV, (0, 0, person.number, visit.number))
+    row = {
+        "participant_id": f"sub-{person.number:05d}", "session_id": f"ses-{visit.label}", "age": round(visit.age, 1),
         "tiv": round(MEAN_TIV * size * (1.0 + 0.02 * float(noise.standard_normal())), 1), "true_tiv": MEAN_TIV * size,
         "gap": person.gap, "severity": person.severity, "general": whole,
         "ventricle_ml": VENTRICLE_ML * float(np.exp(ventricle)) * size,
         "hippocampus": float(np.exp(whole + np.mean(hippocampus)) * size),
     }  # fmt: skip
+    if settings.travelling:  # other cohorts keep their files as they are
+        row |= {"site": site_name(visit.site), "grey_matter_ml": true_grey_matter(settings, person, age=visit.age)}
+    return row
 
 
 def _write_nifti(path: Path, volume: NDArray[np.float32], grid: Grid) -> None:
@@ -175,13 +190,18 @@ def _write_tables(folder: Path, people: list[Person], truths: list[list[dict[str
     for person, rows in zip(people, truths, strict=True):
         name = f"sub-{person.number:05d}"
         if len(rows) > 1:
-            keys = ("session_id", "age", "tiv")
+            keys = ("session_id", "age", "tiv", *(("site",) if person.travels else ()))
             _write_tsv(folder / name / f"{name}_sessions.tsv", [{key: row[key] for key in keys} for row in rows])
         participants.append(
-            {"participant_id": name, "age": person.age, "sex": person.sex, "site": f"site{person.site:02d}",
+            {"participant_id": name, "age": person.age, "sex": person.sex, "site": site_name(person.site),
              "diagnosis": person.diagnosis, "tiv": rows[0]["tiv"]}
         )  # fmt: skip
     _write_tsv(folder / PARTICIPANTS, participants)
+
+
+def site_name(site: int) -> str:
+    """Name of a site in the tables."""
+    return f"site{site:02d}"
 
 
 def _write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -197,7 +217,8 @@ def _claim(folder: Path, settings: Simulation) -> None:
     path, record = folder / RECORD, settings.to_dict()
     if path.exists():
         # A record from before a setting existed means that setting's default.
-        old = {**Simulation().to_dict(), **json.loads(read_text(path))}
+        defaults = {**asdict(Simulation()), **Simulation().to_dict()}
+        old, record = ({**defaults, **found} for found in (json.loads(read_text(path)), record))
         changed = [key for key in record if old[key] != record[key]]
         if changed:
             key = changed[0]

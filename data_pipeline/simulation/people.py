@@ -60,6 +60,7 @@ class Person:
     regions: NDArray[np.float64]  # (R,) log deviations of the regions
     foci: NDArray[np.float64]  # (R + 1,) weights of mean 1 for a heterogeneous disease: of each region, and of ageing
     subtype: int  # of the disease, from 0
+    travels: bool = False  # whether scanned on several scanners
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from infra.errors import UserError, nearest
 
 SHARES = {"AD": 0.085, "MCI": 0.05, "SCZ": 0.1, "BD": 0.06}  # of patients, by diagnosis
 MODALITIES = ("vbm", "t1w", "both")
+TRAVEL = ("travelling", "scanners", "repeats")  # the settings of travelling heads
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,15 @@ class Simulation:
     misregistration: float = 0.0  # mm
     individuality: float = 1.0
     subtypes: int = 1
+    travelling: int = 0
+    scanners: int = 8
+    repeats: int = 2
     shares: tuple[tuple[str, float], ...] = tuple(SHARES.items())  # pairs, so that the settings are hashable
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of simulation.json."""
-        return {**asdict(self), "shares": dict(self.shares)}
+        """The content of simulation.json; without travelling heads, their settings are left out."""
+        record = {**asdict(self), "shares": dict(self.shares)}
+        return record if self.travelling else {name: record[name] for name in record if name not in TRAVEL}
 
     def check(self) -> None:
         """Check every setting; raises UserError if one is outside its limits."""
@@ -55,7 +60,18 @@ class Simulation:
             if value < 0 or (highest is not None and value > highest):
                 limits = "0 or more" if highest is None else f"in 0..{highest}"
                 raise UserError(f"{name}={value} must be {limits}")
+        self._check_travel()
         self._check_shares()
+
+    def _check_travel(self) -> None:
+        if not 0 <= self.travelling <= self.participants:
+            raise UserError(
+                f"travelling={self.travelling} is not in 0..{self.participants}, the number of participants"
+            )
+        if not 1 <= self.repeats <= 100:
+            raise UserError(f"repeats={self.repeats} is not in 1..100")
+        if self.scanners < 1 or (self.travelling and self.scanners > self.sites):
+            raise UserError(f"scanners={self.scanners} is not in 1..{self.sites}, the number of sites; raise sites")
 
     def _check_shares(self) -> None:
         shown = ",".join(f"{name}={share:g}" for name, share in self.shares)

@@ -5,6 +5,7 @@ Each volume depends only on the settings, the participant and the session, so an
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -59,6 +60,13 @@ def make_volume(
     if settings.misregistration > 0:
         volume = anatomy.misregister(volume, settings, person.number, session)
     return volume, anatomy.template.grid
+
+
+def true_grey_matter(settings: Simulation, person: Person, *, age: float) -> float:
+    """Return the grey matter in ml that a scanner without gain, bias field and noise would show at an age."""
+    perfect = replace(settings, site_effects=0.0, misregistration=0.0)
+    volume, _ = make_volume(perfect, person, session=1, age=age, modality="vbm")
+    return float(volume.sum(dtype=np.float64)) * anatomy_at(settings.spacing).template.voxel_ml
 
 
 def _grey_matter(
