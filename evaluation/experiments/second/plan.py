@@ -157,7 +157,7 @@ def fixed_settings() -> dict[str, str]:
     """Return what the code fixes and no plan names, as text: augmentation, penalties, simulation, fine-tuning."""
     recipe = recipe_settings()
     return {
-        "augmentation": repr(load_augmentation(recipe["augmentation"])), "simulation": repr(Simulation()),
+        "augmentation": repr(load_augmentation(recipe["augmentation"])), "simulation": repr(Simulation().to_dict()),
         "penalties": repr([LINEAR.grid, LINEAR_WIDE.grid, ALPHAS, LEAST_GREY_MATTER, GRID]),
         "fine_tuning": repr(FineTuning()), "most features": repr(MOST_FEATURES),
     }  # fmt: skip
