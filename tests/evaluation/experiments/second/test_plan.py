@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from data_pipeline.simulation.settings import Simulation
 from evaluation.experiments.cohorts import HEALTHY_SPLITS
 from evaluation.experiments.plan import METHODS
 from evaluation.experiments.pretraining import RECIPE
@@ -109,7 +110,7 @@ def test_every_piece_and_recipe_has_a_digest_of_its_own(monkeypatch):
     ("name", "value"),
     [("ALPHAS", (1.0,)), ("LEAST_GREY_MATTER", 0.5), ("MOST_FEATURES", 1), ("GRID", ()),
      ("LINEAR", Probe(None, [])), ("LINEAR_WIDE", Probe(None, [])), ("FineTuning", lambda: "others"),
-     ("Simulation", lambda: "another"), ("load_augmentation", lambda section: "another")],
+     ("Simulation", lambda: Simulation(individuality=0.9)), ("load_augmentation", lambda section: "another")],
 )  # fmt: skip
 def test_a_piece_is_stale_if_the_code_fixes_something_else(monkeypatch, name, value):
     digests = {name: piece_digest(PLAN, piece) for name, piece in BY_NAME.items()}
