@@ -24,6 +24,7 @@ from infra.errors import OPTIONAL_WHOLE, UserError, check_arguments
 from infra.files import short_temporary_folder
 from infra.internals import internal, replaced_internal
 from infra.lean_imports import quiet_imports
+from infra.processes.allowance import usable_cores
 from infra.processes.unchanged import unchanged_environment, unchanged_handlers
 
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -112,7 +113,7 @@ def _session(workers: int | None) -> Iterator[Any]:
         try:
             with _on_loopback(ray):
                 ray.init(
-                    address="local", num_cpus=workers or len(os.sched_getaffinity(0)), include_dashboard=False,
+                    address="local", num_cpus=workers or usable_cores(), include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES, **options,
                 )  # fmt: skip
             yield ray

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from data_pipeline.prepare.settings import PrepareRecipe, load_prepare_recipe
 from data_pipeline.prepare.steps.dicom import find_series
 from infra import ray_cluster
 from infra.errors import UserError
+from infra.processes.allowance import usable_cores
 from infra.processes.scratch import scratch_folder
 from infra.progress import clock
 
@@ -125,7 +125,7 @@ def _dry_run(cohort: RawCohort, recipe: PrepareRecipe, options: argparse.Namespa
     known = list(read_timings(options.out).values())
     timings = known or _time_first(waiting)
     mean = sum(timings) / len(timings)
-    cores = options.workers or len(os.sched_getaffinity(0))
+    cores = options.workers or usable_cores()
     where = (
         f"{clock(mean * len(waiting) / cores)} on {cores} cores" if not ray_cluster.has_cluster() else "on the cluster"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from data_pipeline.storage.manifest_file import SCANS
 from data_pipeline.storage.remote import ReadFailed, is_remote, open_file
 from infra.errors import UserError
 from infra.files import other_kind, read_text, sha256_of
+from infra.processes.allowance import usable_cores
 from infra.progress import Progress
 
 MAX_PLACES = 5  # damaged places that the message names per shard
@@ -37,7 +37,7 @@ def find_problems(manifest: Manifest, workers: int | None = None) -> dict[str, s
         if path.name not in listed:
             problems[path.name] = f"not in {MANIFEST}; remove it, or run the interrupted append again"
     total = sum(int(row["bytes"]) for row in manifest.shards)
-    count = min(workers or len(os.sched_getaffinity(0)), max(1, len(manifest.shards)))
+    count = min(workers or usable_cores(), max(1, len(manifest.shards)))
     with Progress(total // 10**6, "MB", "verifying") as progress, ThreadPoolExecutor(count) as pool:
         numbers = {pool.submit(_problem, manifest, number): number for number in range(len(manifest.shards))}
         damaged: dict[int, str] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from data_pipeline.volume.grid import Grid
 from infra import random_streams
 from infra.errors import NUMBER, OPTIONAL_WHOLE, PATH, WHOLE, Kind, UserError, check_arguments
 from infra.files import atomic_write, read_text, write_json
+from infra.processes.allowance import usable_cores
 from infra.processes.pool import map_in_processes
 from infra.progress import Progress
 
@@ -112,7 +112,7 @@ def simulate_cohort(
     if is_complete(folder):
         return folder
     load_template(Grid.vbm(settings.spacing))  # made once here; the workers read it from the cache
-    truths = _write_people(folder, settings, people, workers or len(os.sched_getaffinity(0)))
+    truths = _write_people(folder, settings, people, workers or usable_cores())
     _write_tables(folder, people, truths)
     return folder
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ import torch
 
 from infra.errors import UserError
 from infra.files import atomic_write, read_text
+from infra.processes.allowance import usable_cores
 
 AnyPlan = TypeVar("AnyPlan")
 
@@ -47,7 +47,7 @@ def plan_of(options: argparse.Namespace, plan: type[AnyPlan]) -> AnyPlan:
 
 def default_jobs() -> int:
     """Return how many processes run at a time: one per core, or 1 on a GPU."""
-    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    return 1 if torch.cuda.is_available() else usable_cores()
 
 
 def check_plan_file(out: Path, plan: Any) -> None:

@@ -26,6 +26,7 @@ import psutil
 from infra.distributed import expand_hosts, free_port, is_loopback, slurm_attempt
 from infra.errors import UserError
 from infra.files import read_text, short_temporary_folder
+from infra.processes.allowance import total_memory, usable_cores
 from infra.processes.guard import end_all
 from infra.processes.scratch import scratch_folder
 from infra.processes.with_parent import command_with_parent
@@ -66,11 +67,11 @@ def memory_of_job() -> int:
     """Return the bytes that the job may use on this node; all of the node's if SLURM does not limit them."""
     megabytes = int(os.environ.get("SLURM_MEM_PER_NODE") or 0)
     megabytes = megabytes or int(os.environ.get("SLURM_MEM_PER_CPU") or 0) * _cpus()
-    return megabytes * 2**20 or int(psutil.virtual_memory().total)
+    return megabytes * 2**20 or total_memory()
 
 
 def _cpus() -> int:
-    return int(os.environ.get("SLURM_CPUS_ON_NODE") or len(os.sched_getaffinity(0)))
+    return int(os.environ.get("SLURM_CPUS_ON_NODE") or usable_cores())
 
 
 def start_arguments(role: str, address: str, folder: Path) -> list[str]:

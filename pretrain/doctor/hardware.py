@@ -7,8 +7,7 @@ import shutil
 import subprocess
 from typing import Any
 
-import psutil
-
+from infra.processes.allowance import free_memory, usable_cores
 from pretrain.doctor.row import FAIL, OK, WARN, Found, Request, Row
 from pretrain.doctor.software import DRIVERS, torch_cuda
 
@@ -30,7 +29,7 @@ def look_devices(request: Request) -> dict[str, Any]:
         import torch
 
         seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return {"gpus": gpus, "torch": seen, "cuda": torch_cuda(), "cores": len(os.sched_getaffinity(0)),
+    return {"gpus": gpus, "torch": seen, "cuda": torch_cuda(), "cores": usable_cores(),
             "visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "problem": problem}  # fmt: skip
 
 
@@ -135,7 +134,7 @@ def judge_driver(value: dict[str, Any]) -> tuple[str, str, str]:
 
 def look_memory(request: Request) -> float:
     """Return the bytes of memory that a new process could use."""
-    return float(psutil.virtual_memory().available)
+    return float(free_memory())
 
 
 def judge_memory(found: Found, request: Request) -> list[Row]:

@@ -20,6 +20,7 @@ from infra.errors import UserError
 from infra.extensions import exclusive_build, hidden_compiler_checks
 from infra.internals import internal, library_changed, replaced_internal, set_internal
 from infra.lean_imports import is_own_process
+from infra.processes.allowance import usable_cores
 from pretrain.config import Recipe
 from pretrain.engine.deepspeed_config import deepspeed_config, fit_bucket, zero_stage
 from pretrain.engine.importing import import_deepspeed, import_muon_uncompiled, without_compiler
@@ -64,7 +65,7 @@ def start_ranks() -> torch.device:
         local_ranks = int(
             os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world_size()
         )
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(max(1, usable_cores() // local_ranks))
         if is_own_process():  # it cannot be undone
             _keep_freed_memory()
     warm()

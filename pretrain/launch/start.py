@@ -17,6 +17,7 @@ from infra.distributed import accelerator, loopback_of_gloo
 from infra.errors import UserError
 from infra.extensions import extensions_folder
 from infra.files import read_text
+from infra.processes.allowance import usable_cores
 from infra.processes.scratch import scratch_folder
 from infra.processes.unchanged import unchanged_environment
 from infra.processes.with_parent import command_with_parent
@@ -75,7 +76,7 @@ def start_on_this_host(recipe: Sequence[str], ranks: int, run_folder: Path, defa
         raise UserError(f"launch.ranks={ranks} needs a GPU for each rank; found {gpus}{cause}; lower launch.ranks")
     defaults = {**defaults, "DS_ACCELERATOR": device, **loopback_of_gloo()}
     if ranks > 1 and device == "cpu":
-        defaults["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+        defaults["OMP_NUM_THREADS"] = str(max(1, usable_cores() // ranks))
     launcher, job = LAUNCHERS["one-host"], Job(recipe, {"localhost": ranks})
     return start(launcher, launcher.command(job), run_folder=run_folder, defaults=defaults)
 

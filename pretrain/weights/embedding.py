@@ -7,7 +7,6 @@ Threads suffice, because gzip, zstd, NumPy and SciPy release Python's global loc
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -24,6 +23,7 @@ from torch import nn
 
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
+from infra.processes.allowance import usable_cores
 from infra.progress import Progress
 from pretrain.weights.layers import Block, features_of_blocks, intermediate_features
 from pretrain.weights.readouts import Readouts
@@ -114,7 +114,7 @@ def default_workers(workers: int | None) -> int:
     """
     if workers is not None and workers < 0:
         raise UserError(f"workers={workers} is too small; give 0 or more")
-    return min(MOST_WORKERS, len(os.sched_getaffinity(0))) if workers is None else workers
+    return min(MOST_WORKERS, usable_cores()) if workers is None else workers
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

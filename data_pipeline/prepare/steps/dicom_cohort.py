@@ -6,7 +6,6 @@ import csv
 import gzip
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from data_pipeline.prepare.steps.dicom import Series, age_of, convert
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
 from infra.files import atomic_write, read_bytes, read_text, sha256_of, write_json
+from infra.processes.allowance import usable_cores
 from infra.processes.scratch import scratch_folder
 from infra.progress import Progress
 
@@ -60,7 +60,7 @@ def write_dicom_cohort(
     """
     places = place_series(series, root, dataset, key)
     with (
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        ThreadPoolExecutor(usable_cores()) as pool,
         Progress(len(places), "series", "converting") as shown,
     ):
         done = []
