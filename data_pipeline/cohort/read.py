@@ -150,6 +150,31 @@ def is_simulated(root: str | Path) -> bool:
     return bool(read_sidecar(source / "dataset_description.json").get("Simulated", False))
 
 
+def preparations_of(root: str | Path, name: str) -> dict[str, dict[str, Any]]:
+    """How ``cohort prepare`` made the scans of each data set, from its dataset_description.json; others are left out.
+
+    Args:
+        root: the cohort's folder, table or list of data sets.
+        name: of a single data set.
+
+    Returns:
+        Name of a data set -> ``recipe``: all parameters and their version; ``libraries``: name -> version.
+    """
+    source = _listing(Path(root))
+    if source.is_file() and source.suffix.lower() in DATA_SETS:
+        found: dict[str, dict[str, Any]] = {}
+        for data_set in read_data_sets(source):
+            found |= preparations_of(data_set.path, data_set.name)
+        return found
+    described = read_sidecar(source / "dataset_description.json")
+    recipe, programs = described.get("Preparation"), described.get("GeneratedBy")
+    if not isinstance(recipe, dict):
+        return {}
+    named = [program for program in programs if isinstance(program, dict)] if isinstance(programs, list) else []
+    libraries = {str(program["Name"]): str(program.get("Version", "")) for program in named if "Name" in program}
+    return {name: {"recipe": recipe, "libraries": libraries}}
+
+
 def _listing(source: Path) -> Path:
     """The list of the data sets in a folder that has one; else the path itself."""
     listing = source / DATA_SETS_FILE

@@ -12,24 +12,12 @@ from typing import Any
 from data_pipeline.cohort.cells import number_as_text
 from data_pipeline.cohort.scan import Scan, safe_name
 from data_pipeline.prepare.job import LIBRARIES, Outcome, versions
-from data_pipeline.prepare.settings import SPACE, PrepareRecipe, recorded
+from data_pipeline.prepare.settings import COLUMNS, SPACE, PrepareRecipe, recorded
 from infra.errors import UserError
 from infra.files import atomic_write, read_object, read_text, write_json
 
 DESCRIPTION, PARTICIPANTS, TIMINGS = "dataset_description.json", "participants.tsv", "timings.tsv"
 DICOM = "dicom.tsv"  # lists the series of a folder of DICOM files, before the derivative is claimed
-# Columns of participants.tsv: our name -> the figure, its unit, and what it is.
-COLUMNS = {
-    "tiv": ("tiv", "ml", "total intracranial volume"),
-    "grey_ml": ("grey_ml", "ml", "volume of grey matter"),
-    "white_ml": ("white_ml", "ml", "volume of white matter"),
-    "csf_ml": ("csf_ml", "ml", "volume of cerebrospinal fluid inside the brain's mask"),
-    "brain_ml": ("brain_ml", "ml", "volume of the brain's mask"),
-    "prepare_correlation": ("correlation", "", "correlation of the linearly registered brain with the template"),
-    "prepare_overlap": ("overlap", "", "Dice coefficient of the brain's mask and the template's"),
-    "prepare_contrast": ("contrast", "", "white minus grey matter, as a share of the brain's range of intensities"),
-    "prepare_rotation": ("rotation", "degrees", "angle between the axes of the header and of the template"),
-}
 
 
 def claim(root: Path, recipe: PrepareRecipe, *, name: str, simulated: bool) -> None:

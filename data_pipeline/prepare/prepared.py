@@ -19,6 +19,7 @@ from infra.files import atomic_write
 
 SCANNER, MNI = 1, 4  # codes of NIfTI for the space of an affine
 COMPRESSION = 6
+MARK = b"prepared by yaware"  # in the header of every volume
 # The last part of each file's name, after sub-X_ses-Y[_run-Z]_.
 PREPROCESSED = f"space-{SPACE}_desc-preproc_T1w"
 GREY_MATTER = f"space-{SPACE}_desc-mwp1_probseg"
@@ -97,5 +98,5 @@ def nifti_bytes(volume: Volume) -> bytes:
     image.set_sform(volume.affine, volume.space)
     image.set_qform(volume.affine, volume.space)
     image.header.set_xyzt_units("mm")
-    image.header["descrip"] = b"prepared by yaware"
+    image.header["descrip"] = MARK
     return gzip.compress(image.to_bytes(), compresslevel=COMPRESSION, mtime=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +11,23 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.volume.grid import Grid
-from infra.settings import load_settings, to_dict
+from infra.settings import change_settings, load_settings, to_dict
 
 VERSION = 1  # of the pipelines; raise it with every change that alters prepared voxels or figures
 SPACINGS = {"quasiraw": 1.0, "vbm": 1.5, "deepmriprep": 1.5}  # mm, the default of each pipeline
 SPACE = "MNI152NLin2009"  # the name of the template's space in file names: ICBM 2009a, symmetric, as nilearn has it
+# Columns of participants.tsv: our name -> the figure, its unit, and what it is.
+COLUMNS = {
+    "tiv": ("tiv", "ml", "total intracranial volume"),
+    "grey_ml": ("grey_ml", "ml", "volume of grey matter"),
+    "white_ml": ("white_ml", "ml", "volume of white matter"),
+    "csf_ml": ("csf_ml", "ml", "volume of cerebrospinal fluid inside the brain's mask"),
+    "brain_ml": ("brain_ml", "ml", "volume of the brain's mask"),
+    "prepare_correlation": ("correlation", "", "correlation of the linearly registered brain with the template"),
+    "prepare_overlap": ("overlap", "", "Dice coefficient of the brain's mask and the template's"),
+    "prepare_contrast": ("contrast", "", "white minus grey matter, as a share of the brain's range of intensities"),
+    "prepare_rotation": ("rotation", "degrees", "angle between the axes of the header and of the template"),
+}
 _strict = ConfigDict(extra="forbid")
 
 
@@ -146,6 +158,11 @@ def load_prepare_recipe(file: Path | None, overrides: Sequence[str] = ()) -> Pre
     Raises UserError: a key is unknown or a value is not allowed.
     """
     return load_settings(_File, file, overrides).prepare
+
+
+def load_recorded(values: Mapping[str, Any], source: str) -> PrepareRecipe:
+    """Return the recipe with some recorded values. Raises UserError, naming ``source``, if one is unknown or not allowed."""
+    return change_settings(_File(), {"prepare": values}, source).prepare
 
 
 def recorded(recipe: PrepareRecipe) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from data_pipeline.cohort.grid import common_grid
 from data_pipeline.cohort.layouts import CohortScans
 from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
-from data_pipeline.cohort.read import is_simulated, name_of, read_with_changes
+from data_pipeline.cohort.read import is_simulated, name_of, preparations_of, read_with_changes
 from data_pipeline.cohort.scan import array_orientations
 from data_pipeline.cohort.split import DEFAULT_SPLITS, check_shares
 from data_pipeline.quality.columns import PAGE, column_tables, warn_of_unmatched, write_columns
@@ -93,6 +93,8 @@ def build_shards(
         "quality": to_dict(quality), "simulated": is_simulated(root), "scans_found": len(scans) + len(unlisted),
         "pseudonymised": key_file is not None, "array_orientations": array_orientations(scans),
     }  # fmt: skip
+    if prepared := preparations_of(root, settings["dataset"]):
+        settings["preparations"] = prepared
     if key_file is not None:
         settings["pseudonym_key"] = key_fingerprint(read_key(Path(key_file)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,6 +156,7 @@ def _existing_build(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manif
         "pseudonymised": False,
         "array_orientations": settings["array_orientations"],
         "pseudonym_key": settings.get("pseudonym_key"),
+        "preparations": settings.get("preparations"),
         "quality": to_dict(Quality()),
     }
     before = {**defaults, **old.settings, "grid": Grid.from_dict(old.grid)}
@@ -162,8 +165,14 @@ def _existing_build(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manif
     if changed:
         key = changed[0]
         raise UserError(
-            f"{folder} holds shards built with other settings ({key} was {before.get(key)!r}, now {now[key]!r}); "
+            f"{folder} holds shards built with other settings ({key} was {_shown(before.get(key))}, now {_shown(now[key])}); "
             "choose another folder, or remove that one"
         )
     unfinished.remove_records(folder, [str(row["name"]) for row in old.shards])
     return old
+
+
+def _shown(value: Any) -> str:
+    """A setting in a message; the recipe of a preparation has pages."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."

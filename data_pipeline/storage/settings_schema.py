@@ -112,6 +112,22 @@ def _are_limits(value: Any) -> bool:
     return isinstance(value, dict) and all(is_word(name) and _is_limit(limit) for name, limit in value.items())
 
 
+def _are_preparations(value: Any) -> bool:
+    if not isinstance(value, dict) or len(value) > MAX_ENTRIES:
+        return False
+    return all(
+        is_word(name)
+        and _has_only(stated, recipe=lambda recipe: isinstance(recipe, dict), libraries=_are_versions)
+        and len(stated) == 2
+        for name, stated in value.items()
+    )
+
+
+def _are_versions(value: Any) -> bool:
+    known = isinstance(value, dict) and len(value) <= MAX_ENTRIES
+    return known and all(is_word(name) and (version == "" or is_word(version)) for name, version in value.items())
+
+
 WORD: Check = (is_word, "a word of 1 to 4096 letters")
 BOOL: Check = (_is_bool, "true or false")
 NEEDED: dict[str, Check] = {
@@ -122,6 +138,7 @@ PART: dict[str, Check] = {  # of the build, and of each append
     "scans_found": whole_number(0, MAX_ROWS),
     "simulated": BOOL,
     "array_orientations": (_are_orientations, "the orientation of each data set's arrays, such as LAS"),
+    "preparations": (_are_preparations, "the recipe and the libraries of each data set"),
 }
 POSSIBLE: dict[str, Check] = {
     **PART,

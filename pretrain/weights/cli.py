@@ -32,7 +32,7 @@ def export(arguments: list[str]) -> int:
 
 
 def embed(arguments: list[str]) -> int:
-    """Write the features of scans, brought to the encoder's grid as its training scans were.
+    """Write the features of scans, brought to the encoder's grid as its training scans were; raw ones are prepared first.
 
     A scan that cannot be read is left out and named at the end (status 1). The same command continues a killed one.
     """
@@ -40,7 +40,7 @@ def embed(arguments: list[str]) -> int:
     from pretrain.weights.embedding import embed_table
     from pretrain.weights.encoder import Encoder
     from pretrain.weights.feature_file import check_format, embed_to_file, to_tsv, write_table
-    from pretrain.weights.scan_source import unlike_line
+    from pretrain.weights.scan_source import warning_lines
 
     if options.out:
         check_format(options.out)
@@ -70,8 +70,8 @@ def embed(arguments: list[str]) -> int:
         if options.gap and len(table):
             table = _with_gaps(table, encoder, options.shards)
         print(to_tsv(table), end="")
-    if source.unlike:
-        print(f"embed: warning: {unlike_line(source, encoder.preprocessing)}", file=sys.stderr)
+    for line in warning_lines(source, encoder.preprocessing):
+        print(f"embed: warning: {line}", file=sys.stderr)
     if "readouts" in keywords and (known := encoder.known_scans_line(source)):
         print(f"embed: warning: {known}", file=sys.stderr)
     if unreadable:
@@ -127,6 +127,13 @@ def _embed_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--orientation", default="", help="of .npy files, such as LAS (default: as the training scans')"
     )
+    parser.add_argument(
+        "--prepared", type=Path, metavar="DIR",
+        help="folder in which prepared raw scans stay, to be found again (default: none is kept)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-prepare", action="store_true", help="read raw scans as they are, also if the training scans were prepared"
+    )
     parser.add_argument("--out", type=Path, help="table to write, .tsv or .parquet; default: .tsv on standard output")
     parser.add_argument("--layer", help="a block inside the network; default: its end")
     parser.add_argument(
@@ -166,7 +173,7 @@ def _source(options: argparse.Namespace, encoder: Encoder) -> ScanSource:
     """The scans of the command line."""
     from data_pipeline.storage.manifest import Manifest
     from pretrain.weights.feature_file import find_scans
-    from pretrain.weights.scan_source import scan_source
+    from pretrain.weights.scan_source import RawScans, scan_source
 
     if bool(options.scans) == bool(options.shards):
         found = "both" if options.scans else "neither"
@@ -179,6 +186,7 @@ def _source(options: argparse.Namespace, encoder: Encoder) -> ScanSource:
             encoder.preprocessing,
             tiv=options.tiv,
             orientation=options.orientation,
+            raw=RawScans(not options.no_prepare, options.prepared),
         )
     manifest = Manifest.load(options.shards)
     rows = manifest.rows(split=options.split, query=options.query)

@@ -38,6 +38,8 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         device: None is the GPU if there is one.
         workers: threads that read ahead; None is one per core, at most 8.
         orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
+        prepare: prepare raw scans as the training scans were, see ``Encoder.embed``.
+        prepared: a folder in which prepared scans stay; None keeps none.
 
     Attributes:
         encoder_: the loaded ``Encoder``.
@@ -55,6 +57,8 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         device: str | None = None,
         workers: int | None = None,
         orientation: str = "",
+        prepare: bool = True,
+        prepared: str | Path | None = None,
     ) -> None:
         self.encoder = encoder
         self.manifest = manifest
@@ -64,6 +68,8 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         self.device = device
         self.workers = workers
         self.orientation = orientation
+        self.prepare = prepare
+        self.prepared = prepared
 
     def fit(self, X: EmbeddableScans, y: Any = None) -> Embedder:
         """Load the encoder; ``X`` and ``y`` are not used. Raises UserError if the encoder or the block does not exist."""
@@ -83,6 +89,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         table = self.encoder_.embed(
             X, manifest=self.manifest, layer=self.layer, pooling=self.pooling, batch_size=self.batch_size,
             device=self.device, workers=self.workers, orientation=self.orientation, progress=False,
+            prepare=self.prepare, prepared=self.prepared,
         )  # fmt: skip
         features: NDArray[np.float32] = table.to_numpy()
         return features

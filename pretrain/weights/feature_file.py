@@ -33,10 +33,11 @@ from pretrain.weights.scan_source import ScanSource
 FORMATS = (".tsv", ".parquet")
 IMAGES = (".nii", ".nii.gz", ".mgz", ".npy")
 TABLES = (".tsv", ".csv")
+NO_SCANS = ("_mask", "_xfm")  # endings of BIDS names, before that of the format
 # Scan -> its stamp (see ScanSource.stamp) and its features (F,).
 Entries = dict[str, tuple[list[Any], NDArray[np.float32]]]
 # What a source notes about scans while it reads them: the names of its attributes (ScanSource).
-NOTES = ("unlike", "voxels")
+NOTES = ("unlike", "unusual", "voxels")
 Notes = Mapping[str, Mapping[str, str]]  # scan -> its notes
 
 
@@ -155,8 +156,8 @@ def find_scans(places: Sequence[Path], tiv: bool = True) -> pd.DataFrame:
     """Return a table with a column ``path``, and ``tiv`` if a table has it, of the scans at some places.
 
     Args:
-        places: image files; folders, searched for .nii, .nii.gz, .mgz and .npy files in all their subfolders (hidden ones left
-            out); and .tsv or .csv tables with a column ``path``, relative to the table's folder.
+        places: image files; folders, searched for .nii, .nii.gz, .mgz and .npy files in all their subfolders (hidden ones,
+            masks and transforms left out); and .tsv or .csv tables with a column ``path``, relative to the table's folder.
         tiv: read the column ``tiv`` of tables, by the rules of cohorts' tables, in ml.
 
     Raises:
@@ -165,9 +166,14 @@ def find_scans(places: Sequence[Path], tiv: bool = True) -> pd.DataFrame:
     return pd.concat([_scans_at(place, tiv) for place in places], ignore_index=True)
 
 
+def _is_scan(name: str) -> bool:
+    """Whether a file of this name (in small letters) is an image, and no mask or transform of one."""
+    return name.endswith(IMAGES) and not name.partition(".")[0].endswith(NO_SCANS)
+
+
 def _scans_at(place: Path, tiv: bool) -> pd.DataFrame:
     if place.is_dir():
-        paths = sorted(path for path in place.rglob("*") if path.name.lower().endswith(IMAGES) and path.is_file())
+        paths = sorted(path for path in place.rglob("*") if _is_scan(path.name.lower()) and path.is_file())
         paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(place).parts)]
         if not paths:
             raise UserError(f"{place} holds no {' or '.join(IMAGES)} file; give the folder of the scans")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ import zstandard
 from numpy.typing import NDArray
 
 from data_pipeline.cohort.declarations import check_orientation
+from data_pipeline.prepare.reuse.files import FilesOfRecipe
+from data_pipeline.prepare.reuse.record import difference, training_preparation, unusual
 from data_pipeline.quality.rules import voxels_digest
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.reader import VolumeReader
@@ -29,12 +32,22 @@ from pretrain.weights.seen_scans import DIGITS, SeenScans, seen_in
 EmbeddableScans = Sequence[str | os.PathLike[str]] | Manifest | pd.DataFrame | NDArray[np.integer[Any]]
 
 
+@dataclass(frozen=True)
+class RawScans:
+    """What happens to raw scans: prepared as the training scans were, or read as they are; and where prepared scans stay."""
+
+    prepare: bool = True
+    folder: str | os.PathLike[str] | None = None
+
+
 class ScanSource(Protocol):
     """Scans by position 0..n-1."""
 
     names: list[str]  # the scan's path or key
     index: str  # what the names are: "path" or "key"
     unlike: dict[str, str]  # name of a scan -> how it differs from the training scans
+    unusual: dict[str, str]  # name of a scan -> the figure of its preparation that no training scan has
+    prepared: int  # raw scans that are prepared when they are read
     identify: bool  # whether to note digests of the voxels that are read, if nothing else tells whose they are
     voxels: dict[str, str]  # name of a scan -> this digest
 
@@ -51,41 +64,72 @@ class ScanSource(Protocol):
 class FileSource:
     """Image files, brought to the encoder's grid, scaled and z-scored as preprocessing.json says.
 
+    Raw scans are prepared first, if preprocessing.json says how the training scans were.
+
     Args:
         paths: the files.
         preprocessing: the encoder's preprocessing.json.
-        tiv: total intracranial volumes in ml, one per path, if the encoder's scans were scaled by them.
+        tiv: total intracranial volumes in ml, one per path, if the encoder's scans were scaled by them. A scan with the
+            figures of its preparation needs none.
         orientation: of .npy arrays; empty for that of the training scans.
+        raw: what happens to raw scans.
     """
 
     index = "path"
 
     def __init__(
         self, paths: Sequence[str], preprocessing: Mapping[str, Any], tiv: Sequence[float] | None = None,
-        orientation: str = "",
+        orientation: str = "", raw: RawScans = RawScans(),
     ) -> None:  # fmt: skip
         if not paths:
             raise UserError("there are no scans to embed")
         self.names = list(paths)
-        self.unlike: dict[str, str] = {}
+        self.unlike, self.unusual = dict[str, str](), dict[str, str]()
         self.identify, self.voxels = False, dict[str, str]()
         self._file = FilePreparation.of(preprocessing)
         self._likeness, self._tiv = Likeness(preprocessing), tiv
         arrays = any(name.lower().endswith(".npy") for name in self.names)
         self._orientation = orientation or (self._file.orientation() if arrays else "")
-        if self._file.preparation.scaling == "tiv" and (tiv is None or len(tiv) != len(paths)):
+        self._recipe, self._figures, self._raw = (
+            _recipe(preprocessing, raw),
+            dict[str, Mapping[str, float]](),
+            set[str](),
+        )
+        self._ranges = (preprocessing.get("preparation") or {}).get("figures", {})
+        if self._recipe is not None:
+            self._find_raw(self._recipe)
+        self.prepared = len(self._raw)
+        needy = [name for name in self.names if name not in self._raw and "tiv" not in self._figures.get(name, {})]
+        if self._file.preparation.scaling == "tiv" and needy and (tiv is None or len(tiv) != len(paths)):
             found = "none" if tiv is None else f"{len(tiv)}"
             raise UserError(
                 f"the encoder's training scans were scaled by total intracranial volume (scaling: tiv): {len(paths)} values "
                 f"in ml are needed, found {found}; give tiv=[...] (--tiv), or a table with a column tiv"
             )
 
+    def _find_raw(self, recipe: FilesOfRecipe) -> None:
+        """Find the raw scans, and the figures of those that are prepared."""
+        for name in self.names:
+            figures = recipe.figures(Path(name))
+            if figures is not None:
+                self._figures[name] = figures
+            elif recipe.is_raw(Path(name)):
+                self._raw.add(name)
+
     def read(self, position: int) -> NDArray[np.float32]:
-        """Return z-scored voxels (D, H, W). Raises BadScan if the file cannot be read or fails a check."""
+        """Return z-scored voxels (D, H, W). Raises BadScan if the file cannot be read, fails a check, or is refused."""
+        name = self.names[position]
+        if self._recipe is None or name not in self._raw:
+            return self._read(position, Path(name), self._figures.get(name, {}))
+        with self._recipe.prepared(Path(name)) as made:
+            return self._read(position, made.path, made.figures)
+
+    def _read(self, position: int, path: Path, figures: Mapping[str, float]) -> NDArray[np.float32]:
+        """The voxels of a file that is prepared; ``figures`` are those of its preparation."""
         preparation, name = self._file.preparation, self.names[position]
-        factor = scale_factor(preparation.scaling, {"tiv": self._tiv[position] if self._tiv is not None else None})
+        factor = scale_factor(preparation.scaling, {"tiv": figures.get("tiv", self._given_tiv(position))})
         voxels = read_voxels(
-            Path(name), preparation.grid, self._file.checks, crop=preparation.crop, intensity=preparation.intensity,
+            path, preparation.grid, self._file.checks, crop=preparation.crop, intensity=preparation.intensity,
             orientation=self._orientation, arrays_on=preparation.grid if self._file.arrays_on_grid else None,
         )  # fmt: skip
         if self.identify:  # as a build takes the digest: before scaling
@@ -93,16 +137,23 @@ class FileSource:
         stored = to_float16(voxels, factor)  # as in the shards
         if fault := self._likeness.fault(stored):
             self.unlike[name] = fault
+        if figures and (outside := unusual(figures, self._ranges)):
+            self.unusual[name] = outside
         return zscore(stored)
 
+    def _given_tiv(self, position: int) -> float | None:
+        return self._tiv[position] if self._tiv is not None else None
+
     def stamp(self, position: int) -> list[Any]:
-        """Return the file's size, its time of change, its TIV and its orientation; empty if there is no file."""
+        """Return the file's size, time of change, TIV, orientation, and whether it is raw; empty if there is no file."""
+        name = self.names[position]
         try:
-            status = Path(self.names[position]).stat()
+            status = Path(name).stat()
         except (OSError, ValueError):  # ValueError: a name with a null byte
             return []
-        tiv = self._tiv[position] if self._tiv is not None else None
-        return [status.st_size, status.st_mtime_ns, tiv, *([self._orientation] if self._orientation else [])]
+        tiv = self._figures.get(name, {}).get("tiv", self._given_tiv(position))
+        more = [self._orientation] if self._orientation else []
+        return [status.st_size, status.st_mtime_ns, tiv, *more, *(["raw"] if name in self._raw else [])]
 
     def seen(self, sources: Sequence[SeenScans]) -> NDArray[np.bool_]:
         """Return (n,) whether the voxels of each file are in one of the sources; False for files not read with ``identify``.
@@ -121,7 +172,7 @@ class ShardSource:
     def __init__(self, manifest: Manifest, rows: NDArray[np.integer[Any]], preprocessing: Mapping[str, Any]) -> None:
         check_preprocessing(preprocessing, manifest, "the encoder")
         self.names = manifest.scans["key"].iloc[rows].astype(str).tolist()
-        self.unlike: dict[str, str] = {}
+        self.unlike, self.unusual, self.prepared = dict[str, str](), dict[str, str](), 0
         self.identify, self.voxels = False, dict[str, str]()
         self._manifest, self._rows = manifest, rows
         self._readers = threading.local()
@@ -147,7 +198,7 @@ class ShardSource:
 
 def scan_source(
     scans: EmbeddableScans, preprocessing: Mapping[str, Any], manifest: Manifest | str | Path | None = None,
-    tiv: Sequence[float] | None = None, orientation: str = "",
+    tiv: Sequence[float] | None = None, orientation: str = "", raw: RawScans = RawScans(),
 ) -> ScanSource:  # fmt: skip
     """Return the source of the scans to embed.
 
@@ -158,6 +209,7 @@ def scan_source(
         manifest: the data set, or its folder or URL, that ``scans`` are rows of.
         tiv: total intracranial volumes in ml, one per path.
         orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
+        raw: what happens to raw scans.
 
     Raises:
         UserError: if a column or a TIV is missing, a row is not in the manifest, or the shards were prepared otherwise
@@ -170,7 +222,7 @@ def scan_source(
         manifest = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
         return ShardSource(manifest, _rows_of(scans, manifest), preprocessing)
     if isinstance(scans, pd.DataFrame):
-        return _table_source(scans, preprocessing, tiv, orientation)
+        return _table_source(scans, preprocessing, tiv, orientation, raw)
     if isinstance(scans, str | os.PathLike):
         raise UserError(f"scans={str(scans)!r} is one path; give a list of paths: [{str(scans)!r}]")
     if not isinstance(scans, Iterable):
@@ -183,17 +235,35 @@ def scan_source(
             raise UserError(
                 f"scans has {scan!r}, which is not a path; row numbers and keys of shards need manifest=..."
             )
-    return FileSource([os.fspath(scan) for scan in scans], preprocessing, tiv, orientation)
+    return FileSource([os.fspath(scan) for scan in scans], preprocessing, tiv, orientation, raw)
 
 
-def unlike_line(source: ScanSource, preprocessing: Mapping[str, Any]) -> str:
-    """Return one line about the scans that were read and do not look like the encoder's training scans."""
-    name = next(name for name in source.names if name in source.unlike)  # threads find them in any order
-    return (
-        f"{len(source.unlike)} of {len(source.names)} scans do not look like the encoder's training scans (modality "
-        f"{preprocessing.get('modality')}), so their features mean little; for example {name}: {source.unlike[name]}; "
-        "give scans that were processed as the training scans were"
-    )
+def warning_lines(source: ScanSource, preprocessing: Mapping[str, Any]) -> list[str]:
+    """Return a line about the scans that were read and do not look like the training scans, and one about their figures."""
+    lines = []
+    if source.unlike:
+        name = next(name for name in source.names if name in source.unlike)  # threads find them in any order
+        lines.append(
+            f"{len(source.unlike)} of {len(source.names)} scans do not look like the encoder's training scans (modality "
+            f"{preprocessing.get('modality')}), so their features mean little; for example {name}: {source.unlike[name]}; "
+            "give scans that were processed as the training scans were"
+        )
+    if source.unusual:
+        name = next(name for name in source.names if name in source.unusual)
+        lines.append(
+            f"the preparation of {len(source.unusual)} of {len(source.names)} scans is unlike that of the encoder's training "
+            f"scans, so their features may mean little; for example {name}: {source.unusual[name]}"
+        )
+    if source.prepared and (libraries := FilesOfRecipe(preprocessing["preparation"]).other_libraries()):
+        lines.append(f"raw scans were prepared by other versions than the training scans: {libraries}")
+    return lines
+
+
+def _recipe(preprocessing: Mapping[str, Any], raw: RawScans) -> FilesOfRecipe | None:
+    """The preparation of the training scans; None if it is not known, or not wanted."""
+    if not raw.prepare or not preprocessing.get("preparation"):
+        return None
+    return FilesOfRecipe(preprocessing["preparation"], None if raw.folder is None else Path(raw.folder))
 
 
 def check_preprocessing(preprocessing: Mapping[str, Any], manifest: Manifest, name: str) -> None:
@@ -208,11 +278,18 @@ def check_preprocessing(preprocessing: Mapping[str, Any], manifest: Manifest, na
                 f"{name}: the encoder was trained on {key} {expected[key]!r}, {manifest.root} has {found.get(key)!r}; "
                 f"build shards with {key} {expected[key]!r}"
             )
+    own, other = preprocessing.get("preparation"), training_preparation(manifest)
+    if own and other and (fault := difference(other["recipe"], own["recipe"])):
+        raise UserError(
+            f"{name}: {manifest.root} was prepared otherwise than the encoder's training scans: {fault}; prepare its raw "
+            "scans as they were"
+        )
 
 
 def _table_source(
-    scans: pd.DataFrame, preprocessing: Mapping[str, Any], tiv: Sequence[float] | None, orientation: str
-) -> FileSource:
+    scans: pd.DataFrame, preprocessing: Mapping[str, Any], tiv: Sequence[float] | None, orientation: str,
+    raw: RawScans,
+) -> FileSource:  # fmt: skip
     if "path" not in scans:
         hint = "; rows of a manifest need manifest=..." if "key" in scans and "shard" in scans else ""
         raise UserError(f"the table of scans has no column 'path'; its columns: {', '.join(map(str, scans))}{hint}")
@@ -228,7 +305,7 @@ def _table_source(
                         f"the table of scans, row {number}: tiv is {text!r}; write a number of ml, or leave it empty"
                     )
         tiv = [float(value) for value in numbers]
-    return FileSource([os.fspath(path) for path in scans["path"]], preprocessing, tiv, orientation)
+    return FileSource([os.fspath(path) for path in scans["path"]], preprocessing, tiv, orientation, raw)
 
 
 def _rows_of(scans: Any, manifest: Manifest) -> NDArray[np.int64]:

@@ -114,6 +114,19 @@ class _Arrays(_Part):
     on_grid: bool = False
 
 
+class _Preparation(_Part):
+    recipe: dict[Text, Any] = Field(max_length=100)
+    libraries: dict[Text, Text] = Field(max_length=100)
+    figures: dict[Text, Annotated[list[Finite], Field(min_length=2, max_length=2)]] = Field(max_length=100)
+
+    @model_validator(mode="after")
+    def _stated(self) -> _Preparation:
+        texts, numbers = (self.recipe.get("pipeline"),), (self.recipe.get("version"), self.recipe.get("spacing"))
+        if not all(isinstance(text, str) for text in texts) or not all(type(n) in (int, float) for n in numbers):
+            raise ValueError("allowed: a recipe with pipeline, version and spacing")
+        return self
+
+
 class PreprocessingFile(_Part):
     """preprocessing.json: what happens to a scan between its file and the network."""
 
@@ -127,6 +140,7 @@ class PreprocessingFile(_Part):
     rules: dict[Literal["nonfinite", "constant", "grid"], Rule] | None = None
     arrays: _Arrays | None = None
     likeness: _Likeness | None = None
+    preparation: _Preparation | None = None
 
 
 class _CalibratedOn(_Part):

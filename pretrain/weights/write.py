@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from data_pipeline.prepare.reuse.record import training_preparation
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.preparation import DEFAULT_PREPARATION, file_rules
 from infra.errors import PATH, Kind, UserError, check_arguments
@@ -29,15 +30,19 @@ def preprocessing_of(manifest: Manifest, rows: NDArray[np.integer[Any]] | None =
     """Return the content of preprocessing.json for an encoder trained on some rows of a manifest; None is all of them.
 
     It holds everything that changes voxels between a scan's file and the network, so that ``Encoder.embed`` prepares a
-    file as the build of the shards did, and what the training scans look like. A few of them are read for that.
+    file as the build of the shards did, and what the training scans look like. A few of them are read for that. If
+    ``cohort prepare`` made the scans, ``preparation`` holds how.
     """
     settings = manifest.settings
+    rows = manifest.rows() if rows is None else rows
+    preparation = training_preparation(manifest, rows)
     return {
         "grid": manifest.grid, "normalisation": "zscore",
         "modality": settings.get("modality"), "scaling": settings.get("scaling"),
         **{name: settings.get(name, default) for name, default in DEFAULT_PREPARATION.items()},
         **file_rules(settings),
-        "likeness": likeness.measure(manifest, manifest.rows() if rows is None else rows),
+        "likeness": likeness.measure(manifest, rows),
+        **({"preparation": preparation} if preparation else {}),
     }  # fmt: skip
 
 
@@ -127,6 +132,13 @@ def _model_card(config: dict[str, Any], preprocessing: dict[str, Any]) -> str:
     simulated = "\nPretrained on **simulated** scans: of no use on real ones.\n" if config.get("simulated") else ""
     # An example: 1450 ml is about the mean of adults.
     tiv, option = (", tiv=[1450.0]", " --tiv 1450") if preprocessing.get("scaling") == "tiv" else ("", "")
+    recipe = (preprocessing.get("preparation") or {}).get("recipe", {})
+    prepared = (
+        f"- scans: prepared by `yaware cohort prepare`, pipeline {recipe['pipeline']}, version {recipe['version']}, "
+        f"{recipe['spacing']:g} mm;\n  a raw scan is prepared so before it is embedded\n"
+        if recipe
+        else ""
+    )
     return f"""# {config["run_name"]}: {config["encoder"]["name"]}, step {config["step"]}
 {simulated}
 - method: {config["method"]}
@@ -134,7 +146,7 @@ def _model_card(config: dict[str, Any], preprocessing: dict[str, Any]) -> str:
 - input: (B, 1, {", ".join(map(str, grid.get("shape", [])))}) float32 at {grid.get("spacing")} mm, RAS,
   z-scored per scan, modality {preprocessing.get("modality")}, scaling {preprocessing.get("scaling")},
   crop {preprocessing.get("crop", "world")}, intensity {preprocessing.get("intensity", "none")}
-- data: manifest {config["manifest_digest"]}, split {config["split"]}
+{prepared}- data: manifest {config["manifest_digest"]}, split {config["split"]}
 - made by yaware {config["version"]}, MLflow run {config["run_id"]}
 
     import yaware
