@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from data_pipeline import simulate_cohort as simulate_cohort
     from evaluation import PROTOCOLS as PROTOCOLS
     from evaluation import Comparison as Comparison
+    from evaluation import Reliability as Reliability
     from evaluation import compare as compare
     from evaluation import evaluate as evaluate
+    from evaluation import reliability as reliability
     from pretrain import ENCODERS as ENCODERS
     from pretrain import KERNELS as KERNELS
     from pretrain import LOSSES as LOSSES
@@ -45,6 +47,7 @@ _PACKAGES = {
     "Manifest": "data_pipeline",
     "PROTOCOLS": "evaluation",
     "Recipe": "pretrain",
+    "Reliability": "evaluation",
     "Run": "pretrain",
     "TwoViewLoader": "data_pipeline",
     "add_readouts": "pretrain",
@@ -55,6 +58,7 @@ _PACKAGES = {
     "export": "pretrain",
     "pretrain": "pretrain",
     "read_cohort": "data_pipeline",
+    "reliability": "evaluation",
     "simulate_cohort": "data_pipeline",
 }
 __all__ = list(_PACKAGES)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from evaluation.comparison.comparison import compare as compare
     from evaluation.protocols.evaluate import evaluate as evaluate
     from evaluation.protocols.protocols import PROTOCOLS as PROTOCOLS
+    from evaluation.retest.api import Reliability as Reliability
+    from evaluation.retest.api import reliability as reliability
 
 # Public name -> module. They are loaded at first use, so that `import evaluation` needs neither scikit-learn nor MLflow.
 _MODULES = {
@@ -17,9 +19,11 @@ _MODULES = {
     "compare": "evaluation.comparison.comparison",
     "evaluate": "evaluation.protocols.evaluate",
     "PROTOCOLS": "evaluation.protocols.protocols",
+    "Reliability": "evaluation.retest.api",
+    "reliability": "evaluation.retest.api",
 }
 
-__all__ = ["PROTOCOLS", "Comparison", "compare", "evaluate"]
+__all__ = ["PROTOCOLS", "Comparison", "Reliability", "compare", "evaluate", "reliability"]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "readouts": ("pretrain.readouts.cli", "fit predictions of the proxies (age, ...) to an encoder's features"),
     "import-weights": ("pretrain.weights.cli", "convert published weights (BHB-10K) into an exported encoder"),
     "evaluate": ("evaluation.cli", "evaluate checkpoints on downstream tasks and log the results to MLflow"),
+    "reliability": ("evaluation.retest.cli", "measure how well features repeat in people scanned several times"),
     "compare": ("evaluation.compare_cli", "compare evaluated checkpoints: tables, LaTeX and an HTML report"),
     "saliency": ("evaluation.compare_cli", "map which brain regions a checkpoint's prediction depends on"),
     "promote": ("evaluation.compare_cli", "register a checkpoint in MLflow's model registry under an alias"),

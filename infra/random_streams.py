@@ -43,6 +43,7 @@ FEW_SHOT_DRAWS = 0xC0DE  # training participants of a learning curve's draw; cou
 FINE_TUNING_ORDER = 0xF17E  # batches of a fine-tuning epoch; counter: epoch
 BOOTSTRAP = 0xB007  # participants of a bootstrap resample
 PERMUTATION = 0xDEA1  # labels of a permutation test
+RETEST_PEOPLE = 0x7E57  # people of the mixed models of reliability, and voxels of its baseline; counter: 0 or 1
 RESAMPLES = 0x4A1F  # repeats, halves, permuted features of a cross-validation; counter: kind, number, side or attempt
 
 

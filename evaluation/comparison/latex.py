@@ -51,7 +51,7 @@ def to_latex(comparison: Comparison) -> str:
         tables.append((_brain_age(comparison), caption))
     note = " Simulated data." if comparison.simulated else ""
     head = f"% experiment {' '.join(comparison.experiment.split())}; needs \\usepackage{{booktabs}}\n"
-    return head + "\n".join(_table(*content, caption + note) for content, caption in tables)
+    return head + "\n".join(latex_table(*content, caption + note) for content, caption in tables)
 
 
 def escape(text: str) -> str:
@@ -102,7 +102,8 @@ def _brain_age(comparison: Comparison) -> Content:
     return head, rows
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+def latex_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    """Return a table of texts (booktabs); cells are escaped, the caption is LaTeX."""
     lines = [" & ".join(escape(cell) for cell in row) + r" \\" for row in (head, *rows)]
     return "\n".join([
         r"\begin{table}", r"\centering", f"\\caption{{{caption}}}",

@@ -59,7 +59,7 @@ def metrics(comparison: Comparison) -> str:
         labels = [f"{comparison.label(task, name)} {_arrow(task, name)}" for name in names]
         parts.append(
             f"<h3>{html.escape(about.title)}</h3><p class='note'>{html.escape(_counts(about))}</p>"
-            + _table(
+            + html_table(
                 [
                     "checkpoint",
                     *labels,
@@ -101,7 +101,7 @@ def curves(comparison: Comparison) -> str:
             rows.append([str(checkpoint), *(cells.get(size, "-") for size in sizes)])
         draws = " or ".join(str(count) for count in sorted(set(table["draws"])))
         title = f"{about.title}: AUC by number of training scans, mean of {draws} draws"
-        parts.append(f"<h3>{html.escape(title)}</h3>{_table(['checkpoint', *map(str, sizes)], rows)}")
+        parts.append(f"<h3>{html.escape(title)}</h3>{html_table(['checkpoint', *map(str, sizes)], rows)}")
         parts.append(_curve_differences(comparison, task, sizes))
     return "".join(parts)
 
@@ -115,7 +115,7 @@ def _curve_differences(comparison: Comparison, task: str, sizes: Sequence[int]) 
             r.n_train: signed(r.difference, r.low, r.high) + ("*" if r.p_holm <= LEVEL else "") for r in rows_of(group)
         }  # fmt: skip
         rows.append([f"{first} − {second}", *(cells.get(size, "-") for size in sizes)])
-    return _table(["difference", *map(str, sizes)], rows) if rows else ""
+    return html_table(["difference", *map(str, sizes)], rows) if rows else ""
 
 
 def published_tasks(comparison: Comparison) -> list[str]:
@@ -143,7 +143,7 @@ def published(comparison: Comparison) -> str:
         for task in tasks
         for size, row in PUBLISHED[task].items()
     ]
-    return note + _table(["published", *methods, "results by this method"], rows, "reference")
+    return note + html_table(["published", *methods, "results by this method"], rows, "reference")
 
 
 def _same_method(comparison: Comparison, task: str) -> str:
@@ -169,7 +169,7 @@ def differences(comparison: Comparison) -> str:
             for r in rows_of(table)
         ]  # fmt: skip
         title = html.escape(f"{comparison.tasks[str(task)].title}: {comparison.label(str(task), metric)}")
-        parts.append(f"<h3>{title}</h3>{_table(head, rows, words=(0, 4))}")
+        parts.append(f"<h3>{title}</h3>{html_table(head, rows, words=(0, 4))}")
     if comparison.unpaired:
         parts.append(f"<p class='note'>Not compared:</p>{_list(comparison.unpaired)}")
     return "".join(parts) or "<p>There is nothing to compare: no two checkpoints were evaluated by one protocol.</p>"
@@ -188,7 +188,7 @@ def subgroups(comparison: Comparison) -> str:
             cells = {r.checkpoint: r.note or with_interval(metric, r.value, r.low, r.high) for r in rows_of(members)}
             rows.append([f"{by} {group}", str(people), str(scans), *(cells.get(name, "-") for name in names)])
         title = f"{comparison.tasks[str(task)].title}: {LABELS[metric]}"
-        parts.append(f"<h3>{html.escape(title)}</h3>{_table(['group', 'participants', 'scans', *names], rows)}")
+        parts.append(f"<h3>{html.escape(title)}</h3>{html_table(['group', 'participants', 'scans', *names], rows)}")
     more = len(comparison.last) - len(shown)
     note = (
         f"<p class='note'>The first {len(shown)} checkpoints; the CSV table beside this report has {more} more.</p>"
@@ -200,7 +200,7 @@ def subgroups(comparison: Comparison) -> str:
 
 def chosen_features(comparison: Comparison) -> str:
     """Return the table of the features that folds chose."""
-    return _table(
+    return html_table(
         ["checkpoint", "task", "features: layer, pooling, scale"], [list(row) for row in comparison.chosen_features]
     )
 
@@ -226,7 +226,7 @@ def site_and_age(comparison: Comparison) -> str:
         parts.append(
             "<h3>Site</h3><p class='note'>Leakage is 0 if the site is told no better than by chance, and 1 if every site is "
             "recognised. OpenBHB score: balanced accuracy to the power of 0.3, times the age MAE in years on sites left out of "
-            f"training. It needs an evaluation of age with --leave-site-out.</p>{_table(head, rows)}"
+            f"training. It needs an evaluation of age with --leave-site-out.</p>{html_table(head, rows)}"
         )
     if len(comparison.brain_age):
         rows = [
@@ -247,7 +247,7 @@ def site_and_age(comparison: Comparison) -> str:
             "<h3>Brain-age gap</h3><p class='note'>The gap is predicted minus real age. For the corrected gap, a line of predicted "
             "over real age is fitted to participants outside the fold and subtracted from the prediction; a slope of 1 would be "
             "unbiased. The MAE is of the uncorrected predictions, because a corrected prediction uses the real "
-            f"age.</p>{_table(head, rows)}"
+            f"age.</p>{html_table(head, rows)}"
         )
     return "".join(parts)
 
@@ -258,7 +258,7 @@ def provenance(comparison: Comparison) -> str:
     rows = [[row[key] for key in head] for row in comparison.provenance]
     parts = [
         "<p class='note'>Weights and manifest: first 10 digits of their SHA-256. Runs: first 10 digits of their MLflow ids.</p>",
-        _table(head, rows, words=range(len(head))),
+        html_table(head, rows, words=range(len(head))),
     ]
     if comparison.superseded:
         parts.append(
@@ -278,11 +278,11 @@ def _recipes(recipes: dict[str, dict[str, str]]) -> str:
     parts = []
     if differ:
         rows = [[key, *(recipes[name].get(key, "-") for name in names)] for key in differ]
-        parts.append(f"<h3>Recipes: differences</h3>{_table(['key', *names], rows, words=range(len(names) + 1))}")
+        parts.append(f"<h3>Recipes: differences</h3>{html_table(['key', *names], rows, words=range(len(names) + 1))}")
     shared = [[key, recipes[names[0]][key]] for key in keys if key not in differ]
     title = f"{len(shared)} keys with the same value in all recipes" if len(names) > 1 else f"Recipe of {names[0]}"
     parts.append(
-        f"<details><summary>{html.escape(title)}</summary>{_table(['key', 'value'], shared, words=(0, 1))}</details>"
+        f"<details><summary>{html.escape(title)}</summary>{html_table(['key', 'value'], shared, words=(0, 1))}</details>"
     )
     return "".join(parts)
 
@@ -291,7 +291,7 @@ def _list(lines: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "", words: Sequence[int] = (0,)) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "", words: Sequence[int] = (0,)) -> str:
     """Return a table; the columns ``words`` are text, all others are numbers and aligned to the right."""
 
     def cells(tag: str, row: Sequence[str]) -> str:

@@ -83,7 +83,12 @@ class GivenFeatures:
 
 
 def read_tables(
-    tables: Tables | None, name: str | Sequence[str] | None, manifest: Manifest, *, common: bool = False
+    tables: Tables | None,
+    name: str | Sequence[str] | None,
+    manifest: Manifest,
+    *,
+    common: bool = False,
+    predictions: bool = False,
 ) -> list[GivenFeatures]:
     """Read tables of features and join their rows to the scans of the shards.
 
@@ -93,6 +98,7 @@ def read_tables(
         name: of the candidate, or of each; by default that of its first file.
         manifest: of the shards.
         common: rows of other scans may be there, and are counted in a printed line.
+        predictions: read columns named ``predicted_...`` too, whatever they predict.
 
     Raises:
         UserError: if a table cannot be read or joined; the message names file, row and column.
@@ -103,7 +109,13 @@ def read_tables(
         return []
     index = ScanIndex(manifest)
     return [
-        _join(title, [read_sheet(_path(source)) for source in sources], sources, index, common=common)
+        _join(
+            title,
+            [read_sheet(_path(source), predictions=predictions) for source in sources],
+            sources,
+            index,
+            common=common,
+        )
         for title, sources in _named(tables, name).items()
     ]
 

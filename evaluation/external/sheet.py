@@ -43,6 +43,7 @@ FREESURFER = re.compile(r"Measure:\w+|[lr]h\.\S+\.[A-Za-z0-9_]+")
 NAMES = "names"  # CAT12's column of file names
 NAME = "name"  # in Sheet.ids: a text that holds participant, session and run
 IDENTITY = ("key", "participant_id", "session", "run", "dataset")
+PREDICTED = "predicted_"  # first part of the name of a column that is a prediction
 # Columns that describe a person or a scan and are no features of the image.
 DESCRIPTIONS = frozenset({"age", "sex", "site", "diagnosis", "split", "path"})
 
@@ -82,13 +83,15 @@ class _Cells:
     notes: list[str]
 
 
-def read_sheet(source: Path | pd.DataFrame) -> Sheet:
+def read_sheet(source: Path | pd.DataFrame, *, predictions: bool = False) -> Sheet:
     """Read a table of features: a file with one of ENDINGS, or a pandas table.
+
+    With ``predictions``, columns named ``predicted_...`` are read too, whatever they predict.
 
     Raises UserError with one line that names file, row and column if the table cannot be used.
     """
     if isinstance(source, pd.DataFrame):
-        return _sheet(_cells_of_frame(source, "the DataFrame"))
+        return _sheet(_cells_of_frame(source, "the DataFrame"), predictions)
     if source.is_dir():
         raise UserError(f"{source} is a folder, not a table of features; name checkpoints before --features")
     if not source.exists():
@@ -100,7 +103,7 @@ def read_sheet(source: Path | pd.DataFrame) -> Sheet:
         )
     regular_file(source)
     reader = {".parquet": _cells_of_parquet, ".npz": _cells_of_npz}.get(ending, _cells_of_text)
-    return _sheet(reader(source))
+    return _sheet(reader(source), predictions)
 
 
 def _cells_of_text(path: Path) -> _Cells:
@@ -206,7 +209,7 @@ def _cells_of_npz(path: Path) -> _Cells:
     return _cells_of_frame(table, path.name)
 
 
-def _sheet(cells: _Cells) -> Sheet:
+def _sheet(cells: _Cells, predictions: bool) -> Sheet:
     """Divide the columns of a table into identity, features and others."""
     columns = dict(cells.columns)
     columns.pop("", None)  # row numbers, without a name
@@ -214,7 +217,8 @@ def _sheet(cells: _Cells) -> Sheet:
     features, descriptions, texts = dict[str, NDArray[np.float64]](), list[str](), list[str]()
     for column, values in columns.items():
         numbers = values if isinstance(values, np.ndarray) else _numbers(column, values, cells.where)
-        if known_name(column) in DESCRIPTIONS or looks_like_age(column):
+        predicted = predictions and column.startswith(PREDICTED)
+        if not predicted and (known_name(column) in DESCRIPTIONS or looks_like_age(column)):
             descriptions.append(column)
         elif numbers is None:
             texts.append(column)

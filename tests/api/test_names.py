@@ -27,7 +27,7 @@ PACKAGES = {
         "export",
         "pretrain",
     ],
-    "evaluation": ["Comparison", "PROTOCOLS", "compare", "evaluate"],
+    "evaluation": ["Comparison", "PROTOCOLS", "Reliability", "compare", "evaluate", "reliability"],
 }
 FUNCTIONS = [
     "add_readouts",
@@ -38,6 +38,7 @@ FUNCTIONS = [
     "export",
     "pretrain",
     "read_cohort",
+    "reliability",
     "simulate_cohort",
 ]
 # Imported before the names are used: submodules whose names could replace a function of the same name.
@@ -46,6 +47,7 @@ SUBMODULES = [
     "pretrain.weights.embedding", "pretrain.weights.write", "pretrain.weights.cli", "pretrain.cli",
     "pretrain.train", "pretrain.api",
     "evaluation.comparison.comparison", "evaluation.protocols.evaluate", "evaluation.cli", "evaluation.compare_cli",
+    "evaluation.retest.api",
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ LIBRARY_ROOMS = {
     "ray": "infra/ray_cluster.py",
     "mlflow": "infra/tracking",
     "monai": "pretrain/encoders",
+    "statsmodels": "evaluation/retest/variance.py",
     "ants": "data_pipeline/prepare/steps/antspy.py",
     "deepbet": "data_pipeline/prepare/steps/extraction.py",
     "pydicom": "data_pipeline/prepare/steps/dicom.py",

@@ -1,0 +1,133 @@
+"""From shards of travelling heads to the page by the real command: encoders, tables, predicted ages and voxels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import yaware
+from data_pipeline.shards.build import build_shards
+from data_pipeline.simulation.cohort import simulate_cohort
+from data_pipeline.storage.manifest import Manifest
+from evaluation.retest.design import design_of
+from evaluation.retest.measure import Measured, components_of, measure, standardised
+from infra import cli
+from infra.errors import UserError
+from infra.tracking import runs
+from tests.pretrain.weights.encoders import write_encoders_of
+from tests.stores import store_at
+
+OTHERS = 'split == "downstream"'
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    root = tmp_path_factory.mktemp("heads")
+    cohort = simulate_cohort(
+        root / "cohort", participants=12, travelling=12, scanners=3, repeats=2, spacing=12.0, workers=1, shares={}
+    )
+    build_shards(cohort, root / "shards", splits={"pretrain": 0.3, "downstream": 0.7})
+    truth = pd.read_csv(cohort / "truth.tsv", sep="\t")
+    return root / "shards", truth
+
+
+@pytest.fixture(scope="module")
+def tables(shards, tmp_path_factory):
+    """The true grey matter with another feature, and predicted ages with an error of 2 years."""
+    folder, (root, truth) = tmp_path_factory.mktemp("tables"), shards
+    scans = Manifest.load(root).scans
+    noise = np.random.default_rng(0).normal(size=(len(scans), 2))
+    names = {"participant_id": truth["participant_id"], "session_id": truth["session_id"]}
+    pd.DataFrame({**names, "grey_matter_ml": truth["grey_matter_ml"]}).to_csv(folder / "truth.csv", index=False)
+    pd.DataFrame({"key": scans["key"], "predicted_age": scans["age"] + 2 * noise[:, 0]}).to_csv(
+        folder / "ages.csv", index=False
+    )
+    return folder
+
+
+@pytest.mark.jobs  # 10 CPU seconds
+def test_the_command_measures_all_kinds_writes_the_page_and_logs_a_run_each(shards, tables, tmp_path, capsys):
+    root, uri = shards[0], store_at(tmp_path / "mlflow.db")
+    write_encoders_of(Manifest.load(root), tmp_path / "encoder", run_name="trained", step=7)
+    command = ["reliability", str(tmp_path / "encoder"), "--shards", str(root), "--query", OTHERS, "--voxels", "--features",
+               str(tables / "truth.csv"), "--features", str(tables / "ages.csv"), "--tracking-uri", uri,
+               "--cache", str(tmp_path), "--out", str(tmp_path / "r.html")]  # fmt: skip
+    assert cli.run(command) == 0
+    printed = capsys.readouterr().out
+    assert "people who were scanned more than once" in printed
+    summary = pd.read_csv(tmp_path / "r_summary.csv").set_index("checkpoint")
+    assert list(summary.index) == ["trained", "truth", "ages", "voxels"]
+    assert summary.loc["truth", "scanners.icc21"] == pytest.approx(1.0)  # one brain for all scans of a person
+    assert summary.loc["truth", "identification"] == 1.0
+    assert 0.5 < summary.loc["voxels", "identification"] <= 1.0
+    assert summary["identification.chance"].dropna().to_numpy() == pytest.approx(1 / summary["people"].iloc[0])
+    assert np.isnan(summary.loc["ages", "identification"])  # predictions only
+    assert summary.loc["ages", "scanners.sd.age"] == pytest.approx(2.0, rel=0.35)
+    assert summary.loc["ages", "scanners.icc21.age"] > 0.9
+    icc = pd.read_csv(tmp_path / "r_icc.csv")
+    known = icc[icc["icc21_low"].notna()]  # a feature that varies in one person only has no interval
+    assert len(known) > len(icc) / 2
+    assert (known["icc21_low"] <= known["icc21"] + 1e-9).all()
+    assert set(icc["kind"]) == {"feature", "component", "prediction"}
+    page = (tmp_path / "r.html").read_text()
+    assert "Simulated data" in page
+    assert "Retest error" in page
+    assert (tmp_path / "r.png").stat().st_size > 5000
+    assert "\\toprule" in (tmp_path / "r.tex").read_text()
+    logged = runs.runs(uri, "yaware", "reliability")
+    assert {run["name"] for run in logged} == {f"reliability of {n} step {s}" for n, s in
+                                               (("trained", 7), ("truth", 0), ("ages", 0), ("voxels", 0))}  # fmt: skip
+    by_name = {run["tags"]["yaware.run_name"]: run for run in logged}
+    assert by_name["truth"]["metrics"]["scanners.icc21"] == pytest.approx(1.0)
+    assert by_name["trained"]["status"] == "FINISHED"
+    artifact = runs.download(uri, by_name["trained"]["run_id"], "reliability", tmp_path / "copy")
+    assert (pd.read_csv(artifact / "icc.csv")["kind"] == "feature").any()
+
+
+def test_an_encoder_is_not_measured_on_people_of_its_training(shards, tmp_path):
+    root = shards[0]
+    write_encoders_of(Manifest.load(root), tmp_path / "encoder", run_name="trained", step=7)
+    with pytest.raises(UserError, match="pretrained on participants of the test scans"):
+        yaware.reliability(tmp_path / "encoder", root, cache=tmp_path, tracking_uri=store_at(tmp_path / "m.db"))
+
+
+def test_wrong_arguments_are_one_line_and_write_nothing(shards, tables, tmp_path, capsys):
+    root = str(shards[0])
+    assert cli.run(["reliability", "--shards", root]) == 2
+    assert "there is nothing to measure" in capsys.readouterr().err
+    half = pd.read_csv(tables / "ages.csv").iloc[::2]
+    half.to_csv(tmp_path / "half.csv", index=False)
+    command = ["reliability", "--shards", root, "--cache", str(tmp_path), "--out", str(tmp_path / "r.html")]
+    assert cli.run([*command, "--features", str(tmp_path / "half.csv")]) == 2
+    assert (
+        "half.csv has no features of 36 of the 72 scans of people who were scanned more than once"
+        in capsys.readouterr().err
+    )
+    assert cli.run([*command, "--voxels", "--features", str(tables / "ages.csv"), "--name", "a", "--name", "b"]) == 2
+    assert "--name is given 2 times and --features 1 times" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_age_errors_leave_out_true_ageing_and_a_constant_feature_has_no_correlation(shards):
+    design = design_of(Manifest.load(shards[0]))
+    ageing = design.ages + np.arange(len(design.rows)) % 5
+    older = type(design)(**{**vars(design), "ages": ageing})
+    features = np.random.default_rng(0).normal(size=(len(design.rows), 3))
+    features[:, 1] = 4.0
+    found = measure(Measured(features, ["a", "b", "c"], {"age": ageing + 1.0, "sex": ageing}), older)
+    retest = found.retest.set_index(["compared", "name"])
+    assert retest.loc[("scanners", "age"), "sd"] == pytest.approx(0.0, abs=1e-6)
+    assert retest.loc[("scanners", "sex"), "sd"] > 1.0
+    assert list(retest["unit"].unique()) == ["years", ""]
+    rows = found.icc[found.icc["kind"] == "feature"].set_index("name")
+    assert rows.loc["b", "icc21"].isna().all()
+    assert rows.loc["a", "icc21"].notna().all()
+
+
+def test_components_are_the_scans_on_the_axes_of_largest_variance():
+    values = standardised(np.random.default_rng(1).normal(size=(30, 5)) @ np.diag([5.0, 4, 3, 2, 1]) + 7)
+    found = components_of(values, 5)
+    np.testing.assert_allclose(found @ found.T, values @ values.T, atol=1e-9)
+    assert (np.diff(found.var(0)) <= 1e-9).all()
+    assert components_of(np.zeros((4, 3))).shape == (4, 0)
