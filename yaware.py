@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data_pipeline import AUGMENTATIONS as AUGMENTATIONS
     from data_pipeline import Manifest as Manifest
+    from data_pipeline import PrepareRecipe as PrepareRecipe
     from data_pipeline import TwoViewLoader as TwoViewLoader
     from data_pipeline import build_shards as build_shards
+    from data_pipeline import prepare_cohort as prepare_cohort
     from data_pipeline import read_cohort as read_cohort
     from data_pipeline import simulate_cohort as simulate_cohort
     from evaluation import PROTOCOLS as PROTOCOLS
@@ -46,6 +48,7 @@ _PACKAGES = {
     "LOSSES": "pretrain",
     "Manifest": "data_pipeline",
     "PROTOCOLS": "evaluation",
+    "PrepareRecipe": "data_pipeline",
     "Recipe": "pretrain",
     "Reliability": "evaluation",
     "Run": "pretrain",
@@ -56,6 +59,7 @@ _PACKAGES = {
     "embed": "pretrain",
     "evaluate": "evaluation",
     "export": "pretrain",
+    "prepare_cohort": "data_pipeline",
     "pretrain": "pretrain",
     "read_cohort": "data_pipeline",
     "reliability": "evaluation",

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from data_pipeline.cohort.read import read_cohort as read_cohort
     from data_pipeline.loading.augment import AUGMENTATIONS as AUGMENTATIONS
     from data_pipeline.loading.loader import TwoViewLoader as TwoViewLoader
+    from data_pipeline.prepare.driver import prepare_cohort as prepare_cohort
+    from data_pipeline.prepare.settings import PrepareRecipe as PrepareRecipe
     from data_pipeline.shards.build import build_shards as build_shards
     from data_pipeline.simulation.cohort import simulate_cohort as simulate_cohort
     from data_pipeline.storage.manifest import Manifest as Manifest
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
 _MODULES = {
     "AUGMENTATIONS": "data_pipeline.loading.augment",
     "Manifest": "data_pipeline.storage.manifest",
+    "PrepareRecipe": "data_pipeline.prepare.settings",
     "TwoViewLoader": "data_pipeline.loading.loader",
     "build_shards": "data_pipeline.shards.build",
+    "prepare_cohort": "data_pipeline.prepare.driver",
     "read_cohort": "data_pipeline.cohort.read",
     "simulate_cohort": "data_pipeline.simulation.cohort",
 }

@@ -13,7 +13,16 @@ import yaware
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
-    "data_pipeline": ["AUGMENTATIONS", "Manifest", "TwoViewLoader", "build_shards", "read_cohort", "simulate_cohort"],
+    "data_pipeline": [
+        "AUGMENTATIONS",
+        "Manifest",
+        "PrepareRecipe",
+        "TwoViewLoader",
+        "build_shards",
+        "prepare_cohort",
+        "read_cohort",
+        "simulate_cohort",
+    ],
     "pretrain": [
         "ENCODERS",
         "Embedder",
@@ -36,6 +45,7 @@ FUNCTIONS = [
     "embed",
     "evaluate",
     "export",
+    "prepare_cohort",
     "pretrain",
     "read_cohort",
     "reliability",
