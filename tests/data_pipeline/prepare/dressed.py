@@ -13,7 +13,7 @@ from tests.data_pipeline.prepare.phantoms import turned
 
 BRAIN = 0.15  # of the brightest voxel: above it is brain, below noise
 # Layers around the brain: outer border in mm, and intensity as a share of the brightest voxel.
-LAYERS = ((3.0, 0.12), (9.0, 0.04), (15.0, 0.8))
+LAYERS = ((2.0, 0.12), (8.0, 0.04), (14.0, 0.8))
 NECK = 50.0  # mm, radius
 MARGIN, BELOW = 24.0, 72.0  # mm around the brain's box, and below it
 
