@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from evaluation.comparison import age_and_site, curves, report, tables
+from evaluation.comparison import age_and_site, curves, repeats, report, tables
 from evaluation.comparison.evaluations import CheckpointEvaluation, RunRow, last_steps, read_evaluations
 from evaluation.comparison.formats import LABELS, rows_of, with_interval
 from evaluation.protocols.variant import unlike_published
@@ -62,6 +62,7 @@ class Comparison:
         superseded: evaluations with results that newer ones replace, a line each.
         provenance: a row per evaluation run: where the checkpoint and its results come from.
         recipes: pretraining -> key -> value.
+        reliability: a row per checkpoint that `yaware reliability` measured: the columns of ``repeats.COLUMNS``.
     """
 
     experiment: str
@@ -77,6 +78,7 @@ class Comparison:
     superseded: list[str] = field(default_factory=list)
     provenance: list[dict[str, str]] = field(default_factory=list)
     recipes: dict[str, dict[str, str]] = field(default_factory=dict)
+    reliability: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=repeats.COLUMNS))
 
     @cached_property
     def subgroups(self) -> pd.DataFrame:
@@ -121,6 +123,7 @@ class Comparison:
         """Every table by the name of its attribute."""
         names = (
             "metrics", "differences", "curves", "curve_differences", "subgroups", "calibration", "site_leakage", "brain_age",
+            "reliability",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -238,6 +241,7 @@ def compare(
         unpaired=unpaired + unpaired_curves, superseded=superseded,
         provenance=[_provenance(evaluation, run) for evaluation in evaluations for run in evaluation.runs],
         recipes={name: run["params"] for name, run in pretrainings.items()},
+        reliability=repeats.reliability_table(uri, experiment, evaluations),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from evaluation.comparison import repeats
 from evaluation.comparison.formats import COVERS_BOTH, COVERS_PEOPLE, LABELS, number, p_text, rows_of, signed
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ def to_latex(comparison: Comparison) -> str:
             "the gap's linear dependence on age, which is estimated on participants outside the fold."
         )
         tables.append((_brain_age(comparison), caption))
+    if len(comparison.reliability):
+        caption = (
+            "Reliability in people who were scanned several times. ICC: median and quartiles over features. Rates: "
+            "95\\,\\% interval and chance."
+        )
+        tables.append(((repeats.HEAD, repeats.rows_as_text(comparison)), caption))
     note = " Simulated data." if comparison.simulated else ""
     head = f"% experiment {' '.join(comparison.experiment.split())}; needs \\usepackage{{booktabs}}\n"
     return head + "\n".join(latex_table(*content, caption + note) for content, caption in tables)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.comparison import maps, plots, sections
+from evaluation.comparison import maps, plots, repeats, sections
 from evaluation.comparison.formats import COVERS_BOTH, COVERS_PEOPLE
 from evaluation.comparison.latex import to_latex
 from evaluation.statistics.subgroups import MINIMUM, MINIMUM_OF_A_CLASS
@@ -111,6 +111,12 @@ SECTIONS: dict[str, Section] = {
     "site_age": Section(
         "Site and age", text=sections.site_and_age,
         applies=lambda comparison: len(comparison.site_leakage) + len(comparison.brain_age) > 0,
+    ),
+    "reliability": Section(
+        "Reliability beside accuracy",
+        "In people who were scanned several times (yaware reliability). ICC(2,1): the share of a feature's variance that is a person's own; constant offsets of scanners count as error; in brackets quartiles over features. ICC(3,1): without these offsets. "
+        "Identified: share of scans whose nearest scan from another scanner is of the same person; scanner recognised: balanced accuracy; in brackets 95 % interval and chance. In the plot up and to the right is better; the dashed line is an ICC of 0.75.",
+        repeats.section, repeats.draw, applies=lambda comparison: len(comparison.reliability) > 0,
     ),
     "embedding_age": Section(
         "What the features hold",

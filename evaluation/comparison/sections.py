@@ -119,19 +119,18 @@ def _curve_differences(comparison: Comparison, task: str, sizes: Sequence[int]) 
 
 
 def published_tasks(comparison: Comparison) -> list[str]:
-    """Return the tasks of the comparison for which the paper gives values."""
-    return [task for task in comparison.tasks if task in PUBLISHED]
+    """Return the tasks of the comparison for which the paper gives values; none if scans are simulated."""
+    return [] if comparison.simulated else [task for task in comparison.tasks if task in PUBLISHED]
 
 
 def published(comparison: Comparison) -> str:
     """Return the paper's values, marked as such."""
     tasks = published_tasks(comparison)
-    simulated = " The scans above are simulated." if comparison.simulated else ""
     note = (
         f"<p class='note'>These values were not measured here. They are AUCs of linear probes on the encoder's own pooled features "
         f"alone, without readouts or covariates, after pretraining on 10,000 scans, read off the figure of {SOURCE}. The scans differ "
         "from those above, so compare the shape of the curves, not the values, and only with results of the same method, which the "
-        f"last column names.{simulated}</p>"
+        f"last column names.</p>"
     )
     methods = list(next(iter(PUBLISHED[tasks[0]].values())))
     rows = [

@@ -6,7 +6,7 @@ import pytest
 
 from evaluation import compare
 from infra.tracking.tracker import Tracker
-from tests.evaluation.comparison.stored import log_evaluation, people
+from tests.evaluation.comparison.stored import log_evaluation, log_reliability, people
 from tests.stores import store_at
 
 
@@ -46,6 +46,10 @@ def store(tmp_path_factory):
         tasks=("age",), params={"leave_site_out": "True"}, halves=False,
         metrics={"age.mae": 5.5, "age.mae.low": 5.0, "age.mae.high": 6.0},
     )  # fmt: skip
+    log_reliability(uri, "y-aware", 200, 0.5)  # measured again below
+    log_reliability(uri, "y-aware", 200, 0.8)
+    log_reliability(uri, "SimCLR", 200, 0.6)
+    log_reliability(uri, "SimCLR", 200, 0.1, weights="6" * 64)  # other weights of the same name
     return uri
 
 

@@ -70,6 +70,26 @@ def resamples(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "metric", "kind", "number", "side", "value", "chance"])
 
 
+def log_reliability(uri: str, name: str, step: int, icc: float, weights="5" * 64, experiment="kept") -> str:
+    """Log a run of ``yaware reliability`` and return its id."""
+    tags = {
+        "yaware.kind": "reliability",
+        "yaware.run_name": name,
+        "yaware.step": str(step),
+        "yaware.weights_sha256": weights,
+    }
+    tracker = Tracker.open(uri, experiment, f"reliability of {name} step {step}", tags=tags)
+    metrics = {
+        "scanners.icc21": icc, "scanners.icc21.q25": icc - 0.1, "scanners.icc21.q75": icc + 0.05, "repeats.icc21": 0.99,
+        "scanners.icc31": icc + 0.02, "identification": 0.8, "identification.low": 0.7, "identification.high": 0.9,
+        "identification.chance": 0.05, "scanners.sd.age": 2.5, "scanners.sd.age.low": 2.0, "scanners.sd.age.high": 3.0,
+        "scanner": 0.3, "scanner.low": 0.2, "scanner.high": 0.4, "scanner.chance": 0.125,
+    }  # fmt: skip
+    tracker.log_metrics([(key, value, step) for key, value in metrics.items()])
+    tracker.end()
+    return str(tracker.run_id)
+
+
 def log_evaluation(
     uri: str, folder, name: str, *, step: int, skill: float, scans: pd.DataFrame, tasks=tuple(TITLES), experiment="kept",
     simulated=True, tags=None, params=None, metrics=None, saliency=False, sizes=(20, 40, 80), halves=True,

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 import evaluation
+from evaluation.comparison.repeats import COLUMNS
 from evaluation.comparison.tables import METRIC_COLUMNS
 from infra import cli
 
@@ -55,6 +56,7 @@ def test_every_table_of_a_comparison_is_a_data_frame_with_its_documented_columns
         "calibration": ["checkpoint", "task", "predicted", "observed", "low", "high", "scans"],
         "site_leakage": ["checkpoint", "sites", "bacc", "chance", "leakage", "external_mae", "openbhb"],
         "brain_age": ["checkpoint", "task", "mae", "slope", "r_raw", "gap_sd", "r_corrected"],
+        "reliability": COLUMNS,
     }  # fmt: skip
     assert {name: list(table.columns) for name, table in comparison.tables.items()} == documented
     for name, table in comparison.tables.items():

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evaluation.comparison import sections
+from evaluation.comparison import repeats, sections
 from evaluation.comparison.latex import escape, to_latex
 from evaluation.comparison.plots import calibration, forest, learning_curves, running_mean, steps, style
 from evaluation.comparison.report import SECTIONS
@@ -35,8 +35,8 @@ def page(written):
 def test_the_page_has_every_section_that_applies(page):
     titles = dict(re.findall(r'<h2 id="(\w+)">([^<]+)</h2>', page))
     assert titles == {
-        name: section.title for name, section in SECTIONS.items() if name not in ("umap", "chosen")
-    }  # none were stored
+        name: section.title for name, section in SECTIONS.items() if name not in ("umap", "chosen", "published")
+    }  # none were stored; the scans are simulated
     assert re.findall(r'<a href="#(\w+)">', page) == list(titles)
 
 
@@ -61,7 +61,7 @@ def test_text_from_the_store_is_escaped(page):
 
 def test_simulated_scans_are_marked(comparison, page):
     assert "<strong>Simulated data.</strong>" in page
-    assert to_latex(comparison).count("Simulated data.") == 4
+    assert to_latex(comparison).count("Simulated data.") == 5
     for evaluation in comparison.evaluations:
         evaluation.run["tags"]["yaware.simulated"] = "False"
     try:
@@ -110,13 +110,40 @@ def test_the_unit_of_an_error_is_named_for_ages_only(comparison):
         assert {axis.get_xlabel() for axis in forest(each).axes if "MAE" in axis.get_xlabel()} == {label}
 
 
-def test_published_values_are_marked_as_not_measured(comparison, page):
-    assert sections.published_tasks(comparison) == ["scz"]
+def test_published_values_are_marked_as_not_measured_and_left_out_for_simulated_scans(comparison, page):
+    real = tagged(comparison, simulated="False")
+    assert sections.published_tasks(real) == ["scz"]
+    section = f'<h2 id="published">{sections.published(real)}</section>'
     assert (
-        cells_of(page, "published", "schizophrenia, 500 training scans")[1] == f"{PUBLISHED['scz'][500]['y-Aware']:.3f}"
+        cells_of(section, "published", "schizophrenia, 500 training scans")[1]
+        == f"{PUBLISHED['scz'][500]['y-Aware']:.3f}"
     )
-    assert "These values were not measured here." in page
-    assert "class='reference'" in page
+    assert "These values were not measured here." in section
+    assert "class='reference'" in section
+    assert comparison.simulated
+    assert sections.published_tasks(comparison) == []
+    assert "Published values" not in page
+
+
+def test_reliability_is_shown_beside_accuracy_for_the_checkpoints_that_were_measured(comparison, page):
+    table = comparison.reliability.set_index("checkpoint")
+    assert set(table.index) == {each.name for each in comparison.evaluations if (each.step, each.run["tags"]["yaware.run_name"])
+                                in ((200, "y-aware"), (200, "SimCLR"))}  # fmt: skip
+    assert table.loc[Y_AWARE, "icc21"] == pytest.approx(0.8)  # the newest run
+    assert table.loc[Y_AWARE, "compared"] == "scanners"
+    assert table.loc[Y_AWARE, "age_sd_high"] == pytest.approx(3.0)
+    assert table.loc[Y_AWARE, "scanner_chance"] == pytest.approx(0.125)
+    assert table.loc["SimCLR, linear", "icc21"] == pytest.approx(0.6)  # not that of other weights
+    assert np.isnan(table.loc[Y_AWARE, "icc31_q25"])  # not logged
+    assert cells_of(page, "reliability", Y_AWARE)[2] == "0.80 [0.70, 0.85]"
+    assert cells_of(page, "reliability", Y_AWARE)[5] == "0.80 [0.70, 0.90; 0.05]"
+    axes = repeats.draw(comparison).axes
+    assert [axis.get_title() for axis in axes if axis.get_visible()] == [
+        task.title for task in comparison.tasks.values()
+    ]
+    by_title = {axis.get_title(): axis for axis in axes}
+    assert by_title["age"].yaxis_inverted()
+    assert not by_title["schizophrenia"].yaxis_inverted()
 
 
 def tagged(comparison, **tags):
@@ -157,7 +184,7 @@ def test_published_curves_are_drawn_for_real_scans_only(comparison):
     ],
 )
 def test_published_values_name_the_results_of_the_same_method_or_say_what_differs(comparison, tags, expected):
-    changed = tagged(comparison, **tags)
+    changed = tagged(comparison, simulated="False", **tags)
     section = f'<h2 id="published">{sections.published(changed)}</section>'
     cells = cells_of(section, "published", "schizophrenia, 500 training scans")
     if tags:
@@ -213,13 +240,14 @@ def test_every_table_is_a_csv_file_beside_the_page(comparison, written):
         np.testing.assert_array_equal(stored[numbers].to_numpy(float), table[numbers].to_numpy(float))
 
 
-def test_latex_has_metrics_differences_site_leakage_and_brain_age(comparison, written):
+def test_latex_has_metrics_differences_site_leakage_brain_age_and_reliability(comparison, written):
     text = next(path for path in written if path.suffix == ".tex").read_text()
     assert text == to_latex(comparison)
     tables = text.split("\\begin{table}")[1:]
     heads = [table.split("\\toprule\n")[1].split(" \\\\")[0].split(" & ") for table in tables]
     assert [head[:2] for head in heads] == [
         ["checkpoint", "schizophrenia, AUC"], ["task", "metric"], ["checkpoint", "sites"], ["checkpoint", "task"],
+        ["checkpoint", "compared"],
     ]  # fmt: skip
     for table, head in zip(tables, heads, strict=True):
         body = table.split("\\midrule\n")[1].split("\\bottomrule")[0].splitlines()
