@@ -22,7 +22,7 @@ def curves_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
     for evaluation in evaluations:
         for task, size, draws in _by_task_and_size(evaluation.curve):
             aucs, test_people = draws["auc"].to_numpy(float), _test_people(evaluation.predictions_of(task))
-            value, low, high, _ = corrected_interval(aucs, size, test_people)
+            value, low, high, _ = corrected_interval(aucs, size, test_people, bounds=(0.0, 1.0))
             rows.append((evaluation.name, task, size, len(draws), value, low, high))
     return pd.DataFrame(rows, columns=CURVE_COLUMNS)
 

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from evaluation.comparison.curves import why_draws_differ
 from evaluation.comparison.evaluations import CheckpointEvaluation
-from evaluation.statistics.metrics import HIGHER_IS_BETTER
+from evaluation.statistics.intervals import UNBOUNDED
+from evaluation.statistics.metrics import HIGHER_IS_BETTER, value_range
 from evaluation.statistics.training_sets import TrainingSetInterval, refitted_p, training_set_interval
 
 BOTH = "people and training sets"  # what an interval covers
@@ -19,7 +20,7 @@ KEYS = ["kind", "number", "side"]
 def metric_interval(evaluation: CheckpointEvaluation, task: str, metric: str) -> TrainingSetInterval | None:
     """Return a metric's mean over repeats with its interval; None if the evaluation has too few halvings."""
     table = _resamples(evaluation, task, metric)
-    return _interval(table, table["value"].to_numpy(float))
+    return _interval(table, table["value"].to_numpy(float), value_range(evaluation.kind(task), metric))
 
 
 def chance_test(evaluation: CheckpointEvaluation, task: str, metric: str) -> tuple[float, str]:
@@ -62,7 +63,9 @@ def _resamples(evaluation: CheckpointEvaluation, task: str, metric: str) -> pd.D
     return table[(table["task"] == task) & (table["metric"] == metric)]
 
 
-def _interval(table: pd.DataFrame, values: NDArray[np.float64]) -> TrainingSetInterval | None:
+def _interval(
+    table: pd.DataFrame, values: NDArray[np.float64], bounds: tuple[float, float] = UNBOUNDED
+) -> TrainingSetInterval | None:
     """Return the interval of ``values`` (rows,), one for each row of ``table``."""
     kinds, numbers, sides = (table[name].to_numpy() for name in KEYS)
     half = kinds == "half"
@@ -70,5 +73,5 @@ def _interval(table: pd.DataFrame, values: NDArray[np.float64]) -> TrainingSetIn
     pairs = halves.pivot(index="number", columns="side", values="value").dropna()
     if pairs.shape[1] != 2:
         return None
-    interval = training_set_interval(values[kinds == "repeat"], pairs.to_numpy(float))
+    interval = training_set_interval(values[kinds == "repeat"], pairs.to_numpy(float), bounds=bounds)
     return interval if np.isfinite(interval.error) else None

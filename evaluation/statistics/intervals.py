@@ -12,12 +12,13 @@ from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from infra import random_streams
 
 RESAMPLES = 2000
 LEVEL = 0.95
+UNBOUNDED = (-np.inf, np.inf)
 MOST_WEIGHTS = 4_000_000  # held in memory at a time: 32 MB
 
 
@@ -96,8 +97,33 @@ def bca_limits(
     return float(low), float(high)
 
 
+def limits_in_range(value: float, half: float, bounds: tuple[float, float] = UNBOUNDED) -> tuple[float, float]:
+    """Return the limits of an interval of half the width ``half`` around ``value`` that stay inside ``bounds``.
+
+    Between two bounds a and b the interval is symmetric on the logit scale, log((v - a) / (b - v)); with one bound, on the
+    logarithm of the distance from it. Its half width there is ``half`` times the derivative (the delta method; for the AUC see
+    Pepe, The Statistical Evaluation of Medical Tests, 2003, Section 5.2; on (-1, 1) it is Fisher's z). A value at a bound has
+    the plain limits, cut off there.
+    """
+    low, high = bounds
+    if not (np.isfinite(low) or np.isfinite(high)) or not np.isfinite(half):
+        return value - half, value + half
+    if not low < value < high:
+        return max(value - half, low), min(value + half, high)
+    if np.isfinite(low) and np.isfinite(high):
+        share = (value - low) / (high - low)
+        centre, reach = float(special.logit(share)), half / (high - low) / (share * (1 - share))
+        limits = special.expit(np.array([centre - reach, centre + reach]))
+        return float(low + (high - low) * limits[0]), float(low + (high - low) * limits[1])
+    if np.isfinite(low):
+        factor = float(np.exp(min(half / (value - low), 700.0)))
+        return low + (value - low) / factor, low + (value - low) * factor
+    factor = float(np.exp(min(half / (high - value), 700.0)))
+    return high - (high - value) * factor, high - (high - value) / factor
+
+
 def corrected_interval(
-    values: NDArray[Any], n_train: int, n_test: int, level: float = LEVEL
+    values: NDArray[Any], n_train: int, n_test: int, level: float = LEVEL, bounds: tuple[float, float] = UNBOUNDED
 ) -> tuple[float, float, float, float]:
     """Return mean, low, high and the p value of a zero mean for a metric (or a difference of metrics) over random splits.
 
@@ -112,6 +138,7 @@ def corrected_interval(
         n_train: number of training participants of each split.
         n_test: number of test participants of each split.
         level: of the interval.
+        bounds: of the metric; the interval stays inside (``limits_in_range``).
 
     Raises:
         ValueError: if ``n_train`` or ``n_test`` is below 1.
@@ -125,7 +152,7 @@ def corrected_interval(
     error = float(np.sqrt((1 / count + n_test / n_train) * values.var(ddof=1)))
     half = float(stats.t.ppf((1 + level) / 2, count - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error else float(mean == 0)
-    return mean, mean - half, mean + half, p
+    return (mean, *limits_in_range(mean, half, bounds), p)
 
 
 def participant_codes(groups: NDArray[Any]) -> NDArray[np.int64]:

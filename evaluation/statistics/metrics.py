@@ -22,9 +22,9 @@ from evaluation.statistics.intervals import Statistic, with_interval
 from evaluation.statistics.paired import paired_difference
 
 __all__ = [
-    "HIGHER_IS_BETTER", "METRICS", "PROBABILITY_METRICS", "Statistic", "accuracy_at_zero", "auc", "average_precision",
+    "HIGHER_IS_BETTER", "METRICS", "PROBABILITY_METRICS", "RANGES", "Statistic", "accuracy_at_zero", "auc", "average_precision",
     "balanced_accuracy", "brier", "chance_level", "macro_auc", "mae", "openbhb_score", "paired_difference", "pearson", "r2",
-    "site_leakage", "with_interval",
+    "site_leakage", "value_range", "with_interval",
 ]  # fmt: skip
 
 
@@ -154,6 +154,17 @@ PROBABILITY_METRICS: dict[str, dict[str, Statistic]] = {
 HIGHER_IS_BETTER = {
     "auc": True, "bacc": True, "ap": True, "brier": False, "mae": False, "r2": True, "pearson": True,
 }  # fmt: skip
+
+
+RANGES = {
+    "auc": (0.0, 1.0), "bacc": (0.0, 1.0), "ap": (0.0, 1.0), "brier": (0.0, 1.0), "mae": (0.0, np.inf), "r2": (-np.inf, 1.0),
+    "pearson": (-1.0, 1.0),
+}  # fmt: skip
+
+
+def value_range(kind: str, metric: str) -> tuple[float, float]:
+    """Return the least and the greatest value of a metric for a kind of task; the Brier score of K classes goes up to 2."""
+    return (0.0, 2.0) if (kind, metric) == ("multiclass", "brier") else RANGES[metric]
 
 
 def chance_level(kind: str, labels: NDArray[Any]) -> float:

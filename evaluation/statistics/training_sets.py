@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from evaluation.statistics.intervals import LEVEL
+from evaluation.statistics.intervals import LEVEL, UNBOUNDED, limits_in_range
 
 FEWEST_HALVINGS = 5  # with fewer the t distribution is so wide that the interval says nothing
 
@@ -55,7 +55,7 @@ class TrainingSetInterval:
 
 
 def training_set_interval(
-    repeats: NDArray[Any], halves: NDArray[Any], level: float = LEVEL
+    repeats: NDArray[Any], halves: NDArray[Any], level: float = LEVEL, bounds: tuple[float, float] = UNBOUNDED
 ) -> TrainingSetInterval:  # fmt: skip
     """Return the mean over repeats with an interval that covers the choice of test and of training participants.
 
@@ -65,6 +65,7 @@ def training_set_interval(
         repeats: (R,) the metric of each cross-validation of all participants; NaN is left out.
         halves: (M, 2) the metric of the two halves of each halving; a halving with a NaN is left out.
         level: of the interval.
+        bounds: of the metric; the interval stays inside (``intervals.limits_in_range``).
 
     Returns:
         Limits and error are NaN with fewer than FEWEST_HALVINGS halvings.
@@ -76,7 +77,7 @@ def training_set_interval(
         return TrainingSetInterval(value, float("nan"), float("nan"), float("nan"), len(halves))
     error = float(np.sqrt(np.square(halves[:, 0] - halves[:, 1]).mean() / 4))
     half = float(stats.t.ppf((1 + level) / 2, len(halves))) * error
-    return TrainingSetInterval(value, value - half, value + half, error, len(halves))
+    return TrainingSetInterval(value, *limits_in_range(value, half, bounds), error, len(halves))
 
 
 def refitted_p(value: float, permuted: NDArray[Any], higher_is_better: bool = True) -> float:

@@ -129,7 +129,9 @@ def test_learning_curves_have_intervals_corrected_for_overlapping_draws(comparis
     values = curve.loc[curve["n_train"] == 20, "auc"]
     test_people = PEOPLE / 5  # of one fold
     half = T_OF_9 * np.sqrt((1 / 10 + test_people / 20) * values.var(ddof=1))
-    assert (table["high"] - table["low"]).iloc[0] / 2 == pytest.approx(half)
+    low, value, high = (np.log(table[name].iloc[0] / (1 - table[name].iloc[0])) for name in ("low", "auc", "high"))
+    of_logit = half / (values.mean() * (1 - values.mean()))  # by the delta method
+    assert [value - low, high - value] == pytest.approx([of_logit, of_logit])
 
 
 def test_learning_curve_differences_are_paired_by_draw(comparison):

@@ -12,6 +12,7 @@ from evaluation.statistics.intervals import (
     bootstrap_weights,
     corrected_interval,
     jackknife_weights,
+    limits_in_range,
     participant_codes,
     with_interval,
 )
@@ -73,6 +74,49 @@ def test_corrected_interval_by_hand():
     assert corrected_interval(np.zeros(4), 80, 20)[1:] == (0.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="n_train=0"):
         corrected_interval(np.ones(3), 0, 20)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (0.0, np.inf), (-np.inf, 1.0), (-np.inf, np.inf)])
+def test_limits_stay_in_the_range_and_are_symmetric_on_its_scale(bounds):
+    def scale(v):  # each scale by its definition
+        low, high = bounds
+        if np.isfinite(low) and np.isfinite(high):
+            return np.log((v - low) / (high - v))
+        return np.log(v - low) if np.isfinite(low) else -np.log(high - v) if np.isfinite(high) else v
+
+    value, half, step = 0.7, 0.45, 1e-6
+    low, high = limits_in_range(value, half, bounds)
+    assert bounds[0] < low < value < high < bounds[1]
+    slope = (scale(value + step) - scale(value - step)) / (2 * step)
+    np.testing.assert_allclose([scale(low), scale(high)], scale(value) + np.array([-1, 1]) * half * slope, rtol=1e-6)
+    narrow = limits_in_range(value, 1e-5, bounds)  # a narrow interval is the plain one
+    np.testing.assert_allclose(narrow, [value - 1e-5, value + 1e-5], rtol=1e-8)
+    assert limits_in_range(1.0, 0.2, (0.0, 1.0)) == (0.8, 1.0)
+    assert np.isnan(limits_in_range(0.7, float("nan"), bounds)).all()
+
+
+@pytest.mark.parametrize("mean", [0.3, 0.8, 1.2])
+def test_corrected_intervals_on_the_logit_scale_cover_the_truth_inside_the_range(mean):
+    """The sign of the training set's mean is the prediction for the test set; the metric is the share that has it."""
+    generator, n_train, n_test, splits, runs = np.random.default_rng(9), 32, 8, 15, 600
+    right = stats.norm.cdf(mean * np.sqrt(n_train))
+    share = stats.norm.cdf(mean)
+    truth = right * share + (1 - right) * (1 - share)
+    covered = outside = plain_covered = 0
+    for _ in range(runs):
+        orders = generator.permuted(np.tile(generator.normal(mean, 1, n_train + n_test), (splits, 1)), axis=1)
+        sign = np.sign(orders[:, :n_train].mean(1, keepdims=True))
+        metric = (np.sign(orders[:, n_train:]) == sign).mean(1)
+        _, low, high, _ = corrected_interval(metric, n_train, n_test, bounds=(0.0, 1.0))
+        covered += low <= truth <= high
+        assert 0 <= low <= high <= 1
+        plain = corrected_interval(metric, n_train, n_test)
+        outside += plain[2] > 1
+        plain_covered += plain[1] <= truth <= plain[2]
+    assert 0.92 <= covered / runs <= 0.98
+    if mean > 0.5:
+        assert outside > 0.1 * runs
+        assert covered > plain_covered
 
 
 def unit(generator, kind, people, scans):
