@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 ROOT = Path("/")
 MOUNT = Path("sys/fs/cgroup")
 # Version -> files of a group's memory: the limit, what is used, and the line of memory.stat with what can be reclaimed.
@@ -40,6 +38,8 @@ def usable_cores(root: Path = ROOT) -> int:
 
 def free_memory(root: Path = ROOT) -> int:
     """Return the bytes of memory that new processes here could use."""
+    import psutil
+
     free = int(psutil.virtual_memory().available)
     for limit, used in _memory_limits(root):
         free = min(free, max(0, limit - used))
@@ -48,6 +48,8 @@ def free_memory(root: Path = ROOT) -> int:
 
 def total_memory(root: Path = ROOT) -> int:
     """Return the bytes of memory that this process and those beside it in its groups may use in all."""
+    import psutil
+
     return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _memory_limits(root))])
 
 

@@ -81,13 +81,17 @@ def batch_script(template: Template, options: Mapping[str, str], arguments: Sequ
         arguments: of the batch script.
         start: the folder in which the command runs.
 
-    The job runs YAWARE_PYTHON of this shell, for example that of an image; without it, the Python of this process.
+    The job runs YAWARE_PYTHON of this shell, for example that of an image; without it, the Python of this process. Jobs on Ray
+    are started by YAWARE_HOST_PYTHON, if this shell has it.
     """
-    python = os.environ.get("YAWARE_PYTHON") or sys.executable
+    pythons = {"YAWARE_PYTHON": os.environ.get("YAWARE_PYTHON") or sys.executable}
+    if host := os.environ.get("YAWARE_HOST_PYTHON"):
+        pythons["YAWARE_HOST_PYTHON"] = host
     lines = ["#!/bin/bash", "# Written by `yaware launch --slurm`; it can be submitted again with sbatch."]
     lines += [f"#SBATCH --{key}={_quoted(value)}" if value else f"#SBATCH --{key}" for key, value in options.items()]
-    lines += [f"SLURM_SUBMIT_DIR={shlex.quote(str(start))}", f"YAWARE_PYTHON={shlex.quote(python)}",
-              f"set -- {shlex.join(arguments)}"]  # fmt: skip
+    lines += [f"SLURM_SUBMIT_DIR={shlex.quote(str(start))}"]
+    lines += [f"export {name}={shlex.quote(python)}" for name, python in pythons.items()]
+    lines += [f"set -- {shlex.join(arguments)}"]
     return "\n".join(lines) + "\n" + template.body
 
 

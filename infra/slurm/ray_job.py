@@ -4,6 +4,9 @@ The batch scripts ``build-shards.sbatch`` and ``evaluate.sbatch`` end with this.
 command on the first node, and a Ray worker on each other node (``infra.slurm.ray_node``). SLURM signals the steps, not this
 process. When the command has ended, this process decides whether the job goes back into the queue: the command continues
 where it stopped.
+
+It needs nothing but Python itself, so that a Python of the host can run it (``YAWARE_HOST_PYTHON``) where the project's own is
+in an image (``YAWARE_PYTHON``), which has no srun.
 """
 
 from __future__ import annotations
@@ -102,6 +105,13 @@ def end_job(status: int, lost_node: bool, record: Path, variables: Mapping[str, 
     return AGAIN
 
 
+def node_python(variables: Mapping[str, str]) -> str:
+    """Return the Python of Ray's nodes and of the command: this one, or the project's beside a Python of the host."""
+    if not variables.get("YAWARE_HOST_PYTHON"):
+        return sys.executable
+    return variables.get("YAWARE_PYTHON") or ".venv/bin/python"
+
+
 def run(words: list[str], variables: Mapping[str, str]) -> tuple[int, bool]:
     """Run a command of ``yaware`` on Ray in this job; return the head's exit status, and whether a worker node was lost."""
     hosts, here = expand_hosts(variables["SLURM_JOB_NODELIST"]), variables["SLURMD_NODENAME"]
@@ -109,6 +119,7 @@ def run(words: list[str], variables: Mapping[str, str]) -> tuple[int, bool]:
     # One task a node with all CPUs of the job there, whatever the job's --ntasks-per-node and --cpus-per-task are.
     dropped = ("SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "RAY_ADDRESS")
     environment = {name: value for name, value in variables.items() if name not in dropped}
+    python = node_python(variables)
     environment |= {EXPECTED_NODES: str(len(hosts)), "PYTHONUNBUFFERED": "1",
                     "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}  # fmt: skip
 
@@ -116,14 +127,16 @@ def run(words: list[str], variables: Mapping[str, str]) -> tuple[int, bool]:
         """Start a job step with one task on each of some nodes. It survives the loss of a node or of a task."""
         options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", where, "--cpu-bind=none", "--gpu-bind=none",
                    "--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--export=ALL"]  # fmt: skip
-        command = ["srun", *options, sys.executable, "-m", "infra.slurm.ray_node", *role]
+        command = ["srun", *options, python, "-m", "infra.slurm.ray_node", *role]
         try:
             return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         except FileNotFoundError:
-            raise UserError(f"srun is not found on {here}; put SLURM's commands on PATH. An Apptainer image has none: "
-                            "run builds and evaluations from a .venv that all nodes see") from None  # fmt: skip
+            raise UserError(
+                f"srun is not found on {here}; put SLURM's commands on PATH. An Apptainer image has none: set "
+                "YAWARE_HOST_PYTHON=/usr/bin/python3, or another Python of the host, 3.10 or newer"
+            ) from None
 
-    command = [sys.executable, "-m", "infra.cli", *words]
+    command = [python, "-m", "infra.cli", *words]
     head = step(1, f"--nodelist={here}", ["head", address, *command])
     workers = step(len(hosts) - 1, f"--exclude={here}", ["worker", address, here]) if len(hosts) > 1 else None
     told = False

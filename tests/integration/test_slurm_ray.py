@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -158,12 +159,22 @@ def large_alone(large_cohort, tmp_path_factory):
 
 
 @pytest.mark.jobs
-def test_a_build_over_two_nodes_gives_the_bytes_of_one_process(job, cohort, alone):
-    done = job(Build).submit(cohort)
+def test_a_build_over_two_nodes_gives_the_bytes_of_one_process(job, cohort, alone, tmp_path):
+    """The job is that of an image: a Python of the host without any package starts the nodes, another runs all else."""
+    host, image = tmp_path / "host_python", tmp_path / "image_python"
+    host.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    image.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/words\nexec {sys.executable} "$@"\n')
+    host.chmod(0o755)
+    image.chmod(0o755)
+    done = job(Build, YAWARE_HOST_PYTHON=str(host), YAWARE_PYTHON=str(image)).submit(cohort)
     assert done.wait("COMPLETED", "FAILED")["ExitCode"] == "0:0"
     assert done.lines("ray: ") == ["ray: 2 of 2 nodes"]
     assert files(done.output) == alone
     assert not list(done.folder.glob(".requeues-*"))
+    started = (tmp_path / "words").read_text()
+    assert "infra.slurm.ray_job" not in started
+    assert started.count("infra.slurm.ray_node head") == started.count("infra.slurm.ray_node worker") == 1
+    assert "infra.cli shards build" in started
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ PRETRAIN = ["pretrain", "--config", "demo-cpu", "--run.output=my runs/one"]
 def start(tmp_path, monkeypatch):
     """The folder in which the command is typed."""
     monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith(("SBATCH_", "YAWARE_PYTHON"))]:
+    for name in [name for name in os.environ if name.startswith(("SBATCH_", "YAWARE_PYTHON", "YAWARE_HOST_PYTHON"))]:
         monkeypatch.delenv(name)
     return tmp_path
 
@@ -58,7 +58,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(start, capsys):
 #SBATCH --comment="a \\"b\\" #c"
 #SBATCH --kill-on-invalid-dep=yes
 SLURM_SUBMIT_DIR={start}
-YAWARE_PYTHON={sys.executable}
+export YAWARE_PYTHON={sys.executable}
 set -- demo-cpu '--run.output=my runs/one' --batch.global=12 '--loss.options={{tau: 1}}'
 """
         + (TEMPLATES / "pretrain.sbatch").read_text().partition("--output=%x-%j.log\n")[2]
@@ -170,7 +170,12 @@ def test_gpus_of_a_kind_set_the_ranks_of_a_node(option, ranks, capsys):
 def test_a_python_that_the_user_has_chosen_is_kept(monkeypatch, capsys):
     monkeypatch.setenv("YAWARE_PYTHON", "/images/python of yaware")
     assert launch("--dry-run", "--dependency=afterok:1", *PRETRAIN) == 0
-    assert "YAWARE_PYTHON='/images/python of yaware'" in capsys.readouterr().out.splitlines()
+    monkeypatch.setenv("YAWARE_HOST_PYTHON", "/usr/bin/python3")
+    assert launch("--dry-run", "--dependency=afterok:1", *PRETRAIN) == 0
+    first, second = capsys.readouterr().out.split("#!/bin/bash\n")[1:]
+    assert "export YAWARE_PYTHON='/images/python of yaware'" in first.splitlines()
+    assert "YAWARE_HOST_PYTHON=" not in first.split("set -- ")[0]
+    assert "export YAWARE_HOST_PYTHON=/usr/bin/python3" in second.splitlines()
 
 
 @pytest.fixture

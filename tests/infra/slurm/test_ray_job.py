@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +14,7 @@ from infra.errors import UserError
 from infra.slurm import ray_job, requeue
 from infra.slurm.ray_job import end_job, head_address, why_unfinished
 from infra.slurm.requeue import read_requeues
+from tests.runs import ROOT
 
 JOB = {"SLURM_JOB_ID": "12"}
 RUNNING = {"JobState": "RUNNING", "PreemptTime": "None"}
@@ -115,6 +118,27 @@ def test_a_job_step_of_workers_that_does_not_end_is_ended(monkeypatch, command, 
     monkeypatch.setattr(ray_job, "END_SECONDS", 2)
     with subprocess.Popen(["sh", "-c", command]) as workers:
         assert ray_job._end_well(workers) == well
+
+
+def test_a_python_without_packages_can_start_the_nodes():
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", "import infra.slurm.ray_job; print(infra.slurm.ray_job.main([]))"],
+        cwd=ROOT, capture_output=True, text=True, env={"PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "python"),
+    [
+        ({}, sys.executable),
+        ({"YAWARE_PYTHON": "/image"}, sys.executable),
+        ({"YAWARE_HOST_PYTHON": "/host", "YAWARE_PYTHON": "/image"}, "/image"),
+        ({"YAWARE_HOST_PYTHON": "/host"}, ".venv/bin/python"),
+    ],
+)
+def test_the_nodes_have_the_python_of_the_image_beside_one_of_the_host(variables, python):
+    assert ray_job.node_python(variables) == python
 
 
 def test_a_node_without_srun_is_one_line(monkeypatch, capsys, tmp_path):
