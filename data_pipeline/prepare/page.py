@@ -28,7 +28,8 @@ SHOWN = {
 }  # fmt: skip
 OWN_STYLE = f"""
 body {{ max-width: 1500px; }} td img {{ width: 560px; max-width: none; }}
-tr.refused {{ background: #fdf0e6; }} td.reason {{ max-width: 22rem; }}
+tr.refused {{ background: #fdf0e6; }} td.reason {{ min-width: 17rem; max-width: 22rem; overflow-wrap: anywhere; }}
+td.wrong {{ color: {REFUSED}; font-weight: 600; }}
 .mask {{ color: {MASK}; }} .tissue {{ color: {TISSUE}; }} td.number, th.number {{ text-align: right; }}
 @media print {{ body {{ margin: 0; max-width: none; font-size: 11px; }} tr {{ break-inside: avoid; }} }}
 """
@@ -73,7 +74,8 @@ def write_page(
         stream.write(f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}{OWN_STYLE}</style></head><body>")
         stream.write(f"<h1>{title}</h1><p class='note'>Pipeline {recipe.pipeline}, {recipe.grid}. {len(scans)} scans: ")
         stream.write(f"{len(scans) - refused} prepared, {refused} refused.</p>{banner}")
-        stream.write(html_image(_histograms(figures, scans, outcomes, recipe), "histograms of the figures"))
+        if figures:
+            stream.write(html_image(_histograms(figures, scans, outcomes, recipe), "histograms of the figures"))
         stream.write(f"<h2>Scans</h2><p class='note'>{note}</p><div class='scroll'><table><tr><th>scan</th>")
         stream.write(f"<th>sagittal, coronal, axial</th>{heads}</tr>")
         stream.writelines(rows)
@@ -98,7 +100,11 @@ def _row(
         image = (
             f"<a href='{html.escape(picture.relative_to(folder).as_posix())}'>{RECORDS}/{html.escape(picture.name)}</a>"
         )
-    cells = "".join(f"<td class='number'>{_shown(outcome.figures.get(figure))}</td>" for figure in figures)
+    rule = outcome.refused[1] if outcome.refused else ""
+    cells = "".join(
+        f"<td class='number{' wrong' if figure == rule else ''}'>{_shown(outcome.figures.get(figure))}</td>"
+        for figure in figures
+    )
     reason = f"<br>{html.escape(f'{outcome.refused[1]}: {outcome.refused[0]}')}" if outcome.refused else ""
     style = " class='refused'" if outcome.refused else ""
     key = html.escape(scan.key)
@@ -115,7 +121,7 @@ def _histograms(
     """A histogram of each figure, stacked by whether scans are refused, with the limits as dashed lines."""
     plt = pyplot()
     columns = 4
-    lines = max(1, -(-len(figures) // columns))
+    lines = -(-len(figures) // columns)
     drawing, axes = plt.subplots(lines, columns, figsize=(12, 2.4 * lines), layout="constrained", squeeze=False)
     for axis, figure in zip(axes.flat, figures, strict=False):
         groups = [
@@ -132,9 +138,9 @@ def _histograms(
             if low - (high - low) <= limit <= high + (high - low):
                 axis.axvline(limit, color="black", lw=1.0, ls="--")
         axis.set_xlabel(SHOWN[figure][0])
+        axis.yaxis.get_major_locator().set_params(integer=True)
     for axis in axes.flat[len(figures) :]:
         axis.axis("off")
-    if figures:
-        axes[0][0].legend(fontsize=8)
-        axes[0][0].set_ylabel("scans")
+    axes[0][0].legend(fontsize=8)
+    axes[0][0].set_ylabel("scans")
     return as_png(drawing)

@@ -178,9 +178,19 @@ def test_a_refused_scan_is_first_on_the_page_with_its_reason_and_many_pictures_s
     assert re.findall(r"<strong>(small_[^<]*)</strong>", page)[0] == "small_sub-01_ses-1"
     assert "brain_ml: its &lt;brain&gt; has 90 ml" in page
     assert "5 scans: 4 prepared, 1 refused" in page
+    assert re.findall(r"<td class='number wrong'>([^<]*)", page) == ["90"]
     linked = re.findall(r"<a href='([^']*)'>", page)
     assert len(linked) == 3
     assert all((out / link).is_file() for link in linked)
+
+
+def test_a_page_without_any_figure_has_no_histograms(raw, tmp_path):
+    cohort = driver.read_raw_cohort(raw, tmp_path)
+    refused = Outcome({}, ("every voxel is 0", "constant", 0.0, None))
+    outcomes = {scan.key: refused for scan in cohort.scans}
+    page = write_page(tmp_path, cohort.name, small_recipe(), cohort.scans, outcomes, cohort.roots).read_text()
+    assert "<img" not in page
+    assert page.count("constant: every voxel is 0") == len(cohort.scans) == page.count("no picture: refused before")
 
 
 def test_another_recipe_needs_another_folder(raw, prepared, tmp_path):
