@@ -171,6 +171,13 @@ def check_batch_build(arguments: list[str], size: JobSize) -> CheckedCommand:
     return CheckedCommand(arguments[1:], options.out)
 
 
+def check_batch_prepare(arguments: list[str], size: JobSize) -> CheckedCommand:
+    """Check the arguments of ``yaware cohort prepare`` for a batch job. Raises UserError."""
+    from data_pipeline.prepare.cli import check_batch
+
+    return check_batch(arguments, size)
+
+
 def _append(options: argparse.Namespace) -> int:
     from data_pipeline.shards.append import append_shards
     from data_pipeline.storage.manifest import Manifest
@@ -271,4 +278,6 @@ RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": _verify,
 }  # fmt: skip
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"cohort": cohort, "shards": shards}
-BATCH_CHECKS: dict[str, Callable[[list[str], JobSize], CheckedCommand]] = {"shards": check_batch_build}
+BATCH_CHECKS: dict[str, Callable[[list[str], JobSize], CheckedCommand]] = {
+    "cohort": check_batch_prepare, "shards": check_batch_build,
+}  # fmt: skip

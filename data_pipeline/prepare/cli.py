@@ -26,9 +26,12 @@ from data_pipeline.prepare.settings import PrepareRecipe, load_prepare_recipe
 from data_pipeline.prepare.steps.dicom import find_series
 from infra import ray_cluster
 from infra.errors import UserError
+from infra.files import check_output, read_text
 from infra.processes.allowance import usable_cores
 from infra.processes.scratch import scratch_folder
 from infra.progress import clock
+from infra.slurm.batch_script import RECIPE_COPY, CheckedCommand, JobSize
+from infra.slurm.parser import OneLineParser
 
 LISTED = 20  # scans that a dry run names
 TIMED = 2  # scans that a dry run prepares for its estimate
@@ -70,6 +73,26 @@ def run_prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     done = prepare_cohort(options.raw, options.out, recipe, workers=options.workers, gpu=options.gpu, **reading)
     _report(done)
     return 0 if done.prepared else 1
+
+
+def check_batch(arguments: Sequence[str], size: JobSize) -> CheckedCommand:
+    """Check the arguments of ``yaware cohort prepare`` for a batch job, which keeps a copy of the recipe. Raises UserError."""
+    parser = OneLineParser(prog="yaware cohort prepare")
+    add_prepare_arguments(parser)
+    options, overrides = parser.parse_known_args(arguments[1:])
+    if options.dry_run:
+        raise UserError("--dry-run of the preparation does nothing in a job; run it here, without launch --slurm")
+    check_recipe(recipe_of(options, overrides))
+    ray_cluster.check_workers(options.workers)
+    if not size.waits and not Path(options.raw).exists():
+        raise UserError(f"{options.raw} is not there; give the folder or table of the raw scans")
+    check_output(options.out, "OUT")
+    if options.recipe is None:
+        return CheckedCommand(list(arguments[1:]), options.out)
+    words, given = list(arguments[1:]), str(options.recipe)
+    place = next(number for number, word in enumerate(words) if word in (given, f"--recipe={given}"))
+    words[place : place + 1] = [RECIPE_COPY] if words[place] == given else ["--recipe", RECIPE_COPY]
+    return CheckedCommand(words, options.out, read_text(options.recipe))
 
 
 def recipe_of(options: argparse.Namespace, overrides: Sequence[str]) -> PrepareRecipe:

@@ -17,6 +17,7 @@ TEMPLATES = Path(__file__).resolve().parents[1] / "launch"
 # What can be submitted: the batch script, and the words of the command of `yaware` that it runs.
 WORKS = {
     "pretrain": ("pretrain.sbatch", ("pretrain",)),
+    "prepare": ("prepare.sbatch", ("cohort", "prepare")),
     "build": ("build-shards.sbatch", ("shards", "build")),
     "evaluate": ("evaluate.sbatch", ("evaluate",)),
     "compare": ("compare.sbatch", ("compare",)),

@@ -80,7 +80,12 @@ def _parser() -> OneLineParser:
         metavar="G",
         help="GPUs a node; pretrain has a rank for each, and with 0 one rank a node",
     )
-    add("--cpus-per-task", type=_at_least_one, metavar="C", help="CPUs a task; build and evaluate have one task a node")
+    add(
+        "--cpus-per-task",
+        type=_at_least_one,
+        metavar="C",
+        help="CPUs a task; all works but pretrain have one task a node",
+    )
     for name, text in SAME_NAME.items():
         add(f"--{name}", help=text)
     add(
@@ -90,14 +95,14 @@ def _parser() -> OneLineParser:
         metavar="KEY=VALUE",
         help="any other option of sbatch; may be repeated",
     )
-    add("--script", type=Path, help="file to write; the log is put beside it (default: in the folder of the run, shards or "
-        "report; for evaluate in this folder)")  # fmt: skip
+    add("--script", type=Path, help="file to write; the log is put beside it (default: in the folder of the run, shards, "
+        "prepared scans or report; for evaluate in this folder)")  # fmt: skip
     add("--dry-run", action="store_true", help="check, print the batch script, write and submit nothing")
     add("work", choices=WORKS, help="what to run")
     add(
         "arguments",
         nargs=argparse.REMAINDER,
-        help="of `yaware pretrain`, `yaware shards build`, `yaware evaluate` or `yaware compare`",
+        help="of `yaware cohort prepare`, `yaware pretrain`, `yaware shards build`, `yaware evaluate` or `yaware compare`",
     )
     return parser
 

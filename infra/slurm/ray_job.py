@@ -1,9 +1,9 @@
 """Run a command of ``yaware`` on Ray, on all nodes of a batch job of SLURM: ``python -m infra.slurm.ray_job COMMAND ...``.
 
-The batch scripts ``build-shards.sbatch`` and ``evaluate.sbatch`` end with this. It starts two job steps: Ray's head with the
-command on the first node, and a Ray worker on each other node (``infra.slurm.ray_node``). SLURM signals the steps, not this
-process. When the command has ended, this process decides whether the job goes back into the queue: the command continues
-where it stopped.
+The batch scripts ``prepare.sbatch``, ``build-shards.sbatch`` and ``evaluate.sbatch`` end with this. It starts two job steps:
+Ray's head with the command on the first node, and a Ray worker on each other node (``infra.slurm.ray_node``). SLURM signals
+the steps, not this process. When the command has ended, this process decides whether the job goes back into the queue: the
+command continues where it stopped.
 
 It needs nothing but Python itself, so that a Python of the host can run it (``YAWARE_HOST_PYTHON``) where the project's own is
 in an image (``YAWARE_PYTHON``), which has no srun.

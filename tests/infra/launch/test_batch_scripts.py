@@ -92,7 +92,11 @@ def test_the_directives_let_a_job_save_before_its_time_limit_and_come_back(name)
     assert directives["open-mode"] == "append", "a requeued job continues its log"
 
 
-RAY = {"build-shards.sbatch": ("shards build", 2), "evaluate.sbatch": ("evaluate", 1)}
+RAY = {
+    "prepare.sbatch": ("cohort prepare", 2),
+    "build-shards.sbatch": ("shards build", 2),
+    "evaluate.sbatch": ("evaluate", 1),
+}
 
 
 @pytest.mark.parametrize(("name", "command"), [(name, command) for name, (command, _) in RAY.items()])
@@ -115,7 +119,7 @@ def test_the_scripts_on_ray_differ_in_their_command_only():
         lines = (LAUNCH / name).read_text().splitlines()
         kept = [line for line in lines if not line.startswith(("# ", ": ", "#SBATCH --job-name"))]
         shown.append([re.sub(r"(ray_job) [\w ]+", r"\1", line) for line in kept])
-    assert shown[0] == shown[1]
+    assert shown[0] == shown[1] == shown[2]
     assert {
         "#SBATCH --no-kill",
         "#SBATCH --requeue",

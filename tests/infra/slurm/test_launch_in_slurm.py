@@ -78,6 +78,19 @@ def test_without_options_those_of_the_batch_script_are_taken(start, capsys):
     assert lines[-1] == template[-1]
 
 
+@pytest.mark.parametrize("words", [["--recipe", "my.yaml"], ["--recipe=my.yaml"]])
+def test_a_preparation_reads_a_copy_of_its_recipe(start, capsys, words):
+    (start / "my.yaml").write_text("prepare: {seed: 7}\n")
+    assert launch("--dry-run", "--dependency=afterok:1", "prepare", "raw", "out", "--spacing=2", *words) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    (given,) = (line for line in lines if line.startswith("set -- "))
+    copy = re.fullmatch(r"set -- raw out --spacing=2 --recipe (\S+\.yaml)", given)[1]
+    assert copy.startswith(f"{start}/out/yaware-prepare-")
+    assert f"{copy} is not written yet" in captured.err
+    assert lines[-1].endswith('-m infra.slurm.ray_job cohort prepare "$@"')
+
+
 def test_without_gpus_pretraining_has_one_rank_a_node(capsys):
     assert launch("--dry-run", "--gpus=0", "--nodes=4", "--dependency=afterok:1", *PRETRAIN) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -131,6 +144,11 @@ def test_a_script_is_put_where_the_user_wants_it_with_its_log(start, capsys):
         (["build", "cohort", "out", "--codec=npyy"], r"codec='npyy' is not known \(did you mean 'npy'\?\)"),
         (["build", "cohort", "out", "--quality.x=1"], "quality.x"),
         (["build", "cohort", "out"], "cohort is not there; give the folder or table of a cohort"),
+        (["prepare", "raw"], "the following arguments are required: out; see yaware cohort prepare --help"),
+        (["prepare", "raw", "out", "--prepare.linear.kindd=rigid"], "linear.kindd"),
+        (["prepare", "raw", "out", "--pipeline=vbm", "--rigid"], "pipeline vbm needs affine registration"),
+        (["prepare", "raw", "out", "--dry-run"], "--dry-run of the preparation does nothing in a job"),
+        (["prepare", "raw", "out"], "raw is not there; give the folder or table of the raw scans"),
         (["evaluate", "run", "--shards=s", "--tasks=age", "--folds=1"], "folds=1 is too small; it must be at least 2"),
         (["evaluate", "run", "--shards=s", "--tasks=age", "--protocols=svm"], "protocol 'svm' is not known"),
         (["evaluate", "run", "--shards=s", "--tasks=age", "--x=1"], "argument --x=1 is not known"),
