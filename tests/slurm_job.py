@@ -85,3 +85,16 @@ class BatchJob:
 def requeued(job: BatchJob) -> list[str]:
     """Return why the job was requeued, each time."""
     return re.findall(r"^(?:pretrain|job|ray): (.*); requeueing job ", job.log, re.MULTILINE)
+
+
+def pythons_of_an_image(folder: Path) -> dict[str, str]:
+    """Return variables of a job whose Python is in an image: a Python of the host without packages, and the image's own.
+
+    The words of each call of the second become a line of the file ``words`` in the folder.
+    """
+    host, image = folder / "host_python", folder / "image_python"
+    host.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    image.write_text(f'#!/bin/sh\necho "$@" >> {folder}/words\nexec {sys.executable} "$@"\n')
+    host.chmod(0o755)
+    image.chmod(0o755)
+    return {"YAWARE_HOST_PYTHON": str(host), "YAWARE_PYTHON": str(image)}

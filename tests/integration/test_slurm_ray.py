@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -20,7 +19,7 @@ from tests.cohorts import write_cohort
 from tests.netns import ip
 from tests.runs import environment, pretrain_command, run
 from tests.slurm import INTERFACE, cluster, why_not
-from tests.slurm_job import BatchJob, requeued
+from tests.slurm_job import BatchJob, pythons_of_an_image, requeued
 
 REASON = why_not()
 pytestmark = [
@@ -161,12 +160,7 @@ def large_alone(large_cohort, tmp_path_factory):
 @pytest.mark.jobs
 def test_a_build_over_two_nodes_gives_the_bytes_of_one_process(job, cohort, alone, tmp_path):
     """The job is that of an image: a Python of the host without any package starts the nodes, another runs all else."""
-    host, image = tmp_path / "host_python", tmp_path / "image_python"
-    host.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
-    image.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/words\nexec {sys.executable} "$@"\n')
-    host.chmod(0o755)
-    image.chmod(0o755)
-    done = job(Build, YAWARE_HOST_PYTHON=str(host), YAWARE_PYTHON=str(image)).submit(cohort)
+    done = job(Build, **pythons_of_an_image(tmp_path)).submit(cohort)
     assert done.wait("COMPLETED", "FAILED")["ExitCode"] == "0:0"
     assert done.lines("ray: ") == ["ray: 2 of 2 nodes"]
     assert files(done.output) == alone
