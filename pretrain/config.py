@@ -39,7 +39,8 @@ class RunSection:
 class BalanceSection:
     """Show groups of scans, or participants, equally often. data_pipeline.loading.balance describes the effect on positives."""
 
-    by: str | None = None  # a column of scans.parquet: site, age, …
+    # a column of scans.parquet: site, age, …; subject: pairs of scans of one participant follow each other
+    by: str | None = None
     bins: float | None = Field(default=None, gt=0)  # width of a group in the column's unit: 5 (years) for age
     one_session_per_subject: bool = False
 
@@ -142,6 +143,9 @@ class LossSection:
     proxies: dict[str, ProxySection] = field(default_factory=lambda: {"age": ProxySection(bandwidth=5.0)})
     cross_view: bool = False  # compare only different views
     mask_subjects: bool = False  # ignore other sessions of the anchor's participant
+    subject_positives: bool = False  # other scans of the anchor's participant are positives of weight 1
+    # share of the loss that compares scans of one site only; the rest compares all scans
+    site_negatives: float = Field(default=0.0, ge=0, le=1)
     tile: int | Literal["auto"] | None = None  # columns of the matrix of pairs at a time; null = all
     # The loss's own options, such as {scale: 2.0, ridge: 0.1} of decoupled-uniformity.
     options: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Orders that do not show every scan equally often: balanced over sites, flat over age, or one session per subject.
+"""Orders beside the plain one: balanced over sites, flat over age, one session per subject, or pairs of a subject's scans.
 
 Each is a pure function of (the manifest's columns, seed, epoch), like the plain order, so dividing batches among ranks,
 resuming and replacing unreadable scans work in the same way.
@@ -118,6 +118,55 @@ class OneSession:
         return np.full(self.length, number, dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class SubjectPairs:
+    """Shows every scan once per epoch, two scans of one subject after each other.
+
+    Each epoch draws the pairs anew. A subject with an odd number of scans has one left over; those of different subjects are
+    put together. With an odd number of scans in all, one is shown twice. Pairs begin at even positions, so that an even batch
+    holds both scans of a pair.
+
+    **Effect on the positives of the loss.** Half of a batch of B scans has another scan of the same subject, if all subjects
+    have several. With ``loss.subject_positives`` these are positives of weight 1, so that the encoder learns what does not
+    change from scanner to scanner and from session to session. Without it, or without ``loss.mask_subjects``, the kernel
+    weighs them like any other pair of this age. A batch that spans two epochs may hold a scan twice.
+    """
+
+    sessions: tuple[NDArray[np.int64], ...]  # scan numbers of each subject
+    seed: int
+    _recent: dict[int, EpochDraw] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def length(self) -> int:
+        """Number of scans, rounded up to an even number."""
+        scans = sum(map(len, self.sessions))
+        return scans + scans % 2
+
+    def epoch(self, number: int) -> NDArray[np.int64]:
+        """Return the scan numbers (length,) of an epoch; positions 2 k and 2 k + 1 are a pair."""
+        return self._draw(number)[0]
+
+    def times_shown(self, number: int) -> NDArray[np.int64]:
+        """Return twice the epoch's number for every scan, (length,), and one more where a scan is shown again."""
+        return self._draw(number)[1]
+
+    def _draw(self, number: int) -> EpochDraw:
+        if number in self._recent:
+            return self._recent[number]
+        draws = _generator(self.seed, number)
+        shuffled = [draws.permutation(scans) for scans in self.sessions]
+        paired = [scans[: len(scans) // 2 * 2] for scans in shuffled]
+        single = draws.permutation(np.array([scans[-1] for scans in shuffled if len(scans) % 2], dtype=np.int64))
+        # The partner of a single scan is another one, or itself if there is no other.
+        again = np.concatenate([*paired, single])[: len(single) % 2]
+        numbers = np.concatenate([*paired, single, again]).astype(np.int64)
+        shown = np.full(self.length, 2 * number, dtype=np.int64)
+        shown[self.length - len(again) :] += 1
+        order = draws.permutation(self.length // 2)
+        drawn = numbers.reshape(-1, 2)[order].ravel(), shown.reshape(-1, 2)[order].ravel()
+        return _remember(self._recent, number, drawn)
+
+
 def turns(members: int, *, seed: int, epoch: int, visits: int, width: int) -> EpochDraw:
     """Return which members a group shows in an epoch, and the turn in which each is shown, both (visits,).
 
@@ -151,7 +200,7 @@ def build_order(
         rows: row numbers of the scans to show.
         seed: of the run.
         batch: the global batch.
-        by: column whose values are the groups.
+        by: column whose values are the groups; ``subject``: see ``SubjectPairs``.
         bins: for a numeric column, the width of a group in the column's unit.
         one_session_per_subject: show each subject once per epoch.
 
@@ -165,11 +214,30 @@ def build_order(
             "data.balance.by and data.balance.one_session_per_subject cannot be set together: a subject's sessions may "
             "belong to different groups; keep one session with data.query instead"
         )
+    if by == "subject":
+        return _subject_pairs(manifest, rows, seed=seed, batch=batch, bins=bins)
     if one_session_per_subject:
         return OneSession(_grouped(manifest.subjects()[rows]), seed, batch)
     if by is None:
         return EveryScan(len(rows), seed, batch)
     return EqualGroups(_grouped(_group_codes(manifest, rows, by, bins)), seed, batch)
+
+
+def _subject_pairs(
+    manifest: Manifest, rows: NDArray[np.int64], *, seed: int, batch: int, bins: float | None
+) -> SubjectPairs:
+    sessions = _grouped(manifest.subjects()[rows])
+    if bins is not None:
+        raise UserError(f"data.balance.bins={bins:g} does not go with data.balance.by=subject; leave it out")
+    if batch % 2:
+        raise UserError(
+            f"data.balance.by=subject shows scans in pairs; batch.global={batch} is odd, give an even number"
+        )
+    if max(map(len, sessions)) < 2:
+        raise UserError(
+            f"data.balance.by=subject: none of the {len(sessions)} participants has two scans; leave it out"
+        )
+    return SubjectPairs(sessions, seed)
 
 
 def _group_codes(manifest: Manifest, rows: NDArray[np.int64], by: str, bins: float | None) -> Any:

@@ -71,9 +71,15 @@ def width_of(recipe: Recipe) -> int:
 
 
 def record_bytes(recipe: Recipe) -> tuple[int, int]:
-    """Return the bytes of a scan's two embeddings, float32, and of its proxies and participant, in the loss's gather."""
-    subjects = 8 if recipe.loss.mask_subjects else 0
-    return 2 * recipe.projector.out * 4, 4 * len(proxy_columns(recipe.loss.proxies)) + subjects
+    """Return the bytes of a scan's two embeddings, float32, and of its proxies, participant and site, in the loss's gathers.
+
+    A share of the loss within sites gathers everything once more, with the sites.
+    """
+    section = recipe.loss
+    codes = 8 * section.mask_subjects + 4 * section.subject_positives
+    gathers, sites = (2 if 0 < section.site_negatives < 1 else 1), 8 * (section.site_negatives > 0)
+    one = 4 * len(proxy_columns(section.proxies)) + codes
+    return gathers * 2 * recipe.projector.out * 4, gathers * one + sites
 
 
 def collectives_of_step(recipe: Recipe, parameters: int, scans: int, ranks: int, backend: str) -> list[Collective]:

@@ -54,6 +54,7 @@ def y_aware_infonce(
     normalization: Normalization = "row",
     gather: Gather | None = None,
     subjects: Tensor | None = None,
+    sites: Tensor | None = None,
     cross_view: bool = False,
     tile: TileSize = None,
 ) -> Tensor:
@@ -88,6 +89,7 @@ def y_aware_infonce(
         gather: how to reach the other ranks; None is a single process.
         subjects: (B,) integers; two scans of one subject are neither positives nor negatives of each other. None: all
             scans are compared.
+        sites: (B,) integers; two scans of different sites are not compared. None: all scans are.
         cross_view: compare an anchor only with the other kind of view, for positives and negatives alike.
         tile: None keeps the (2B, 2G) matrices in memory, which suits small batches. "auto", or a number of scans, computes
             the same value by tiles in memory linear in the batch, see `pretrain.losses.tiled`.
@@ -103,8 +105,9 @@ def y_aware_infonce(
             f"normalization={normalization!r} is not allowed; give 'row' (the paper) or 'column' (its code)"
         )
     pairs = gather_pairs(
-        views, proxies, kernel=kernel, temperature=temperature, gather=gather, subjects=subjects, cross_view=cross_view
-    )
+        views, proxies, kernel=kernel, temperature=temperature, gather=gather, subjects=subjects, sites=sites,
+        cross_view=cross_view,
+    )  # fmt: skip
     by_row = normalization == "row"
     if tile is not None:
         return y_aware_sum(pairs, by_row, tile) * pairs.anchor_factor
@@ -132,6 +135,7 @@ def threshold_contrast(
     temperature: float | Tensor = 0.1,
     gather: Gather | None = None,
     subjects: Tensor | None = None,
+    sites: Tensor | None = None,
     cross_view: bool = False,
     tile: TileSize = None,
 ) -> Tensor:
@@ -146,8 +150,9 @@ def threshold_contrast(
     Arguments, result and errors as in `y_aware_infonce`. Each row is sorted: O(B G log G) time.
     """
     pairs = gather_pairs(
-        views, proxies, kernel=kernel, temperature=temperature, gather=gather, subjects=subjects, cross_view=cross_view
-    )
+        views, proxies, kernel=kernel, temperature=temperature, gather=gather, subjects=subjects, sites=sites,
+        cross_view=cross_view,
+    )  # fmt: skip
     return _mean_over_anchors(pairs, _threshold_rows, tile)
 
 
@@ -164,6 +169,7 @@ def exp_contrast(
     temperature: float | Tensor = 0.1,
     gather: Gather | None = None,
     subjects: Tensor | None = None,
+    sites: Tensor | None = None,
     cross_view: bool = False,
     tile: TileSize = None,
 ) -> Tensor:
@@ -176,8 +182,9 @@ def exp_contrast(
     the value and is not done here. Arguments, result and errors as in `y_aware_infonce`.
     """
     pairs = gather_pairs(
-        views, proxies, kernel=kernel, temperature=temperature, gather=gather, subjects=subjects, cross_view=cross_view
-    )
+        views, proxies, kernel=kernel, temperature=temperature, gather=gather, subjects=subjects, sites=sites,
+        cross_view=cross_view,
+    )  # fmt: skip
     return _mean_over_anchors(pairs, _exp_rows, tile)
 
 
@@ -195,6 +202,7 @@ def rank_n_contrast(
     temperature: float | Tensor = 0.1,
     gather: Gather | None = None,
     subjects: Tensor | None = None,
+    sites: Tensor | None = None,
     cross_view: bool = False,
     tile: TileSize = None,
 ) -> Tensor:
@@ -211,8 +219,9 @@ def rank_n_contrast(
     """
     kernel = kernel or cauchy(bandwidth=1.0)
     pairs = gather_pairs(
-        views, proxies, kernel=kernel, temperature=temperature, gather=gather, subjects=subjects, cross_view=cross_view
-    )
+        views, proxies, kernel=kernel, temperature=temperature, gather=gather, subjects=subjects, sites=sites,
+        cross_view=cross_view,
+    )  # fmt: skip
     return _mean_over_anchors(pairs, _rank_rows, tile)
 
 

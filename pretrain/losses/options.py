@@ -17,7 +17,7 @@ from pretrain.losses.supervised import SUPERVISED
 # Parameters that many losses share. Each is a key of its own in the recipe's ``loss:`` section.
 SHARED_OPTIONS = ("temperature", "normalization", "cross_view", "tile")
 # Parameters that the run supplies, each only if the loss has it.
-RUN_ARGUMENTS = ("kernel", "gather", "subjects")
+RUN_ARGUMENTS = ("kernel", "gather", "subjects", "sites")
 
 
 def find_loss(name: str) -> Callable[..., Tensor]:

@@ -17,7 +17,7 @@ B = scans of this rank, R = scans of a block of rows, G = scans of all ranks, D 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -87,6 +87,7 @@ class Pairs:
         z_2BD, z_2GD: unit embeddings of the rows and of the columns.
         proxies_BP, proxies_GP: their proxies, NaN if missing.
         subjects_B, subjects_G: their subjects, or None if scans of one subject are not excluded.
+        sites_B, sites_G: their sites, or None if scans of different sites are not excluded.
         start: index of this rank's first scan among the columns.
         world_size: number of ranks.
         kernel: weight of two scans.
@@ -100,6 +101,8 @@ class Pairs:
     proxies_GP: Tensor
     subjects_B: Tensor | None
     subjects_G: Tensor | None
+    sites_B: Tensor | None
+    sites_G: Tensor | None
     start: int
     world_size: int
     kernel: Kernel
@@ -145,11 +148,17 @@ class Pairs:
     def comparable(self, rows: range, columns: range) -> Tensor | None:
         """Return (R, C) bool, False for pairs of scans that are excluded; None if no pair is excluded.
 
-        Two scans of one subject are neither positives nor negatives of each other. A scan is not excluded with itself.
+        Two scans of one subject, or of different sites, are neither positives nor negatives of each other. A scan is not
+        excluded with itself.
         """
-        if self.subjects_B is None or self.subjects_G is None:
+        keep: Tensor | None = None
+        if self.subjects_B is not None and self.subjects_G is not None:
+            keep = self.subjects_B[rows.start : rows.stop, None] != self.subjects_G[None, columns.start : columns.stop]
+        if self.sites_B is not None and self.sites_G is not None:
+            same = self.sites_B[rows.start : rows.stop, None] == self.sites_G[None, columns.start : columns.stop]
+            keep = same if keep is None else keep & same
+        if keep is None:
             return None
-        keep = self.subjects_B[rows.start : rows.stop, None] != self.subjects_G[None, columns.start : columns.stop]
         diagonal = self.own_diagonal(rows, columns)
         if diagonal is not None:
             keep.diagonal(diagonal).fill_(True)
@@ -189,7 +198,13 @@ class Pairs:
         It is computed from the gathered proxies, a block of anchors at a time, and needs no further collective.
         """
         all_rows = replace(
-            self, z_2BD=self.z_2GD, proxies_BP=self.proxies_GP, subjects_B=self.subjects_G, start=0, world_size=1
+            self,
+            z_2BD=self.z_2GD,
+            proxies_BP=self.proxies_GP,
+            subjects_B=self.subjects_G,
+            sites_B=self.sites_G,
+            start=0,
+            world_size=1,
         )
         columns, step = range(self.total), max(1, KERNEL_BLOCK // self.total)
         sums = self.z_2GD.new_zeros(self.total)
@@ -206,6 +221,7 @@ def gather_pairs(
     temperature: float | Tensor = 1.0,
     gather: Gather | None = None,
     subjects: Tensor | None = None,
+    sites: Tensor | None = None,
     cross_view: bool = False,
 ) -> Pairs:
     """Check the arguments of a loss, normalise the embeddings and gather the columns of all ranks.
@@ -217,25 +233,36 @@ def gather_pairs(
         temperature: τ > 0.
         gather: how to reach the other ranks; None is a single process.
         subjects: (B,) integers, or None.
+        sites: (B,) integers, or None; two scans of different sites are not compared.
         cross_view: whether a first view is compared only with second views, and a second view only with first ones.
 
     Raises:
         UserError: if a shape or type is wrong, the temperature is not above 0, or no rank holds a scan.
     """
-    _check(views, proxies, temperature, subjects)
+    _check(views, proxies, temperature, {"subjects": subjects, "sites": sites})
     z_2BD = normalised(views)
     proxies_BP = proxies.detach().to(z_2BD.device, z_2BD.dtype)
-    metadata = [proxies_BP] if subjects is None else [proxies_BP, subjects.to(z_2BD.device)]
+    given = [
+        proxies_BP,
+        None if subjects is None else subjects.to(z_2BD.device),
+        None if sites is None else sites.to(z_2BD.device),
+    ]
+    metadata = [values for values in given if values is not None]
     columns = (gather or SingleProcess())(z_2BD, metadata)
     if columns.z_2GD.shape[1] == 0:
         raise UserError("views holds no scan on any rank; a loss needs at least one")
+    gathered = iter(columns.metadata)
+    proxies_GP, subjects_G, sites_G = (None if values is None else next(gathered) for values in given)
+    assert proxies_GP is not None
     return Pairs(
         z_2BD=z_2BD,
         z_2GD=columns.z_2GD,
         proxies_BP=proxies_BP,
-        proxies_GP=columns.metadata[0],
-        subjects_B=None if subjects is None else metadata[1],
-        subjects_G=None if subjects is None else columns.metadata[1],
+        proxies_GP=proxies_GP,
+        subjects_B=given[1],
+        subjects_G=subjects_G,
+        sites_B=given[2],
+        sites_G=sites_G,
         start=columns.start,
         world_size=columns.world_size,
         kernel=kernel,
@@ -244,13 +271,14 @@ def gather_pairs(
     )
 
 
-def _check(views: Tensor, proxies: Tensor, temperature: float | Tensor, subjects: Tensor | None) -> None:
+def _check(views: Tensor, proxies: Tensor, temperature: float | Tensor, codes: Mapping[str, Tensor | None]) -> None:
     if views.ndim != 3 or views.shape[0] != 2 or views.shape[2] == 0 or not views.is_floating_point():
         raise UserError(f"views has shape {tuple(views.shape)}, type {views.dtype}; give floating (2, B, D)")
     scans = views.shape[1]
     if proxies.ndim != 2 or len(proxies) != scans:
         raise UserError(f"proxies has shape {tuple(proxies.shape)} for {scans} scans; give (B, P) = ({scans}, P)")
-    if subjects is not None and (subjects.shape != (scans,) or subjects.is_floating_point()):
-        raise UserError(f"subjects has shape {tuple(subjects.shape)}, type {subjects.dtype}; give integers ({scans},)")
+    for name, values in codes.items():
+        if values is not None and (values.shape != (scans,) or values.is_floating_point()):
+            raise UserError(f"{name} has shape {tuple(values.shape)}, type {values.dtype}; give integers ({scans},)")
     if not isinstance(temperature, Tensor) and not 0.0 < temperature < float("inf"):
         raise UserError(f"temperature={temperature} is not allowed; give a finite number above 0 (the paper: 0.1)")

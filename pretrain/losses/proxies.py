@@ -117,3 +117,17 @@ def _columns_of(name: str, rule: str, values: Mapping[str, Sequence[float] | Ten
     if missing:
         raise UserError(f"proxies.{name}: {rule!r} needs the values of {', '.join(missing)}; give a number instead")
     return torch.stack([torch.as_tensor(values[column], dtype=torch.float64) for column in columns], dim=1)
+
+
+def with_equal_subjects(kernel: Kernel) -> Kernel:
+    """Return a kernel over the proxies and one more column, a participant's number: 1 for two scans of one participant.
+
+    All others have the weight of ``kernel`` between the columns before. Numbers must be below 2^24, so that float32 has them.
+    """
+
+    def weigh(proxies_a: Tensor, proxies_b: Tensor) -> Tensor:
+        """Return the weights (A, B) of proxies and participants (A, P + 1), (B, P + 1)."""
+        weights = kernel(proxies_a[:, :-1], proxies_b[:, :-1])
+        return weights.masked_fill(proxies_a[:, -1:] == proxies_b[:, -1], 1.0)
+
+    return weigh

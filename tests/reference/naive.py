@@ -66,6 +66,8 @@ def table(
     temperature: float = 0.1,
     subjects: Sequence[int] | None = None,
     cross_view: bool = False,
+    sites: Sequence[int] | None = None,
+    people: Sequence[int] | None = None,
 ) -> Table:
     count = views.shape[1]
     positions = [(view, scan) for view in (0, 1) for scan in range(count)]
@@ -77,12 +79,16 @@ def table(
         for j, (other_view, other_scan) in enumerate(positions):
             is_anchor = (view, scan) == (other_view, other_scan)
             same_subject = subjects is not None and scan != other_scan and subjects[scan] == subjects[other_scan]
-            if not is_anchor and not same_subject and not (cross_view and view == other_view):
+            other_site = sites is not None and sites[scan] != sites[other_scan]
+            if not is_anchor and not same_subject and not other_site and not (cross_view and view == other_view):
                 compared.append(j)
         others.append(compared)
     return Table(
         s=[[(z_i * z_j).sum() / temperature for z_j in z] for z_i in z],
-        w=[[1.0 if a == b else weight(ages[a], ages[b]) for _, b in positions] for _, a in positions],
+        w=[
+            [1.0 if a == b or (people and people[a] == people[b]) else weight(ages[a], ages[b]) for _, b in positions]
+            for _, a in positions
+        ],
         others=others,
     )
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loading.balance import EqualGroups, OneSession, build_order
+from data_pipeline.loading.balance import EqualGroups, OneSession, SubjectPairs, build_order
 from data_pipeline.loading.order import EveryScan, batch_of, epoch_order
 from infra.errors import UserError
 from pretrain.kernels import KERNELS
@@ -176,3 +176,48 @@ def test_balanced_sites_make_pairs_from_one_site_rare():
     plain = same_site(build_order(manifest, rows, seed=0, batch=64))
     balanced = same_site(build_order(manifest, rows, seed=0, batch=64, by="site"))
     assert balanced <= 1 / 24 < 0.1 < plain
+
+
+@given(GROUPS, SEEDS, st.integers(0, 4))
+@settings(max_examples=80, deadline=None)
+def test_subject_pairs_show_every_scan_once_and_all_pairs_that_a_subject_has(sizes, seed, epoch):
+    order, subject = SubjectPairs(grouped(sizes), seed), group_of(sizes)
+    numbers, shown = order.epoch(epoch), order.times_shown(epoch)
+    assert len(numbers) == order.length == sum(sizes) + sum(sizes) % 2
+    assert set(numbers.tolist()) == set(range(sum(sizes)))
+    assert len(set(zip(numbers.tolist(), shown.tolist(), strict=True))) == len(numbers)
+    first, second = subject[numbers].reshape(-1, 2).T
+    own = numbers.reshape(-1, 2)
+    same = first[(first == second) & (own[:, 0] != own[:, 1])]
+    found, expected = Counter(same.tolist()), Counter({n: size // 2 for n, size in enumerate(sizes) if size > 1})
+    assert not expected - found
+    assert (found - expected).total() <= sum(sizes) % 2  # a scan that is shown again may meet one of its subject
+    again = SubjectPairs(grouped(sizes), seed)
+    again.epoch(epoch + 1)
+    np.testing.assert_array_equal(again.epoch(epoch), numbers)  # a pure function of seed and epoch
+
+
+def test_an_even_batch_holds_both_scans_of_a_pair_and_epochs_pair_others():
+    order, subject = SubjectPairs(grouped([4] * 6), 3), group_of([4] * 6)
+    partners = set()
+    for step in range(12):
+        numbers, _ = batch_of(order, step, 4)
+        pairs = numbers.reshape(-1, 2)
+        assert (subject[pairs[:, 0]] == subject[pairs[:, 1]]).all()
+        partners |= {tuple(sorted(pair)) for pair in pairs.tolist()}
+    assert len(partners) > 12  # with fixed pairs there were 12
+
+
+@pytest.mark.parametrize(
+    ("options", "subjects", "text"),
+    [
+        ({"batch": 3}, [0, 0, 1, 1], "shows scans in pairs; batch.global=3 is odd"),
+        ({"batch": 2, "bins": 5.0}, [0, 0, 1, 1], "data.balance.bins=5 does not go with data.balance.by=subject"),
+        ({"batch": 2}, [0, 1, 2, 3], "none of the 4 participants has two scans"),
+        ({"batch": 2, "one_session_per_subject": True}, [0, 0, 1, 1], "cannot be set together"),
+    ],
+)
+def test_subject_pairs_that_cannot_be_are_one_line(options, subjects, text):
+    manifest = SimpleNamespace(subjects=lambda: np.array(subjects))
+    with pytest.raises(UserError, match=text):
+        build_order(manifest, np.arange(4), seed=0, by="subject", **options)

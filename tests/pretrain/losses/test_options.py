@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
@@ -16,7 +18,7 @@ from pretrain.engine import engine
 from pretrain.losses import LOSSES
 from pretrain.losses.contrastive import decoupled_uniformity
 from pretrain.model import build_model
-from pretrain.run.objective import build_objective, loss_options
+from pretrain.run.objective import build_objective, loss_options, site_codes
 from pretrain.run.step import lr_factor, train_step
 from tests.runs import ROOT
 
@@ -115,3 +117,58 @@ def test_the_distance_of_texts_is_refused(shards, options):
     ):
         build_objective(recipe, manifest, rows)
     build_objective(recipe_of("--loss.proxies={hand: {kernel: same}}"), manifest, rows)
+
+
+def test_participants_and_sites_reach_the_loss_from_a_recipe(shards):
+    manifest = Manifest.load(str(shards))
+    rows = manifest.rows(split=["pretrain"])
+    views, batch = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)), batch_of_four()
+    values = {}
+    for name, overrides in {
+        "plain": (), "people": ("--loss.subject_positives=true",), "sites": ("--loss.site_negatives=0.5",),
+        "within": ("--loss.site_negatives=1.0",),
+    }.items():  # fmt: skip
+        objective = build_objective(recipe_of(*overrides), manifest, rows)
+        if objective.people is not None:
+            people = torch.arange(len(manifest.scans))
+            people[:2] = 0  # two scans of one participant
+            objective = replace(objective, people=people)
+        if objective.sites is not None:
+            assert objective.sites.tolist() == manifest.scans["site"].factorize()[0].tolist()
+            objective = replace(objective, sites=torch.arange(len(manifest.scans)) % 2)
+        values[name] = float(objective.loss(views, None, batch))
+        positives = objective.effective_positives(batch)
+        assert (positives[:2] > 1.9).all() or name != "people"
+    assert len(set(values.values())) == 4
+    assert values["sites"] == pytest.approx((values["plain"] + values["within"]) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (
+            ("--loss.subject_positives=true", "--loss.mask_subjects=true"),
+            "makes positives of the scans that loss.mask_subjects",
+        ),
+        (
+            (*UNIFORMITY, "--loss.site_negatives=0.5"),
+            "loss.site_negatives is not an option of the loss decoupled-uniformity",
+        ),
+        (("--loss.site_negatives=0.5", "--loss.dense={grid: 2}"), "loss.site_negatives does not go with loss.dense"),
+        (("--loss.site_negatives=1", "--loss.subject_positives=true"), "give a share below 1"),
+    ],
+)
+def test_options_about_participants_and_sites_that_exclude_each_other_are_refused(overrides, text):
+    with pytest.raises(UserError, match=text):
+        loss_options(recipe_of(*overrides).loss)
+
+
+def test_site_negatives_need_a_site_for_every_training_scan(shards):
+    manifest = Manifest.load(str(shards))
+    rows = manifest.rows(split=["pretrain"])
+    scans = manifest.scans.copy()
+    scans.loc[rows[0], "site"] = ""
+    with pytest.raises(UserError, match=f"loss.site_negatives: 1 of {len(rows)} scans have no site"):
+        site_codes(SimpleNamespace(scans=scans, url="shards"), rows)
+    with pytest.raises(UserError, match="shards has no column site; leave site_negatives out"):
+        site_codes(SimpleNamespace(scans=scans.drop(columns="site"), url="shards"), rows)
