@@ -124,6 +124,8 @@ class _Preparation(_Part):
         texts, numbers = (self.recipe.get("pipeline"),), (self.recipe.get("version"), self.recipe.get("spacing"))
         if not all(isinstance(text, str) for text in texts) or not all(type(n) in (int, float) for n in numbers):
             raise ValueError("allowed: a recipe with pipeline, version and spacing")
+        if any(low > high for low, high in self.figures.values()):
+            raise ValueError("allowed: the lowest value of each figure, then the highest")
         return self
 
 

@@ -123,6 +123,7 @@ def manifest_content():
         "settings": {"dataset": "a", "modality": "vbm", "scaling": "none", "codec": "zst", "quarantined": 0,
                      "scans_per_shard": 2, "seed": 0, "splits": {"pretrain": 0.7, "downstream": 0.3}, "crop": "world",
                      "intensity": "none", "simulated": False, "pseudonymised": False, "array_orientations": {"a": "LAS"},
+                     "preparations": {"a": {"recipe": {"pipeline": "vbm"}, "libraries": {"antspyx": "0.6.3"}}},
                      "quality": to_dict(Quality(limits={"age": Limits(18, 90)})),
                      "annotated": [{"columns": ["iq"], "table": "iq.tsv"}], "appended": [{"dataset": "b", "scans": 2}]},
         "scans": {"name": "scans.parquet", "rows": 4, "sha256": "0" * 64},

@@ -67,6 +67,8 @@ VALUES = [
     ("grid.spacing", [1, 1, -1]), ("grid.spacing", None), ("grid.affine", [[1, 0, 0, 0]] * 3),
     ("grid.affine", [[float("nan")] * 4] * 4), ("grid.affine", [[1e300] * 4] * 4), ("settings", []), ("settings.codec", "exe"),
     ("settings.codec", ["zst"]), ("settings.modality", None), ("settings.scaling", {}), ("settings.dataset", "a\nb"),
+    ("settings.preparations", []), ("settings.preparations", {"a": {"recipe": {}}}),
+    ("settings.preparations", {"a": {"recipe": {}, "libraries": {"ants": 1}}}),
     ("settings.appended", {}), ("settings.appended", [[]]), ("settings.quarantined", "many"), ("shards", {}), ("shards", [1]),
     ("shards", None), ("shards.0.bytes", -1), ("shards.0.bytes", "9"), ("shards.0.bytes", 2**60), ("shards.0.sha256", "../x"),
     ("shards.0.sha256", "0" * 63), ("shards.0.scans", 1e9), ("shards.0.codec", "py"), ("scans", "scans.parquet"),

@@ -33,6 +33,7 @@ LIKENESS = {
     "lowest": 0.8,
     "means": [0.1, 0.2],
 }
+PREPARATION = {"recipe": {"pipeline": "vbm", "version": 1, "spacing": 1.5}, "libraries": {}, "figures": {}}
 GOOD = {"config.json": CONFIG, "preprocessing.json": {**PREPROCESSING, "grid": GRID.to_dict()}}
 
 
@@ -95,6 +96,10 @@ CHANGES = [
     ("preprocessing.json", "likeness", {**LIKENESS, "volume": "AAAA"}),
     ("preprocessing.json", "likeness", {**LIKENESS, "means": [1]}),
     ("preprocessing.json", "likeness", {**LIKENESS, "median": float("inf")}),
+    ("preprocessing.json", "preparation", []), ("preprocessing.json", "preparation", {**PREPARATION, "recipe": {}}),
+    ("preprocessing.json", "preparation", {**PREPARATION, "libraries": {"antspyx": 1}}),
+    ("preprocessing.json", "preparation", {**PREPARATION, "figures": {"tiv": [1.0]}}),
+    ("preprocessing.json", "preparation", {**PREPARATION, "figures": {"tiv": [2.0, 1.0]}}),
 ]  # fmt: skip
 
 
