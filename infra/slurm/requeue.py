@@ -58,7 +58,7 @@ def queue_again(
     """Queue the job of SLURM again, unless a bound forbids it. Say which of the two happened, and why, in one line.
 
     Args:
-        record: file that records the requeues; its folder exists.
+        record: file that records the requeues.
         checkpoint: how far the job is; requeues in a row with an equal text brought no progress.
         reason: why the job step ended.
         variables: environment of the batch script.
@@ -67,11 +67,16 @@ def queue_again(
     number, refusal = variables["SLURM_JOB_ID"], bound_reached(checkpoint, read_requeues(record), variables)
     if not refusal:
         restart, most = int(variables.get("SLURM_RESTART_COUNT") or 0) + 1, _limit(variables, *MAX_REQUEUES)
-        say(f"{reason}; requeueing job {number} ({restart} of at most {most} times)")
         # Before the request, after which SLURM ends this process.
-        with record.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(Requeue(slurm_attempt(variables), checkpoint, reason))) + "\n")
-        refusal = scontrol("requeue", number)[1]
+        try:
+            record.parent.mkdir(parents=True, exist_ok=True)  # the ranks may have died before one of them made it
+            with record.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(asdict(Requeue(slurm_attempt(variables), checkpoint, reason))) + "\n")
+        except OSError as error:
+            refusal = f"{record} cannot be written ({error.strerror})"
+        else:
+            say(f"{reason}; requeueing job {number} ({restart} of at most {most} times)")
+            refusal = scontrol("requeue", number)[1]
     if refusal:
         say(f"{reason}; job {number} is not queued again: {refusal}; the same command continues")
 

@@ -2,7 +2,9 @@
 
 ``python -m pretrain.launch.batch_job begin RECIPE ...`` checks the job. ``... end STATUS RECIPE ...`` decides after the job
 step, whose exit status is STATUS, and exits with the status of the job. The run itself says whether it is finished
-(``infra.watchdog.run_status``), and its ranks say whether one of them failed or was lost (``infra.watchdog.exit_note``).
+(``infra.watchdog.run_status``), and its ranks say whether one of them failed or was lost (``infra.watchdog.exit_note``). A rank
+whose input is wrong says so in the file of ``YAWARE_PROBLEM_FILE``: another start would meet the same input. The status of the
+job step does not tell it, since SLURM ends the other ranks then, and the status may be theirs.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from infra.distributed import slurm_attempt
 from infra.errors import UserError
 from infra.files import read_text
 from infra.slurm.requeue import AGAIN, check_job, is_preempted, queue_again, show_job
+from infra.watchdog.exit_note import PROBLEM_FILE, ExitNote, read_notes
 from infra.watchdog.exit_note import RUNNING as NO_WORD
-from infra.watchdog.exit_note import ExitNote, read_notes
 from infra.watchdog.run_status import FINISHED, STOPPED, RunStatus, read_status
 from pretrain.config import load_recipe
 
@@ -68,6 +70,9 @@ def end_job(status: int, output: Path, job: Mapping[str, str], variables: Mappin
         return 0
     if job.get("JobState") != "RUNNING":
         return status  # cancelled, or SLURM itself queues it again
+    if problem_said(variables):
+        _say(f"wrong input; job {number} is not queued again")
+        return 2
     notes = [note for note in read_notes(output) if note.attempt == attempt]
     again, reason = why_unfinished(status, said, notes, is_preempted(job))
     if not again:
@@ -77,6 +82,11 @@ def end_job(status: int, output: Path, job: Mapping[str, str], variables: Mappin
     checkpoint = read_text(latest).strip() if latest.is_file() else ""
     queue_again(output / RECORD, checkpoint, reason, variables, _say)
     return status or AGAIN
+
+
+def problem_said(variables: Mapping[str, str]) -> bool:
+    """Return whether a rank of this job step has ended with wrong input."""
+    return bool(variables.get(PROBLEM_FILE)) and Path(variables[PROBLEM_FILE]).is_file()
 
 
 def _say(text: str) -> None:

@@ -100,6 +100,34 @@ def test_the_words_of_an_earlier_start_do_not_count(tmp_path, requeued, capsys):
     assert capsys.readouterr().out == "pretrain: ended with status 2; job 12 is not queued again\n"
 
 
+def test_wrong_input_is_not_queued_again_whatever_the_status_of_the_step(tmp_path, requeued, capsys):
+    """SLURM has ended the other rank before it could say the same, and the step has that rank's status."""
+    problem = tmp_path / ".problem-12"
+    variables = {**JOB, "YAWARE_PROBLEM_FILE": str(problem)}
+    assert end_job(143, tmp_path / "run", {"JobState": "RUNNING"}, variables) == 143
+    assert len(requeued) == 1
+    problem.write_text("none/manifest.json is missing")
+    capsys.readouterr()
+    assert end_job(143, tmp_path / "run", {"JobState": "RUNNING"}, variables) == 2
+    assert len(requeued) == 1
+    assert capsys.readouterr().out == "pretrain: wrong input; job 12 is not queued again\n"
+
+
+def test_a_rank_that_was_lost_before_the_runs_folder_was_made_is_recorded(tmp_path, requeued, capsys):
+    output = tmp_path / "runs" / "first"
+    assert end_job(137, output, {"JobState": "RUNNING"}, JOB) == 137
+    assert requeued == [("requeue", "12")]
+    assert read_requeues(output / "requeues.jsonl") == [Requeue("12.0", "", "ended with status 137")]
+    capsys.readouterr()
+    (tmp_path / "file").touch()
+    assert end_job(137, tmp_path / "file" / "run", {"JobState": "RUNNING"}, JOB) == 137
+    assert len(requeued) == 1
+    assert capsys.readouterr().out == (
+        f"pretrain: ended with status 137; job 12 is not queued again: {tmp_path}/file/run/requeues.jsonl cannot be written "
+        "(Not a directory); the same command continues\n"
+    )
+
+
 def test_a_refusal_of_slurm_is_said(tmp_path, monkeypatch, capsys):
     STOP.write(tmp_path)
     monkeypatch.setattr(requeue, "scontrol", lambda *words: ("", "scontrol: Requested operation is presently disabled"))
