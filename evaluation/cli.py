@@ -124,6 +124,8 @@ def _add_feature_options(parser: argparse.ArgumentParser) -> None:
         "returns an object with prepare(path) and embed(batch); its code is run, on the files of --cohort")  # fmt: skip
     add("--cohort", type=Path, help="with --encoder: the cohort whose files the encoder reads")
     add("--modality", help="with --encoder: of these files: vbm, t1w or quasiraw (default: that of the shards)")
+    add("--seen", type=Path, metavar="FILE", help="digests of the people that the encoders of others were trained on (yaware "
+        "digests); features of test people among them are refused")  # fmt: skip
     add("--columns", type=Path, help="with --encoder: YAML file that declares the columns of the cohort's tables")
     add(
         "--join",

@@ -28,6 +28,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "embed": ("pretrain.weights.cli", "compute features of scans with an exported encoder"),
     "readouts": ("pretrain.readouts.cli", "fit predictions of the proxies (age, ...) to an encoder's features"),
     "import-weights": ("pretrain.weights.cli", "convert published weights (BHB-10K) into an exported encoder"),
+    "digests": ("pretrain.weights.cli", "write digests of the people of shards, by which others check for leakage"),
     "evaluate": ("evaluation.cli", "evaluate checkpoints on downstream tasks and log the results to MLflow"),
     "reliability": ("evaluation.retest.cli", "measure how well features repeat in people scanned several times"),
     "compare": ("evaluation.compare_cli", "compare evaluated checkpoints: tables, LaTeX and an HTML report"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from evaluation.protocols.finetune import check_head_pooling
 from evaluation.protocols.protocols import PROTOCOLS, variant_of
 from evaluation.protocols.settings import AUTO, OWN_LAYER, EvaluationSettings
 from evaluation.protocols.variant import ProtocolVariant
-from evaluation.tasks.leakage import check_leakage, check_readouts
+from evaluation.tasks.leakage import check_leakage, check_readouts, check_seen
 from infra.errors import UserError
 from infra.files import sha256_of
 from pretrain.weights.encoder import Encoder
@@ -62,21 +62,37 @@ def load_checkpoint(path: Path, context: EvaluationContext) -> Candidate:
 
 
 def given_candidates(
-    given: Sequence[GivenFeatures], checkpoints: Sequence[Candidate], *, join: bool
+    given: Sequence[GivenFeatures], checkpoints: Sequence[Candidate], *, join: bool,
+    checked: Mapping[str, str] | None = None,
 ) -> list[Candidate]:  # fmt: skip
     """Return a candidate for each table or adapter, and with ``join`` each checkpoint with each of them beside it.
 
-    Raises UserError if two candidates would have one name.
+    ``checked`` are the tags of ``leakage.check_seen`` for the given features. Raises UserError if two candidates would have
+    one name.
     """
     names = {checkpoint.name for checkpoint in checkpoints} | set(PROTOCOLS)
     for features in given:
         if features.name in names:
             raise UserError(f"{features.name!r} names two candidates; give the table another --name")
         names.add(features.name)
-    # Nobody knows which people the encoder of others, or a normative model behind a table, was fitted to.
-    tags = {"leakage.checked": "nothing"}
+    # Without digests nobody knows which people the encoder of others, or a normative model behind a table, was fitted to.
+    tags = dict(checked or {"leakage.checked": "nothing"})
     alone = [Candidate(features.name, features.kind, given=features, tags=tags) for features in given]
     return alone + [_beside(checkpoint, features) for features in given if join for checkpoint in checkpoints]
+
+
+def check_digests(
+    seen: str | os.PathLike[str] | None, given: Sequence[GivenFeatures], context: EvaluationContext
+) -> dict[str, str] | None:
+    """Check the given features by a file of digests of their encoder's training people; None without such a file.
+
+    Raises UserError if there are no given features, or some of the test people are in the file.
+    """
+    if seen is None:
+        return None
+    if not given:
+        raise UserError(f"seen={os.fspath(seen)} is about encoders of others; give features or an encoder with it")
+    return check_seen(seen, context.manifest, context.rows, ", ".join(features.name for features in given))
 
 
 def _beside(checkpoint: Candidate, features: GivenFeatures) -> Candidate:

@@ -24,6 +24,7 @@ from evaluation.external.given import (
 from evaluation.features.tables import beside, reduced, table_of
 from evaluation.protocols.candidates import (
     candidates_by_protocol,
+    check_digests,
     check_join,
     checkpoint_paths,
     context_of,
@@ -61,7 +62,7 @@ def evaluate(
     checkpoints: Any = None, shards: str | os.PathLike[str] | Manifest | None = None, *, tasks: str | Sequence[str],
     features: Tables | None = None, name: str | None = None, encoder: Any = None,
     cohort: str | os.PathLike[str] | None = None, modality: str | None = None, columns: str | os.PathLike[str] | None = None,
-    join: bool = False, common_scans: bool = False,
+    join: bool = False, common_scans: bool = False, seen: str | os.PathLike[str] | None = None,
     protocols: str | Sequence[str] = ("paper",), folds: int = 5, n_train: Sequence[int] = (100, 300, 500), draws: int = 10,
     seed: int = 0, inner_repeats: int = 1, leave_site_out: bool = False, layer: str | None = None,
     pooling: str | Sequence[str] = ("mean",), scale: str = "each", readouts: str = "auto",
@@ -97,6 +98,7 @@ def evaluate(
         join: evaluate each checkpoint also with the features of each table or adapter beside its own, in equal parts of the
             variance.
         common_scans: evaluate all candidates on the scans that every table has. By default missing scans are an error.
+        seen: file of ``yaware digests`` with the people that the encoders of others were trained on; they are refused.
         protocols: keys of ``PROTOCOLS``.
         folds: number of outer folds.
         n_train: training-set sizes of learning curves.
@@ -166,10 +168,11 @@ def evaluate(
         settings, manifest, store_uri(tracking_uri), experiment, given=given, common=common_scans,
         cache=feature_folder(manifest, cache), storage=search_folder(storage),
     )  # fmt: skip
+    checked = check_digests(seen, given, context)
     loaded = [load_checkpoint(path, context) for path in paths]
     given = computed(given, manifest, context.rows, context.cache)
     check_values(given, context.tasks, context.rows)
-    others = given_candidates(given, loaded, join=join)
+    others = given_candidates(given, loaded, join=join, checked=checked)
     context = decide_readouts(context, loaded)
     print_tasks(context, variants_of(context, [*loaded, *others]))
     _print_cost(context)

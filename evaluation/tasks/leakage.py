@@ -7,6 +7,7 @@ trained on the shards that it is evaluated on.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from infra.errors import UserError
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
 from pretrain.weights.readouts import Readouts
-from pretrain.weights.seen_scans import SeenScans, copies_in, participants_of, people_in, read, trained_on
+from pretrain.weights.seen_scans import SeenScans, copies_in, participants_of, people_in, read, read_file, trained_on
 
 
 def check_leakage(
@@ -65,6 +66,27 @@ def check_leakage(
         "leakage.checked": "participants" if no_voxels else "participants, voxels",
         "leakage.watched": str(int(watched.sum())),
     }
+
+
+def check_seen(path: str | os.PathLike[str], manifest: Manifest, rows: NDArray[Any], name: str) -> dict[str, str]:
+    """Refuse features whose encoder was trained on participants, or on voxels, of the scans that they are tested on.
+
+    Args:
+        path: file of ``yaware digests``, or a ``seen_scans.json``, of the people that the encoder was trained on.
+        manifest: of the shards to evaluate on.
+        rows: (N,) rows of the test scans in the manifest.
+        name: of the features in messages.
+
+    Returns:
+        ``leakage.checked``: what was compared.
+
+    Raises:
+        UserError: if the file cannot be read, or if there is an overlap; the message names the participants.
+    """
+    sources = [source for source in read_file(Path(path)) if source.role in ("trained", "readouts")]
+    _refuse_overlap(sources, manifest, rows, name, "pretrained")
+    no_voxels = "voxels_sha256" not in manifest.scans or any(source.voxels is None for source in sources)
+    return {"leakage.checked": "participants" if no_voxels else "participants, voxels"}
 
 
 def check_readouts(readouts: Readouts, manifest: Manifest, rows: NDArray[Any], name: str) -> None:

@@ -1,4 +1,4 @@
-"""The commands ``yaware export``, ``yaware embed`` and ``yaware import-weights``."""
+"""The commands ``yaware export``, ``yaware embed``, ``yaware import-weights`` and ``yaware digests``."""
 
 from __future__ import annotations
 
@@ -195,6 +195,29 @@ def _source(options: argparse.Namespace, encoder: Encoder) -> ScanSource:
     return scan_source(rows, encoder.preprocessing, manifest)
 
 
+def digests(arguments: list[str]) -> int:
+    """Write digests of the people and scans of shards, by which others can check for leakage; the file names nobody."""
+    parser = argparse.ArgumentParser(prog="yaware digests", description=digests.__doc__)
+    parser.add_argument("shards", help="folder or URL of the shards that an encoder was trained on")
+    parser.add_argument("--split", type=lambda text: text.split(","), help="only these splits, as pretrain,monitor")
+    parser.add_argument("--query", help="only the scans that a pandas query over scans.parquet selects")
+    parser.add_argument("--out", type=Path, default=Path("digests.json"), help="file to write (default: digests.json)")
+    options = parser.parse_args(arguments)
+    check_output(options.out, "--out")
+    from data_pipeline.storage.manifest import Manifest
+    from infra.files import write_json
+    from pretrain.weights.seen_scans import source_of, to_json
+
+    manifest = Manifest.load(options.shards)
+    source = source_of(manifest, manifest.rows(split=options.split, query=options.query))
+    write_json(options.out, to_json([source]))
+    voxels = (
+        "no voxels, which these shards have no digests of" if source.voxels is None else f"{len(source.voxels)} scans"
+    )
+    print(f"digests: wrote {options.out}: {len(source.participants)} people, {voxels}; for yaware evaluate --seen")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "export": export, "embed": embed, "import-weights": import_weights,
+    "export": export, "embed": embed, "import-weights": import_weights, "digests": digests,
 }  # fmt: skip

@@ -20,7 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError
-from pretrain.weights.folder import find_encoder, read_json
+from infra.files import read_object
+from pretrain.weights.folder import find_encoder
 
 NAME = "seen_scans.json"
 # 64 bits: 10^4 training scans and 10^4 test scans share a digest by chance with a probability of about 10^-11.
@@ -74,13 +75,18 @@ def source_of(manifest: Manifest, rows: NDArray[np.integer[Any]], role: str = "t
 def read(folder: Path) -> list[SeenScans] | None:
     """Return the scans that an encoder has seen; None if its folder has no such file. Raises UserError if it is damaged."""
     path = folder / NAME
-    if not path.exists():
-        return None
+    return read_file(path, "export the encoder again") if path.exists() else None
+
+
+def read_file(path: Path, fix: str = "write it again with yaware digests") -> list[SeenScans]:
+    """Return the scans whose digests are in a file. Raises UserError, which ends with ``fix``, if it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file of digests; {fix}")
     try:
-        return TypeAdapter(list[SeenScans]).validate_python(read_json(path)["sources"])
+        return TypeAdapter(list[SeenScans]).validate_python(read_object(path, fix)["sources"])
     except (ValidationError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is damaged ({reason}); export the encoder again") from None
+        raise UserError(f"{path} is damaged ({reason}); {fix}") from None
 
 
 def trained_on(folder: Path, config: Mapping[str, Any], manifest: Manifest) -> list[SeenScans] | None:

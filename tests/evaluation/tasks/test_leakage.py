@@ -12,8 +12,9 @@ import torch
 
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from evaluation.tasks.leakage import check_copies, check_leakage, check_readouts
+from evaluation.tasks.leakage import check_copies, check_leakage, check_readouts, check_seen
 from evaluation.tasks.tasks import load_task
+from infra import cli
 from infra.errors import UserError
 from pretrain.config import load_recipe
 from pretrain.encoders import build_encoder
@@ -24,6 +25,7 @@ from pretrain.weights.readouts import Readouts
 from pretrain.weights.seen_scans import participants_of, read, source_of, to_json
 from pretrain.weights.write import export, write_encoder
 from tests.cohorts import write_cohort
+from tests.pretrain.weights.encoders import write_encoders_of
 
 OPTIONS = {"width": 0.25, "norm": "group"}
 
@@ -208,3 +210,50 @@ def test_people_of_the_readouts_are_refused_by_name_and_by_voxels(tmp_path):
     renamed_row = np.flatnonzero(other.scans["participant_id"] == "903")
     with pytest.raises(UserError, match=r"its readouts were fitted, under another name, on voxels of .*903"):
         check_readouts(readouts, other, renamed_row, "mine")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    root = tmp_path_factory.mktemp("digests")
+    cohort = write_cohort(root / "tiny", participants=20)
+    build_shards(cohort, root / "shards", splits={"pretrain": 0.5, "downstream": 0.5})
+    return root
+
+
+def test_published_digests_name_nobody_and_find_their_people_elsewhere(shared, tmp_path, capsys):
+    manifest, file = Manifest.load(shared / "shards"), tmp_path / "digests.json"
+    assert cli.run(["digests", str(shared / "shards"), "--split", "pretrain", "--out", str(file)]) == 0
+    trained = manifest.rows(split=["pretrain"])
+    people = set(participants_of(manifest, trained))
+    assert f"{len(people)} people, " in capsys.readouterr().out
+    text = file.read_text()
+    assert set(json.loads(text)["sources"][0]) == {"manifest_digest", "role", "participants", "voxels"}
+    assert not any(name.partition("/")[2] in text for name in people)
+    other = manifest.rows(split=["downstream"])
+    assert check_seen(file, manifest, other, "table") == {"leakage.checked": "participants, voxels"}
+    with pytest.raises(UserError, match="table: pretrained on participants of the test scans"):
+        check_seen(file, manifest, trained, "table")
+    renamed_cohort = renamed(shared / "tiny", tmp_path / "renamed", sorted(people)[0].partition("/")[2], "zz")
+    elsewhere = build_shards(renamed_cohort, tmp_path / "elsewhere", splits={"downstream": 1.0})
+    row = np.flatnonzero(elsewhere.scans["participant_id"] == "zz")
+    with pytest.raises(UserError, match="pretrained, under another name, on voxels of the test participants"):
+        check_seen(file, elsewhere, row, "table")
+
+
+def test_an_evaluation_of_others_features_takes_the_digests(shared, tmp_path, capsys):
+    manifest, file = Manifest.load(shared / "shards"), tmp_path / "digests.json"
+    table = tmp_path / "table.tsv"
+    table.write_text("key\tf\n" + "".join(f"{key}\t{n % 7}\n" for n, key in enumerate(manifest.scans["key"])))
+    assert cli.run(["digests", str(shared / "shards"), "--out", str(file)]) == 0
+    command = ["evaluate", "--shards", str(shared / "shards"), "--tasks", "age", "--folds", "2", "--seen", str(file),
+               "--tracking-uri", f"sqlite:///{tmp_path / 'm.db'}", "--cache", str(tmp_path)]  # fmt: skip
+    assert cli.run([*command, "--features", str(table)]) == 2
+    assert "table: pretrained on participants of the test scans" in capsys.readouterr().err
+    file.write_text('{"sources": [{}]}')
+    assert cli.run([*command, "--features", str(table)]) == 2
+    assert "digests.json is damaged" in capsys.readouterr().err
+    write_encoders_of(manifest, tmp_path / "encoder")
+    assert cli.run([*command, str(tmp_path / "encoder")]) == 2
+    assert "is about encoders of others; give features or an encoder with it" in capsys.readouterr().err
+    assert cli.run(["digests", str(shared / "shards"), "--split", "nothing", "--out", str(tmp_path / "x.json")]) == 2
+    assert not (tmp_path / "x.json").exists()
