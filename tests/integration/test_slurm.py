@@ -27,12 +27,9 @@ SIZE = {
     "pretrain-deepspeed": ["--ntasks-per-node=2", "--gpus-per-node=1", "--cpus-per-task=1"],
 }
 PATIENT = pytest.mark.timeout(900)
-both_slow = pytest.mark.parametrize(
-    "script", [pytest.param(name, marks=(pytest.mark.slow, PATIENT)) for name in SCRIPTS]
-)
-MARKS = {"pretrain": pytest.mark.jobs, "pretrain-deepspeed": pytest.mark.slow}
-jobs_and_slow = pytest.mark.parametrize(
-    "script", [pytest.param(name, marks=(mark, PATIENT)) for name, mark in MARKS.items()]
+# The fixtures are shared, so that one file holds them all; `make test-jobs` runs it beside other files.
+with_both = pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=(pytest.mark.jobs, PATIENT)) for name in SCRIPTS]
 )
 
 
@@ -167,23 +164,34 @@ def test_a_time_limit_a_preemption_and_a_killed_task_change_no_loss_until_the_bo
 
 @pytest.mark.jobs
 @PATIENT
-def test_one_launcher_a_node_comes_back_after_a_preemption(job, shards, one_host):
-    preempted = job("pretrain-deepspeed").submit(shards)
-    preempted.train_until(3)
-    preempted.preempt()
-    assert preempted.wait("COMPLETED", restarts=1)["ExitCode"] == "0:0"
-    assert len(preempted.lines("launch: ")) == 4, "two starts on two nodes"
-    (reason,) = requeued(preempted)
+def test_one_launcher_a_node_comes_back_after_a_killed_task_a_time_limit_and_a_preemption(job, shards, one_host):
+    disturbed = job("pretrain-deepspeed").submit(shards)
+    disturbed.train_until(6)
+    disturbed.ranks("node2")[0].kill()
+    disturbed.train_until(12, restarts=1)
+    disturbed.reach_time_limit()
+    disturbed.wait("PENDING", restarts=2)
+    disturbed.slurm.run("scontrol", "update", f"jobid={disturbed.number}", "TimeLimit=20")
+    disturbed.train_until(17, restarts=2)
+    disturbed.preempt()
+    assert disturbed.wait("COMPLETED", restarts=3)["ExitCode"] == "0:0"
+    starts = [line for line in disturbed.lines("launch: ") if "-m pretrain.engine.local_ranks" in line]
+    assert len(starts) == 8, "four starts on two nodes"
+    killed, limit, preempted = requeued(disturbed)
+    assert killed.startswith("rank 1 (node2) ")
+    assert limit.startswith("stopped by SIGUSR1 after step ")
     # SLURM sends SIGTERM to all processes, and the launchers pass it on as SIGUSR1.
-    assert re.fullmatch(r"stopped by (SIGTERM|SIGUSR1) after step \d+", reason)
-    assert losses(preempted.output) == one_host
-    assert "a reader process was lost" not in preempted.log
-    assert not list(preempted.folder.glob(".hostfile-*"))
+    assert re.fullmatch(r"stopped by (SIGTERM|SIGUSR1) after step \d+", preempted)
+    assert losses(disturbed.output) == one_host
+    assert "a reader process was lost" not in disturbed.log
+    assert not list(disturbed.folder.glob(".hostfile-*"))
 
 
-@both_slow
-def test_a_run_finishes_after_a_killed_task_and_a_time_limit(job, shards, one_host, script):
-    disturbed = job(script).submit(shards)
+@pytest.mark.slow
+@PATIENT
+def test_a_run_finishes_after_a_killed_task_and_a_time_limit(job, shards, one_host):
+    """To the end, where the test above of the same script reaches its bound."""
+    disturbed = job("pretrain").submit(shards)
     disturbed.train_until(6)
     disturbed.ranks("node2")[0].kill()
     disturbed.train_until(14, restarts=1)
@@ -195,7 +203,7 @@ def test_a_run_finishes_after_a_killed_task_and_a_time_limit(job, shards, one_ho
     assert losses(disturbed.output) == one_host
 
 
-@jobs_and_slow
+@with_both
 def test_a_cancelled_job_saves_and_does_not_come_back(job, shards, script):
     cancelled = job(script).submit(shards)
     cancelled.train_until(3)
@@ -206,7 +214,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(job, shards, script):
     assert requeued(cancelled) == []
 
 
-@both_slow
+@with_both
 def test_the_bound_of_requeues_is_said_in_one_line(job, shards, script):
     bounded = job(script, YAWARE_MAX_REQUEUES="0").submit(shards)
     bounded.train_until(3)
@@ -219,7 +227,7 @@ def test_the_bound_of_requeues_is_said_in_one_line(job, shards, script):
                          "the same command continues")  # fmt: skip
 
 
-@both_slow
+@with_both
 def test_a_job_that_lost_a_node_goes_on_when_the_node_is_back(job, shards, one_host, script):
     struck = job(script).submit(shards)
     struck.train_until(6)
@@ -251,13 +259,15 @@ def test_an_array_and_a_heterogeneous_job_are_refused_in_one_line(job, shards, s
     assert not refused.output.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.jobs
 def test_an_error_in_the_shards_does_not_requeue(job, tmp_path):
     failed = job("pretrain").submit(tmp_path / "none")
     assert failed.wait("FAILED", "COMPLETED")["Restarts"] == "0"
     assert len(failed.lines("yaware: error: ")) == 2, "one line of each host"
     (line,) = [line for line in failed.lines("pretrain: ") if "queued again" in line]
-    assert line == f"pretrain: ended with status 2; job {failed.number} is not queued again"
+    assert line == f"pretrain: wrong input; job {failed.number} is not queued again"
+    assert not list(failed.folder.glob(".problem-*"))
+    assert not failed.output.exists()
 
 
 def test_the_cluster_leaves_no_process_and_no_namespace():
