@@ -36,6 +36,8 @@ def embedding(comparison: Comparison, columns: tuple[str, str] = ("x", "y")) -> 
         _by_group(row[2], table, "site", columns)
         correlation = age_correlation(table, columns[0])
         suffix = f", |r| = {correlation:.2f}" if np.isfinite(correlation) else ""
+        rank = evaluation.run["metrics"].get("features.rankme", np.nan)
+        suffix += f", rank {rank:.1f}" if np.isfinite(rank) else ""
         row[0].set_title(f"{evaluation.name}\nby age{suffix}")  # the name has a line of its own, over all columns
         row[0].set_ylabel("second axis")
         for axis in row:

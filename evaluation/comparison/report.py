@@ -121,7 +121,7 @@ SECTIONS: dict[str, Section] = {
     "embedding_age": Section(
         "What the features hold",
         "First two principal components of the features of the evaluated scans. The components are fitted to healthy people; their "
-        "signs are chosen so that age grows to the right. |r|: absolute correlation of the first component with age.",
+        "signs are chosen so that age grows to the right. |r|: absolute correlation of the first component with age; rank: the effective rank of the features (RankMe).",
         plot=maps.embedding, bitmap=True, applies=lambda comparison: bool(maps.with_embedding(comparison)),
     ),
     "umap": Section(

@@ -20,6 +20,7 @@ from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, chance_l
 from evaluation.tasks.resamples import Resample
 from evaluation.tasks.tasks import Task
 from infra.files import write_json
+from pretrain.effective_rank import rankme
 
 TABLES = ("predictions.parquet", "embedding.parquet", "curve.csv", "trials.csv", "resamples.csv", "chosen.csv")
 RESAMPLE_COLUMNS = ["task", "metric", "kind", "number", "side", "value", "chance"]
@@ -29,8 +30,9 @@ RESAMPLE_COLUMNS = ["task", "metric", "kind", "number", "side", "value", "chance
 class EvaluationResult:
     """The result of one candidate under one protocol, for all tasks.
 
-    ``metrics`` holds ``TASK.METRIC``, with ``.low`` and ``.high`` for its interval, and ``TASK.auc.nSIZE``, the mean AUC over
-    the draws of a learning curve. ``trials`` holds the rows of ``nested_cv`` by task.
+    ``metrics`` holds ``TASK.METRIC``, with ``.low`` and ``.high`` for its interval, ``TASK.auc.nSIZE``, the mean AUC over the
+    draws of a learning curve, and ``features.rankme``, the effective rank of the features. ``trials`` holds the rows of
+    ``nested_cv`` by task.
     """
 
     metrics: dict[str, float]
@@ -59,6 +61,7 @@ def make_result(
             metrics[f"{task.name}.auc.n{size}"] = float(values.mean())
     if map_features.shape[1] > 1:
         embedding = embedding_table(context.manifest, context.rows, map_features)
+        metrics["features.rankme"] = rankme(map_features)
     else:
         embedding = pd.DataFrame({"x": [], "y": [], "age": [], "sex": [], "site": []})
     trials = {name: result.trials for name, result in results.items()}

@@ -19,6 +19,7 @@ from data_pipeline.storage.manifest import Manifest
 from infra import random_streams
 from infra.errors import UserError, nearest
 from pretrain.config import MonitorSection
+from pretrain.effective_rank import rankme
 
 FOLDS = 5
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
@@ -148,7 +149,7 @@ def _common_classes(task: ProbeTarget, groups: NDArray[np.int64]) -> ProbeTarget
 
 
 def probe_metrics(features: NDArray[np.float32], watched: Watched) -> dict[str, float]:
-    """Return the out-of-fold scores of each task, and the spread of the features (n, F).
+    """Return the out-of-fold scores of each task, and the spread and the effective rank (RankMe) of the features (n, F).
 
     The spread is the standard deviation of a feature across scans, averaged over features and divided by the features'
     root mean square. Near 0 the encoder maps all scans to the same features.
@@ -159,7 +160,7 @@ def probe_metrics(features: NDArray[np.float32], watched: Watched) -> dict[str, 
         scores = PROBES[task.kind](features[chosen], task.labels[chosen], watched.groups[chosen])
         metrics |= {f"monitor/{task.name}_{name}": score for name, score in scores.items()}
     size = float(np.sqrt(np.square(features).mean())) or 1.0
-    return {**metrics, "monitor/spread": float(features.std(axis=0).mean()) / size}
+    return {**metrics, "monitor/spread": float(features.std(axis=0).mean()) / size, "monitor/rankme": rankme(features)}
 
 
 def score_of(task: ProbeTarget) -> tuple[str, int]:
@@ -216,7 +217,7 @@ PROBES: dict[str, Callable[[NDArray[np.float32], NDArray[Any], NDArray[np.int64]
 
 
 def view_metrics(views_2nP: torch.Tensor) -> dict[str, float]:
-    """Return alignment, uniformity and standard deviation of the embeddings (2, n, P) after L2 normalisation.
+    """Return alignment, uniformity and standard deviation of the embeddings (2, n, P) after L2 normalisation, and their rank.
 
     - ``alignment``: mean squared distance between the two views of a scan; 0 if they are equal.
     - ``uniformity``: logarithm of the mean of exp(-2 d²) over pairs of scans, averaged over both views; 0 if all
@@ -224,7 +225,9 @@ def view_metrics(views_2nP: torch.Tensor) -> dict[str, float]:
     - ``embedding_std``: standard deviation over scans, averaged over dimensions and multiplied by √P; 1 for an even
       spread, 0 if all embeddings are equal.
 
-    Wang & Isola 2020, arXiv:2005.10242, with α = 2 and t = 2.
+    - ``embedding_rankme``: effective rank of the first views' embeddings before normalisation; 1 if all have one direction.
+
+    Wang & Isola 2020, arXiv:2005.10242, with α = 2 and t = 2; Garrido et al. 2023, arXiv:2210.02885.
     """
     z = torch.nn.functional.normalize(views_2nP.double(), dim=-1)
     alignment = (z[0] - z[1]).square().sum(dim=1).mean()
@@ -234,4 +237,5 @@ def view_metrics(views_2nP: torch.Tensor) -> dict[str, float]:
         "monitor/alignment": float(alignment),
         "monitor/uniformity": float(uniformity),
         "monitor/embedding_std": float(std),
+        "monitor/embedding_rankme": rankme(views_2nP[0].double().numpy()),
     }
