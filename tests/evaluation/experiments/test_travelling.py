@@ -76,7 +76,7 @@ def test_results_are_those_of_each_run():
 
 @pytest.mark.slow
 def test_a_tiny_experiment_runs_to_its_tables(tmp_path):
-    plan = TravellingPlan(participants=500, heads=40, scanners=2, repeats=1, spacing=12.0, steps=3, seeds=(0,))
+    plan = TravellingPlan(participants=500, heads=40, scanners=2, repeats=2, spacing=12.0, steps=3, seeds=(0,))
     found = travelling.run(tmp_path / "out", plan, jobs=2)
     assert found["arm"].tolist() == list(ARMS)
     assert found.notna().all().all()
