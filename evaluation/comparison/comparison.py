@@ -89,6 +89,14 @@ class Comparison:
         return tables.subgroups_table(self.last)
 
     @cached_property
+    def fairness(self) -> pd.DataFrame:
+        """Largest gaps of AUC, sensitivity and calibration between sexes, age bands and sites: binary tasks of last steps.
+
+        Columns: checkpoint, task, by, measure, lowest, highest (the groups), groups (their number), gap, low, high.
+        """
+        return tables.fairness_gaps(self.last)
+
+    @cached_property
     def calibration(self) -> pd.DataFrame:
         """Calibration of binary tasks' probabilities, for last steps.
 
@@ -123,7 +131,7 @@ class Comparison:
         """Every table by the name of its attribute."""
         names = (
             "metrics", "differences", "curves", "curve_differences", "subgroups", "calibration", "site_leakage", "brain_age",
-            "reliability",
+            "reliability", "fairness",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

@@ -108,6 +108,12 @@ SECTIONS: dict[str, Section] = {
         "comparisons some groups differ by chance: take a gap as a question, not as a finding.",
         sections.subgroups, applies=lambda comparison: len(comparison.subgroups) > 0,
     ),
+    "fairness": Section(
+        "Fairness: gaps between groups",
+        "The difference between the highest and the lowest group (fairlearn's MetricFrame.difference), with 95 % intervals over people (BCa). Calibration: mean probability minus share of positives. "
+        "Sensitivity at the score's threshold 0. Groups as for the subgroups. Of several groups the two that are farthest apart are chosen by chance too, and their interval is then too far from 0.",
+        sections.fairness, applies=lambda comparison: len(comparison.fairness) > 0,
+    ),
     "site_age": Section(
         "Site and age", text=sections.site_and_age,
         applies=lambda comparison: len(comparison.site_leakage) + len(comparison.brain_age) > 0,

@@ -197,6 +197,23 @@ def subgroups(comparison: Comparison) -> str:
     return note + "".join(parts)
 
 
+def fairness(comparison: Comparison) -> str:
+    """Return a table of the gaps between groups."""
+    rows = [
+        [
+            r.checkpoint,
+            comparison.tasks[r.task].title,
+            r.by,
+            r.measure,
+            signed(r.gap, r.low, r.high),
+            f"{r.lowest}, {r.highest}",
+        ]
+        for r in rows_of(comparison.fairness)
+    ]
+    head = ["checkpoint", "task", "between", "measure", "gap", "lowest, highest"]
+    return html_table(head, rows, words=(0, 1, 2, 3, 5))
+
+
 def chosen_features(comparison: Comparison) -> str:
     """Return the table of the features that folds chose."""
     return html_table(

@@ -10,6 +10,8 @@ import pandas as pd
 from evaluation.comparison import resampled
 from evaluation.comparison.evaluations import CheckpointEvaluation, labels_of, metrics_of, probabilities_of
 from evaluation.comparison.pairs import pairs
+from evaluation.statistics import fairness
+from evaluation.statistics.fairness import fairness_table
 from evaluation.statistics.intervals import with_interval
 from evaluation.statistics.metrics import HIGHER_IS_BETTER, chance_level
 from evaluation.statistics.paired import Difference, delong_difference, holm, paired_bootstrap, permutation_p
@@ -24,6 +26,7 @@ DIFFERENCE_COLUMNS = [
     "fixed_high", "fixed_p", "fixed_test", "boot_low", "boot_high",
 ]  # fmt: skip
 SUBGROUP_COLUMNS = ["checkpoint", "task", "metric", *COLUMNS]
+FAIRNESS_COLUMNS = ["checkpoint", "task", *fairness.COLUMNS]
 CALIBRATION_COLUMNS = ["checkpoint", "task", "predicted", "observed", "low", "high", "scans"]
 MOST_BINS = 10
 PARTICIPANTS_PER_BIN = 20
@@ -148,6 +151,29 @@ def subgroups_table(evaluations: list[CheckpointEvaluation], minimum: int = MINI
             tables.append(table.assign(checkpoint=evaluation.name, task=task, metric=metric))
     tables = [table for table in tables if len(table)]
     return pd.concat(tables, ignore_index=True)[SUBGROUP_COLUMNS] if tables else pd.DataFrame(columns=SUBGROUP_COLUMNS)
+
+
+def fairness_gaps(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
+    """Return FAIRNESS_COLUMNS: gaps of binary tasks with stored probabilities over sex, age band and site."""
+    tables = []
+    for evaluation in evaluations:
+        for task in evaluation.tasks:
+            predictions = evaluation.predictions_of(task)
+            probabilities = probabilities_of(predictions)
+            if evaluation.kind(task) != "binary" or probabilities is None:
+                continue
+            by = {
+                name: predictions[name].to_numpy() for name in ("sex", "site") if name in predictions and name != task
+            }
+            if "age" in predictions:
+                by["age"] = age_bands(predictions["age"].to_numpy(float))
+            table = fairness_table(
+                labels_of(predictions), predictions["answer"].to_numpy(), probabilities,
+                predictions["participant"].to_numpy(), {name: by[name] for name in ("sex", "age", "site") if name in by},
+            )  # fmt: skip
+            tables.append(table.assign(checkpoint=evaluation.name, task=task))
+    tables = [table for table in tables if len(table)]
+    return pd.concat(tables, ignore_index=True)[FAIRNESS_COLUMNS] if tables else pd.DataFrame(columns=FAIRNESS_COLUMNS)
 
 
 def calibration_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:

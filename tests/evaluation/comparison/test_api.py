@@ -57,6 +57,7 @@ def test_every_table_of_a_comparison_is_a_data_frame_with_its_documented_columns
         "site_leakage": ["checkpoint", "sites", "bacc", "chance", "leakage", "external_mae", "openbhb"],
         "brain_age": ["checkpoint", "task", "mae", "slope", "r_raw", "gap_sd", "r_corrected"],
         "reliability": COLUMNS,
+        "fairness": ["checkpoint", "task", "by", "measure", "lowest", "highest", "groups", "gap", "low", "high"],
     }  # fmt: skip
     assert {name: list(table.columns) for name, table in comparison.tables.items()} == documented
     for name, table in comparison.tables.items():
