@@ -15,10 +15,11 @@ from pathlib import Path
 
 ROOT = Path("/")
 MOUNT = Path("sys/fs/cgroup")
-# Version -> files of a group's memory: the limit, what is used, and the line of memory.stat with what can be reclaimed.
+# Version -> files of a group's memory: the limit, what is used, and the beginning of the lines of memory.stat with what can be
+# reclaimed: files that were read, which the kernel drops when memory is needed.
 MEMORY_FILES = {
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    2: ("memory.max", "memory.current", ""),
 }  # fmt: skip
 
 
@@ -56,11 +57,12 @@ def total_memory(root: Path = ROOT) -> int:
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
     """Yield limit and used bytes of each group with a limit; files that the kernel can drop are not counted as used."""
     for version, group in _groups("memory", root):
-        limit_file, used_file, reclaimable = MEMORY_FILES[version]
+        limit_file, used_file, prefix = MEMORY_FILES[version]
         with suppress(OSError, ValueError):
             limit, used = (int((group / name).read_text()) for name in (limit_file, used_file))
             lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-            yield limit, max(0, used - next((int(line[1]) for line in lines if line[0] == reclaimable), 0))
+            dropped = (f"{prefix}inactive_file", f"{prefix}active_file")
+            yield limit, max(0, used - sum(int(line[1]) for line in lines if line[0] in dropped))
 
 
 def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:

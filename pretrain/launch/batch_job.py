@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from infra.distributed import slurm_attempt
-from infra.errors import UserError
+from infra.errors import LoaderError, UserError
 from infra.files import read_text
 from infra.slurm.requeue import AGAIN, check_job, is_preempted, queue_again, show_job
 from infra.watchdog.exit_note import PROBLEM_FILE, ExitNote, read_notes
@@ -24,10 +24,13 @@ from infra.watchdog.run_status import FINISHED, STOPPED, RunStatus, read_status
 from pretrain.config import load_recipe
 
 RECORD = "requeues.jsonl"
+WRONG_INPUT = "wrong input"
 SHOWN = 4  # ranks of a message
 
 
-def why_unfinished(status: int, said: RunStatus | None, notes: Sequence[ExitNote], preempted: bool) -> tuple[bool, str]:
+def why_unfinished(
+    status: int, said: RunStatus | None, notes: Sequence[ExitNote], preempted: bool, wrong_input: bool = False
+) -> tuple[bool, str]:
     """Return whether an unfinished run should continue by itself, and why its job step ended.
 
     Args:
@@ -35,11 +38,14 @@ def why_unfinished(status: int, said: RunStatus | None, notes: Sequence[ExitNote
         said: what the run said of itself in this start of the job; None if nothing.
         notes: what its ranks said in this start of the job.
         preempted: whether SLURM is preempting the job.
+        wrong_input: whether a rank ended because its input is wrong.
     """
     if said is not None and said.state == STOPPED:
         return said.stopped_by != "SIGINT", f"stopped by {said.stopped_by} after step {said.step}"
     if preempted:
         return True, "preempted"
+    if wrong_input:
+        return False, WRONG_INPUT
     verdicts = [note.verdict.removeprefix("watchdog: ") for note in notes if note.verdict]
     silent = [f"{note.rank} ({note.host})" for note in notes if note.ending == NO_WORD]
     lost = [f"rank {silent[0]} was lost" if len(silent) == 1 else
@@ -70,23 +76,25 @@ def end_job(status: int, output: Path, job: Mapping[str, str], variables: Mappin
         return 0
     if job.get("JobState") != "RUNNING":
         return status  # cancelled, or SLURM itself queues it again
-    if problem_said(variables):
-        _say(f"wrong input; job {number} is not queued again")
-        return 2
     notes = [note for note in read_notes(output) if note.attempt == attempt]
-    again, reason = why_unfinished(status, said, notes, is_preempted(job))
+    again, reason = why_unfinished(status, said, notes, is_preempted(job), is_input_wrong(notes, variables))
     if not again:
         _say(f"{reason}; job {number} is not queued again")
-        return status or AGAIN
+        return 2 if reason == WRONG_INPUT else status or AGAIN
     latest = output / "checkpoints" / "latest"
     checkpoint = read_text(latest).strip() if latest.is_file() else ""
     queue_again(output / RECORD, checkpoint, reason, variables, _say)
     return status or AGAIN
 
 
-def problem_said(variables: Mapping[str, str]) -> bool:
-    """Return whether a rank of this job step has ended with wrong input."""
-    return bool(variables.get(PROBLEM_FILE)) and Path(variables[PROBLEM_FILE]).is_file()
+def is_input_wrong(notes: Sequence[ExitNote], variables: Mapping[str, str]) -> bool:
+    """Return whether a rank of this job step ended with wrong input, which another start would meet again.
+
+    A rank that cannot read its scans does not count: its node may be at fault, and another start may have another one.
+    """
+    path = variables.get(PROBLEM_FILE)
+    unread = any(note.ending.startswith(f"failed: {LoaderError.__name__}") for note in notes)
+    return bool(path) and not unread and Path(str(path)).is_file()
 
 
 def _say(text: str) -> None:

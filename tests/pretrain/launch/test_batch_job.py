@@ -113,6 +113,25 @@ def test_wrong_input_is_not_queued_again_whatever_the_status_of_the_step(tmp_pat
     assert capsys.readouterr().out == "pretrain: wrong input; job 12 is not queued again\n"
 
 
+def test_a_rank_that_cannot_read_its_scans_and_a_preempted_job_are_queued_again(tmp_path, requeued, capsys):
+    problem = tmp_path / ".problem-12"
+    problem.write_text("reader processes died")
+    variables = {**JOB, "YAWARE_PROBLEM_FILE": str(problem)}
+    (tmp_path / "ranks").mkdir()
+    write_json(
+        tmp_path / "ranks/rank-00001.json",
+        {"rank": 1, "host": "a", "pid": 1, "ending": "failed: LoaderError: reader processes died", "attempt": "12.0"},
+    )
+    write_json(tmp_path / "ranks/rank-00000.json", {"rank": 0, "host": "b", "pid": 1, "attempt": "12.0"})
+    assert end_job(143, tmp_path, {"JobState": "RUNNING"}, variables) == 143
+    assert end_job(2, tmp_path / "new", {"JobState": "RUNNING", "PreemptTime": "2026-01-01T00:00:00"}, variables) == 2
+    assert len(requeued) == 2
+    assert [line.partition(";")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "pretrain: rank 0 (b) was lost",
+        "pretrain: preempted",
+    ]
+
+
 def test_a_rank_that_was_lost_before_the_runs_folder_was_made_is_recorded(tmp_path, requeued, capsys):
     output = tmp_path / "runs" / "first"
     assert end_job(137, output, {"JobState": "RUNNING"}, JOB) == 137
