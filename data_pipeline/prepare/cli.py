@@ -35,6 +35,7 @@ from infra.slurm.parser import OneLineParser
 
 LISTED = 20  # scans that a dry run names
 TIMED = 2  # scans that a dry run prepares for its estimate
+JOBS = ".jobs"  # folder of batch scripts and logs in OUT: hidden, as a new OUT may hold hidden files only
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,11 +89,24 @@ def check_batch(arguments: Sequence[str], size: JobSize) -> CheckedCommand:
         raise UserError(f"{options.raw} is not there; give the folder or table of the raw scans")
     check_output(options.out, "OUT")
     if options.recipe is None:
-        return CheckedCommand(list(arguments[1:]), options.out)
-    words, given = list(arguments[1:]), str(options.recipe)
-    place = next(number for number, word in enumerate(words) if word in (given, f"--recipe={given}"))
-    words[place : place + 1] = [RECIPE_COPY] if words[place] == given else ["--recipe", RECIPE_COPY]
-    return CheckedCommand(words, options.out, read_text(options.recipe))
+        return CheckedCommand(list(arguments[1:]), options.out / JOBS)
+    return CheckedCommand(_with_copy(arguments[1:]), options.out / JOBS, read_text(options.recipe))
+
+
+def _with_copy(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with the copy of the recipe in place of ``--recipe FILE``, which may be shortened or have ``=``."""
+    words: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
+        option, equals, _ = word.partition("=")
+        # The parser has taken the arguments, so a beginning of the option's name is no other option.
+        if option.startswith("--r") and "--recipe".startswith(option):
+            words += ["--recipe", RECIPE_COPY]
+            if not equals:
+                next(rest)
+        else:
+            words.append(word)
+    return words
 
 
 def recipe_of(options: argparse.Namespace, overrides: Sequence[str]) -> PrepareRecipe:

@@ -95,8 +95,8 @@ def _parser() -> OneLineParser:
         metavar="KEY=VALUE",
         help="any other option of sbatch; may be repeated",
     )
-    add("--script", type=Path, help="file to write; the log is put beside it (default: in the folder of the run, shards, "
-        "prepared scans or report; for evaluate in this folder)")  # fmt: skip
+    add("--script", type=Path, help="file to write; the log is put beside it (default: in the folder of the run, shards or "
+        "report, in OUT/.jobs for prepare; for evaluate in this folder)")  # fmt: skip
     add("--dry-run", action="store_true", help="check, print the batch script, write and submit nothing")
     add("work", choices=WORKS, help="what to run")
     add(

@@ -6,9 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from data_pipeline.prepare.derivative import claim
+from data_pipeline.prepare.settings import PrepareRecipe
 from infra import cli
 from infra.slurm.batch_script import TEMPLATES, WORKS, batch_script, read_template
 from pretrain.config import find_recipe, load_recipe
@@ -78,7 +81,10 @@ def test_without_options_those_of_the_batch_script_are_taken(start, capsys):
     assert lines[-1] == template[-1]
 
 
-@pytest.mark.parametrize("words", [["--recipe", "my.yaml"], ["--recipe=my.yaml"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--recipe", "my.yaml"], ["--recipe=my.yaml"], ["--recipe", "./my.yaml"], ["--rec=my.yaml"], ["--reci", ".//my.yaml"]],
+)
 def test_a_preparation_reads_a_copy_of_its_recipe(start, capsys, words):
     (start / "my.yaml").write_text("prepare: {seed: 7}\n")
     assert launch("--dry-run", "--dependency=afterok:1", "prepare", "raw", "out", "--spacing=2", *words) == 0
@@ -86,7 +92,7 @@ def test_a_preparation_reads_a_copy_of_its_recipe(start, capsys, words):
     lines = captured.out.splitlines()
     (given,) = (line for line in lines if line.startswith("set -- "))
     copy = re.fullmatch(r"set -- raw out --spacing=2 --recipe (\S+\.yaml)", given)[1]
-    assert copy.startswith(f"{start}/out/yaware-prepare-")
+    assert copy.startswith(f"{start}/out/.jobs/yaware-prepare-")
     assert f"{copy} is not written yet" in captured.err
     assert lines[-1].endswith('-m infra.slurm.ray_job cohort prepare "$@"')
 
@@ -205,6 +211,17 @@ def sbatch(start, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     return start / "answer"
+
+
+def test_a_submitted_preparation_finds_its_folder_free(sbatch, start, capsys):
+    sbatch.write_text("echo 7")
+    (start / "raw").mkdir()
+    (start / "my.yaml").write_text("prepare: {seed: 7}\n")
+    assert launch("prepare", "raw", "out", "--recipe=my.yaml") == 0
+    log = re.search(r"its log: (\S+)", capsys.readouterr().out)[1]
+    Path(log).write_text("SLURM opens the log before the command starts\n")
+    assert len(list((start / "out").rglob("*.*"))) == 4  # the hidden folder: script, recipe and log
+    claim(start / "out", PrepareRecipe(), name="raw", simulated=False)
 
 
 def test_a_submission_prints_the_job_its_log_and_what_to_type(sbatch, start, capsys):
