@@ -123,8 +123,8 @@ class SubjectPairs:
     """Shows every scan once per epoch, two scans of one subject after each other.
 
     Each epoch draws the pairs anew. A subject with an odd number of scans has one left over; those of different subjects are
-    put together. With an odd number of scans in all, one is shown twice. Pairs begin at even positions, so that an even batch
-    holds both scans of a pair.
+    put together. With an odd number of scans in all, each epoch draws one that is shown twice. Pairs begin at even positions,
+    so that an even batch holds both scans of a pair.
 
     **Effect on the positives of the loss.** Half of a batch of B scans has another scan of the same subject, if all subjects
     have several. With ``loss.subject_positives`` these are positives of weight 1, so that the encoder learns what does not
@@ -157,8 +157,9 @@ class SubjectPairs:
         shuffled = [draws.permutation(scans) for scans in self.sessions]
         paired = [scans[: len(scans) // 2 * 2] for scans in shuffled]
         single = draws.permutation(np.array([scans[-1] for scans in shuffled if len(scans) % 2], dtype=np.int64))
-        # The partner of a single scan is another one, or itself if there is no other.
-        again = np.concatenate([*paired, single])[: len(single) % 2]
+        # Of an odd number of single scans, the last one has any other scan as its partner, which is shown again.
+        others = np.concatenate([*paired, single[:-1]])
+        again = draws.choice(others if len(others) else single, len(single) % 2)
         numbers = np.concatenate([*paired, single, again]).astype(np.int64)
         shown = np.full(self.length, 2 * number, dtype=np.int64)
         shown[self.length - len(again) :] += 1
@@ -200,12 +201,13 @@ def build_order(
         rows: row numbers of the scans to show.
         seed: of the run.
         batch: the global batch.
-        by: column whose values are the groups; ``subject``: see ``SubjectPairs``.
+        by: column whose values are the groups; ``subject``, which is no column: see ``SubjectPairs``.
         bins: for a numeric column, the width of a group in the column's unit.
         one_session_per_subject: show each subject once per epoch.
 
     Raises:
-        UserError: if the column is unknown, has missing values or is not numeric, or if the options exclude each other.
+        UserError: if the column is unknown, has missing values or is not numeric, if ``subject`` is a column, or if the
+            options exclude each other.
     """
     if by is None and bins is not None:
         raise UserError(f"data.balance.bins={bins:g} needs data.balance.by, the column to divide into bins")
@@ -226,6 +228,11 @@ def build_order(
 def _subject_pairs(
     manifest: Manifest, rows: NDArray[np.int64], *, seed: int, batch: int, bins: float | None
 ) -> SubjectPairs:
+    if "subject" in manifest.scans.columns:
+        raise UserError(
+            f"data.balance.by=subject shows the scans of a participant in pairs, but {manifest.url} has a column subject too; "
+            "build the shards with another name for this column"
+        )
     sessions = _grouped(manifest.subjects()[rows])
     if bins is not None:
         raise UserError(f"data.balance.bins={bins:g} does not go with data.balance.by=subject; leave it out")

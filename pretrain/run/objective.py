@@ -150,7 +150,7 @@ def site_codes(manifest: Manifest, rows: NDArray[np.int64]) -> torch.Tensor:
     if missing:
         raise UserError(
             f"loss.site_negatives: {missing} of {len(rows)} scans have no site; exclude them with data.query, as in "
-            "--data.query='site != \"\"'"
+            "--data.query='site == site and site != \"\"'"
         )
     return torch.from_numpy(pd.factorize(names)[0].astype(np.int64))
 

@@ -208,6 +208,21 @@ def test_an_even_batch_holds_both_scans_of_a_pair_and_epochs_pair_others():
     assert len(partners) > 12  # with fixed pairs there were 12
 
 
+def test_each_epoch_draws_the_scan_that_is_shown_twice():
+    sizes = [2, 3, 4]
+    order = SubjectPairs(grouped(sizes), 0)
+    repeated = [Counter(order.epoch(epoch).tolist()).most_common(1)[0] for epoch in range(200)]
+    assert {count for _, count in repeated} == {2}
+    assert {number for number, _ in repeated} == set(range(sum(sizes)))
+
+
+def test_a_column_named_subject_is_not_taken_for_the_participants():
+    scans = pd.DataFrame({"key": list("abcd"), "subject": ["x", "x", "y", "y"]})
+    manifest = SimpleNamespace(scans=scans, url="shards", subjects=lambda: np.array([0, 0, 1, 1]))
+    with pytest.raises(UserError, match="in pairs, but shards has a column subject too; build the shards with another"):
+        build_order(manifest, np.arange(4), seed=0, batch=2, by="subject")
+
+
 @pytest.mark.parametrize(
     ("options", "subjects", "text"),
     [
@@ -218,6 +233,6 @@ def test_an_even_batch_holds_both_scans_of_a_pair_and_epochs_pair_others():
     ],
 )
 def test_subject_pairs_that_cannot_be_are_one_line(options, subjects, text):
-    manifest = SimpleNamespace(subjects=lambda: np.array(subjects))
+    manifest = SimpleNamespace(scans=pd.DataFrame({"key": list("abcd")}), subjects=lambda: np.array(subjects))
     with pytest.raises(UserError, match=text):
         build_order(manifest, np.arange(4), seed=0, by="subject", **options)

@@ -83,7 +83,13 @@ def test_without_options_those_of_the_batch_script_are_taken(start, capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [["--recipe", "my.yaml"], ["--recipe=my.yaml"], ["--recipe", "./my.yaml"], ["--rec=my.yaml"], ["--reci", ".//my.yaml"]],
+    [
+        ["--recipe", "my.yaml"],
+        ["--recipe=my.yaml"],
+        ["--recipe", "./my.yaml"],
+        ["--rec=my.yaml"],
+        ["--reci", ".//my.yaml"],
+    ],
 )
 def test_a_preparation_reads_a_copy_of_its_recipe(start, capsys, words):
     (start / "my.yaml").write_text("prepare: {seed: 7}\n")

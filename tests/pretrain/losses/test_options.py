@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from dataclasses import replace
 from types import SimpleNamespace
@@ -167,8 +168,11 @@ def test_site_negatives_need_a_site_for_every_training_scan(shards):
     manifest = Manifest.load(str(shards))
     rows = manifest.rows(split=["pretrain"])
     scans = manifest.scans.copy()
-    scans.loc[rows[0], "site"] = ""
-    with pytest.raises(UserError, match=f"loss.site_negatives: 1 of {len(rows)} scans have no site"):
+    scans["site"] = scans["site"].astype(object)
+    scans.loc[rows[0], "site"], scans.loc[rows[1], "site"] = "", None
+    with pytest.raises(UserError, match=f"loss.site_negatives: 2 of {len(rows)} scans have no site") as raised:
         site_codes(SimpleNamespace(scans=scans, url="shards"), rows)
+    advised = re.search(r"--data.query='(.*)'", str(raised.value))[1]
+    assert scans.loc[rows].query(advised).index.tolist() == list(rows[2:])
     with pytest.raises(UserError, match="shards has no column site; leave site_negatives out"):
         site_codes(SimpleNamespace(scans=scans.drop(columns="site"), url="shards"), rows)
