@@ -24,7 +24,7 @@ from evaluation.protocols.settings import OWN_LAYER
 from evaluation.retest import page
 from evaluation.retest.candidates import Sources, candidates_of, measured_of
 from evaluation.retest.design import Design, design_of
-from evaluation.retest.measure import Repeats, measure
+from evaluation.retest.measure import AGE, Repeats, ageing, measure
 from infra.errors import OPTIONAL_TEXT, PATH, TEXT, WHOLE, Kind, UserError, check_arguments
 from infra.tracking.tracker import Tracker, store_uri
 
@@ -147,6 +147,9 @@ def reliability(
         found = measure(measured_of(candidate, context, seed), design, seed=seed)
         _log(candidate, found, design, context, {"scanner": scanner, "query": query or "", "seed": seed})
         results.append((candidate, found))
+    if any((found.retest["name"] == AGE).any() for _, found in results):
+        about.append(ageing(design))
+        print(f"reliability: {about[-1]}")
     return Reliability(**_tables(results, design), simulated=manifest.simulated, about=about)
 
 

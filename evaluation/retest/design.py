@@ -141,8 +141,8 @@ def _design(table: pd.DataFrame) -> Design:
 def _across_scanners(places: pd.DataFrame, names: list[str]) -> tuple[list[Block], list[str]]:
     """Return a block for each repeat of people by scanners, and notes.
 
-    The scanners are those on which at least half of the people with several scanners were scanned; if there are no two, the
-    two that most people share.
+    The scanners are those on which at least half of the people with several scanners were scanned. If fewer than
+    ``FEWEST_PEOPLE`` have all of them, the least common is dropped until enough have; else the two that most people share.
     """
     seen = places.pivot_table(index="person", columns="scanner", values="repeat", aggfunc="size").notna()
     several = seen[seen.sum(axis=1) > 1]
@@ -150,7 +150,10 @@ def _across_scanners(places: pd.DataFrame, names: list[str]) -> tuple[list[Block
         return [], []
     codes = [int(str(scanner)) for scanner in several.columns]
     chosen = [scanner for scanner in codes if several[scanner].mean() >= 0.5]
-    if len(chosen) < 2:
+    while len(chosen) > 2 and several[chosen].all(axis=1).sum() < FEWEST_PEOPLE:
+        least = min(reversed(chosen), key=lambda scanner: several[scanner].sum())
+        chosen = [scanner for scanner in chosen if scanner != least]
+    if len(chosen) < 2 or several[chosen].all(axis=1).sum() < FEWEST_PEOPLE:
         pairs = [(int((several[a] & several[b]).sum()), a, b) for a in codes for b in codes if a < b]
         chosen = list(max(pairs, key=lambda pair: (pair[0], -pair[1], -pair[2]))[1:])
     complete = several.index[several[chosen].all(axis=1)]

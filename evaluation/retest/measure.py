@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from evaluation.retest.design import Design
+from evaluation.retest.design import FEWEST_PEOPLE, Block, Design
 from evaluation.retest.icc import KINDS, icc_with_intervals
 from evaluation.retest.rates import Estimate, identify, predict_scanners, proportion, retest_errors
 from evaluation.retest.variance import MOST_PEOPLE, PARTS, variance_shares
@@ -117,14 +117,42 @@ def _icc_rows(kind: str, names: list[str], values: NDArray[np.float64], design: 
 
 
 def _retest_rows(name: str, values: NDArray[np.float64], design: Design) -> list[list[Any]]:
-    """Return the rows of a prediction; of age, the true ageing between the scans is subtracted where it is known."""
+    """Return the rows of a prediction; of age, the true ageing between the scans is subtracted if it is known."""
     in_years = name == AGE
-    errors = values - design.ages if in_years and np.isfinite(design.ages).all() else values
+    known = _blocks_of_known_age(design) if in_years else None
+    errors = values if known is None else values - design.ages
     rows = []
-    for compared, blocks in design.blocks.items():
+    for compared, blocks in (known or design.blocks).items():
         found = retest_errors(errors, blocks)
         rows.append([compared, name, "years" if in_years else "", *found["sd"], *found["difference"]])
     return rows
+
+
+def ageing(design: Design) -> str:
+    """Return a line about the true ageing between scans: from whose predicted ages it is subtracted."""
+    people, unknown = len(np.unique(design.people)), len(_without_age(design))
+    if _blocks_of_known_age(design) is None:
+        return (
+            f"predicted ages: true ageing between scans is not subtracted, because {unknown} of {people} people have a scan "
+            "without an age"
+        )
+    left_out = f"; {unknown} of {people} people, who have a scan without an age, are left out" if unknown else ""
+    return f"predicted ages: true ageing between scans is subtracted{left_out}"
+
+
+def _without_age(design: Design) -> NDArray[np.int64]:
+    """Return the codes of people who have a scan without an age."""
+    return np.unique(design.people[~np.isfinite(design.ages)])
+
+
+def _blocks_of_known_age(design: Design) -> dict[str, list[Block]] | None:
+    """Return the blocks without people who lack an age; None if that leaves too few for one of the comparisons."""
+    unknown = _without_age(design)
+    found: dict[str, list[Block]] = {}
+    for compared, blocks in design.blocks.items():
+        kept = [Block(b.people[~np.isin(b.people, unknown)], b.scans[~np.isin(b.people, unknown)]) for b in blocks]
+        found[compared] = [block for block in kept if len(block.people) >= FEWEST_PEOPLE]
+    return found if all(found.values()) else None
 
 
 def _share_rows(
@@ -187,10 +215,12 @@ def _share_summary(shares: pd.DataFrame, features: NDArray[np.float64]) -> dict[
 
 
 def _identification(features: NDArray[np.float64], design: Design) -> dict[str, float]:
-    hits, chance = identify(features, design.people, design.scanners)
+    # If scanners are not compared, too few people have several: all are identified among all other scans.
+    scanners = design.scanners if "scanners" in design.blocks else np.zeros_like(design.scanners)
+    hits, chance = identify(features, design.people, scanners)
     known = np.isfinite(hits)
     found = _named("identification", proportion(hits[known], design.people[known]))
-    return found | {"identification.chance": float(chance[known].mean())}
+    return found | {"identification.chance": float(chance[known].mean()), "identification.scans": float(known.sum())}
 
 
 def _scanner(features: NDArray[np.float64], design: Design) -> dict[str, float]:

@@ -28,13 +28,15 @@ SIMULATED = (
 NOTES = {
     "icc": "Median over features and, in brackets, their quartiles. ICC(2,1), agreement: constant offsets of scanners count as "
     "error. ICC(3,1), consistency: they do not. Of a prediction: value and 95 % interval over people.",
-    "rates": "Identified: the share of scans whose nearest scan from another scanner is of the same person. Scanner "
-    "recognised: balanced accuracy of a linear classifier, tested on other people; at chance they are not told apart. "
+    "rates": "Identified: the share of scans whose nearest scan from another scanner is of the same person (if scanners "
+    "are not compared: whose nearest other scan is). Scanner recognised: balanced accuracy of a linear classifier, tested on "
+    "other people; at chance they are not told apart. "
     "95 % intervals over people.",
     "retest": "How much a prediction changes between scans of one person. SD: within-person standard deviation. Difference: "
-    "mean absolute difference of two scans. 95 % intervals over people. True ageing between the scans is subtracted from age.",
+    "mean absolute difference of two scans. 95 % intervals over people.",
     "shares": "Shares of person, scanner, session and rest in the variance, by a mixed model (REML): of "
-    "the first principal components together, and of each prediction. A dash: it cannot be told from the rest.",
+    "the first principal components together, and of each prediction. A dash: "
+    "it cannot be told apart; of a session it can if at least five people have several, and some session has several scans.",
 }
 
 

@@ -30,7 +30,8 @@ def retest_errors(values: Floats, blocks: Sequence[Block]) -> dict[str, Estimate
 
     ``sd``: the within-person standard deviation (the typical error): the root of the mean variance of a person's measurements.
     ``difference``: the mean absolute difference between two scans of a person. Both are means over people and blocks. The
-    interval leaves out each person in turn, on the logarithmic scale, with a t distribution.
+    interval leaves out each person in turn, on the logarithmic scale, with a t distribution; its limits are NaN if one
+    person alone has all of the change.
 
     Args:
         values: (N,) prediction of each scan, minus the true value if that changes between the scans.
@@ -55,8 +56,10 @@ def _positive(sums: Floats, counts: Floats, power: float) -> Estimate:
     people = len(sums)
     value = float(sums.sum() / counts.sum()) ** power
     left_out = np.maximum((sums.sum() - sums) / (counts.sum() - counts), 0.0) ** power
-    if value <= 0 or left_out.min() <= 0:
+    if value <= 0:
         return Estimate(value, value, value)
+    if left_out.min() <= 0:  # all of the change is one person's, which says nothing about other people
+        return Estimate(value, np.nan, np.nan)
     logs = np.log(left_out)
     error = float(np.sqrt((people - 1) / people * ((logs - logs.mean()) ** 2).sum()))
     half = float(stats.t.ppf((1 + LEVEL) / 2, people - 1)) * error

@@ -10,8 +10,8 @@ import yaware
 from data_pipeline.shards.build import build_shards
 from data_pipeline.simulation.cohort import simulate_cohort
 from data_pipeline.storage.manifest import Manifest
-from evaluation.retest.design import design_of
-from evaluation.retest.measure import Measured, components_of, measure, standardised
+from evaluation.retest.design import Block, Design, design_of
+from evaluation.retest.measure import Measured, ageing, components_of, measure, standardised
 from infra import cli
 from infra.errors import UserError
 from infra.tracking import runs
@@ -123,6 +123,43 @@ def test_age_errors_leave_out_true_ageing_and_a_constant_feature_has_no_correlat
     rows = found.icc[found.icc["kind"] == "feature"].set_index("name")
     assert rows.loc["b", "icc21"].isna().all()
     assert rows.loc["a", "icc21"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("missing", "people", "line"),
+    [
+        (0, 8, "predicted ages: true ageing between scans is subtracted"),
+        (1, 7, "predicted ages: true ageing between scans is subtracted; 1 of 8 people, who have a scan without an age, are "
+               "left out"),
+        (4, 8, "predicted ages: true ageing between scans is not subtracted, because 4 of 8 people have a scan without an age"),
+    ],
+)  # fmt: skip
+def test_people_without_an_age_are_left_out_of_the_age_error(missing, people, line):
+    ages = np.arange(16.0) * 3
+    errors = np.random.default_rng(0).normal(size=16)
+    predicted = ages + errors
+    ages[1 : 2 * missing : 2] = np.nan  # the second scans of the first people
+    codes = np.arange(16) // 2
+    design = Design(
+        np.arange(16), codes, np.zeros(16, dtype=np.int64), np.arange(16), ages, ["a"],
+        {"repeats": [Block(np.arange(8), np.arange(16).reshape(8, 2))]}, [],
+    )  # fmt: skip
+    found = measure(Measured(np.empty((16, 0)), [], {"age": predicted}), design).retest
+    expected = (errors if people == 7 or not missing else predicted).reshape(8, 2)[8 - people :]
+    assert found["sd"].item() == pytest.approx(np.sqrt(expected.var(1, ddof=1).mean()))
+    assert ageing(design) == line
+
+
+def test_people_are_identified_among_all_scans_if_one_person_alone_has_two_scanners():
+    codes, scanners = np.arange(16) // 2, np.zeros(16, dtype=np.int64)
+    scanners[1] = 1
+    design = Design(
+        np.arange(16), codes, scanners, np.arange(16), np.full(16, 40.0), ["a", "b"],
+        {"repeats": [Block(np.arange(8), np.arange(16).reshape(8, 2))]}, [],
+    )  # fmt: skip
+    found = measure(Measured(np.eye(8)[codes], [f"f{n}" for n in range(8)], {}), design).summary
+    assert (found["identification"], found["identification.scans"]) == (1.0, 16)
+    assert found["identification.chance"] == pytest.approx(1 / 15)
 
 
 def test_components_are_the_scans_on_the_axes_of_largest_variance():

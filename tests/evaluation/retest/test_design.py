@@ -62,6 +62,28 @@ def test_two_scanners_are_compared_if_people_share_no_more():
     assert "repeats" not in design.blocks
 
 
+def test_scanners_are_dropped_until_enough_people_have_all_of_them():
+    """An incomplete design: 30 people on two of three scanners each, ten on every pair."""
+    pairs = ("ab", "bc", "ac")
+    design = design_of(shards([(f"p{n}", site, site, 40.0) for n in range(30) for site in pairs[n % 3]]))
+    assert [block.scans.shape for block in design.blocks["scanners"]] == [(10, 2)]
+    assert design.notes == [
+        "between scanners: 10 of 30 people with several scanners have all of the 2 that are compared (a, b)"
+    ]
+    rows = [(f"p{n}", site, site, 40.0) for n in range(8) for site in ("abc" + "d" * (n < 4))]  # all four: 4 people
+    design = design_of(shards(rows))
+    assert [block.scans.shape for block in design.blocks["scanners"]] == [(8, 3)]
+
+
+def test_the_pair_that_most_people_share_is_taken_if_dropping_does_not_help():
+    sites = ["ab", "ab", "ab", "bc", "bc", "bc", "bc", "bc", "ac", "ac", "ac", "ac"]  # 7, 8 and 9 people
+    rows = [(f"p{n}", site, site, 40.0) for n, pair in enumerate(sites) for site in pair]
+    rows += [(f"q{n}", site, site, 40.0) for n in range(4) for site in "ad"]
+    design = design_of(shards(rows))
+    (block,) = design.blocks["scanners"]
+    assert sorted({design.scanner_names[code] for code in design.scanners[block.scans].ravel()}) == ["b", "c"]
+
+
 def test_repeats_on_one_scanner_are_ordered_by_age_and_cut_to_what_half_of_the_people_have():
     rows = [
         (f"p{n}", "a", name, 30.0 + years) for n in range(6) for name, years in (("x", 2.0), ("y", 0.0), ("z", 1.0))

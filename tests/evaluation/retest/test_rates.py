@@ -25,6 +25,9 @@ def test_retest_errors_of_two_scans_are_those_by_hand():
     assert found["sd"].low < found["sd"].value < found["sd"].high
     same = retest_errors(np.repeat([30.0, 50.0, 41.0], 2), [block])
     assert tuple(same["sd"]) == (0.0, 0.0, 0.0)
+    one = retest_errors(np.array([30.0, 30.0, 50.0, 50.0, 41.0, 45.0]), [block])  # without the third, nothing changes
+    for name, value in {"sd": np.sqrt(8 / 3), "difference": 4 / 3}.items():
+        np.testing.assert_allclose(one[name], (value, np.nan, np.nan))
 
 
 def test_the_interval_of_the_typical_error_covers_its_truth():
@@ -129,6 +132,34 @@ def test_shares_are_those_of_the_analysis_of_variance_in_a_balanced_design():
     found = variance_shares(table.ravel(), people=people, scanners=scanners, sessions=np.arange(40))
     np.testing.assert_allclose([found["person"], found["scanner"], found["rest"]], parts / parts.sum(), atol=2e-3)
     assert np.isnan(found["session"])  # no session has two scans
+
+
+@pytest.mark.parametrize("second", [0, 1, 4])
+def test_one_session_for_each_person_is_not_told_from_the_person(second):
+    """Also if a few people, ``second`` of them, have another session: their split would be arbitrary."""
+    people, scanners = grid(8, 1, 4)
+    sessions = people.copy()
+    for person in range(second):
+        sessions[np.flatnonzero(people == person)[2:]] = 8 + person
+    generator = np.random.default_rng(9)
+    values = 2.0 * generator.normal(size=8)[people] + generator.normal(size=32)
+    found = variance_shares(values, people=people, scanners=scanners, sessions=sessions)
+    means = values.reshape(8, 4).mean(1)
+    within, between = values.reshape(8, 4).var(1, ddof=1).mean(), means.var(ddof=1)
+    person = between - within / 4  # of the analysis of variance with people alone
+    assert found["person"] == pytest.approx(person / (person + within), abs=2e-3)
+    assert found["person"] + found["rest"] == pytest.approx(1.0)
+    assert np.isnan(found["session"])
+
+
+def test_sessions_have_a_share_if_five_people_have_several():
+    people, scanners = grid(8, 1, 4)
+    sessions = people.copy()
+    for person in range(5):
+        sessions[np.flatnonzero(people == person)[2:]] = 8 + person
+    values = np.random.default_rng(9).normal(size=(8, 1, 4)).ravel() + 3.0 * sessions % 7
+    found = variance_shares(values, people=people, scanners=scanners, sessions=sessions)
+    assert found["session"] > 0.2
 
 
 def test_a_constant_has_no_shares_and_one_scanner_none_of_its_own():
