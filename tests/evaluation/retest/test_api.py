@@ -125,6 +125,14 @@ def test_age_errors_leave_out_true_ageing_and_a_constant_feature_has_no_correlat
     assert rows.loc["a", "icc21"].notna().all()
 
 
+def pairs_of_scans(scanners, ages):
+    """Eight people with two scans each, compared as repeats."""
+    return Design(
+        rows=np.arange(16), people=np.arange(16) // 2, scanners=scanners, sessions=np.arange(16), ages=ages,
+        scanner_names=["a", "b"], blocks={"repeats": [Block(np.arange(8), np.arange(16).reshape(8, 2))]}, notes=[],
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("missing", "people", "line"),
     [
@@ -139,11 +147,7 @@ def test_people_without_an_age_are_left_out_of_the_age_error(missing, people, li
     errors = np.random.default_rng(0).normal(size=16)
     predicted = ages + errors
     ages[1 : 2 * missing : 2] = np.nan  # the second scans of the first people
-    codes = np.arange(16) // 2
-    design = Design(
-        np.arange(16), codes, np.zeros(16, dtype=np.int64), np.arange(16), ages, ["a"],
-        {"repeats": [Block(np.arange(8), np.arange(16).reshape(8, 2))]}, [],
-    )  # fmt: skip
+    design = pairs_of_scans(np.zeros(16, dtype=np.int64), ages)
     found = measure(Measured(np.empty((16, 0)), [], {"age": predicted}), design).retest
     expected = (errors if people == 7 or not missing else predicted).reshape(8, 2)[8 - people :]
     assert found["sd"].item() == pytest.approx(np.sqrt(expected.var(1, ddof=1).mean()))
@@ -151,13 +155,10 @@ def test_people_without_an_age_are_left_out_of_the_age_error(missing, people, li
 
 
 def test_people_are_identified_among_all_scans_if_one_person_alone_has_two_scanners():
-    codes, scanners = np.arange(16) // 2, np.zeros(16, dtype=np.int64)
+    scanners = np.zeros(16, dtype=np.int64)
     scanners[1] = 1
-    design = Design(
-        np.arange(16), codes, scanners, np.arange(16), np.full(16, 40.0), ["a", "b"],
-        {"repeats": [Block(np.arange(8), np.arange(16).reshape(8, 2))]}, [],
-    )  # fmt: skip
-    found = measure(Measured(np.eye(8)[codes], [f"f{n}" for n in range(8)], {}), design).summary
+    design = pairs_of_scans(scanners, np.full(16, 40.0))
+    found = measure(Measured(np.eye(8)[design.people], [f"f{n}" for n in range(8)], {}), design).summary
     assert (found["identification"], found["identification.scans"]) == (1.0, 16)
     assert found["identification.chance"] == pytest.approx(1 / 15)
 
