@@ -123,7 +123,9 @@ def _embed_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", help="embed the scans of this folder or URL of shards")
     parser.add_argument("--split", nargs="+", help="with --shards: only these splits")
     parser.add_argument("--query", help="with --shards: only scans that fulfil this pandas query")
-    parser.add_argument("--tiv", type=float, nargs="+", help="total intracranial volumes in ml, for scaling: tiv")
+    parser.add_argument(
+        "--tiv", type=float, nargs="+", help="total intracranial volumes in ml, one per scan, for scaling: tiv"
+    )
     parser.add_argument(
         "--orientation", default="", help="of .npy files, such as LAS (default: as the training scans')"
     )

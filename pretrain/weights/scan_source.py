@@ -69,8 +69,8 @@ class FileSource:
     Args:
         paths: the files.
         preprocessing: the encoder's preprocessing.json.
-        tiv: total intracranial volumes in ml, one per path, if the encoder's scans were scaled by them. A scan with the
-            figures of its preparation needs none.
+        tiv: total intracranial volumes in ml, one per path, if the encoder's scans were scaled by them. It goes before the
+            volume that the scan's preparation measured, which counts where none is given (NaN).
         orientation: of .npy arrays; empty for that of the training scans.
         raw: what happens to raw scans.
     """
@@ -83,6 +83,11 @@ class FileSource:
     ) -> None:  # fmt: skip
         if not paths:
             raise UserError("there are no scans to embed")
+        if tiv is not None and len(tiv) != len(paths):
+            raise UserError(
+                f"tiv (--tiv) has {len(tiv)} values for {len(paths)} scans: {len(paths)} values in ml are needed, one for "
+                "each scan, in their order"
+            )
         self.names = list(paths)
         self.unlike, self.unusual = dict[str, str](), dict[str, str]()
         self.identify, self.voxels = False, dict[str, str]()
@@ -95,22 +100,27 @@ class FileSource:
             dict[str, Mapping[str, float]](),
             set[str](),
         )
+        self._faults = dict[str, str]()  # name of a scan -> why it cannot be read
         self._ranges = (preprocessing.get("preparation") or {}).get("figures", {})
         if self._recipe is not None:
             self._find_raw(self._recipe)
         self.prepared = len(self._raw)
-        needy = [name for name in self.names if name not in self._raw and "tiv" not in self._figures.get(name, {})]
-        if self._file.preparation.scaling == "tiv" and needy and (tiv is None or len(tiv) != len(paths)):
-            found = "none" if tiv is None else f"{len(tiv)}"
+        own = {name for name, figures in self._figures.items() if "tiv" in figures} | self._raw | set(self._faults)
+        if self._file.preparation.scaling == "tiv" and tiv is None and not own.issuperset(self.names):
+            nan = ", with nan for a scan whose preparation measures its own" if own else ""
             raise UserError(
                 f"the encoder's training scans were scaled by total intracranial volume (scaling: tiv): {len(paths)} values "
-                f"in ml are needed, found {found}; give tiv=[...] (--tiv), or a table with a column tiv"
+                f"in ml are needed, found none; give tiv=[...] (--tiv){nan}, or a table with a column tiv"
             )
 
     def _find_raw(self, recipe: FilesOfRecipe) -> None:
-        """Find the raw scans, and the figures of those that are prepared."""
+        """Find the raw scans, the figures of those that are prepared, and the scans whose description cannot be read."""
         for name in self.names:
-            figures = recipe.figures(Path(name))
+            try:
+                figures = recipe.figures(Path(name))
+            except BadScan as error:
+                self._faults[name] = str(error)
+                continue
             if figures is not None:
                 self._figures[name] = figures
             elif recipe.is_raw(Path(name)):
@@ -119,6 +129,8 @@ class FileSource:
     def read(self, position: int) -> NDArray[np.float32]:
         """Return z-scored voxels (D, H, W). Raises BadScan if the file cannot be read, fails a check, or is refused."""
         name = self.names[position]
+        if name in self._faults:
+            raise BadScan(self._faults[name])
         if self._recipe is None or name not in self._raw:
             return self._read(position, Path(name), self._figures.get(name, {}))
         with self._recipe.prepared(Path(name)) as made:
@@ -127,7 +139,7 @@ class FileSource:
     def _read(self, position: int, path: Path, figures: Mapping[str, float]) -> NDArray[np.float32]:
         """The voxels of a file that is prepared; ``figures`` are those of its preparation."""
         preparation, name = self._file.preparation, self.names[position]
-        factor = scale_factor(preparation.scaling, {"tiv": figures.get("tiv", self._given_tiv(position))})
+        factor = scale_factor(preparation.scaling, {"tiv": self._head_size(position, figures)})
         voxels = read_voxels(
             path, preparation.grid, self._file.checks, crop=preparation.crop, intensity=preparation.intensity,
             orientation=self._orientation, arrays_on=preparation.grid if self._file.arrays_on_grid else None,
@@ -141,8 +153,10 @@ class FileSource:
             self.unusual[name] = outside
         return zscore(stored)
 
-    def _given_tiv(self, position: int) -> float | None:
-        return self._tiv[position] if self._tiv is not None else None
+    def _head_size(self, position: int, figures: Mapping[str, float]) -> float | None:
+        """The TIV in ml that the user gives for a scan, else that of its preparation."""
+        given = self._tiv[position] if self._tiv is not None else None
+        return figures.get("tiv", given) if given is None or given != given else given
 
     def stamp(self, position: int) -> list[Any]:
         """Return the file's size, time of change, TIV, orientation, and whether it is raw; empty if there is no file."""
@@ -151,7 +165,7 @@ class FileSource:
             status = Path(name).stat()
         except (OSError, ValueError):  # ValueError: a name with a null byte
             return []
-        tiv = self._figures.get(name, {}).get("tiv", self._given_tiv(position))
+        tiv = self._head_size(position, self._figures.get(name, {}))
         more = [self._orientation] if self._orientation else []
         return [status.st_size, status.st_mtime_ns, tiv, *more, *(["raw"] if name in self._raw else [])]
 

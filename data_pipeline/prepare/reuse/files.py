@@ -19,6 +19,7 @@ from data_pipeline.cohort.scan import Scan, safe_name
 from data_pipeline.prepare.prepared import GREY_MATTER, MARK, PREPROCESSED, stem_of
 from data_pipeline.prepare.reuse.record import difference, recipe_of
 from data_pipeline.prepare.settings import PrepareRecipe
+from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import Grid
 from infra import ray_cluster
 from infra.errors import UserError
@@ -64,7 +65,7 @@ class FilesOfRecipe:
     def figures(self, path: Path) -> Mapping[str, float] | None:
         """Return the figures of a prepared volume, from the JSON beside it; None if none says that it is prepared.
 
-        Raises UserError if it was prepared otherwise than the training scans.
+        Raises UserError if it was prepared otherwise than the training scans, and BadScan if the JSON cannot be read.
         """
         described = _described(path)
         if described is None:
@@ -146,7 +147,7 @@ def _scan(path: Path) -> Scan:
 
 
 def _described(path: Path) -> dict[str, Any] | None:
-    """The JSON beside a file, if it describes a preparation."""
+    """The JSON beside a file, if it describes a preparation. Raises BadScan if it is no JSON object."""
     ending = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
     if ending is None:
         return None
@@ -155,4 +156,6 @@ def _described(path: Path) -> dict[str, Any] | None:
         content = read_object(beside, "remove it, or write it again")
     except OSError:
         return None
+    except UserError as error:
+        raise BadScan(str(error)) from None
     return content if isinstance(content.get("Preparation"), Mapping) else None

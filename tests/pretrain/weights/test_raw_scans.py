@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -20,6 +21,7 @@ from data_pipeline.volume.load import read_voxels
 from infra import cli
 from infra.errors import UserError
 from pretrain import Encoder
+from pretrain.weights.scan_source import FileSource
 from tests.cohorts import GRID, blob
 from tests.pretrain.weights.encoders import write_scans, write_small_encoder
 
@@ -171,6 +173,46 @@ def test_head_size_comes_from_the_preparation(tmp_path, prepared_names):
         encoder.embed([raw[0], bare])
     table = encoder.embed(pd.DataFrame({"path": [bare], "tiv": [1500.0]}), progress=False)
     np.testing.assert_array_equal(table.to_numpy(), features[0])
+
+
+def test_a_given_head_size_goes_before_the_measured_one_and_nan_takes_that(tmp_path, prepared_names):
+    encoder = small_encoder(tmp_path / "encoder", scaling="tiv", intensity="none")
+    raw = write_scans(tmp_path / "raw", 1)
+    scans = [raw[0], derivative_of(raw[0], tmp_path / "out")]
+
+    def voxels(*tiv):
+        source = FileSource([str(scan) for scan in scans], encoder.preprocessing, tiv or None)
+        source._likeness = SimpleNamespace(fault=seen.append)
+        for position in range(2):
+            source.read(position)
+        return [float(stored.max()) for stored in seen[-2:]], [source.stamp(position)[2] for position in range(2)]
+
+    seen = []
+    measured, _ = voxels()
+    given, stamped = voxels(750.0, 750.0)
+    np.testing.assert_allclose(given, np.multiply(2, measured), rtol=2e-3)
+    assert stamped == [750.0, 750.0]
+    assert voxels(float("nan"), float("nan"))[0] == measured
+
+
+@pytest.mark.parametrize("scaling", ["tiv", "none"])
+def test_each_scan_needs_a_head_size_if_one_is_given(tmp_path, prepared_names, scaling):
+    encoder = small_encoder(tmp_path / "encoder", scaling=scaling)
+    raw = write_scans(tmp_path / "raw", 3)
+    for tiv in ([1500.0], [1500.0] * 4):
+        with pytest.raises(UserError, match=rf"has {len(tiv)} values for 3 scans: 3 values in ml are needed"):
+            encoder.embed(raw, tiv=tiv)
+    assert not prepared_names
+
+
+def test_a_broken_description_is_an_error_of_its_scan(tmp_path, encoder, prepared_names):
+    raw = write_scans(tmp_path / "raw", 2)
+    (raw[0].parent / "sub-000_T1w.json").write_text('{"Preparation": {')
+    with pytest.warns(UserWarning, match=r"sub-000_T1w.json is not valid JSON"):
+        table = encoder.embed(raw, on_error="skip", progress=False)
+    assert table.index.tolist() == [str(raw[1])]
+    with pytest.raises(UserError, match=r"sub-000_T1w.json is not valid JSON .*; remove it, or write it again"):
+        encoder.embed(raw, progress=False)
 
 
 def test_prepared_scans_stay_in_a_folder_and_are_found_again(tmp_path, encoder, prepared_names):
