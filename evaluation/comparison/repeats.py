@@ -11,6 +11,7 @@ from evaluation.comparison.evaluations import CheckpointEvaluation
 from evaluation.comparison.formats import number, rows_of
 from evaluation.comparison.plots import REFERENCE, line_styles, panels
 from evaluation.comparison.sections import html_table
+from evaluation.protocols.variant import JOINT, ProtocolVariant
 from evaluation.statistics.metrics import HIGHER_IS_BETTER
 from infra.tracking import runs as store
 
@@ -34,11 +35,13 @@ HEAD = [
 
 
 def reliability_table(uri: str, experiment: str, evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
-    """Return COLUMNS for each evaluation whose checkpoint has a finished run of ``yaware reliability``, the newest.
+    """Return COLUMNS for each evaluation of whose features there is a finished run of ``yaware reliability``, the newest.
 
+    Features are the same if weights, block and pooling are. The encoder's own features stand for the joint ones, of which
+    they are a part; features that every fold chooses (``--layer auto``) have no row.
     ``compared`` is scanners, or repeats if there are no several scanners. ICCs are the median and the quartiles over features.
     """
-    newest: dict[tuple[str, str, str], dict[str, Any]] = {}
+    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in store.runs(uri, experiment, "reliability"):  # newest first
         if run["status"] == "FINISHED":
             newest.setdefault(_identity(run["tags"]), run)
@@ -57,8 +60,12 @@ def reliability_table(uri: str, experiment: str, evaluations: list[CheckpointEva
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _identity(tags: dict[str, str]) -> tuple[str, str, str]:
-    return tags.get("yaware.run_name", ""), tags.get("yaware.step", ""), tags.get("yaware.weights_sha256", "")
+def _identity(tags: dict[str, str]) -> tuple[Any, ...]:
+    """Return what tells features apart: name, step and weights, and block and pooling if they are not the own features."""
+    variant = ProtocolVariant.from_tags(tags)
+    own = variant.is_given or variant.layer in ("", JOINT)
+    block = ("", ()) if own else (variant.layer, variant.pooling)
+    return tags.get("yaware.run_name", ""), tags.get("yaware.step", ""), tags.get("yaware.weights_sha256", ""), *block
 
 
 def _key(column: str, compared: str) -> str:

@@ -22,7 +22,7 @@ from evaluation.protocols.context import Candidate, EvaluationContext, feature_f
 from evaluation.protocols.protocols import checked_settings
 from evaluation.protocols.settings import OWN_LAYER
 from evaluation.retest import page
-from evaluation.retest.candidates import Sources, candidates_of, measured_of
+from evaluation.retest.candidates import Sources, block_of, candidates_of, measured_of
 from evaluation.retest.design import Design, design_of
 from evaluation.retest.measure import AGE, Repeats, ageing, measure
 from infra.errors import OPTIONAL_TEXT, PATH, TEXT, WHOLE, Kind, UserError, check_arguments
@@ -181,11 +181,13 @@ def _log(
 ) -> None:  # fmt: skip
     """Log a result as an MLflow run. Raises UserError if the store does not take it."""
     config, manifest = candidate.config, context.manifest
+    layer, pooling = block_of(candidate, context)
     tags = {
         "yaware.kind": KIND, "yaware.run_name": candidate.name, "yaware.method": candidate.method,
         "yaware.step": str(candidate.step), "yaware.weights_sha256": candidate.digest,
         "yaware.manifest_digest": manifest.digest, "yaware.simulated": str(manifest.simulated),
         "yaware.pretraining_run": str(config.get("run_id") or ""), "yaware.version": version("yaware"),
+        "yaware.layer": layer, "yaware.pooling": pooling,  # as evaluations tag them; compare matches both
         **{f"yaware.{key}": value for key, value in candidate.tags.items()},
     }  # fmt: skip
     if config.get("run_id"):
@@ -194,6 +196,7 @@ def _log(
     tracker = Tracker.open(context.uri, context.experiment, title, tags=tags)
     if tracker.run_id is None:
         raise UserError(tracker.fault)
+    params = {**params, "layer": layer, "pooling": pooling}
     tracker.log_params({**params, "scans": len(design.rows), "people": len(set(design.people.tolist()))})
     metrics = [(re.sub(r"[^\w.\- /]", "_", key), value, candidate.step) for key, value in found.summary.items()]
     tracker.log_metrics([row for row in metrics if abs(row[1]) < float("inf")])

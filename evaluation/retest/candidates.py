@@ -22,6 +22,7 @@ from evaluation.tasks.leakage import check_readouts
 from infra import random_streams
 from infra.errors import UserError
 from infra.progress import Progress
+from pretrain.weights.layers import OWN
 
 LIMITS = ("_low", "_high")  # ends of columns with the limits of a prediction
 VOXELS, SEEN_FOR_MASK, FAINT = 5_000, 20, 0.2  # drawn; scans whose mean makes the mask; part of the 99th percentile
@@ -46,7 +47,22 @@ def candidates_of(sources: Sources, context: EvaluationContext) -> list[Candidat
     for given in sources.given:
         _check_given(given, context.manifest, context.rows)
     others = given_candidates(sources.given, loaded, join=False)
-    return [*loaded, *others, *([Candidate("voxels", "voxels")] if sources.voxels else [])]
+    candidates = [*loaded, *others, *([Candidate("voxels", "voxels")] if sources.voxels else [])]
+    named = [(candidate.name, candidate.step) for candidate in candidates]
+    for name, step in named:
+        if named.count((name, step)) > 1:
+            raise UserError(
+                f"two candidates are {name!r} of step {step}, and the tables would mix them; measure each in a call of its own"
+            )
+    return candidates
+
+
+def block_of(candidate: Candidate, context: EvaluationContext) -> tuple[str, str]:
+    """Return the block inside the encoder and its pooling; empty for own features and for those without an encoder."""
+    block, pooling = context.settings.block, context.settings.pooling
+    if candidate.encoder is None or (block is None and pooling == OWN):
+        return "", ""
+    return block or "end", ",".join(pooling)
 
 
 def measured_of(candidate: Candidate, context: EvaluationContext, seed: int) -> Measured:

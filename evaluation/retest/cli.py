@@ -15,6 +15,8 @@ def reliability(arguments: list[str]) -> int:
     options = vars(_parser().parse_args(arguments))
     out, names = options.pop("out"), options.pop("name")
     check_output(out, "--out")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out={out} is a page of HTML; give a name that ends in .html")
     groups = options.pop("features") or []
     if names and len(names) != len(groups):
         raise UserError(f"--name is given {len(names)} times and --features {len(groups)} times; name each once")

@@ -81,9 +81,13 @@ def check_seen(path: str | os.PathLike[str], manifest: Manifest, rows: NDArray[A
         ``leakage.checked``: what was compared.
 
     Raises:
-        UserError: if the file cannot be read, or if there is an overlap; the message names the participants.
+        UserError: if the file cannot be read or holds nobody, or if there is an overlap; the message names the participants.
     """
     sources = [source for source in read_file(Path(path)) if source.role in ("trained", "readouts")]
+    if not any(source.participants for source in sources):
+        raise UserError(
+            f"seen={os.fspath(path)} names nobody that an encoder was trained on; write it with yaware digests"
+        )
     _refuse_overlap(sources, manifest, rows, name, "pretrained")
     no_voxels = "voxels_sha256" not in manifest.scans or any(source.voxels is None for source in sources)
     return {"leakage.checked": "participants" if no_voxels else "participants, voxels"}

@@ -211,7 +211,11 @@ def digests(arguments: list[str]) -> int:
     from pretrain.weights.seen_scans import source_of, to_json
 
     manifest = Manifest.load(options.shards)
-    source = source_of(manifest, manifest.rows(split=options.split, query=options.query))
+    rows = manifest.rows(split=options.split, query=options.query)
+    if not len(rows):
+        chosen = f"--query {options.query!r}" if options.query else "--split"
+        raise UserError(f"{chosen} selects none of the {len(manifest.scans)} scans of {options.shards}; select some")
+    source = source_of(manifest, rows)
     write_json(options.out, to_json([source]))
     voxels = (
         "no voxels, which these shards have no digests of" if source.voxels is None else f"{len(source.voxels)} scans"

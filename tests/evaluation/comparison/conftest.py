@@ -50,6 +50,7 @@ def store(tmp_path_factory):
     log_reliability(uri, "y-aware", 200, 0.8)
     log_reliability(uri, "SimCLR", 200, 0.6)
     log_reliability(uri, "SimCLR", 200, 0.1, weights="6" * 64)  # other weights of the same name
+    log_reliability(uri, "y-aware", 200, 0.3, layer="layer3", pooling="mean")  # other features of the same weights
     return uri
 
 

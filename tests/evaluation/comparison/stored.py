@@ -70,13 +70,16 @@ def resamples(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "metric", "kind", "number", "side", "value", "chance"])
 
 
-def log_reliability(uri: str, name: str, step: int, icc: float, weights="5" * 64, experiment="kept") -> str:
-    """Log a run of ``yaware reliability`` and return its id."""
+def log_reliability(
+    uri: str, name: str, step: int, icc: float, weights="5" * 64, experiment="kept", **more: str
+) -> str:
+    """Log a run of ``yaware reliability`` with ``more`` tags (``yaware.NAME``) and return its id."""
     tags = {
         "yaware.kind": "reliability",
         "yaware.run_name": name,
         "yaware.step": str(step),
         "yaware.weights_sha256": weights,
+        **{f"yaware.{name}": value for name, value in more.items()},
     }
     tracker = Tracker.open(uri, experiment, f"reliability of {name} step {step}", tags=tags)
     metrics = {

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -123,6 +124,25 @@ def test_published_values_are_marked_as_not_measured_and_left_out_for_simulated_
     assert comparison.simulated
     assert sections.published_tasks(comparison) == []
     assert "Published values" not in page
+
+
+@pytest.mark.parametrize(
+    ("tags", "icc"),
+    [
+        ({"layer": "layer3", "pooling": "mean"}, 0.3),
+        ({"layer": "layer3", "pooling": "max"}, None),
+        ({"layer": "layer2", "pooling": "mean"}, None),
+        ({"layer": "auto"}, None),
+        ({"layer": "joint"}, 0.8),  # the own features are a part of these
+        ({}, 0.8),
+        ({"layer": "layer3", "pooling": "mean", "evaluates": "table"}, 0.8),  # a table has no blocks
+    ],
+)
+def test_reliability_is_that_of_the_evaluated_features(store, tags, icc):
+    known = {"run_name": "y-aware", "step": "200", "weights_sha256": "5" * 64} | tags
+    evaluation = SimpleNamespace(name="x", run={"tags": {f"yaware.{name}": value for name, value in known.items()}})
+    found = repeats.reliability_table(store, "kept", [evaluation])["icc21"].tolist()
+    assert found == ([] if icc is None else [icc])
 
 
 def test_reliability_is_shown_beside_accuracy_for_the_checkpoints_that_were_measured(comparison, page):

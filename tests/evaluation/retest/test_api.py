@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ import yaware
 from data_pipeline.shards.build import build_shards
 from data_pipeline.simulation.cohort import simulate_cohort
 from data_pipeline.storage.manifest import Manifest
+from evaluation.retest.candidates import block_of
 from evaluation.retest.design import Block, Design, design_of
 from evaluation.retest.measure import Measured, ageing, components_of, measure, standardised
 from infra import cli
@@ -107,6 +110,30 @@ def test_wrong_arguments_are_one_line_and_write_nothing(shards, tables, tmp_path
     assert cli.run([*command, "--voxels", "--features", str(tables / "ages.csv"), "--name", "a", "--name", "b"]) == 2
     assert "--name is given 2 times and --features 1 times" in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
+    assert cli.run(["reliability", "--shards", str(tmp_path / "nothing"), "--out", str(tmp_path / "r.pdf")]) == 2
+    assert "r.pdf is a page of HTML; give a name that ends in .html" in capsys.readouterr().err  # before any work
+
+
+def test_two_encoders_of_one_name_and_step_are_refused(shards, tmp_path):
+    for folder in ("one", "two"):
+        write_encoders_of(Manifest.load(shards[0]), tmp_path / folder, run_name="trained", step=7)
+    paths = [tmp_path / "one", tmp_path / "two"]
+    with pytest.raises(UserError, match="two candidates are 'trained' of step 7, and the tables would mix them"):
+        yaware.reliability(paths, shards[0], query=OTHERS, cache=tmp_path, tracking_uri=store_at(tmp_path / "m.db"))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "block", "pooling", "logged"),
+    [
+        (object(), None, ("mean",), ("", "")),
+        (object(), None, ("max",), ("end", "max")),
+        (object(), "layer3", ("mean", "std"), ("layer3", "mean,std")),
+        (None, "layer3", ("mean",), ("", "")),
+    ],
+)
+def test_the_measured_block_is_named_as_evaluations_name_it(encoder, block, pooling, logged):
+    settings = SimpleNamespace(block=block, pooling=pooling)
+    assert block_of(SimpleNamespace(encoder=encoder), SimpleNamespace(settings=settings)) == logged
 
 
 def test_age_errors_leave_out_true_ageing_and_a_constant_feature_has_no_correlation(shards):

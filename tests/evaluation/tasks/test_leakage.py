@@ -249,6 +249,9 @@ def test_an_evaluation_of_others_features_takes_the_digests(shared, tmp_path, ca
                "--tracking-uri", f"sqlite:///{tmp_path / 'm.db'}", "--cache", str(tmp_path)]  # fmt: skip
     assert cli.run([*command, "--features", str(table)]) == 2
     assert "table: pretrained on participants of the test scans" in capsys.readouterr().err
+    file.write_text('{"sources": []}')
+    assert cli.run([*command, "--features", str(table)]) == 2
+    assert "digests.json names nobody that an encoder was trained on" in capsys.readouterr().err
     file.write_text('{"sources": [{}]}')
     assert cli.run([*command, "--features", str(table)]) == 2
     assert "digests.json is damaged" in capsys.readouterr().err
@@ -256,4 +259,6 @@ def test_an_evaluation_of_others_features_takes_the_digests(shared, tmp_path, ca
     assert cli.run([*command, str(tmp_path / "encoder")]) == 2
     assert "is about encoders of others; give features or an encoder with it" in capsys.readouterr().err
     assert cli.run(["digests", str(shared / "shards"), "--split", "nothing", "--out", str(tmp_path / "x.json")]) == 2
+    assert cli.run(["digests", str(shared / "shards"), "--query", "age > 500", "--out", str(tmp_path / "x.json")]) == 2
+    assert "--query 'age > 500' selects none of the " in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
