@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from infra.errors import UserError
+from infra.files import read_text
+
 ROOT = Path("/")
 MOUNT = Path("sys/fs/cgroup")
 # Version -> files of a group's memory: the limit, what is used, and the beginning of the lines of memory.stat with what can be
@@ -27,11 +30,11 @@ def usable_cores(root: Path = ROOT) -> int:
     """Return how many cores this process may keep busy: those it may run on, at most its CPU quota rounded up; 1 or more."""
     allowed = float(len(os.sched_getaffinity(0)))
     for version, group in _groups("cpu", root):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, UserError):
             if version == 2:
-                quota, period = (group / "cpu.max").read_text().split()
+                quota, period = read_text(group / "cpu.max").split()
             else:
-                quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                quota, period = (read_text(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
             if float(quota) > 0:  # version 1 says -1 for no limit, version 2 "max", which is no number
                 allowed = min(allowed, float(quota) / float(period))
     return max(1, math.ceil(allowed))
@@ -58,9 +61,9 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
     """Yield limit and used bytes of each group with a limit; files that the kernel can drop are not counted as used."""
     for version, group in _groups("memory", root):
         limit_file, used_file, prefix = MEMORY_FILES[version]
-        with suppress(OSError, ValueError):
-            limit, used = (int((group / name).read_text()) for name in (limit_file, used_file))
-            lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        with suppress(OSError, ValueError, UserError):
+            limit, used = (int(read_text(group / name)) for name in (limit_file, used_file))
+            lines = (line.split() for line in read_text(group / "memory.stat").splitlines())
             dropped = (f"{prefix}inactive_file", f"{prefix}active_file")
             yield limit, max(0, used - sum(int(line[1]) for line in lines if line[0] in dropped))
 
@@ -68,8 +71,8 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
 def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
     """Yield version and folder of this process's groups that the controller may limit, from its own to the root."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # not Linux, or no /proc
+        lines = read_text(root / "proc/self/cgroup").splitlines()
+    except (OSError, UserError):  # not Linux, or no /proc
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)

@@ -80,8 +80,8 @@ def read(folder: Path) -> list[SeenScans] | None:
 
 def read_file(path: Path, fix: str = "write it again with yaware digests") -> list[SeenScans]:
     """Return the scans whose digests are in a file. Raises UserError, which ends with ``fix``, if it is missing or damaged."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file of digests; {fix}")
+    if not path.exists():
+        raise UserError(f"{path} is missing; {fix}")
     try:
         return TypeAdapter(list[SeenScans]).validate_python(read_object(path, fix)["sources"])
     except (ValidationError, KeyError) as error:

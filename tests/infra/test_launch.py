@@ -169,7 +169,7 @@ def test_the_documented_jobs_on_ray_are_commands_that_can_be_submitted():
             name, *more = words
             batch_check(name)([*more, *command[place + 1 :]], JobSize(1, waits=True))
             checked.append(name)
-    assert checked == ["shards", "evaluate"]
+    assert checked == ["cohort", "shards", "evaluate", "shards"]
 
 
 def test_the_files_that_the_container_copies_are_a_working_package(tmp_path):
