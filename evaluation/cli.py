@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +146,21 @@ def _tables(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             "there is nothing to evaluate; name checkpoints, a table of features (--features) or an --encoder"
         )
+    return {"features": named_tables(groups, names), "name": None}
+
+
+def named_tables(groups: Sequence[Sequence[str]], names: Sequence[str]) -> dict[str, Sequence[str]] | None:
+    """Return the files of ``--features`` by their ``--name``, or by that of their first file; None without files.
+
+    Raises UserError if the names are not as many as the features, or if two are equal.
+    """
     if names and len(names) != len(groups):
         raise UserError(f"--name is given {len(names)} times and --features {len(groups)} times; name each once")
     titles = names or [Path(group[0]).stem for group in groups]
     repeated = sorted({title for title in titles if titles.count(title) > 1})
     if repeated:
         raise UserError(f"two tables of features are named {repeated[0]!r}; give each a --name")
-    return {"features": dict(zip(titles, groups, strict=True)) or None, "name": None}
+    return dict(zip(titles, groups, strict=True)) or None
 
 
 def _fine_tuning_options(arguments: list[str]) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from evaluation.comparison import resampled
 from evaluation.comparison.evaluations import CheckpointEvaluation, labels_of, metrics_of, probabilities_of
@@ -153,25 +155,31 @@ def subgroups_table(evaluations: list[CheckpointEvaluation], minimum: int = MINI
     return pd.concat(tables, ignore_index=True)[SUBGROUP_COLUMNS] if tables else pd.DataFrame(columns=SUBGROUP_COLUMNS)
 
 
-def fairness_gaps(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
-    """Return FAIRNESS_COLUMNS: gaps of binary tasks with stored probabilities over sex, age band and site."""
-    tables = []
+def _binary_tasks(
+    evaluations: list[CheckpointEvaluation],
+) -> Iterator[tuple[CheckpointEvaluation, str, pd.DataFrame, NDArray[Any]]]:
+    """Yield evaluation, task, predictions and probabilities of each binary task whose probabilities are stored."""
     for evaluation in evaluations:
         for task in evaluation.tasks:
             predictions = evaluation.predictions_of(task)
             probabilities = probabilities_of(predictions)
             if evaluation.kind(task) != "binary" or probabilities is None:
                 continue
-            by = {
-                name: predictions[name].to_numpy() for name in ("sex", "site") if name in predictions and name != task
-            }
-            if "age" in predictions:
-                by["age"] = age_bands(predictions["age"].to_numpy(float))
-            table = fairness_table(
-                labels_of(predictions), predictions["answer"].to_numpy(), probabilities,
-                predictions["participant"].to_numpy(), {name: by[name] for name in ("sex", "age", "site") if name in by},
-            )  # fmt: skip
-            tables.append(table.assign(checkpoint=evaluation.name, task=task))
+            yield evaluation, task, predictions, probabilities
+
+
+def fairness_gaps(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
+    """Return FAIRNESS_COLUMNS: gaps of binary tasks with stored probabilities over sex, age band and site."""
+    tables = []
+    for evaluation, task, predictions, probabilities in _binary_tasks(evaluations):
+        by = {name: predictions[name].to_numpy() for name in ("sex", "site") if name in predictions and name != task}
+        if "age" in predictions:
+            by["age"] = age_bands(predictions["age"].to_numpy(float))
+        table = fairness_table(
+            labels_of(predictions), predictions["answer"].to_numpy(), probabilities,
+            predictions["participant"].to_numpy(), {name: by[name] for name in ("sex", "age", "site") if name in by},
+        )  # fmt: skip
+        tables.append(table.assign(checkpoint=evaluation.name, task=task))
     tables = [table for table in tables if len(table)]
     return pd.concat(tables, ignore_index=True)[FAIRNESS_COLUMNS] if tables else pd.DataFrame(columns=FAIRNESS_COLUMNS)
 
@@ -183,16 +191,11 @@ def calibration_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
     are 2 to MOST_BINS bins. ``low`` and ``high``: Wilson's 95 % interval.
     """
     tables = []
-    for evaluation in evaluations:
-        for task in evaluation.tasks:
-            predictions = evaluation.predictions_of(task)
-            probabilities = probabilities_of(predictions)
-            if evaluation.kind(task) != "binary" or probabilities is None:
-                continue
-            people = predictions["participant"].to_numpy()
-            bins = int(np.clip(len(np.unique(people)) // PARTICIPANTS_PER_BIN, 2, MOST_BINS))
-            curve = calibration_curve(labels_of(predictions), probabilities, people, bins)
-            tables.append(curve.assign(checkpoint=evaluation.name, task=task))
+    for evaluation, task, predictions, probabilities in _binary_tasks(evaluations):
+        people = predictions["participant"].to_numpy()
+        bins = int(np.clip(len(np.unique(people)) // PARTICIPANTS_PER_BIN, 2, MOST_BINS))
+        curve = calibration_curve(labels_of(predictions), probabilities, people, bins)
+        tables.append(curve.assign(checkpoint=evaluation.name, task=task))
     if not tables:
         return pd.DataFrame(columns=CALIBRATION_COLUMNS)
     return pd.concat(tables, ignore_index=True)[CALIBRATION_COLUMNS]

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from evaluation.cli import named_tables
 from infra.errors import UserError
 from infra.files import check_output
 
@@ -17,19 +18,13 @@ def reliability(arguments: list[str]) -> int:
     check_output(out, "--out")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out={out} is a page of HTML; give a name that ends in .html")
-    groups = options.pop("features") or []
-    if names and len(names) != len(groups):
-        raise UserError(f"--name is given {len(names)} times and --features {len(groups)} times; name each once")
-    titles = names or [Path(group[0]).stem for group in groups]
-    repeated = sorted({title for title in titles if titles.count(title) > 1})
-    if repeated:
-        raise UserError(f"two tables of features are named {repeated[0]!r}; give each a --name")
+    features = named_tables(options.pop("features") or [], names or [])
     from evaluation.retest.api import reliability as run
     from evaluation.retest.page import summary_text
     from infra.tracking.runs import ui_command
     from infra.tracking.tracker import default_uri
 
-    found = run(features=dict(zip(titles, groups, strict=True)) or None, **options)
+    found = run(features=features, **options)
     print(summary_text(found.summary).to_string(index=False))
     page, *others = found.report(out)
     print(f"reliability: page: {page.resolve().as_uri()}")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from data_pipeline.storage.manifest import Manifest, fulfilling
+from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError, nearest
 from pretrain.weights.seen_scans import participants_of
 
@@ -77,7 +77,7 @@ def design_of(manifest: Manifest, *, scanner: str = "site", query: str | None = 
     Raises:
         UserError: if a column is unknown, a scan has no scanner, or too few people were scanned more than once.
     """
-    table = _selected(manifest, query)
+    table = manifest.scans.loc[manifest.rows(query=query)]
     if scanner not in table:
         raise UserError(f"scanner={scanner!r} is not a column of the shards{nearest(scanner, map(str, table.columns))}")
     table = table.assign(
@@ -97,16 +97,6 @@ def design_of(manifest: Manifest, *, scanner: str = "site", query: str | None = 
         )
     table = _in_order(table.assign(scanner=table["scanner"].astype(str)))
     return _design(table)
-
-
-def _selected(manifest: Manifest, query: str | None) -> pd.DataFrame:
-    scans = manifest.scans.reset_index(drop=True)
-    if query is None:
-        return scans
-    try:
-        return scans[fulfilling(scans, query)]
-    except Exception as error:  # pandas raises whatever its parser or the columns raise
-        raise UserError(f"query={query!r} does not work on scans.parquet: {' '.join(str(error).split())}") from None
 
 
 def _in_order(table: pd.DataFrame) -> pd.DataFrame:

@@ -91,8 +91,7 @@ class Objective:
         subjects: torch.Tensor | None, temperature: torch.Tensor | None, sites: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         loss, learned = find_loss(self.name), {} if temperature is None else {"temperature": temperature}
-        kernel = self.kernel if self.people is None else with_equal_subjects(self.kernel)
-        supplied = {"kernel": kernel, "gather": gather, "subjects": subjects}
+        supplied = {"kernel": self._pair_kernel(), "gather": gather, "subjects": subjects}
         taken = {name: value for name, value in supplied.items() if takes(loss, name)}
         options = {**taken, **self.options, **learned}
         if sites is None:
@@ -104,11 +103,14 @@ class Objective:
 
     def effective_positives(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the effective number of positives (B,) of this rank's scans, by the loss's own kernel. Collective."""
-        kernel = self.kernel if self.people is None else with_equal_subjects(self.kernel)
         return effective_positives(
-            self._proxies_of(batch), kernel, gather=_gather(), subjects=_of_batch(self.subjects, batch),
+            self._proxies_of(batch), self._pair_kernel(), gather=_gather(), subjects=_of_batch(self.subjects, batch),
             cross_view=self.cross_view,
         )  # fmt: skip
+
+    def _pair_kernel(self) -> Kernel:
+        """Return the kernel for the columns of ``_proxies_of``."""
+        return self.kernel if self.people is None else with_equal_subjects(self.kernel)
 
     def _proxies_of(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the proxies (B, P), and with ``people`` the participant as one more column."""

@@ -117,6 +117,15 @@ class Job(BatchJob):
         for rank in ranks:
             rank.send_signal(signal.SIGCONT)
 
+    def lose_a_task_and_reach_the_time_limit(self) -> None:
+        """Kill a rank in the first start, and reach the time limit in the second; the third has more time."""
+        self.train_until(6)
+        self.ranks("node2")[0].kill()
+        self.train_until(12, restarts=1)
+        self.reach_time_limit()
+        self.wait("PENDING", restarts=2)
+        self.slurm.run("scontrol", "update", f"jobid={self.number}", "TimeLimit=20")
+
 
 @pytest.fixture
 def job(slurm, tmp_path):
@@ -166,12 +175,7 @@ def test_a_time_limit_a_preemption_and_a_killed_task_change_no_loss_until_the_bo
 @PATIENT
 def test_one_launcher_a_node_comes_back_after_a_killed_task_a_time_limit_and_a_preemption(job, shards, one_host):
     disturbed = job("pretrain-deepspeed").submit(shards)
-    disturbed.train_until(6)
-    disturbed.ranks("node2")[0].kill()
-    disturbed.train_until(12, restarts=1)
-    disturbed.reach_time_limit()
-    disturbed.wait("PENDING", restarts=2)
-    disturbed.slurm.run("scontrol", "update", f"jobid={disturbed.number}", "TimeLimit=20")
+    disturbed.lose_a_task_and_reach_the_time_limit()
     disturbed.train_until(17, restarts=2)
     disturbed.preempt()
     assert disturbed.wait("COMPLETED", restarts=3)["ExitCode"] == "0:0"
@@ -192,12 +196,7 @@ def test_one_launcher_a_node_comes_back_after_a_killed_task_a_time_limit_and_a_p
 def test_a_run_finishes_after_a_killed_task_and_a_time_limit(job, shards, one_host):
     """To the end, where the test above of the same script reaches its bound."""
     disturbed = job("pretrain").submit(shards)
-    disturbed.train_until(6)
-    disturbed.ranks("node2")[0].kill()
-    disturbed.train_until(14, restarts=1)
-    disturbed.reach_time_limit()
-    disturbed.wait("PENDING", restarts=2)
-    disturbed.slurm.run("scontrol", "update", f"jobid={disturbed.number}", "TimeLimit=20")
+    disturbed.lose_a_task_and_reach_the_time_limit()
     assert disturbed.wait("COMPLETED")["ExitCode"] == "0:0"
     assert requeued(disturbed)[0].startswith("rank 1 (node2) ")
     assert losses(disturbed.output) == one_host

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from data_pipeline.storage.manifest import Manifest
 from evaluation.retest.design import design_of
 from infra.errors import UserError
 
@@ -17,7 +18,8 @@ def shards(rows):
     table = pd.DataFrame(rows, columns=["participant_id", "site", "session", "age"])
     table["dataset"] = "d"
     table["key"] = "d_sub-" + table["participant_id"] + "_ses-" + table["session"]
-    return SimpleNamespace(scans=table)
+    content = {"digest": "", "grid": {}, "settings": {}, "shards": [], "scans": {"name": "scans.parquet"}}
+    return Manifest(Path("shards"), content, table)
 
 
 def travelling(people=6, sites="abc", repeats=2):
@@ -107,7 +109,7 @@ def test_a_query_selects_scans_and_another_column_tells_scanners_apart():
     ("options", "change", "text"),
     [
         ({"scanner": "sight"}, {}, r"scanner='sight' is not a column of the shards \(did you mean 'site'\?\)"),
-        ({"query": "nothing > 3"}, {}, "query='nothing > 3' does not work on scans.parquet"),
+        ({"query": "nothing > 3"}, {}, "query 'nothing > 3' fails on scans.parquet: "),
         (
             {},
             {"site": ""},
