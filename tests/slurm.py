@@ -25,6 +25,7 @@ CONTROLLER, NODES = "controller", ("node1", "node2")
 ADDRESSES = {CONTROLLER: "10.77.1.1", "node1": "10.77.1.11", "node2": "10.77.1.12"}
 INTERFACE = "cable"
 # `cred_expire`: a requeued job waits until its old credentials have expired (120 s if this is not set).
+# `MinJobAge`: a job that has ended can be asked about for as long as a test may wait.
 # `GraceTime`: of a preempted job in the partition `low`; a job of `high` preempts it.
 SLURM_CONF = """
 ClusterName=yaware
@@ -47,6 +48,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=15
 KillWait=10
+MinJobAge=3000
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_min_interval=100000,sched_interval=2,bf_interval=2
 GresTypes=gpu

@@ -6,7 +6,8 @@ import os
 import re
 import signal
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -100,22 +101,42 @@ class Job(BatchJob):
         assert len(ranks) == 1, [psutil.Process(number).cmdline() for number in self.slurm.processes(node)]
         return ranks
 
+    @contextmanager
+    def without_a_step_until(self, sent: signal.Signals) -> Iterator[None]:
+        """Stop all ranks before the block, and let them go on when SLURM has sent a signal to the job on both nodes.
+
+        So the job cannot end before what the block asks SLURM for, however slow SLURM and fast the training is.
+        """
+        logs = [self.slurm.folder / f"{node}.log" for node in NODES]
+        line = f"Sent signal {int(sent)} to StepId={self.number}."
+        before = [log.read_text().count(line) for log in logs]
+        ranks = [rank for node in NODES for rank in self.ranks(node)]
+        for rank in ranks:
+            rank.send_signal(signal.SIGSTOP)
+        yield
+
+        def reached() -> dict[str, str] | None:
+            now = [log.read_text().count(line) for log in logs]
+            return {"": ""} if all(n > b for n, b in zip(now, before, strict=True)) else None
+
+        self.slurm.until(reached, 100, self.slurm.log)
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):  # SLURM itself lets the processes of a preempted job go on
+                rank.send_signal(signal.SIGCONT)
+
     def reach_time_limit(self) -> None:
         """Set the time limit to one or two minutes from now and wait for SLURM's warning, without a step meanwhile.
 
         SLURM looks at limits every 30 s. The script asks for the warning two minutes before the limit.
         """
-        ranks = [rank for node in NODES for rank in self.ranks(node)]
-        for rank in ranks:
-            rank.send_signal(signal.SIGSTOP)
-        hours, minutes, _ = map(int, self.slurm.job(self.number)["RunTime"].split(":"))
-        self.slurm.run("scontrol", "update", f"jobid={self.number}", f"TimeLimit={60 * hours + minutes + 2}")
-        logs = [self.slurm.folder / f"{node}.log" for node in NODES]
-        told = [f"Sent signal {int(signal.SIGUSR1)} to StepId={self.number}."] * 2
-        self.slurm.until(lambda: {"": ""} if all(t in log.read_text() for t, log in zip(told, logs, strict=True)) else None,
-                         100, self.slurm.log)  # fmt: skip
-        for rank in ranks:
-            rank.send_signal(signal.SIGCONT)
+        with self.without_a_step_until(signal.SIGUSR1):
+            hours, minutes, _ = map(int, self.slurm.job(self.number)["RunTime"].split(":"))
+            self.slurm.run("scontrol", "update", f"jobid={self.number}", f"TimeLimit={60 * hours + minutes + 2}")
+
+    def preempt(self) -> None:
+        """Let a job of a higher partition take both nodes for a moment, without a step until SLURM's signal."""
+        with self.without_a_step_until(signal.SIGTERM):
+            super().preempt()
 
     def lose_a_task_and_reach_the_time_limit(self) -> None:
         """Kill a rank in the first start, and reach the time limit in the second; the third has more time."""
