@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.cli_arguments import add_layout_arguments, layout_options
-from data_pipeline.prepare.derivative import read_timings
+from data_pipeline.prepare.derivative import DESCRIPTION, read_timings
 from data_pipeline.prepare.driver import (
     PreparedCohort,
     RawCohort,
@@ -88,9 +88,9 @@ def check_batch(arguments: Sequence[str], size: JobSize) -> CheckedCommand:
     if not size.waits and not Path(options.raw).exists():
         raise UserError(f"{options.raw} is not there; give the folder or table of the raw scans")
     check_output(options.out, "OUT")
-    if options.recipe is None:
-        return CheckedCommand(list(arguments[1:]), options.out / JOBS)
-    return CheckedCommand(_with_copy(arguments[1:]), options.out / JOBS, read_text(options.recipe))
+    recipe = "" if options.recipe is None else read_text(options.recipe)
+    new = None if (options.out / DESCRIPTION).is_file() else options.out
+    return CheckedCommand(_with_copy(arguments[1:]), options.out / JOBS, recipe, new)
 
 
 def _with_copy(arguments: Sequence[str]) -> list[str]:

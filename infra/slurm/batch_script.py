@@ -48,11 +48,13 @@ class CheckedCommand:
         folder: where the batch script and the job's log are written.
         recipe: content of a recipe that is kept beside the batch script; RECIPE_COPY among the arguments stands for its
             path. Empty if the command reads no file that could change before the job starts.
+        new: a folder that the command takes only if it is new, or holds hidden files alone.
     """
 
     arguments: list[str]
     folder: Path
     recipe: str = ""
+    new: Path | None = None
 
 
 @dataclass(frozen=True)

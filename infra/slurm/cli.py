@@ -7,6 +7,7 @@ import hashlib
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from infra.cli import batch_check
@@ -39,6 +40,8 @@ def launch_in_slurm(arguments: list[str]) -> int:
     script = parsed.script or checked.folder / f"{options['job-name']}.sbatch"
     if "output" not in typed:
         options["output"] = log_pattern(script.absolute().parent)
+    if checked.new is not None:
+        _check_outside(checked.new, {"--script": script, "--sbatch-option output": Path(options["output"])})
     # The name holds a part of the content's digest: another submission into the same folder does not change this job.
     copy = script.with_name(f"{script.stem}-{hashlib.sha256(checked.recipe.encode()).hexdigest()[:12]}.yaml").absolute()
     words = [str(copy) if word == RECIPE_COPY else word for word in checked.arguments]
@@ -146,6 +149,17 @@ def _chosen_options(parsed: argparse.Namespace) -> dict[str, str | None]:
         # A job whose condition cannot come true any more is cancelled; some clusters would keep it in the queue.
         free["kill-on-invalid-dep"] = "yes"
     return {**chosen, **free}
+
+
+def _check_outside(new: Path, files: Mapping[str, Path]) -> None:
+    """Raise UserError if one of the files, by option, would lie in a folder that must be new, and would not be hidden there."""
+    for option, path in files.items():
+        place, folder = path.absolute(), new.absolute()
+        hidden = place != folder and place.is_relative_to(folder) and place.relative_to(folder).parts[0].startswith(".")
+        if place.is_relative_to(folder) and not hidden:
+            raise UserError(
+                f"{option}={path} lies in {new}, which must be new when the job starts; choose another place"
+            )
 
 
 def _print_watch(job: str, options: dict[str, str]) -> None:

@@ -190,6 +190,12 @@ def _source(options: argparse.Namespace, encoder: Encoder) -> ScanSource:
             orientation=options.orientation,
             raw=RawScans(not options.no_prepare, options.prepared),
         )
+    given = {"--tiv": options.tiv, "--orientation": options.orientation, "--prepared": options.prepared,
+             "--no-prepare": options.no_prepare}  # fmt: skip
+    if unused := [name for name, value in given.items() if value]:
+        raise UserError(
+            f"{' and '.join(unused)} describe files, and scans of --shards are prepared and scaled; leave that out"
+        )
     manifest = Manifest.load(options.shards)
     rows = manifest.rows(split=options.split, query=options.query)
     if not len(rows):

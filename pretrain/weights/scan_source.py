@@ -88,6 +88,9 @@ class FileSource:
                 f"tiv (--tiv) has {len(tiv)} values for {len(paths)} scans: {len(paths)} values in ml are needed, one for "
                 "each scan, in their order"
             )
+        if tiv is not None and preprocessing.get("scaling") != "tiv":
+            scaling = preprocessing.get("scaling")
+            raise UserError(f"tiv (--tiv) would not be used: the encoder's scans have scaling {scaling}; leave it out")
         self.names = list(paths)
         self.unlike, self.unusual = dict[str, str](), dict[str, str]()
         self.identify, self.voxels = False, dict[str, str]()
@@ -221,15 +224,17 @@ def scan_source(
             were scaled by it; or, with ``manifest``, rows of its table ``scans`` or row numbers (n,).
         preprocessing: the encoder's preprocessing.json.
         manifest: the data set, or its folder or URL, that ``scans`` are rows of.
-        tiv: total intracranial volumes in ml, one per path.
+        tiv: total intracranial volumes in ml, one per path, only if the encoder's scans were scaled by them.
         orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
         raw: what happens to raw scans.
 
     Raises:
-        UserError: if a column or a TIV is missing, a row is not in the manifest, or the shards were prepared otherwise
-            than the encoder's.
+        UserError: if a column or a TIV is missing, TIVs would not be used, a row is not in the manifest, or the shards were
+            prepared otherwise than the encoder's.
     """
     orientation = check_orientation(orientation, "orientation")
+    if tiv is not None and (manifest is not None or isinstance(scans, Manifest)):
+        raise UserError("tiv (--tiv) is for files: scans of shards were scaled by the build; leave it out")
     if isinstance(scans, Manifest):
         return ShardSource(scans, np.arange(len(scans.scans)), preprocessing)
     if manifest is not None:
@@ -310,14 +315,13 @@ def _table_source(
     for number, path in enumerate(scans["path"], 1):
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             raise UserError(f"the table of scans, row {number}: path is {path!r}; every row needs a path")
-    if tiv is None and "tiv" in scans:
+    if tiv is None and "tiv" in scans and preprocessing.get("scaling") == "tiv":
         numbers = pd.to_numeric(scans["tiv"], errors="coerce")
-        if preprocessing.get("scaling") == "tiv":
-            for number, (text, value) in enumerate(zip(scans["tiv"], numbers, strict=True), 1):
-                if np.isnan(value) and not pd.isna(text):
-                    raise UserError(
-                        f"the table of scans, row {number}: tiv is {text!r}; write a number of ml, or leave it empty"
-                    )
+        for number, (text, value) in enumerate(zip(scans["tiv"], numbers, strict=True), 1):
+            if np.isnan(value) and not pd.isna(text):
+                raise UserError(
+                    f"the table of scans, row {number}: tiv is {text!r}; write a number of ml, or leave it empty"
+                )
         tiv = [float(value) for value in numbers]
     return FileSource([os.fspath(path) for path in scans["path"]], preprocessing, tiv, orientation, raw)
 

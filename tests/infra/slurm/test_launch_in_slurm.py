@@ -103,6 +103,27 @@ def test_a_preparation_reads_a_copy_of_its_recipe(start, capsys, words):
     assert lines[-1].endswith('-m infra.slurm.ray_job cohort prepare "$@"')
 
 
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [
+        ("--script=out/a.sbatch", "--script=out/a.sbatch"),
+        ("--script=out/jobs/a.sbatch", "--script=out/jobs/a.sbatch"),
+        ("--sbatch-option=output={start}/out/%j.log", "--sbatch-option output={start}/out/%j.log"),
+    ],
+)
+def test_a_job_puts_no_file_where_its_preparation_would_refuse_it(start, capsys, option, shown):
+    words = ["--dry-run", "--dependency=afterok:1", option.format(start=start), "prepare", "raw", "out"]
+    assert launch(*words) == 2
+    error = f"yaware: error: {shown} lies in out, which must be new when the job starts; choose another place\n"
+    assert capsys.readouterr().err == error.format(start=start)
+    claim(start / "out", PrepareRecipe(), name="raw", simulated=False)  # a preparation that goes on
+    assert launch(*words) == 0
+
+
+def test_a_job_may_put_its_files_into_a_hidden_folder_of_the_preparation(start):
+    assert launch("--dry-run", "--dependency=afterok:1", "--script=out/.my/a.sbatch", "prepare", "raw", "out") == 0
+
+
 def test_without_gpus_pretraining_has_one_rank_a_node(capsys):
     assert launch("--dry-run", "--gpus=0", "--nodes=4", "--dependency=afterok:1", *PRETRAIN) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -131,6 +131,18 @@ def test_a_table_of_paths_brings_its_tiv(tmp_path):
         encoder.embed(paths, tiv=[20.0, *tiv[1:]], progress=False)
 
 
+def test_a_tiv_that_would_not_be_used_is_refused(folder, manifest):
+    encoder, paths = Encoder.from_pretrained(folder[0]), folder[1][:2]
+    with pytest.raises(
+        UserError, match=r"^tiv \(--tiv\) would not be used: the encoder's scans have scaling none; leave it out$"
+    ):
+        encoder.embed(paths, tiv=[1200.0, 1500.0])
+    table = pd.DataFrame({"path": paths, "tiv": [1200.0, 1500.0]})  # a table may have more columns than are needed
+    np.testing.assert_array_equal(encoder.embed(table, progress=False), encoder.embed(paths, progress=False))
+    with pytest.raises(UserError, match=r"^tiv \(--tiv\) is for files: scans of shards were scaled by the build"):
+        encoder.embed(manifest, tiv=[1200.0])
+
+
 def test_features_of_a_block_are_pooled_over_its_voxels(folder):
     encoder, paths = Encoder.from_pretrained(folder[0]), folder[1][:3]
     volumes = torch.from_numpy(np.stack([zscore(load_volume(path, GRID))[None] for path in paths]))

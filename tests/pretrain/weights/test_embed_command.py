@@ -97,6 +97,10 @@ def test_unreadable_scans_are_left_out_and_named_at_the_end(tmp_path, encoder, c
         ([], "give either files, folders or tables of scans, or --shards; found neither"),
         (["x.nii", "--shards", "y"], "found both"),
         (["x.nii", "--split", "pretrain"], "--split and --query choose scans of --shards, which is not given"),
+        (
+            ["--shards", "y", "--tiv", "1450", "--no-prepare"],
+            "--tiv and --no-prepare describe files, and scans of --shards are prepared and scaled; leave that out",
+        ),
         (["{empty}"], "holds no .nii or .nii.gz or .mgz or .npy file; give the folder of the scans"),
     ],
 )
