@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from data_pipeline.prepare.derivative import claim
-from data_pipeline.prepare.settings import PrepareRecipe
 from infra import cli
 from infra.slurm.batch_script import TEMPLATES, WORKS, batch_script, read_template
 from pretrain.config import find_recipe, load_recipe
 
+pytestmark = pytest.mark.usefixtures("start")
 PRETRAIN = ["pretrain", "--config", "demo-cpu", "--run.output=my runs/one"]
-
-
-@pytest.fixture(autouse=True)
-def start(tmp_path, monkeypatch):
-    """The folder in which the command is typed."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith(("SBATCH_", "YAWARE_PYTHON", "YAWARE_HOST_PYTHON"))]:
-        monkeypatch.delenv(name)
-    return tmp_path
 
 
 def launch(*words: str) -> int:
@@ -79,49 +67,6 @@ def test_without_options_those_of_the_batch_script_are_taken(start, capsys):
     assert "set -- cohort 'my shards' --codec npy" in lines
     assert f'#SBATCH --output="{start}/my shards/%x-%j.log"' in lines
     assert lines[-1] == template[-1]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--recipe", "my.yaml"],
-        ["--recipe=my.yaml"],
-        ["--recipe", "./my.yaml"],
-        ["--rec=my.yaml"],
-        ["--reci", ".//my.yaml"],
-    ],
-)
-def test_a_preparation_reads_a_copy_of_its_recipe(start, capsys, words):
-    (start / "my.yaml").write_text("prepare: {seed: 7}\n")
-    assert launch("--dry-run", "--dependency=afterok:1", "prepare", "raw", "out", "--spacing=2", *words) == 0
-    captured = capsys.readouterr()
-    lines = captured.out.splitlines()
-    (given,) = (line for line in lines if line.startswith("set -- "))
-    copy = re.fullmatch(r"set -- raw out --spacing=2 --recipe (\S+\.yaml)", given)[1]
-    assert copy.startswith(f"{start}/out/.jobs/yaware-prepare-")
-    assert f"{copy} is not written yet" in captured.err
-    assert lines[-1].endswith('-m infra.slurm.ray_job cohort prepare "$@"')
-
-
-@pytest.mark.parametrize(
-    ("option", "shown"),
-    [
-        ("--script=out/a.sbatch", "--script=out/a.sbatch"),
-        ("--script=out/jobs/a.sbatch", "--script=out/jobs/a.sbatch"),
-        ("--sbatch-option=output={start}/out/%j.log", "--sbatch-option output={start}/out/%j.log"),
-    ],
-)
-def test_a_job_puts_no_file_where_its_preparation_would_refuse_it(start, capsys, option, shown):
-    words = ["--dry-run", "--dependency=afterok:1", option.format(start=start), "prepare", "raw", "out"]
-    assert launch(*words) == 2
-    error = f"yaware: error: {shown} lies in out, which must be new when the job starts; choose another place\n"
-    assert capsys.readouterr().err == error.format(start=start)
-    claim(start / "out", PrepareRecipe(), name="raw", simulated=False)  # a preparation that goes on
-    assert launch(*words) == 0
-
-
-def test_a_job_may_put_its_files_into_a_hidden_folder_of_the_preparation(start):
-    assert launch("--dry-run", "--dependency=afterok:1", "--script=out/.my/a.sbatch", "prepare", "raw", "out") == 0
 
 
 def test_without_gpus_pretraining_has_one_rank_a_node(capsys):
@@ -227,28 +172,6 @@ def test_a_python_that_the_user_has_chosen_is_kept(monkeypatch, capsys):
     assert "export YAWARE_PYTHON='/images/python of yaware'" in first.splitlines()
     assert "YAWARE_HOST_PYTHON=" not in first.split("set -- ")[0]
     assert "export YAWARE_HOST_PYTHON=/usr/bin/python3" in second.splitlines()
-
-
-@pytest.fixture
-def sbatch(start, monkeypatch):
-    """A stand-in for sbatch that records its arguments and says what the test wrote into ``answer``."""
-    tool = start / "bin" / "sbatch"
-    tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\necho "$@" >> {start}/calls\n. {start}/answer\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
-    return start / "answer"
-
-
-def test_a_submitted_preparation_finds_its_folder_free(sbatch, start, capsys):
-    sbatch.write_text("echo 7")
-    (start / "raw").mkdir()
-    (start / "my.yaml").write_text("prepare: {seed: 7}\n")
-    assert launch("prepare", "raw", "out", "--recipe=my.yaml") == 0
-    log = re.search(r"its log: (\S+)", capsys.readouterr().out)[1]
-    Path(log).write_text("SLURM opens the log before the command starts\n")
-    assert len(list((start / "out").rglob("*.*"))) == 4  # the hidden folder: script, recipe and log
-    claim(start / "out", PrepareRecipe(), name="raw", simulated=False)
 
 
 def test_a_submission_prints_the_job_its_log_and_what_to_type(sbatch, start, capsys):
