@@ -109,7 +109,7 @@ class Manifest:
         scans = self.scans
         if split is not None:
             names = [split] if isinstance(split, str) else list(split)
-            existing = sorted(set(scans["split"]))
+            existing = sorted(scans["split"].unique())
             for name in names:
                 if name not in existing:
                     raise UserError(
