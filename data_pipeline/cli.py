@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.cli_arguments import (
+    add_annotate_arguments,
     add_append_arguments,
     add_build_arguments,
     add_index_arguments,
@@ -73,20 +74,11 @@ def shards(arguments: list[str]) -> int:
     )
     preview.add_argument("--scans", type=int, default=4, help="number of scans (default 4)")
     add_append_arguments(commands.add_parser("append", help="add a data set or new scans to shards"))
-    annotate = commands.add_parser(
-        "annotate", help="add columns of a table (for example a proxy or a label) to the manifest of shards"
+    add_annotate_arguments(
+        commands.add_parser(
+            "annotate", help="add columns of a table, or licences of data sets, to the manifest of shards"
+        )
     )
-    annotate.add_argument("shards", help="folder of shards")
-    annotate.add_argument(
-        "table", help=".tsv or .csv file with participant_id, and with session and dataset if the values differ by them"
-    )
-    annotate.add_argument(
-        "--columns", type=lambda text: text.split(","), help="columns to add, separated by commas (default: all)"
-    )
-    annotate.add_argument(
-        "--rules", type=Path, metavar="FILE", help="YAML file that declares columns and the rules for their values"
-    )
-    annotate.add_argument("--replace", action="store_true", help="overwrite columns that the shards have already")
     info = commands.add_parser("info", help="print counts, ages, sites, splits and sizes")
     info.add_argument("shards", help="folder or URL of shards")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -205,8 +197,18 @@ def _append(options: argparse.Namespace) -> int:
 
 
 def _annotate(options: argparse.Namespace) -> int:
-    from data_pipeline.shards.annotate import annotate_shards
+    from data_pipeline.shards.annotate import annotate_shards, state_licences
+    from data_pipeline.storage.licences import in_words
 
+    if bool(options.table) == bool(options.licence):
+        raise UserError("give either a table of columns or --licence NAME=TEXT; found both or neither")
+    if options.licence and (options.columns or options.rules):
+        raise UserError("--columns and --rules are for a table of columns; leave them out beside --licence")
+    if options.licence:
+        manifest = state_licences(options.shards, _licences(options.licence), replace=options.replace)
+        print(f"shards: licences: {in_words(manifest.licences())}")
+        print(f"shards: manifest digest {manifest.digest[:12]}")
+        return 0
     manifest, counts = annotate_shards(
         options.shards, options.table, options.columns, replace=options.replace, rules=options.rules
     )
@@ -215,6 +217,17 @@ def _annotate(options: argparse.Namespace) -> int:
         print(f"shards: {name}: {count} of {total} scans have a value")
     print(f"shards: manifest digest {manifest.digest[:12]}")
     return 0
+
+
+def _licences(given: list[str]) -> dict[str, str]:
+    """The licence of each data set; raises UserError if one has no name or no text, or a name is given twice."""
+    licences: dict[str, str] = {}
+    for text in given:
+        name, _, licence = text.partition("=")
+        if not name.strip() or not licence.strip() or name.strip() in licences:
+            raise UserError(f"--licence={text}: give each data set once, as in --licence ixi='CC BY-SA 3.0'")
+        licences[name.strip()] = licence
+    return licences
 
 
 def _preview(options: argparse.Namespace) -> int:

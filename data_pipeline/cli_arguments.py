@@ -91,6 +91,28 @@ def add_append_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="Ray workers (default: every core, or the cluster of RAY_ADDRESS)")
 
 
+def add_annotate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``yaware shards annotate``."""
+    parser.add_argument("shards", help="folder of shards")
+    parser.add_argument(
+        "table",
+        nargs="?",
+        help=".tsv or .csv file with participant_id, and with session and dataset if the values differ by them",
+    )
+    parser.add_argument(
+        "--columns", type=lambda text: text.split(","), help="columns to add, separated by commas (default: all)"
+    )
+    parser.add_argument(
+        "--rules", type=Path, metavar="FILE", help="YAML file that declares columns and the rules for their values"
+    )
+    parser.add_argument(
+        "--licence", action="append", metavar="NAME=TEXT", help="the licence of a data set; may be given several times"
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help="overwrite columns, or licences, that the shards have already"
+    )
+
+
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``yaware shards index``."""
     parser.add_argument(

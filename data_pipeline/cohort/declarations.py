@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.cohort.cells import TEXT_COLUMNS, TYPES, known_name, parse_number
+from data_pipeline.cohort.cells import MISSING, TEXT_COLUMNS, TYPES, known_name, parse_number
 from data_pipeline.cohort.scan import safe_name
 from data_pipeline.cohort.sidecars import UNITS, WITH_COLUMNS, known_unit
 from data_pipeline.cohort.tables import SESSION_COLUMNS
@@ -21,6 +21,7 @@ IDENTITY = {"participant_id", "run", "path", *SESSION_COLUMNS}
 RESERVED = {"key", "shard", "offset", "size", "crc32c", "dataset"}
 ALL = "all"  # the key of `missing` that stands for every column
 AGE_KEYS = ("birth", "scan", "format")
+MAX_LICENCE = 1000  # letters of a licence; a longer text is the licence itself, not its name
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class DataSet:
         types: our name -> ``number`` or ``text``.
         person: our names of columns that hold for every session of a person, also those without a row.
         age: the columns of the dates of ``birth`` and ``scan``, and the ``format`` of dates.
+        licence: under which the data set is given, in its own words; empty if it is not declared.
         declared_in: the file that declares it, for messages.
         declared: a file declares it.
         text: our names of columns that are text, because they are text in another data set; not declared.
@@ -68,6 +70,7 @@ class DataSet:
     types: dict[str, str] = field(default_factory=dict)
     person: tuple[str, ...] = ()
     age: dict[str, str] = field(default_factory=dict)
+    licence: str = ""
     declared_in: str = ""
     declared: bool = False
     text: tuple[str, ...] = ()
@@ -197,6 +200,7 @@ def _data_set(entry: dict[str, Any], where: str, folder: Path, allowed: Sequence
         types=_types(entry.get("types", {}), f"{where}: types"),
         person=_names(entry.get("person", []), f"{where}: person"),
         age=age,
+        licence=licence_text(entry["licence"], f"{where}: licence") if "licence" in entry else "",
         declared_in=where,
         declared=True,
     )
@@ -244,6 +248,19 @@ def check_orientation(text: str, where: str) -> str:
     if orientation and (len(orientation) != 3 or {"LR", "PA", "IS"} != {_axis(letter) for letter in orientation}):
         raise UserError(f"{where}={text!r} is not an orientation such as RAS, LAS or LPI")
     return orientation
+
+
+def licence_text(value: Any, where: str) -> str:
+    """Return the words of a licence in one line.
+
+    Raises UserError, which begins with ``where``, if there are none or too many.
+    """
+    words = " ".join(value.split()) if isinstance(value, str) else ""
+    if words in MISSING or not words.isprintable() or len(words) > MAX_LICENCE:
+        raise UserError(
+            f"{where}={value!r:.80} is not a licence; give its name or terms in at most {MAX_LICENCE} letters, such as CC0"
+        )
+    return words
 
 
 def _axis(letter: str) -> str:

@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.cohort.cells import number_as_text
-from data_pipeline.cohort.declarations import DataSet, declare, read_data_sets
+from data_pipeline.cohort.cells import MISSING, number_as_text
+from data_pipeline.cohort.declarations import DataSet, declare, licence_text, read_data_sets
 from data_pipeline.cohort.layouts import (
     MODALITIES,
     OPENBHB,
@@ -42,6 +42,7 @@ SIGNS: dict[str, Callable[[Path], Iterable[Path]]] = {
 }
 # Endings of files that list data sets, and of tables of paths.
 DATA_SETS, TABLES = (".yaml", ".yml"), (".csv", ".tsv", ".txt")
+DESCRIPTION = "dataset_description.json"
 DATA_SETS_FILE = "datasets.yaml"  # in a folder of several data sets, as ``cohort prepare`` writes it
 
 
@@ -147,7 +148,7 @@ def is_simulated(root: str | Path) -> bool:
     source = _listing(Path(root))
     if source.is_file() and source.suffix.lower() in DATA_SETS:
         return any(is_simulated(data_set.path) for data_set in read_data_sets(source))
-    return bool(read_sidecar(source / "dataset_description.json").get("Simulated", False))
+    return bool(read_sidecar(source / DESCRIPTION).get("Simulated", False))
 
 
 def preparations_of(root: str | Path, name: str) -> dict[str, dict[str, Any]]:
@@ -166,13 +167,74 @@ def preparations_of(root: str | Path, name: str) -> dict[str, dict[str, Any]]:
         for data_set in read_data_sets(source):
             found |= preparations_of(data_set.path, data_set.name)
         return found
-    described = read_sidecar(source / "dataset_description.json")
+    described = read_sidecar(source / DESCRIPTION)
     recipe, programs = described.get("Preparation"), described.get("GeneratedBy")
     if not isinstance(recipe, dict):
         return {}
     named = [program for program in programs if isinstance(program, dict)] if isinstance(programs, list) else []
     libraries = {str(program["Name"]): str(program.get("Version", "")) for program in named if "Name" in program}
     return {name: {"recipe": recipe, "libraries": libraries}}
+
+
+def origins_of(
+    root: str | Path, name: str, dataset: str | None = None, columns: str | Path | None = None
+) -> dict[str, Any]:
+    """What a manifest records of the data sets of a cohort: ``preparations`` and ``licences``, each only if there are any.
+
+    ``name`` is that of the cohort; the other arguments are those of ``licences_of``.
+    """
+    found = {"preparations": preparations_of(root, name), "licences": licences_of(root, dataset, columns)}
+    return {key: stated for key, stated in found.items() if stated}
+
+
+def licences_of(
+    root: str | Path, dataset: str | None = None, columns: str | Path | None = None
+) -> dict[str, dict[str, str]]:
+    """The licence of each data set of a cohort that states one, in the data set's own words.
+
+    It is declared (``licence``), or the field ``License`` of dataset_description.json. If both are there and differ, the
+    declared one is taken and a warning names both. A derivative that states none has that of the raw data set around it.
+
+    Args:
+        root: the cohort's folder, table or list of data sets.
+        dataset: the name of a single data set.
+        columns: the file that declares the columns of a single data set.
+
+    Returns:
+        Name of a data set -> ``licence``, and the name of the file it is ``stated_in``.
+    """
+    found = {data_set.name: _licence_of(data_set) for data_set in _data_sets(Path(root), dataset, None, columns)}
+    return {name: stated for name, stated in found.items() if stated}
+
+
+def _licence_of(data_set: DataSet) -> dict[str, str]:
+    """The licence of a data set and where it is stated; empty if it states none."""
+    own = _described_licence(data_set.path / DESCRIPTION)
+    if data_set.licence:
+        file = Path(data_set.declared_in.partition(": ")[0]).name
+        if own not in ("", data_set.licence):
+            warn(
+                f"{data_set.name}: licence {data_set.licence!r} is declared in {file}, {DESCRIPTION} has License={own!r}; the "
+                "declared one is recorded"
+            )
+        return {"licence": data_set.licence, "stated_in": file}
+    raw = data_set.path.parent.parent if data_set.path.parent.name == "derivatives" else None
+    around = "" if own or raw is None else _described_licence(raw / DESCRIPTION)
+    if around:
+        return {"licence": around, "stated_in": f"{DESCRIPTION} of the raw data set"}
+    return {"licence": own, "stated_in": DESCRIPTION} if own else {}
+
+
+def _described_licence(path: Path) -> str:
+    """The field License of a dataset_description.json; empty if it has none, or what it has is no licence."""
+    value = read_sidecar(path).get("License", "")
+    if value is None or (isinstance(value, str) and value.strip() in MISSING):
+        return ""
+    try:
+        return licence_text(value, f"{path}: License")
+    except UserError as error:
+        warn(f"{error}; it is taken as unknown")
+        return ""
 
 
 def _listing(source: Path) -> Path:

@@ -20,15 +20,19 @@ DESCRIPTION, PARTICIPANTS, TIMINGS = "dataset_description.json", "participants.t
 DICOM = "dicom.tsv"  # lists the series of a folder of DICOM files, before the derivative is claimed
 
 
-def claim(root: Path, recipe: PrepareRecipe, *, name: str, simulated: bool) -> None:
+def claim(root: Path, recipe: PrepareRecipe, *, name: str, simulated: bool, licence: str = "") -> None:
     """Write ``dataset_description.json`` with the recipe into a new or empty folder; keep that of the same recipe.
+
+    ``licence`` is that of the raw data set, as it states it; empty if it states none: one that is there is then kept.
 
     Raises UserError if the folder holds other files, or scans that another recipe has prepared (its limits may differ).
     """
     path = root / DESCRIPTION
     own = recorded(recipe)
     if path.is_file():
-        before = read_object(path, "choose another folder").get("Preparation")
+        described_before = read_object(path, "choose another folder")
+        before = described_before.get("Preparation")
+        licence = licence or described_before.get("License", "")
         if not isinstance(before, dict):
             raise UserError(f"{root} holds another data set ({path.name} names no preparation); choose another folder")
         changed = [key for key in own if key != "limits" and before.get(key) != own[key]]
@@ -48,7 +52,7 @@ def claim(root: Path, recipe: PrepareRecipe, *, name: str, simulated: bool) -> N
     content = {
         "Name": f"{name}, prepared", "BIDSVersion": "1.9.0", "DatasetType": "derivative", "GeneratedBy": described,
         "SpatialReference": f"{SPACE}: ICBM 2009a nonlinear symmetric, as nilearn ships it", "Simulated": simulated,
-        "Preparation": own,
+        "Preparation": own, **({"License": licence} if licence else {}),
     }  # fmt: skip
     write_json(path, content)
 

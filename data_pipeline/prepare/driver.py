@@ -6,14 +6,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data_pipeline.cohort.pseudonyms import read_key
-from data_pipeline.cohort.read import DATA_SETS_FILE, SIGNS, is_simulated, name_of, read_with_changes
+from data_pipeline.cohort.read import DATA_SETS_FILE, SIGNS, is_simulated, licences_of, name_of, read_with_changes
 from data_pipeline.cohort.scan import Scan, safe_name
 from data_pipeline.prepare.derivative import DICOM, claim, read_timings, write_tables, write_timings
 from data_pipeline.prepare.job import MEMORY, RECORDS, Outcome, ScanTask, finished, prepare_one
@@ -58,6 +58,7 @@ class RawCohort:
     roots: dict[str, Path]
     simulated: bool
     name: str
+    licences: dict[str, str] = field(default_factory=dict)  # of the data sets that state one
 
 
 def read_raw_cohort(
@@ -86,7 +87,8 @@ def read_raw_cohort(
     scans, unlisted, _, _ = read_with_changes(source, dataset, "t1w", layout=layout, columns=columns, key_file=key_file)
     names = sorted({scan.dataset for scan in (*scans, *unlisted)})
     roots = {name: folder / name if len(names) > 1 else folder for name in names}
-    return RawCohort(scans, unlisted, roots, is_simulated(source), name_of(scans, source))
+    licences = {name: stated["licence"] for name, stated in licences_of(source, dataset, columns).items()}
+    return RawCohort(scans, unlisted, roots, is_simulated(source), name_of(scans, source), licences)
 
 
 def is_dicom_folder(source: Path, layout: str | None = None) -> bool:
@@ -135,7 +137,7 @@ def prepare_cohort(
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
         for name, root in cohort.roots.items():
-            claim(root, recipe, name=name, simulated=cohort.simulated)
+            claim(root, recipe, name=name, simulated=cohort.simulated, licence=cohort.licences.get(name, ""))
         if len(cohort.roots) > 1:
             _write_data_sets(folder, list(cohort.roots))
         tasks = scan_tasks(cohort, recipe, gpu)

@@ -12,13 +12,14 @@ import pandas as pd
 
 from data_pipeline.cohort.cells import TEXT_COLUMNS, known_name
 from data_pipeline.cohort.column_names import columns_to_read
-from data_pipeline.cohort.declarations import ALL, DataSet, declare
+from data_pipeline.cohort.declarations import ALL, DataSet, declare, licence_text
 from data_pipeline.cohort.split import SPLIT
 from data_pipeline.cohort.table_file import Row, read_rows
 from data_pipeline.cohort.tables import session_column_of, without_prefix
 from data_pipeline.cohort.values import typed_values
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.scan_table import LOCATION_COLUMNS, text_columns
+from data_pipeline.storage.licences import with_licences
 from data_pipeline.storage.manifest import Manifest, write_manifest
 from data_pipeline.volume.grid import Grid
 from infra.errors import UserError, nearest
@@ -78,6 +79,35 @@ def annotate_shards(
     return new, {name: int(matched[name].notna().sum()) for name in names}
 
 
+def state_licences(shards: str | Path, licences: Mapping[str, str], *, replace: bool = False) -> Manifest:
+    """Record the licences of data sets whose own files state none, and return the new manifest; it gets a new digest.
+
+    Args:
+        shards: the folder of the shards.
+        licences: name of a data set -> the name or the terms of its licence.
+        replace: allow data sets that have a licence already.
+
+    Raises:
+        UserError: if the shards have no such data set, a licence has no words or too many, or is there already.
+    """
+    folder = Path(shards).resolve()
+    with unfinished.locked(folder):
+        old = Manifest.load(folder)
+        known = old.licences()
+        stated = {name: licence_text(text, f"licence of {name}") for name, text in licences.items()}
+        for name, text in stated.items():
+            if name not in known:
+                raise UserError(
+                    f"{folder} has no data set {name!r}{nearest(name, known)}; its data sets: {', '.join(known)}"
+                )
+            if known[name] not in ([], [text]) and not replace:
+                raise UserError(
+                    f"{folder}: the licence of {name} is {' and '.join(known[name])} already; give --replace to change it"
+                )
+        settings = with_licences(old.settings, stated, "yaware shards annotate")
+        return write_manifest(folder, Grid.from_dict(old.grid), settings, old.shards, old.scans, replaces=True)
+
+
 def _series(values: Sequence[Any]) -> pd.Series[Any]:
     """Values of a column as numbers, or as text with None where missing."""
     numeric = any(isinstance(value, float) for value in values)
@@ -90,7 +120,10 @@ def _source(path: Path, rules: Path | None, old: Manifest) -> DataSet:
     """The table as a data set with its rules; columns that are text in the scan table are read as text."""
     text = tuple(name for name in text_columns(old.scans) if name not in TEXT_COLUMNS)
     source = DataSet(path, path.name, declared_in="a YAML file given with --rules", declared=True)
-    return dataclasses.replace(source if rules is None else declare(source, rules), text=text)
+    source = source if rules is None else declare(source, rules)
+    if source.licence:
+        raise UserError(f"{rules}: licence is no rule for a column; remove it, and give --licence NAME=TEXT")
+    return dataclasses.replace(source, text=text)
 
 
 def _narrowed(source: DataSet, names: Sequence[str], theirs: Mapping[str, str], has_split: bool) -> DataSet:

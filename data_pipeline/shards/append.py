@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
-from data_pipeline.cohort.read import is_simulated, name_of, preparations_of, read_with_changes
+from data_pipeline.cohort.read import is_simulated, name_of, origins_of, read_with_changes
 from data_pipeline.cohort.scan import Scan, array_orientations, bytes_of
 from data_pipeline.cohort.split import SPLIT, assign_splits, is_healthy
 from data_pipeline.quality.columns import column_tables, warn_of_unmatched, write_columns
@@ -104,8 +104,7 @@ def append_shards(
             "dataset": name_of(new, root), "simulated": is_simulated(root), "scans_found": len(scans) + len(unlisted),
             "array_orientations": array_orientations(new),
         }  # fmt: skip
-        if prepared := preparations_of(root, str(history["dataset"])):
-            history["preparations"] = prepared
+        history |= origins_of(root, str(history["dataset"]), dataset, columns)
         added = _add(folder, old, new, unlisted, history, workers)
         name = str(history["dataset"])
         tables = column_tables(new, changes, without_scan, len(unlisted))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.cohort.grid import common_grid
 from data_pipeline.cohort.layouts import CohortScans
 from data_pipeline.cohort.pseudonyms import key_fingerprint, read_key
-from data_pipeline.cohort.read import is_simulated, name_of, preparations_of, read_with_changes
+from data_pipeline.cohort.read import is_simulated, name_of, origins_of, read_with_changes
 from data_pipeline.cohort.scan import array_orientations
 from data_pipeline.cohort.split import DEFAULT_SPLITS, check_shares
+from data_pipeline.cohort.texts import warn
 from data_pipeline.quality.columns import PAGE, column_tables, warn_of_unmatched, write_columns
 from data_pipeline.quality.rules import Quality, check_quality, unlisted_removals, write_quarantine
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.scan_table import scan_table
 from data_pipeline.shards.tar import CODECS
 from data_pipeline.shards.writing import shard_name, write_shards
+from data_pipeline.storage.licences import in_words
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
 from data_pipeline.volume.grid import Grid
 from data_pipeline.volume.preparation import DEFAULT_PREPARATION, check_preparation, check_scaling
@@ -49,8 +52,8 @@ def build_shards(
 
     The same cohort, settings and library versions give the same bytes, whatever ``workers`` is. A scan that cannot be used
     is listed in ``quarantine.tsv`` with the reason, and the build continues. ``columns.html`` shows how the columns of the
-    tables were read. After a killed build, the same call continues where it stopped. If ``out`` already holds this build,
-    nothing is written.
+    tables were read; the manifest records the licences that the data sets state. After a killed build, the same call
+    continues where it stopped. If ``out`` already holds this build, nothing is written.
 
     Args:
         cohort: the cohort's folder or table, see ``data_pipeline.cohort.read.read_cohort``; also for ``dataset``,
@@ -93,8 +96,7 @@ def build_shards(
         "quality": to_dict(quality), "simulated": is_simulated(root), "scans_found": len(scans) + len(unlisted),
         "pseudonymised": key_file is not None, "array_orientations": array_orientations(scans),
     }  # fmt: skip
-    if prepared := preparations_of(root, settings["dataset"]):
-        settings["preparations"] = prepared
+    settings |= origins_of(root, settings["dataset"], dataset, columns)
     if key_file is not None:
         settings["pseudonym_key"] = key_fingerprint(read_key(Path(key_file)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,15 +163,28 @@ def _existing_build(folder: Path, grid: Grid, settings: dict[str, Any]) -> Manif
     }
     before = {**defaults, **old.settings, "grid": Grid.from_dict(old.grid)}
     now = {**settings, "grid": grid}
-    changed = [key for key in now if before.get(key) != now[key]]
+    changed = [key for key in now if key != "licences" and before.get(key) != now[key]]
     if changed:
         key = changed[0]
         raise UserError(
             f"{folder} holds shards built with other settings ({key} was {_shown(before.get(key))}, now {_shown(now[key])}); "
             "choose another folder, or remove that one"
         )
+    _compare_licences(folder, old, settings)
     unfinished.remove_records(folder, [str(row["name"]) for row in old.shards])
     return old
+
+
+def _compare_licences(folder: Path, old: Manifest, settings: dict[str, Any]) -> None:
+    """Warn of licences that the cohort states otherwise than the manifest does; its bytes do not depend on them."""
+    recorded = old.licences()
+    for name, stated in settings.get("licences", {}).items():
+        if name in recorded and stated["licence"] not in recorded[name]:
+            warn(
+                f"{name}: licence {stated['licence']!r} is stated in {stated['stated_in']}, {folder} records "
+                f"{in_words({name: recorded[name]})}; to change it: yaware shards annotate {folder} --replace "
+                f"--licence {shlex.quote(name + '=' + stated['licence'])}"
+            )
 
 
 def _shown(value: Any) -> str:

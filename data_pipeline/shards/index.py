@@ -17,7 +17,7 @@ from data_pipeline.cohort.declarations import check_orientation
 from data_pipeline.cohort.scan import safe_name
 from data_pipeline.cohort.split import DEFAULT_SPLITS
 from data_pipeline.quality.rules import Removal, write_quarantine
-from data_pipeline.shards.index_table import RESERVED, People, check_pattern, parse_key, read_people
+from data_pipeline.shards.index_table import RESERVED, People, check_pattern, declared_licences, parse_key, read_people
 from data_pipeline.shards.scan_table import scan_table
 from data_pipeline.storage.hashing import HashingStream
 from data_pipeline.storage.manifest import MANIFEST, Manifest, write_manifest
@@ -121,7 +121,7 @@ def index_shards(
         "dataset": dataset, "modality": modality or default_modality, "scaling": "none", "simulated": False, "indexed": True,
         "codec": codecs[0] if len(codecs) == 1 else "mixed", "seed": seed, "splits": splits or DEFAULT_SPLITS,
         "orientation": orientation, "arrays": geometry[1] is None, "scans_found": len(rows) + len(bad), "quarantined": len(bad),
-        "root": shards if is_remote(shards) else os.path.relpath(shards, folder),
+        "root": shards if is_remote(shards) else os.path.relpath(shards, folder), **declared_licences(columns, rows),
     }  # fmt: skip
     shard_rows = [
         {"name": name, "bytes": shard.size, "sha256": shard.sha256, "codec": shard.codec or "none", "scans": 0}

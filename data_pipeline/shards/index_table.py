@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,23 @@ def read_people(content: bytes, path: str, sidecar: bytes | None = None, rules: 
         entities = {name: _entity(record[name]) for name in ENTITIES if name in record}
         rows.setdefault(str(entities.pop("participant_id")), []).append({**entities, **values})
     return People(path, rows)
+
+
+def declared_licences(columns: str | Path | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the setting ``licences`` of an index of scans ``rows``; empty if the declaration ``columns`` states no licence.
+
+    Raises UserError if it states one and the scans are of several data sets.
+    """
+    licence = "" if columns is None else declare(DataSet(Path(columns), ""), Path(columns)).licence
+    names = sorted({str(row["dataset"]) for row in rows})
+    if not licence or columns is None:
+        return {}
+    if len(names) > 1:
+        raise UserError(
+            f"{columns}: licence is that of one data set, the scans are of {len(names)} ({', '.join(names[:3])}); "
+            "remove it, and state each with yaware shards annotate INDEX --licence NAME=TEXT"
+        )
+    return {"licences": {name: {"licence": licence, "stated_in": Path(columns).name} for name in names}}
 
 
 def _entity(text: str) -> str | None:

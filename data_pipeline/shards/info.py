@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_pipeline.storage.licences import in_words, licences_in
 from data_pipeline.storage.manifest_file import is_simulated, read_checked, table_path
 from data_pipeline.storage.table_schema import open_table
 
@@ -56,6 +57,7 @@ def shards_info(root: str | Path) -> dict[str, Any]:
         "splits": {
             name: {"scans": counts["split"][name], "participants": number} for name, number in people_of_split.items()
         },
+        "licences": licences_in(settings, (name for name in counts["dataset"] if name != "missing")),
         "appended": [{key: addition[key] for key in ("dataset", "scans")} for addition in settings.get("appended", [])],
     }  # fmt: skip
 
@@ -151,6 +153,7 @@ def _lines(info: dict[str, Any]) -> dict[str, str]:
         "splits": ", ".join(
             f"{n} {s['scans']} ({s['participants']} participants)" for n, s in info["splits"].items()
         ),
+        "licences": in_words(info["licences"]),
         "digest": info["digest"],
     }  # fmt: skip
     if "diagnosis" in counts:

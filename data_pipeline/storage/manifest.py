@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from data_pipeline.storage.licences import licences_in
 from data_pipeline.storage.manifest_file import FORMAT, check_content, is_simulated, read_checked, table_path
 from data_pipeline.storage.manifest_file import MANIFEST as MANIFEST
 from data_pipeline.storage.manifest_file import SCANS as SCANS
@@ -183,6 +184,14 @@ class Manifest:
         Raises OSError if they are missing or fail their checksum, UserError if a pipe or folder is in place of the shard.
         """
         return self._reader.read(row)
+
+    def licences(self, rows: NDArray[np.integer[Any]] | None = None) -> dict[str, list[str]]:
+        """Return the licences of the data sets of the scans ``rows``, in the data sets' own words; None is all scans.
+
+        A data set whose licence nobody stated has an empty list. Several licences mean that scans were appended under another.
+        """
+        names = self.scans["dataset"] if rows is None else self.scans["dataset"].iloc[rows]
+        return licences_in(self.settings, names.astype(str).unique())
 
     @property
     def simulated(self) -> bool:

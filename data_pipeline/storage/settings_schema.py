@@ -123,6 +123,15 @@ def _are_preparations(value: Any) -> bool:
     )
 
 
+def _are_licences(value: Any) -> bool:
+    if not isinstance(value, dict) or len(value) > MAX_ENTRIES:
+        return False
+    return all(
+        is_word(name) and _has_only(stated, licence=is_word, stated_in=is_word) and len(stated) == 2
+        for name, stated in value.items()
+    )
+
+
 def _are_versions(value: Any) -> bool:
     known = isinstance(value, dict) and len(value) <= MAX_ENTRIES
     return known and all(is_word(name) and (version == "" or is_word(version)) for name, version in value.items())
@@ -139,6 +148,7 @@ PART: dict[str, Check] = {  # of the build, and of each append
     "simulated": BOOL,
     "array_orientations": (_are_orientations, "the orientation of each data set's arrays, such as LAS"),
     "preparations": (_are_preparations, "the recipe and the libraries of each data set"),
+    "licences": (_are_licences, "the licence of each data set, and the file it is stated_in"),
 }
 POSSIBLE: dict[str, Check] = {
     **PART,

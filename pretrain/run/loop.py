@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_pipeline.loading.loader import TwoViewLoader
@@ -27,6 +28,7 @@ from pretrain.run.skips import Skips
 from pretrain.run.step import train_step
 from pretrain.run.stop import StopRequest
 from pretrain.weights import seen_scans
+from pretrain.weights.folder import first_config
 from pretrain.weights.write import preprocessing_of, write_encoder
 
 # Input dtype; autocast casts inside the network.
@@ -182,6 +184,7 @@ class TrainingLoop:
             "encoder": {"name": recipe.encoder.name, "options": recipe.encoder.options},
             "feature_size": int(self.trained.module.encoder.feature_size),
             "ema_decay": recipe.train.ema_decay,
+            "licences": licences_of_data(self.plan, step),
             "step": step,
             "run_id": run_id,
         }
@@ -204,6 +207,25 @@ class EpochPositives:
         positives, proxies = zip(*self._steps, strict=True)
         self._steps = []
         return positive_statistics(positives, proxies, self._gather)
+
+
+def licences_of_data(plan: Plan, step: int) -> dict[str, list[str]]:
+    """Return the licences of the data sets that the weights after ``step`` steps come from: name -> texts, empty if unknown.
+
+    This includes the data of the run whose checkpoint this run started from.
+    """
+    recipe = plan.recipe
+    licences: dict[str, list[str]] = {}
+    if step:
+        watched = [] if plan.watched is None else [plan.watched.rows]
+        licences = plan.manifest.licences(np.concatenate([plan.rows, *watched]))
+    earlier = first_config(recipe.run.output, recipe.run.resume)
+    if earlier.get("licences") is None and earlier.get("manifest_digest", plan.manifest.digest) != plan.manifest.digest:
+        # A checkpoint of an earlier version does not name its data sets.
+        earlier = {"licences": {f"the data of {earlier.get('run_name')}": []}}
+    for name, texts in (earlier.get("licences") or {}).items():
+        licences[name] = list(dict.fromkeys([*licences.get(name, []), *texts]))
+    return licences
 
 
 def scans_seen(plan: Plan, step: int) -> list[seen_scans.SeenScans]:

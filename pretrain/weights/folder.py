@@ -49,6 +49,16 @@ def list_checkpoints(run: str | Path) -> list[Path]:
     return folders
 
 
+def first_config(*paths: str | Path) -> dict[str, Any]:
+    """Return config.json of the first encoder found at ``paths`` (runs or checkpoints); empty if there is none."""
+    for path in paths:
+        try:
+            return read_json(find_encoder(path) / "config.json")
+        except UserError:
+            continue
+    return {}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of an exported encoder. Raises UserError if it is missing, damaged, or something else."""
     if not path.exists():

@@ -70,6 +70,8 @@ class ConfigFile(_Part):
     experiment: Text | None = None
     simulated: bool = False
     epoch: int | None = None
+    # Data set of the training -> its licences; older files have none, and neither has an imported encoder.
+    licences: dict[Text, Annotated[list[Text], Field(max_length=100)]] | None = Field(default=None, max_length=1000)
 
 
 def _is_read(shape: list[int]) -> list[int]:

@@ -20,6 +20,7 @@ from data_pipeline.volume.preparation import DEFAULT_PREPARATION, file_rules
 from infra.errors import PATH, Kind, UserError, check_arguments
 from infra.files import sha256_of, write_json
 from infra.processes.scratch import scratch_folder
+from pretrain.hub.card import model_card
 from pretrain.weights import likeness, seen_scans
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import FILES, find_encoder
@@ -70,7 +71,7 @@ def write_encoder(
     write_json(folder / "config.json", config)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes the file private
     write_json(folder / "preprocessing.json", preprocessing)
-    (folder / "README.md").write_text(_model_card(config, preprocessing), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(config, preprocessing), encoding="utf-8")
     names = list(FILES)
     if seen:
         write_json(folder / seen_scans.NAME, seen_scans.to_json(seen))
@@ -125,33 +126,3 @@ def _same_files(one: Path, other: Path) -> bool:
         for folder in (one, other)
     )
     return first == second
-
-
-def _model_card(config: dict[str, Any], preprocessing: dict[str, Any]) -> str:
-    grid = preprocessing.get("grid", {})
-    simulated = "\nPretrained on **simulated** scans: of no use on real ones.\n" if config.get("simulated") else ""
-    # An example: 1450 ml is about the mean of adults.
-    tiv, option = (", tiv=[1450.0]", " --tiv 1450") if preprocessing.get("scaling") == "tiv" else ("", "")
-    recipe = (preprocessing.get("preparation") or {}).get("recipe", {})
-    prepared = (
-        f"- scans: prepared by `yaware cohort prepare`, pipeline {recipe['pipeline']}, version {recipe['version']}, "
-        f"{recipe['spacing']:g} mm;\n  a raw scan is prepared so before it is embedded\n"
-        if recipe
-        else ""
-    )
-    return f"""# {config["run_name"]}: {config["encoder"]["name"]}, step {config["step"]}
-{simulated}
-- method: {config["method"]}
-- features: {config["feature_size"]}, encoder options {config["encoder"]["options"] or "as by default"}
-- input: (B, 1, {", ".join(map(str, grid.get("shape", [])))}) float32 at {grid.get("spacing")} mm, RAS,
-  z-scored per scan, modality {preprocessing.get("modality")}, scaling {preprocessing.get("scaling")},
-  crop {preprocessing.get("crop", "world")}, intensity {preprocessing.get("intensity", "none")}
-{prepared}- data: manifest {config["manifest_digest"]}, split {config["split"]}
-- made by yaware {config["version"]}, MLflow run {config["run_id"]}
-
-    import yaware
-    encoder = yaware.Encoder.from_pretrained("path/to/this/folder")
-    features = encoder.embed(["scan.nii.gz"]{tiv})        # a table of 1 row, {config["feature_size"]} columns
-
-`yaware embed path/to/this/folder scan.nii.gz{option}` does the same; `encoder(volumes)` takes prepared volumes.
-"""

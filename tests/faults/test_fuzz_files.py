@@ -124,6 +124,7 @@ def manifest_content():
                      "scans_per_shard": 2, "seed": 0, "splits": {"pretrain": 0.7, "downstream": 0.3}, "crop": "world",
                      "intensity": "none", "simulated": False, "pseudonymised": False, "array_orientations": {"a": "LAS"},
                      "preparations": {"a": {"recipe": {"pipeline": "vbm"}, "libraries": {"antspyx": "0.6.3"}}},
+                     "licences": {"a": {"licence": "CC0", "stated_in": "dataset_description.json"}},
                      "quality": to_dict(Quality(limits={"age": Limits(18, 90)})),
                      "annotated": [{"columns": ["iq"], "table": "iq.tsv"}], "appended": [{"dataset": "b", "scans": 2}]},
         "scans": {"name": "scans.parquet", "rows": 4, "sha256": "0" * 64},

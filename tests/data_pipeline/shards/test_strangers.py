@@ -69,6 +69,8 @@ VALUES = [
     ("settings.codec", ["zst"]), ("settings.modality", None), ("settings.scaling", {}), ("settings.dataset", "a\nb"),
     ("settings.preparations", []), ("settings.preparations", {"a": {"recipe": {}}}),
     ("settings.preparations", {"a": {"recipe": {}, "libraries": {"ants": 1}}}),
+    ("settings.licences", ["CC0"]), ("settings.licences", {"a": "CC0"}), ("settings.licences", {"a": {"licence": "CC0"}}),
+    ("settings.licences", {"a": {"licence": "a\nb", "stated_in": "x"}}),
     ("settings.appended", {}), ("settings.appended", [[]]), ("settings.quarantined", "many"), ("shards", {}), ("shards", [1]),
     ("shards", None), ("shards.0.bytes", -1), ("shards.0.bytes", "9"), ("shards.0.bytes", 2**60), ("shards.0.sha256", "../x"),
     ("shards.0.sha256", "0" * 63), ("shards.0.scans", 1e9), ("shards.0.codec", "py"), ("scans", "scans.parquet"),

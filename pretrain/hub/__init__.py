@@ -1,0 +1,1 @@
+"""Encoders at the Hugging Face hub: their card, and reading them by name."""
