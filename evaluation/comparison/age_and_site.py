@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 
 from evaluation.comparison.evaluations import CheckpointEvaluation, labels_of
+from evaluation.comparison.resampled import shown_value
 from evaluation.statistics.brain_age import BiasLine, corrected_gaps
-from evaluation.statistics.metrics import METRICS, openbhb_score, pearson, site_leakage
+from evaluation.statistics.metrics import above_chance, openbhb_score, pearson
 
 SITE_COLUMNS = ["checkpoint", "sites", "bacc", "chance", "leakage", "external_mae", "openbhb"]
 BRAIN_AGE_COLUMNS = ["checkpoint", "task", "mae", "slope", "r_raw", "gap_sd", "r_corrected"]
@@ -23,9 +24,10 @@ def predicts_age(predictions: pd.DataFrame) -> bool:
 def brain_age_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
     """Return BRAIN_AGE_COLUMNS for every task that predicts age and stored its folds.
 
-    The gap is predicted minus real age. ``mae`` (years) is of the uncorrected predictions, ``slope`` that of predicted
-    over real age, ``gap_sd`` (years) the standard deviation of the corrected gap. ``r_raw`` and ``r_corrected`` are Pearson's
-    correlation of the gap with age before and after the correction (see ``statistics.brain_age``).
+    The gap is predicted minus real age. ``mae`` (years) is of the uncorrected predictions, as in the table of metrics; the
+    others are of the first cross-validation. ``slope`` is that of predicted over real age, ``gap_sd`` (years) the standard
+    deviation of the corrected gap. ``r_raw`` and ``r_corrected`` are Pearson's correlation of the gap with age before and
+    after the correction (see ``statistics.brain_age``).
     """
     rows = []
     for evaluation in evaluations:
@@ -37,7 +39,7 @@ def brain_age_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
             folds, people = predictions["fold"].to_numpy(), predictions["participant"].to_numpy()
             gaps, corrected = predicted - ages, corrected_gaps(ages, predicted, folds, people)
             rows.append((
-                evaluation.name, task, float(np.abs(gaps).mean()), BiasLine.fit(ages, predicted).slope,
+                evaluation.name, task, shown_value(evaluation, task, "mae"), BiasLine.fit(ages, predicted).slope,
                 pearson(ages, gaps), float(corrected.std(ddof=1)), pearson(ages, corrected),
             ))  # fmt: skip
     return pd.DataFrame(rows, columns=BRAIN_AGE_COLUMNS)
@@ -46,20 +48,19 @@ def brain_age_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
 def site_leakage_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
     """Return SITE_COLUMNS for every checkpoint with an evaluation of the task ``site``: how well features tell the site.
 
-    ``leakage`` is 0 if ``bacc`` is at ``chance`` (1 / sites) and 1 if it is 1. ``external_mae`` (years) is the age MAE of
-    the same model on sites left out of training, and ``openbhb`` the OpenBHB score of both. Both are NaN if age was not
-    evaluated with sites left out.
+    ``bacc`` is that of the table of metrics. ``leakage`` is 0 if it is at ``chance`` (1 / sites) and 1 if it is 1.
+    ``external_mae`` (years) is the age MAE of the same model on sites left out of training, and ``openbhb`` the OpenBHB
+    score of both. Both are NaN if age was not evaluated with sites left out.
     """
     rows = []
     for evaluation in evaluations:
         if "site" not in evaluation.tasks or evaluation.kind("site") != "multiclass":
             continue
-        predictions = evaluation.predictions_of("site")
-        labels, answers = labels_of(predictions), predictions["answer"].to_numpy()
-        sites, bacc = len(np.unique(labels)), METRICS["multiclass"]["bacc"](labels, answers)
+        sites = len(np.unique(labels_of(evaluation.predictions_of("site"))))
+        bacc = shown_value(evaluation, "site", "bacc")
         mae = _external_mae(evaluation, evaluations)
         score = openbhb_score(bacc, mae) if np.isfinite(mae) else float("nan")
-        rows.append((evaluation.name, sites, bacc, 1 / sites, site_leakage(labels, answers), mae, score))
+        rows.append((evaluation.name, sites, bacc, 1 / sites, above_chance(bacc, sites), mae, score))
     return pd.DataFrame(rows, columns=SITE_COLUMNS)
 
 
@@ -71,9 +72,10 @@ def _external_mae(evaluation: CheckpointEvaluation, evaluations: list[Checkpoint
         return each.pretraining, each.step, each.weights, each.variant.fitted
 
     for other in evaluations:
-        logged = other.run_of("age")["metrics"]
-        if model_of(other) == model_of(evaluation) and other.variant.leave_site_out and "age.mae" in logged:
-            return float(logged["age.mae"])
+        if "age" not in other.tasks or other.kind("age") != "regression" or not other.variant.leave_site_out:
+            continue
+        if model_of(other) == model_of(evaluation):
+            return shown_value(other, "age", "mae")
     return float("nan")
 
 

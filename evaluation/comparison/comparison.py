@@ -12,9 +12,9 @@ import pandas as pd
 
 from evaluation.comparison import age_and_site, curves, repeats, report, tables
 from evaluation.comparison.evaluations import CheckpointEvaluation, RunRow, last_steps, read_evaluations
-from evaluation.comparison.formats import LABELS, rows_of, with_interval
+from evaluation.comparison.formats import LABELS, rows_of
 from evaluation.protocols.variant import unlike_published
-from evaluation.statistics.metrics import METRICS
+from evaluation.statistics.metrics import METRICS, interval_text
 from infra.errors import OPTIONAL_TEXT, PATH, TEXT, UserError, check_arguments
 from infra.tracking import runs as store
 from infra.tracking.tracker import default_uri
@@ -180,7 +180,7 @@ class Comparison:
         cells: dict[str, dict[str, str]] = {evaluation.name: {} for evaluation in self.evaluations}
         for row in rows_of(self.metrics):
             if row.metric == self.tasks[row.task].primary_metric:
-                cells[row.checkpoint][columns[row.task]] = with_interval(row.metric, row.value, row.low, row.high)
+                cells[row.checkpoint][columns[row.task]] = interval_text(row.metric, row.value, row.low, row.high)
         table = pd.DataFrame.from_dict(cells, orient="index", columns=list(columns.values())).fillna("-")
         return table.rename_axis("checkpoint")
 

@@ -284,7 +284,7 @@ def _read(
                 curve = pd.read_csv(regular_file(path / "curve.csv"))
                 curves.append(curve[~curve["task"].isin(done)])
             if (path / "resamples.csv").exists():  # versions before it logged none
-                table = pd.read_csv(regular_file(path / "resamples.csv"))
+                table = pd.read_csv(regular_file(path / "resamples.csv"), float_precision="round_trip")
                 resamples.append(table[~table["task"].isin(done)])
             if (path / "chosen.csv").exists():
                 table = pd.read_csv(regular_file(path / "chosen.csv"))

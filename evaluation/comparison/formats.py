@@ -27,15 +27,6 @@ NOT_TESTED = "not tested: training sets not resampled"
 LEVEL = 0.05  # of Holm's corrected p, at or below which a difference counts as found
 
 
-def with_interval(metric: str, value: float, low: float, high: float) -> str:
-    """Format a metric as ``0.812 [0.75, 0.87]``, an MAE as ``5.52 [4.9, 6.3]``, a missing value as ``-``."""
-    if value is None or not np.isfinite(value):
-        return "-"
-    if metric == "mae":
-        return f"{value:.2f} [{low:.1f}, {high:.1f}]"
-    return f"{value:.3f} [{low:.2f}, {high:.2f}]"
-
-
 def signed(value: float, low: float, high: float) -> str:
     """Format a difference as ``+0.021 [-0.050, +0.093]``, or without an interval as ``+0.021 [-]``."""
     if not (np.isfinite(low) and np.isfinite(high)):

@@ -6,7 +6,8 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evaluation.comparison.formats import LABELS, LEVEL, number, p_text, rows_of, signed, verdict, with_interval
+from evaluation.comparison.formats import LABELS, LEVEL, number, p_text, rows_of, signed, verdict
+from evaluation.statistics.metrics import interval_text
 from evaluation.tasks.published import PUBLISHED, SOURCE
 from infra.tracking.runs import ui_command
 
@@ -48,12 +49,12 @@ def metrics(comparison: Comparison) -> str:
         for checkpoint, group in table.groupby("checkpoint", sort=False):
             by_metric = {r.metric: r for r in rows_of(group)}
             cells = [
-                with_interval(name, by_metric[name].value, by_metric[name].low, by_metric[name].high)
+                interval_text(name, by_metric[name].value, by_metric[name].low, by_metric[name].high)
                 if name in by_metric else "-"
                 for name in names
             ]  # fmt: skip
             primary = by_metric[about.primary_metric]
-            fixed = with_interval(primary.metric, primary.fixed_value, primary.fixed_low, primary.fixed_high)
+            fixed = interval_text(primary.metric, primary.fixed_value, primary.fixed_low, primary.fixed_high)
             chance = f"{p_text(primary.p_chance)} ({primary.chance_test})" if primary.chance_test else "-"
             rows.append([str(checkpoint), *cells, primary.covers, chance, fixed, p_text(primary.p_fixed)])
         labels = [f"{comparison.label(task, name)} {_arrow(task, name)}" for name in names]
@@ -97,7 +98,7 @@ def curves(comparison: Comparison) -> str:
         sizes = sorted(set(table["n_train"]))
         rows = []
         for checkpoint, group in table.groupby("checkpoint", sort=False):
-            cells = {r.n_train: with_interval("auc", r.auc, r.low, r.high) for r in rows_of(group)}
+            cells = {r.n_train: interval_text("auc", r.auc, r.low, r.high) for r in rows_of(group)}
             rows.append([str(checkpoint), *(cells.get(size, "-") for size in sizes)])
         draws = " or ".join(str(count) for count in sorted(set(table["draws"])))
         title = f"{about.title}: AUC by number of training scans, mean of {draws} draws"
@@ -184,7 +185,7 @@ def subgroups(comparison: Comparison) -> str:
         metric = str(table["metric"].iloc[0])
         rows = []
         for (by, group, people, scans), members in table.groupby(["by", "group", "participants", "scans"], sort=False):
-            cells = {r.checkpoint: r.note or with_interval(metric, r.value, r.low, r.high) for r in rows_of(members)}
+            cells = {r.checkpoint: r.note or interval_text(metric, r.value, r.low, r.high) for r in rows_of(members)}
             rows.append([f"{by} {group}", str(people), str(scans), *(cells.get(name, "-") for name in names)])
         title = f"{comparison.tasks[str(task)].title}: {LABELS[metric]}"
         parts.append(f"<h3>{html.escape(title)}</h3>{html_table(['group', 'participants', 'scans', *names], rows)}")
@@ -263,7 +264,7 @@ def site_and_age(comparison: Comparison) -> str:
             "<h3>Brain-age gap</h3><p class='note'>The gap is predicted minus real age. For the corrected gap, a line of predicted "
             "over real age is fitted to participants outside the fold and subtracted from the prediction; a slope of 1 would be "
             "unbiased. The MAE is of the uncorrected predictions, because a corrected prediction uses the real "
-            f"age.</p>{html_table(head, rows)}"
+            f"age; it is that of the metrics. The other columns are of the first cross-validation.</p>{html_table(head, rows)}"
         )
     return "".join(parts)
 

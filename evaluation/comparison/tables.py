@@ -14,7 +14,6 @@ from evaluation.comparison.evaluations import CheckpointEvaluation, labels_of, m
 from evaluation.comparison.pairs import pairs
 from evaluation.statistics import fairness
 from evaluation.statistics.fairness import fairness_table
-from evaluation.statistics.intervals import with_interval
 from evaluation.statistics.metrics import HIGHER_IS_BETTER, chance_level
 from evaluation.statistics.paired import Difference, delong_difference, holm, paired_bootstrap, permutation_p
 from evaluation.statistics.subgroups import COLUMNS, MINIMUM, age_bands, calibration_curve, subgroup_table
@@ -38,22 +37,17 @@ def metrics_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
     """Return METRIC_COLUMNS: a row for every checkpoint, task and metric.
 
     ``value``, ``low`` and ``high`` are over repeats and cover participants and training sets, if the evaluation has halves;
-    else they are the fixed ones, and ``covers`` says so. ``fixed_value``, ``fixed_low`` and ``fixed_high`` take the trained
-    models as given: as logged, or computed from the stored predictions. ``chance`` (the expected value of uninformative
-    answers), ``p_chance`` (see ``resampled.chance_test``) and ``p_fixed`` (labels permuted, models fixed) are given for each
-    task's primary metric, and NaN for the others.
+    else they are the fixed ones, and ``covers`` says so: see ``resampled.shown_metric``. ``fixed_value``, ``fixed_low`` and
+    ``fixed_high`` take the trained models as given. ``chance`` (the expected value of uninformative answers), ``p_chance`` (see
+    ``resampled.chance_test``) and ``p_fixed`` (labels permuted, models fixed) are given for each task's primary metric, and NaN
+    for the others.
     """
     rows = []
     for evaluation in evaluations:
         for task in evaluation.tasks:
-            predictions, logged = evaluation.predictions_of(task), evaluation.run_of(task)["metrics"]
+            predictions = evaluation.predictions_of(task)
             labels, people = labels_of(predictions), predictions["participant"].to_numpy()
             for number, (metric, statistic, answers) in enumerate(metrics_of(predictions)):
-                key = f"{task}.{metric}"
-                if f"{key}.low" in logged:
-                    interval = logged[key], logged[f"{key}.low"], logged[f"{key}.high"]
-                else:
-                    interval = with_interval(statistic, labels, answers, people)
                 chance = p_fixed = p_chance = float("nan")
                 test = ""
                 if number == 0:
@@ -62,15 +56,9 @@ def metrics_table(evaluations: list[CheckpointEvaluation]) -> pd.DataFrame:
                         statistic, labels, answers, people, higher_is_better=HIGHER_IS_BETTER[metric]
                     )  # fmt: skip
                     p_chance, test = resampled.chance_test(evaluation, task, metric)
-                cautious = resampled.metric_interval(evaluation, task, metric)
-                shown = (
-                    (cautious.value, cautious.low, cautious.high, resampled.BOTH)
-                    if cautious
-                    else (*interval, resampled.PEOPLE)
-                )
+                shown = resampled.shown_metric(evaluation, task, metric)
                 rows.append((
-                    evaluation.name, task, predictions["title"].iloc[0], metric, *shown, *interval, chance, p_chance, test,
-                    p_fixed,
+                    evaluation.name, task, predictions["title"].iloc[0], metric, *shown, chance, p_chance, test, p_fixed,
                 ))  # fmt: skip
     return pd.DataFrame(rows, columns=METRIC_COLUMNS)
 

@@ -39,9 +39,16 @@ from evaluation.protocols.inputs import add_readouts, candidate_tables, joint_ta
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
 from evaluation.protocols.protocols import PROTOCOLS, check_search, checked_settings, decide_readouts
 from evaluation.protocols.record import log_result, open_run
-from evaluation.protocols.results import EvaluationResult, chosen_lines, is_complete, make_result, write_result
+from evaluation.protocols.results import (
+    EvaluationResult,
+    chosen_lines,
+    first_metrics_text,
+    is_complete,
+    make_result,
+    metric_rows,
+    write_result,
+)
 from evaluation.protocols.settings import AUTO, EvaluationSettings
-from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS
 from evaluation.tasks.leakage import check_copies
 from evaluation.tasks.resamples import NO_RESAMPLING
 from evaluation.tasks.tasks import check_names, load_task
@@ -54,7 +61,7 @@ from infra.tracking import runs
 from infra.tracking.tracker import store_uri
 from pretrain.weights.readouts import readouts_folder
 
-COLUMNS = ["checkpoint", "step", "protocol", "task", "metric", "value", "low", "high", "run_id"]
+COLUMNS = ["checkpoint", "step", "protocol", "task", "metric", "value", "low", "high", "covers", "run_id"]
 
 
 @unchanged_environment()
@@ -118,8 +125,8 @@ def evaluate(
             that may be used, else no.
         mlp_trials: settings that Optuna tries for each fold of the protocol mlp.
         repeats: nested cross-validations of all scans, each with other folds, by the protocols on fixed features.
-        halvings: random divisions of the participants into halves, each cross-validated, for the intervals and tests of
-            ``compare`` that include the training sets; 0 for none.
+        halvings: random divisions of the participants into halves, each cross-validated, for intervals and tests that
+            include the training sets; 0 for none.
         permutations: of the features among participants, each with all models fitted again, for the exact test of
             "better than chance"; each costs as much as the first cross-validation.
         finetune: settings of the protocols finetune and scratch; see ``FineTuning`` for the keys.
@@ -141,8 +148,10 @@ def evaluate(
         - protocol: key of ``PROTOCOLS``
         - task: name of the task
         - metric: key of ``METRICS`` or ``PROBABILITY_METRICS`` for the kind of the task
-        - value: over all test scans
-        - low, high: limits of the 95 % interval over test participants
+        - value: over all test scans; the mean over ``repeats``, as ``compare`` shows it
+        - low, high: limits of the 95 % interval
+        - covers: what the interval covers: ``people and training sets``, or, without halves, ``people`` (then the value is
+          that of one cross-validation, whose models are fixed)
         - run_id: id of the MLflow run with predictions, learning curves and trials
 
     Raises:
@@ -182,7 +191,8 @@ def evaluate(
             own = context_of(context, candidate)
             metrics, run_id = _evaluate_once(own, protocol, candidate)
             _print_first_metrics(own, protocol, candidate, metrics)
-            rows += _metric_rows(own, protocol, candidate, metrics, run_id)
+            beginning = candidate.name, candidate.step, protocol
+            rows += [(*beginning, *row, run_id) for row in metric_rows(own.tasks, metrics)]
     context.remove_work_folders()
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -303,19 +313,6 @@ def compute_result(context: EvaluationContext, name: str, candidate: Candidate, 
     return make_result(context, results, features[:, protocol.map_features])
 
 
-def _metric_rows(
-    context: EvaluationContext, name: str, candidate: Candidate, metrics: Mapping[str, float], run_id: str
-) -> list[tuple[Any, ...]]:
-    """Return the rows of ``evaluate``'s table for one candidate and protocol."""
-    rows = []
-    for task in context.tasks:
-        for metric in (*METRICS[task.kind], *PROBABILITY_METRICS[task.kind]):
-            key = f"{task.name}.{metric}"
-            values = (metrics[key], metrics[f"{key}.low"], metrics[f"{key}.high"])
-            rows.append((candidate.name, candidate.step, name, task.name, metric, *values, run_id))
-    return rows
-
-
 def _print_cost(context: EvaluationContext) -> None:
     """Print how many cross-validations the permutations add, and which protocols do not use them."""
     settings = context.settings
@@ -334,9 +331,8 @@ def _print_cost(context: EvaluationContext) -> None:
 def _print_first_metrics(
     context: EvaluationContext, name: str, candidate: Candidate, metrics: Mapping[str, float]
 ) -> None:
-    keys = [f"{task.name}.{next(iter(METRICS[task.kind]))}" for task in context.tasks]
-    values = ", ".join(f"{key} {metrics[key]:.3f}" for key in keys)
-    print(f"evaluate: {candidate.name} step {candidate.step}, {variant_for(name, context, candidate).label}: {values}")
+    label, text = variant_for(name, context, candidate).label, first_metrics_text(context.tasks, metrics)
+    print(f"evaluate: {candidate.name} step {candidate.step}, {label}: {text}")
 
 
 def _print_missing_sizes(context: EvaluationContext, results: dict[str, NestedCVResult]) -> None:

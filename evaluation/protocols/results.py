@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from evaluation.features.candidates import choices_text
 from evaluation.features.embedding import embedding_table
 from evaluation.protocols.context import EvaluationContext
 from evaluation.protocols.nested_cv import NestedCVResult, ResampledPredictions
-from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, chance_level, with_interval
+from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, chance_level, interval_text, with_interval
+from evaluation.statistics.training_sets import BOTH, PEOPLE, metric_interval
 from evaluation.tasks.resamples import Resample
 from evaluation.tasks.tasks import Task
 from infra.files import write_json
@@ -30,9 +32,15 @@ RESAMPLE_COLUMNS = ["task", "metric", "kind", "number", "side", "value", "chance
 class EvaluationResult:
     """The result of one candidate under one protocol, for all tasks.
 
-    ``metrics`` holds ``TASK.METRIC``, with ``.low`` and ``.high`` for its interval, ``TASK.auc.nSIZE``, the mean AUC over the
-    draws of a learning curve, and ``features.rankme``, the effective rank of the features. ``trials`` holds the rows of
-    ``nested_cv`` by task.
+    ``metrics`` holds, by name:
+
+    - ``TASK.METRIC``, with ``.low`` and ``.high``: the mean over repeats; its interval covers participants and training sets
+    - ``TASK.METRIC.fixed``, with ``.low`` and ``.high``: the first cross-validation; its interval covers participants only.
+      Without halves this is ``TASK.METRIC``, and there is no ``.fixed``
+    - ``TASK.auc.nSIZE``: the mean AUC over the draws of a learning curve
+    - ``features.rankme``: the effective rank of the features
+
+    ``trials`` holds the rows of ``nested_cv`` by task.
     """
 
     metrics: dict[str, float]
@@ -49,16 +57,18 @@ def make_result(
 ) -> EvaluationResult:  # fmt: skip
     """Compute metrics with intervals and make the tables; ``map_features`` (N, F), F > 1, give the map of the scans."""
     metrics: dict[str, float] = {}
-    predictions, curves, resamples = [], [], []
+    predictions, curves, rows = [], [], []
     for task in context.tasks:
         result = results[task.name]
-        metrics |= _metrics(task, result, context.settings.seed)
         predictions.append(predictions_table(context.manifest, task, result))
-        resamples += resample_rows(task, result)
+        rows += resample_rows(task, result)
         curve = pd.DataFrame(result.curve, columns=["n_train", "draw", "auc"]).assign(task=task.name)
         curves.append(curve)
         for size, values in curve.groupby("n_train")["auc"]:
             metrics[f"{task.name}.auc.n{size}"] = float(values.mean())
+    resamples = pd.DataFrame(rows, columns=RESAMPLE_COLUMNS)
+    for task in context.tasks:
+        metrics |= _metrics(task, results[task.name], resamples, context.settings.seed)
     if map_features.shape[1] > 1:
         embedding = embedding_table(context.manifest, context.rows, map_features)
         metrics["features.rankme"] = rankme(map_features)
@@ -67,7 +77,7 @@ def make_result(
     trials = {name: result.trials for name, result in results.items()}
     return EvaluationResult(
         metrics, pd.concat(predictions), pd.concat(curves), trials, embedding,
-        resamples=pd.DataFrame(resamples, columns=RESAMPLE_COLUMNS), chosen=chosen_table(results),
+        resamples=resamples, chosen=chosen_table(results),
     )  # fmt: skip
 
 
@@ -93,17 +103,48 @@ def resample_rows(task: Task, result: NestedCVResult) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _metrics(task: Task, result: NestedCVResult, seed: int) -> dict[str, float]:
-    """Return the metrics of a task over all scans that were in a test fold, with their intervals."""
+def _metrics(task: Task, result: NestedCVResult, resamples: pd.DataFrame, seed: int) -> dict[str, float]:
+    """Return the metrics of a task over all scans that were in a test fold, with their intervals; see EvaluationResult."""
     tested = result.fold >= 0
     labels, people = task.labels[tested], task.participants[tested]
     metrics: dict[str, float] = {}
     for statistics, predictions in ((METRICS, result.predicted), (PROBABILITY_METRICS, result.probabilities)):
         for name, statistic in statistics[task.kind].items():
-            value, low, high = with_interval(statistic, labels, predictions[tested], people, seed)
+            first = with_interval(statistic, labels, predictions[tested], people, seed)
+            over_repeats = metric_interval(resamples, task.name, task.kind, name)
             key = f"{task.name}.{name}"
-            metrics |= {key: value, f"{key}.low": low, f"{key}.high": high}
+            if over_repeats is None:
+                metrics |= _named(key, *first)
+            else:
+                metrics |= _named(key, over_repeats.value, over_repeats.low, over_repeats.high)
+                metrics |= _named(f"{key}.fixed", *first)
     return metrics
+
+
+def _named(key: str, value: float, low: float, high: float) -> dict[str, float]:
+    """Return a metric and its limits by their names in MLflow."""
+    return {key: value, f"{key}.low": low, f"{key}.high": high}
+
+
+def first_metrics_text(tasks: Sequence[Task], metrics: Mapping[str, float]) -> str:
+    """Return the first metric of each task with its interval, as ``compare`` shows them."""
+    texts = []
+    for task in tasks:
+        metric = next(iter(METRICS[task.kind]))
+        key = f"{task.name}.{metric}"
+        texts.append(f"{key} {interval_text(metric, metrics[key], metrics[f'{key}.low'], metrics[f'{key}.high'])}")
+    return ", ".join(texts)
+
+
+def metric_rows(tasks: Sequence[Task], metrics: Mapping[str, float]) -> list[tuple[Any, ...]]:
+    """Return a row for each task and metric: task, metric, value, low, high, and what the interval covers."""
+    rows = []
+    for task in tasks:
+        for metric in (*METRICS[task.kind], *PROBABILITY_METRICS[task.kind]):
+            key = f"{task.name}.{metric}"
+            covers = BOTH if f"{key}.fixed" in metrics else PEOPLE
+            rows.append((task.name, metric, metrics[key], metrics[f"{key}.low"], metrics[f"{key}.high"], covers))
+    return rows
 
 
 def predictions_table(manifest: Manifest, task: Task, result: NestedCVResult) -> pd.DataFrame:

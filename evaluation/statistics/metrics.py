@@ -22,9 +22,9 @@ from evaluation.statistics.intervals import Statistic, with_interval
 from evaluation.statistics.paired import paired_difference
 
 __all__ = [
-    "HIGHER_IS_BETTER", "METRICS", "PROBABILITY_METRICS", "RANGES", "Statistic", "accuracy_at_zero", "auc", "average_precision",
-    "balanced_accuracy", "brier", "chance_level", "macro_auc", "mae", "openbhb_score", "paired_difference", "pearson", "r2",
-    "site_leakage", "value_range", "with_interval",
+    "HIGHER_IS_BETTER", "METRICS", "PROBABILITY_METRICS", "RANGES", "Statistic", "above_chance", "accuracy_at_zero", "auc",
+    "average_precision", "balanced_accuracy", "brier", "chance_level", "interval_text", "macro_auc", "mae", "openbhb_score",
+    "paired_difference", "pearson", "r2", "site_leakage", "value_range", "with_interval",
 ]  # fmt: skip
 
 
@@ -167,6 +167,15 @@ def value_range(kind: str, metric: str) -> tuple[float, float]:
     return (0.0, 2.0) if (kind, metric) == ("multiclass", "brier") else RANGES[metric]
 
 
+def interval_text(metric: str, value: float, low: float, high: float) -> str:
+    """Format a metric as ``0.812 [0.75, 0.87]``, an MAE as ``5.52 [4.9, 6.3]``, a missing value as ``-``."""
+    if value is None or not np.isfinite(value):
+        return "-"
+    if metric == "mae":
+        return f"{value:.2f} [{low:.1f}, {high:.1f}]"
+    return f"{value:.3f} [{low:.2f}, {high:.2f}]"
+
+
 def chance_level(kind: str, labels: NDArray[Any]) -> float:
     """Return a task's first metric of uninformative answers: AUC 0.5, balanced accuracy 1/K, MAE of the labels' median."""
     if kind == "binary":
@@ -179,12 +188,16 @@ def chance_level(kind: str, labels: NDArray[Any]) -> float:
 def site_leakage(labels: NDArray[Any], predicted: NDArray[Any]) -> float:
     """Return how well a probe recognises the site from the features: 0 is chance, 1 is perfect.
 
-    (balanced accuracy - 1/K) / (1 - 1/K) over the K sites in ``labels``; NaN if there is only one site.
+    ``above_chance`` of the balanced accuracy over the sites in ``labels``.
     """
-    sites = len(np.unique(labels))
-    if sites < 2:
+    return above_chance(balanced_accuracy(labels, predicted), len(np.unique(labels)))
+
+
+def above_chance(accuracy: float, classes: int) -> float:
+    """Return (balanced accuracy - 1/K) / (1 - 1/K) of K classes: 0 by chance, 1 if perfect; NaN if there is only one class."""
+    if classes < 2:
         return float("nan")
-    return float((balanced_accuracy(labels, predicted) - 1 / sites) / (1 - 1 / sites))
+    return float((accuracy - 1 / classes) / (1 - 1 / classes))
 
 
 def openbhb_score(site_accuracy: float, external_mae: float) -> float:

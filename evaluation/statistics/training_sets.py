@@ -17,12 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
 from evaluation.statistics.intervals import LEVEL, UNBOUNDED, limits_in_range
+from evaluation.statistics.metrics import value_range
 
 FEWEST_HALVINGS = 5  # with fewer the t distribution is so wide that the interval says nothing
+BOTH = "people and training sets"  # what an interval covers
+PEOPLE = "people"  # the trained models are taken as given
+KEYS = ["kind", "number", "side"]  # of a resample
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,35 @@ def training_set_interval(
     error = float(np.sqrt(np.square(halves[:, 0] - halves[:, 1]).mean() / 4))
     half = float(stats.t.ppf((1 + level) / 2, len(halves))) * error
     return TrainingSetInterval(value, *limits_in_range(value, half, bounds), error, len(halves))
+
+
+def metric_interval(resamples: pd.DataFrame, task: str, kind: str, metric: str) -> TrainingSetInterval | None:
+    """Return the mean of a task's metric over repeats, with its interval; None if there are too few halvings.
+
+    This is the value of the metric that evaluation and comparison show.
+
+    Args:
+        resamples: table with the columns task, metric, kind (repeat, half or permuted), number, side and value.
+        task: name of the task.
+        kind: of the task: binary, multiclass or regression.
+        metric: name of the metric.
+    """
+    table = resamples[(resamples["task"] == task) & (resamples["metric"] == metric)] if len(resamples) else resamples
+    return interval_of(table, table["value"].to_numpy(float), value_range(kind, metric)) if len(table) else None
+
+
+def interval_of(
+    resamples: pd.DataFrame, values: NDArray[np.float64], bounds: tuple[float, float] = UNBOUNDED
+) -> TrainingSetInterval | None:
+    """Return the interval of ``values`` (rows,), one for each row of ``resamples``; None if there are too few halvings."""
+    kinds, numbers, sides = (resamples[name].to_numpy() for name in KEYS)
+    half = kinds == "half"
+    halves = pd.DataFrame({"number": numbers[half], "side": sides[half], "value": values[half]})
+    pairs = halves.pivot(index="number", columns="side", values="value").dropna()
+    if pairs.shape[1] != 2:
+        return None
+    interval = training_set_interval(values[kinds == "repeat"], pairs.to_numpy(float), bounds=bounds)
+    return interval if np.isfinite(interval.error) else None
 
 
 def refitted_p(value: float, permuted: NDArray[Any], higher_is_better: bool = True) -> float:

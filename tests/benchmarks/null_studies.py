@@ -22,13 +22,14 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from evaluation.comparison.evaluations import CheckpointEvaluation
-from evaluation.comparison.resampled import chance_test, metric_interval, paired_interval
+from evaluation.comparison.resampled import chance_test, paired_interval
 from evaluation.protocols.nested_cv import prepare
 from evaluation.protocols.probes import Params, Predictions, Probe, TrainTestSplit
 from evaluation.protocols.results import RESAMPLE_COLUMNS, resample_rows
 from evaluation.statistics.intervals import corrected_interval, with_interval
 from evaluation.statistics.metrics import METRICS
 from evaluation.statistics.paired import delong_difference, paired_bootstrap, permutation_p
+from evaluation.statistics.training_sets import metric_interval
 from evaluation.tasks.folds import Fold
 from evaluation.tasks.resamples import Resampling
 from evaluation.tasks.tasks import Task
@@ -118,7 +119,7 @@ def _evaluate(task: Task, features: np.ndarray, name: str, seed: int) -> Evaluat
 def _values(task: Task, one: Evaluated, other: Evaluated, metric: str) -> dict[str, float]:
     statistic = METRICS[task.kind][metric]
     first, second = (each.evaluation.predictions["answer"].to_numpy() for each in (one, other))
-    interval = metric_interval(one.evaluation, "null", metric)
+    interval = metric_interval(one.evaluation.resamples, "null", task.kind, metric)
     difference = paired_interval(one.evaluation, other.evaluation, "null", metric)[0]
     assert interval is not None
     assert difference is not None

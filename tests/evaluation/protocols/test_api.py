@@ -79,7 +79,9 @@ def test_the_table_holds_the_logged_metrics_and_two_calls_in_one_process_agree(s
         assert list(zip(rows["task"], rows["metric"], strict=True)) == expected
     assert (table["low"] <= table["value"]).all()
     assert (table["value"] <= table["high"]).all()
+    assert set(table["covers"]) == {"people"}  # without halves
     logged = {run["run_id"]: run["metrics"] for run in runs.runs(uri, "one", "evaluation")}
+    assert not any(".fixed" in name for metrics in logged.values() for name in metrics)
     for row in table.itertuples():
         key = f"{row.task}.{row.metric}"
         assert (row.value, row.low, row.high) == tuple(

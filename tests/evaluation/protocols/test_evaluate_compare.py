@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 import shutil
 import sys
+from contextlib import redirect_stdout
 from types import ModuleType
 
 import numpy as np
@@ -20,6 +22,7 @@ from data_pipeline.storage.manifest import Manifest
 from evaluation.features import embedding
 from evaluation.features.embedding import embedding_table
 from evaluation.protocols.saliency import boxes_of, occlusion
+from evaluation.statistics.metrics import interval_text
 from evaluation.tasks.tasks import load_task
 from infra import cli
 from infra.errors import UserError
@@ -69,7 +72,9 @@ def evaluated(shards, tmp_path_factory):
     uri = store_at(root / "mlflow.db")
     models = [checkpoint(root / name, shards, uri, name, seed) for seed, name in enumerate(("first", "second"))]
     given = [str(root / "first"), str(root / "second"), "--shards", str(shards), "--experiment", "test"]
-    assert cli.run(["evaluate", *given, *TASKS, "--tracking-uri", uri]) == 0
+    with redirect_stdout(io.StringIO()) as printed:
+        assert cli.run(["evaluate", *given, *TASKS, "--tracking-uri", uri]) == 0
+    (root / "printed.txt").write_text(printed.getvalue())
     asked = [str(root / "first"), "--shards", str(shards), "--experiment", "test", "--tracking-uri", uri]
     assert cli.run(["saliency", *asked, "--task", "ad", "--scans", "4", "--cubes", "3"]) == 0
     for name in ("first", "second"):
@@ -87,6 +92,7 @@ def test_evaluations_are_linked_to_checkpoint_and_pretraining(evaluated):
         assert row["tags"]["mlflow.parentRunId"] == trained[row["tags"]["yaware.run_name"]]
         metrics = row["metrics"]
         assert metrics["ad.auc.low"] <= metrics["ad.auc"] <= metrics["ad.auc.high"]
+        assert metrics["ad.auc.fixed.low"] <= metrics["ad.auc.fixed"] <= metrics["ad.auc.fixed.high"]
         assert {"age.mae", "site.bacc", "sex.auc", "ad.auc.n8", "ad.auc.n16"} <= set(metrics)
         assert "ad.auc.n99" not in metrics
         (model,) = runs.checkpoints(uri, row["tags"]["mlflow.parentRunId"])
@@ -137,8 +143,19 @@ def test_compare_reads_only_the_store_and_writes_the_report(evaluated, capsys):
         assert (pixels[..., :3] < 0.9).any(axis=2).mean() > 0.01  # not an empty page
     table = pd.read_csv(root / "out" / "report_metrics.csv")
     logged = {row["tags"]["yaware.run_name"]: row["metrics"] for row in runs.runs(uri, "test", "evaluation")}
+    evaluated_as = (root / "printed.txt").read_text()
     for row in table.itertuples():
-        assert row.fixed_value == pytest.approx(logged[row.checkpoint][f"{row.task}.{row.metric}"])
+        metrics, key = logged[row.checkpoint], f"{row.task}.{row.metric}"
+        for column, end in (("value", ""), ("low", ".low"), ("high", ".high")):
+            assert getattr(row, column) == metrics[key + end]
+            assert getattr(row, f"fixed_{column}") == metrics[f"{key}.fixed{end}"]
+        text = interval_text(row.metric, row.value, row.low, row.high)
+        assert f"<td class='n'>{text}</td>" in page or f'<td class="n">{text}</td>' in page
+        if key in ("ad.auc", "age.mae", "site.bacc", "sex.auc"):
+            (line,) = re.findall(rf"^evaluate: {row.checkpoint} step 30, .*", evaluated_as, re.M)
+            assert f"{key} {text}" in line
+            assert text in re.sub(r"\s+", " ", printed)
+    assert (table["value"] != table["fixed_value"]).mean() > 0.5
     assert set(table["covers"]) == {"people and training sets"}
     differences = pd.read_csv(root / "out" / "report_differences.csv")
     assert set(differences["test"]) == {"halves"}

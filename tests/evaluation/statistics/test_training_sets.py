@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
-from evaluation.statistics.training_sets import refitted_p, training_set_interval
+from evaluation.statistics.training_sets import metric_interval, refitted_p, training_set_interval
 from tests.benchmarks.null_studies import Cell, summary_of
 
 
@@ -32,6 +33,25 @@ def test_the_interval_is_that_of_loops(repeats, halvings):
     inside = interval.better_than(interval.value - interval.error)
     assert inside == pytest.approx(stats.t.sf(1, halvings))
     assert interval.better_than(interval.value - interval.error, higher_is_better=False) == pytest.approx(1 - inside)
+
+
+def test_the_interval_of_a_metric_is_that_of_its_rows_in_the_table_of_resamples():
+    generator = np.random.default_rng(3)
+    repeats, halves = generator.uniform(0.6, 0.8, 3), generator.uniform(0.5, 0.9, (6, 2))
+    rows = [("ad", "auc", "repeat", number, 0, value) for number, value in enumerate(repeats)]
+    rows += [("ad", "auc", "half", number, side, halves[number, side]) for number in range(6) for side in (0, 1)]
+    rows += [
+        ("ad", "auc", "permuted", 0, 0, 0.1),
+        ("ad", "bacc", "repeat", 0, 0, 0.2),
+        ("scz", "auc", "half", 0, 0, 0.3),
+    ]
+    table = pd.DataFrame(rows, columns=["task", "metric", "kind", "number", "side", "value"]).sample(
+        frac=1, random_state=0
+    )
+    assert metric_interval(table, "ad", "binary", "auc") == training_set_interval(repeats, halves, bounds=(0.0, 1.0))
+    assert metric_interval(table, "scz", "binary", "auc") is None
+    assert metric_interval(table, "age", "regression", "mae") is None
+    assert metric_interval(pd.DataFrame(), "ad", "binary", "auc") is None
 
 
 def test_the_variance_of_a_mean_is_estimated_without_bias():
