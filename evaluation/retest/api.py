@@ -17,12 +17,12 @@ import pandas as pd
 from data_pipeline.storage.manifest import Manifest
 from evaluation.external.adapters import CohortFiles, adapter_files, computed, load_adapters
 from evaluation.external.given import Tables, read_tables
-from evaluation.protocols.candidates import checkpoint_paths
+from evaluation.protocols.candidates import check_digests, checkpoint_paths
 from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder
 from evaluation.protocols.protocols import checked_settings
 from evaluation.protocols.settings import OWN_LAYER
 from evaluation.retest import page
-from evaluation.retest.candidates import Sources, block_of, candidates_of, measured_of
+from evaluation.retest.candidates import Sources, block_of, candidates_of, measured_of, unchecked
 from evaluation.retest.design import Design, design_of
 from evaluation.retest.measure import AGE, Repeats, ageing, measure
 from infra.errors import OPTIONAL_TEXT, PATH, TEXT, WHOLE, Kind, UserError, check_arguments
@@ -79,9 +79,10 @@ class Reliability:
 def reliability(
     checkpoints: Any = None, shards: str | os.PathLike[str] | Manifest | None = None, *, features: Tables | None = None,
     name: str | None = None, encoder: Any = None, cohort: str | os.PathLike[str] | None = None, modality: str | None = None,
-    columns: str | os.PathLike[str] | None = None, voxels: bool = False, scanner: str = "site", query: str | None = None,
-    layer: str | None = None, pooling: str | Sequence[str] = ("mean",), all_steps: bool = False, seed: int = 0,
-    experiment: str = "yaware", tracking_uri: str | None = None, cache: str | os.PathLike[str] | None = None,
+    columns: str | os.PathLike[str] | None = None, seen: str | os.PathLike[str] | None = None, voxels: bool = False,
+    scanner: str = "site", query: str | None = None, layer: str | None = None, pooling: str | Sequence[str] = ("mean",),
+    all_steps: bool = False, seed: int = 0, experiment: str = "yaware", tracking_uri: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Reliability:  # fmt: skip
     """Measure how well features and predictions repeat in people who were scanned several times or on several scanners.
 
@@ -98,6 +99,8 @@ def reliability(
         cohort: the files for ``encoder``.
         modality: of these files; by default that of the shards.
         columns: YAML file that declares the columns of the cohort's tables.
+        seen: file of ``yaware digests`` with the people that the encoders of others, or the software behind the tables, were
+            trained on; they are refused.
         voxels: measure also 5,000 voxels, drawn from those that are bright in the mean scan.
         scanner: the column of the shards that tells scanners apart.
         query: pandas query over scans.parquet that selects the scans, for example ``split == "downstream"``.
@@ -110,8 +113,8 @@ def reliability(
         cache: folder of computed features; by default that of ``evaluate``.
 
     Raises:
-        UserError: if an argument, a checkpoint or a table cannot be used, if a checkpoint was trained on these people, or if
-            too few people were scanned more than once.
+        UserError: if an argument, a checkpoint or a table cannot be used, if a checkpoint was trained on these people or
+            ``seen`` names some of them, or if too few people were scanned more than once.
     """
     check_arguments(TEXT, scanner=scanner, experiment=experiment)
     check_arguments(OPTIONAL_TEXT, query=query, layer=layer, tracking_uri=tracking_uri)
@@ -134,12 +137,11 @@ def reliability(
     )  # fmt: skip
     paths = [] if no_checkpoint else checkpoint_paths(checkpoints, all_steps=all_steps)
     given = read_tables(features, name, manifest, common=True, predictions=True)
-    given += computed(
-        adapter_files(load_adapters(encoder), CohortFiles(cohort, modality, columns), manifest), manifest,
-        design.rows, context.cache,
-    )  # fmt: skip
-    candidates = candidates_of(Sources(paths, given, voxels), context)
-    about = [design.describe(), *design.notes]
+    given += adapter_files(load_adapters(encoder), CohortFiles(cohort, modality, columns), manifest)
+    checked = check_digests(seen, given, context)
+    given = computed(given, manifest, design.rows, context.cache)
+    candidates = candidates_of(Sources(paths, given, voxels, checked), context)
+    about = [design.describe(), *design.notes, *unchecked(candidates)]
     for line in about:
         print(f"reliability: {line}")
     results = []

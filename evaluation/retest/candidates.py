@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +30,15 @@ VOXELS, SEEN_FOR_MASK, FAINT = 5_000, 20, 0.2  # drawn; scans whose mean makes t
 
 @dataclass(frozen=True)
 class Sources:
-    """What was named on the command line or in the call: paths of checkpoints, given features, and whether voxels."""
+    """What was named on the command line or in the call: paths of checkpoints, given features, and whether voxels.
+
+    ``checked`` are the tags of ``leakage.check_seen`` for the given features; None if nobody said whom they were trained on.
+    """
 
     checkpoints: Sequence[Path]
     given: Sequence[GivenFeatures]
     voxels: bool
+    checked: Mapping[str, str] | None = None
 
 
 def candidates_of(sources: Sources, context: EvaluationContext) -> list[Candidate]:
@@ -46,7 +50,7 @@ def candidates_of(sources: Sources, context: EvaluationContext) -> list[Candidat
             check_readouts(candidate.encoder.readouts, context.manifest, context.rows, candidate.name)
     for given in sources.given:
         _check_given(given, context.manifest, context.rows)
-    others = given_candidates(sources.given, loaded, join=False)
+    others = given_candidates(sources.given, loaded, join=False, checked=sources.checked)
     candidates = [*loaded, *others, *([Candidate("voxels", "voxels")] if sources.voxels else [])]
     named = [(candidate.name, candidate.step) for candidate in candidates]
     for name, step in named:
@@ -55,6 +59,17 @@ def candidates_of(sources: Sources, context: EvaluationContext) -> list[Candidat
                 f"two candidates are {name!r} of step {step}, and the tables would mix them; measure each in a call of its own"
             )
     return candidates
+
+
+def unchecked(candidates: Sequence[Candidate]) -> list[str]:
+    """Return a line about the candidates of which nobody knows whether they were trained on the measured people."""
+    names = [candidate.name for candidate in candidates if candidate.tags.get("leakage.checked") == "nothing"]
+    if not names:
+        return []
+    return [
+        f"not known whether trained on these people: {', '.join(names)}; features repeat better in people of the training "
+        "(--seen checks tables and encoders of others)"
+    ]
 
 
 def block_of(candidate: Candidate, context: EvaluationContext) -> tuple[str, str]:

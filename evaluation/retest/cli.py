@@ -45,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--cohort", type=Path, help="with --encoder: the cohort whose files the encoder reads")
     add("--modality", help="with --encoder: of these files (default: that of the shards)")
     add("--columns", type=Path, help="with --encoder: YAML file that declares the columns of the cohort's tables")
+    add("--seen", type=Path, metavar="FILE", help="digests of the people that the encoders of others were trained on (yaware "
+        "digests); if some of them are measured, the features are refused")  # fmt: skip
     add("--voxels", action="store_true", help="measure also 5,000 drawn voxels")
     add("--scanner", default="site", help="column that tells scanners apart (default: site)")
     add("--query", help="pandas query that selects the scans, for example 'split == \"downstream\"': people on whom no "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +20,7 @@ from evaluation.retest.measure import Measured, ageing, components_of, measure, 
 from infra import cli
 from infra.errors import UserError
 from infra.tracking import runs
+from infra.tracking.mlflow_store import client_of
 from tests.pretrain.weights.encoders import write_encoders_of
 from tests.stores import store_at
 
@@ -93,6 +96,57 @@ def test_an_encoder_is_not_measured_on_people_of_its_training(shards, tmp_path):
     write_encoders_of(Manifest.load(root), tmp_path / "encoder", run_name="trained", step=7)
     with pytest.raises(UserError, match="pretrained on participants of the test scans"):
         yaware.reliability(tmp_path / "encoder", root, cache=tmp_path, tracking_uri=store_at(tmp_path / "m.db"))
+
+
+@pytest.mark.parametrize("by", ["table", "encoder", "voxels"])
+def test_features_of_others_are_not_measured_on_people_in_the_file_of_digests(shards, tables, tmp_path, capsys, by):
+    root, manifest = str(shards[0]), Manifest.load(shards[0])
+    digests = tmp_path / "digests.json"
+    assert cli.run(["digests", root, "--split", "pretrain", "--out", str(digests)]) == 0
+    content = json.loads(digests.read_text())
+    if by == "voxels":  # under other names
+        content["sources"][0]["participants"] = ["0" * 64]
+        digests.write_text(json.dumps(content))
+    source = ["--features", str(tables / "ages.csv")]
+    if by == "encoder":
+        source = [
+            "--encoder",
+            "tests.evaluation.external.adapter:blurred",
+            "--cohort",
+            str(shards[0].parent / "cohort"),
+        ]
+    command = ["reliability", "--shards", root, *source, "--seen", str(digests), "--cache", str(tmp_path),
+               "--tracking-uri", store_at(tmp_path / "m.db"), "--out", str(tmp_path / "r.html")]  # fmt: skip
+    assert cli.run(command) == 2
+    error = capsys.readouterr().err
+    person = sorted(manifest.scans["participant_id"][manifest.rows(split=["pretrain"])])[0]
+    assert re.search(
+        "pretrained(, under another name,)? on (participants of the test scans|voxels of the test part)", error
+    )
+    assert person in error
+    assert not (tmp_path / "r.html").exists()
+    assert client_of(store_at(tmp_path / "m.db")).get_experiment_by_name("yaware") is None
+
+
+def test_features_of_others_are_measured_on_people_who_are_not_in_the_file_of_digests(shards, tables, tmp_path, capsys):
+    root, uri, digests = str(shards[0]), store_at(tmp_path / "m.db"), tmp_path / "digests.json"
+    assert cli.run(["digests", root, "--split", "pretrain", "--out", str(digests)]) == 0
+    given = {"query": OTHERS, "cache": tmp_path, "tracking_uri": uri, "features": {"ages": tables / "ages.csv"}}
+    found = yaware.reliability(None, root, seen=digests, **given)
+    assert "not known whether trained" not in capsys.readouterr().out
+    assert not [line for line in found.about if "not known" in line]
+    (run,) = runs.runs(uri, "yaware", "reliability")
+    assert run["tags"]["yaware.leakage.checked"] == "participants, voxels"
+    unknown = yaware.reliability(None, root, **given)
+    assert "reliability: not known whether trained on these people: ages; " in capsys.readouterr().out
+    assert [line for line in unknown.about if "not known" in line]
+    assert runs.runs(uri, "yaware", "reliability")[0]["tags"]["yaware.leakage.checked"] == "nothing"
+    pd.testing.assert_frame_equal(found.icc, unknown.icc)
+
+
+def test_digests_are_about_features_of_others(shards, tmp_path):
+    with pytest.raises(UserError, match="is about encoders of others; give features or an encoder with it"):
+        yaware.reliability(None, shards[0], voxels=True, seen=tmp_path / "digests.json", cache=tmp_path)
 
 
 def test_wrong_arguments_are_one_line_and_write_nothing(shards, tables, tmp_path, capsys):
