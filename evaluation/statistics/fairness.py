@@ -1,4 +1,7 @@
-"""Gaps of AUC, sensitivity and calibration of a binary task between groups of people, with intervals over people."""
+"""Gaps of AUC, sensitivity and calibration of a binary task between groups of people, with intervals over people.
+
+The measures of the groups and their gaps are fairlearn's (``MetricFrame``). Its intervals draw scans; these here draw people.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,9 @@ def fairness_table(
 ) -> pd.DataFrame:  # fmt: skip
     """Return the largest gap of each measure between the groups of each column, as the difference ``highest`` minus ``lowest``.
 
-    The gap is that of fairlearn's ``MetricFrame.difference(method="between_groups")``. Measures: ``auc``; ``sensitivity`` at
-    the threshold of the score, 0; ``calibration``, the mean probability minus the share of positives. The interval (BCa) is of
-    the difference between the two groups that are farthest apart; of many groups the two are chosen by chance too, so that the
-    interval is then too far from 0.
+    Measures: ``auc``; ``sensitivity`` at the threshold of the score, 0; ``calibration``, the mean probability minus the share
+    of positives. The interval (BCa) is of the difference between the two groups that are farthest apart; of many groups the two
+    are chosen by chance too, so that the interval is then too far from 0.
 
     Args:
         labels: (N,) 0 or 1.
@@ -44,21 +46,41 @@ def fairness_table(
         groups = {text: members for text, members in groups.items() if _enough(labels[members], people[members])}
         if len(groups) < 2:
             continue
+        measured, gaps = _groups_and_gaps(labels, scores, probabilities, groups)
         for measure, of_group in _measures(labels, scores, probabilities).items():
-            whole = np.ones((1, len(labels)))
-            found = {text: float(of_group(members)(whole)[0]) for text, members in groups.items()}
-            lowest, highest = min(found, key=lambda text: found[text]), max(found, key=lambda text: found[text])
-            low_of, high_of = of_group(groups[lowest]), of_group(groups[highest])
+            lowest, highest = str(measured[measure].idxmin()), str(measured[measure].idxmax())
             both = groups[lowest] | groups[highest]
-            gap, low, high = _gap(low_of, high_of, both, people)
-            rows.append((column, measure, lowest, highest, len(groups), gap, low, high))
+            low, high = _limits(of_group(groups[lowest]), of_group(groups[highest]), both, people)
+            rows.append((column, measure, lowest, highest, len(groups), float(gaps[measure]), low, high))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _gap(
+def _groups_and_gaps(
+    labels: NDArray[Any], scores: NDArray[Any], probabilities: NDArray[Any], groups: dict[str, NDArray[np.bool_]]
+) -> tuple[pd.DataFrame, pd.Series[float]]:
+    """Return the measures (groups, 3) of disjoint groups, and the largest difference between two groups of each measure."""
+    from fairlearn.metrics import MetricFrame, mean_prediction, true_positive_rate
+
+    names = np.full(len(labels), "", dtype=object)
+    for text, members in groups.items():
+        names[members] = text
+    used = names != ""
+    frame = MetricFrame(
+        metrics={
+            "auc": lambda true, score: auc(true, score),
+            "sensitivity": lambda true, score: true_positive_rate(true, np.asarray(score) > 0, pos_label=1),
+            "calibration": lambda true, score, probability: mean_prediction(true, probability) - np.mean(true),
+        },
+        y_true=labels[used], y_pred=scores[used], sensitive_features=pd.Series(names[used], name="group"),
+        sample_params={"calibration": {"probability": probabilities[used]}},
+    )  # fmt: skip
+    return frame.by_group, frame.difference(method="between_groups")
+
+
+def _limits(
     low_of: OfWeights, high_of: OfWeights, both: NDArray[np.bool_], people: NDArray[Any]
-) -> tuple[float, float, float]:
-    """Return the difference of two groups with its interval; only the people of these groups are drawn."""
+) -> tuple[float, float]:
+    """Return the limits of the difference of two groups; only the people of these groups are drawn."""
 
     def of_weights(weights: NDArray[Any]) -> NDArray[Any]:
         """Return the difference (R,) for weights (R, scans of both groups)."""
@@ -66,7 +88,7 @@ def _gap(
         spread[:, both] = weights
         return np.asarray(high_of(spread) - low_of(spread))
 
-    return bca(of_weights, people[both], resamples=RESAMPLES)
+    return bca(of_weights, people[both], resamples=RESAMPLES)[1:]
 
 
 def _measures(

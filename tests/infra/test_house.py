@@ -24,6 +24,7 @@ LIBRARY_ROOMS = {
     "mlflow": "infra/tracking",
     "monai": "pretrain/encoders",
     "statsmodels": "evaluation/retest/variance.py",
+    "fairlearn": "evaluation/statistics/fairness.py",
     "ants": "data_pipeline/prepare/steps/antspy.py",
     "deepbet": "data_pipeline/prepare/steps/extraction.py",
     "pydicom": "data_pipeline/prepare/steps/dicom.py",
