@@ -191,8 +191,7 @@ def evaluate(
             own = context_of(context, candidate)
             metrics, run_id = _evaluate_once(own, protocol, candidate)
             _print_first_metrics(own, protocol, candidate, metrics)
-            beginning = candidate.name, candidate.step, protocol
-            rows += [(*beginning, *row, run_id) for row in metric_rows(own.tasks, metrics)]
+            rows += metric_rows((candidate.name, candidate.step, protocol), own.tasks, metrics, run_id)
     context.remove_work_folders()
     return pd.DataFrame(rows, columns=COLUMNS)
 

@@ -136,14 +136,20 @@ def first_metrics_text(tasks: Sequence[Task], metrics: Mapping[str, float]) -> s
     return ", ".join(texts)
 
 
-def metric_rows(tasks: Sequence[Task], metrics: Mapping[str, float]) -> list[tuple[Any, ...]]:
-    """Return a row for each task and metric: task, metric, value, low, high, and what the interval covers."""
+def metric_rows(
+    source: tuple[str, int, str], tasks: Sequence[Task], metrics: Mapping[str, float], run_id: str
+) -> list[tuple[Any, ...]]:
+    """Return the rows of ``evaluate``'s table for one candidate and protocol, a row for each task and metric.
+
+    ``source`` is the checkpoint's name, its step and the protocol.
+    """
     rows = []
     for task in tasks:
         for metric in (*METRICS[task.kind], *PROBABILITY_METRICS[task.kind]):
             key = f"{task.name}.{metric}"
             covers = BOTH if f"{key}.fixed" in metrics else PEOPLE
-            rows.append((task.name, metric, metrics[key], metrics[f"{key}.low"], metrics[f"{key}.high"], covers))
+            limits = metrics[f"{key}.low"], metrics[f"{key}.high"]
+            rows.append((*source, task.name, metric, metrics[key], *limits, covers, run_id))
     return rows
 
 
