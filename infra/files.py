@@ -214,9 +214,21 @@ def open_descriptor(path: str | os.PathLike[str]) -> int:
 
     Raises UserError if something else is there, else as ``open`` does.
     """
+    return _open_regular(path, os.O_RDONLY)
+
+
+def open_for_update(path: str | os.PathLike[str]) -> int:
+    """Open a regular file for reading and writing, and make it if there is none; return its descriptor.
+
+    Raises UserError if something else is there, else as ``open`` does.
+    """
+    return _open_regular(path, os.O_RDWR | os.O_CREAT)
+
+
+def _open_regular(path: str | os.PathLike[str], flags: int) -> int:
     regular_file(path)  # a socket cannot even be opened
     handle = os.open(
-        path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+        path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, 0o666
     )  # without waiting for a pipe's writer
     try:
         _refuse(path, _kind(os.fstat(handle).st_mode))

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
+from infra.processes.words import words_of
 from tests.runs import ROOT, environment
 from tests.slurm import INTERFACE, Cluster
 
@@ -80,6 +85,50 @@ class BatchJob:
         self.slurm.run("scancel", str(self.number))
         self.wait(*ENDED)
         print(self.log[-6000:])
+
+
+class RayJob(BatchJob):
+    """A batch job on Ray."""
+
+    def processes(self, node: str, word: str) -> list[psutil.Process]:
+        """Return the processes of a node that have ``word`` in a word of their command line."""
+        found = []
+        for number in self.slurm.processes(node):
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(number)
+                found += [process] if any(word in given for given in words_of(process)) else []
+        return found
+
+    def hold(self, task: str, node: str = "node2", restarts: int = 0) -> psutil.Process:
+        """Stop a worker of a node in the middle of a task, without which the job cannot end; return its process."""
+        self.wait("RUNNING", restarts=restarts)
+        limit = time.monotonic() + 300
+        while True:
+            for process in self.processes(node, f"ray::{task}"):
+                if process.status() == psutil.STATUS_STOPPED:
+                    continue  # held already
+                process.suspend()
+                if any(task in word for word in words_of(process)):
+                    return process
+                process.resume()  # its task was done just before
+            assert time.monotonic() < limit, self.log[-4000:]
+            time.sleep(0.01)
+
+    def raylets(self, node: str) -> list[psutil.Process]:
+        """Return the running raylets of a node: one if Ray runs there."""
+        found = self.processes(node, "raylet/raylet")
+        return [process for process in found if process.is_running() and "raylet" in words_of(process)[0]]
+
+    def reach_time_limit(self) -> None:
+        """Set a time limit that the job reaches within a minute, so that SLURM warns it now."""
+        while (seconds := self.seconds()) % 60 > 25:
+            time.sleep(1)
+        self.slurm.run("scontrol", "update", f"jobid={self.number}", f"TimeLimit={seconds // 60 + 1}")
+
+    def seconds(self) -> int:
+        """Return how long this start of the job has run."""
+        hours, minutes, seconds = map(int, self.slurm.job(self.number)["RunTime"].split(":"))
+        return 3600 * hours + 60 * minutes + seconds
 
 
 def requeued(job: BatchJob) -> list[str]:

@@ -27,6 +27,7 @@ from data_pipeline.storage.manifest_file import digest_of as digest_of
 from data_pipeline.storage.reader import VolumeReader as VolumeReader
 from data_pipeline.storage.remote import Access, ShardStore, is_remote, join, read_whole, with_retries
 from data_pipeline.storage.table_schema import read_table
+from data_pipeline.storage.unpacked import UnpackedScans
 from data_pipeline.volume.grid import Grid
 from infra.errors import PATH, LoaderError, UserError, check_arguments, nearest
 from infra.files import atomic_write, flush_folder, other_kind, sha256_of, writable_folder, write_json
@@ -171,8 +172,24 @@ class Manifest:
         return VolumeReader(
             root=self.shards_root, names=names, shard=shard, offset=offset, size=size, crc32c=crc, codecs=codecs,
             table=str(self.table), orientation=str(self.settings.get("orientation", "RAS")), store=store,
-            voxels=prod(self.grid["shape"]),
+            voxels=prod(self.grid["shape"]), unpacked=self._unpacked(),
         )  # fmt: skip
+
+    def _unpacked(self) -> UnpackedScans | None:
+        """The file that keeps unpacked scans, if there is to be one. Raises UserError if its folder cannot be written."""
+        if self.access.unpacked is None:
+            return None
+        folder = writable_folder("unpacked", self.access.unpacked, "data.cache_unpacked")
+        limit = self.access.unpacked_gb
+        unpacked = UnpackedScans(
+            path=folder / f"{self.digest[:32]}.scans", shape=self.grid["shape"], scans=len(self.scans),
+            limit=None if limit is None else int(limit * 1e9),
+        )  # fmt: skip
+        if not unpacked.kept:
+            raise UserError(
+                f"data.cache_unpacked_gb={limit} holds no scan: each takes {unpacked.place_bytes / 1e9:.6f}"
+            )
+        return unpacked
 
     @cached_property
     def _reader(self) -> VolumeReader:

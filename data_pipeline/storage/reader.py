@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.storage.open_files import OpenFiles
 from data_pipeline.storage.remote import ShardStore
+from data_pipeline.storage.unpacked import UnpackedScans
 from data_pipeline.volume.decoders import decode
 from data_pipeline.volume.limits import MAX_VOXELS
 from infra.files import regular_file
@@ -35,6 +36,7 @@ class VolumeReader:
         orientation: in which arrays without a header are stored.
         voxels: of the grid; a member that claims more is refused.
         store: reads remote shards; None for local ones.
+        unpacked: keeps scans unpacked; None for none.
     """
 
     root: str
@@ -48,13 +50,24 @@ class VolumeReader:
     orientation: str = "RAS"
     voxels: int = MAX_VOXELS
     store: ShardStore | None = None
+    unpacked: UnpackedScans | None = None
     _open: OpenFiles = field(default_factory=OpenFiles, repr=False)
 
     def read(self, row: int) -> NDArray[np.float16]:
         """Return a scan's voxels, (D, H, W) float16.
 
-        Raises OSError, naming shard and key, if its bytes are missing or differ from the manifest's checksum.
+        Raises OSError, naming shard and key, if its bytes are missing or differ from the manifest's checksum. A scan that
+        is kept unpacked has a checksum of its own instead.
         """
+        if self.unpacked is None:
+            return self._read(row)
+        voxels = self.unpacked.read(row)
+        if voxels is None:
+            self.unpacked.keep(row, voxels := self._read(row))
+        return voxels
+
+    def _read(self, row: int) -> NDArray[np.float16]:
+        """Read a scan from its shard."""
         number, offset, size = int(self.shard[row]), int(self.offset[row]), int(self.size[row])
         if self.store is None:
             descriptor = self._open.get(number, lambda: Path(self.root) / self.names[number])

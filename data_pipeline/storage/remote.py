@@ -35,15 +35,17 @@ _jitter = random.SystemRandom()  # a separate generator, so that the training's 
 
 @dataclass(frozen=True)
 class Access:
-    """How remote shards are read.
+    """How shards are read.
 
     Attributes:
-        cache: folder that keeps whole shards once they are read; None reads each scan by range, every time.
+        cache: folder that keeps whole remote shards once they are read; None reads each scan by range, every time.
         cache_gb: largest size of the cache in 10^9 bytes; None for no limit.
         retries: how often a failed read is repeated, the first time after ``first_wait`` seconds, then after twice as long,
             and so on.
         timeout: seconds without an answer or a byte after which a read has failed.
         first_wait: seconds before the first retry.
+        unpacked: folder that keeps scans unpacked once they are read, also those of local shards; None keeps none.
+        unpacked_gb: largest size of what it keeps of a data set in 10^9 bytes; None for no limit.
     """
 
     cache: str | None = None
@@ -51,6 +53,8 @@ class Access:
     retries: int = 4
     timeout: float = 60.0
     first_wait: float = 0.5
+    unpacked: str | None = None
+    unpacked_gb: float | None = None
 
 
 class ReadFailed(OSError):

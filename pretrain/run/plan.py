@@ -19,6 +19,7 @@ from data_pipeline.storage.manifest import Manifest, check_shards
 from data_pipeline.storage.remote import Access
 from infra import distributed
 from infra.errors import UserError, nearest
+from infra.files import check_output
 from infra.tracking.tracker import store_uri
 from pretrain.config import ReadoutSection, Recipe, check_world_size
 from pretrain.encoders import ENCODERS, TRAINING_ONLY, build_encoder, check_encoder
@@ -194,7 +195,14 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
     check_world_size(recipe.batch.global_, world_size)
     folder.check_same_recipe(recipe)
     data, output = recipe.data, Path(recipe.run.output)
-    manifest = Manifest.load(data.shards, Access(data.cache, data.cache_gb, data.retries, data.timeout))
+    for name in ("cache", "cache_unpacked"):
+        if getattr(data, name) is None and getattr(data, f"{name}_gb") is not None:
+            raise UserError(f"data.{name}_gb limits data.{name}, which is not given; give it, or leave the limit out")
+    access = Access(
+        data.cache, data.cache_gb, data.retries, data.timeout, unpacked=data.cache_unpacked,
+        unpacked_gb=data.cache_unpacked_gb,
+    )  # fmt: skip
+    manifest = Manifest.load(data.shards, access)
     folder.check_same_manifest(output, manifest)
     rows = manifest.rows(split=data.split, query=data.query)
     if distributed.is_main():
@@ -202,6 +210,8 @@ def make_plan(recipe: Recipe, world_size: int) -> Plan:
     if distributed.local_rank() == 0:  # all ranks of a host see the same files
         check_shards(manifest, rows)
         folder.check_writable(output)
+        if data.cache_unpacked is not None:
+            check_output(Path(data.cache_unpacked) / "scans", "data.cache_unpacked")
     order = build_order(
         manifest, rows, seed=recipe.run.seed, batch=recipe.batch.global_, by=data.balance.by, bins=data.balance.bins,
         one_session_per_subject=data.balance.one_session_per_subject,

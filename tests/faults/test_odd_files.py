@@ -13,7 +13,16 @@ from data_pipeline.cohort.pseudonyms import read_key
 from data_pipeline.cohort.texts import read_text as read_table
 from data_pipeline.storage.open_files import OpenFiles
 from infra.errors import UserError
-from infra.files import open_file, other_kind, read_bytes, read_object, read_text, regular_file, sha256_of
+from infra.files import (
+    open_file,
+    open_for_update,
+    other_kind,
+    read_bytes,
+    read_object,
+    read_text,
+    regular_file,
+    sha256_of,
+)
 from infra.settings import load_settings
 from infra.tracking.spool import Spool
 from infra.trust.results import read_result
@@ -30,6 +39,7 @@ from tests.odd_files import KINDS, put_in_place
 from tests.runs import ROOT
 
 READERS = {
+    "update": open_for_update,
     "file": open_file, "bytes": read_bytes, "text": read_text, "digest": sha256_of, "regular": regular_file,
     "object": lambda path: read_object(path, "restore it"), "shard": lambda path: OpenFiles().get(0, lambda: path),
     "recipe.yaml": lambda path: load_recipe(str(path), []), "settings.yaml": lambda path: load_settings(Recipe, path),

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import nibabel
 import numpy as np
-import psutil
 import pytest
 
 from data_pipeline.shards.build import build_shards
-from infra.processes.words import words_of
 from infra.tracking.runs import runs
 from tests.cohorts import write_cohort
 from tests.netns import ip
 from tests.runs import environment, pretrain_command, run
 from tests.slurm import INTERFACE, cluster, why_not
-from tests.slurm_job import BatchJob, pythons_of_an_image, requeued
+from tests.slurm_job import RayJob, pythons_of_an_image, requeued
 
 REASON = why_not()
 pytestmark = [
@@ -32,50 +29,6 @@ PER_SHARD = 2
 def slurm():
     with cluster() as made:
         yield made
-
-
-class RayJob(BatchJob):
-    """A batch job on Ray."""
-
-    def processes(self, node: str, word: str) -> list[psutil.Process]:
-        """Return the processes of a node that have ``word`` in a word of their command line."""
-        found = []
-        for number in self.slurm.processes(node):
-            with suppress(psutil.NoSuchProcess):
-                process = psutil.Process(number)
-                found += [process] if any(word in given for given in words_of(process)) else []
-        return found
-
-    def hold(self, task: str, node: str = "node2", restarts: int = 0) -> psutil.Process:
-        """Stop a worker of a node in the middle of a task, without which the job cannot end; return its process."""
-        self.wait("RUNNING", restarts=restarts)
-        limit = time.monotonic() + 300
-        while True:
-            for process in self.processes(node, f"ray::{task}"):
-                if process.status() == psutil.STATUS_STOPPED:
-                    continue  # held already
-                process.suspend()
-                if any(task in word for word in words_of(process)):
-                    return process
-                process.resume()  # its task was done just before
-            assert time.monotonic() < limit, self.log[-4000:]
-            time.sleep(0.01)
-
-    def raylets(self, node: str) -> list[psutil.Process]:
-        """Return the running raylets of a node: one if Ray runs there."""
-        found = self.processes(node, "raylet/raylet")
-        return [process for process in found if process.is_running() and "raylet" in words_of(process)[0]]
-
-    def reach_time_limit(self) -> None:
-        """Set a time limit that the job reaches within a minute, so that SLURM warns it now."""
-        while (seconds := self.seconds()) % 60 > 25:
-            time.sleep(1)
-        self.slurm.run("scontrol", "update", f"jobid={self.number}", f"TimeLimit={seconds // 60 + 1}")
-
-    def seconds(self) -> int:
-        """Return how long this start of the job has run."""
-        hours, minutes, seconds = map(int, self.slurm.job(self.number)["RunTime"].split(":"))
-        return 3600 * hours + 60 * minutes + seconds
 
 
 class Build(RayJob):

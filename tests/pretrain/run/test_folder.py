@@ -31,7 +31,8 @@ def check(folder, *overrides):
 def test_keys_that_do_not_change_the_result_may_change(started):
     check(started())
     overrides = [
-        "--data.workers=3", "--launch.ranks=1", "--checkpoint.keep=9", "--run.resume=auto", "--monitor.tasks=[sex]",
+        "--data.workers=3", "--data.cache_unpacked=/disk",
+        "--launch.ranks=1", "--checkpoint.keep=9", "--run.resume=auto", "--monitor.tasks=[sex]",
         "--deepspeed.zero_optimization.stage=2", "--train.watchdog_seconds=7", "--train.max_skipped_steps=2",
     ]  # fmt: skip
     check(started(), *overrides)
