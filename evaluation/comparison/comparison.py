@@ -187,7 +187,8 @@ class Comparison:
     def report(self, path: str | Path = "report.html") -> list[Path]:
         """Write the HTML report to ``path``, and its CSV tables, LaTeX tables and plots beside it; return all paths.
 
-        The files beside ``report.html`` are ``report_*.csv``, ``report.tex`` and ``report_*.png``. Raises UserError if
+        The files beside ``report.html`` are ``report_*.csv``, ``report.tex`` and ``report_*.png``, without those that would be
+        empty. Raises UserError if
         ``path`` does not end in .html.
         """
         check_arguments(PATH, path=path)

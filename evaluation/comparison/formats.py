@@ -1,14 +1,16 @@
-"""Numbers and labels of the comparison as text."""
+"""Numbers and labels of the comparison as text, and its files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from evaluation.statistics.metrics import HIGHER_IS_BETTER
+from infra.files import atomic_write
 
 LABELS = {
     "auc": "AUC", "bacc": "balanced accuracy", "ap": "average precision", "brier": "Brier score", "mae": "MAE",
@@ -56,6 +58,25 @@ def verdict(row: Any) -> str:
     if row.metric == "bacc":
         return f"{higher} higher"  # good for a diagnosis, bad for a site
     return f"{higher if HIGHER_IS_BETTER[row.metric] else lower} better"
+
+
+def csv_files(tables: Mapping[str, pd.DataFrame], page: Path) -> dict[Path, bytes]:
+    """Return the tables with rows as CSV files beside a page: ``report.html`` -> ``report_NAME.csv``."""
+    return {
+        page.with_name(f"{page.stem}_{name}.csv"): table.to_csv(index=False).encode()
+        for name, table in tables.items()
+        if len(table)
+    }
+
+
+def write_files(files: Mapping[Path, bytes], possible: Iterable[Path]) -> None:
+    """Write files, and remove those of ``possible`` that are not among them: they are of an earlier report."""
+    for path, data in files.items():
+        with atomic_write(path) as stream:
+            stream.write(data)
+    for path in possible:
+        if path not in files and path.is_file():
+            path.unlink()
 
 
 def rows_of(table: pd.DataFrame) -> Iterator[Any]:

@@ -22,7 +22,7 @@ Content = tuple[list[str], list[list[str]]]  # head, rows
 
 
 def to_latex(comparison: Comparison) -> str:
-    """Return the comparison as LaTeX source: primary metrics, paired differences, and site leakage and brain age if evaluated.
+    """Return the comparison as LaTeX source: primary metrics, and what has rows of paired differences, site leakage and so on.
 
     The document needs ``\\usepackage{booktabs}``.
     """
@@ -32,12 +32,13 @@ def to_latex(comparison: Comparison) -> str:
             "Primary metric of each task with its 95\\,\\% interval. "
             f"{escape(COVERS_BOTH)} Without halves: bootstrap over participants.",
         ),
-        (
-            _differences(comparison),
-            "Paired differences between checkpoints on the same scans, with 95\\,\\% intervals. "
-            f"{escape(COVERS_BOTH)} $p$ (Holm) is corrected over all rows. {escape(COVERS_PEOPLE)}",
-        ),
     ]
+    if len(comparison.differences):
+        caption = (
+            "Paired differences between checkpoints on the same scans, with 95\\,\\% intervals. "
+            f"{escape(COVERS_BOTH)} $p$ (Holm) is corrected over all rows. {escape(COVERS_PEOPLE)}"
+        )
+        tables.append((_differences(comparison), caption))
     if len(comparison.site_leakage):
         caption = (
             "How well the features tell the scanner site. Leakage is 0 at chance and 1 if every site is recognised. The "

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.comparison import maps, plots, repeats, sections
-from evaluation.comparison.formats import COVERS_BOTH, COVERS_PEOPLE
+from evaluation.comparison.formats import COVERS_BOTH, COVERS_PEOPLE, csv_files, write_files
 from evaluation.comparison.latex import to_latex
 from evaluation.statistics.subgroups import MINIMUM, MINIMUM_OF_A_CLASS
 from infra.errors import UserError
-from infra.files import atomic_write
 from infra.page import STYLE
 
 if TYPE_CHECKING:
@@ -153,6 +152,7 @@ SECTIONS: dict[str, Section] = {
 def write_report(comparison: Comparison, out: Path) -> list[Path]:
     """Write the page to ``out``, and every table (.csv), the LaTeX tables (.tex) and every plot (.png) beside it.
 
+    A table without rows and a plot without data are not written; those that an earlier report of this name left are removed.
     Returns the paths, the page's first. Raises UserError if ``out`` does not end in .html.
     """
     if out.suffix.lower() not in (".html", ".htm"):
@@ -172,13 +172,13 @@ def write_report(comparison: Comparison, out: Path) -> list[Path]:
         text = section.text(comparison) if section.text else ""
         content.append((name, section.title, note + image + text))
     files = {out: _page(comparison, content).encode()}
-    for name, table in comparison.tables.items():
-        files[out.with_name(f"{out.stem}_{name}.csv")] = table.to_csv(index=False).encode()
+    files |= csv_files(comparison.tables, out)
     files[out.with_name(f"{out.stem}.tex")] = to_latex(comparison).encode()
     files |= {out.with_name(f"{out.stem}_{name}.png"): image for name, image in images.items()}
-    for path, data in files.items():
-        with atomic_write(path) as stream:
-            stream.write(data)
+    possible = [f"{name}.csv" for name in comparison.tables] + [
+        f"{name}.png" for name, each in SECTIONS.items() if each.plot
+    ]
+    write_files(files, [out.with_name(f"{out.stem}_{name}") for name in possible])
     return list(files)
 
 

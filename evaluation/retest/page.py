@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from evaluation.comparison.formats import number
+from evaluation.comparison.formats import csv_files, number, write_files
 from evaluation.comparison.latex import latex_table
 from evaluation.comparison.plots import MARKERS, PALETTE, REFERENCE, new_figure, style, to_png, to_svg
 from evaluation.comparison.sections import html_table
 from evaluation.retest.rates import Estimate
 from infra.errors import UserError
-from infra.files import atomic_write
 from infra.page import STYLE
 
 COMPARED = {"scanners": "between scanners", "repeats": "repeats on one scanner"}
@@ -69,7 +68,7 @@ def summary_text(summary: pd.DataFrame) -> pd.DataFrame:
 def write_page(content: Content, out: Path) -> list[Path]:
     """Write the page to ``out``, and every table (.csv), a LaTeX table (.tex) and the picture (.png) beside it.
 
-    Returns the paths, the page's first. Raises UserError if ``out`` does not end in .html.
+    A table without rows is not written. Returns the paths, the page's first. Raises UserError if ``out`` does not end in .html.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"the page {out} is a page of HTML; give a name that ends in .html")
@@ -77,17 +76,14 @@ def write_page(content: Content, out: Path) -> list[Path]:
         figure = draw(content.tables)
         picture, vector = to_png(figure), to_svg(figure)
     files = {out: _page(content, vector).encode()}
-    for name, table in content.tables.items():
-        files[out.with_name(f"{out.stem}_{name}.csv")] = table.to_csv(index=False).encode()
+    files |= csv_files(content.tables, out)
     text = summary_text(content.tables["summary"])
     caption = f"Reliability. {NOTES['icc']} {NOTES['rates']}".replace("%", "\\,\\%").replace(" \\,", "\\,")
     simulated = " Simulated data." if content.simulated else ""
     latex = latex_table(list(text.columns), [list(row) for row in text.to_numpy()], caption + simulated)
     files[out.with_name(f"{out.stem}.tex")] = ("% needs \\usepackage{booktabs}\n" + latex).encode()
     files[out.with_name(f"{out.stem}.png")] = picture
-    for path, data in files.items():
-        with atomic_write(path) as stream:
-            stream.write(data)
+    write_files(files, [out.with_name(f"{out.stem}_{name}.csv") for name in content.tables])
     return list(files)
 
 

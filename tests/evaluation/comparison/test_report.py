@@ -253,11 +253,36 @@ def test_a_running_mean_is_over_fewer_values_at_the_ends():
 def test_every_table_is_a_csv_file_beside_the_page(comparison, written):
     paths = {path.name: path for path in written if path.suffix == ".csv"}
     assert set(paths) == {f"report_{name}.csv" for name in comparison.tables}
+    assert all(len(table) for table in comparison.tables.values())
     for name, table in comparison.tables.items():
         stored = pd.read_csv(paths[f"report_{name}.csv"], keep_default_na=True)
         assert list(stored.columns) == list(table.columns)
         numbers = table.select_dtypes("number").columns
         np.testing.assert_array_equal(stored[numbers].to_numpy(float), table[numbers].to_numpy(float))
+
+
+def test_a_table_without_rows_and_a_plot_without_data_are_no_files(comparison, tmp_path):
+    """The same page is written again from a single evaluation without reliability, learning curve and several sites."""
+    out = tmp_path / "report.html"
+    before = {path.name for path in comparison.report(out)}
+    mine = tmp_path / "report_notes.csv"
+    mine.write_text("of the user")
+    random = [each for each in comparison.evaluations if each.name == "random, linear"]
+    alone = replace(
+        comparison, evaluations=random, last=random, trainings={}, differences=comparison.differences[:0],
+        curves=comparison.curves[:0], curve_differences=comparison.curve_differences[:0], unpaired=[],
+        metrics=comparison.metrics[comparison.metrics["checkpoint"] == "random, linear"],
+        reliability=comparison.reliability[:0],
+    )  # fmt: skip
+    names = {path.name for path in alone.report(out)}
+    empty = {name for name, table in alone.tables.items() if not len(table)}
+    assert {"differences", "curves", "reliability", "site_leakage", "brain_age"} <= empty
+    assert names & {f"report_{name}.csv" for name in alone.tables} == {
+        f"report_{name}.csv" for name in alone.tables if name not in empty
+    }
+    assert {path.name for path in tmp_path.iterdir()} == names | {mine.name}
+    assert {"report_reliability.csv", "report_reliability.png", "report_learning_curve.png"} <= before - names
+    assert (tmp_path / "report.tex").read_text().count("\\begin{table}") == 1
 
 
 def test_latex_has_metrics_differences_site_leakage_brain_age_and_reliability(comparison, written):

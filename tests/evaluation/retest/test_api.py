@@ -144,6 +144,18 @@ def test_features_of_others_are_measured_on_people_who_are_not_in_the_file_of_di
     pd.testing.assert_frame_equal(found.icc, unknown.icc)
 
 
+def test_tables_without_rows_are_no_files(tmp_path):
+    summary = pd.DataFrame([{"checkpoint": "a", "step": 0, "repeats.icc21": 0.5}])
+    icc = pd.DataFrame([{"checkpoint": "a", "step": 0, "compared": "repeats", "kind": "feature", "name": "f", "icc21": 0.5,
+                         "icc31": 0.5}])  # fmt: skip
+    nothing = pd.DataFrame({"checkpoint": [], "step": [], "compared": [], "kind": [], "name": []})
+    tables = {"summary": summary, "icc": icc, "retest": nothing, "shares": nothing}
+    (tmp_path / "r_retest.csv").write_text("of an earlier page")
+    written = yaware.Reliability(**tables, simulated=False, about=[]).report(tmp_path / "r.html")
+    assert {path.name for path in written} == {"r.html", "r_summary.csv", "r_icc.csv", "r.tex", "r.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
+
+
 def test_digests_are_about_features_of_others(shards, tmp_path):
     with pytest.raises(UserError, match="is about encoders of others; give features or an encoder with it"):
         yaware.reliability(None, shards[0], voxels=True, seen=tmp_path / "digests.json", cache=tmp_path)
