@@ -1,16 +1,21 @@
 """Weak and strong scaling over gloo: `python -m tests.benchmarks.bench_scaling [--quick] [--out FOLDER]`.
 
 Steps of a small network on 1 to 8 processes of this machine, and on 2 and 3 hosts (network namespaces, as root) whose cards
-have a limited bandwidth and delay (`tests.benchmarks.slow_network`). Weak: the same scans on each rank; strong: the same scans
-in all. A step has four parts, each timed on its own, with a barrier before each exchange, so that waiting is told apart:
+have a limited bandwidth and delay (`tests.benchmarks.slow_network`; what a link reaches is measured and printed). Weak: the
+same scans on each rank; strong: the same scans in all. Each case is run twice:
+
+1. as in training: seconds of a whole step;
+2. with a barrier before each exchange, so that an exchange is not mixed up with waiting for the slowest rank:
 
     compute      forward pass, loss and backward pass of the rank's scans, and the optimiser
     loss         gather of the embeddings of all ranks, and the scatter of their gradient (pretrain.losses.gather)
     gradients    one all_reduce of the flat gradient, as in data parallelism
-    wait         until the slowest rank is there
+    wait         until the slowest rank is there; it holds the barriers' own time on the network, which training does not have
 
-Writes scaling.json and scaling.png. The whole plan takes about fifteen minutes on two idle cores; ranks beyond the cores share
-them, so that `compute` grows with ranks / cores.
+The share of the exchange is (loss + gradients) / (compute + loss + gradients), the median over steps and ranks.
+
+Writes scaling.json, after every case, and scaling.png. A case that fails is named, and the others go on. The whole plan takes
+about fifteen minutes on two idle cores; ranks beyond the cores share them, so that `compute` grows with ranks / cores.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +44,11 @@ from pretrain.kernels import KERNELS
 from pretrain.losses import gather
 from pretrain.losses.contrastive import y_aware_infonce
 from pretrain.model import build_model
-from tests.benchmarks.slow_network import INTERFACE, address_of, slow_hosts
+from tests.benchmarks.slow_network import INTERFACE, address_of, reached, slow_hosts
 from tests.netns import why_not
 
-GRID, WIDTH, SCANS, WARM = (32, 32, 32), 0.25, 4, 2
+GRID, WIDTH, WARM = (32, 32, 32), 0.25, 2
+SCANS, TOGETHER = 4, 24  # of a rank in weak scaling, of all ranks in strong scaling
 PARTS = ("compute", "loss", "gradients", "wait")
 
 
@@ -56,7 +62,7 @@ class Case:
         scans: scans of a rank.
         steps: steps that are measured.
         hosts: 0 for processes of this machine, or the number of hosts.
-        mbit, delay_ms: of the hosts' cards.
+        mbit, delay_ms: of the hosts' cards, as asked.
     """
 
     kind: str
@@ -83,10 +89,10 @@ def plan(quick: bool) -> list[Case]:
             Case("weak", 2, 2, 2, hosts=2, mbit=1000, delay_ms=1),
         ]
     ranks = (1, 2, 4, 8)
-    local = [Case("weak", n, SCANS, 20) for n in ranks] + [Case("strong", n, 8 // n, 20) for n in ranks]
+    local = [Case("weak", n, SCANS, 20) for n in ranks] + [Case("strong", n, TOGETHER // n, 20) for n in ranks]
     links = ((10000.0, 0.1), (1000.0, 0.1), (1000.0, 5.0), (100.0, 1.0))
-    kinds = (("weak", lambda n: SCANS), ("strong", lambda n: 12 // n))
-    return local + [Case(kind, n, scans(n), 10, n, *link) for n in (2, 3) for link in links for kind, scans in kinds]
+    scans = {"weak": lambda n: SCANS, "strong": lambda n: TOGETHER // n}
+    return local + [Case(kind, n, of(n), 10, n, *link) for link in links for n in (2, 3) for kind, of in scans.items()]
 
 
 @contextmanager
@@ -113,8 +119,8 @@ def timed_exchange(seconds: dict[str, float]) -> Iterator[None]:
         gather._all_gather_flat, dist.all_to_all_single = originals
 
 
-def steps_of_a_rank(case: Case, rank: int) -> list[dict[str, float]]:
-    """Return the seconds of each part of each step."""
+def steps_of_a_rank(case: Case, rank: int, *, parts: bool) -> list[dict[str, float]]:
+    """Return the seconds of each step, and with ``parts`` those of its parts, between barriers."""
     recipe = load_recipe("demo-cpu", ["--encoder.name=resnet18", f"--encoder.options={{width: {WIDTH}, norm: group}}"])
     model, source = build_model(recipe), torch.Generator().manual_seed(rank)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -123,71 +129,91 @@ def steps_of_a_rank(case: Case, rank: int) -> list[dict[str, float]]:
     measured = []
     for _ in range(WARM + case.steps):
         seconds = dict.fromkeys(PARTS, 0.0)
+        if case.ranks > 1:
+            dist.barrier()  # a step begins on all ranks at a time
         started = time.perf_counter()
-        with timed_exchange(seconds):
+        with timed_exchange(seconds) if parts else nullcontext():
             embeddings, _ = model(views)
             y_aware_infonce(embeddings, ages, kernel=kernel, gather=ranks).backward()
         if case.ranks > 1:
-            flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-            arrived = time.perf_counter()
-            dist.barrier()
-            met = time.perf_counter()
-            dist.all_reduce(flat)
-            seconds["wait"] += met - arrived
-            seconds["gradients"] += time.perf_counter() - met
-            parts = flat.div_(case.ranks).split([p.numel() for p in model.parameters() if p.grad is not None])
-            for p, part in zip((p for p in model.parameters() if p.grad is not None), parts, strict=True):
+            trained = [p for p in model.parameters() if p.grad is not None]
+            flat = torch.cat([p.grad.flatten() for p in trained])
+            _reduce(flat, seconds, parts=parts)
+            for p, part in zip(trained, flat.div_(case.ranks).split([p.numel() for p in trained]), strict=True):
                 p.grad = part.view_as(p)
         optimizer.step()
         optimizer.zero_grad()
         whole = time.perf_counter() - started
         seconds["compute"] = whole - sum(seconds.values())
-        measured.append({**seconds, "step": whole})
+        measured.append({**seconds, "step": whole} if parts else {"step": whole})
     return measured[WARM:]
 
 
+def _reduce(flat: torch.Tensor, seconds: dict[str, float], *, parts: bool) -> None:
+    """Sum the gradients of all ranks."""
+    arrived = time.perf_counter()
+    if parts:
+        dist.barrier()
+    met = time.perf_counter()
+    dist.all_reduce(flat)
+    seconds["wait"] += met - arrived
+    seconds["gradients"] += time.perf_counter() - met
+
+
 def rank_main(case: Case, rank: int, master: str, port: int) -> None:
-    """Be a rank: join the others, measure, and print the steps on one line."""
+    """Be a rank: join the others, measure, and print the steps of both runs on one line."""
     torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
     dist.init_process_group("gloo", init_method=f"tcp://{master}:{port}", rank=rank, world_size=case.ranks)
-    measured = steps_of_a_rank(case, rank)
+    measured = [steps_of_a_rank(case, rank, parts=parts) for parts in (False, True)]
     dist.barrier()
     print(json.dumps(measured), flush=True)
     dist.destroy_process_group()
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Run a case; return its median seconds by part, over steps and ranks, and the share of the exchange."""
+    """Run a case; return its median seconds over steps and ranks, the share of the exchange, and what its link reaches."""
     if case.hosts:
         with slow_hosts(case.hosts, mbit=case.mbit, delay_ms=case.delay_ms) as namespaces:
-            return _measure(case, namespaces)
+            return {**_measure(case, namespaces), "link": reached(namespaces, mbit=case.mbit)}
     return _measure(case, [])
 
 
 def _measure(case: Case, namespaces: list[str]) -> dict[str, Any]:
     master, port = (address_of(0) if namespaces else "127.0.0.1"), free_port()
     variables = {**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE if namespaces else "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.benchmarks.bench_scaling", "--rank"]
     started = []
-    for rank in range(case.ranks):
-        own = [
-            sys.executable,
-            "-m",
-            "tests.benchmarks.bench_scaling",
-            "--rank",
-            json.dumps([asdict(case), rank, master, port]),
-        ]
-        enter = ["ip", "netns", "exec", namespaces[rank % case.hosts]] if namespaces else []
-        started.append(
-            subprocess.Popen(command_with_parent([*enter, *own]), stdout=subprocess.PIPE, env=variables, text=True)
-        )
-    steps: list[dict[str, float]] = []
-    for process in started:
-        out, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, f"a rank of {case} failed"
-        steps += json.loads(out.splitlines()[-1])
-    median = {part: statistics.median(step[part] for step in steps) for part in (*PARTS, "step")}
-    exchanged = median["loss"] + median["gradients"]
-    return {**asdict(case), "network": case.network, "seconds": median, "exchange_share": exchanged / median["step"]}
+    try:
+        for rank in range(case.ranks):
+            enter = ["ip", "netns", "exec", namespaces[rank % case.hosts]] if namespaces else []
+            words = [*enter, *command, json.dumps([asdict(case), rank, master, port])]
+            started.append(
+                subprocess.Popen(command_with_parent(words), stdout=subprocess.PIPE, env=variables, text=True)
+            )
+        outputs = [process.communicate(timeout=600)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    if any(process.returncode for process in started):
+        raise RuntimeError(f"ranks ended with {[process.returncode for process in started]}")
+    both = [json.loads(out.splitlines()[-1]) for out in outputs]
+    whole, steps = ([step for runs in both for step in runs[run]] for run in (0, 1))
+    median = {part: statistics.median(step[part] for step in steps) for part in PARTS}
+    median["step"] = statistics.median(step["step"] for step in whole)
+    shares = [(s["loss"] + s["gradients"]) / (s["compute"] + s["loss"] + s["gradients"]) for s in steps]
+    return {**asdict(case), "network": case.network, "seconds": median, "exchange_share": statistics.median(shares)}
+
+
+def add_speed_ups(found: list[dict[str, Any]]) -> None:
+    """Add to each case how many times the scans of a second it makes, compared with one rank of its kind."""
+    rates = [case["ranks"] * case["scans"] / case["seconds"]["step"] for case in found]
+    alone = {case["kind"]: rate for case, rate in zip(found, rates, strict=True) if case["ranks"] == 1}
+    for case, rate in zip(found, rates, strict=True):
+        if case["kind"] in alone:
+            case["speed_up"] = rate / alone[case["kind"]]
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
@@ -197,28 +223,38 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    networks = [*dict.fromkeys(case["network"] for case in found if not case["hosts"]), "hosts"]
-    figure, axes = plt.subplots(2, len(networks), figsize=(11, 7), squeeze=False)
+    figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), squeeze=False, width_ratios=(1, 2))
     for row, kind in enumerate(("weak", "strong")):
-        for column, network in enumerate(networks):
-            cases = [
-                c
-                for c in found
-                if c["kind"] == kind and (c["network"] == network or (network == "hosts" and c["hosts"]))
-            ]
-            labels = [str(c["ranks"]) if not c["hosts"] else c["network"].replace(", ", "\n") for c in cases]
-            bottom = [0.0] * len(cases)
+        for column, hosts in enumerate((False, True)):
+            cases = [case for case in found if case["kind"] == kind and bool(case["hosts"]) == hosts]
+            axis, bottom = axes[row][column], [0.0] * len(cases)
+            labels = [_label(case) for case in cases]
             for part in PARTS:
-                heights = [1e3 * c["seconds"][part] for c in cases]
-                axes[row][column].bar(labels, heights, bottom=bottom, label=part)
+                heights = [1e3 * case["seconds"][part] for case in cases]
+                axis.bar(labels, heights, bottom=bottom, label=part)
                 bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-            axes[row][column].set_title(f"{kind}: {network}")
-            axes[row][column].set_ylabel("ms per step")
-            axes[row][column].tick_params(axis="x", labelsize=6 if network == "hosts" else 9)
-    axes[0][0].legend()
-    figure.tight_layout()
+            for place, (case, top) in enumerate(zip(cases, bottom, strict=True)):
+                speed = f"\n{case['speed_up']:.1f}x" if "speed_up" in case else ""
+                axis.text(place, top, f"{case['exchange_share']:.0%}{speed}", ha="center", va="bottom", fontsize=7)
+            steps = [1e3 * case["seconds"]["step"] for case in cases]
+            axis.scatter(labels, steps, color="black", marker="_", s=200, label="whole step, without barriers")
+            axis.set_ylim(0, 1.2 * max([1e-9, *bottom, *steps]))
+            axis.set_title(f"{kind} scaling, {'hosts' if hosts else 'processes of one machine'}")
+            axis.set_ylabel("ms per step")
+            axis.tick_params(axis="x", labelsize=6 if hosts else 9)
+    axes[0][0].legend(fontsize=8)
+    figure.text(
+        0.5, 0.005, "over the bars: share of the exchange; scans/s as a multiple of one rank's", ha="center", fontsize=8
+    )
+    figure.tight_layout(rect=(0, 0.02, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _label(case: dict[str, Any]) -> str:
+    if not case["hosts"]:
+        return str(case["ranks"])
+    return f"{case['hosts']} hosts\n{case['link']['mbit']:.0f} Mbit/s\n{case['link']['round_trip_ms']:.1f} ms"
 
 
 def main() -> None:
@@ -240,20 +276,33 @@ def main() -> None:
         print(f"without hosts: {reason}")
         cases = [case for case in cases if not case.hosts]
     chosen.out.mkdir(parents=True, exist_ok=True)
-    print(
-        f"{'':<8}{'ranks':>6}{'scans':>6}  {'network':<32}"
-        + "".join(f"{part:>11}" for part in (*PARTS, "step"))
-        + "   exchange"
-    )
-    found = []
-    for case in cases:
-        found.append(measure(case))
-        times = "".join(f"{1e3 * found[-1]['seconds'][part]:>8.1f} ms" for part in (*PARTS, "step"))
-        share = f"{found[-1]['exchange_share']:>11.1%}"
-        print(f"{case.kind:<8}{case.ranks:>6}{case.scans:>6}  {case.network:<32}{times}{share}", flush=True)
+    print(f"{'':<8}{'ranks':>6}{'scans':>6}  {'network':<32}" + "".join(f"{part:>11}" for part in (*PARTS, "step"))
+          + "   exchange   speed-up")  # fmt: skip
     machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "torch": torch.__version__}
-    (chosen.out / "scaling.json").write_text(json.dumps({"machine": machine, "cases": found}, indent=1) + "\n")
+    found, failed = list[dict[str, Any]](), list[str]()
+    for case in cases:
+        try:
+            found.append(measure(case))
+        except (RuntimeError, subprocess.TimeoutExpired, ValueError) as error:
+            failed.append(f"{case.kind}, {case.ranks} ranks, {case.network}: {error}")
+            print(failed[-1], flush=True)
+            continue
+        add_speed_ups(found)
+        print(_line(found[-1]), flush=True)
+        content = {"machine": machine, "load": os.getloadavg()[0], "cases": found, "failed": failed}
+        (chosen.out / "scaling.json").write_text(json.dumps(content, indent=1) + "\n")
     plot(found, chosen.out / "scaling.png")
+    if failed:
+        sys.exit(f"{len(failed)} of {len(cases)} cases failed")
+
+
+def _line(case: dict[str, Any]) -> str:
+    times = "".join(f"{1e3 * case['seconds'][part]:>8.1f} ms" for part in (*PARTS, "step"))
+    speed = f"{case['speed_up']:>10.2f}x" if "speed_up" in case else ""
+    link = case.get("link")
+    told = "" if link is None else f"   (reached: {link['mbit']:.0f} Mbit/s, round trip {link['round_trip_ms']:.2f} ms)"
+    return (f"{case['kind']:<8}{case['ranks']:>6}{case['scans']:>6}  {case['network']:<32}{times}"
+            f"{case['exchange_share']:>11.1%}{speed}{told}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import fcntl
 import heapq
+import json
 import os
 import select
 import struct
@@ -24,7 +25,8 @@ from tests.netns import ip
 
 INTERFACE, NETWORK, MTU = "cable", "10.78.0.", 60000
 TUNSETIFF, IFF_TUN, IFF_NO_PI, CLONE_NEWNET = 0x400454CA, 0x0001, 0x1000, 0x40000000
-QUEUE_SECONDS = 0.05  # a card that is so much behind drops packets
+ROUNDS = 30  # of a byte, to measure a round trip
+QUEUE_BYTES = 16 * 2**20  # a card that is so much behind drops packets; a sender's own queue holds as much
 
 
 def address_of(host: int) -> str:
@@ -52,6 +54,32 @@ def slow_hosts(count: int, *, mbit: float, delay_ms: float) -> Iterator[list[str
             relay.wait()
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def reached(namespaces: list[str], *, mbit: float) -> dict[str, float]:
+    """Return what the link of the first two hosts reaches: ``mbit`` of a long transfer, ``round_trip_ms`` of a byte."""
+    size = int(min(100e6, max(1e6, mbit * 1e6 / 8)))  # a second's worth
+    programs = (
+        f"import socket; s = socket.create_server(('{address_of(0)}', 7777)); print('ready', flush=True)\n"
+        f"c = s.accept()[0]\nfor _ in range({ROUNDS}): c.sendall(c.recv(1))\n"
+        f"left = {size}\nwhile left: left -= len(c.recv(min(left, 1 << 20)))\nc.sendall(b'.')",
+        "import json, socket, statistics, time\n"
+        f"c = socket.create_connection(('{address_of(0)}', 7777)); c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)\n"
+        f"times = []\nfor _ in range({ROUNDS}):\n    t = time.perf_counter(); c.sendall(b'.'); c.recv(1)\n"
+        "    times.append(time.perf_counter() - t)\n"
+        f"t = time.perf_counter(); c.sendall(bytes({size})); c.recv(1); t = time.perf_counter() - t\n"
+        f"print(json.dumps({{'mbit': {size} * 8e-6 / t, 'round_trip_ms': 1e3 * statistics.median(times)}}))",
+    )
+    server, client = (
+        ["ip", "netns", "exec", name, sys.executable, "-c", code]
+        for name, code in zip(namespaces, programs, strict=False)
+    )
+    with subprocess.Popen(command_with_parent(server), stdout=subprocess.PIPE) as serving:
+        assert serving.stdout is not None
+        assert serving.stdout.readline() == b"ready\n"
+        done = subprocess.run(client, capture_output=True, text=True, timeout=120, check=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 def _device(namespace: str, host: int) -> int:
@@ -90,7 +118,7 @@ def relay(namespaces: list[str], bytes_per_second: float, delay: float) -> None:
             with suppress(BlockingIOError):
                 packet = os.read(device, 65536)
                 reached, now = own.get(packet[16:20]), time.monotonic()
-                if reached is None or packet[0] >> 4 != 4 or free[device] > now + QUEUE_SECONDS:
+                if reached is None or packet[0] >> 4 != 4 or free[device] > now + QUEUE_BYTES / bytes_per_second:
                     continue
                 free[device] = max(now, free[device]) + len(packet) / bytes_per_second
                 number += 1
