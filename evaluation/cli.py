@@ -37,7 +37,7 @@ def check_batch(arguments: list[str], size: JobSize) -> CheckedCommand:
     from evaluation.protocols.candidates import checkpoint_paths
     from evaluation.protocols.protocols import checked_settings
     from evaluation.protocols.settings import EvaluationSettings
-    from evaluation.tasks.tasks import check_names, load_task
+    from evaluation.tasks.tasks import check_names, check_task_file, load_task
     from infra.slurm.parser import OneLineParser
     from pretrain.weights.folder import find_encoder
 
@@ -47,6 +47,8 @@ def check_batch(arguments: list[str], size: JobSize) -> CheckedCommand:
     given = {name: getattr(options, name) for name in names}
     settings = checked_settings(**given, finetune=_fine_tuning_options(rest))
     check_names(settings.tasks)
+    for name in settings.tasks:
+        check_task_file(name)
     if not size.waits:
         manifest = Manifest.load(options.shards)
         for name in settings.tasks:

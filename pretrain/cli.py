@@ -60,12 +60,14 @@ def check_batch(arguments: list[str], size: JobSize) -> CheckedCommand:
     """Check the recipe, and its shards if they should be there, for a batch job with so many ranks. Raises UserError."""
     from infra.settings import to_yaml
     from infra.slurm.parser import OneLineParser
-    from pretrain.config import check_world_size, find_recipe, load_recipe
+    from pretrain.config import check_micro_batch, find_recipe, load_recipe
+    from pretrain.encoders import check_encoder
     from pretrain.run.plan import make_plan
 
     options, overrides = _parse(OneLineParser, arguments)
     recipe = load_recipe(options.config, overrides)
-    check_world_size(recipe.batch.global_, size.tasks)
+    check_micro_batch(recipe.batch, size.tasks)
+    check_encoder(recipe.encoder.name, recipe.encoder.options)
     if not size.waits:
         make_plan(recipe, size.tasks)
     if find_recipe(options.config) == Path(options.config):  # a file of the user, which may change while the job waits

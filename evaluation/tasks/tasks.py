@@ -139,6 +139,11 @@ def load_task(name: str, manifest: Manifest, folds: int = 5, among: NDArray[np.i
     return task
 
 
+def check_task_file(name: str) -> None:
+    """Check what can be known of a task without shards: its file. Raises UserError."""
+    _read(_find(name))
+
+
 def _find(name: str) -> Path:
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():

@@ -14,7 +14,8 @@
 #              MLFLOW_TRACKING_URI  store that all nodes reach
 #
 # Start it in the checkout, on a host that has sbatch. If the arguments of a command are wrong, nothing stays in the queue. If a
-# job fails or is cancelled, SLURM cancels those after it. A job that is preempted or reaches its time limit continues by itself.
+# job fails or is cancelled, SLURM cancels those after it. A job that is preempted or reaches its time limit continues by itself
+# (but the comparison, which takes minutes).
 set -euo pipefail
 if [ $# -lt 5 ] || [ $# -gt 6 ]; then
     echo "usage: infra/launch/pipeline.sh COHORT SHARDS RECIPE RUN TASKS [REPORT]" >&2

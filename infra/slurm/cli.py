@@ -43,6 +43,8 @@ def launch_in_slurm(arguments: list[str]) -> int:
     if checked.new is not None:
         _check_outside(checked.new, {"--script": script, "--sbatch-option output": Path(options["output"])})
     # The name holds a part of the content's digest: another submission into the same folder does not change this job.
+    if script.is_dir():
+        raise UserError(f"--script={script} is a folder; give the path of the file to write")
     copy = script.with_name(f"{script.stem}-{hashlib.sha256(checked.recipe.encode()).hexdigest()[:12]}.yaml").absolute()
     words = [str(copy) if word == RECIPE_COPY else word for word in checked.arguments]
     text = batch_script(template, options, words, Path.cwd())
@@ -73,7 +75,7 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="yaware launch --slurm", description=launch_in_slurm.__doc__,
         epilog="Without an option the value of the batch script in infra/launch is used. An unfinished job puts itself back "
-        "into the queue at its time limit and at a preemption.",
+        "into the queue at its time limit and at a preemption (not a comparison, which takes minutes: submit it again).",
     )  # fmt: skip
     add = parser.add_argument
     add("--nodes", type=_at_least_one, metavar="N", help="number of nodes")

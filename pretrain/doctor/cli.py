@@ -11,6 +11,7 @@ from pathlib import Path
 
 from infra.errors import UserError
 from infra.slurm.options import free_options, gpus_asked
+from infra.slurm.parser import OneLineParser
 from pretrain.doctor.row import OK, Request, Row
 
 # Options of srun that this command sets itself.
@@ -18,7 +19,7 @@ OWN_OPTIONS = ("ntasks-per-node", "label", "overlap", "input", "output", "error"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="yaware doctor", description=doctor.__doc__, epilog="--section.key=value overrides any key of the recipe."
     )
     add = parser.add_argument
@@ -111,6 +112,8 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> None:
     for name in ("nodes", "port", "seconds", "wait"):
         if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name}={value} must be more than 0 and finite")
+    if options.port > 65535:
+        raise UserError(f"--port={options.port} is no port; the largest is 65535")
     if (options.gpus or 0) < 0:
         raise UserError(f"--gpus={options.gpus} must be 0 or more")
 

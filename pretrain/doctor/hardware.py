@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 from infra.processes.allowance import free_memory, usable_cores
+from pretrain.config import load_recipe
 from pretrain.doctor.row import FAIL, OK, WARN, Found, Request, Row
 from pretrain.doctor.software import DRIVERS, torch_cuda
 
@@ -148,14 +150,18 @@ def judge_memory(found: Found, request: Request) -> list[Row]:
     return rows
 
 
-def look_disk(request: Request) -> float:
-    """Return the free bytes of the working directory."""
-    return float(shutil.disk_usage(".").free)
+def look_disk(request: Request) -> tuple[float, str]:
+    """Return the free bytes where the recipe's run is written, or of the working directory, and the folder."""
+    folder = Path(load_recipe(request.recipe[0], request.recipe[1:]).run.output) if request.recipe else Path()
+    while not folder.exists():
+        folder = folder.parent
+    return float(shutil.disk_usage(folder).free), str(folder)
 
 
-def judge_disk(free: float) -> tuple[str, str, str]:
+def judge_disk(found: tuple[float, str]) -> tuple[str, str, str]:
     """Fail if there is no room for checkpoints and shards."""
-    text = f"{free / GIB:.0f} GiB free here"
+    free, folder = found
+    text = f"{free / GIB:.0f} GiB free {'here' if folder == '.' else f'in {folder}'}"
     return (OK, text, "") if free > DISK else (FAIL, text, "at least 5 GiB are needed")
 
 

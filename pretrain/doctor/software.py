@@ -117,6 +117,13 @@ def judge_packages(found: dict[str, Any]) -> tuple[str, str, str]:
             f"torch is built for CUDA {found['cuda']}, but no nvidia-nccl package is installed",
             "check `torch.cuda.nccl.version()`",
         )
+    other = [name for name in versions if name.startswith("nvidia-nccl") and name != f"nvidia-nccl-cu{cuda}"]
+    if cuda and other:
+        return (
+            FAIL,
+            f"torch is built for CUDA {found['cuda']}, NCCL is {other[0]}",
+            f"uninstall {other[0]}, run `make setup`",
+        )
     nccl = next((f", NCCL {v}" for name, v in versions.items() if name.startswith("nvidia-nccl")), "")
     shown = ", ".join(f"{name} {versions[name]}" for name in (*wanted, dali[0]))
     return OK, f"{shown}, CUDA {found['cuda'] or 'none (CPU build)'}{nccl}", ""

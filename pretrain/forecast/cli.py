@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import UserError
+from infra.slurm.parser import OneLineParser
 
 if TYPE_CHECKING:
     from pretrain.config import Recipe
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="yaware plan", description=plan.__doc__, epilog="--section.key=value overrides any key of the recipe."
     )
     add = parser.add_argument

@@ -124,7 +124,7 @@ def forecast_step(
 def assumptions(machine: Machine, recipe: Recipe, tflops: float | None) -> list[str]:
     """Return what the times rest on, a line each."""
     gpu = machine.gpu
-    said = []
+    said = ["messages of trees, log2(ranks) of them in each exchange"] if gpu is not None and machine.ranks > 1 else []
     if tflops:
         said.append(f"{tflops:g} TFLOP/s per rank (given)")
     elif gpu is not None:

@@ -49,14 +49,16 @@ class Gpu:
 
 
 GB = 1e9
+# Data sheets say GB and mean GiB. The driver keeps half a percent (an H200 of 141 has 143,771 MiB), ECC a sixteenth of an L40S.
+GIB, L40S = 0.995 * 2**30, 0.9375 * 2**30
 GPUS = {
-    "b200": Gpu(180 * GB, 75, 1100, 2250, 900 * GB, 50 * GB),
-    "h200": Gpu(141 * GB, 67, 494, 989, 450 * GB, 50 * GB),
-    "h100": Gpu(80 * GB, 67, 494, 989, 450 * GB, 50 * GB),
-    "a100": Gpu(80 * GB, 19.5, 156, 312, 300 * GB, 25 * GB),
-    "a100-40gb": Gpu(40 * GB, 19.5, 156, 312, 300 * GB, 25 * GB),
-    "l40s": Gpu(48 * GB, 91.6, 183, 362, 32 * GB, 12.5 * GB),
-    "v100": Gpu(32 * GB, 15.7, 15.7, 125, 150 * GB, 12.5 * GB),
+    "b200": Gpu(180 * GIB, 75, 1100, 2250, 900 * GB, 50 * GB),
+    "h200": Gpu(141 * GIB, 67, 494, 989, 450 * GB, 50 * GB),
+    "h100": Gpu(80 * GIB, 67, 494, 989, 450 * GB, 50 * GB),
+    "a100": Gpu(80 * GIB, 19.5, 156, 312, 300 * GB, 25 * GB),
+    "a100-40gb": Gpu(40 * GIB, 19.5, 156, 312, 300 * GB, 25 * GB),
+    "l40s": Gpu(48 * L40S, 91.6, 183, 362, 32 * GB, 12.5 * GB),
+    "v100": Gpu(32 * GIB, 15.7, 15.7, 125, 150 * GB, 12.5 * GB),
     # A rank on two cores over gloo, for rehearsals and tests.
     "cpu": Gpu(8 * GB, 0.1, 0.1, 0.1, 1 * GB, 1.25 * GB, lazy=True),
 }  # fmt: skip

@@ -61,7 +61,10 @@ class Collective:
         return self.times * FACTORS[backend][self.operation] * (ranks - 1) / ranks * self.size
 
     def messages(self, ranks: int) -> int:
-        """Return the messages that wait for each other in a step: those of a tree, which NCCL takes for short vectors."""
+        """Return the messages that wait for each other in a step: those of a tree, which NCCL takes for short vectors.
+
+        In a ring, ``ranks - 1`` messages would wait for each other.
+        """
         return self.times * RING[self.operation] * math.ceil(math.log2(ranks))
 
 

@@ -72,8 +72,8 @@ def _launch_parser() -> argparse.ArgumentParser:
     parser.add_argument("--launcher", help="pdsh (default), node (default with --node_rank), slurm (submits with sbatch) or "
                         "one-host (the hostfile names only this host)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check and print the command line, start nothing")
-    parser.add_argument("--slurm", action="store_true", help="write and submit a batch job of SLURM instead, for pretrain, "
-                        "build, evaluate or compare; see yaware launch --slurm --help")  # fmt: skip
+    parser.add_argument("--slurm", action="store_true", help="write and submit a batch job of SLURM instead, for prepare, "
+                        "build, pretrain, evaluate or compare; see yaware launch --slurm --help")  # fmt: skip
     return parser
 
 

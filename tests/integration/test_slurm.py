@@ -196,10 +196,15 @@ def test_a_time_limit_a_preemption_and_a_killed_task_change_no_loss_until_the_bo
 @PATIENT
 def test_one_launcher_a_node_comes_back_after_a_killed_task_a_time_limit_and_a_preemption(job, shards, one_host):
     disturbed = job("pretrain-deepspeed").submit(shards)
+    slurm = disturbed.slurm
+    condition = [f"--dependency=afterok:{disturbed.number}", "--kill-on-invalid-dep=yes"]  # as those of pipeline.sh
+    after = slurm.submit(*condition, "--output=/dev/null", "--wrap=true", cwd=disturbed.folder)
     disturbed.lose_a_task_and_reach_the_time_limit()
     disturbed.train_until(17, restarts=2)
+    assert slurm.job(after)["JobState"] == "PENDING", "a requeue is no end"
     disturbed.preempt()
     assert disturbed.wait("COMPLETED", restarts=3)["ExitCode"] == "0:0"
+    slurm.until(lambda: slurm.job(after) if slurm.job(after)["JobState"] == "COMPLETED" else None, 60, slurm.log)
     starts = [line for line in disturbed.lines("launch: ") if "-m pretrain.engine.local_ranks" in line]
     assert len(starts) == 8, "four starts on two nodes"
     killed, limit, preempted = requeued(disturbed)

@@ -134,7 +134,7 @@ def test_two_jobs_on_the_same_nodes_do_not_meet(job, cohort, alone):
     assert second["StartTime"] < first["EndTime"], "they ran one after the other, and prove nothing"
 
 
-@pytest.mark.slow
+@pytest.mark.jobs
 def test_a_build_goes_on_without_a_lost_node(job, large_cohort, large_alone):
     struck = job(Build).submit(large_cohort)
     struck.hold("build_one")
@@ -251,7 +251,7 @@ def test_an_array_is_refused_in_one_line(job, tmp_path, kind):
 def made(tmp_path_factory):
     """Shards, and a run of two steps."""
     folder = tmp_path_factory.mktemp("made")
-    build_shards(write_cohort(folder / "cohort", participants=40), folder / "shards")
+    build_shards(write_cohort(folder / "cohort", participants=80), folder / "shards")
     small = ["--monitor.every_epochs=0", "--launch.ranks=1", "--encoder.options={width: 0.25, norm: group}"]
     assert run(pretrain_command(folder / "shards", folder / "run", 2, *small), folder).returncode == 0
     return folder
@@ -283,7 +283,7 @@ def metrics_alone(made, tmp_path_factory):
     return metrics(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.jobs
 def test_an_evaluation_over_two_nodes_gives_the_metrics_of_one_process(job, made, metrics_alone):
     done = job(Evaluation).submit(made)
     assert done.wait("COMPLETED", "FAILED")["ExitCode"] == "0:0"

@@ -69,6 +69,24 @@ def test_without_options_those_of_the_batch_script_are_taken(start, capsys):
     assert lines[-1] == template[-1]
 
 
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["evaluate", "run", "--shards=s", "--tasks=ad,agee"], r"task 'agee' is not known \(did you mean 'age'\?\)"),
+        (["evaluate", "run", "--shards=s", "--tasks=mine.yaml"], "task file mine.yaml does not exist"),
+        ([*PRETRAIN, "--encoder.name=resnet19"], r"encoder.name='resnet19' is not known"),
+        ([*PRETRAIN, "--encoder.options={widht: 1}"], "widht"),
+        ([*PRETRAIN, "--batch.micro=3", "--batch.global=64"], "batch.micro=3 does not divide the 16 scans per rank"),
+    ],
+)
+def test_what_needs_no_shards_is_checked_before_they_are_there(words, text, capsys):
+    """A stage of the pipeline is submitted before the stages that it waits for have run."""
+    assert launch("--dry-run", "--nodes=2", "--gpus=2", "--dependency=afterok:1", *words) == 2
+    captured = capsys.readouterr()
+    assert re.search(text, captured.err)
+    assert captured.err.count("\n") == 1
+
+
 def test_without_gpus_pretraining_has_one_rank_a_node(capsys):
     assert launch("--dry-run", "--gpus=0", "--nodes=4", "--dependency=afterok:1", *PRETRAIN) == 0
     lines = capsys.readouterr().out.splitlines()

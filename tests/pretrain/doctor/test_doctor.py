@@ -177,6 +177,7 @@ VERSIONS = dict.fromkeys(software.PACKAGES, "1.0") | {"nvidia-nccl-cu13": "2.28"
         (VERSIONS, "12.8", "fail", "torch is built for CUDA 12.8, DALI is nvidia-dali-cuda130"),
         ({k: v for k, v in VERSIONS.items() if k != "ray"}, "", "fail", "missing: ray"),
         ({k: v for k, v in VERSIONS.items() if "nccl" not in k}, "13.0", "warn", "no nvidia-nccl package"),
+        ({**VERSIONS, "nvidia-nccl-cu12": "2.21"}, "13.0", "fail", "CUDA 13.0, NCCL is nvidia-nccl-cu12"),
         ({**VERSIONS, "torch": "0.9"}, "", "fail", "torch 0.9 (needs <3,>=1.0)"),
     ],
 )
