@@ -66,7 +66,7 @@ def _parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParse
         epilog="--finetune.KEY=VALUE sets how the protocols finetune and scratch train networks",
     )
     add = parser.add_argument
-    add("checkpoints", nargs="*", help="run folders (latest checkpoint), checkpoints/step-*, or exports")
+    add("checkpoints", nargs="*", help="run folders, checkpoints/step-*, exports, or hf://owner/name@revision")
     _add_feature_options(parser)
     add("--shards", required=True, help="folder of built shards")
     add("--tasks", required=True, type=_names, help="shipped tasks or YAML files, for example ad,scz,age,site")

@@ -18,15 +18,15 @@ from evaluation.tasks.leakage import check_leakage, check_readouts, check_seen
 from infra.errors import UserError
 from infra.files import sha256_of
 from pretrain.weights.encoder import Encoder
-from pretrain.weights.folder import find_encoder, list_checkpoints
+from pretrain.weights.folder import find_encoder, list_checkpoints, local_path
 from pretrain.weights.layers import OWN, intermediate_features
 from pretrain.weights.scan_source import check_preprocessing
 
 
 def checkpoint_paths(checkpoints: Any, *, all_steps: bool = False) -> list[Path]:
-    """Return the paths of one checkpoint or several, given as paths or as objects with a ``folder``.
+    """Return the paths of one checkpoint or several, given as paths, addresses ``hf://...`` or objects with a ``folder``.
 
-    Raises UserError if one is neither, or if ``all_steps`` and a path is not a run folder with checkpoints.
+    Raises UserError if one is none of these, or if ``all_steps`` and a path is not a run folder with checkpoints.
     """
     single = isinstance(checkpoints, (str, os.PathLike)) or not isinstance(checkpoints, Iterable)
     paths = []
@@ -37,7 +37,7 @@ def checkpoint_paths(checkpoints: Any, *, all_steps: bool = False) -> list[Path]
                 f"checkpoints: {type(checkpoint).__name__} is neither a path nor an object with a folder; give a run folder, a "
                 "checkpoint or an export"
             )
-        paths += list_checkpoints(Path(folder)) if all_steps else [Path(folder)]
+        paths += list_checkpoints(local_path(folder)) if all_steps else [local_path(folder)]
     if not paths:
         raise UserError(f"checkpoints={checkpoints!r:.80} names none; give one or more")
     return paths

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from data_pipeline.storage.manifest import Manifest, check_shards
 from infra.errors import UserError
 from infra.files import regular_file
+from pretrain.hub.download import is_address
 from pretrain.losses.proxies import proxy_columns
 from pretrain.readouts.calibration import AUTO, MONITOR, CalibrationChoice, check_named_split
 from pretrain.readouts.fit import ReadoutSettings, fit_readouts
@@ -55,6 +56,10 @@ def add_readouts(
         UserError: if there are readouts already, a column or split does not exist, no column can be predicted, the split of the
             calibration has fewer than 20 people who are not trained on, or the shards do not fit the encoder.
     """
+    if is_address(encoder):
+        raise UserError(
+            f"{encoder} is in a cache, which holds no readouts of yours; export it first: yaware export {encoder} OUT"
+        )
     loaded = Encoder.from_pretrained(encoder)
     assert loaded.folder is not None
     folder = readouts_folder(loaded.folder)

@@ -21,13 +21,27 @@ if TYPE_CHECKING:
 def export(arguments: list[str]) -> int:
     """Copy a checkpoint's encoder to a folder that needs nothing else."""
     parser = argparse.ArgumentParser(prog="yaware export", description=export.__doc__)
-    parser.add_argument("checkpoint", help="a run folder (its latest checkpoint) or one of its checkpoints/step-*")
+    parser.add_argument(
+        "checkpoint",
+        help="a run folder (its latest checkpoint), one of its checkpoints/step-*, or hf://owner/name@revision",
+    )
     parser.add_argument("out", type=Path, help="the folder to make; if it holds this export already, it stays")
+    parser.add_argument(
+        "--hub-layout",
+        action="store_true",
+        help="make a folder to publish at the Hugging Face hub: a card with its metadata and the licences of the data",
+    )
+    parser.add_argument(
+        "--licence", help="with --hub-layout: of the weights, such as cc-by-nc-4.0 (default: the card says unknown)"
+    )
     options = parser.parse_args(arguments)
     check_output(options.out, "OUT")
     from pretrain.weights.write import export as copy_encoder
 
-    print(f"export: wrote {copy_encoder(options.checkpoint, options.out)}")
+    out = copy_encoder(options.checkpoint, options.out, hub_layout=options.hub_layout, licence=options.licence)
+    print(f"export: wrote {out}")
+    if options.hub_layout and not options.licence:
+        print(f"export: {out / 'README.md'} says that the licence of the weights is unknown; --licence states it")
     return 0
 
 
@@ -113,7 +127,7 @@ def import_weights(arguments: list[str]) -> int:
 
 def _embed_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="yaware embed", description=embed.__doc__)
-    parser.add_argument("encoder", help="an exported encoder, a checkpoint or a run folder")
+    parser.add_argument("encoder", help="an exported encoder, a checkpoint, a run folder, or hf://owner/name@revision")
     parser.add_argument(
         "scans",
         nargs="*",

@@ -29,7 +29,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     ``path`` (and ``tiv``), or, with ``manifest``, rows of its table ``scans`` or row numbers (n,).
 
     Args:
-        encoder: an ``Encoder``, or the path of an exported encoder, a checkpoint or a run folder.
+        encoder: an ``Encoder``, the path of an exported encoder, a checkpoint or a run folder, or ``hf://owner/name@revision``.
         manifest: the data set, or its folder or URL, that ``X`` are rows of.
         layer: a block inside the network; None is its end.
         pooling: of the block's voxels: ``mean``, ``max``, ``std``, ``grid2`` to ``grid8``, ``none``, or several. Without a

@@ -18,6 +18,7 @@ from data_pipeline.storage.manifest import Manifest
 from infra.errors import OPTIONAL_TEXT, OPTIONAL_WHOLE, WHOLE, UserError, check_arguments
 from infra.files import regular_file, sha256_of
 from pretrain.encoders import TRAINING_ONLY, build_encoder
+from pretrain.hub.download import is_address
 from pretrain.weights import seen_scans
 from pretrain.weights.embedding import BATCH_SIZE, embed_table
 from pretrain.weights.folder import FILES, find_encoder, read_json
@@ -60,11 +61,15 @@ class Encoder(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Encoder:
         """Load an exported encoder, a checkpoint or a run folder (its latest checkpoint), in evaluation mode.
 
+        ``folder`` may be ``hf://owner/name`` or ``hf://owner/name@revision``, an encoder of ``yaware export --hub-layout`` that
+        was published at the Hugging Face hub. Its files are kept in the hub's local cache, from which it is loaded without a
+        connection.
+
         Raises UserError if a file is missing or differs from its checksum, if a value in it is not possible, or if the weights
         do not fit. The files are checked before memory is taken for the network.
         """
         path = find_encoder(folder)
-        _check_files(path)
+        _check_files(path, _repair(folder, path))
         config, preprocessing = read_json(path / "config.json"), read_json(path / "preprocessing.json")
         check_config(config, path / "config.json")
         check_preprocessing_file(preprocessing, path / "preprocessing.json")
@@ -193,8 +198,15 @@ class Encoder(nn.Module):
         return table
 
 
-def _check_files(folder: Path) -> None:
-    """Raise UserError if a file of an exported encoder is missing or differs from checksums.json."""
+def _repair(given: str | Path, folder: Path) -> str:
+    """Return what to do if a file of an encoder was changed: the last words of a message."""
+    if not is_address(given):
+        return "export the encoder again"
+    return f"remove {folder.parent.parent} and load it again; if this line stays, the file was changed after its export"
+
+
+def _check_files(folder: Path, fix: str) -> None:
+    """Raise UserError, which ends with ``fix``, if a file of an exported encoder is missing or differs from checksums.json."""
     checksums = read_json(folder / "checksums.json")
     for name in [*FILES, *(other for other in checksums if other not in FILES)]:
         if not name or Path(name).name != name or not name.isprintable():
@@ -202,7 +214,7 @@ def _check_files(folder: Path) -> None:
                 f"{folder / 'checksums.json'} names {name!r:.80}, not a file beside it; export the encoder again"
             )
         if not (folder / name).exists() or sha256_of(folder / name) != checksums.get(name):
-            raise UserError(f"{folder / name} is missing or differs from checksums.json; export the encoder again")
+            raise UserError(f"{folder / name} is missing or differs from checksums.json; {fix}")
 
 
 def embed(
@@ -215,7 +227,7 @@ def embed(
     """Return the features of scans from an encoder, or from a folder that ``Encoder.from_pretrained`` takes.
 
     Args:
-        encoder: an encoder, or the folder of an export, of a checkpoint or of a run.
+        encoder: an encoder, the folder of an export, of a checkpoint or of a run, or ``hf://owner/name@revision``.
         scans: paths of NIfTI files; a manifest (all its scans); a DataFrame with a column ``path`` (and ``tiv``); or,
             with ``manifest``, rows of its table ``scans`` or row numbers (n,).
         manifest: the data set, or its folder or URL, that ``scans`` are rows of.

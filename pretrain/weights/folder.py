@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from infra.errors import PATH, UserError, check_arguments
 from infra.files import read_object, read_text
+from pretrain.hub.download import fetch_encoder, is_address
 
+WEIGHTS = "model.safetensors"
 # The files that every exported encoder has; checksums.json lists their digests.
-FILES = ("model.safetensors", "config.json", "preprocessing.json")
+FILES = (WEIGHTS, "config.json", "preprocessing.json")
+# What an encoder at the hub may have beside them; the readouts have digests of their own.
+OPTIONAL = ("README.md", "readouts/checksums.json", "readouts/readouts.json", "readouts/readouts.safetensors")
 
 
 def find_encoder(path: str | Path) -> Path:
@@ -18,13 +23,14 @@ def find_encoder(path: str | Path) -> Path:
 
     Args:
         path: an exported encoder, a checkpoint ``step-XXXXXXXX/``, a run folder or its ``checkpoints/`` (the latest
-            checkpoint), or one of the files ``checkpoints/best`` and ``checkpoints/latest``, which name a step.
+            checkpoint), one of the files ``checkpoints/best`` and ``checkpoints/latest``, which name a step, or
+            ``hf://owner/name@revision``, an encoder at the Hugging Face hub.
 
     Raises:
         UserError: if there is no encoder.
     """
     check_arguments(PATH, encoder=path)
-    path = Path(path)
+    path = local_path(path)
     candidates = [path, path / "encoder"]
     pointers = [path] if path.name in ("best", "latest") else []
     for pointer in (*pointers, path / "checkpoints" / "latest", path / "latest"):
@@ -39,6 +45,14 @@ def find_encoder(path: str | Path) -> Path:
         f"no encoder in {path}; give a run folder, one of its checkpoints/step-*, its checkpoints/best, or an exported "
         "encoder"
     )
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path, and for ``hf://owner/name@revision`` the folder of the local cache with the files of that encoder.
+
+    Raises UserError if they cannot be had.
+    """
+    return fetch_encoder(path, WEIGHTS, OPTIONAL) if is_address(path) else Path(path)
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:

@@ -196,7 +196,8 @@ def import_weights(
         "encoder": {"name": architecture.encoder, "options": architecture.options}, "feature_size": int(encoder.feature_size),  # type: ignore[arg-type]
         "step": 0, "epoch": epoch, "run_id": None, "run_name": file.stem, "method": architecture.method,
         "manifest_digest": None, "split": [], "version": version("yaware"), "simulated": False, "experiment": "imported",
-        "source": {"file": file.name, "sha256": sha256_of(file), "arch": arch},
+        "source": {"file": file.name, "sha256": sha256_of(file), "arch": arch, "data": architecture.data,
+                   "licence": architecture.licence},
     }  # fmt: skip
     _write(out, encoder.state_dict(), config, preprocessing)
     return out, match
@@ -296,16 +297,8 @@ def _first(names: list[str]) -> str:
 
 
 def _write(out: Path, state: State, config: dict[str, Any], preprocessing: dict[str, Any]) -> None:
-    source = config["source"]
-    architecture = ARCHITECTURES[source["arch"]]
     out.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder("import", beside=out) as temporary:
         folder = temporary / "encoder"
         write_encoder(folder, {name: tensor.contiguous() for name, tensor in state.items()}, config, preprocessing)
-        with (folder / "README.md").open("a", encoding="utf-8") as card:
-            card.write(
-                f"\nImported from `{source['file']}` (SHA-256 {source['sha256']}, layout {source['arch']}, epoch "
-                f"{config['epoch']}). Step, manifest and MLflow run are unknown; the grid was given at the import.\n\n"
-                f"Trained on {architecture.data}. Licence of the published weights: {architecture.licence}.\n"
-            )
         folder.rename(out)

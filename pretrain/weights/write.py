@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,26 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from data_pipeline.cohort.declarations import licence_text
 from data_pipeline.prepare.reuse.record import training_preparation
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.preparation import DEFAULT_PREPARATION, file_rules
-from infra.errors import PATH, Kind, UserError, check_arguments
+from infra.errors import OPTIONAL_TEXT, PATH, Kind, UserError, check_arguments
 from infra.files import sha256_of, write_json
 from infra.processes.scratch import scratch_folder
-from pretrain.hub.card import model_card
+from pretrain.hub.card import hub_card, model_card
 from pretrain.weights import likeness, seen_scans
 from pretrain.weights.encoder import Encoder
-from pretrain.weights.folder import FILES, find_encoder
+from pretrain.weights.folder import FILES, OPTIONAL, find_encoder, read_json
 from pretrain.weights.readouts import FOLDER, readouts_folder
+
+CHECKSUMS = "checksums.json"
+PRIVATE = (
+    "run_id",
+    "experiment",
+    "model_id",
+)  # of config.json: they name entries of an MLflow store that others do not have
+MACHINE_PATH = re.compile(r"^file:|(?:^|[\s=:'\"(])(?:~|(?:/[\w.-]+)+)/[\w.-]+")
 
 
 def preprocessing_of(manifest: Manifest, rows: NDArray[np.integer[Any]] | None = None) -> dict[str, Any]:
@@ -81,17 +91,23 @@ def write_encoder(
     return checksums["model.safetensors"]
 
 
-def export(checkpoint: str | Path, out: str | Path) -> Path:
+def export(
+    checkpoint: str | Path, out: str | Path, *, hub_layout: bool = False, licence: str | None = None
+) -> Path:  # fmt: skip
     """Copy a checkpoint's encoder, with its readouts, to the folder ``out``, completely or not at all, and return ``out``.
 
     Args:
-        checkpoint: a run folder (its latest checkpoint), a checkpoint, or another exported encoder.
+        checkpoint: a run folder (its latest checkpoint), a checkpoint, another exported encoder, or ``hf://owner/name@revision``.
         out: the folder to make.
+        hub_layout: make a folder to publish at the Hugging Face hub: the card begins with the metadata that the hub reads and
+            names each data set with its licence, and no file holds a path, the experiment or the MLflow run.
+        licence: with ``hub_layout``: that of the weights, such as ``cc-by-nc-4.0``; None says in the card that it is unknown.
 
     If ``out`` holds the same files already, it stays: the command may have been killed after its last step, and is repeated.
 
     Raises:
-        UserError: if ``out`` exists and is not this export, or if there is no complete encoder at ``checkpoint``.
+        UserError: if ``out`` exists and is not this export, if there is no complete encoder at ``checkpoint``, or if a file to
+            be published would hold a path of this machine.
     """
     if isinstance(checkpoint, Encoder):
         if checkpoint.folder is None:
@@ -99,6 +115,10 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
         checkpoint = checkpoint.folder
     check_arguments(Kind((str, os.PathLike), "a path, a Run or an Encoder"), checkpoint=checkpoint)
     check_arguments(PATH, out=out)
+    check_arguments(OPTIONAL_TEXT, licence=licence)
+    if licence is not None and not hub_layout:
+        raise UserError(f"licence={licence!r:.80} is for the card of the hub's layout; add hub_layout (--hub-layout)")
+    licence = None if licence is None else licence_text(licence, "licence")
     out = Path(out)
     if out.exists() and not (out / "checksums.json").is_file():
         raise UserError(f"{out} exists already; choose a new folder")
@@ -110,11 +130,50 @@ def export(checkpoint: str | Path, out: str | Path) -> Path:
         readouts = readouts_folder(encoder)
         if readouts.is_dir() and readouts.parent != encoder:
             shutil.copytree(readouts, temporary / "encoder" / FOLDER)
+        if hub_layout:
+            _to_hub_layout(temporary / "encoder", licence or "")
         if not out.exists():
             (temporary / "encoder").rename(out)
         elif not _same_files(temporary / "encoder", out):
             raise UserError(f"{out} exists already and is not this encoder's export; choose a new folder")
     return out
+
+
+def _to_hub_layout(folder: Path, licence: str) -> None:
+    """Make an export a folder to publish: other files than an encoder's go, and so does what tells of this machine."""
+    kept = {*read_json(folder / CHECKSUMS), CHECKSUMS, *OPTIONAL}
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if path.relative_to(folder).as_posix() not in kept:
+            path.unlink()
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
+    config, preprocessing = read_json(folder / "config.json"), read_json(folder / "preprocessing.json")
+    config = {key: value for key, value in config.items() if key not in PRIVATE}
+    config["run_name"] = Path(config["run_name"]).name or config["method"]
+    write_json(folder / "config.json", config)
+    (folder / "README.md").write_text(hub_card(config, preprocessing, licence), encoding="utf-8")
+    checksums = {name: sha256_of(folder / name) for name in read_json(folder / CHECKSUMS)}
+    write_json(folder / CHECKSUMS, checksums)
+    for path in sorted(folder.rglob("*.json")):
+        if found := next(_machine_paths(read_json(path)), None):
+            raise UserError(
+                f"{path.relative_to(folder)}: {found[0]}={found[1]!r:.200} is a path of this machine, which would be "
+                "published; give it another name and make the encoder again"
+            )
+
+
+def _machine_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the key and the text of every absolute path in the content of a JSON file; the base64 of an image is none."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _machine_paths(str(name), f"a key of {key}" if key else "a key")
+            yield from _machine_paths(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _machine_paths(part, key)
+    elif isinstance(value, str) and key != "likeness.volume" and MACHINE_PATH.search(value):
+        yield key, value
 
 
 def _same_files(one: Path, other: Path) -> bool:

@@ -27,6 +27,7 @@ LIBRARY_ROOMS = {
     "fairlearn": "evaluation/statistics/fairness.py",
     "ants": "data_pipeline/prepare/steps/antspy.py",
     "deepbet": "data_pipeline/prepare/steps/extraction.py",
+    "huggingface_hub": "pretrain/hub/download.py",
     "pydicom": "data_pipeline/prepare/steps/dicom.py",
 }
 # Modules that import others by a text, and the table of these texts: the command line imports the module of the command that

@@ -38,7 +38,7 @@ def test_a_licence_cannot_break_the_table_or_hold_markup():
         for line in card(licences={"a": ["x | <img src=y>\n\n# [z](http://q)"]}).splitlines()
         if line.startswith("| a")
     ]
-    assert row == r"| a | x \| \<img src=y\> \# \[z\]\(http://q\) |"
+    assert row == r"| a | x \| \<img src=y\> \# \[z\](http://q) |"
 
 
 def test_the_card_of_an_encoder_has_the_licences_of_its_config(tmp_path, monkeypatch):
