@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import sys
@@ -178,6 +179,29 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
     message = refusal("hf://lab/brains")
     assert "is not in" in message
     assert f"{constants.ENDPOINT} cannot be reached (" in message
+
+
+def test_an_error_of_a_proxy_is_one_line(hub, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*names, **options):
+        raise huggingface_hub.errors.HTTPError("407 the proxy\nwants a password")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    assert refusal("hf://lab/brains") == (
+        f"hf://lab/brains: checksums.json cannot be fetched from {hub.url} (407 the proxy wants a password); try again later"
+    )
+
+
+def test_a_full_disk_keeps_the_system_s_words(hub, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*names, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/blob")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(OSError, match="No space left on device"):
+        fetch("hf://lab/brains")
 
 
 def test_a_wrong_name_is_one_line(hub):
