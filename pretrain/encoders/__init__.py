@@ -14,11 +14,11 @@ from infra.lean_imports import quiet_imports, without_optional
 from pretrain.encoders import networks
 from pretrain.encoders.layers import NO_SYNC_ON_CPU, NORMS, check_sides
 from pretrain.encoders.pooling import GRIDS, NONE_NEEDS_GRID
+from pretrain.encoders.resnet import RESNETS
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "densenet121": networks.densenet121,
-    "resnet18": networks.resnet18,
-    "resnet50": networks.resnet50,
+    **RESNETS,
     "unet": networks.unet,
     "resenc-l": networks.resenc_l,
     "vit-small": networks.vit_small,
@@ -36,14 +36,16 @@ _UNUSED_BY_NETWORKS = (
 )  # fmt: skip
 
 _POOLINGS = ["mean", "max", "mean+max", *GRIDS, "none"]
-_VIT: dict[str, Sequence[str]] = {"norm": ("layer",), "pooling": ("class", *_POOLINGS)}
+_VIT: dict[str, Sequence[str]] = {"norm": ("layer",), "pooling": ("class", "first", *_POOLINGS)}
 _CHOICES: dict[str, dict[str, Sequence[str]]] = {
     "vit-small": _VIT,
     "vit-base": _VIT,
     "vit-large": _VIT,
     "swin-unetr": {"norm": ("layer",), "pooling": _POOLINGS, "merging": ("each", "published")},
 }
-_CONVOLUTIONAL: dict[str, Sequence[str]] = {"norm": tuple(NORMS), "pooling": _POOLINGS}
+_CONVOLUTIONAL: dict[str, Sequence[str]] = {
+    "norm": tuple(NORMS), "pooling": _POOLINGS, "shortcut": ("projection", "padding"),
+}  # fmt: skip
 
 
 def _is_number(value: Any) -> bool:

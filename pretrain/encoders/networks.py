@@ -1,9 +1,8 @@
-"""MONAI's networks as encoders. The only module that imports MONAI.
+"""MONAI's networks as encoders. Only this module and `resnet` import MONAI.
 
 MONAI 1.6 differs from what an encoder needs in these points, which are corrected here:
 
-- Its ResNet passes ``norm`` to its first layer only. Networks are built with batch normalisation and `replace_norms`
-  replaces every layer.
+- Its networks are built with batch normalisation, and `replace_norms` replaces every layer.
 - Its instance norms have no weights. `NORMS` has instance norms with weights.
 - A ViT block has a norm for cross-attention that is never used, so its weights never get a gradient. It is removed.
 - The ViT's fast attention applies dropout in evaluation too. It is used only without dropout.
@@ -17,42 +16,35 @@ The names of MONAI's layers are internal to it: a missing name raises LibraryCha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import nn
 
-from infra.internals import internal, library_changed, set_internal
-from infra.lean_imports import import_apart
+from infra.internals import library_changed, set_internal
+from pretrain.encoders import resnet
 from pretrain.encoders.layers import PooledEncoder, Trunk, replace_norms, run_block
 from pretrain.encoders.merging import use_published_merging
 from pretrain.encoders.residual import FEATURES, resenc_trunk
+from pretrain.encoders.resnet import import_monai, monai_internal
 
 VBM = (121, 145, 121)
 PATCH = 16
 # Encoder -> (smallest side of a volume, smallest side with instance normalisation, which needs two voxels at the end).
-SMALLEST = {"densenet121": (29, 61), "resnet18": (1, 33), "resnet50": (1, 33), "unet": (16, 32), "resenc-l": (17, 33)}
-# MONAI's layers of DenseNet121 and ResNet, in order.
+SMALLEST = {
+    "densenet121": (29, 61), **dict.fromkeys(resnet.RESNETS, resnet.SMALLEST), "unet": (16, 32), "resenc-l": (17, 33),
+}  # fmt: skip
+# MONAI's layers of DenseNet121, in order.
 DENSENET_LAYERS = (
     "conv0", "norm0", "relu0", "pool0", "denseblock1", "transition1", "denseblock2", "transition2", "denseblock3",
     "transition3", "denseblock4", "norm5",
 )  # fmt: skip
-RESNET_LAYERS = ("conv1", "bn1", "act", "maxpool", "layer1", "layer2", "layer3", "layer4")
 # Blocks of SwinTransformer whose outputs it returns, in order.
 SWIN_BLOCKS = ("transformer.patch_embed", *(f"transformer.layers{scale}.0" for scale in (1, 2, 3, 4)))
-
-monai_internal = partial(internal, "monai")
-
-
-def _import_monai() -> None:
-    """Import MONAI in a thread of its own: it imports optuna, which keeps a traceback of that import; see `import_apart`."""
-    import_apart("monai.networks.nets")
 
 
 def smallest_side(name: str, norm: str, max_pool: bool = True) -> int:
     """Return the smallest number of voxels that a side of a volume may have."""
-    plain, instance = SMALLEST.get(name, (1, 1))
-    side = instance if norm == "instance" else plain
+    side = SMALLEST.get(name, (1, 1))[norm == "instance"]
     return side if max_pool else (side + 1) // 2
 
 
@@ -65,7 +57,7 @@ def densenet121(
     It is MONAI's DenseNet121 without its last norm, ``norm5``, which the paper's encoder does not have. ``dropout`` drops
     whole channels of the output of each dense layer. Raises LibraryChanged if MONAI's network has other layers.
     """
-    _import_monai()
+    import_monai()
     from monai.networks.nets import DenseNet121
 
     features = DenseNet121(spatial_dims=3, in_channels=1, out_channels=1, dropout_prob=dropout).features
@@ -84,67 +76,6 @@ def densenet121(
     )  # fmt: skip
 
 
-def resnet18(
-    *, norm: str = "batch", pooling: str = "mean", grid: Sequence[int] | None = None, width: float = 1.0,
-    max_pool: bool = True, first_stride: int = 2, dilated: bool = False, checkpointing: bool = False,
-    channels_last: bool = False, compile: bool = False,
-) -> nn.Module:  # fmt: skip
-    """Build MONAI's 3D ResNet18 (He et al. 2016); ``512 * width`` features.
-
-    ``width`` scales the channels of every layer. ``max_pool=False`` leaves out the max-pooling after the first layer and so
-    keeps twice the resolution, for coarse grids. ``first_stride`` is that of the first layer, 1 or 2. ``dilated`` replaces the
-    strides of the last two stages by dilations of 2 and 4, as MedicalNet does (Chen et al. 2019, arXiv:1904.00625).
-    """
-    return _resnet(
-        "resnet18", 512, norm=norm, pooling=pooling, grid=grid, width=width, max_pool=max_pool, first_stride=first_stride,
-        dilated=dilated, checkpointing=checkpointing, channels_last=channels_last, compile=compile,
-    )  # fmt: skip
-
-
-def resnet50(
-    *, norm: str = "batch", pooling: str = "mean", grid: Sequence[int] | None = None, width: float = 1.0,
-    max_pool: bool = True, first_stride: int = 2, dilated: bool = False, checkpointing: bool = False,
-    channels_last: bool = False, compile: bool = False,
-) -> nn.Module:  # fmt: skip
-    """Build MONAI's 3D ResNet50 (He et al. 2016); ``2048 * width`` features. Options as in `resnet18`."""
-    return _resnet(
-        "resnet50", 2048, norm=norm, pooling=pooling, grid=grid, width=width, max_pool=max_pool, first_stride=first_stride,
-        dilated=dilated, checkpointing=checkpointing, channels_last=channels_last, compile=compile,
-    )  # fmt: skip
-
-
-def _resnet(
-    name: str, channels: int, *, norm: str, pooling: str, grid: Sequence[int] | None, width: float, max_pool: bool,
-    first_stride: int, dilated: bool, checkpointing: bool, channels_last: bool, compile: bool,
-) -> nn.Module:  # fmt: skip
-    _import_monai()
-    from monai.networks import nets
-
-    network = getattr(nets, name)(
-        spatial_dims=3, n_input_channels=1, feed_forward=False, conv1_t_stride=first_stride, widen_factor=width,
-        shortcut_type="B",
-    )  # fmt: skip
-    replace_norms(network, norm)
-    blocks = {layer: monai_internal(network, layer) for layer in RESNET_LAYERS if max_pool or layer != "maxpool"}
-    if dilated:
-        for layer, dilation in (("layer3", 2), ("layer4", 4)):
-            _dilate(blocks[layer], dilation)
-    recompute = [block for block in blocks if block.startswith("layer")] if checkpointing else []
-    return PooledEncoder(
-        Trunk(blocks, recompute, channels_last), int(512 * width) * (channels // 512), name=name, norm=norm, pooling=pooling,
-        grid=grid, smallest=smallest_side(name, norm, max_pool), channels_last=channels_last, compile=compile,
-    )  # fmt: skip
-
-
-def _dilate(stage: nn.Module, dilation: int) -> None:
-    """Replace the stride of a stage by a dilation of its 3 x 3 x 3 convolutions; weights keep their shapes."""
-    for conv in stage.modules():
-        if isinstance(conv, nn.Conv3d):
-            conv.stride = (1, 1, 1)
-            if conv.kernel_size == (3, 3, 3):
-                conv.dilation = conv.padding = (dilation,) * 3
-
-
 def unet(
     *, norm: str = "batch", pooling: str = "mean", grid: Sequence[int] | None = None, dropout: float = 0.0,
     checkpointing: bool = False, channels_last: bool = False, compile: bool = False,
@@ -153,7 +84,7 @@ def unet(
 
     It has two convolutions at each of five scales, with 32, 64, 128, 256 and 512 channels, and max-pooling between the scales.
     """
-    _import_monai()
+    import_monai()
     from monai.networks.nets.basic_unet import Down, TwoConv
 
     widths, common = (32, 64, 128, 256, 512), (("LeakyReLU", {"negative_slope": 0.1, "inplace": True}), "batch", True)
@@ -188,7 +119,7 @@ def vit_small(
     Args:
         norm: only "layer".
         pooling: "class" returns the class token. The other poolings use the patches' tokens; the network then has no class
-            token.
+            token. "first" returns the token of the first patch, as BrainIAC does.
         grid: shape of the volumes for which positions are learned; they are interpolated for volumes of other shapes.
         dropout: rate of dropout in attention, MLP and embedding.
         drop_path: rate of stochastic depth at the last block, rising linearly from 0 at the first.
@@ -256,7 +187,7 @@ class _ViT(nn.Module):
         self, width: int, heads: int, grid: Sequence[int], *, class_token: bool, dropout: float, drop_path: float,
         checkpointing: bool, blocks: int = 12,
     ) -> None:  # fmt: skip
-        _import_monai()
+        import_monai()
         from monai.networks.layers import DropPath
         from monai.networks.nets import ViT
 
@@ -323,7 +254,7 @@ class _Swin(nn.Module):
     """(N, 1, D, H, W), sides multiples of 32, -> the layer-normed deepest features (N, 16 width, D/32, H/32, W/32)."""
 
     def __init__(self, width: int, dropout: float, drop_path: float, checkpointing: bool, *, merging: str) -> None:
-        _import_monai()
+        import_monai()
         from monai.networks.nets.swin_unetr import SwinTransformer
 
         super().__init__()

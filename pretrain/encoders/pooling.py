@@ -53,6 +53,7 @@ POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "std": lambda features: features.flatten(2).std(dim=2, correction=0),
     "mean+max": lambda features: torch.cat([POOLINGS["mean"](features), POOLINGS["max"](features)], dim=1),
     "class": lambda features: features[:, :, 0],
+    "first": lambda features: features.flatten(2)[:, :, 0],  # of a map: the position at the low face of every axis
     **{name: partial(grid_mean, cells=cells) for name, cells in GRIDS.items()},
     "none": lambda features: features.flatten(1),
 }

@@ -21,6 +21,7 @@ from pretrain.encoders import build_encoder, check_encoder
 from pretrain.weights.write import preprocessing_of, write_encoder
 
 State = dict[str, torch.Tensor]
+BRAINIAC_LICENCE = "CC BY-NC 4.0 (the repository's; see that of the files)"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Architecture:
         ignored: the beginnings, without ``module.``, of keys that an encoder has no weights for: the projector.
         options: of the encoder.
         zeros: ends of the encoder's weights that the published network does not have, which is as if they were 0.
+        within: the beginning of the keys of the encoder, without ``module.``; all other keys are of parts that are left out.
         licence: of the published weights.
         data: what they were trained on.
         vbm: whether that are CAT12's maps at 1.5 mm, so that no grid need be given.
@@ -45,6 +47,7 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()
+    within: str = ""
     licence: str = ""
     data: str = ""
     vbm: bool = False
@@ -65,7 +68,18 @@ def resnet_key(key: str) -> str:
 
     ``module.encoder.layer1.0.conv1.weight`` -> ``trunk.layer1.0.conv1.weight``.
     """
-    return "trunk." + re.sub(r"^(module\.)?(encoder\.|f\.)?", "", key)
+    return "trunk." + re.sub(r"^(module\.)?(encoder\.|backbone\.|f\.)?", "", key)
+
+
+def vit_key(key: str) -> str:
+    """Return the encoder's name for a key of MONAI's ViT.
+
+    ``backbone.patch_embedding.position_embeddings`` -> ``trunk.position``; its blocks keep their names.
+    """
+    key = re.sub(r"^(module\.)?(backbone\.)?", "trunk.", key)
+    return key.replace(".patch_embedding.patch_embeddings.", ".patches.").replace(
+        ".patch_embedding.position_embeddings", ".position"
+    )
 
 
 def resenc_key(key: str) -> str:
@@ -90,6 +104,16 @@ def swin_key(key: str) -> str:
     return re.sub(r"\.mlp\.fc([12])\.", r".mlp.linear\1.", key)
 
 
+def _medicalnet(depth: int) -> Architecture:
+    """Return MedicalNet's ResNet of a depth: {state_dict}: module.*; the segmentation head is not in its own files."""
+    padded = {"shortcut": "padding"} if depth in (18, 34) else {}
+    return Architecture(
+        f"resnet{depth}", resnet_key, "MedicalNet", ("conv_seg.", "fc."), {"dilated": True, **padded},
+        ("downsample.0.bias",), licence="MIT",
+        data="segmentation of 8 or 23 data sets of CT and MR, most of them not of the brain (Chen et al. 2019)",
+    )  # fmt: skip
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     # {epoch, model, optimizer}
     "densenet121-yaware": Architecture(
@@ -106,10 +130,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         "resnet18", resnet_key, "SimCLR", ("projector.", "encoder.fc."), {"first_stride": 1}, licence="not stated",
         data="T1-weighted scans of several cohorts, skull-stripped by TurboPrep (Kaczmarek et al. 2025)",
     ),
-    # {state_dict}: module.*; the segmentation head is not in the files
-    "resnet50-medicalnet": Architecture(
-        "resnet50", resnet_key, "MedicalNet", ("conv_seg.", "fc."), {"dilated": True}, ("downsample.0.bias",), licence="MIT",
-        data="segmentation of 23 data sets of CT and MR, most of them not of the brain (Chen et al. 2019)",
+    **{f"resnet{depth}-medicalnet": _medicalnet(depth) for depth in (10, 18, 34, 50, 101, 152, 200)},
+    # A Lightning checkpoint, {state_dict, ...}: backbone.*; of the older release, MONAI's ResNet50
+    "resnet50-brainiac": Architecture(
+        "resnet50", resnet_key, "BrainIAC", within="backbone.", licence=BRAINIAC_LICENCE,
+        data="32,000 skull-stripped brain MR scans of several sequences (Tak et al. 2024)",
+    ),
+    # The same, of the newer release: MONAI's ViT without qkv biases, of whose tokens the first one is used
+    "vit-base-brainiac": Architecture(
+        "vit-base", vit_key, "BrainIAC", (), {"pooling": "first", "grid": [96, 96, 96]}, ("attn.qkv.bias",),
+        within="backbone.", licence=BRAINIAC_LICENCE,
+        data="32,000 skull-stripped brain MR scans of several sequences, resized to 96 x 96 x 96 (Tak et al. 2024)",
     ),
     # {network_weights}: encoder.* and decoder.*; each convolution appears twice, also under all_modules
     "resenc-l-nnssl": Architecture(
@@ -125,7 +156,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 }  # fmt: skip
 # Where published files keep their tensors.
 CONTAINERS = ("model", "model_state_dict", "state_dict", "network_weights")
-ALIASES = (".all_modules.",)  # second names of the same tensors
+# Second names of the same tensors, and MONAI's layers for cross-attention, which its ViT does not use.
+UNUSED = (".all_modules.", ".norm_cross_attn.", ".cross_attn.")
 
 
 @dataclass
@@ -260,8 +292,9 @@ def match_keys(published: State, encoder: State, architecture: Architecture, fil
     matched: State = {}
     unexpected = []
     for key, tensor in published.items():
-        name = architecture.rename(key)
-        if any(alias in key for alias in ALIASES):
+        within = key.removeprefix("module.").startswith(architecture.within)
+        name = architecture.rename(key) if within else ""
+        if any(part in key for part in UNUSED):
             continue
         if name not in encoder:
             unexpected.append(key)
@@ -278,7 +311,11 @@ def match_keys(published: State, encoder: State, architecture: Architecture, fil
         raise UserError(
             f"{file}: none of its {len(published)} keys fits (such as {next(iter(published))}); is --arch right?"
         )
-    unknown = [key for key in unexpected if not key.removeprefix("module.").startswith(architecture.ignored)]
+    parts = [key.removeprefix("module.") for key in unexpected]
+    unknown = [
+        key for key, part in zip(unexpected, parts, strict=True)
+        if part.startswith(architecture.within) and not part.startswith(architecture.ignored)
+    ]  # fmt: skip
     if unknown:
         raise UserError(
             f"{file}: {_first(unknown)} are not weights of {architecture.encoder} and none of its projector; the file is of "

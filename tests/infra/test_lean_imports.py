@@ -18,7 +18,7 @@ OWN = "from infra.lean_imports import own_process; own_process()\n"
 ENCODERS = """
 from pretrain.encoders import ENCODERS, build_encoder
 for name, encoder in ENCODERS.items():
-    if name not in ("vit-base", "vit-large"):
+    if name not in ("vit-base", "vit-large", "resnet101", "resnet152", "resnet200"):
         options = {"width": 0.25} if "width" in encoder.__kwdefaults__ else {}
         assert build_encoder(name, options).feature_size > 0, name
 """

@@ -26,8 +26,9 @@ from evaluation.statistics.metrics import auc, inner_metric
 from evaluation.tasks.folds import inner_folds
 from evaluation.tasks.resamples import Resampling
 from evaluation.tasks.tasks import Task
-from pretrain.encoders import ENCODERS, build_encoder
+from pretrain.encoders import build_encoder
 from pretrain.weights.layers import features_of_blocks, main_blocks
+from tests.pretrain.encoders.names import EACH_ENCODER
 from tests.searches import search_task
 
 PENALTIES = [0.1, 10.0, 1e4]
@@ -212,7 +213,7 @@ def test_the_choice_of_a_fold_does_not_depend_on_its_test_scans():
     assert results[0].trials[0]["inner_score"] == results[1].trials[0]["inner_score"]
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", EACH_ENCODER)
 def test_every_encoder_has_candidates_of_bounded_size(name):
     options = {"grid": [64, 64, 64]} if name.startswith("vit") else {}
     with torch.device("cpu" if name == "swin-unetr" else "meta"):
@@ -231,7 +232,7 @@ def test_every_encoder_has_candidates_of_bounded_size(name):
     assert sizes[0] == encoder.feature_size
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", EACH_ENCODER)
 def test_every_encoder_has_spatial_features_of_bounded_size(name):
     options = {"grid": [96, 112, 96]} if name.startswith("vit") else {}
     with torch.device("cpu" if name == "swin-unetr" else "meta"):

@@ -26,8 +26,9 @@ from evaluation.protocols.finetune import (
 from evaluation.protocols.probes import inner_metric
 from infra import ray_cluster, tuning
 from infra.errors import UserError
-from pretrain.encoders import ENCODERS, build_encoder
+from pretrain.encoders import build_encoder
 from pretrain.encoders.pooling import POOLINGS
+from tests.pretrain.encoders.names import EACH_ENCODER
 from tests.pretrain.engine.test_optimizers import DEPTHS
 
 ENCODER = {"name": "resnet18", "options": {"width": 0.125, "norm": "group"}}
@@ -106,7 +107,7 @@ def test_a_pooling_of_the_head_that_does_not_fit_is_refused():
     assert (encoder.pooling, encoder.feature_size) == ("mean", 64)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", EACH_ENCODER)
 def test_earlier_blocks_learn_more_slowly(name):
     with torch.device("cpu" if name == "swin-unetr" else "meta"):
         encoder = build_encoder(name, {})

@@ -13,11 +13,13 @@ from pretrain.encoders.networks import SMALLEST
 from pretrain.encoders.pooling import as_map
 from pretrain.model import ContrastiveModel, Projector
 from pretrain.weights.layers import main_blocks
+from tests.pretrain.encoders.names import DEEPER_RESNETS, EACH_ENCODER
 
 VBM = (121, 145, 121)
 TRANSFORMERS = ("vit-small", "vit-base", "vit-large", "swin-unetr")
-# ViT-L is ViT-B with more of the same blocks; initialising its gigabyte of weights takes long.
-FORWARD = [pytest.param(name, marks=pytest.mark.slow) if name == "vit-large" else name for name in ENCODERS]
+# They are others with more of the same blocks; initialising their weights takes long.
+DEEPER = ("vit-large", *DEEPER_RESNETS)
+FORWARD = [pytest.param(name, marks=pytest.mark.slow) if name in DEEPER else name for name in ENCODERS]
 
 
 def options_of(name: str) -> dict[str, object]:
@@ -30,11 +32,33 @@ def vit_parameters(width: int, tokens: int, blocks: int = 12) -> int:
     return blocks * block + (16**3 + 1) * width + tokens * width + width + 2 * width
 
 
+def resnet_parameters(blocks: tuple[int, ...], expansion: int) -> int:
+    """Convolutions without bias but those of the projections, and a norm behind each."""
+    total, inputs = 64 * 7**3 + 2 * 64, 64
+    for stage, count in enumerate(blocks):
+        width = 64 * 2**stage
+        out = expansion * width
+        for number in range(count):
+            if expansion == 1:
+                total += 27 * width * (inputs + width) + 4 * width
+            else:
+                total += width * (inputs + 27 * width + out) + 4 * width + 2 * out
+            if number == 0 and (stage or inputs != out):
+                total += out * (inputs + 1) + 2 * out
+            inputs = out
+    return total
+
+
 # Encoder -> number of parameters, number of features, shape of the deepest map of a 121 x 145 x 121 volume.
 KNOWN = {
     "densenet121": (11_831_040 - (1024 + 1) * 512 - (512 + 1) * 128, 1024, (3, 4, 3)),
+    "resnet10": (resnet_parameters((1, 1, 1, 1), 1), 512, (4, 5, 4)),
     "resnet18": (33_160_896, 512, (4, 5, 4)),
+    "resnet34": (resnet_parameters((3, 4, 6, 3), 1), 512, (4, 5, 4)),
     "resnet50": (46_158_912, 2048, (4, 5, 4)),
+    "resnet101": (resnet_parameters((3, 4, 23, 3), 4), 2048, (4, 5, 4)),
+    "resnet152": (resnet_parameters((3, 8, 36, 3), 4), 2048, (4, 5, 4)),
+    "resnet200": (resnet_parameters((3, 24, 36, 3), 4), 2048, (4, 5, 4)),
     "unet": (14_134_944, 512, (7, 9, 7)),
     "resenc-l": (90_296_576, 320, (4, 5, 4)),
     "vit-small": (vit_parameters(384, 8 * 10 * 8), 384, (8 * 10 * 8 + 1,)),
@@ -58,7 +82,7 @@ def test_parameters_features_and_deepest_map_at_the_vbm_grid(name):
     assert encoder.trunk(pad_to(volumes, encoder.multiple)).shape[2:] == deepest
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", EACH_ENCODER)
 def test_the_last_map_comes_with_the_features_also_of_transformers(name):
     with torch.device("cpu" if name == "swin-unetr" else "meta"):
         encoder = build_encoder(name, {})
@@ -128,7 +152,7 @@ def test_every_parameter_gets_a_gradient_on_the_coarse_grid(name):
     [
         (n, norm)
         for n in ENCODERS
-        if n != "vit-large"
+        if n not in DEEPER
         for norm in (("layer",) if n in TRANSFORMERS else ("group", "instance"))
     ],
 )
@@ -145,7 +169,7 @@ def test_features_of_a_scan_do_not_depend_on_the_batch_without_batch_statistics(
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3 * float(alone.std()))
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("name", [name for name in SMALLEST if name not in DEEPER_RESNETS])
 @pytest.mark.parametrize("instance", [False, True])
 def test_the_smallest_grid_works_and_a_smaller_one_is_refused(name, instance):
     norm, side = "instance" if instance else "batch", SMALLEST[name][instance]
@@ -235,6 +259,39 @@ def test_dropout_acts_in_training_and_never_in_evaluation(name, options):
     with torch.no_grad():
         torch.testing.assert_close(dropping.eval()(volumes), plain.eval()(volumes), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(dropping.train()(volumes), plain(volumes), rtol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "dilated"), [("resnet10", False), ("resnet18", True)])
+def test_a_padded_shortcut_is_a_projection_that_copies_channels(name, dilated):
+    """With these weights of the projection, zero running means and variances of 1 both networks compute the same."""
+    torch.manual_seed(0)
+    options = {"width": 0.25, "dilated": dilated}
+    projected, padded = (build_encoder(name, {**options, "shortcut": s}).eval() for s in ("projection", "padding"))
+    missing, unexpected = padded.load_state_dict(projected.state_dict(), strict=False)
+    assert missing == []
+    assert unexpected
+    assert all(".downsample." in key for key in unexpected)
+    for key, value in projected.state_dict().items():
+        if key.endswith("downsample.0.weight"):
+            out, inputs = value.shape[:2]
+            value.copy_(torch.eye(out)[:, :inputs].reshape(value.shape))
+        elif key.endswith("downsample.0.bias"):
+            value.zero_()
+        elif key.endswith("downsample.1.running_var"):
+            value.fill_(1 - 1e-5)
+    volumes = torch.randn(2, 1, 37, 40, 33)
+    with torch.no_grad():
+        expected, found = projected(volumes), padded(volumes)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_token_of_a_vit_is_that_of_the_corner():
+    torch.manual_seed(0)
+    encoder = build_encoder("vit-small", {"grid": [32, 48, 32], "pooling": "first"}).eval()
+    with torch.no_grad():
+        (last_map,), features = encoder.maps_and_features(torch.randn(2, 1, 32, 48, 32))
+    assert torch.equal(features, last_map[:, :, 0, 0, 0])
 
 
 def test_width_scales_the_features():

@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from pretrain.config import OptimizerSection
-from pretrain.encoders import ENCODERS, build_encoder
+from pretrain.encoders import build_encoder
+from pretrain.encoders.resnet import RESNETS
 from pretrain.engine.layerwise import Lamb, Lars
 from pretrain.engine.optimizers import build_optimizer, depth_of, parameter_groups
 from pretrain.losses.temperature import Temperature
 from pretrain.model import ContrastiveModel, Projector
+from tests.pretrain.encoders.names import EACH_ENCODER
 from tests.reference import optimizers as naive
 
-DEPTHS = {"densenet121": 4, "resnet18": 4, "resnet50": 4, "unet": 4, "resenc-l": 6, "vit-small": 12, "vit-base": 12,
+DEPTHS = {"densenet121": 4, **dict.fromkeys(RESNETS, 4), "unet": 4, "resenc-l": 6, "vit-small": 12, "vit-base": 12,
           "vit-large": 24, "swin-unetr": 4}  # fmt: skip
 
 
@@ -28,7 +30,7 @@ def network(name: str, **options: object) -> ContrastiveModel:
         return ContrastiveModel(encoder, Projector(int(encoder.feature_size), 8, 4), Temperature())
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", EACH_ENCODER)
 def test_layer_decay_reaches_every_block_of_every_encoder_in_order(name):
     model = network(name)
     depths = [depth_of(parameter) for parameter, _ in model.encoder.named_parameters()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ def batch_norm(state, name, x):
     return F.batch_norm(x, *(state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")))
 
 
-def resnet_state(blocks, bottleneck, downsample_bias):
-    """The tensors of a 3D ResNet as MONAI and MedicalNet name them."""
+def resnet_state(blocks, bottleneck, downsample_bias, projections=True):
+    """The tensors of a 3D ResNet as MONAI and MedicalNet name them; with shortcut A it has no projections."""
     tensors, inputs = Tensors(), 64
     tensors.conv("conv1", 64, 1, 7)
     tensors.norm("bn1", 64)
@@ -38,7 +39,9 @@ def resnet_state(blocks, bottleneck, downsample_bias):
             for index, size in enumerate(sizes, 1):
                 tensors.conv(f"{name}.conv{index}", *size)
                 tensors.norm(f"{name}.bn{index}", size[0])
-            if number == 0 and (stage > 1 or inputs != out):
+            for part in ("weight", "bias"):  # small branches, so that deep networks keep what is in the scan
+                tensors.state[f"{name}.bn{len(sizes)}.{part}"] *= 0.3
+            if projections and number == 0 and (stage > 1 or inputs != out):
                 tensors.conv(f"{name}.downsample.0", out, inputs, 1, bias=downsample_bias)
                 tensors.norm(f"{name}.downsample.1", out)
             inputs = out
@@ -72,6 +75,9 @@ def naive_resnet(state, volumes, blocks, *, first_stride, strides, dilations):
                 bias = state.get(f"{name}.downsample.0.bias")
                 x = F.conv3d(x, state[f"{name}.downsample.0.weight"], bias, stride=stride)
                 x = batch_norm(state, f"{name}.downsample.1", x)
+            elif x.shape != out.shape:  # shortcut A: subsampled, and channels of zeros
+                x = F.avg_pool3d(x, kernel_size=1, stride=stride)
+                x = torch.cat([x, torch.zeros(len(x), out.shape[1] - x.shape[1], *x.shape[2:])], dim=1)
             x = (out + x).relu()
     return x.mean(dim=(2, 3, 4))
 
@@ -137,12 +143,90 @@ def simclr_file():
     return file, lambda volumes: naive_resnet(state, volumes, (2, 2, 2, 2), **strides)
 
 
-def medicalnet_file():
-    state = resnet_state((3, 4, 6, 3), True, False)
+# Depth -> blocks of each stage, bottlenecks, and projections as shortcuts (B), as MedicalNet's README lists its files.
+MEDICALNET = {
+    10: ((1, 1, 1, 1), False, True), 18: ((2, 2, 2, 2), False, False), 34: ((3, 4, 6, 3), False, False),
+    50: ((3, 4, 6, 3), True, True), 101: ((3, 4, 23, 3), True, True), 152: ((3, 8, 36, 3), True, True),
+    200: ((3, 24, 36, 3), True, True),
+}  # fmt: skip
+
+
+def medicalnet_file(depth):
+    blocks, bottleneck, projections = MEDICALNET[depth]
+    state = resnet_state(blocks, bottleneck, False, projections)
     strides = {"first_stride": 2, "strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4)}
-    return {"state_dict": {f"module.{key}": value for key, value in state.items()}}, lambda volumes: naive_resnet(
-        state, volumes, (3, 4, 6, 3), **strides
-    )
+    content = {f"module.{key}": value for key, value in state.items()}
+    content["module.conv_seg.0.weight"] = torch.zeros(8, 8, 2, 2, 2)
+    return {"state_dict": content}, lambda volumes: naive_resnet(state, volumes, blocks, **strides)
+
+
+def brainiac_resnet_file():
+    blocks = (3, 4, 6, 3)
+    state = resnet_state(blocks, True, True)
+    content = {f"backbone.{key}": value for key, value in state.items()}
+    strides = {"first_stride": 2, "strides": (1, 2, 2, 2), "dilations": (1, 1, 1, 1)}
+    content |= {"projector.layers.0.weight": torch.zeros(4, 4)}
+    return {"epoch": 5, "state_dict": content}, lambda volumes: naive_resnet(state, volumes, blocks, **strides)
+
+
+def vit_state(width=768, blocks=12, patches=216):
+    """The tensors of MONAI 1.3's ViT with its default settings, which have no bias for queries, keys and values."""
+    tensors = Tensors()
+    state, source = tensors.state, tensors.source
+    state["patch_embedding.position_embeddings"] = torch.randn(1, patches, width, generator=source)
+    tensors.conv("patch_embedding.patch_embeddings", width, 1, 16, bias=True)
+
+    def linear(name, out, inputs, bias=True):
+        state[f"{name}.weight"] = torch.randn(out, inputs, generator=source) * inputs**-0.5
+        if bias:
+            state[f"{name}.bias"] = torch.randn(out, generator=source) * 0.1
+
+    for number in range(blocks):
+        name = f"blocks.{number}"
+        linear(f"{name}.mlp.linear1", 4 * width, width)
+        linear(f"{name}.mlp.linear2", width, 4 * width)
+        tensors.norm(f"{name}.norm1", width, running=False)
+        linear(f"{name}.attn.out_proj", width, width)
+        linear(f"{name}.attn.qkv", 3 * width, width, bias=False)
+        tensors.norm(f"{name}.norm2", width, running=False)
+    tensors.norm("norm", width, running=False)
+    return state
+
+
+def naive_vit(state, volumes, heads=12, blocks=12):
+    """(N, 1, D, H, W) -> (N, C): the normed token of the first patch."""
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", torch.zeros(()))
+
+    name = "patch_embedding.patch_embeddings"
+    x = F.conv3d(volumes, state[f"{name}.weight"], state[f"{name}.bias"], stride=16).flatten(2).transpose(1, 2)
+    x = x + state["patch_embedding.position_embeddings"]
+    size = x.shape[-1] // heads
+    for number in range(blocks):
+        name = f"blocks.{number}"
+        query, key, value = linear(norm(x, f"{name}.norm1"), f"{name}.attn.qkv").split(x.shape[-1], dim=-1)
+        mixed = []
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            scores = query[..., part] @ key[..., part].transpose(1, 2) / size**0.5
+            mixed.append(scores.softmax(-1) @ value[..., part])
+        x = x + linear(torch.cat(mixed, dim=-1), f"{name}.attn.out_proj")
+        hidden = F.gelu(linear(norm(x, f"{name}.norm2"), f"{name}.mlp.linear1"))
+        x = x + linear(hidden, f"{name}.mlp.linear2")
+    return norm(x, "norm")[:, 0]
+
+
+def brainiac_vit_file():
+    state = vit_state()
+    content = {f"backbone.{key}": value for key, value in state.items()}
+    content |= {f"backbone.blocks.{n}.norm_cross_attn.weight": torch.ones(768) for n in range(12)}  # of newer MONAI
+    content |= {"projection_head.0.weight": torch.zeros(4, 768), "criterion.temperature": torch.zeros(1)}
+    lightning = {"epoch": 18, "state_dict": content, "loops": {}, "hyper_parameters": {"lr": 5e-4}}
+    return lightning, lambda volumes: naive_vit(state, volumes)
 
 
 def nnssl_file():
@@ -170,31 +254,34 @@ def monai_file():
 
 
 FILES = {
-    "resnet18-neuro-simclr": simclr_file, "resnet50-medicalnet": medicalnet_file, "resenc-l-nnssl": nnssl_file,
-    "densenet121-nidl": nidl_file, "swin-unetr-monai": monai_file,
+    "resnet18-neuro-simclr": simclr_file, "resenc-l-nnssl": nnssl_file, "densenet121-nidl": nidl_file,
+    "swin-unetr-monai": monai_file, "resnet50-brainiac": brainiac_resnet_file, "vit-base-brainiac": brainiac_vit_file,
+    **{f"resnet{depth}-medicalnet": partial(medicalnet_file, depth) for depth in MEDICALNET},
 }  # fmt: skip
+SIDES = {"resenc-l-nnssl": 64, "densenet121-nidl": 48, "swin-unetr-monai": 64, "vit-base-brainiac": 96}  # others: 32
+# 10 CPU seconds each: large networks
+LONG = ("resenc-l-nnssl", "swin-unetr-monai", "resnet50-brainiac", "vit-base-brainiac",
+        *(f"resnet{depth}-medicalnet" for depth in (18, 34, 50, 101)))  # fmt: skip
+LONGEST = ("resnet152-medicalnet", "resnet200-medicalnet")
 
 
-SIDES = {
-    "resnet18-neuro-simclr": 32,
-    "resnet50-medicalnet": 48,
-    "resenc-l-nnssl": 64,
-    "densenet121-nidl": 48,
-    "swin-unetr-monai": 64,
-}
+def marks_of(arch):
+    return [pytest.mark.jobs] * (arch in LONG) + [pytest.mark.slow] * (arch in LONGEST)
 
 
-LONG = ("resenc-l-nnssl", "resnet50-medicalnet", "swin-unetr-monai")  # 10 CPU seconds each: large networks
+def test_every_layout_but_the_first_has_a_file_here():
+    assert {*FILES, "densenet121-yaware"} == set(ARCHITECTURES)  # that one: test_import_weights.py
 
 
-@pytest.mark.parametrize("arch", [pytest.param(arch, marks=[pytest.mark.jobs] * (arch in LONG)) for arch in FILES])
+@pytest.mark.parametrize("arch", [pytest.param(arch, marks=marks_of(arch)) for arch in FILES])
 def test_an_imported_file_gives_the_features_of_the_original_network(tmp_path, arch):
     content, original = FILES[arch]()
     torch.save(content, tmp_path / "weights.pt")
     out, match = import_weights(tmp_path / "weights.pt", arch, tmp_path / "out", preprocessing=preprocessing_from("4"))
     assert not match.missing
-    side = SIDES[arch]
+    side = SIDES.get(arch, 32)
     volumes = torch.randn(2, 1, side, side, side, generator=torch.Generator().manual_seed(1))
+    volumes[1] *= 3
     encoder = Encoder.from_pretrained(out)
     with torch.no_grad():
         features, expected = encoder(volumes), original(volumes)
@@ -206,9 +293,18 @@ def test_an_imported_file_gives_the_features_of_the_original_network(tmp_path, a
     assert f"Licence of the published weights: {ARCHITECTURES[arch].licence}." in card
 
 
-@pytest.mark.parametrize("arch", ["resnet18-neuro-simclr", "densenet121-nidl"])
-def test_a_file_of_another_layout_is_refused(tmp_path, arch):
-    other = {"resnet18-neuro-simclr": "densenet121-nidl"}.get(arch, "resnet18-neuro-simclr")
+@pytest.mark.parametrize(
+    ("arch", "other"),
+    [
+        ("resnet18-neuro-simclr", "densenet121-nidl"),
+        ("densenet121-nidl", "resnet18-neuro-simclr"),
+        ("resnet10-medicalnet", "resnet18-neuro-simclr"),
+        ("resnet18-medicalnet", "resnet10-medicalnet"),
+        ("resnet50-brainiac", "resnet10-medicalnet"),
+        ("vit-base-brainiac", "densenet121-nidl"),
+    ],
+)
+def test_a_file_of_another_layout_is_refused(tmp_path, arch, other):
     torch.save(FILES[other]()[0], tmp_path / "weights.pt")
     with pytest.raises(UserError) as caught:
         import_weights(tmp_path / "weights.pt", arch, tmp_path / "out", preprocessing=preprocessing_from("4"))

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from infra.errors import UserError
 from infra.files import sha256_of, write_json
-from pretrain.encoders import ENCODERS, build_encoder
+from pretrain.encoders import build_encoder
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.likeness import Likeness
 from pretrain.weights.weight_shapes import empty_state
 from tests.cohorts import GRID
 from tests.odd_files import put_in_place
+from tests.pretrain.encoders.names import EACH_ENCODER
 from tests.pretrain.weights.encoders import CONFIG, OPTIONS, PREPROCESSING, write_scans, write_small_encoder
 from tests.runs import ROOT
 
@@ -311,7 +312,7 @@ def test_an_encoder_of_ones_own_is_read_as_before(exported):
     assert encoder.config["run_name"] == "y-aware"
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", EACH_ENCODER)
 def test_shapes_are_known_without_building(name):
     if name in ("vit-base", "vit-large", "resenc-l", "vit-small"):
         with torch.device("meta"):  # the large ones: torch's own way, which swin-unetr does not allow
