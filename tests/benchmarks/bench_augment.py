@@ -11,24 +11,30 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import ndimage
 
 from data_pipeline.loading.augment import PRESETS, Augmentation
 from data_pipeline.loading.augmentations.noise import noise_bank
 from data_pipeline.loading.dali_graph import AugmentPipeline
 from data_pipeline.loading.source import ViewSampler
+from tests.benchmarks.peers.transforms import (
+    OPERATORS,
+    SHAPE,
+    by_transforms,
+    clock,
+    monai_transform,
+    torchio_transform,
+    volume,
+)
 
-SHAPE = (121, 145, 121)
 PRESET = PRESETS["default"]
-Transform = Callable[[torch.Tensor], torch.Tensor]
+BATCH = 2  # scans
 
 
 def single(settings: Augmentation, operator: str, p: float) -> Augmentation:
@@ -36,127 +42,32 @@ def single(settings: Augmentation, operator: str, p: float) -> Augmentation:
     return Augmentation(**{operator: replace(settings[operator], p=p)})
 
 
-OPERATORS = ("flip", "affine", "crop", "blur", "noise", "cutout")
+@contextmanager
+def graph(settings: Augmentation, device: str) -> Iterator[Callable[[], Any]]:
+    """Give a function that augments the two views of BATCH scans in the DALI graph, after its first calls."""
+    voxels, sampler = volume(), ViewSampler(settings, SHAPE, 0)
+    noise_bank(SHAPE, 0)  # built once per run, so it is not measured
 
+    def source(step: int) -> list[list[Any]]:
+        return [sampler.arrays(voxels, BATCH * step + index, 0) for index in range(BATCH)]
 
-def volume() -> Any:
-    """Return a smooth random volume (D, H, W), float16."""
-    source = np.random.default_rng(0).random(SHAPE, dtype=np.float32)
-    return ndimage.gaussian_filter(source, 3).astype(np.float16)
-
-
-def clock(device: str) -> float:
-    """Return CPU seconds of this process, or wall-clock seconds on a GPU after all its work is done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+    kind = "gpu" if device == "cuda" else "cpu"
+    pipeline = AugmentPipeline(source, settings, shape=SHAPE, batch=BATCH, device=kind, threads=1, prefetch=1)
+    try:
+        for _ in range(3):  # not measured: loads libraries and allocates buffers
+            pipeline.run()
+        yield pipeline.run
+    finally:
+        pipeline.close()
 
 
 def ours(settings: Augmentation, scans: int, device: str) -> float:
     """Return the seconds per view of the DALI graph."""
-    voxels, sampler, batch = volume(), ViewSampler(settings, SHAPE, 0), 2
-    noise_bank(SHAPE, 0)  # built once per run, so it is not measured
-
-    def source(step: int) -> list[list[Any]]:
-        return [sampler.arrays(voxels, batch * step + index, 0) for index in range(batch)]
-
-    kind = "gpu" if device == "cuda" else "cpu"
-    pipeline = AugmentPipeline(source, settings, shape=SHAPE, batch=batch, device=kind, threads=1, prefetch=1)
-    for _ in range(3):  # not measured: loads libraries and allocates buffers
-        pipeline.run()
-    started = clock(device)
-    for _ in range(scans // batch):
-        pipeline.run()
-    seconds = clock(device) - started
-    pipeline.close()
-    return seconds / (2 * scans)
-
-
-def by_transforms(build: Callable[[Augmentation], Transform], settings: Augmentation, scans: int, device: str) -> float:
-    """Return the seconds per view of transforms of one (1, D, H, W) float32 volume."""
-    voxels, transform = torch.from_numpy(volume().astype(np.float32))[None], build(settings)
-
-    def two_views() -> None:
-        scan = voxels.to(device)
-        scored = (scan - scan.mean()) / scan.std()
-        for _ in range(2):
-            transform(scored.clone())
-
-    two_views()
-    started = clock(device)
-    for _ in range(scans):
-        two_views()
-    return (clock(device) - started) / (2 * scans)
-
-
-def monai_transform(settings: Augmentation) -> Transform:
-    """Return MONAI's transforms for the operators in ``settings``."""
-    from monai import transforms as m
-    from monai.utils import set_determinism
-
-    set_determinism(0)
-    flip, affine, crop, blur, noise, cutout = (settings[name] for name in OPERATORS)
-    draw, steps = np.random.default_rng(0), []
-    box = m.Compose([
-        m.RandSpatialCrop([round(n * crop.side) for n in SHAPE], random_size=False), m.Resize(SHAPE, mode="trilinear"),
-    ])  # fmt: skip
-    if flip.p:
-        steps.append(m.RandFlip(flip.p, spatial_axis=0))
-    if affine.p:
-        steps.append(m.RandAffine(
-            affine.p, rotate_range=[np.deg2rad(affine.degrees)] * 3, scale_range=[affine.zoom] * 3,
-            translate_range=[affine.shift * n for n in SHAPE], mode="bilinear", padding_mode="border",
-            spatial_size=SHAPE, cache_grid=True,
-        ))  # fmt: skip
-    if crop.p:
-        steps.append(lambda view: box(view) if draw.random() < crop.p else view)
-    if blur.p:
-        steps.append(m.RandGaussianSmooth(blur.sigma, blur.sigma, blur.sigma, prob=blur.p))
-    if noise.p:
-        steps.append(m.RandGaussianNoise(noise.p, std=noise.sigma[1]))
-    if cutout.p:
-        size = [round(n * cutout.side) for n in SHAPE]
-        steps.append(m.RandCoarseDropout(1, size, fill_value=0.0, prob=cutout.p))
-    return m.Compose(steps)  # type: ignore[no-any-return]
-
-
-def torchio_transform(settings: Augmentation) -> Transform:
-    """Return TorchIO's transforms for the operators in ``settings``; TorchIO has no cutout."""
-    import torchio as t
-
-    torch.manual_seed(0)
-    flip, affine, crop, blur, noise, _ = (settings[name] for name in OPERATORS)
-    draw, steps = np.random.default_rng(0), []
-
-    def boxed(view: torch.Tensor) -> torch.Tensor:
-        if draw.random() >= crop.p:
-            return view
-        size = [round(n * crop.side) for n in SHAPE]
-        low = [int(draw.integers(n - s + 1)) for n, s in zip(SHAPE, size, strict=True)]
-        bounds = [v for a, n, s in zip(low, SHAPE, size, strict=True) for v in (a, n - s - a)]
-        return t.Resize(SHAPE)(t.Crop(tuple(bounds))(view))  # type: ignore[no-any-return]
-
-    if flip.p:
-        steps.append(t.RandomFlip(axes=(0,), flip_probability=1.0, p=flip.p))
-    if affine.p:
-        shift = tuple(affine.shift * n for n in SHAPE)
-        steps.append(t.RandomAffine(
-            scales=affine.zoom, degrees=affine.degrees, translation=shift, isotropic=True, p=affine.p,
-        ))  # fmt: skip
-    if crop.p:
-        steps.append(boxed)
-    if blur.p:
-        steps.append(t.RandomBlur(std=blur.sigma, p=blur.p))
-    if noise.p:
-        steps.append(t.RandomNoise(std=noise.sigma, p=noise.p))
-
-    def all_of(view: torch.Tensor) -> torch.Tensor:
-        for step in steps:
-            view = step(view)
-        return view
-
-    return all_of
+    with graph(settings, device) as run:
+        started = clock(device)
+        for _ in range(scans // BATCH):
+            run()
+        return (clock(device) - started) / (2 * scans)
 
 
 def main() -> None:

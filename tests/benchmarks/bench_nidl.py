@@ -17,93 +17,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from data_pipeline.loading.augment import PRESETS
 from pretrain.run.folder import read_metrics
 from tests.benchmarks.bench_training import simulated_shards
-
-WARM_UP = 5  # first steps of a run, not counted
-# Our precision -> Lightning's.
-PRECISIONS = {"fp32": "32-true", "autocast": "bf16-mixed"}
-
-
-class Scans(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Two augmented views (1, D, H, W) of each .npy file, and the age (1,)."""
-
-    def __init__(self, files: list[Path], ages: Any, transform: Any) -> None:
-        self.files, self.ages, self.transform = files, ages, transform
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-        volume = np.load(self.files[index])[None]
-        views = [torch.from_numpy(np.ascontiguousarray(self.transform(volume), dtype=np.float32)) for _ in range(2)]
-        return views, torch.tensor([self.ages[index]], dtype=torch.float32)
-
-
-def nidl_transform(shape: tuple[int, ...]) -> Any:
-    """Return nidl's transforms for the preset ``paper-all``."""
-    from nidl.volume.transforms import augmentation, preprocessing
-
-    paper = PRESETS["paper-all"]
-    box = {name: (paper[name].side ** 3,) * 2 for name in ("crop", "cutout")}
-    steps = [
-        preprocessing.ZNormalization(),
-        augmentation.RandomFlip(axes=0, p=paper["flip"].p),
-        augmentation.RandomResizedCrop(shape, scale=box["crop"], ratio=(1.0, 1.0), p=paper["crop"].p),
-        augmentation.RandomGaussianBlur(sigma=paper["blur"].sigma, p=paper["blur"].p),
-        augmentation.RandomGaussianNoise(std=paper["noise"].sigma, p=paper["noise"].p),
-        augmentation.RandomErasing(scale=box["cutout"], ratio=(1.0, 1.0), p=paper["cutout"].p),
-    ]
-
-    def apply(volume: Any) -> Any:
-        for step in steps:
-            volume = step(volume)
-        return volume
-
-    return apply
-
-
-def nidl_case(folder: str, batch: int, workers: int, steps: int, precision: str, tf32: bool) -> dict[str, float]:
-    """Train with nidl in this process; return scans per second and the peak of GPU memory in bytes."""
-    import pytorch_lightning as pl
-    from nidl.estimators.ssl import YAwareContrastiveLearning
-    from nidl.volume.backbones.densenet3d import densenet121
-
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    files = sorted(Path(folder, "npy").glob("*.npy"))
-    ages = np.random.default_rng(0).uniform(6, 88, len(files))
-    repeated = files * -(-batch * steps // len(files))
-    scans = Scans(repeated, np.resize(ages, len(repeated)), nidl_transform(np.load(files[0]).shape))
-    loader = torch.utils.data.DataLoader(
-        scans, batch, shuffle=True, num_workers=workers, drop_last=True, pin_memory=torch.cuda.is_available()
-    )
-    ends: list[float] = []
-
-    class Clock(pl.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-
-    method = YAwareContrastiveLearning(
-        densenet121(n_embedding=1024), proj_input_dim=1024, bandwidth=25.0, max_steps=steps, precision=PRECISIONS[precision],
-        callbacks=[Clock()], enable_checkpointing=False, enable_progress_bar=False, logger=False, num_sanity_val_steps=0,
-        lr_scheduler="none", default_root_dir=folder,
-    )  # fmt: skip
-    method.fit(loader)
-    seconds = statistics.median(np.diff(ends[WARM_UP:])) if steps > WARM_UP + 2 else ends[-1] - ends[-2]
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"rate": batch / float(seconds), "bytes": peak}
+from tests.benchmarks.cases.preset import operators
+from tests.benchmarks.peers.nidl_training import PRECISIONS, WARM_UP, nidl_case
 
 
 def our_rate(
@@ -147,7 +71,7 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case:
-        print("\n" + json.dumps(nidl_case(*json.loads(chosen.case))))
+        print("\n" + json.dumps(nidl_case(*json.loads(chosen.case), operators("paper-all"))))
         return
     if not find_spec("nidl"):
         print("nidl is not installed (pip install nidl): not measured")

@@ -131,7 +131,7 @@ def steps_of_a_rank(case: Case, rank: int, *, parts: bool) -> list[dict[str, flo
         seconds = dict.fromkeys(PARTS, 0.0)
         if case.ranks > 1:
             dist.barrier()  # a step begins on all ranks at a time
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         with timed_exchange(seconds) if parts else nullcontext():
             embeddings, _ = model(views)
             y_aware_infonce(embeddings, ages, kernel=kernel, gather=ranks).backward()
@@ -145,7 +145,8 @@ def steps_of_a_rank(case: Case, rank: int, *, parts: bool) -> list[dict[str, flo
         optimizer.zero_grad()
         whole = time.perf_counter() - started
         seconds["compute"] = whole - sum(seconds.values())
-        measured.append({**seconds, "step": whole} if parts else {"step": whole})
+        cpu = time.process_time() - used
+        measured.append({**seconds, "step": whole, "cpu": cpu} if parts else {"step": whole, "cpu": cpu})
     return measured[WARM:]
 
 

@@ -1,17 +1,13 @@
-"""CPU seconds of short commands, most of which are imports: `python -m tests.benchmarks.bench_startup [--quick]`.
+"""CPU seconds of short commands, most of which are imports.
 
-Builds shards of 36 small scans and pretrains 0 steps of a small ResNet18. Then every command runs three times, each in a new
-process; the median counts, with its range. CPU seconds include those of all processes that the command started and ended. Of
-`evaluate` the time until its first line is measured, and then the whole command.
+Shards of 36 small scans and a run of 0 steps of a small ResNet18 are prepared once. CPU seconds include those of all processes
+that a command started and ended. Of ``evaluate`` the time until its first line is measured, too.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -79,33 +75,30 @@ def prepare(folder: Path) -> None:
     whole([*commands(folder)["pretrain, 0 steps"][1][:-1], f"--run.output={folder / 'run'}"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="has no effect: nothing runs on a GPU")
-    parser.add_argument("--quick", action="store_true", help="once instead of three times")
-    parser.add_argument("--only", help="measure the command of this name, for example plan")
-    options = parser.parse_args()
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"{os.cpu_count()} cores {platform.machine()}, load average {load}")
-    print(f"{'':<24}{'CPU seconds':>12}{'range':>16}{'seconds':>10}")
+def command(data: str, name: str) -> dict[str, float]:
+    """Measure the command ``name`` once, on a copy of the prepared folder."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = Path(temporary, "startup")
+        shutil.copytree(Path(data, "startup"), folder)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-        prepare(folder)
-        for name, (measure, command) in commands(folder).items():
-            if options.only not in (None, name):
-                continue
-            taken = []
-            for _ in range(1 if options.quick else 3):
-                shutil.rmtree(folder / "new", ignore_errors=True)
-                (folder / "new.tsv").unlink(missing_ok=True)
-                taken.append(measure(command))
-            used, seconds = zip(*taken, strict=True)
-            shown = f"{min(used):.2f} to {max(used):.2f}"
-            print(
-                f"{name:<24}{statistics.median(used):>12.2f}{shown:>16}{statistics.median(seconds):>10.2f}", flush=True
-            )
+        measure, arguments = commands(folder)[name]
+        used, seconds = measure(arguments)
+    return {"cpu": used, "wall": seconds}
 
 
-if __name__ == "__main__":
-    main()
+def further_scans(data: str, scans: int) -> dict[str, float]:
+    """Return the seconds of a further scan of DenseNet121 at full size: those of ``scans`` + 1 less those of one, shared."""
+    found = sorted(Path(data, "full", "cohort").glob("sub-*/**/*.nii.gz"))[: scans + 1]
+    with tempfile.TemporaryDirectory() as temporary:
+        run = Path(temporary, "run")
+        whole([
+            "pretrain", "--config", "paper-bhb10k", f"--data.shards={Path(data, 'full', 'shards')}", "--batch.global=2",
+            "--batch.micro=null", "--train.epochs=null", "--train.steps=0", "--monitor.every_epochs=0", "--readouts.fit=false",
+            f"--run.output={run}", f"--run.tracking_uri=sqlite:///{temporary}/mlflow.db",
+        ])  # fmt: skip
+        out = str(Path(temporary, "new.tsv"))
+        one = whole(["embed", str(run), str(found[0]), "--out", out])
+        Path(out).unlink()
+        all_of = whole(["embed", str(run), *map(str, found), "--out", out])
+    cpu, wall = ((many - single) / (len(found) - 1) for many, single in zip(all_of, one, strict=True))
+    return {"cpu": cpu, "wall": wall, "start": one[1], "start_cpu": one[0]}

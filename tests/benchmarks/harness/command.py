@@ -1,0 +1,251 @@
+"""Measure the rows and write the page: `python -m tests.benchmarks`, or `make bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from infra.errors import UserError
+from infra.files import check_output, writable_folder, write_json
+from tests.benchmarks.harness import environment, machine, page, roofline
+from tests.benchmarks.harness.row import Row, Side
+from tests.benchmarks.harness.statistics import median_of
+from tests.benchmarks.harness.table import DATA, QUICK, Data, Sizes, data_of, rows_of
+from tests.benchmarks.harness.turns import MAX_SPREAD, CaseFailed, Result, run_case, run_row
+
+NO_PEERS = "none"
+NOT_MEASURED = "not measured: --peers none"
+RESULT = "performance.json"
+
+
+@dataclass
+class Bench:
+    """The state of a run.
+
+    Attributes:
+        out: folder of the results.
+        sizes: how much each row does.
+        peers: interpreter of the peers' environment; None measures without peers.
+        until: time.monotonic() after which no row is measured again.
+        kept: digest of everything but the row that a kept result depends on.
+        failed: prepared data that could not be made, and why.
+    """
+
+    out: Path
+    sizes: Sizes
+    peers: Path | None
+    until: float
+    kept: str
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def run(self, case: str, arguments: Mapping[str, Any], *, peer: bool, threads: int = 1) -> Result:
+        """Run a case in the environment that it needs."""
+        if peer and self.peers is None:
+            raise CaseFailed(NOT_MEASURED)
+        python = str(self.peers) if peer else sys.executable
+        data = str(self.out / "data")
+        placed = json.loads(json.dumps(arguments).replace(DATA, data))
+        try:
+            return run_case(python, case, placed, threads)
+        except CaseFailed as error:  # its text goes onto the page, which names no folder of this machine
+            folders = {data: "DATA", str(machine.ROOT): ".", str(Path(python).parents[1]): "ENVIRONMENT"}
+            text = str(error)
+            for folder, name in folders.items():
+                text = text.replace(folder, name)
+            raise CaseFailed(text[:300]) from None
+
+    def prepare(self, name: str) -> str:
+        """Prepare data if it is not there; return an empty text, or why it cannot be made."""
+        stamp = self.out / "data" / f".{name}"
+        if stamp.is_file() or name in self.failed:
+            return self.failed.get(name, "")
+        data: Data = data_of(self.sizes)[name]
+        for earlier in data.after:
+            if reason := self.prepare(earlier):
+                return reason
+        for folder in data.folders:
+            shutil.rmtree(self.out / "data" / folder, ignore_errors=True)
+        (self.out / "data").mkdir(parents=True, exist_ok=True)
+        try:
+            self.run(data.case, data.arguments, peer=data.peer, threads=os.cpu_count() or 1)
+        except CaseFailed as error:
+            self.failed[name] = str(error)
+            return str(error)
+        stamp.touch()
+        return ""
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        """Return the row's result: the kept one, or a new one, which is kept."""
+        path, key = self.out / "rows" / f"{row.name}.json", row.fingerprint(self.kept)
+        if path.is_file():
+            kept: dict[str, Any] = json.loads(path.read_text())
+            if kept["key"] == key:
+                return kept
+        shared = "".join(self.prepare(name) for name in row.needs)
+        errors = {}
+        for side in row.sides:
+            reason = NOT_MEASURED if side.peer and self.peers is None else shared
+            reason = reason or "".join(self.prepare(name) for name in side.needs)
+            if reason:
+                errors[side.name] = reason
+
+        def run(side: Side) -> Result:
+            return self.run(side.case, side.arguments, peer=side.peer, threads=row.threads)
+
+        result = run_row(row, run, errors=errors, repeat=lambda: time.monotonic() < self.until)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**result, "key": key})
+        return dict(json.loads(path.read_text()))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that every row runs")
+    parser.add_argument("--rows", metavar="PATTERNS", help="only these rows, for example 'read*,loss-8192'; see --list")
+    parser.add_argument("--list", action="store_true", help="list the rows and how long each takes, and end")
+    parser.add_argument(
+        "--peers", metavar="FOLDER", help=f"folder of the peers' environment (default: a cache), or {NO_PEERS}"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench"), help="folder of data and results; finished rows in it are kept"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=40,
+        help=f"measure no row again (spread above {MAX_SPREAD:.0%}) after this time",
+    )
+    parser.add_argument("--page", type=Path, metavar="JSON", help="write the page of this result into docs, and end")
+    return parser.parse_args(arguments)
+
+
+def chosen_rows(rows: Sequence[Row], patterns: str | None) -> list[Row]:
+    """Return the rows that match a pattern; without patterns, those that are not optional.
+
+    Raises:
+        UserError: if a pattern matches no row.
+    """
+    if patterns is None:
+        return [row for row in rows if not row.optional]
+    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    for pattern in wanted:
+        if not any(fnmatch(row.name, pattern) for row in rows):
+            raise UserError(f"--rows={pattern} matches no row; rows: {', '.join(row.name for row in rows)}")
+    return [row for row in rows if any(fnmatch(row.name, pattern) for pattern in wanted)]
+
+
+def line_of(result: Mapping[str, Any]) -> str:
+    """Return what the terminal shows of a row."""
+    shown = []
+    for side in (side["name"] for side in result["sides"]):
+        seconds = median_of(result, side, result["metric"])
+        shown.append(f"{side} " + ("failed" if seconds is None else f"{result['scale'] * seconds:.3g}"))
+    noise = f", spread {result['attempts'][result['chosen']]['spread']:.0%}" + (
+        ", above the limit" if result["noisy"] else ""
+    )
+    return f"{result['name']:<16} {', '.join(shown)} {result['unit']} ({result['seconds']:.0f} s{noise})"
+
+
+def run_all(chosen: argparse.Namespace) -> int:
+    """Measure the rows; return 1 if one of our own sides failed."""
+    sizes = QUICK if chosen.quick else Sizes()
+    rows = chosen_rows(rows_of(sizes), chosen.rows)
+    if chosen.list:
+        for row in rows:
+            print(f"{row.name:<16}{row.seconds:>6.0f} s  {row.title}: {', '.join(side.name for side in row.sides)}")
+        print(f"{'all':<16}{sum(row.seconds for row in rows):>6.0f} s, without preparing data and the peers")
+        return 0
+    check_output(chosen.out, "--out")
+    peers = None
+    if chosen.peers != NO_PEERS:
+        own = writable_folder("bench", programs=True) / "peers" if chosen.peers is None else Path(chosen.peers)
+        peers = environment.make(own.absolute())
+    about = describe(chosen, peers)
+    bench = Bench(chosen.out.absolute(), sizes, peers, time.monotonic() + 60 * chosen.minutes, _kept(about))
+    started, load, results = time.time(), os.getloadavg(), []
+    for row in rows:
+        results.append(bench.measure(row))
+        print(line_of(results[-1]), flush=True)
+    content = {
+        **about, "load": [list(load), list(os.getloadavg())], "started": started, "seconds": time.time() - started,
+        "data_errors": bench.failed, "rows": results, "roofline": counts_of(results),
+    }  # fmt: skip
+    write_json(bench.out / RESULT, content)
+    page.write(content, bench.out / "performance.md", bench.out / "figures")
+    print(f"bench: {bench.out / RESULT} and {bench.out / 'performance.md'} are written", flush=True)
+    if chosen.rows is None and not chosen.quick and peers is not None:
+        publish(content)
+    return report_failures(results)
+
+
+def describe(chosen: argparse.Namespace, peers: Path | None) -> dict[str, Any]:
+    """Return what the result says about command, code, machine and versions."""
+    commit, dirty = machine.commit()
+    return {
+        "format": 1, "quick": chosen.quick, "command": command_of(chosen), "commit": commit, "dirty": dirty,
+        "hardware": machine.hardware(), "versions": machine.versions(),
+        "peers": environment.versions(peers) if peers else {},
+    }  # fmt: skip
+
+
+def _kept(about: Mapping[str, Any]) -> str:
+    """Return what a kept result depends on beside its row: code, machine and versions, but not the clock of the moment."""
+    hardware = {**about["hardware"], "mhz": 0}
+    facts = [hardware, *(about[name] for name in ("quick", "commit", "versions", "peers")), machine.difference()]
+    return json.dumps(facts, sort_keys=True)
+
+
+def counts_of(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return operations and bytes of the recipe's stages, if they were measured."""
+    if not any(row["name"] == "stages" for row in results):
+        return None
+    stored = next((median_of(row, "ours", "bytes") for row in results if row["name"] == "read"), None)
+    return roofline.counts(stored=stored or 1e6)
+
+
+def command_of(chosen: argparse.Namespace) -> str:
+    """Return the command line without the folders of this machine."""
+    rows = [f"--rows '{chosen.rows}'"] if chosen.rows else []
+    peers = ["--peers none"] if chosen.peers == NO_PEERS else []
+    return " ".join(["python -m tests.benchmarks", *rows, *peers, *["--quick"] * chosen.quick])
+
+
+def report_failures(results: Sequence[Mapping[str, Any]]) -> int:
+    """Name our sides that failed; return 1 if there are some."""
+    own = {(row["name"], side["name"]) for row in results for side in row["sides"] if not side["peer"]}
+    failed = [f"{row['name']}, {name}: {text}" for row in results for name, text in row["errors"].items()
+              if (row["name"], name) in own]  # fmt: skip
+    for line in failed:
+        print(f"bench: error: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def publish(content: Mapping[str, Any]) -> None:
+    """Write the page, its figures and the result below docs."""
+    docs = machine.ROOT / "docs"
+    write_json(docs / "benchmarks" / RESULT, dict(content))
+    page.write(content, docs / "performance.md", docs / "figures")
+    print("bench: docs/performance.md is written", flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    chosen = parse(arguments)
+    try:
+        if chosen.page is not None:
+            publish(json.loads(chosen.page.read_text()))
+            return 0
+        return run_all(chosen)
+    except UserError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2

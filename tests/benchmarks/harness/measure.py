@@ -1,0 +1,61 @@
+"""What a case measures of itself: CPU and wall-clock seconds, memory. It needs psutil, in every environment."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+FIELDS = ("user", "system", "children_user", "children_system")
+
+
+def tree_cpu() -> float:
+    """Return the CPU seconds of this process, of the processes below it, and of those that have ended and were waited for."""
+    seconds = 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            seconds += sum(getattr(times, field) for field in FIELDS)
+    return seconds
+
+
+def measured(work: Callable[[], Any], units: int = 1, cpu: Callable[[], float] = time.process_time) -> dict[str, float]:
+    """Run ``work``, which does ``units`` units; return CPU and wall-clock seconds of one of them."""
+    started, used = time.perf_counter(), cpu()
+    work()
+    return {"cpu": (cpu() - used) / units, "wall": (time.perf_counter() - started) / units}
+
+
+def evict(paths: Iterable[Path]) -> None:
+    """Drop files from the page cache, so that the next read comes from the disk. Needs no rights, and Linux."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)  # pages that were not written yet would stay
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def fetched_bytes() -> int:
+    """Return the bytes that this process has caused to be read from a disk, those of mapped files too."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
+def free_bytes() -> int:
+    """Return the available memory of the machine in bytes."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+
+
+def limit_memory(share: float = 0.8) -> None:
+    """Let allocations above a share of the free memory fail in this process, before the kernel ends some process."""
+    limit = int(share * free_bytes())
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -1,0 +1,132 @@
+"""Write the page of a result: tables, ratios, figures and the roofline, all from the JSON content."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from infra.files import atomic_write
+from tests.benchmarks.harness import figures, roofline
+from tests.benchmarks.harness.statistics import median_of, ratio, summary, values_of
+
+MIB = 2**20
+COMMAND = "make bench"
+HEAD = f"""# Performance
+
+`{COMMAND}` measures this project beside the programs that do the same work, on the CPUs of one machine, and writes this
+page from its result. Times depend on the machine; ratios less so.
+"""
+METHOD = """## How it is measured
+
+Every case is a new process that prints its result: CPU seconds, wall-clock seconds, and memory and bytes where they
+matter. In each round every program of a row runs once, and the order is reversed from round to round, so that other
+load meets all of them. The table shows the median of the rounds and their range. A row whose CPU seconds vary by more
+than 15 % of the median in any of its programs is measured again, and marked with \\* if it stays so. *Ours / theirs*
+below 1 means that we are cheaper; it compares CPU seconds, or wall-clock seconds where the row says so. Reading,
+opening, augmentation, losses, ranks, start and search have one thread for each process; the training rows and the
+roofline have two.
+
+The others are installed into an environment of their own, with the versions of `tests/benchmarks/peers.txt` and the
+same torch, NumPy, SciPy and scikit-learn. Its torchvision is an empty package: the wheel of torchvision does not load
+beside torch for CPUs, and no row needs it. MONAI's network and nibabel also run in our environment. Where a program
+fails, the table shows its own error.
+
+    make bench                                                            # all rows, under 40 minutes on two idle cores
+    python -m tests.benchmarks --rows 'read*,loss-*' --peers none         # some rows, without the others
+    python -m tests.benchmarks --list                                     # the rows; search-large runs only if it is named
+
+Finished rows are kept in the folder of the results (`--out`, by default `bench`), so that a run that was cut off
+continues. They are measured again if the code, the versions or the machine have changed.
+"""
+EMPTY = f"No result is here yet: `{COMMAND}` on idle cores replaces this page by its tables and figures.\n"
+
+
+def write(content: Mapping[str, Any], path: Path, images: Path) -> None:
+    """Write the page to ``path`` and its figures into the folder ``images`` beside or above it."""
+    drawn = figures.draw(content, images)
+    folder = Path("figures") if images.name == "figures" else images
+    with atomic_write(path, "w") as stream:
+        stream.write(text_of(content, [(title, folder / name) for title, name in drawn]))
+
+
+def text_of(content: Mapping[str, Any], images: Sequence[tuple[str, Path]] = ()) -> str:
+    """Return the page as Markdown."""
+    lines = [HEAD, *_machine(content)]
+    for title, image in images[:1]:
+        lines += [f"![{title}]({image})", ""]
+    sections = dict.fromkeys(row["section"] for row in content["rows"] if row["section"] != "Roofline")
+    for section in sections:
+        lines += [f"## {section}", "", *_table([row for row in content["rows"] if row["section"] == section]), ""]
+        lines += [f"![{title}]({image})\n" for title, image in images[1:] if title.startswith(section)]
+    lines += [*roofline.section(content), METHOD]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def placeholder() -> str:
+    """Return the page before the first result."""
+    return f"{HEAD}\n{EMPTY}\n{METHOD}".rstrip() + "\n"
+
+
+def _machine(content: Mapping[str, Any]) -> Iterator[str]:
+    hardware, load = content["hardware"], content["load"]
+    date = time.strftime("%Y-%m-%d", time.gmtime(content["started"]))
+    changed = ", with changes that are not committed" if content["dirty"] == "true" else ""
+    yield (
+        f"Measured on {date} with {content['hardware']['cores']} cores of {hardware['processor']}, "
+        f"{hardware['memory_bytes'] / 2**30:.0f} GiB, {hardware['system']}; load average {load[0][0]:.1f} at the start and "
+        f"{load[1][0]:.1f} at the end; commit {content['commit'][:10]}{changed}; `{content['command']}`, "
+        f"{content['seconds'] / 60:.0f} minutes."
+    )
+    yield ""
+    for whose, versions in (("Ours", content["versions"]), ("The others", content["peers"])):
+        if versions:
+            yield f"{whose}: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+            yield ""
+    if content["quick"]:
+        yield "**Small sizes (`--quick`): these figures say nothing about speed.**"
+        yield ""
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "| | | CPU time | range | wall clock | ours / theirs | |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in rows:
+        for number, side in enumerate(row["sides"]):
+            title = row["title"] + (" \\*" if row["noisy"] else "") + (f". {row['note']}" if row["note"] else "")
+            yield "| " + " | ".join([title if number == 0 else "", *_cells(row, side)]) + " |"
+
+
+def _cells(row: Mapping[str, Any], side: Mapping[str, Any]) -> list[str]:
+    name, scale = side["name"], row["scale"]
+    shown = f"**{name}**" if name == "ours" else name
+    if name in row["errors"]:
+        return [shown, "-", "-", "-", "-", "; ".join(filter(None, [_escaped(row["errors"][name]), side["note"]]))]
+    cpu = summary([scale * value for value in values_of(row, name, "cpu")])
+    wall = scale * (median_of(row, name, "wall") or 0.0)
+    share = ratio(row, name)
+    compared = "" if share is None else f"{share:.2f}" + (" (wall)" if row["metric"] == "wall" else "")
+    return [
+        shown, f"{cpu['median']:.3g} {row['unit']}", f"{cpu['min']:.3g} to {cpu['max']:.3g}", f"{wall:.3g}", compared,
+        "; ".join(filter(None, [side["note"], *_more(row, name)])),
+    ]  # fmt: skip
+
+
+def _more(row: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Yield what else was measured: memory, bytes, scans per second, the start."""
+    if peak := median_of(row, name, "peak"):
+        yield f"{peak / MIB:,.0f} MiB"
+    if stored := median_of(row, name, "bytes"):
+        yield f"{stored / 1e6:.2f} MB a scan"
+    if values_of(row, name, "fetched"):
+        yield f"{(median_of(row, name, 'fetched') or 0) / 1e6:.2f} MB from the disk"
+    start, used = median_of(row, name, "start"), median_of(row, name, "start_cpu")
+    if start and used:
+        wall = median_of(row, name, "wall")
+        rate = f"{1 / wall:.2f} scans/s; " if wall and row["section"] == "Training" else ""
+        yield f"{rate}start {start:.1f} s, {used:.1f} CPU s"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

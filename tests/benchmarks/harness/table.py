@@ -1,0 +1,272 @@
+"""The rows of the comparison and the data that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.benchmarks.cases.preset import operators
+from tests.benchmarks.harness.row import Row, Side
+
+DATA = "{data}"  # in an argument: the folder of the prepared data
+FULL = [121, 145, 121]
+COARSE = [41, 49, 41]  # 4.5 mm
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much each row does."""
+
+    full: tuple[int, float] = (32, 1.5)  # people and mm of the scans that are read
+    coarse: tuple[int, float] = (64, 4.5)  # of the scans that are trained on
+    tables: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    views: int = 16
+    losses: tuple[int, ...] = (256, 2048, 8192, 32_768, 65_536)  # 2N
+    sides: tuple[int, ...] = tuple(COARSE)
+    stage_sides: tuple[int, ...] = tuple(FULL)
+    batch: int = 8
+    steps: int = 6
+    loaded: int = 24
+    seconds: float = 100.0  # of a round of the end-to-end row
+    run_steps: int = 100_000
+    gathered: int = 2048
+    worlds: tuple[int, ...] = (1, 2, 4)
+    searched: int | None = None
+    further: int = 4
+    product: int = 4096
+    rounds: int = 3
+
+
+QUICK = Sizes(
+    full=(2, 6.0), coarse=(8, 6.0), tables=(1000,), views=2, losses=(32,), sides=(33, 33, 33), stage_sides=(33, 33, 33),
+    batch=4, steps=1, loaded=1, seconds=1.0, run_steps=8, gathered=64, worlds=(1, 2), searched=120, further=1, product=64,
+    rounds=2,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Data:
+    """Files that are prepared once, before the first row that reads them, by a case in a process of its own."""
+
+    case: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    folders: tuple[str, ...] = ()  # below the data folder; removed if the preparation was cut off
+    after: tuple[str, ...] = ()
+    peer: bool = False
+
+
+def data_of(sizes: Sizes) -> dict[str, Data]:
+    """Return what can be prepared, by name."""
+    scans = {
+        name: Data("cases.data:scans", {"data": DATA, "name": name, "scans": people, "spacing": mm}, (name,))
+        for name, (people, mm) in (("full", sizes.full), ("coarse", sizes.coarse))
+    }
+    tables = {
+        f"{kind}-{n}": Data(case, {"data": DATA, "scans": n}, (f"index/{kind}-{n}",), peer=kind == "mds")
+        for n in sizes.tables
+        for kind, case in (("ours", "cases.data:table"), ("mds", "peers.reading:write_index"))
+    }
+    return scans | tables | {
+        "litdata": Data("peers.reading:write_litdata", {"data": DATA}, ("full/litdata",), ("full",), peer=True),
+        "mds": Data("peers.reading:write_streaming", {"data": DATA}, ("full/mds", "full/mds-zstd"), ("full",), peer=True),
+        "startup": Data("cases.data:small_run", {"data": DATA}, ("startup",)),
+    }  # fmt: skip
+
+
+def reading(sizes: Sizes) -> list[Row]:
+    """Read scans, from the page cache and from the disk; open tables."""
+    rows = []
+    for name, cold in (("read", False), ("read-cold", True)):
+        own = {"data": DATA, "cold": cold}
+
+        def side(name: str, case: str, note: str, *needs: str, own: dict[str, Any] = own, **more: Any) -> Side:
+            return Side(name, case, {**own, **more}, case.startswith("peers"), note, needs)
+
+        sides = (
+            side("ours", "cases.reading:shards", "zstd, CRC-32C checked, float16"),
+            side("nibabel", "cases.reading:nifti", ".nii.gz, float32"),
+            side("webdataset", "peers.reading:webdataset", "our shards, nothing checked"),
+            side("npy", "cases.reading:npy", "raw float32, nothing checked"),
+            side(
+                "litdata",
+                "peers.reading:litdata",
+                "raw float16, copied out of its mapped file, nothing checked",
+                "litdata",
+            ),
+            side("streaming, raw", "peers.reading:streaming", "raw float16, nothing checked", "mds", form="raw"),
+            side("streaming, unpacked", "peers.reading:streaming", "zstd, unpacked before", "mds", form="unpacked"),
+            side("streaming, unpacking", "peers.reading:streaming", "zstd, first read", "mds", form="unpacking"),
+        )
+        title = "read, check and decode a scan, " + ("from the disk" if cold else "from the page cache")
+        note = "Only the files leave the page cache; the disk's own cache stays." if cold else ""
+        rows.append(
+            Row(name, "Reading", title, "ms", sides, 80 if cold else 90, metric="wall" if cold else "cpu",
+                rounds=sizes.rounds, needs=("full",), note=note)
+        )  # fmt: skip
+    for n in sizes.tables:
+        ours = Side("ours", "cases.reading:open_table", {"data": DATA, "scans": n}, needs=(f"ours-{n}",))
+        streaming = Side(
+            "streaming", "peers.reading:open_streaming", {"data": DATA, "scans": n}, True, "index of the shards only",
+            (f"mds-{n}",),
+        )  # fmt: skip
+        rows.append(Row(f"open-{n}", "Reading", f"open {n:,} scans", "s", (ours, streaming), 20, rounds=sizes.rounds))
+    largest = sizes.tables[-1]
+    listed = Side("ours", "cases.reading:rows_of_a_split", {"data": DATA, "scans": largest}, needs=(f"ours-{largest}",))
+    return [
+        *rows,
+        Row("rows", "Reading", f"list a split of {largest:,} scans", "s", (listed,), 15, rounds=sizes.rounds),
+    ]
+
+
+def augmenting(sizes: Sizes) -> list[Row]:
+    """Two views, and the loader with augmentation."""
+    default = {"settings": operators("default"), "scans": sizes.views}
+    views = (
+        Side("ours", "cases.network:augmentation", {"preset": "default", "scans": sizes.views}),
+        Side("MONAI", "peers.transforms:cost", {"kind": "monai", **default}, True),
+        Side("TorchIO", "peers.transforms:cost", {"kind": "torchio", **default}, True, "has no cutout: without it"),
+    )
+    ours = {"data": DATA, "batch": sizes.batch, "steps": sizes.loaded}
+    nidl = {
+        "folder": f"{DATA}/coarse/npy",
+        "batch": sizes.batch,
+        "steps": sizes.loaded,
+        "paper": operators("paper-all"),
+    }
+    loader = (
+        Side("ours", "cases.network:loading", ours, note="shards"),
+        Side("nidl", "peers.nidl_training:loading", nidl, True, "torch's DataLoader on .npy files"),
+    )
+    return [
+        Row("views", "Augmentation", "a view of 121 x 145 x 121, preset default, z-score included", "ms", views, 62,
+            rounds=sizes.rounds),
+        Row("loader", "Augmentation", "read a scan and augment two views, preset paper-all, 4.5 mm", "ms", loader, 45,
+            rounds=sizes.rounds, needs=("coarse",)),
+    ]  # fmt: skip
+
+
+def losing(sizes: Sizes) -> list[Row]:
+    """The loss in one process and on several ranks."""
+    rows = []
+    for pairs in sizes.losses:
+        repeats = max(1, min(50, (8192 // pairs) ** 2))
+        scans = {"scans": pairs // 2, "repeats": repeats}
+        nidl = {"scans": pairs // 2, "repeats": min(repeats, 10)}
+        sides = (Side("ours", "cases.network:loss", scans), Side("nidl", "peers.losses:nidl", nidl, True))
+        large = pairs > 8192
+        rows.append(
+            Row(f"loss-{pairs}", "Loss", f"forward and backward pass, 2N = {pairs:,}, D = 128", "ms", sides,
+                {8192: 45, 32_768: 36, 65_536: 90}.get(pairs, 30), rounds=2 if large else sizes.rounds,
+                repeats=0 if large else 1)
+        )  # fmt: skip
+    for ranks in (n for n in sizes.worlds if n > 1):
+        shared = {"ranks": ranks, "total": sizes.gathered, "steps": sizes.steps}
+        sides = (
+            Side("ours", "cases.ranks:loss", {"kind": "gathered", **shared}, note="a rank computes its own rows"),
+            Side("whole on every rank", "cases.ranks:loss", {"kind": "whole", **shared}, note="our loss"),
+            Side(
+                "nidl", "peers.losses:nidl_ranks", {**shared, "steps": min(3, sizes.steps)}, True, "whole on every rank"
+            ),
+        )
+        title = f"loss of {sizes.gathered:,} scans on {ranks} ranks, CPU time of all ranks"
+        rows.append(Row(f"loss-ranks-{ranks}", "Loss", title, "ms", sides, 35 * ranks, rounds=sizes.rounds))
+    return rows
+
+
+def training(sizes: Sizes) -> list[Row]:
+    """A step, whole commands, training end to end, and several ranks."""
+    shape = {"sides": list(sizes.sides), "batch": sizes.batch, "steps": sizes.steps}
+    step = (
+        Side("ours", "cases.network:step", {"kind": "engine", **shape}, note="recipe, DeepSpeed, train_step"),
+        Side(
+            "bare torch", "cases.network:step", {"kind": "bare", **shape}, note="MONAI's network, Adam, the same malloc"
+        ),
+        Side("nidl", "peers.nidl_training:step", shape, True, "Lightning"),
+    )
+    paper, folder = operators("paper-all"), f"{DATA}/coarse/npy"
+    run = {"batch": sizes.batch, "workers": 1}
+    whole = (
+        Side("ours", "cases.network:whole", {"data": DATA, **run, "steps": 2}, note="with a checkpoint and MLflow"),
+        Side("nidl", "peers.nidl_training:whole", {"folder": folder, **run, "steps": 2, "paper": paper}, True,
+             "without a checkpoint"),
+    )  # fmt: skip
+    timed = {**run, "seconds": sizes.seconds, "steps": sizes.run_steps}
+    end = (
+        Side("ours", "cases.network:end_to_end", {"data": DATA, **timed}),
+        Side("nidl", "peers.nidl_training:end_to_end", {"folder": folder, **timed, "paper": paper}, True),
+    )
+    network = "DenseNet121, " + " x ".join(map(str, sizes.sides))
+    minutes = sizes.rounds * sizes.seconds / 60
+    rows = [
+        Row("step", "Training", f"step of {sizes.batch} scans, {network}", "s", step, 150, rounds=sizes.rounds, threads=2),
+        Row("command", "Training", "whole command, two steps, with its start", "s", whole, 80, rounds=sizes.rounds,
+            threads=2, needs=("coarse",)),
+        Row("end-to-end", "Training", "a scan, end to end: the same scans, encoder, batch and reader process", "s", end,
+            2 * sizes.rounds * (sizes.seconds + 12), metric="wall", rounds=sizes.rounds, repeats=0, threads=2,
+            needs=("coarse",), note=f"{minutes:.0f} minutes of training each, in turns; the start is shown apart."),
+    ]  # fmt: skip
+    for ranks in sizes.worlds:
+        sides = tuple(
+            Side(name, "cases.ranks:weak", {"kind": kind, "ranks": ranks, "steps": 3 * sizes.steps}, note=note)
+            for name, kind, note in (
+                ("ours", "ours", "collectives of the loss and of the gradient apart"),
+                ("torch DDP", "ddp", "every rank computes the whole loss"),
+            )
+        )
+        title = f"step of a small ResNet18 with 4 scans a rank, {ranks} rank{'s' * (ranks > 1)}, CPU time of all ranks"
+        rows.append(Row(f"weak-{ranks}", "Training", title, "ms", sides, 40 + 12 * ranks, rounds=sizes.rounds))
+    return rows
+
+
+def commands(sizes: Sizes) -> list[Row]:
+    """Start-up of commands, and the nested search."""
+    names = {
+        "plan": ("plan", "yaware plan"), "pretrain-0": ("pretrain, 0 steps", "a pretraining of 0 steps"),
+        "embed": ("embed, one scan", "yaware embed of one scan"),
+        "evaluate": ("evaluate, first line", "first line of evaluate"),
+    }  # fmt: skip
+    rows = [
+        Row(name, "Commands", title, "s", (Side("ours", "cases.startup:command", {"data": DATA, "name": command}),), 22,
+            rounds=sizes.rounds, needs=("startup",))
+        for name, (command, title) in names.items()
+    ]  # fmt: skip
+    further = Side("ours", "cases.startup:further_scans", {"data": DATA, "scans": sizes.further})
+    title = "embed: each further scan, DenseNet121, 121 x 145 x 121"
+    rows.append(Row("embed-further", "Commands", title, "s", (further,), 60, rounds=2, needs=("full",)))
+    for size, seconds in (("2,000 x 512", 90), ("10,000 x 2,560", 1500)):
+        case = {"size": size, "scans": sizes.searched}
+        sides = tuple(
+            Side(name, "cases.search:run_case", {"who": who, **case})
+            for name, who in (("ours", "ours"), ("scikit-learn", "theirs"))
+        )  # fmt: skip
+        large = size.startswith("10")
+        rows.append(
+            Row("search-large" if large else "search", "Commands", f"nested tuned probe, {size}", "s", sides, seconds,
+                rounds=1 if large else sizes.rounds, repeats=0 if large else 1, optional=large)
+        )  # fmt: skip
+    return rows
+
+
+def stages(sizes: Sizes) -> list[Row]:
+    """The stages of the main recipe, for the roofline."""
+    sides = list(sizes.stage_sides)
+    cases = (
+        Side("augmentation", "cases.stages:augmentation", {"scans": sizes.views}),
+        Side("transfer", "cases.stages:transfer", {"sides": sides, "scans": 4}),
+        Side("network", "cases.stages:network_passes", {"sides": sides, "repeats": 2}),
+        Side("loss", "cases.stages:loss", {"repeats": 20}),
+        Side("exchange", "cases.stages:exchange", {"numbers": 11_831_040, "ranks": 2}),
+        Side("products", "cases.stages:products", {"side": sizes.product}),
+        Side("copies", "cases.stages:copies", {"megabytes": 512 if sizes.product > 64 else 8}),
+    )
+    title = "a scan in each stage of paper-bhb10k"
+    return [Row("stages", "Roofline", title, "ms", cases, 130, rounds=max(1, sizes.rounds - 1), threads=2)]
+
+
+SECTIONS: tuple[Callable[[Sizes], list[Row]], ...] = (reading, augmenting, losing, training, commands, stages)
+
+
+def rows_of(sizes: Sizes) -> list[Row]:
+    """Return all rows in the order of the page."""
+    return [row for section in SECTIONS for row in section(sizes)]

@@ -1,0 +1,133 @@
+"""The page holds what a made-up result holds: medians, ratios, errors, marks, figures and the roofline."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import load_recipe
+from pretrain.forecast.operations import plain_model, scan_flops
+from tests.benchmarks.harness import page, roofline
+from tests.benchmarks.harness.command import RESULT
+from tests.benchmarks.harness.table import Sizes, rows_of
+
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+COUNT = {
+    "read": {"flops": 0.0, "bytes": 5e6}, "augmentation": {"flops": 1e7, "bytes": 2e7},
+    "transfer": {"flops": 0.0, "bytes": 1e7}, "network": {"flops": 5e11, "bytes": 2e10},
+    "loss": {"flops": 2e5, "bytes": 3e3}, "exchange": {"flops": 2e5, "bytes": 7e5},
+}  # fmt: skip
+
+
+def measured(row, values, **errors):
+    """A row's result with ``values`` (side -> CPU seconds of each round); the wall clock is twice as long."""
+    names = [side.name for side in row.sides if side.name not in errors]
+    rounds = [
+        {
+            name: {"cpu": cpu, "wall": 2 * cpu, "peak": 2**20 * 59, "rate": 1e10}
+            for name, cpu in zip(names, of, strict=True)
+        }
+        for of in zip(*(values[name] for name in names), strict=True)
+    ]
+    attempt = {"load": [0.1, 0.2], "spread": 0.1, "rounds": rounds}
+    return {
+        **row.description(), "attempts": [attempt], "chosen": 0, "noisy": False, "errors": errors, "seconds": 1.0, "key": "k",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def content():
+    rows = {row.name: row for row in rows_of(Sizes())}
+    results = [
+        measured(rows["loss-8192"], {"ours": [0.5, 0.56, 0.6], "nidl": [7.0, 7.6, 7.7]}),
+        measured(rows["loss-65536"], {"ours": [20.0, 21.0, 22.0]}, nidl="MemoryError: 32 GiB | <no>"),
+        measured(rows["weak-1"], {"ours": [0.1] * 3, "torch DDP": [0.1] * 3}),
+        {**measured(rows["weak-2"], {"ours": [0.2] * 3, "torch DDP": [0.4] * 3}), "noisy": True},
+        measured(rows["stages"], {side.name: [0.01, 0.01, 0.01] for side in rows["stages"].sides}),
+    ]
+    hardware = {
+        "processor": "P 7", "cores": 2, "mhz": 2500.0, "vectors": "avx2", "flops_per_cycle": 32, "memory_bytes": 2**34,
+        "system": "Linux 6",
+    }  # fmt: skip
+    return json.loads(json.dumps({
+        "format": 1, "quick": False, "command": "python -m tests.benchmarks", "commit": "0123456789abcdef", "dirty": "false",
+        "hardware": hardware, "versions": {"torch": "2.13.0"}, "peers": {"nidl": "0.0.2"}, "load": [[0.1] * 3, [0.2] * 3],
+        "started": 0.0, "seconds": 120.0, "data_errors": {}, "rows": results, "roofline": COUNT,
+    }))  # fmt: skip
+
+
+def test_the_tables_hold_medians_ranges_ratios_and_errors(content):
+    text = page.text_of(content)
+    assert "| **ours** | 560 ms | 500 to 600 | 1.12e+03 |  | 59 MiB |" in text
+    assert "| nidl | 7.6e+03 ms | 7e+03 to 7.7e+03 | 1.52e+04 | 0.07 | 59 MiB |" in text
+    assert "| nidl | - | - | - | - | MemoryError: 32 GiB \\| &lt;no> |" in text
+    assert "2 ranks, CPU time of all ranks \\* |" in text
+    assert "1 rank, CPU time of all ranks |" in text
+    assert (
+        "1970-01-01 with 2 cores of P 7, 16 GiB, Linux 6; load average 0.1 at the start and 0.2 at the end; commit 0123456789;"
+        in text
+    )
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 3
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_small_sizes_are_said_to_say_nothing(content):
+    assert "say nothing about speed" not in page.text_of(content)
+    assert "say nothing about speed" in page.text_of({**content, "quick": True})
+
+
+def test_the_roofline_compares_the_measured_time_with_the_larger_of_two_limits(content):
+    # 2 x 2.5 GHz x 32 = 160 GFLOP/s: 5e11 operations take 3.125 s, 2e10 bytes at 1e10 a second take 2 s. 0.02 s were measured.
+    text = page.text_of(content)
+    assert "= 160 GFLOP/s" in text
+    assert (
+        "| network | 500 | 2e+04 | 3.12e+03 (arithmetic) | 20 | 15625% | 5.97 |" in text
+    )  # H100: 2e10 bytes / 3.35e12
+    assert "| read | 0 | 5 | 0.5 (bytes) | - | - | host |" in text  # the row was not measured
+    assert "| transfer | 0 | 10 | 2 (bytes) | 20 | 10% | 0.156 |" in text  # here a copy reads and writes
+    # A product of matrices has 1e10 operations a second here: the operations would take 50 s, the bytes 2 s.
+    assert "would take 50.00 s, and its bytes alone take 2.00 s, of 0.02 s" in text
+    assert "Arithmetic is the limit" in text
+
+
+def test_the_page_and_its_figures_are_written(content, tmp_path):
+    page.write(content, tmp_path / "performance.md", tmp_path / "figures")
+    text = (tmp_path / "performance.md").read_text()
+    images = re.findall(r"!\[[^]]*\]\((figures/[^)]+)\)", text)
+    assert images == [f"figures/performance_{name}.png" for name in ("ratios", "loss", "ranks")]
+    assert all((tmp_path / image).stat().st_size < 100_000 for image in images)
+
+
+def test_a_page_without_results_has_no_tables():
+    assert "|---" not in page.placeholder()
+    assert page.EMPTY in page.placeholder()
+
+
+def test_the_committed_page_is_that_of_the_committed_result():
+    result = DOCS / "benchmarks" / RESULT
+    text = (DOCS / "performance.md").read_text()
+    if not result.exists():
+        assert text == page.placeholder()
+        return
+    images = re.findall(r"!\[([^]]*)\]\(([^)]+)\)", text)
+    assert all((DOCS / image).is_file() for _, image in images)
+    assert text == page.text_of(json.loads(result.read_text()), [(title, Path(image)) for title, image in images])
+
+
+def test_operations_and_bytes_follow_from_the_recipe():
+    grid, recipe = (33, 33, 33), load_recipe(roofline.RECIPE, [])
+    count = roofline.counts(grid, stored=1000.0)
+    model = plain_model(recipe)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert count["network"]["flops"] == scan_flops(model, grid)
+    # The least that an unfused pass moves: every weight read twice and its gradient written.
+    assert count["network"]["bytes"] > 12 * parameters
+    assert count["read"]["bytes"] == 1000 + 2 * 33**3
+    # 2 x 64 rows: three products of (128, 128) by 128 numbers, two operations each, shared by 64 scans.
+    assert count["loss"]["flops"] == 3 * 2 * 128 * 128 * 128 / 64
+    assert count["exchange"]["bytes"] == 4 * parameters / 64  # half of the ring's two passes, on two ranks
