@@ -148,7 +148,7 @@ def evaluate(
         - protocol: key of ``PROTOCOLS``
         - task: name of the task
         - metric: key of ``METRICS`` or ``PROBABILITY_METRICS`` for the kind of the task
-        - value: over all test scans; the mean over ``repeats``, as ``compare`` shows it; without halves that of one cross-validation
+        - value: over all test scans; the mean over ``repeats``, as ``compare`` shows it (without halves: of one)
         - low, high: limits of the 95 % interval
         - covers: what the interval covers: ``people and training sets``, or ``people`` if there are no halves
         - run_id: id of the MLflow run with predictions, learning curves and trials
