@@ -119,6 +119,7 @@ def test_the_committed_page_is_that_of_the_committed_result():
     assert text == page.text_of(json.loads(result.read_text()), [(title, Path(image)) for title, image in images])
 
 
+@pytest.mark.jobs
 def test_operations_and_bytes_follow_from_the_recipe():
     grid, recipe = (33, 33, 33), load_recipe(roofline.RECIPE, [])
     count = roofline.counts(grid, stored=1000.0)
