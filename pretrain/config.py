@@ -65,7 +65,7 @@ class DataSection:
     # For shards at s3:// or http(s)://: a folder that caches them, and its largest size in 10^9 bytes.
     cache: str | None = None
     cache_gb: float | None = Field(default=None, gt=0)
-    # A folder of a local disk that keeps scans unpacked, and the largest size of what it keeps of a data set in 10^9 bytes
+    # A folder of a local disk that keeps scans unpacked, and the largest size of what it keeps for a manifest in 10^9 bytes
     cache_unpacked: str | None = None
     cache_unpacked_gb: float | None = Field(default=None, gt=0)
     retries: int = Field(default=4, ge=0)  # retries of a failed read, after 0.5 s, 1 s, 2 s, ...

@@ -45,7 +45,7 @@ class Access:
         timeout: seconds without an answer or a byte after which a read has failed.
         first_wait: seconds before the first retry.
         unpacked: folder that keeps scans unpacked once they are read, also those of local shards; None keeps none.
-        unpacked_gb: largest size of what it keeps of a data set in 10^9 bytes; None for no limit.
+        unpacked_gb: largest size of what it keeps for a manifest in 10^9 bytes; None for no limit.
     """
 
     cache: str | None = None

@@ -42,7 +42,8 @@ class UnpackedScans:
     scans: int
     limit: int | None = None
     _descriptor: int | None = field(default=None, repr=False)
-    _full: bool = field(default=False, repr=False)
+    _full: bool = field(default=False, repr=False)  # nothing more is kept
+    _broken: bool = field(default=False, repr=False)  # nothing more is read
 
     @property
     def place_bytes(self) -> int:
@@ -59,11 +60,16 @@ class UnpackedScans:
         return 2 * prod(self.shape)
 
     def read(self, row: int) -> NDArray[np.float16] | None:
-        """Return a scan's voxels, (D, H, W) float16, if the file holds them intact."""
-        if row >= self.kept:
+        """Return a scan's voxels, (D, H, W) float16, if the file holds them intact; None if not, or if its disk fails."""
+        if row >= self.kept or self._broken:
             return None
         place = np.empty(self._voxel_bytes + CRC.itemsize, np.uint8)
-        if os.preadv(self._file(), [place.data], row * self.place_bytes) != place.nbytes:
+        try:
+            if os.preadv(self._file(), [place.data], row * self.place_bytes) != place.nbytes:
+                return None
+        except OSError as error:  # a fault of this disk is none of the scan
+            self._broken = True
+            self._give_up(f"cannot be read ({error.strerror})")
             return None
         voxels = place[: self._voxel_bytes]
         if google_crc32c.value(voxels) != int(place[self._voxel_bytes :].view(CRC)[0]):
@@ -79,19 +85,20 @@ class UnpackedScans:
             return
         content = np.ascontiguousarray(voxels).view(np.uint8).reshape(-1)
         crc = np.array([google_crc32c.value(content)], CRC)
+        reason = "the disk is full"
         try:
             written = os.pwritev(self._file(), [content.data, crc.data], row * self.place_bytes)
             if written == content.nbytes + CRC.itemsize:
                 return
-            reason = "the disk is full"
         except OSError as error:
             reason = str(error.strerror)
+        self._give_up(f"takes no further scan ({reason})")
+
+    def _give_up(self, fault: str) -> None:
+        """Keep no further scan in this process, and say why, once."""
+        if not self._full:
+            print(f"data: {self.path} {fault}; scans are read from the shards", file=sys.stderr, flush=True)
         self._full = True
-        print(
-            f"data: {self.path} takes no further scan ({reason}); they are read from the shards",
-            file=sys.stderr,
-            flush=True,
-        )
 
     def _file(self) -> int:
         if self._descriptor is None:

@@ -35,15 +35,13 @@ def hub_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], licenc
 
 
 def _metadata(config: Mapping[str, Any], preprocessing: Mapping[str, Any], licence: str) -> dict[str, Any]:
-    """The metadata block of a card; names that the hub does not allow as data sets are left out of it, not of the card."""
+    """The metadata block of a card. The hub would take names of data sets for its own; the card itself names them."""
     known = (licence or UNKNOWN).lower()
     named = {"license": known} if known in HUB_LICENCES else {"license": "other", "license_name": _slug(licence)}
-    data_sets = [name for name in config.get("licences") or {} if re.fullmatch(r"[\w-]+", name, re.ASCII)]
     words = (*TAGS, preprocessing.get("modality"), config["encoder"]["name"], config["method"])
     tags = [_slug(str(word)) for word in words if word] + (["simulated-data"] if config.get("simulated") else [])
     return {
         **named, "library_name": "yaware", "pipeline_tag": "image-feature-extraction", "tags": list(dict.fromkeys(tags)),
-        **({"datasets": data_sets} if data_sets else {}),
     }  # fmt: skip
 
 

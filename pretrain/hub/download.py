@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ CHECKSUMS = "checksums.json"
 SHAPE = "hf://owner/name, or hf://owner/name@revision with a branch, tag or commit"
 # The path of a file with this name has one slash less.
 ADDRESS = re.compile(r"hf:/{1,2}(?P<owner>\w[\w.-]*)/(?P<name>\w[\w.-]*?)(?:@(?P<revision>\w[\w./+-]*))?")
-MOST_FILES = 100  # that checksums.json may list
 
 _fetched: dict[tuple[str, str, str], Path] = {}  # of this process: (address, endpoint, cache) -> folder
 
@@ -50,7 +49,9 @@ def parse_address(path: str | os.PathLike[str]) -> Address:
     return Address(f"{match['owner']}/{match['name']}", match["revision"] or "")
 
 
-def fetch_encoder(path: str | os.PathLike[str], weights: str, optional: Sequence[str]) -> Path:
+def fetch_encoder(
+    path: str | os.PathLike[str], weights: str, optional: Sequence[str], allowed: Collection[str]
+) -> Path:
     """Return the folder of the local cache with the encoder at an address; what the cache lacks of it is fetched.
 
     checksums.json is read first, and of the files beside it only those that it lists and the optional ones are fetched. In one
@@ -60,6 +61,7 @@ def fetch_encoder(path: str | os.PathLike[str], weights: str, optional: Sequence
         path: an address, such as ``hf://owner/name@v1``.
         weights: the name of the file of the weights, which is fetched last.
         optional: names of files that an encoder may have beside those in checksums.json.
+        allowed: names that checksums.json may list.
 
     Raises:
         UserError: if the address is wrong, the repository, the revision or a file is missing or may not be read, or something
@@ -71,7 +73,7 @@ def fetch_encoder(path: str | os.PathLike[str], weights: str, optional: Sequence
     if key not in _fetched or not (_fetched[key] / weights).exists():
         checksums = _file(hub, address, address.revision or None, CHECKSUMS)
         folder = checksums.parent
-        listed = _listed(checksums, address)
+        listed = _listed(checksums, address, allowed)
         _optional_files(hub, address, folder, optional, weights)
         for name in sorted(listed, key=lambda name: name == weights):
             _file(hub, address, folder.name, name)
@@ -79,12 +81,12 @@ def fetch_encoder(path: str | os.PathLike[str], weights: str, optional: Sequence
     return _fetched[key]
 
 
-def _listed(checksums: Path, address: Address) -> list[str]:
-    """Return the names in checksums.json. Raises UserError if one is not that of a file beside it."""
+def _listed(checksums: Path, address: Address, allowed: Collection[str]) -> list[str]:
+    """Return the names in checksums.json, before any of them is fetched. Raises UserError if one is not allowed."""
     names = list(read_object(checksums, f"{address} holds no encoder that `yaware export` wrote"))
-    wrong = [name for name in names if Path(name).name != name or not name.isprintable() or name in ("", "..")]
-    if wrong or len(names) > MOST_FILES:
-        found = f"names {wrong[0]!r:.80}, not a file beside it" if wrong else f"names {len(names)} files"
+    wrong = [name for name in names if name not in allowed]
+    if wrong:
+        found = f"names {wrong[0]!r:.80}, which is no file of a published encoder"
         raise UserError(f"{CHECKSUMS} of {address} {found}; its publisher must export the encoder again")
     return names
 
@@ -136,7 +138,8 @@ def _refusals(hub: Any, address: Address, name: str) -> Iterator[None]:
         if storage_line(error):
             raise
         raise UserError(_reason(hub, address, name, error)) from None
-    except (hub.errors.EntryNotFoundError, hub.errors.HFValidationError, hub.errors.HTTPError) as error:
+    except (hub.errors.EntryNotFoundError, hub.errors.HFValidationError, hub.errors.HTTPError, RuntimeError) as error:
+        # RuntimeError: of the library that transfers large files
         raise UserError(_reason(hub, address, name, error)) from None
 
 
@@ -168,7 +171,9 @@ def _reason(hub: Any, address: Address, name: str, error: Exception) -> str:
 
 def _not_cached(hub: Any, name: str, error: Exception) -> str:
     constants, cause = hub.constants, error.__cause__
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+    answered = getattr(cause, "response", None) is not None
+    failed = f"{constants.ENDPOINT} {'answered with an error' if answered else 'cannot be reached'}"
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else failed
     if cause is not None and not constants.HF_HUB_OFFLINE:
         reason += f" ({_short(cause)})"
     return (

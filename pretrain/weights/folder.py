@@ -14,6 +14,8 @@ from pretrain.hub.download import fetch_encoder, is_address
 WEIGHTS = "model.safetensors"
 # The files that every exported encoder has; checksums.json lists their digests.
 FILES = (WEIGHTS, "config.json", "preprocessing.json")
+# checksums.json may list these; an encoder that has seen nobody lacks the last.
+LISTED = (*FILES, "seen_scans.json")
 # What an encoder at the hub may have beside them; the readouts have digests of their own.
 OPTIONAL = ("README.md", "readouts/checksums.json", "readouts/readouts.json", "readouts/readouts.safetensors")
 
@@ -52,7 +54,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
     Raises UserError if they cannot be had.
     """
-    return fetch_encoder(path, WEIGHTS, OPTIONAL) if is_address(path) else Path(path)
+    return fetch_encoder(path, WEIGHTS, OPTIONAL, LISTED) if is_address(path) else Path(path)
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
@@ -64,12 +66,16 @@ def list_checkpoints(run: str | Path) -> list[Path]:
 
 
 def first_config(*paths: str | Path) -> dict[str, Any]:
-    """Return config.json of the first encoder found at ``paths`` (runs or checkpoints); empty if there is none."""
+    """Return config.json of the first encoder found at ``paths`` (runs or checkpoints); empty if there is none.
+
+    Raises UserError if it is damaged.
+    """
     for path in paths:
         try:
-            return read_json(find_encoder(path) / "config.json")
+            folder = find_encoder(path)
         except UserError:
             continue
+        return read_json(folder / "config.json")
     return {}
 
 

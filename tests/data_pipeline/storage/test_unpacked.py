@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.loading.loader import TwoViewLoader
-from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.manifest import Manifest, digest_of
 from data_pipeline.storage.remote import Access
 from data_pipeline.storage.unpacked import UnpackedScans
 from infra.errors import UserError
@@ -62,8 +63,10 @@ def test_a_scan_is_read_from_its_shard_once(manifest, copied):
 def test_other_shards_have_another_file(manifest, copied, tmp_path):
     """So a repeated build into the same folder never gives the voxels of the build before."""
     everything(copied)
+    content = json.loads((copied.root / "manifest.json").read_text())
+    content["settings"]["seed"] += 1
+    (copied.root / "manifest.json").write_text(json.dumps({**content, "digest": digest_of(content)}))
     other = Manifest.load(copied.root, copied.access)
-    other.digest = "0" * 64
     everything(other)
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted(
         f"{one.digest[:32]}.scans" for one in (copied, other)
@@ -177,8 +180,20 @@ print([reader.unpacked.read(row) is not None for row in range(4)])
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[True, True, False, False]\n"
     (line,) = done.stderr.splitlines()
-    assert line.endswith(".scans takes no further scan (the disk is full); they are read from the shards")
+    assert line.endswith(".scans takes no further scan (the disk is full); scans are read from the shards")
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_disk_that_fails_is_said_once_and_loses_no_scan(manifest, copied, tmp_path, capsys):
+    """Where the file should be is a path that cannot be opened: a link to itself."""
+    (tmp_path / "kept").mkdir()
+    reader = copied.reader()
+    reader.unpacked.path.symlink_to(reader.unpacked.path)
+    expected = everything(manifest)
+    for _ in range(2):
+        np.testing.assert_array_equal(np.stack([reader.read(row) for row in range(len(expected))]), expected)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(".scans cannot be read (Too many levels of symbolic links); scans are read from the shards")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
