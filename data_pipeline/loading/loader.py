@@ -106,7 +106,7 @@ class TwoViewLoader:
         max_bad_share: float = 0.001,
         details: Details | None = None,
     ) -> None:
-        _check(rows, device, reader, order, unpacked=manifest.access.unpacked is not None)
+        _check(rows, device, reader, order)
         settings = augmentation if isinstance(augmentation, Augmentation) else load_augmentation(augmentation)
         if reader == "index":
             order = order or EveryScan(len(rows), seed, global_batch)
@@ -307,7 +307,7 @@ def _open_source(
     )  # fmt: skip
 
 
-def _check(rows: NDArray[np.int64], device: str, reader: str, order: Order | None, *, unpacked: bool) -> None:
+def _check(rows: NDArray[np.int64], device: str, reader: str, order: Order | None) -> None:
     if device not in ("cpu", "gpu") or (device == "gpu" and not torch.cuda.is_available()):
         allowed = "cpu" + ", gpu" * torch.cuda.is_available()
         raise UserError(f"device={device!r} is not available on this machine; allowed: {allowed}")
@@ -317,10 +317,6 @@ def _check(rows: NDArray[np.int64], device: str, reader: str, order: Order | Non
         raise UserError("no scan is selected; choose other splits or another query")
     if reader not in READERS:
         raise UserError(f"data.reader={reader!r} is not known{nearest(reader, READERS)}; allowed: {', '.join(READERS)}")
-    if unpacked and reader != "index":
-        raise UserError(
-            f"data.cache_unpacked needs data.reader: index, found {reader}, which reads whole shards; leave it out"
-        )
     if order is not None and not isinstance(order, EveryScan) and reader != "index":
         raise UserError(f"data.balance needs data.reader: index, found {reader}: sequential readers have no such order")
 

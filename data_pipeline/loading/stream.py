@@ -269,7 +269,8 @@ def open_stream(
         buffer: number of scans held for shuffling.
 
     Raises:
-        UserError: if the shards' codec is not supported, the shards are remote, or there are fewer scans than ranks.
+        UserError: if the shards' codec is not supported, the shards are remote, scans are to be kept unpacked, or there are
+            fewer scans than ranks.
     """
     codec = str(manifest.settings["codec"])
     if codec not in CODECS:
@@ -279,6 +280,10 @@ def open_stream(
     if is_remote(manifest.shards_root):
         raise UserError(
             f"data.reader={kind} reads local shards; these are at {manifest.shards_root}: set data.reader=index"
+        )
+    if manifest.access.unpacked is not None:
+        raise UserError(
+            f"data.cache_unpacked needs data.reader: index, found {kind}, which reads whole shards; leave it out"
         )
     if len(rows) < world_size:
         raise UserError(
