@@ -188,8 +188,7 @@ class Comparison:
         """Write the HTML report to ``path``, and its CSV tables, LaTeX tables and plots beside it; return all paths.
 
         The files beside ``report.html`` are ``report_*.csv``, ``report.tex`` and ``report_*.png``, without those that would be
-        empty. Raises UserError if
-        ``path`` does not end in .html.
+        empty. Raises UserError if ``path`` does not end in .html.
         """
         check_arguments(PATH, path=path)
         return report.write_report(self, Path(path))
