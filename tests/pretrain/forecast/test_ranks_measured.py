@@ -13,8 +13,8 @@ from tests.distributed.deepspeed_cases import serve
 from tests.distributed.ranks import Ranks
 from tests.pretrain.forecast.forecast_cases import measured_step
 
-WORLD, GRID, SCANS = 2, (40, 40, 40), 4
-NETWORK = ("--encoder.name=resnet18", "--encoder.options={width: 0.25, norm: group}")
+WORLD, GRID, SCANS = 2, (48, 48, 48), 4
+NETWORK = ("--encoder.name=resnet18", "--encoder.options={width: 0.375, norm: group}")
 STAGE, GRAD_CACHE = "--deepspeed.zero_optimization.stage=", "--batch.micro=2"
 CASES = {
     "stage 0": [STAGE + "0"], "stage 3": [STAGE + "3"], "stage 2, GradCache": [STAGE + "2", GRAD_CACHE],
