@@ -17,6 +17,7 @@ from evaluation.protocols.variant import ProtocolVariant
 from evaluation.tasks.leakage import check_leakage, check_readouts, check_seen
 from infra.errors import UserError
 from infra.files import sha256_of
+from pretrain.hub.download import is_address, shown
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder, list_checkpoints, local_path
 from pretrain.weights.layers import OWN, intermediate_features
@@ -26,7 +27,10 @@ from pretrain.weights.scan_source import check_preprocessing
 def checkpoint_paths(checkpoints: Any, *, all_steps: bool = False) -> list[Path]:
     """Return the paths of one checkpoint or several, given as paths, addresses ``hf://...`` or objects with a ``folder``.
 
-    Raises UserError if one is none of these, or if ``all_steps`` and a path is not a run folder with checkpoints.
+    The encoders at addresses are fetched into the local cache.
+
+    Raises UserError if one is none of these, an encoder cannot be fetched, or if ``all_steps`` and a path is not a run folder
+    with checkpoints.
     """
     single = isinstance(checkpoints, (str, os.PathLike)) or not isinstance(checkpoints, Iterable)
     paths = []
@@ -37,7 +41,10 @@ def checkpoint_paths(checkpoints: Any, *, all_steps: bool = False) -> list[Path]
                 f"checkpoints: {type(checkpoint).__name__} is neither a path nor an object with a folder; give a run folder, a "
                 "checkpoint or an export"
             )
-        paths += list_checkpoints(local_path(folder)) if all_steps else [local_path(folder)]
+        if all_steps and is_address(folder):
+            raise UserError(f"{shown(folder)} is one encoder without earlier steps; leave --all-steps out")
+        local_path(folder)  # fetches it before any work
+        paths += list_checkpoints(folder) if all_steps else [Path(folder)]
     if not paths:
         raise UserError(f"checkpoints={checkpoints!r:.80} names none; give one or more")
     return paths
@@ -45,15 +52,15 @@ def checkpoint_paths(checkpoints: Any, *, all_steps: bool = False) -> list[Path]
 
 def load_checkpoint(path: Path, context: EvaluationContext) -> Candidate:
     """Load a checkpoint and check it against the shards: preprocessing, leakage, layer."""
-    folder, encoder = find_encoder(path), Encoder.from_pretrained(path)
-    check_preprocessing(encoder.preprocessing, context.manifest, str(path))
-    tags = check_leakage(encoder, path, context.manifest, context.rows, str(path))
+    folder, encoder, name = find_encoder(path), Encoder.from_pretrained(path), shown(path)
+    check_preprocessing(encoder.preprocessing, context.manifest, name)
+    tags = check_leakage(encoder, path, context.manifest, context.rows, name)
     if context.settings.layer != AUTO and any(PROTOCOLS[name].uses_layer for name in context.settings.protocols):
         intermediate_features(encoder.network, context.settings.block, context.settings.pooling)
     if any(PROTOCOLS[name].model == "network" for name in context.settings.protocols):
         check_head_pooling(encoder.network, context.settings.finetune.pooling, context.manifest.grid["shape"])
     if any(PROTOCOLS[name].gives_readouts(context.settings) for name in context.settings.protocols):
-        check_readouts(encoder.need_readouts(), context.manifest, context.rows, str(path))
+        check_readouts(encoder.need_readouts(), context.manifest, context.rows, name)
     config = encoder.config
     return Candidate(
         name=config["run_name"], method=config["method"], step=int(config["step"]),

@@ -50,7 +50,7 @@ def check_leakage(
     trained = trained_on(folder, encoder.config, manifest)
     if trained is None:
         print(
-            f"evaluate: {name} has no record of the scans it was trained on; make sure that no test participant is among "
+            f"{name} has no record of the scans it was trained on; make sure that no test participant is among "
             "them"
         )
         return {"leakage.checked": "nothing"}
@@ -58,7 +58,7 @@ def check_leakage(
     watched = people_in([source for source in read(folder) or [] if source.role == "watched"], manifest, rows)
     if watched.any():
         print(
-            f"evaluate: {name}: {int(watched.sum())} test scans belong to participants on whom the pretraining's monitor "
+            f"{name}: {int(watched.sum())} test scans belong to participants on whom the pretraining's monitor "
             "was evaluated; do not choose among its checkpoints by the results on them"
         )
     no_voxels = "voxels_sha256" not in manifest.scans or any(source.voxels is None for source in trained)

@@ -40,6 +40,11 @@ def is_address(path: str | os.PathLike[str]) -> bool:
     return isinstance(path, (str, os.PathLike)) and str(os.fspath(path)).startswith("hf:/")
 
 
+def shown(path: str | os.PathLike[str]) -> str:
+    """Return a path as messages name it: an address with both of its slashes."""
+    return str(parse_address(path)) if is_address(path) else os.fspath(path)
+
+
 def parse_address(path: str | os.PathLike[str]) -> Address:
     """Return the repository and the revision of an address. Raises UserError if it is none."""
     text = os.fspath(path)

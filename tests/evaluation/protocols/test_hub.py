@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import evaluation
@@ -46,7 +48,7 @@ def test_an_address_is_evaluated_as_the_export(published, tmp_path):
 def test_a_published_encoder_is_not_tested_on_its_training_people(published, tmp_path):
     task = tmp_path / "all.yaml"
     task.write_text("title: all\nkind: regression\nlabel: age\nsplits: [pretrain, downstream]\nhealthy: true\n")
-    with pytest.raises(UserError, match=r"snapshots/\w+: pretrained on participants of the test scans"):
+    with pytest.raises(UserError, match="hf://lab/brains: pretrained on participants of the test scans"):
         evaluation.evaluate(
             ["hf://lab/brains"],
             published[0],
@@ -57,11 +59,21 @@ def test_a_published_encoder_is_not_tested_on_its_training_people(published, tmp
         )
 
 
-def test_addresses_become_folders_of_the_cache(published):
-    _, out, snapshot = published
-    assert checkpoint_paths(["hf://lab/brains", out]) == [snapshot, out]
-    assert checkpoint_paths("hf://lab/brains@main") == [snapshot]
+def test_addresses_stay_addresses(published):
+    _, out, _ = published
+    assert checkpoint_paths(["hf://lab/brains", out]) == [Path("hf://lab/brains"), out]
+    assert checkpoint_paths("hf://lab/brains@main") == [Path("hf://lab/brains@main")]
     with pytest.raises(UserError, match="hf://lab/none cannot be loaded"):
         checkpoint_paths("hf://lab/none")
-    with pytest.raises(UserError, match="has no checkpoints/step-"):
+    with pytest.raises(UserError, match="hf://lab/brains is one encoder without earlier steps"):
         checkpoint_paths("hf://lab/brains", all_steps=True)
+
+
+def test_a_damaged_file_of_the_cache_is_to_be_loaded_again(published, tmp_path):
+    shards, _, snapshot = published
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config.json is missing or differs .*; remove \S+ and load it again"):
+        evaluation.evaluate(
+            ["hf://lab/brains"], shards, tasks=["age"], protocols=["linear"], cache=tmp_path / "features", **SMALL
+        )
