@@ -49,10 +49,7 @@ def check_leakage(
     folder = find_encoder(path)
     trained = trained_on(folder, encoder.config, manifest)
     if trained is None:
-        print(
-            f"{name} has no record of the scans it was trained on; make sure that no test participant is among "
-            "them"
-        )
+        print(f"{name} has no record of the scans it was trained on; make sure that no test participant is among them")
         return {"leakage.checked": "nothing"}
     _refuse_overlap(trained, manifest, rows, name, "pretrained")
     watched = people_in([source for source in read(folder) or [] if source.role == "watched"], manifest, rows)
