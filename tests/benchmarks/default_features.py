@@ -1,12 +1,15 @@
 """Which features ``yaware evaluate`` should use by default: inner-fold scores of all candidates on simulated cohorts.
 
-    python -m tests.benchmarks.default_features OUT [--seeds 11,12] [--participants 1200] [--steps 120] [--width 0.25]
+    python -m tests.benchmarks.default_features OUT [--seeds 11,12] [--level middle] [--participants 2000] [--steps 300]
 
-For every seed a cohort is simulated, an encoder is pretrained on its healthy people with the recipe demo-cpu, and a second one
-is left untrained; both get readouts of age, whose penalty is chosen out of fold. The candidates of ``--layer auto`` are
-compared on the tasks ad, scz and age, and three more: ``auto`` itself, ``default`` (what ``yaware evaluate`` uses if nothing is
-named) and ``own without age`` (what it used before: the encoder's own features, without readouts and without the covariate
-age).
+For every seed a cohort of a level of realism (docs/experiments_2.md) is simulated, an encoder is pretrained on its healthy
+people with the recipe simulated-6mm, and a second one is left untrained; both get readouts of age from their own features. On
+the tasks ad, scz and age these are compared:
+
+- the candidates of ``--layer auto``, ``auto`` itself, and ``own without age`` (the encoder's own features without the covariate
+  age), all without readouts;
+- ``default`` (what ``yaware evaluate`` uses if nothing is named), and every position of each block, alone or beside the own
+  features, all with readouts.
 
 Only the training scans of the first outer fold are used. They are divided into three folds, ``--repeats`` times; a model is
 fitted to two of them, with its penalty (and for ``auto`` the candidate) chosen on folds inside these two, and scored on the
@@ -24,11 +27,12 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
-from evaluation.features.candidates import FeatureChoice, candidate_blocks
+from evaluation.experiments.second.plan import LEVELS, MIDDLE
+from evaluation.features.candidates import FeatureChoice, candidate_blocks, joined, joint_table
 from evaluation.features.tables import SCALES, FeatureTable, reduced, table_of
 from evaluation.protocols.context import Candidate, EvaluationContext
 from evaluation.protocols.features import cache_name, features_of_each
-from evaluation.protocols.inputs import add_readouts, joint_tables
+from evaluation.protocols.inputs import add_readouts, candidate_features, joint_tables
 from evaluation.protocols.nested_cv import PreparedTask, nested_fit
 from evaluation.protocols.probes import LINEAR, LINEAR_WIDE
 from evaluation.protocols.settings import EvaluationSettings
@@ -39,32 +43,33 @@ from infra import cli
 from infra.files import sha256_of
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.folder import find_encoder
+from pretrain.weights.layers import OWN
 
 TASKS = ("ad", "scz", "age")
+SHARES = "AD=0.15,SCZ=0.15"
 BEFORE = "own without age"
 SMALL_SET = 100  # people of the smaller of two sizes of training data
 COLUMNS = ["seed", "encoder", "task", "people", "repeat", "fold", "features", "score"]
 
 
-def prepare_cohort(out: Path, seed: int, participants: int, *, steps: int, width: float) -> Path:
+def prepare_cohort(out: Path, seed: int, participants: int, *, level: str, steps: int) -> Path:
     """Simulate a cohort, build its shards, pretrain an encoder and leave one untrained; return the folder."""
+    realism = [word for option, value in LEVELS[level].items() for word in (f"--{option}", str(value))]
     folder = out / f"seed-{seed}"
     shards, uri = folder / "shards", f"--run.tracking_uri=sqlite:///{folder}/mlflow.db"
     commands = [
         ["cohort", "simulate", str(folder / "cohort"), "--participants", str(participants), "--spacing", "6",
-         "--modality", "vbm", "--seed", str(seed)],
+         "--modality", "vbm", "--seed", str(seed), "--shares", SHARES, *realism],
         ["shards", "build", str(folder / "cohort"), str(shards), "--dataset", "simulated", "--modality", "vbm",
          "--scaling", "tiv", "--scans-per-shard", "128", "--seed", "0"],
     ]  # fmt: skip
     for name, length in (("y-aware", steps), ("untrained", 0)):
         commands.append([
-            "pretrain", "--config", "demo-cpu", "--launch.ranks=1", f"--run.seed={seed}", f"--run.name={name}", uri,
-            f"--data.shards={shards}", f"--run.output={folder / name}", f"--train.steps={length}", "--data.workers=0",
-            f"--encoder.options.width={width}",
+            "pretrain", "--config", "simulated-6mm", f"--run.seed={seed}", f"--run.name={name}", uri,
+            f"--data.shards={shards}", f"--run.output={folder / name}", f"--train.steps={length}",
         ])  # fmt: skip
     commands += [
-        ["readouts", str(folder / name), "--shards", str(shards), "--calibration", "none", "--replace"]
-        for name in ("y-aware", "untrained")
+        ["readouts", str(folder / name), "--shards", str(shards), "--replace"] for name in ("y-aware", "untrained")
     ]
     done = folder / "done"
     for number, command in enumerate(commands):
@@ -96,8 +101,12 @@ def choices(folder: Path, encoder_name: str, manifest: Manifest, task: Task) -> 
     return found
 
 
-def default_table(folder: Path, encoder_name: str, manifest: Manifest, task: Task) -> FeatureTable:
-    """Return a task with the features that ``yaware evaluate`` uses by default: own and spatial ones, and the predicted age."""
+def tables_with_readouts(folder: Path, encoder_name: str, manifest: Manifest, task: Task) -> dict[str, FeatureTable]:
+    """Return tables of a task with the predicted age beside the features, by what these are.
+
+    ``default`` has those that ``yaware evaluate`` uses by default; then come all positions of each block, alone and beside the
+    encoder's own features.
+    """
     path = folder / encoder_name
     encoder = Encoder.from_pretrained(path)
     weights = sha256_of(find_encoder(path) / "model.safetensors")
@@ -106,19 +115,28 @@ def default_table(folder: Path, encoder_name: str, manifest: Manifest, task: Tas
         cache=folder, storage=folder, uri="", experiment="",
     )  # fmt: skip
     candidate = Candidate(encoder_name, encoder_name, weights=weights, encoder=encoder)
-    table = joint_tables(context, candidate)[task.name]
-    prepared = add_readouts(context, candidate, {task.name: PreparedTask(table, [], [], 0)})
-    return prepared[task.name].table
+    tables = {"default": joint_tables(context, candidate)[task.name]}
+    features = candidate_features(context, candidate)
+    for (layer, pooling), spatial in features.items():
+        if layer is not None and pooling == ("none",):
+            columns, count = reduced(spatial, "all")
+            tables[f"{layer} none all, readouts"] = table_of(task, columns[task.rows], "all", count=count)
+            columns, blocks = joined(features[(None, OWN)], spatial)
+            tables[f"own and {layer}, readouts"] = joint_table(task, columns[task.rows], blocks)
+    return {
+        name: add_readouts(context, candidate, {task.name: PreparedTask(table, [], [], 0)})[task.name].table
+        for name, table in tables.items()
+    }
 
 
 def scores_of(
-    candidates: list[FeatureChoice], default: FeatureTable, task: Task, repeats: int
+    candidates: list[FeatureChoice], others: dict[str, FeatureTable], task: Task, repeats: int
 ) -> Iterator[tuple[int, int, int, str, float]]:
-    """Yield people, repeat, fold, features and score for every candidate and for the choice among them."""
+    """Yield people, repeat, fold, features and score for every candidate, the choice among them, and ``others``."""
     own = candidates[0].table
     before = replace(own, covariates=np.empty((len(task.rows), 0)))
     named = [(" ".join(choice.params.values()), [choice]) for choice in candidates] + [("auto", candidates)]
-    named += [("default", [FeatureChoice({}, default)]), (BEFORE, [FeatureChoice({}, before)])]
+    named += [(name, [FeatureChoice({}, table)]) for name, table in (*others.items(), (BEFORE, before))]
     train = outer_folds(task, 5, 0)[0][0]
     for small in (True, False):
         for repeat in range(repeats):
@@ -128,13 +146,13 @@ def scores_of(
                 labels = task.labels[people[test]]
                 for name, of_name in named:
                     prepared = PreparedTask(of_name[0].table, [], [], 0, candidates=of_name if name == "auto" else [])
-                    probe = LINEAR if name.startswith("encoder") or name in ("default", BEFORE) else LINEAR_WIDE
+                    probe = LINEAR if name.startswith("encoder") or name in (*others, BEFORE) else LINEAR_WIDE
                     fit = nested_fit(probe, prepared, people[inner], people[test])
                     yield len(inner), repeat, number, name, inner_metric(labels, fit.predictions.predicted, task.kind)
 
 
 def report(table: pd.DataFrame) -> str:
-    """Return the mean scores as text: features by encoder, task and size; and in how many cells they beat today's default."""
+    """Return the mean scores as text: features by encoder, task and size; and in how many cells they beat pooled ones."""
     table = table.assign(size=np.where(table["people"] > 1.2 * SMALL_SET, "all", str(SMALL_SET)))
     cells = table.pivot_table("score", "features", ["encoder", "task", "size"], sort=False)
     of_seeds = table.pivot_table("score", "features", ["encoder", "task", "size", "seed"], sort=False)
@@ -148,15 +166,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", default="11,12")
-    parser.add_argument("--participants", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--width", type=float, default=0.25, help="of the ResNet18; the demo has 0.5")
+    parser.add_argument("--level", choices=list(LEVELS), default=MIDDLE)
+    parser.add_argument("--participants", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     tables = []
     for seed in map(int, options.seeds.split(",")):
         folder = prepare_cohort(
-            options.out.resolve(), seed, options.participants, steps=options.steps, width=options.width
+            options.out.resolve(), seed, options.participants, level=options.level, steps=options.steps
         )
         manifest = Manifest.load(folder / "shards")
         for encoder in ("y-aware", "untrained"):
@@ -165,7 +183,8 @@ def main() -> None:
                 if not path.exists():
                     task = load_task(name, manifest)
                     candidates = choices(folder, encoder, manifest, task)
-                    rows = scores_of(candidates, default_table(folder, encoder, manifest, task), task, options.repeats)
+                    others = tables_with_readouts(folder, encoder, manifest, task)
+                    rows = scores_of(candidates, others, task, options.repeats)
                     table = pd.DataFrame([(seed, encoder, name, *row) for row in rows], columns=COLUMNS)
                     table.to_csv(path, index=False)
                     print(f"default_features: seed {seed}, {encoder}, {name}: done", flush=True)
