@@ -2,7 +2,8 @@
 
 The graph z-scores each scan once and applies to each of its two views the steps of ``data_pipeline.loading.augment``. Steps
 that the settings never use are left out of the graph; a step that is not drawn for a view is skipped for that view. The same
-graph runs on the CPU and on a GPU. nvidia.dali is imported only here and inside the operators' ``apply`` functions.
+graph runs on the CPU and on a GPU; one operator, which torch has faster on the CPU, calls torch there (``augmentations.warp``).
+nvidia.dali is imported only here and inside the operators' ``apply`` functions.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class AugmentPipeline:
             prefetch_queue_depth=prefetch, seed=0, enable_conditionals=True,
         )  # fmt: skip
         self._pipeline = definition(_graph)(
-            lambda iteration: list(zip(*source(iteration), strict=True)), settings, shape, gpu
+            lambda iteration: list(zip(*source(iteration), strict=True)), settings, shape, gpu, threads
         )
         self._pipeline.build()
         _remove_generated_sources()
@@ -77,7 +78,9 @@ def _remove_generated_sources() -> None:
                 path.unlink(missing_ok=True)
 
 
-def _graph(source: Any, settings: Augmentation, shape: Sequence[int], gpu: bool) -> tuple[Any, Any]:
+def _graph(
+    source: Any, settings: Augmentation, shape: Sequence[int], gpu: bool, threads: int
+) -> tuple[Any, Any]:  # fmt: skip
     from nvidia.dali import fn, types
 
     view_kinds, steps = array_kinds(settings), list(settings.steps)
@@ -96,7 +99,7 @@ def _graph(source: Any, settings: Augmentation, shape: Sequence[int], gpu: bool)
         # The range of the whole scan serves both views: resampling and blur are averages and stay within it.
         low = fn.reductions.min(scored)
         span = fn.reductions.max(scored) - low
-    context = GraphContext([float(n) for n in shape], low, span, gpu)
+    context = GraphContext([float(n) for n in shape], low, span, gpu, threads)
     return _augment(scored, steps, first, context), _augment(scored, steps, second, context)
 
 

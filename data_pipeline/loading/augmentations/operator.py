@@ -35,12 +35,14 @@ class GraphContext(NamedTuple):
         low: the scan's minimum after the z-score, a DALI node; None unless a step sets ``uses_range``.
         span: the scan's maximum minus its minimum, likewise.
         gpu: whether the graph runs on a GPU. Arrays of a volume's size then need ``.gpu()``.
+        threads: DALI's CPU threads.
     """
 
     shape: list[float]
     low: Any
     span: Any
     gpu: bool
+    threads: int = 1
 
 
 @dataclass(frozen=True)

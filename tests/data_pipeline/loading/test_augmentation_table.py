@@ -125,14 +125,15 @@ SETTINGS = {
     "without warp": load_augmentation({"bias": {"p": 0.5}, "noise": {"p": 0.7}}),
 }
 # Computed with DALI 2.4.0 before there was a table of operators: SHA-256 of the 32 views (its first 128 bits), and four
-# voxels of the second view of scan 5.
+# voxels of the second view of scan 5. The digests of the three settings with rotations are newer: since torch resamples on
+# the CPU (2.13.0), the last bits of these views differ.
 GOLDEN = {
     "none": ("38c36555f4e5733ac697df418cad3b89", [0.575449, 2.182577, 3.845695, 4.567347]),
     "paper-all": ("a529725e4610b13b05803814f949b61b", [0.028299, 1.033735, 2.059369, 2.481366]),
     "paper-cutout": ("98bb8fcf2e8fa802aeae83810deb980f", [0.575449, 2.182577, 3.845695, 4.567347]),
-    "default": ("dab06ee309d3c72ff80a3218f1f9b088", [0.124966, 1.151513, 2.172866, 2.602377]),
-    "t1w": ("3edbabd357392ecb787ef2fb56fe22cd", [0.818501, 1.913387, 2.904054, 3.24777]),
-    "every operator": ("c5b602d075a56fcdf3d481c1ff7dd6ab", [0.793188, 1.764465, 2.737765, 3.246863]),
+    "default": ("022627e07c6f99a3a05e488e2a8995ff", [0.124966, 1.151513, 2.172866, 2.602377]),
+    "t1w": ("d3fcf1759768890be4c1f09a151a1feb", [0.818501, 1.913387, 2.904054, 3.24777]),
+    "every operator": ("a02fdd3699ef540958ccef1879bf533d", [0.793188, 1.764465, 2.737765, 3.246863]),
     "without affine": ("2fa4aefef5cc49d7ce076713a14470ae", [0.679022, 1.744214, 2.757076, 3.159728]),
     "without warp": ("b6ee30b9cd1c6b76d2f4dcb8d689f00f", [0.7984, 2.424915, 4.140918, 4.448905]),
 }

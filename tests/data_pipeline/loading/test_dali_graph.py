@@ -27,10 +27,10 @@ def draw(settings: Augmentation, scan: int = 0, view: int = 0, seed: int = 0) ->
     return draw_view(settings, SHAPE, seed=seed, epoch=0, scan=scan, view=view)
 
 
-def run_graph(settings: Augmentation, samples: list, device: str = "cpu") -> np.ndarray:
+def run_graph(settings: Augmentation, samples: list, device: str = "cpu", threads: int = 2) -> np.ndarray:
     """Views (2, B, D, H, W) of one batch; ``samples`` holds the graph's inputs of each scan."""
     pipeline = AugmentPipeline(
-        lambda iteration: samples, settings, shape=SHAPE, batch=len(samples), device=device, threads=2, prefetch=1
+        lambda iteration: samples, settings, shape=SHAPE, batch=len(samples), device=device, threads=threads, prefetch=1
     )
     views = pipeline.run()[:, :, 0].cpu().numpy()
     pipeline.close()
@@ -224,6 +224,15 @@ def test_each_view_of_a_batch_gets_its_own_operators(volume, scored):
             if view["bias"] is not None:
                 expected = expected_bias(expected, view["bias"], low)
             np.testing.assert_allclose(views[number, scan], expected, atol=5e-4)
+
+
+def test_views_do_not_depend_on_the_number_of_threads(volume):
+    settings = PRESETS["t1w"]
+    pairs = [[draw(settings, scan, number) for number in range(2)] for scan in range(7)]
+    voxels = volume.astype(np.float16)[..., None]
+    samples = [[voxels, *(a for v in pair for a in view_arrays(settings, v, CONTEXT))] for pair in pairs]
+    alone = run_graph(settings, samples, threads=1)
+    assert all(np.array_equal(run_graph(settings, samples, threads=threads), alone) for threads in (2, 3))
 
 
 @pytest.mark.parametrize(
