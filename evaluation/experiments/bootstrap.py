@@ -16,6 +16,7 @@ from evaluation.experiments.plan import DISEASES
 from evaluation.statistics.intervals import bootstrap_weights, participant_codes
 from evaluation.statistics.metrics import auc, mae
 from infra import random_streams
+from infra.progress import Progress
 
 
 class Cell(NamedTuple):
@@ -45,16 +46,21 @@ class BootstrapMetrics:
             for size in np.unique(entry.sizes):
                 cell = Cell(entry.clinic, entry.method, entry.variant, entry.task, int(size))
                 grouped.setdefault(cell, []).append(entry)
-        for cell, entries in grouped.items():
-            metric, resampled = (auc, resampled_auc) if cell.task in DISEASES else (mae, mae)
-            labels = entries[0].labels
-            weights = people_weights.setdefault(
-                (cell.clinic, cell.task),
-                np.concatenate(list(bootstrap_weights(participant_codes(entries[0].people), resamples, seed))),
-            )
-            of_seeds = [entry.answers[entry.sizes == cell.size] for entry in entries]
-            self.values[cell] = np.array([[metric(labels, row) for row in rows] for rows in of_seeds])
-            self._weighted[cell] = np.array([[resampled(labels, row, weights) for row in rows] for rows in of_seeds])
+        with Progress(len(grouped), "cells", "bootstrap") as progress:
+            for cell, entries in grouped.items():
+                metric, resampled = (auc, resampled_auc) if cell.task in DISEASES else (mae, mae)
+                labels = entries[0].labels
+                of_people = (cell.clinic, cell.task)
+                if of_people not in people_weights:
+                    codes = participant_codes(entries[0].people)
+                    people_weights[of_people] = np.concatenate(list(bootstrap_weights(codes, resamples, seed)))
+                weights = people_weights[of_people]
+                of_seeds = [entry.answers[entry.sizes == cell.size] for entry in entries]
+                self.values[cell] = np.array([[metric(labels, row) for row in rows] for rows in of_seeds])
+                self._weighted[cell] = np.array(
+                    [[resampled(labels, row, weights) for row in rows] for rows in of_seeds]
+                )
+                progress.advance()
 
     def sample(self, cell: Cell, draws: int) -> NDArray[Any]:
         """Return (resamples,) bootstrapped means over the seeds and the first ``draws`` draws of a cell."""

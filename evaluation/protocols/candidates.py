@@ -44,7 +44,7 @@ def checkpoint_paths(checkpoints: Any, *, all_steps: bool = False) -> list[Path]
         if all_steps and is_address(folder):
             raise UserError(f"{shown(folder)} is one encoder without earlier steps; leave --all-steps out")
         local_path(folder)  # fetches it before any work
-        paths += list_checkpoints(folder) if all_steps else [Path(folder)]
+        paths += list_checkpoints(Path(folder)) if all_steps else [Path(folder)]
     if not paths:
         raise UserError(f"checkpoints={checkpoints!r:.80} names none; give one or more")
     return paths
