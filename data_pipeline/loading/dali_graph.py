@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,13 @@ class AugmentPipeline:
         from nvidia.dali import pipeline_def
 
         gpu = device == "gpu"
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 and not gpu else None
         definition = pipeline_def(
             batch_size=batch, num_threads=threads, device_id=torch.cuda.current_device() if gpu else None,
             prefetch_queue_depth=prefetch, seed=0, enable_conditionals=True,
         )  # fmt: skip
         self._pipeline = definition(_graph)(
-            lambda iteration: list(zip(*source(iteration), strict=True)), settings, shape, gpu, threads
+            lambda iteration: list(zip(*source(iteration), strict=True)), settings, shape, gpu, self._pool
         )
         self._pipeline.build()
         _remove_generated_sources()
@@ -63,7 +65,9 @@ class AugmentPipeline:
 
     def close(self) -> None:
         """Free the graph's memory."""
-        self._pipeline = None
+        self._pipeline = None  # waits for the batches that are on their way
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
 
 
 def _remove_generated_sources() -> None:
@@ -79,7 +83,7 @@ def _remove_generated_sources() -> None:
 
 
 def _graph(
-    source: Any, settings: Augmentation, shape: Sequence[int], gpu: bool, threads: int
+    source: Any, settings: Augmentation, shape: Sequence[int], gpu: bool, pool: Executor | None
 ) -> tuple[Any, Any]:  # fmt: skip
     from nvidia.dali import fn, types
 
@@ -99,7 +103,7 @@ def _graph(
         # The range of the whole scan serves both views: resampling and blur are averages and stay within it.
         low = fn.reductions.min(scored)
         span = fn.reductions.max(scored) - low
-    context = GraphContext([float(n) for n in shape], low, span, gpu, threads)
+    context = GraphContext([float(n) for n in shape], low, span, gpu, pool)
     return _augment(scored, steps, first, context), _augment(scored, steps, second, context)
 
 

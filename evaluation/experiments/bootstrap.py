@@ -46,6 +46,8 @@ class BootstrapMetrics:
             for size in np.unique(entry.sizes):
                 cell = Cell(entry.clinic, entry.method, entry.variant, entry.task, int(size))
                 grouped.setdefault(cell, []).append(entry)
+        if not grouped:
+            return
         with Progress(len(grouped), "cells", "bootstrap") as progress:
             for cell, entries in grouped.items():
                 metric, resampled = (auc, resampled_auc) if cell.task in DISEASES else (mae, mae)

@@ -1,6 +1,6 @@
 """Which features ``yaware evaluate`` should use by default: inner-fold scores of all candidates on simulated cohorts.
 
-    python -m tests.benchmarks.default_features OUT [--seeds 11,12] [--level middle] [--participants 2000] [--steps 300]
+    python -m tests.benchmarks.default_features OUT [--seeds 21,22] [--level middle] [--participants 2000] [--steps 300]
 
 For every seed a cohort of a level of realism (docs/experiments_2.md) is simulated, an encoder is pretrained on its healthy
 people with the recipe simulated-6mm, and a second one is left untrained; both get readouts of age from their own features. On
@@ -35,6 +35,7 @@ from evaluation.protocols.features import cache_name, features_of_each
 from evaluation.protocols.inputs import add_readouts, candidate_features, joint_tables
 from evaluation.protocols.nested_cv import PreparedTask, nested_fit
 from evaluation.protocols.probes import LINEAR, LINEAR_WIDE
+from evaluation.protocols.protocols import has_wide
 from evaluation.protocols.settings import EvaluationSettings
 from evaluation.statistics.metrics import inner_metric
 from evaluation.tasks.folds import make_folds, outer_folds
@@ -55,7 +56,7 @@ COLUMNS = ["seed", "encoder", "task", "people", "repeat", "fold", "features", "s
 def prepare_cohort(out: Path, seed: int, participants: int, *, level: str, steps: int) -> Path:
     """Simulate a cohort, build its shards, pretrain an encoder and leave one untrained; return the folder."""
     realism = [word for option, value in LEVELS[level].items() for word in (f"--{option}", str(value))]
-    folder = out / f"seed-{seed}"
+    folder = out / f"{level}-{participants}-people-{steps}-steps-seed-{seed}"
     shards, uri = folder / "shards", f"--run.tracking_uri=sqlite:///{folder}/mlflow.db"
     commands = [
         ["cohort", "simulate", str(folder / "cohort"), "--participants", str(participants), "--spacing", "6",
@@ -146,7 +147,8 @@ def scores_of(
                 labels = task.labels[people[test]]
                 for name, of_name in named:
                     prepared = PreparedTask(of_name[0].table, [], [], 0, candidates=of_name if name == "auto" else [])
-                    probe = LINEAR if name.startswith("encoder") or name in (*others, BEFORE) else LINEAR_WIDE
+                    of_evaluate = name.startswith("encoder") or name in (*others, BEFORE)
+                    probe = LINEAR if of_evaluate and not has_wide(prepared) else LINEAR_WIDE
                     fit = nested_fit(probe, prepared, people[inner], people[test])
                     yield len(inner), repeat, number, name, inner_metric(labels, fit.predictions.predicted, task.kind)
 
@@ -165,7 +167,7 @@ def main() -> None:
     """Print the table of ``report``; all scores are in OUT/scores.csv."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", default="11,12")
+    parser.add_argument("--seeds", default="21,22")
     parser.add_argument("--level", choices=list(LEVELS), default=MIDDLE)
     parser.add_argument("--participants", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=300)

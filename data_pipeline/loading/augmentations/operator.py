@@ -9,6 +9,7 @@ resampling.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,14 +36,14 @@ class GraphContext(NamedTuple):
         low: the scan's minimum after the z-score, a DALI node; None unless a step sets ``uses_range``.
         span: the scan's maximum minus its minimum, likewise.
         gpu: whether the graph runs on a GPU. Arrays of a volume's size then need ``.gpu()``.
-        threads: DALI's CPU threads.
+        pool: threads for work on the CPU that DALI does not do itself; None runs it in the calling one.
     """
 
     shape: list[float]
     low: Any
     span: Any
     gpu: bool
-    threads: int = 1
+    pool: Executor | None = None
 
 
 @dataclass(frozen=True)

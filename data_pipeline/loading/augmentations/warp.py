@@ -7,7 +7,7 @@ interpolated once. Coordinates: axes (D, H, W), voxel units, origin at the volum
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -148,7 +148,7 @@ def _apply(view: Any, arrays: Any, context: GraphContext) -> Any:
             warped = fn.warp_affine(view, matrix=matrix, inverse_map=True, interp_type=types.INTERP_LINEAR)
         else:  # DALI's own operator takes 2.5 times as long on a CPU
             warped = fn.dl_tensor_python_function(
-                view, matrix, function=do_not_convert(_batch_warp)(context.threads), batch_processing=True,
+                view, matrix, function=do_not_convert(_batch_warp)(context.pool), batch_processing=True,
                 output_layouts="DHWC", synchronize_stream=False,
             )  # fmt: skip
     elif method == ALONG_AXES:
@@ -163,9 +163,8 @@ def _apply(view: Any, arrays: Any, context: GraphContext) -> Any:
     return warped
 
 
-def _batch_warp(threads: int) -> Callable[[list[Any], list[Any]], list[Any]]:
+def _batch_warp(pool: Executor | None) -> Callable[[list[Any], list[Any]], list[Any]]:
     """Return a function that warps a batch of volumes (D, H, W, 1), given and returned as DLPack capsules."""
-    pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def warp_batch(volumes: list[Any], matrices: list[Any]) -> list[Any]:
         from torch.utils.dlpack import from_dlpack

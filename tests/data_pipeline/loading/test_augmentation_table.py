@@ -1,4 +1,4 @@
-"""The table of operators: a new augmentation needs one entry, and the existing ones give the views that they always gave."""
+"""The table of operators: a new augmentation needs one entry, and the views of the existing ones are fixed."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_scores_use_training_scans_only_and_the_table_counts_better_cells():
         for layer, features in (("encoder", noise), ("layer2", signal))
     ]
     default = table_of(task, np.column_stack([noise, signal]), "each")
-    rows = list(scores_of(candidates, default, task, repeats=2))
+    rows = list(scores_of(candidates, {"default": default}, task, repeats=2))
     assert len(rows) == 2 * 2 * 3 * 5  # sizes, repeats, folds; two candidates, auto, the default and that of before
     table = pd.DataFrame([(11, "y-aware", "ad", *row) for row in rows], columns=COLUMNS)
     assert table["score"].notna().all()
