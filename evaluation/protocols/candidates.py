@@ -52,15 +52,15 @@ def checkpoint_paths(checkpoints: Any, *, all_steps: bool = False) -> list[Path]
 
 def load_checkpoint(path: Path, context: EvaluationContext) -> Candidate:
     """Load a checkpoint and check it against the shards: preprocessing, leakage, layer."""
-    folder, encoder, name = find_encoder(path), Encoder.from_pretrained(path), shown(path)
-    check_preprocessing(encoder.preprocessing, context.manifest, name)
-    tags = check_leakage(encoder, path, context.manifest, context.rows, name)
+    folder, encoder, place = find_encoder(path), Encoder.from_pretrained(path), shown(path)
+    check_preprocessing(encoder.preprocessing, context.manifest, place)
+    tags = check_leakage(encoder, path, context.manifest, context.rows, place)
     if context.settings.layer != AUTO and any(PROTOCOLS[name].uses_layer for name in context.settings.protocols):
         intermediate_features(encoder.network, context.settings.block, context.settings.pooling)
     if any(PROTOCOLS[name].model == "network" for name in context.settings.protocols):
         check_head_pooling(encoder.network, context.settings.finetune.pooling, context.manifest.grid["shape"])
     if any(PROTOCOLS[name].gives_readouts(context.settings) for name in context.settings.protocols):
-        check_readouts(encoder.need_readouts(), context.manifest, context.rows, name)
+        check_readouts(encoder.need_readouts(), context.manifest, context.rows, place)
     config = encoder.config
     return Candidate(
         name=config["run_name"], method=config["method"], step=int(config["step"]),

@@ -28,11 +28,10 @@ import pandas as pd
 
 from data_pipeline.storage.manifest import Manifest
 from evaluation.experiments.second.plan import LEVELS, MIDDLE
-from evaluation.features.candidates import FeatureChoice, candidate_blocks, joined, joint_table
-from evaluation.features.tables import SCALES, FeatureTable, reduced, table_of
+from evaluation.features.candidates import FeatureChoice, joined, joint_table
+from evaluation.features.tables import FeatureTable
 from evaluation.protocols.context import Candidate, EvaluationContext
-from evaluation.protocols.features import cache_name, features_of_each
-from evaluation.protocols.inputs import add_readouts, candidate_features, joint_tables
+from evaluation.protocols.inputs import add_readouts, candidate_features, candidate_tables, joint_tables
 from evaluation.protocols.nested_cv import PreparedTask, nested_fit
 from evaluation.protocols.probes import LINEAR, LINEAR_WIDE
 from evaluation.protocols.protocols import has_wide
@@ -82,52 +81,34 @@ def prepare_cohort(out: Path, seed: int, participants: int, *, level: str, steps
     return folder
 
 
-def choices(folder: Path, encoder_name: str, manifest: Manifest, task: Task) -> list[FeatureChoice]:
-    """Return all candidates for a task."""
-    path = folder / encoder_name
-    encoder = Encoder.from_pretrained(path)
-    weights = sha256_of(find_encoder(path) / "model.safetensors")
-    rows = np.arange(len(manifest.scans))
-    caches = {
-        block: folder / cache_name(weights, manifest.digest, *block)
-        for block in candidate_blocks(encoder.network, manifest.grid["shape"])
-    }
-    found = []
-    for (layer, pooling), features in features_of_each(encoder, manifest, rows, caches, encoder_name).items():
-        for scale in SCALES:
-            columns, count = reduced(features[task.rows], scale)
-            params = {"layer": layer or "encoder", "pooling": "+".join(pooling), "scale": scale}
-            places = np.arange(len(task.rows))
-            found.append(FeatureChoice(params, table_of(task, columns, scale, places, count)))
-    return found
+def features_of(
+    folder: Path, encoder_name: str, manifest: Manifest, task: Task
+) -> tuple[list[FeatureChoice], dict[str, FeatureTable]]:  # fmt: skip
+    """Return the candidates of ``--layer auto`` for a task, and by name the tables with the predicted age beside them.
 
-
-def tables_with_readouts(folder: Path, encoder_name: str, manifest: Manifest, task: Task) -> dict[str, FeatureTable]:
-    """Return tables of a task with the predicted age beside the features, by what these are.
-
-    ``default`` has those that ``yaware evaluate`` uses by default; then come all positions of each block, alone and beside the
-    encoder's own features.
+    ``default`` has the features that ``yaware evaluate`` uses by default; then come all positions of each block, alone and
+    beside the encoder's own features.
     """
     path = folder / encoder_name
-    encoder = Encoder.from_pretrained(path)
-    weights = sha256_of(find_encoder(path) / "model.safetensors")
     context = EvaluationContext(
-        manifest=manifest, tasks=[task], rows=np.arange(len(manifest.scans)), settings=EvaluationSettings((task.name,)),
-        cache=folder, storage=folder, uri="", experiment="",
+        manifest=manifest, tasks=[task], rows=task.rows, settings=EvaluationSettings((task.name,)), cache=folder,
+        storage=folder, uri="", experiment="",
     )  # fmt: skip
-    candidate = Candidate(encoder_name, encoder_name, weights=weights, encoder=encoder)
+    weights = sha256_of(find_encoder(path) / "model.safetensors")
+    candidate = Candidate(encoder_name, encoder_name, weights=weights, encoder=Encoder.from_pretrained(path))
+    choices = candidate_tables(context, candidate)[task.name]
     tables = {"default": joint_tables(context, candidate)[task.name]}
     features = candidate_features(context, candidate)
-    for (layer, pooling), spatial in features.items():
-        if layer is not None and pooling == ("none",):
-            columns, count = reduced(spatial, "all")
-            tables[f"{layer} none all, readouts"] = table_of(task, columns[task.rows], "all", count=count)
-            columns, blocks = joined(features[(None, OWN)], spatial)
-            tables[f"own and {layer}, readouts"] = joint_table(task, columns[task.rows], blocks)
-    return {
-        name: add_readouts(context, candidate, {task.name: PreparedTask(table, [], [], 0)})[task.name].table
-        for name, table in tables.items()
-    }
+    for params, table in choices:
+        layer, pooling, scale = params.values()
+        if layer != "encoder" and (pooling, scale) == ("none", "all"):
+            tables[f"{layer} none all, readouts"] = table
+            columns, blocks = joined(features[(None, OWN)], features[layer, (pooling,)])
+            tables[f"own and {layer}, readouts"] = joint_table(task, columns, blocks)
+    named = [FeatureChoice({"name": name}, table) for name, table in tables.items()]
+    prepared = PreparedTask(choices[0].table, [], [], 0, candidates=named)
+    prepared = add_readouts(context, candidate, {task.name: prepared})[task.name]
+    return choices, {choice.params["name"]: choice.table for choice in prepared.candidates}
 
 
 def scores_of(
@@ -184,9 +165,7 @@ def main() -> None:
                 path = folder / f"scores-{encoder}-{name}-{options.repeats}.csv"
                 if not path.exists():
                     task = load_task(name, manifest)
-                    candidates = choices(folder, encoder, manifest, task)
-                    others = tables_with_readouts(folder, encoder, manifest, task)
-                    rows = scores_of(candidates, others, task, options.repeats)
+                    rows = scores_of(*features_of(folder, encoder, manifest, task), task, options.repeats)
                     table = pd.DataFrame([(seed, encoder, name, *row) for row in rows], columns=COLUMNS)
                     table.to_csv(path, index=False)
                     print(f"default_features: seed {seed}, {encoder}, {name}: done", flush=True)
