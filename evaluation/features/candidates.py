@@ -69,11 +69,13 @@ def candidate_blocks(network: nn.Module, sides: Sequence[int]) -> list[Block]:
 def spatial_block(network: nn.Module, sides: Sequence[int]) -> Block | None:
     """Return the block and pooling of an encoder's spatial features for scans of ``sides`` voxels; None if it has none.
 
-    It is the deepest main block whose map has two positions or more along each side: every position of it, or the cells of
-    grid3 if these would be more than MOST_FEATURES.
+    They are every position of the deepest main block whose map has four positions or more along each side; if no block has
+    four, it is three, then two. A map of more than MOST_FEATURES does not count. If no map is left: the cells of grid3 of the
+    deepest block that has them.
     """
-    for name, channels, map_sides in reversed(_maps(network, main_blocks(network), sides)):
-        for pooling, least in (("none", 2), ("grid3", 3)):
+    maps = _maps(network, main_blocks(network), sides)[::-1]
+    for pooling, least in (("none", 4), ("none", 3), ("none", 2), ("grid3", 3)):
+        for name, channels, map_sides in maps:
             if min(map_sides) >= least and feature_count(pooling, channels, map_sides) <= MOST_FEATURES:
                 return name, (pooling,)
     return None

@@ -116,7 +116,7 @@ def evaluate(
         layer: use the features of this block inside the encoder; ``own``: those of the encoder's end; ``auto``: block, pooling
             and scale are chosen on the inner folds of each training set (protocols paper and linear). None: the own features,
             to which paper and linear add spatial ones (but in multiclass tasks): every position of the encoder's deepest map
-            of two positions or more along each side; both kinds get the same total variance.
+            of four positions or more along each side; both kinds get the same total variance.
         pooling: of that block over its voxels: mean, max, std, grid2 to grid8, none or several; see ``Encoder.embed``.
         scale: of the features of paper and linear: ``each`` has variance 1, or one scale for ``all``.
         readouts: give the proxies that the encoder's readouts predict to the models of paper and linear, beside the features:

@@ -38,7 +38,7 @@ def frozen_features(context: EvaluationContext, candidate: Candidate) -> NDArray
 def joint_tables(context: EvaluationContext, candidate: Candidate) -> dict[str, FeatureTable]:
     """Return the table of each task, by name, with the encoder's own features and its spatial ones (``spatial_block``).
 
-    An encoder that has no map of two positions along each side gives its own features alone, and so does every encoder for a
+    An encoder without spatial features gives its own features alone, and so does every encoder for a
     multiclass task: regression on K classes takes minutes with that many features.
     """
     assert candidate.encoder is not None

@@ -1,6 +1,6 @@
 """Which features ``yaware evaluate`` should use by default: inner-fold scores of all candidates on simulated cohorts.
 
-    python -m tests.benchmarks.default_features OUT [--seeds 21,22] [--level middle] [--participants 2000] [--steps 300]
+    python -m tests.benchmarks.default_features OUT [--seeds 21,22,23,24] [--level middle] [--participants 2000] [--steps 300]
 
 For every seed a cohort of a level of realism (docs/experiments_2.md) is simulated, an encoder is pretrained on its healthy
 people with the recipe simulated-6mm, and a second one is left untrained; both get readouts of age from their own features. On
@@ -148,7 +148,7 @@ def main() -> None:
     """Print the table of ``report``; all scores are in OUT/scores.csv."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", default="21,22")
+    parser.add_argument("--seeds", default="21,22,23,24")
     parser.add_argument("--level", choices=list(LEVELS), default=MIDDLE)
     parser.add_argument("--participants", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=300)

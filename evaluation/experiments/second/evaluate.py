@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,17 @@ from evaluation.experiments.answers import MethodAnswers
 from evaluation.experiments.evaluate import brain_ages, load_plan_task
 from evaluation.experiments.networks import network_answers, network_jobs, network_points
 from evaluation.experiments.plan import DISEASES
-from evaluation.experiments.second.plan import AUTO, CLINIC_TASKS, FINE_TUNED, SPATIAL, WHOLE, Piece, SecondPlan
-from evaluation.features.candidates import FeatureChoice, candidate_blocks, joined, joint_table, spatial_block
+from evaluation.experiments.second.plan import (
+    AUTO,
+    BESIDE_OWN,
+    CLINIC_TASKS,
+    FINE_TUNED,
+    SPATIAL,
+    WHOLE,
+    Piece,
+    SecondPlan,
+)
+from evaluation.features.candidates import FeatureChoice, candidate_blocks, joined, joint_table
 from evaluation.features.tables import SCALES, FeatureTable, reduced, table_of
 from evaluation.features.voxels import voxel_coordinates
 from evaluation.protocols.features import cache_name, features_of_each
@@ -66,19 +76,22 @@ class Clinic:
         check_copies(self.tasks.values(), self.manifest)
         self.rows = np.unique(np.concatenate([task.rows for task in self.tasks.values()]))
 
-    def encoder_answers(self, piece: Piece) -> list[MethodAnswers]:
-        """Return the answers of linear models on each kind of an encoder's features, and the ages that its readout predicts."""
+    def encoder_answers(self, piece: Piece, kinds: Sequence[str] = ()) -> list[MethodAnswers]:
+        """Return the answers of linear models on each kind of an encoder's features, and the ages that its readout predicts.
+
+        ``kinds`` stand in place of those of the piece.
+        """
+        kinds = kinds or piece.features
         path = run_of(self.out, piece)
         encoder = Encoder.from_pretrained(path)
         check_preprocessing(encoder.preprocessing, self.manifest, piece.name)
         check_leakage(encoder, path, self.manifest, self.rows, piece.name)
         readouts = encoder.need_readouts()
         check_readouts(readouts, self.manifest, self.rows, piece.name)
-        sides = self.manifest.grid["shape"]
-        default = spatial_block(encoder.network, sides) or SPATIAL
-        blocks = list(dict.fromkeys([POOLED, SPATIAL, default]))
-        if AUTO in piece.features:
-            blocks = list(dict.fromkeys([*candidate_blocks(encoder.network, sides), *blocks]))
+        blocks = [POOLED, SPATIAL, *(BESIDE_OWN[kind] for kind in kinds if kind in BESIDE_OWN)]
+        if AUTO in kinds:
+            blocks = [*candidate_blocks(encoder.network, self.manifest.grid["shape"]), *blocks]
+        blocks = list(dict.fromkeys(blocks))
         work = self.out / "features" / path.name
         weights = sha256_of(find_encoder(path) / "model.safetensors")
         caches = {(layer, pooling): work / cache_name(weights, self.manifest.digest, layer, pooling)
@@ -88,10 +101,10 @@ class Clinic:
         ages = readouts.predict(features[SPATIAL])[:, list(readouts.readouts).index("age")]
         answers = [self._age_answers((piece.method, "readout", piece.seed), ages)]
         with one_thread():
-            for kind in piece.features:
+            for kind in kinds:
                 source = piece.method, kind, piece.seed
                 for name in self.tasks:
-                    prepared = self._prepared(kind, name, features, ages, default)
+                    prepared = self._prepared(kind, name, features, ages)
                     answers.append(self._disease_answers(source, name, prepared))
         shutil.rmtree(work, ignore_errors=True)  # a hundred megabytes and more
         return answers
@@ -127,18 +140,17 @@ class Clinic:
         return network_answers(self.level, WHOLE, disease, task, results)
 
     def _prepared(
-        self, kind: str, name: str, features: dict[Block, NDArray[np.float32]], ages: NDArray[Any], default: Block
+        self, kind: str, name: str, features: dict[Block, NDArray[np.float32]], ages: NDArray[Any]
     ) -> PreparedTask:
-        """Return a task with one kind of an encoder's features; ``readout``: spatial ones with the predicted age beside.
+        """Return a task with one kind of an encoder's features.
 
-        The kind ``default`` is what ``yaware evaluate`` uses if nothing is named: own features, those of the block ``default``
-        by place, and the predicted age.
+        ``readout`` is the spatial ones with the predicted age beside them; kinds of BESIDE_OWN have the own features too.
         """
         task, places = self.tasks[name], self._places(name)
         if kind == "pooled":
             return self._prepare(name, table_of(task, features[POOLED][places], "each"))
-        if kind == "default":
-            columns, blocks = joined(features[POOLED][places], features[default][places])
+        if kind in BESIDE_OWN:
+            columns, blocks = joined(features[POOLED][places], features[BESIDE_OWN[kind]][places])
             return self._prepare(name, replace(joint_table(task, columns, blocks), readouts=ages[places][:, None]))
         spatial = table_of(task, features[SPATIAL][places], "all")
         if kind == "spatial":

@@ -43,6 +43,9 @@ CLINIC_TASKS: dict[str, dict[str, Any]] = {
     disease: {**TASKS[disease], "match": {**TASKS[disease]["match"], "same": ["site", "sex"]}} for disease in DISEASES
 }
 SPATIAL = ("layer2", ("none",))  # block and pooling of the spatial features and of the readouts
+# Kind of features -> block and pooling of the spatial ones that stand beside the own ones and the predicted age. The default of
+# ``yaware evaluate`` when the experiment was run, and since then: the latter is no part of the experiment.
+BESIDE_OWN = {"default": ("layer3", ("none",)), "default since": SPATIAL}
 READOUTS = (f"--readouts.layer={SPATIAL[0]}", "--readouts.pooling=[none]", "--readouts.fit=true")
 # Terms of the loss beside the y-aware one, at the middle level only: method -> changes of the recipe. They work on the block of
 # the spatial features, since the last map has two positions at 6 mm.

@@ -247,13 +247,21 @@ def test_every_encoder_has_spatial_features_of_bounded_size(name):
     assert 8 <= features.shape[1] <= MOST_FEATURES
 
 
-def test_the_spatial_features_of_a_resnet_are_those_of_its_deepest_map_with_places():
+def test_the_spatial_features_of_a_resnet_are_those_of_its_deepest_map_of_four_positions():
     encoder = build_encoder("resnet18", {"width": 0.125, "norm": "group"})
     assert spatial_block(encoder, (121, 145, 121)) == ("layer4", ("none",))  # 4 x 5 x 4 positions
-    assert spatial_block(encoder, (30, 36, 30)) == ("layer3", ("none",))  # 2 x 3 x 2; layer4 has 1 x 2 x 1
+    assert spatial_block(encoder, (30, 36, 30)) == ("layer2", ("none",))  # 4 x 5 x 4; layer3 has 2 x 3 x 2
     encoder = build_encoder("resnet18", {"width": 0.125, "norm": "batch"}).eval()
-    assert spatial_block(encoder, (8, 8, 8)) == ("layer1", ("none",))
+    assert spatial_block(encoder, (12, 12, 12)) == ("layer1", ("none",))  # 3 x 3 x 3
+    assert spatial_block(encoder, (8, 8, 8)) == ("layer1", ("none",))  # 2 x 2 x 2
     assert spatial_block(encoder, (4, 4, 4)) is None
+
+
+def test_a_map_of_too_many_features_gives_way_to_one_of_three_positions():
+    with torch.device("meta"):
+        encoder = build_encoder("densenet121", {})
+    # denseblock4 has 1,024 x 3 x 4 x 3 features, denseblock3 1,024 x 7 x 9 x 7
+    assert spatial_block(encoder, (121, 145, 121)) == ("denseblock4", ("none",))
 
 
 def test_too_many_positions_become_the_cells_of_a_grid():
