@@ -119,7 +119,7 @@ def test_the_joint_table_holds_the_features_of_both_blocks(world, tmp_path):
     )  # fmt: skip
     tables = joint_tables(context, Candidate("first", "y-aware", weights="a" * 64, encoder=encoder))
     spatial = spatial_block(encoder.network, manifest.grid["shape"])
-    assert spatial == ("layer2", ("none",))  # 2 x 2 x 2 positions of 14 x 16 x 12 voxels
+    assert spatial == ("layer1", ("none",))  # 4 x 4 x 3 positions of 14 x 16 x 12 voxels
     own, places = (features_of(encoder, manifest, rows, tmp_path / f"{n}.npz", "test", *block)
                    for n, block in enumerate(((None, ("mean",)), spatial)))  # fmt: skip
     for task in tasks[:2]:
