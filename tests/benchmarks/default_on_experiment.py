@@ -5,7 +5,7 @@
 OUT is the folder of ``make experiment2`` with its shards and encoders. On each y-aware encoder the present default is fitted to
 the training sets of the experiment and compared with features whose answers are committed: pooled ones, the default at that
 time, and spatial ones with readout. The table has AUC, and differences with 95 % intervals over test people, training sets and
-encoders, uncorrected. It takes about two minutes an encoder.
+encoders, uncorrected. It takes about one minute an encoder on an idle core.
 """
 
 from __future__ import annotations
