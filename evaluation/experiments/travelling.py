@@ -1,6 +1,6 @@
 """Runs the experiment of docs/reliability.md on simulated travelling heads: does training for reliability help?
 
-    python -m evaluation.experiments.travelling --out experiment-travelling          # 2 cores: about two hours
+    python -m evaluation.experiments.travelling --out experiment-travelling          # 2 cores: three quarters of an hour
 
 Question, arms and rule were written down before the first run. Finished pretrainings are not repeated; a killed run continues
 when it is started again.
