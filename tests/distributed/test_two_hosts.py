@@ -171,7 +171,7 @@ def over_pdsh(pair: Pair, output: Path, *overrides: str, work: Path, shards: Pat
                "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
     (work / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in carried.items()))
     # pdsh passes the command to a shell on the other host, which would expand the braces of an override.
-    recipe = (ROOT / "pretrain/recipes/demo-cpu.yaml").read_text().replace("width: 0.5", "width: 0.25")
+    recipe = (ROOT / "pretrain/recipes/demo-cpu.yaml").read_text()
     (work / "mine.yaml").write_text(recipe)
     arguments = [part for part in training(shards, output) if not part.startswith("--encoder.options")]
     arguments[arguments.index("demo-cpu")] = str(work / "mine.yaml")
