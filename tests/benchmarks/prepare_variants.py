@@ -36,11 +36,10 @@ from data_pipeline.prepare.driver import prepare_cohort
 from data_pipeline.prepare.prepared import BRAIN, GREY_MATTER, PREPROCESSED
 from data_pipeline.prepare.settings import PrepareRecipe
 from data_pipeline.simulation.cohort import simulate_cohort
-from data_pipeline.simulation.people import MEAN_TIV
 from data_pipeline.volume.intensity import zscore
 from pretrain.encoders import build_encoder
 from pretrain.weights.encoder import Encoder
-from tests.data_pipeline.prepare.dressed import with_skull_and_neck
+from tests.data_pipeline.prepare.dressed import brain_ml, with_skull_and_neck
 from tests.data_pipeline.prepare.heads import CH2, VARIANTS, write_raw
 from tests.data_pipeline.prepare.phantoms import turned
 
@@ -118,8 +117,10 @@ def write_people(out: Path, people: int) -> tuple[Path, Path]:
         if target.is_file():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        head = with_skull_and_neck(nibabel.load(truth / f"{name}/ses-1/anat/{name}_ses-1_T1w.nii.gz"), number)
-        place = turned(*places[number], float(np.cbrt(row["true_tiv"] / MEAN_TIV)))
+        brain = nibabel.load(truth / f"{name}/ses-1/anat/{name}_ses-1_T1w.nii.gz")
+        head = with_skull_and_neck(brain, number)
+        # Simulated brains have the size of the template, which is larger than people.
+        place = turned(*places[number], float(np.cbrt(row["true_tiv"] / brain_ml(brain))))
         nibabel.save(nibabel.Nifti1Image(np.asarray(head.dataobj), place @ head.affine), target)
     (raw / "participants.tsv").write_text("participant_id\tage\n" + "\n".join(names) + "\n")
     return truth, raw

@@ -24,6 +24,12 @@ def extracted(image: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
     return nibabel.Nifti1Image(np.where(_brain(voxels), voxels, 0.0).astype(np.float32), image.affine)
 
 
+def brain_ml(image: nibabel.Nifti1Image) -> float:
+    """The volume of the brain in ml."""
+    voxel = abs(float(np.linalg.det(image.affine[:3, :3])))
+    return float(_brain(np.asarray(image.dataobj, np.float32)).sum()) * voxel / 1000.0
+
+
 def with_skull_and_neck(image: nibabel.Nifti1Image, seed: int) -> nibabel.Nifti1Image:
     """The brain in a head: a thin layer of fluid, dark skull, bright scalp, and a neck; with noise everywhere."""
     spacing = float(np.linalg.norm(image.affine[:3, 0]))
