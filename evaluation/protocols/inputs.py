@@ -35,15 +35,21 @@ def frozen_features(context: EvaluationContext, candidate: Candidate) -> NDArray
     return features_of(candidate.encoder, context.manifest, context.rows, cache, title, layer=layer, pooling=pooling)
 
 
+def spatial_features(context: EvaluationContext, candidate: Candidate) -> Block | None:
+    """Return the block and pooling of the candidate's spatial features; None if it has none."""
+    assert candidate.encoder is not None
+    return spatial_block(candidate.encoder.network, context.manifest.grid["shape"])
+
+
 def joint_tables(context: EvaluationContext, candidate: Candidate) -> dict[str, FeatureTable]:
-    """Return the table of each task, by name, with the encoder's own features and its spatial ones (``spatial_block``).
+    """Return the table of each task, by name, with the encoder's own features and its spatial ones.
 
     An encoder without spatial features gives its own features alone, and so does every encoder for a
     multiclass task: regression on K classes takes minutes with that many features.
     """
     assert candidate.encoder is not None
     own: Block = (None, OWN)
-    spatial = spatial_block(candidate.encoder.network, context.manifest.grid["shape"])
+    spatial = spatial_features(context, candidate)
     blocks = [own] if spatial is None else [own, spatial]
     caches = {block: context.cache / cache_name(candidate.weights, context.manifest.digest, *block) for block in blocks}
     title = f"features of {candidate.name} step {candidate.step}"

@@ -101,6 +101,8 @@ def test_without_a_layer_linear_models_get_own_and_spatial_features(world):
     assert [variants[name].label for name in ("linear", "knn")] == ["linear", "knn"]
     params = {row["params"]["protocol"]: row["params"] for row in rows}
     assert params["linear"]["layer"] == JOINT
+    assert params["linear"]["spatial"] == "layer1 none"
+    assert "spatial" not in params["knn"]
     assert not {"pooling", "scale"} & params["linear"].keys()
     more = ["--tasks", "ad", "--protocols", "linear", "--layer", "own"]
     _, _, (own,) = evaluate(world, "own", *more)
