@@ -1,4 +1,7 @@
-"""One command judges checkpoints, an untrained network, tables of others and voxels, and one report compares them all."""
+"""One command judges a checkpoint, an untrained network, imported weights, tables and an encoder of others, and voxels.
+
+One report compares them all.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import evaluation
 from data_pipeline.shards.build import build_shards
@@ -18,6 +22,7 @@ from infra.tracking import runs
 from pretrain.weights.encoder import Encoder
 from tests.cohorts import write_cohort
 from tests.pretrain.weights.encoders import write_encoders_of
+from tests.pretrain.weights.test_layouts import medicalnet_file
 from tests.stores import store_at
 
 pytestmark = pytest.mark.jobs  # two evaluations and a report: 30 CPU seconds
@@ -40,11 +45,14 @@ def shards(cohort, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoders(shards, tmp_path_factory):
-    """A checkpoint and an untrained network."""
+    """A checkpoint, an untrained network, and an import from a file of MedicalNet's layout with random tensors."""
     root, manifest = tmp_path_factory.mktemp("exports"), Manifest.load(shards)
     write_encoders_of(manifest, root / "trained", run_name="trained", step=7)
     write_encoders_of(manifest, root / "untrained", seed=1, run_name="untrained", method="random", step=0)
-    return {name: root / name for name in ("trained", "untrained")}
+    torch.save(medicalnet_file(10)[0], root / "imported.pth")
+    command = ["import-weights", str(root / "imported.pth"), "--arch", "resnet10-medicalnet", "--grid", str(shards)]
+    assert cli.run([*command, "--out", str(root / "imported")]) == 0
+    return {name: root / name for name in ("trained", "untrained", "imported")}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,7 @@ def freesurfer(shards, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judged(cohort, shards, encoders, freesurfer, tmp_path_factory):
-    """The store after one command: two encoders, a table, an adapter, voxels."""
+    """The store after one command: three encoders, a table, an adapter, voxels."""
     root = tmp_path_factory.mktemp("judged")
     uri = store_at(root / "mlflow.db")
     command = ["evaluate", *map(str, encoders.values()), "--features", *freesurfer, "--name", "FreeSurfer"]
@@ -74,7 +82,7 @@ def judged(cohort, shards, encoders, freesurfer, tmp_path_factory):
     return root, uri
 
 
-NAMES = ["trained", "untrained", "FreeSurfer", "blurred", "voxels"]
+NAMES = ["trained", "untrained", "imported", "FreeSurfer", "blurred", "voxels"]
 
 
 def test_all_candidates_have_the_same_scans_folds_and_draws(judged):
