@@ -71,7 +71,7 @@ def spatial_block(network: nn.Module, sides: Sequence[int]) -> Block | None:
 
     They are every position of the deepest main block whose map has four positions or more along each side; if no block has
     four, it is three, then two. A map of more than MOST_FEATURES does not count. If no map is left: the cells of grid3 of the
-    deepest block that has them.
+    deepest block that has them within that limit.
     """
     maps = _maps(network, main_blocks(network), sides)[::-1]
     for pooling, least in (("none", 4), ("none", 3), ("none", 2), ("grid3", 3)):
