@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,6 @@ from numpy.typing import NDArray
 from evaluation.statistics.logistic import Curvature
 from evaluation.statistics.ridge import RidgePath
 from evaluation.tasks.tasks import Task
-
-if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
 
 SLAB = 2_048  # features worked on at a time, in float64
 # More features than this are kept as float32 and worked on in slabs.
@@ -104,7 +101,6 @@ class TrainTestSplit:
     train_covariates: NDArray[Any]  # (n, C)
     test_covariates: NDArray[Any]  # (m, C)
     last_fit: NDArray[Any] | None = None  # solution of a logistic regression that warm-starts the next penalty
-    multinomial: LogisticRegression | None = None  # of a multiclass task; its next fit starts from the last one
     curvature: Curvature = field(default_factory=Curvature)  # of the same regression
     ridge: RidgePath | None = None  # a regression of numbers without penalised readouts
 

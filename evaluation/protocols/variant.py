@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-JOINT = "joint"  # as a layer: the encoder's own features and spatial ones, the default of linear models
+# As a layer: own features and spatial ones, the default of linear models. It was "joint" while the spatial ones came from
+# another block; evaluations of then and now are not paired.
+JOINT = "own+spatial"
 BY_DEFAULT = "default"  # of readouts that nobody asked for: free, but none in multiclass tasks
 
 GIVEN = ("table", "adapter")  # what else than the protocol's own kind is evaluated: features of others
@@ -18,8 +20,8 @@ class ProtocolVariant:
     ``model`` names what is fitted; protocols that fit the same model share it (``paper`` and ``linear``).
     ``evaluates`` is ``checkpoint``, ``architecture`` or ``shards`` (see ``protocols.Protocol``); for features of others it is
     ``table`` or ``adapter``. ``layer`` is the block whose output was pooled by ``pooling``: empty for the encoder's own
-    features, ``joint`` for these and spatial ones, ``end`` for its last map, ``auto`` if block, pooling and scale were chosen
-    on inner folds. ``scale`` is ``all`` if all features have one scale, and empty otherwise.
+    features, ``own+spatial`` for these and spatial ones, ``end`` for its last map, ``auto`` if block, pooling and scale were
+    chosen on inner folds. ``scale`` is ``all`` if all features have one scale, and empty otherwise.
     ``readouts`` is ``default``, ``free`` or ``penalised`` if predicted proxies were given to the model, and empty otherwise.
     """
 

@@ -54,7 +54,7 @@ def test_features_of_others_pair_with_every_checkpoint_of_their_protocol():
         return CheckpointEvaluation(name, run, pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
 
     evaluations = [
-        one("joint", "paper", layer="joint"), one("layer3", "paper", layer="layer3", pooling=("mean",)),
+        one("joint", "paper", layer="own+spatial"), one("layer3", "paper", layer="layer3", pooling=("mean",)),
         one("FreeSurfer", "paper", evaluates="table"), one("adapter", "paper", evaluates="adapter"),
         one("FreeSurfer, linear", "linear", evaluates="table"), one("voxels", "voxels", evaluates="shards"),
         one("FreeSurfer, sites", "paper", evaluates="table", leave_site_out=True),

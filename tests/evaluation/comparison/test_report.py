@@ -133,7 +133,7 @@ def test_published_values_are_marked_as_not_measured_and_left_out_for_simulated_
         ({"layer": "layer3", "pooling": "max"}, None),
         ({"layer": "layer2", "pooling": "mean"}, None),
         ({"layer": "auto"}, None),
-        ({"layer": "joint"}, 0.8),  # the own features are a part of these
+        ({"layer": "own+spatial"}, 0.8),  # the own features are a part of these
         ({}, 0.8),
         ({"layer": "layer3", "pooling": "mean", "evaluates": "table"}, 0.8),  # a table has no blocks
     ],
@@ -183,7 +183,7 @@ def test_published_curves_are_drawn_for_real_scans_only(comparison):
     assert texts(comparison) == []
     real = tagged(comparison, simulated="False")
     assert texts(real) == ["published: y-Aware", "published: SimCLR", "published: age supervision"]
-    other = tagged(comparison, simulated="False", layer="joint")
+    other = tagged(comparison, simulated="False", layer="own+spatial")
     assert texts(other)[0] == "published, another method: y-Aware"
 
 
@@ -192,7 +192,7 @@ def test_published_curves_are_drawn_for_real_scans_only(comparison):
     [
         ({}, ""),
         (
-            {"layer": "joint", "readouts": "default", "beside": '{"scz": ["age"]}'},
+            {"layer": "own+spatial", "readouts": "default", "beside": '{"scz": ["age"]}'},
             "none: spatial features, readouts, age",
         ),
         ({"layer": "layer2", "pooling": "mean,std", "leave_site_out": "True"}, "none: layer2 mean+std, sites left out"),

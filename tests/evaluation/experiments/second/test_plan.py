@@ -18,6 +18,7 @@ from evaluation.experiments.second import plan as plans
 from evaluation.experiments.second.comparisons import ALL, CURVES, PRIMARY, SECONDARY, TESTED, Method
 from evaluation.experiments.second.piece import is_done
 from evaluation.experiments.second.plan import (
+    BESIDE_OWN,
     LEVELS,
     SPATIAL,
     VARIANTS,
@@ -27,9 +28,11 @@ from evaluation.experiments.second.plan import (
     piece_digest,
     pieces_of,
     pretraining_settings,
+    recipe_settings,
 )
 from evaluation.experiments.second.store import save_piece
 from evaluation.experiments.second.tune import TuningPlan, check_choices
+from evaluation.features.candidates import spatial_block
 from evaluation.protocols.probes import Probe
 from infra.errors import UserError
 from pretrain.config import load_recipe
@@ -186,3 +189,8 @@ def test_tuning_does_not_use_the_people_of_the_experiment_and_knows_its_methods(
 def test_wrong_options_end_with_one_line(tmp_path, capsys):
     assert command.main(["--out", str(tmp_path / "f"), "--sizes", "20", "--network-draws", "1", "2"]) == 2
     assert "--network-draws has 2 numbers and --sizes 1" in capsys.readouterr().err
+
+
+def test_the_default_since_then_has_the_spatial_features_of_evaluate():
+    network = build_encoder("resnet18", recipe_settings()["encoder"]["options"])
+    assert BESIDE_OWN["default since"] == spatial_block(network, (30, 36, 30))
