@@ -8,7 +8,7 @@ large than too small; it also holds the chance of the folds, of which R repeats 
 
 Their other correction, (1 / J + n_test / n_train) s² over J folds (``intervals.corrected_interval``), is too small where
 the features hold little: the scores of two people depend on each other twice, each through the model that the other
-trained. ``python -m tests.benchmarks.null_studies`` measures both.
+trained. ``python -m tests.benchmarks.studies.null_studies`` measures both.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from evaluation.features.candidates import FeatureChoice
 from evaluation.features.tables import table_of
 from evaluation.tasks.folds import outer_folds
 from evaluation.tasks.tasks import Task
-from tests.benchmarks.default_features import COLUMNS, report, scores_of
+from tests.benchmarks.studies.default_features import COLUMNS, report, scores_of
 
 
 def test_scores_use_training_scans_only_and_the_table_counts_better_cells():

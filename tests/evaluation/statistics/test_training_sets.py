@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from evaluation.statistics.training_sets import metric_interval, refitted_p, training_set_interval
-from tests.benchmarks.null_studies import Cell, summary_of
+from tests.benchmarks.studies.null_studies import Cell, summary_of
 
 
 def naive_interval(repeats, halves):

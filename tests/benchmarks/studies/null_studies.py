@@ -1,6 +1,6 @@
 """Error rates and power of the tests of ``yaware compare`` in studies whose truth is known.
 
-    python -m tests.benchmarks.null_studies [--studies 400] [--jobs 1] [--out FILE]
+    python -m tests.benchmarks.studies.null_studies [--studies 400] [--jobs 1] [--out FILE]
 
 Every study goes through the whole path: features of two checkpoints, outer folds, search on inner folds, repeats, halves,
 and the intervals and tests of the comparison. Only storage is left out. In a null study the features of both checkpoints hold

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from pretrain.config import load_recipe
-from tests.benchmarks import several_proxies, small_step
+from tests.benchmarks import small_step
+from tests.benchmarks.studies import several_proxies
 
 
 def test_the_parts_of_a_small_step():

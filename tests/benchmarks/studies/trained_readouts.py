@@ -1,6 +1,6 @@
 """Readouts of an encoder that was trained with the ages of the people that they are fitted to.
 
-    python -m tests.benchmarks.trained_readouts
+    python -m tests.benchmarks.studies.trained_readouts
 
 800 people of 200 measurements, of which a direction depends on the age; a small network is trained with y-Aware InfoNCE on
 them for 0, 10 and 48 epochs. A readout is fitted to the 800 in two ways: with errors out of fold, and with the errors of 100

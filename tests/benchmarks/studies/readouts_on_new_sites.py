@@ -1,6 +1,6 @@
 """What share of healthy people at new sites the 95 % intervals of readouts hold, for the encoders of docs/experiments_2.md.
 
-    python -m tests.benchmarks.readouts_on_new_sites OUT [--levels middle,easy,hard] [--seeds 3]
+    python -m tests.benchmarks.studies.readouts_on_new_sites OUT [--levels middle,easy,hard] [--seeds 3]
 
 OUT is the folder of ``make experiment2`` with its shards and encoders. The readouts were fitted to the ages of people of twelve
 sites; the controls of a clinic are at twelve others, whom no encoder has seen. Printed for each y-aware encoder: the age error,

@@ -1,6 +1,6 @@
 """What the default of ``yaware evaluate`` gains on the encoders of docs/experiments_2.md, which it was not set on.
 
-    python -m tests.benchmarks.default_on_experiment OUT [--levels middle,easy,hard] [--seeds 3]
+    python -m tests.benchmarks.studies.default_on_experiment OUT [--levels middle,easy,hard] [--seeds 3]
 
 OUT is the folder of ``make experiment2`` with its shards and encoders. On each y-aware encoder the present default is fitted to
 the training sets of the experiment and compared with features whose answers are committed: pooled ones, the default at that

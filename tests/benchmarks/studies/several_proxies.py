@@ -1,10 +1,10 @@
 """Does a loss that attracts scans of the same age, sex and head size (a product of kernels) serve better than age alone?
 
-    python -m tests.benchmarks.several_proxies OUT [--seeds 21,22,23,24] [--participants 2000] [--steps 300]
+    python -m tests.benchmarks.studies.several_proxies OUT [--seeds 21,22,23,24] [--participants 2000] [--steps 300]
 
 For every seed a cohort of the middle level of realism is simulated and an encoder pretrained as in
-``tests.benchmarks.default_features``, whose OUT can be given: what is finished there is not repeated. A second one is trained
-in the same way with the proxies age, sex and TIV. Both are evaluated on the downstream people by nested cross-validation
+``tests.benchmarks.studies.default_features``, whose OUT can be given: what is finished there is not repeated. A second one is
+trained in the same way with the proxies age, sex and TIV. Both are evaluated on the downstream people by nested cross-validation
 (protocol ``linear``, own and spatial features, no readouts). Printed for each task: the means over the seeds, their difference,
 and its range over the seeds. Three minutes a seed on one core, and three more for a new cohort.
 """
@@ -20,7 +20,7 @@ import evaluation
 from evaluation.experiments.second.plan import MIDDLE
 from evaluation.experiments.tables import markdown
 from infra import cli
-from tests.benchmarks.default_features import prepare_cohort
+from tests.benchmarks.studies.default_features import prepare_cohort
 
 PROXIES = (
     "age: {kernel: gaussian, bandwidth: 5.0}", "sex: {kernel: same}", "tiv: {kernel: gaussian, bandwidth: 150.0}",

@@ -1,6 +1,6 @@
 """Which features ``yaware evaluate`` should use by default: inner-fold scores of all candidates on simulated cohorts.
 
-    python -m tests.benchmarks.default_features OUT [--seeds 21,22,23,24] [--level middle] [--participants 2000] [--steps 300]
+    python -m tests.benchmarks.studies.default_features OUT [--seeds 21,22] [--level middle] [--participants 2000] [--steps N]
 
 For every seed a cohort of a level of realism (docs/experiments_2.md) is simulated, an encoder is pretrained on its healthy
 people with the recipe simulated-6mm, and a second one is left untrained; both get readouts of age from their own features. On
