@@ -1,6 +1,6 @@
 """How alike the variants of one head come out of ``cohort prepare``, and how true grey matter is over simulated heads.
 
-    python -m tests.benchmarks.studies.prepare_variants OUT [--pipelines quasiraw,vbm] [--variants all] [--people 40] [--encoder E]
+    python -m tests.benchmarks.studies.prepare_variants OUT [--pipelines quasiraw,vbm] [--variants all] [--people 40]
 
 Variants: the real head ``ch2`` of Debian's mricron-data is turned, shifted, cut, stored otherwise, biased and noised (see
 ``tests/data_pipeline/prepare/heads.py``), and every variant is prepared. The table compares it with the untouched head:
