@@ -5,8 +5,8 @@
 For every seed a cohort of the middle level of realism is simulated and an encoder pretrained as in
 ``tests.benchmarks.studies.default_features``, whose OUT can be given: what is finished there is not repeated. A second one is
 trained in the same way with the proxies age, sex and TIV. Both are evaluated on the downstream people by nested
-cross-validation (protocol ``linear``, own and spatial features, no readouts). Printed for each task: the means
-over the seeds, their difference, and its range over the seeds. Three minutes a seed on one core, and three more for a new cohort.
+cross-validation (protocol ``linear``, own and spatial features, no readouts). Printed for each task: the means over the seeds,
+their difference, and its range over the seeds. Three minutes a seed on one core, and three more for a new cohort.
 """
 
 from __future__ import annotations
