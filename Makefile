@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml infra/constraints.txt
 	@bash infra/setup.sh $(PYTHON) $(VENV)
 	@touch $@
 
-demo: $(STAMP)  ## simulate a cohort, build shards, pretrain, evaluate and compare (8 and a half minutes with the set-up)
+demo: $(STAMP)  ## simulate a cohort, build shards, pretrain, evaluate and compare (five minutes with the set-up)
 	@bash infra/demo/run.sh
 
 experiment: $(STAMP)  ## run the experiment of docs/experiments.md on simulated people (2 cores: under an hour)
