@@ -56,7 +56,7 @@ def test_another_runs_checkpoint_must_fit_the_network_but_not_the_rest_of_the_re
     other = to_dict(load_recipe("demo-cpu", []))
     check_same_network(load_recipe("demo-cpu", ["--optimizer.lr=0.5", "--run.name=new", "--batch.global=8"]), other)
     for override, text in (
-        ("--encoder.options.width=0.25", "encoder.options.width was 0.5, now 0.25"),
+        ("--encoder.options.width=0.5", "encoder.options.width was 0.25, now 0.5"),
         ("--optimizer.name=sgd", "optimizer.name was 'adam', now 'sgd'"),
         ("--projector.out=64", "projector.out was 128, now 64"),
     ):
