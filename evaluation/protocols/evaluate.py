@@ -35,7 +35,7 @@ from evaluation.protocols.candidates import (
 )
 from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder, print_tasks, search_folder
 from evaluation.protocols.finetune import FineTuning
-from evaluation.protocols.inputs import add_readouts, candidate_tables, joint_tables, spatial_features
+from evaluation.protocols.inputs import add_readouts, candidate_tables, joint_tables, spatial_block_of
 from evaluation.protocols.nested_cv import NestedCVResult, prepare
 from evaluation.protocols.protocols import PROTOCOLS, check_search, checked_settings, decide_readouts
 from evaluation.protocols.record import log_result, open_run
@@ -240,7 +240,7 @@ def _evaluate_once(context: EvaluationContext, name: str, candidate: Candidate) 
     if candidate.given is not None:
         used |= {"features": candidate.given.source, "features_sha256": candidate.given.digest}
     if protocol.uses_joint(context.settings):
-        layer, pooling = spatial_features(context, candidate) or ("none", ())
+        layer, pooling = spatial_block_of(context, candidate) or ("none", ())
         used["spatial"] = " ".join((str(layer), *pooling))
     if protocol.gives_readouts(context.settings) and candidate.folder is not None:
         used["readouts_sha256"] = sha256_of(readouts_folder(candidate.folder) / "checksums.json")

@@ -35,7 +35,7 @@ def frozen_features(context: EvaluationContext, candidate: Candidate) -> NDArray
     return features_of(candidate.encoder, context.manifest, context.rows, cache, title, layer=layer, pooling=pooling)
 
 
-def spatial_features(context: EvaluationContext, candidate: Candidate) -> Block | None:
+def spatial_block_of(context: EvaluationContext, candidate: Candidate) -> Block | None:
     """Return the block and pooling of the candidate's spatial features; None if it has none."""
     assert candidate.encoder is not None
     return spatial_block(candidate.encoder.network, context.manifest.grid["shape"])
@@ -44,12 +44,12 @@ def spatial_features(context: EvaluationContext, candidate: Candidate) -> Block 
 def joint_tables(context: EvaluationContext, candidate: Candidate) -> dict[str, FeatureTable]:
     """Return the table of each task, by name, with the encoder's own features and its spatial ones.
 
-    An encoder without spatial features gives its own features alone, and so does every encoder for a
-    multiclass task: regression on K classes takes minutes with that many features.
+    An encoder without spatial features gives its own features alone, and so does every encoder for a multiclass task:
+    regression on K classes takes minutes with that many features.
     """
     assert candidate.encoder is not None
     own: Block = (None, OWN)
-    spatial = spatial_features(context, candidate)
+    spatial = spatial_block_of(context, candidate)
     blocks = [own] if spatial is None else [own, spatial]
     caches = {block: context.cache / cache_name(candidate.weights, context.manifest.digest, *block) for block in blocks}
     title = f"features of {candidate.name} step {candidate.step}"

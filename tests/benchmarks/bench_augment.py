@@ -43,16 +43,18 @@ def single(settings: Augmentation, operator: str, p: float) -> Augmentation:
 
 
 @contextmanager
-def graph(settings: Augmentation, device: str) -> Iterator[Callable[[], Any]]:
-    """Give a function that augments the two views of BATCH scans in the DALI graph, after its first calls."""
-    voxels, sampler = volume(), ViewSampler(settings, SHAPE, 0)
-    noise_bank(SHAPE, 0)  # built once per run, so it is not measured
+def graph(
+    settings: Augmentation, device: str, shape: tuple[int, ...] = SHAPE, batch: int = BATCH
+) -> Iterator[Callable[[], Any]]:
+    """Give a function that augments the two views of a batch of scans in the DALI graph, after its first calls."""
+    voxels, sampler = volume(shape), ViewSampler(settings, shape, 0)
+    noise_bank(shape, 0)  # built once per run, so it is not measured
 
     def source(step: int) -> list[list[Any]]:
-        return [sampler.arrays(voxels, BATCH * step + index, 0) for index in range(BATCH)]
+        return [sampler.arrays(voxels, batch * step + index, 0) for index in range(batch)]
 
     kind = "gpu" if device == "cuda" else "cpu"
-    pipeline = AugmentPipeline(source, settings, shape=SHAPE, batch=BATCH, device=kind, threads=1, prefetch=1)
+    pipeline = AugmentPipeline(source, settings, shape=shape, batch=batch, device=kind, threads=1, prefetch=1)
     try:
         for _ in range(3):  # not measured: loads libraries and allocates buffers
             pipeline.run()

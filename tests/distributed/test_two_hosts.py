@@ -170,11 +170,9 @@ def over_pdsh(pair: Pair, output: Path, *overrides: str, work: Path, shards: Pat
     carried = {"GLOO_SOCKET_IFNAME": pair.interface, "MLFLOW_TRACKING_URI": variables["MLFLOW_TRACKING_URI"],
                "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
     (work / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in carried.items()))
-    # pdsh passes the command to a shell on the other host, which would expand the braces of an override.
-    recipe = (ROOT / "pretrain/recipes/demo-cpu.yaml").read_text()
-    (work / "mine.yaml").write_text(recipe)
+    # pdsh passes the command to a shell on the other host, which would expand the braces of an override. The recipe has these
+    # options itself.
     arguments = [part for part in training(shards, output) if not part.startswith("--encoder.options")]
-    arguments[arguments.index("demo-cpu")] = str(work / "mine.yaml")
     command = [*launcher(), "--hostfile", str(hostfile), "--no_ssh_check", "--master_addr", pair.a.address,
                "--master_port", str(free_port()), *arguments, *overrides]  # fmt: skip
     return command, variables | {"PDSH_SSH_ARGS_APPEND": f"-F {sshd}", "PYTHONPATH": str(ROOT)}

@@ -27,7 +27,7 @@ def transfer(sides: list[int], scans: int) -> dict[str, float]:
     """Copy a batch of two views, as its copy to a device would be made."""
     views, target = torch.ones(2, scans, 1, *sides), torch.empty(2, scans, 1, *sides)
     target.copy_(views)
-    return _best(lambda: target.copy_(views), scans)
+    return best(lambda: target.copy_(views), scans)
 
 
 def network_passes(sides: list[int], repeats: int) -> dict[str, float]:
@@ -64,7 +64,7 @@ def products(side: int) -> dict[str, float]:
     """Multiply two float32 matrices on all threads; ``rate`` is operations per second."""
     left, right = torch.ones(side, side), torch.ones(side, side)
     left @ right
-    found = _best(lambda: left @ right, 1)
+    found = best(lambda: left @ right, 1)
     return {**found, "rate": 2 * side**3 / found["wall"]}
 
 
@@ -73,11 +73,11 @@ def copies(megabytes: int) -> dict[str, float]:
     source = torch.ones(megabytes * 250_000)
     target = torch.empty_like(source)
     target.copy_(source)
-    found = _best(lambda: target.copy_(source), 1)
+    found = best(lambda: target.copy_(source), 1)
     return {**found, "rate": 2e6 * megabytes / found["wall"]}
 
 
-def _best(work: Callable[[], Any], units: int, seconds: float = 1.0) -> dict[str, float]:
+def best(work: Callable[[], Any], units: int, seconds: float = 1.0) -> dict[str, float]:
     """Repeat ``work`` for a second; return the smallest wall-clock seconds and the CPU seconds of that time, per unit."""
     found, started = [], time.perf_counter()
     while not found or time.perf_counter() - started < seconds:

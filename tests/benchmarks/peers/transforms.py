@@ -21,9 +21,9 @@ OPERATORS = ("flip", "affine", "crop", "blur", "noise", "cutout")
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
-def volume() -> Any:
+def volume(shape: tuple[int, ...] = SHAPE) -> Any:
     """Return a smooth random volume (D, H, W), float16."""
-    source = np.random.default_rng(0).random(SHAPE, dtype=np.float32)
+    source = np.random.default_rng(0).random(shape, dtype=np.float32)
     return ndimage.gaussian_filter(source, 3).astype(np.float16)
 
 

@@ -12,10 +12,10 @@ from tests.benchmarks.studies import several_proxies
 
 def test_the_parts_of_a_small_step():
     recipe = load_recipe("demo-cpu", ["--batch.global=2", "--encoder.options={width: 0.125, norm: group}"])
-    seconds, operations = small_step.parts(recipe, (16, 16, 16), repeats=1)
+    seconds, operations = small_step.parts(recipe, (16, 16, 16))
     assert all(value > 0 for value in seconds.values())
     wider = load_recipe("demo-cpu", ["--batch.global=4", "--encoder.options={width: 0.125, norm: group}"])
-    assert small_step.parts(wider, (16, 16, 16), repeats=1)[1] == pytest.approx(2 * operations, rel=0.01)
+    assert small_step.parts(wider, (16, 16, 16))[1] == pytest.approx(2 * operations, rel=0.01)
 
 
 def test_the_table_of_several_proxies_pairs_the_seeds():
