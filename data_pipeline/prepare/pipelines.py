@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from data_pipeline.prepare.align import Aligned
 from data_pipeline.prepare.prepared import (
@@ -21,16 +22,18 @@ from data_pipeline.prepare.prepared import (
     Prepared,
     Volume,
 )
-from data_pipeline.prepare.resampling import displaced, jacobian, resample
+from data_pipeline.prepare.resampling import FWHM, displaced, isotropic, jacobian, resample, spread
 from data_pipeline.prepare.settings import PrepareRecipe
 from data_pipeline.prepare.steps import antspy
 from data_pipeline.prepare.steps import deepmriprep as networks
+from data_pipeline.prepare.steps.partial_volume import tissue_shares
 from data_pipeline.prepare.template import load_template
 from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import Grid
 
 PICTURED = Grid.vbm(1.5)
 KEPT_WARP = Grid.vbm(3.0)  # displacements are smooth; at the full grid they would be ten times a scan's other files
+INSIDE = 0.8  # share of a coarse voxel that must be brain if the bias field is estimated from it
 SPLINE: Literal[3] = 3  # order of the interpolation of intensities: linear would blur thick slices
 
 
@@ -57,13 +60,17 @@ def vbm(aligned: Aligned, recipe: PrepareRecipe) -> Prepared:
     fine = Grid.vbm(recipe.tissues.spacing)
     template = load_template(fine)
     voxels, mask = aligned.on(fine, order=SPLINE)
+    voxels = _without_bias(voxels, mask, template.affine, recipe)
     # Voxels without any prior would be no tissue at all.
     priors = [tissue + np.float32(0.01) for tissue in (template.fluid, template.grey, template.white)]
     total = priors[0] + priors[1] + priors[2]
-    fluid, grey, white = antspy.segment(
+    tissues = antspy.segment(
         voxels, template.affine, mask, [prior / total for prior in priors], iterations=recipe.tissues.iterations,
         prior_weight=recipe.tissues.prior_weight, smoothness=recipe.tissues.smoothness,
     )  # fmt: skip
+    if recipe.tissues.partial_volume:
+        tissues = tissue_shares(voxels, mask, tissues)
+    fluid, grey, white = tissues
     millilitre = float(np.prod(fine.spacing)) / 1000.0 * _volume_factor(aligned)
     figures = {
         "grey_ml": float(grey.sum(dtype=np.float64)) * millilitre,
@@ -76,6 +83,8 @@ def vbm(aligned: Aligned, recipe: PrepareRecipe) -> Prepared:
     grid = recipe.grid
     if grid != coarse:
         displacement, change = _onto(displacement, coarse, grid), _onto(change[..., None], coarse, grid)[..., 0]
+    if recipe.tissues.smoothing:
+        grey = ndimage.gaussian_filter(grey, recipe.tissues.smoothing / FWHM / np.array(fine.spacing))
     tissue = displaced(grey, template.affine, grid, displacement)
     modulated = tissue * np.maximum(change, 0.0) * np.float32(_volume_factor(aligned))
     volumes = {GREY_MATTER: Volume(modulated.astype(np.float32), np.array(grid.affine))}
@@ -93,6 +102,24 @@ def deepmriprep(aligned: Aligned, recipe: PrepareRecipe) -> Prepared:
     modulated = resample(found.voxels, found.affine, grid, np.eye(4))
     volumes = {GREY_MATTER: Volume(modulated, np.array(grid.affine)), **_masks(aligned, grid, aligned.on(grid)[1])}
     return Prepared(GREY_MATTER, volumes, _picture(aligned), _linear(aligned), found.figures)
+
+
+def _without_bias(
+    voxels: NDArray[np.float32], mask: NDArray[np.bool_], affine: NDArray[np.float64], recipe: PrepareRecipe
+) -> NDArray[np.float32]:
+    """A registered brain (D, H, W) divided by the bias field that is left in it. Nothing around the brain has a part in it."""
+    settings = recipe.bias
+    share, coarse_affine = isotropic(mask.astype(np.float32), affine, settings.registered_spacing)
+    coarse, _ = isotropic(voxels * mask, affine, settings.registered_spacing)
+    inside = (share > INSIDE) & (coarse > 0)
+    if not inside.any():
+        raise BadScan("no voxel of its brain is inside the template's box", "brain")
+    bias = antspy.bias_field(
+        np.where(inside, coarse / np.maximum(share, INSIDE), 1.0).astype(np.float32), coarse_affine, inside,
+        iterations=settings.iterations, tolerance=settings.registered_tolerance, spline=settings.spline,
+    )  # fmt: skip
+    corrected: NDArray[np.float32] = voxels / np.maximum(spread(bias, coarse_affine, voxels.shape, affine), 1e-3)
+    return corrected
 
 
 def _warp(aligned: Aligned, recipe: PrepareRecipe) -> tuple[Grid, NDArray[np.float32]]:

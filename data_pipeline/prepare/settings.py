@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from data_pipeline.volume.grid import Grid
 from infra.settings import change_settings, load_settings, to_dict
 
-VERSION = 1  # of the pipelines; raise it with every change that alters prepared voxels or figures
+VERSION = 2  # of the pipelines; raise it with every change that alters prepared voxels or figures
 SPACINGS = {"quasiraw": 1.0, "vbm": 1.5, "deepmriprep": 1.5}  # mm, the default of each pipeline
 SPACE = "MNI152NLin2009"  # the name of the template's space in file names: ICBM 2009a, symmetric, as nilearn has it
 # Columns of participants.tsv: our name -> the figure, its unit, and what it is.
@@ -35,7 +35,9 @@ _strict = ConfigDict(extra="forbid")
 class Bias:
     """The bias field (N4, Tustison et al. 2010): estimated from voxels of ``spacing`` mm, which a smooth field allows.
 
-    N4 runs twice: roughly on the whole head, so that the brain is found, and then on the brain alone.
+    N4 runs twice: roughly on the whole head, so that the brain is found, and then on the brain alone. For ``vbm`` it runs once
+    more on the registered brain, on voxels of ``registered_spacing`` mm: what the first fields leave depends on how the head
+    lay, and moves the borders of the tissues.
     """
 
     spacing: float = Field(default=6.0, ge=1.0, le=8.0)
@@ -43,6 +45,8 @@ class Bias:
     iterations: int = Field(default=50, ge=1, le=500)  # the same, on the brain
     tolerance: float = Field(default=1e-3, gt=0.0, le=0.1)  # of a resolution's last change, where it ends
     spline: float = Field(default=200.0, ge=30.0, le=1000.0)  # mm between the control points of the field
+    registered_spacing: float = Field(default=4.0, ge=1.0, le=8.0)
+    registered_tolerance: float = Field(default=2e-4, gt=0.0, le=0.1)
 
 
 @dataclass(frozen=True, config=_strict)
@@ -74,12 +78,18 @@ class Linear:
 
 @dataclass(frozen=True, config=_strict)
 class Tissues:
-    """Segmentation by Atropos (Avants et al. 2011) with the template's tissue maps as priors, on voxels of ``spacing`` mm."""
+    """Segmentation by Atropos (Avants et al. 2011) with the template's tissue maps as priors, on voxels of ``spacing`` mm.
+
+    ``partial_volume``: voxels at borders are then divided between two tissues by their intensity; else each has the
+    probabilities of the segmentation.
+    """
 
     spacing: float = Field(default=1.0, ge=0.7, le=3.0)
-    iterations: int = Field(default=5, ge=1, le=100)
+    iterations: int = Field(default=12, ge=1, le=100)  # brains that are far from the template need more than five
     prior_weight: float = Field(default=0.25, ge=0.0, le=1.0)
     smoothness: float = Field(default=0.1, ge=0.0, le=2.0)  # of the Markov random field
+    partial_volume: bool = True
+    smoothing: float = Field(default=2.0, ge=0.0, le=20.0)  # mm, width at half maximum, of the map before it is warped
 
 
 @dataclass(frozen=True, config=_strict)

@@ -123,7 +123,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--minutes",
         type=float,
         default=40,
-        help=f"measure no row again (spread above {MAX_SPREAD:.0%}) after this time",
+        help=f"measure no row again (spread above {MAX_SPREAD:.0%}%) after this time",
     )
     parser.add_argument("--page", type=Path, metavar="JSON", help="write the page of this result into docs, and end")
     return parser.parse_args(arguments)

@@ -163,3 +163,10 @@ def test_the_command_measures_writes_and_continues(tmp_path):
     again = run()
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / command.RESULT).read_text())["rows"] == content["rows"]
+
+
+def test_the_help_can_be_shown(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    assert "above 15%)" in capsys.readouterr().out.replace("\n", " ")

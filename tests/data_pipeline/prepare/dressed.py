@@ -11,9 +11,10 @@ from scipy import ndimage
 from data_pipeline.simulation.cohort import simulate_cohort
 from tests.data_pipeline.prepare.phantoms import turned
 
-BRAIN = 0.15  # of the brightest voxel: above it is brain, below noise
-# Layers around the brain: outer border in mm, and intensity as a share of the brightest voxel.
-LAYERS = ((2.0, 0.12), (8.0, 0.04), (14.0, 0.8))
+# Intensities are shares of white matter's.
+BRAIN = 0.15  # above it is brain, and the fluid in it; below noise
+# Layers around the brain: outer border in mm, and intensity: fluid as bright as that in the brain, skull, scalp.
+LAYERS = ((2.0, 0.25), (8.0, 0.05), (14.0, 0.9))
 NECK = 50.0  # mm, radius
 MARGIN, BELOW = 24.0, 72.0  # mm around the brain's box, and below it
 
@@ -21,13 +22,13 @@ MARGIN, BELOW = 24.0, 72.0  # mm around the brain's box, and below it
 def extracted(image: nibabel.Nifti1Image) -> nibabel.Nifti1Image:
     """The brain alone: 0 around it."""
     voxels = np.asarray(image.dataobj, np.float32)
-    return nibabel.Nifti1Image(np.where(_brain(voxels), voxels, 0.0).astype(np.float32), image.affine)
+    return nibabel.Nifti1Image(np.where(_brain(voxels, _white(image)), voxels, 0.0).astype(np.float32), image.affine)
 
 
 def brain_ml(image: nibabel.Nifti1Image) -> float:
     """The volume of the brain in ml."""
     voxel = abs(float(np.linalg.det(image.affine[:3, :3])))
-    return float(_brain(np.asarray(image.dataobj, np.float32)).sum()) * voxel / 1000.0
+    return float(_brain(np.asarray(image.dataobj, np.float32), _white(image)).sum()) * voxel / 1000.0
 
 
 def with_skull_and_neck(image: nibabel.Nifti1Image, seed: int) -> nibabel.Nifti1Image:
@@ -36,20 +37,21 @@ def with_skull_and_neck(image: nibabel.Nifti1Image, seed: int) -> nibabel.Nifti1
     margin, below = (round(length / spacing) for length in (MARGIN, BELOW))
     pad = ((margin, margin), (margin, margin), (below, margin))
     voxels = np.pad(np.asarray(image.dataobj, np.float32), pad)
-    brain, peak = _brain(voxels), float(voxels.max())
+    white = _white(image)
+    brain = _brain(voxels, white)
     head = np.zeros_like(voxels)
     distance = ndimage.distance_transform_edt(~brain) * spacing
     for border, share in reversed(LAYERS):
-        head[distance <= border] = share * peak
+        head[distance <= border] = share * white
     x, y, z = np.ogrid[tuple(slice(0, n) for n in voxels.shape)]
     centre = ndimage.center_of_mass(brain)
     radius = np.hypot(x - centre[0], y - centre[1]) * spacing
     low = z < centre[2] - 45.0 / spacing
     outside = distance > LAYERS[-1][0]
-    head[outside & low & (radius < NECK)] = 0.45 * peak
-    head[outside & low & (radius >= NECK - 6.0) & (radius < NECK)] = 0.8 * peak
+    head[outside & low & (radius < NECK)] = 0.5 * white
+    head[outside & low & (radius >= NECK - 6.0) & (radius < NECK)] = 0.9 * white
     head = ndimage.gaussian_filter(np.where(brain, voxels, head), 0.4)
-    real, imaginary = np.random.default_rng(seed).normal(0, 0.01 * peak, (2, *head.shape)).astype(np.float32)
+    real, imaginary = np.random.default_rng(seed).normal(0, 0.012 * white, (2, *head.shape)).astype(np.float32)
     affine = image.affine.copy()
     affine[:3, 3] -= affine[:3, :3] @ np.array([margin, margin, below])
     return nibabel.Nifti1Image(np.hypot(head + real, imaginary).astype(np.float32), affine)
@@ -76,8 +78,13 @@ def write_raw_heads(root: Path, participants: int, spacing: float, *, skull: boo
     return paths
 
 
-def _brain(voxels: np.ndarray) -> np.ndarray:
+def _brain(voxels: np.ndarray, white: float) -> np.ndarray:
     """(D, H, W) the largest part that is brighter than noise, without holes."""
-    parts, count = ndimage.label(voxels > BRAIN * voxels.max())
+    parts, count = ndimage.label(voxels > BRAIN * white)
     largest = 1 + int(np.argmax(ndimage.sum_labels(np.ones_like(parts), parts, range(1, count + 1))))
     return ndimage.binary_fill_holes(parts == largest)
+
+
+def _white(image: nibabel.Nifti1Image) -> float:
+    """The intensity of white matter, which is the brightest tenth of a brain; a brain is about a quarter of its box."""
+    return float(np.percentile(np.asarray(image.dataobj, np.float32), 97.5))

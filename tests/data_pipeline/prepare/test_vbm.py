@@ -16,7 +16,7 @@ from tests.data_pipeline.prepare.phantoms import small_brain, small_recipe
 
 pytestmark = pytest.mark.jobs  # ten CPU seconds
 VBM = (
-    "pipeline=vbm", "tissues.spacing=3", "tissues.iterations=2", "nonlinear.spacing=3", "nonlinear.iterations=[10,5,0]",
+    "pipeline=vbm", "tissues.spacing=3", "nonlinear.spacing=3", "nonlinear.iterations=[10,5,0]",
     "spacing=3",
 )  # fmt: skip
 
