@@ -12,7 +12,7 @@ People: simulated T1-like brains get their head's size, skull, scalp and neck, a
 error of a ridge regression of age on both kinds of maps.
 
 Everything is prepared at 1.5 mm, with the default recipe. What is finished in OUT is not repeated. About 25 CPU seconds a scan
-by ``quasiraw``, 110 by ``vbm``.
+by ``quasiraw``, 155 by ``vbm``.
 """
 
 from __future__ import annotations
