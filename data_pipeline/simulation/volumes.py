@@ -6,29 +6,24 @@ Each volume depends only on the settings, the participant and the session, so an
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from data_pipeline.simulation.atlas import SmoothField, Template, load_template
+from data_pipeline.simulation.one_brain import one_person
 from data_pipeline.simulation.people import Person, Site, change_with_age, site_of
 from data_pipeline.simulation.settings import Simulation
 from data_pipeline.volume.grid import Grid
 from infra import random_streams
-
-Map = NDArray[np.float32]  # (D, H, W)
 
 GREY_MATTER_ML = 790.0  # at age 20, for the mean head size
 VENTRICLE_ML = 14.0  # at age 20, for the mean head size
 VENTRICLE_REACH = 12.0  # mm over which the displacement around growing ventricles decays to 1/e
 STEEPEST = 0.4  # bound on the norm of the deformation's gradient: its Jacobian stays above (1 - 0.4)³ = 0.21
 DISPLACEMENT = 1.2  # mm, standard deviation of each component of the deformation
-SHARPNESS = 8.0  # mm; over the voxel size it is the exponent that sharpens the borders of the mean of many brains
-THINNED_OVER = 12.0  # mm, edge of the cube over which the cortex gets thinner by the asked amount
-NEWTON_STEPS = 4
-TINY = np.float32(1e-3)
 FOLDS = 0.09  # standard deviation of the individual pattern of folds, in log units of grey matter
 
 
@@ -139,39 +134,6 @@ def _t1(
     )
     volume: NDArray[np.float32] = np.hypot(image + real, imaginary).astype(np.float32) * np.float32(700.0 * site.gain)
     return volume
-
-
-def one_person(grey: Map, white: Map, fluid: Map, asked: Map, spacing: float) -> tuple[Map, Map, Map]:
-    """Turn the shares of tissue in the mean of many brains into those of one brain with a given amount of grey matter.
-
-    In the mean most voxels of the cortex hold some fluid; in one brain a voxel of 1 mm mostly holds one tissue. And a cortex
-    that loses tissue gets thinner; it does not turn darker everywhere. So the border between grey matter and fluid is where a
-    smooth threshold on their shares is crossed. The threshold is solved for (Newton's method) so that the mean of grey matter
-    over a cube of ``THINNED_OVER`` mm is what is asked for.
-
-    Args:
-        grey, white, fluid: (D, H, W) mean shares.
-        asked: (D, H, W) amount of grey matter; it is met as a local mean, and at most as far as there is room beside white
-            matter.
-        spacing: voxel size in mm. The larger a voxel is, the more of them hold several tissues.
-
-    Returns:
-        Grey matter, white matter and fluid, (D, H, W) each. Their sum is as it was.
-    """
-    sharpness = np.float32(max(SHARPNESS / spacing, 1.0))
-    total, most = grey + white + fluid, np.maximum(grey, fluid)
-    rest = total / (1 + (np.maximum(white, TINY) / np.maximum(most, TINY)) ** sharpness)  # all but white matter
-    level = np.log(np.maximum(grey, TINY) / np.maximum(fluid, TINY))
-    level = np.clip(level, np.float32(-5), np.float32(5))
-    mean = partial(ndimage.uniform_filter, size=2 * round(THINNED_OVER / spacing / 2) + 1, mode="constant")
-    aim, threshold = mean(asked), np.zeros_like(grey)
-    for _ in range(NEWTON_STEPS):
-        share = 1 / (1 + np.exp(sharpness * (threshold - level)))
-        slope = sharpness * mean(rest * share * (1 - share))
-        step = (mean(rest * share) - aim) / np.maximum(slope, np.float32(1e-3))
-        threshold += np.clip(step, np.float32(-1), np.float32(1))  # longer steps go too far
-    new = rest / (1 + np.exp(sharpness * (threshold - level)))
-    return new, total - rest, rest - new
 
 
 class Anatomy:

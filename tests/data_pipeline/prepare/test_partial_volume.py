@@ -10,7 +10,8 @@ from data_pipeline.prepare.settings import Tissues
 from data_pipeline.prepare.steps import antspy
 from data_pipeline.prepare.steps.partial_volume import PURE, STEPS, _expected, tissue_shares
 from data_pipeline.prepare.template import load_template
-from data_pipeline.simulation.volumes import anatomy_at, one_person
+from data_pipeline.simulation.one_brain import one_person
+from data_pipeline.simulation.volumes import anatomy_at
 from data_pipeline.volume.grid import Grid
 
 MEANS = (0.25, 0.62, 1.0)  # fluid, grey matter, white matter

@@ -15,9 +15,10 @@ from scipy import ndimage
 from data_pipeline.cohort.read import is_simulated, read_cohort
 from data_pipeline.simulation.atlas import REGIONS, SmoothField
 from data_pipeline.simulation.cohort import simulate_cohort
+from data_pipeline.simulation.one_brain import one_person
 from data_pipeline.simulation.people import PATTERN, change_with_age, draw_people, site_of, subtype_weights
 from data_pipeline.simulation.settings import Simulation
-from data_pipeline.simulation.volumes import anatomy_at, make_volume, one_person
+from data_pipeline.simulation.volumes import anatomy_at, make_volume
 from data_pipeline.volume.grid import Grid
 from infra import cli
 from infra.errors import UserError
