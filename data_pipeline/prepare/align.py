@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from data_pipeline.volume.grid import Grid
 # Voxels of 1 mm that hold a head and some of its neck in the template's pose.
 UPRIGHT = Grid.of((200, 250, 240), np.array([[1.0, 0, 0, -100], [0, 1, 0, -145], [0, 0, 1, -125], [0, 0, 0, 1]]))
 JUDGED = 4.0  # mm: the voxels on which a scan is compared with the template
+ALONE = 0.8  # share of a coarse voxel that must be brain if the bias field of a brain alone is estimated from it
 SURE = 0.8  # share of a tissue in the template's voxels by which the contrast is measured
 Affine = NDArray[np.float64]
 
@@ -62,7 +64,9 @@ def align(scan: RawScan, recipe: PrepareRecipe, *, gpu: bool = False) -> Aligned
     registered.
     """
     positive = scan.voxels - min(0.0, float(scan.voxels.min()))
-    head = _without_bias(positive, scan.affine, _foreground(positive), recipe, recipe.bias.head_iterations)
+    bias = recipe.bias
+    correct = partial(without_bias, spacing=bias.spacing, tolerance=bias.tolerance, spline=bias.spline)
+    head = correct(positive, scan.affine, _foreground(positive), iterations=bias.head_iterations)
     mask = _brain(head, scan.affine, recipe, gpu)
     _check_volume(_millilitres(mask, scan.affine), recipe)
     start = find_pose(head * mask, scan.affine, recipe.linear.angles, rigid=recipe.linear.kind == "rigid")
@@ -70,7 +74,7 @@ def align(scan: RawScan, recipe: PrepareRecipe, *, gpu: bool = False) -> Aligned
         mask = _upright_brain(head, scan.affine, start, recipe, gpu)
     figures = {"brain_ml": _millilitres(mask, scan.affine)}
     _check_volume(figures["brain_ml"], recipe)
-    head = _without_bias(head, scan.affine, mask, recipe, recipe.bias.iterations)
+    head = correct(head, scan.affine, mask, iterations=bias.iterations)
     to_scan = _register(head * mask, scan.affine, start, recipe)
     aligned = Aligned(head, scan.affine, mask, to_scan, scan, gpu=gpu, figures=figures)
     figures.update(_compare(aligned))
@@ -97,19 +101,24 @@ def _foreground(voxels: NDArray[np.float32]) -> NDArray[np.bool_]:
     return inside
 
 
-def _without_bias(
-    voxels: NDArray[np.float32], affine: Affine, mask: NDArray[np.bool_], recipe: PrepareRecipe, iterations: int
-) -> NDArray[np.float32]:
-    """The volume divided by its bias field, which is estimated in the mask."""
-    settings = recipe.bias
-    coarse, coarse_affine = isotropic(voxels, affine, settings.spacing)
-    inside, _ = isotropic(mask.astype(np.float32), affine, settings.spacing)
-    coarse_mask = (inside > 0.5) & (coarse > 0)
-    if not coarse_mask.any():
+def without_bias(
+    voxels: NDArray[np.float32], affine: Affine, mask: NDArray[np.bool_], *, spacing: float, iterations: int,
+    tolerance: float, spline: float, alone: bool = False,
+) -> NDArray[np.float32]:  # fmt: skip
+    """Return a volume (D, H, W) divided by its bias field, which is estimated in the mask.
+
+    ``alone``: nothing around the mask has a part in it; else a coarse voxel at the border holds some of it. The other arguments
+    are those of ``settings.Bias``. Raises BadScan if the mask is empty.
+    """
+    share, coarse_affine = isotropic(mask.astype(np.float32), affine, spacing)
+    coarse, _ = isotropic(voxels * mask if alone else voxels, affine, spacing)
+    least = ALONE if alone else 0.5
+    inside = (share > least) & (coarse > 0)
+    if not inside.any():
         raise BadScan("has no foreground", "brain")
-    bias = antspy.bias_field(
-        coarse, coarse_affine, coarse_mask, iterations=iterations, tolerance=settings.tolerance, spline=settings.spline
-    )
+    if alone:
+        coarse = np.where(inside, coarse / np.maximum(share, least), 1.0).astype(np.float32)
+    bias = antspy.bias_field(coarse, coarse_affine, inside, iterations=iterations, tolerance=tolerance, spline=spline)
     factor: NDArray[np.float32] = np.maximum(spread(bias, coarse_affine, voxels.shape, affine), 1e-3)
     corrected: NDArray[np.float32] = voxels / factor
     return corrected

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from data_pipeline.prepare.align import Aligned
+from data_pipeline.prepare.align import Aligned, without_bias
 from data_pipeline.prepare.prepared import (
     BRAIN,
     GREY_MATTER,
@@ -22,7 +22,7 @@ from data_pipeline.prepare.prepared import (
     Prepared,
     Volume,
 )
-from data_pipeline.prepare.resampling import FWHM, displaced, isotropic, jacobian, resample, spread
+from data_pipeline.prepare.resampling import FWHM, displaced, jacobian, resample
 from data_pipeline.prepare.settings import PrepareRecipe
 from data_pipeline.prepare.steps import antspy
 from data_pipeline.prepare.steps import deepmriprep as networks
@@ -33,7 +33,6 @@ from data_pipeline.volume.grid import Grid
 
 PICTURED = Grid.vbm(1.5)
 KEPT_WARP = Grid.vbm(3.0)  # displacements are smooth; at the full grid they would be ten times a scan's other files
-INSIDE = 0.8  # share of a coarse voxel that must be brain if the bias field is estimated from it
 SPLINE: Literal[3] = 3  # order of the interpolation of intensities: linear would blur thick slices
 
 
@@ -60,7 +59,13 @@ def vbm(aligned: Aligned, recipe: PrepareRecipe) -> Prepared:
     fine = Grid.vbm(recipe.tissues.spacing)
     template = load_template(fine)
     voxels, mask = aligned.on(fine, order=SPLINE)
-    voxels = _without_bias(voxels, mask, template.affine, recipe)
+    if not mask.any():
+        raise BadScan("no voxel of its brain is inside the template's box", "brain")
+    bias = recipe.bias
+    voxels = without_bias(
+        voxels, template.affine, mask, spacing=bias.registered_spacing, iterations=bias.iterations,
+        tolerance=bias.registered_tolerance, spline=bias.spline, alone=True,
+    )  # fmt: skip
     # Voxels without any prior would be no tissue at all.
     priors = [tissue + np.float32(0.01) for tissue in (template.fluid, template.grey, template.white)]
     total = priors[0] + priors[1] + priors[2]
@@ -102,24 +107,6 @@ def deepmriprep(aligned: Aligned, recipe: PrepareRecipe) -> Prepared:
     modulated = resample(found.voxels, found.affine, grid, np.eye(4))
     volumes = {GREY_MATTER: Volume(modulated, np.array(grid.affine)), **_masks(aligned, grid, aligned.on(grid)[1])}
     return Prepared(GREY_MATTER, volumes, _picture(aligned), _linear(aligned), found.figures)
-
-
-def _without_bias(
-    voxels: NDArray[np.float32], mask: NDArray[np.bool_], affine: NDArray[np.float64], recipe: PrepareRecipe
-) -> NDArray[np.float32]:
-    """A registered brain (D, H, W) divided by the bias field that is left in it. Nothing around the brain has a part in it."""
-    settings = recipe.bias
-    share, coarse_affine = isotropic(mask.astype(np.float32), affine, settings.registered_spacing)
-    coarse, _ = isotropic(voxels * mask, affine, settings.registered_spacing)
-    inside = (share > INSIDE) & (coarse > 0)
-    if not inside.any():
-        raise BadScan("no voxel of its brain is inside the template's box", "brain")
-    bias = antspy.bias_field(
-        np.where(inside, coarse / np.maximum(share, INSIDE), 1.0).astype(np.float32), coarse_affine, inside,
-        iterations=settings.iterations, tolerance=settings.registered_tolerance, spline=settings.spline,
-    )  # fmt: skip
-    corrected: NDArray[np.float32] = voxels / np.maximum(spread(bias, coarse_affine, voxels.shape, affine), 1e-3)
-    return corrected
 
 
 def _warp(aligned: Aligned, recipe: PrepareRecipe) -> tuple[Grid, NDArray[np.float32]]:
