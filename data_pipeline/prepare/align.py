@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ from scipy import ndimage
 from data_pipeline.prepare.pose import angle_of, find_pose, stretches_of
 from data_pipeline.prepare.raw import RawScan
 from data_pipeline.prepare.resampling import isotropic, resample, spread
-from data_pipeline.prepare.settings import PrepareRecipe
+from data_pipeline.prepare.settings import Bias, PrepareRecipe
 from data_pipeline.prepare.steps import antspy
 from data_pipeline.prepare.steps.extraction import brain_mask
 from data_pipeline.prepare.template import Template, load_template
@@ -65,8 +64,9 @@ def align(scan: RawScan, recipe: PrepareRecipe, *, gpu: bool = False) -> Aligned
     """
     positive = scan.voxels - min(0.0, float(scan.voxels.min()))
     bias = recipe.bias
-    correct = partial(without_bias, spacing=bias.spacing, tolerance=bias.tolerance, spline=bias.spline)
-    head = correct(positive, scan.affine, _foreground(positive), iterations=bias.head_iterations)
+    head = without_bias(
+        positive, scan.affine, _foreground(positive), bias, spacing=bias.head_spacing, iterations=bias.head_iterations
+    )
     mask = _brain(head, scan.affine, recipe, gpu)
     _check_volume(_millilitres(mask, scan.affine), recipe)
     start = find_pose(head * mask, scan.affine, recipe.linear.angles, rigid=recipe.linear.kind == "rigid")
@@ -74,7 +74,7 @@ def align(scan: RawScan, recipe: PrepareRecipe, *, gpu: bool = False) -> Aligned
         mask = _upright_brain(head, scan.affine, start, recipe, gpu)
     figures = {"brain_ml": _millilitres(mask, scan.affine)}
     _check_volume(figures["brain_ml"], recipe)
-    head = correct(head, scan.affine, mask, iterations=bias.iterations)
+    head = without_bias(head, scan.affine, mask, bias, alone=True)
     to_scan = _register(head * mask, scan.affine, start, recipe)
     aligned = Aligned(head, scan.affine, mask, to_scan, scan, gpu=gpu, figures=figures)
     figures.update(_compare(aligned))
@@ -102,14 +102,15 @@ def _foreground(voxels: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def without_bias(
-    voxels: NDArray[np.float32], affine: Affine, mask: NDArray[np.bool_], *, spacing: float, iterations: int,
-    tolerance: float, spline: float, alone: bool = False,
+    voxels: NDArray[np.float32], affine: Affine, mask: NDArray[np.bool_], bias: Bias, *, alone: bool = False,
+    spacing: float | None = None, iterations: int | None = None,
 ) -> NDArray[np.float32]:  # fmt: skip
     """Return a volume (D, H, W) divided by its bias field, which is estimated in the mask.
 
-    ``alone``: nothing around the mask has a part in it; else a coarse voxel at the border holds some of it. The other arguments
-    are those of ``settings.Bias``. Raises BadScan if the mask is empty.
+    ``alone``: nothing around the mask has a part in it; else a coarse voxel at the border holds some of it. ``spacing`` and
+    ``iterations`` are those of ``bias`` if they are not given. Raises BadScan if the mask is empty.
     """
+    spacing, iterations = spacing or bias.spacing, iterations or bias.iterations
     share, coarse_affine = isotropic(mask.astype(np.float32), affine, spacing)
     coarse, _ = isotropic(voxels * mask if alone else voxels, affine, spacing)
     least = ALONE if alone else 0.5
@@ -118,8 +119,11 @@ def without_bias(
         raise BadScan("has no foreground", "brain")
     if alone:
         coarse = np.where(inside, coarse / np.maximum(share, least), 1.0).astype(np.float32)
-    bias = antspy.bias_field(coarse, coarse_affine, inside, iterations=iterations, tolerance=tolerance, spline=spline)
-    factor: NDArray[np.float32] = np.maximum(spread(bias, coarse_affine, voxels.shape, affine), 1e-3)
+    found = antspy.bias_field(
+        coarse, coarse_affine, inside, iterations=iterations, tolerance=bias.tolerance, spline=bias.spline,
+        resolutions=bias.resolutions,
+    )  # fmt: skip
+    factor: NDArray[np.float32] = np.maximum(spread(found, coarse_affine, voxels.shape, affine), 1e-3)
     corrected: NDArray[np.float32] = voxels / factor
     return corrected
 

@@ -61,11 +61,7 @@ def vbm(aligned: Aligned, recipe: PrepareRecipe) -> Prepared:
     voxels, mask = aligned.on(fine, order=SPLINE)
     if not mask.any():
         raise BadScan("no voxel of its brain is inside the template's box", "brain")
-    bias = recipe.bias
-    voxels = without_bias(
-        voxels, template.affine, mask, spacing=bias.registered_spacing, iterations=bias.iterations,
-        tolerance=bias.registered_tolerance, spline=bias.spline, alone=True,
-    )  # fmt: skip
+    voxels = without_bias(voxels, template.affine, mask, recipe.bias, alone=True)
     # Voxels without any prior would be no tissue at all.
     priors = [tissue + np.float32(0.01) for tissue in (template.fluid, template.grey, template.white)]
     total = priors[0] + priors[1] + priors[2]

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from data_pipeline.volume.grid import Grid
 from infra.settings import change_settings, load_settings, to_dict
 
-VERSION = 2  # of the pipelines; raise it with every change that alters prepared voxels or figures
+VERSION = 3  # of the pipelines; raise it with every change that alters prepared voxels or figures
 SPACINGS = {"quasiraw": 1.0, "vbm": 1.5, "deepmriprep": 1.5}  # mm, the default of each pipeline
 SPACE = "MNI152NLin2009"  # the name of the template's space in file names: ICBM 2009a, symmetric, as nilearn has it
 # Columns of participants.tsv: our name -> the figure, its unit, and what it is.
@@ -33,20 +33,21 @@ _strict = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=_strict)
 class Bias:
-    """The bias field (N4, Tustison et al. 2010): estimated from voxels of ``spacing`` mm, which a smooth field allows.
+    """The bias field (N4, Tustison et al. 2010): estimated from coarse voxels, which a smooth field allows.
 
-    N4 runs twice: roughly on the whole head, so that the brain is found, and then on the brain alone. For ``vbm`` it runs once
-    more on the registered brain, on voxels of ``registered_spacing`` mm: what the first fields leave depends on how the head
-    lay, and moves the borders of the tissues.
+    N4 runs twice: roughly on the whole head (voxels of ``head_spacing`` mm), so that the brain is found, and then on the brain
+    alone (``spacing`` mm). For ``vbm`` it runs once more on the registered brain: what is left depends on how the head lay, and
+    moves the borders of the tissues. Coarser voxels of the brain, or more resolutions, take the dark rim of the brain for a
+    part of the field, and brighten the cortex: at 6 mm and four resolutions the cortex of a child came out as white matter.
     """
 
-    spacing: float = Field(default=6.0, ge=1.0, le=8.0)
-    head_iterations: int = Field(default=20, ge=1, le=500)  # at most, at each of four resolutions
-    iterations: int = Field(default=50, ge=1, le=500)  # the same, on the brain
+    head_spacing: float = Field(default=6.0, ge=1.0, le=8.0)
+    head_iterations: int = Field(default=20, ge=1, le=500)  # at most, at each resolution
+    spacing: float = Field(default=3.0, ge=1.0, le=8.0)
+    iterations: int = Field(default=50, ge=1, le=500)  # at most, at each resolution of the brain
     tolerance: float = Field(default=1e-3, gt=0.0, le=0.1)  # of a resolution's last change, where it ends
-    spline: float = Field(default=200.0, ge=30.0, le=1000.0)  # mm between the control points of the field
-    registered_spacing: float = Field(default=4.0, ge=1.0, le=8.0)
-    registered_tolerance: float = Field(default=2e-4, gt=0.0, le=0.1)
+    spline: float = Field(default=150.0, ge=30.0, le=1000.0)  # mm between the control points of the first resolution
+    resolutions: int = Field(default=3, ge=1, le=6)  # each has half the distance between control points of the one before
 
 
 @dataclass(frozen=True, config=_strict)
@@ -86,7 +87,7 @@ class Tissues:
 
     spacing: float = Field(default=1.0, ge=0.7, le=3.0)
     iterations: int = Field(default=12, ge=1, le=100)  # brains that are far from the template need more than five
-    prior_weight: float = Field(default=0.25, ge=0.0, le=1.0)
+    prior_weight: float = Field(default=0.1, ge=0.0, le=1.0)
     smoothness: float = Field(default=0.1, ge=0.0, le=2.0)  # of the Markov random field
     partial_volume: bool = True
     smoothing: float = Field(default=2.0, ge=0.0, le=20.0)  # mm, width at half maximum, of the map before it is warped

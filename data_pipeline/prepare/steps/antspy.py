@@ -31,7 +31,6 @@ TO_LPS = np.array([-1.0, -1.0, 1.0], np.float32)
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # between RAS, which nibabel uses, and LPS, which ITK uses
 THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"
 SHRINK = (4, 2, 1)  # of the resolutions of a registration
-LEVELS = 4  # resolutions of the bias field
 
 
 def import_ants() -> Any:
@@ -73,22 +72,24 @@ def _image(ants: Any, voxels: NDArray[Any], affine: Affine) -> Any:
 
 
 def bias_field(
-    voxels: Volume, affine: Affine, mask: NDArray[np.bool_], *, iterations: int, tolerance: float, spline: float
-) -> Volume:
+    voxels: Volume, affine: Affine, mask: NDArray[np.bool_], *, iterations: int, tolerance: float, spline: float,
+    resolutions: int,
+) -> Volume:  # fmt: skip
     """Return the bias field (D, H, W) of a volume by N4: positive factors, by which the volume is to be divided.
 
     Args:
         voxels: (D, H, W) positive intensities; a few mm per voxel suffice.
         affine: of the volume.
         mask: the voxels from which the field is estimated.
-        iterations: at most, at each of ``LEVELS`` resolutions.
+        iterations: at most, at each resolution.
         tolerance: of the last change, where a resolution ends.
-        spline: distance of the field's control points in mm.
+        spline: distance of the field's control points at the first resolution, in mm.
+        resolutions: of the field; each halves the distance of the one before.
     """
     with _session(1) as (ants, _):
         field = ants.n4_bias_field_correction(
             _image(ants, voxels, affine), mask=_image(ants, mask, affine), shrink_factor=1, return_bias_field=True,
-            convergence={"iters": [iterations] * LEVELS, "tol": tolerance}, spline_param=spline,
+            convergence={"iters": [iterations] * resolutions, "tol": tolerance}, spline_param=spline,
         )  # fmt: skip
         found: Volume = np.array(field.numpy(), np.float32)
     return found
