@@ -193,6 +193,14 @@ def has_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or ("ray" in sys.modules and sys.modules["ray"].is_initialized())
 
 
+def is_worker() -> bool:
+    """Whether this process is a Ray worker, which runs tasks."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    return bool(internal("ray", ray._private.worker.global_worker, "mode") == ray.WORKER_MODE)
+
+
 def is_small(total_bytes: float, workers: int | None) -> bool:
     """Return whether to read this many bytes of images in this process: no cluster is there or asked for by ``workers``."""
     return total_bytes <= SMALL_BYTES and workers is None and not has_cluster()

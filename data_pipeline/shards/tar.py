@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Collection, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import zstandard
 from numpy.typing import NDArray
 
 from data_pipeline.volume.decoders import decode as decode  # the inverse of encode
+from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import open_file, regular_file
+from infra.lean_imports import is_own_process, without
 
 COPY_BYTES = 1 << 22
 # Compared with zstd's default level 3, a grey-matter map of 121 x 145 x 121 takes no more space (1.18 MB against 1.19 MB),
@@ -31,6 +35,25 @@ def encode(voxels: NDArray[np.float16], codec: str) -> bytes:
     np.lib.format.write_array(stream, np.ascontiguousarray(voxels), version=(1, 0), allow_pickle=False)
     raw = stream.getvalue()
     return zstandard.ZstdCompressor(level=ZSTD_LEVEL, threads=0).compress(raw) if codec == "zst" else raw
+
+
+@lru_cache(maxsize=1)
+def tar_writer() -> Any:
+    """Return webdataset's TarWriter.
+
+    webdataset imports torch if it is installed, which takes seconds and which a writer does not need. It is left out where no
+    other thread may be importing it: in the commands and Ray workers of this project.
+    """
+    if "webdataset" in sys.modules or not (is_own_process() or ray_cluster.is_worker()):
+        from webdataset import TarWriter
+
+        return TarWriter
+    with without("torch"):
+        from webdataset import TarWriter
+    # A later import, for reading, gets webdataset with torch.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "webdataset"]:
+        del sys.modules[name]
+    return TarWriter
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]], codec: str) -> list[dict[str, Any]]:
@@ -48,11 +71,9 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]]
     """
     if codec not in CODECS:
         raise UserError(f"codec={codec!r} is not known; allowed: {', '.join(CODECS)}")
-    from webdataset import TarWriter  # imports torch, which reader processes do not need
-
     checksums: dict[str, int] = {}
     with path.open("wb") as stream:
-        writer = TarWriter(stream, mtime=0, user="root", group="root", mode=0o644, compress=False, encoder=False)
+        writer = tar_writer()(stream, mtime=0, user="root", group="root", mode=0o644, compress=False, encoder=False)
         for key, payload, description in samples:
             text = json.dumps(description, sort_keys=True).encode()
             writer.write({"__key__": key, CODECS[codec]: payload, "json": text})

@@ -8,8 +8,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-# Imported here although only write_shard uses it: cancelling a Ray task in the middle of an import breaks its worker.
-import webdataset  # noqa: F401
 from pydantic import TypeAdapter
 
 from data_pipeline.cohort.scan import Scan, bytes_of
@@ -18,7 +16,7 @@ from data_pipeline.quality.rules import Quality, Removal, read_scan
 from data_pipeline.shards import unfinished
 from data_pipeline.shards.purge import purge_shards
 from data_pipeline.shards.scan_table import describe
-from data_pipeline.shards.tar import encode, write_shard
+from data_pipeline.shards.tar import encode, tar_writer, write_shard
 from data_pipeline.shards.unfinished import WrittenShard
 from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import Grid
@@ -27,6 +25,8 @@ from infra import ray_cluster
 from infra.files import sha256_of
 from infra.progress import Progress
 from infra.random_streams import SHARD_SHUFFLE, generator
+
+tar_writer()  # now, although only write_shard uses it: cancelling a Ray task in the middle of an import breaks its worker
 
 MIN_IN_FLIGHT = 64  # shards that Ray holds at least; the rest waits in this process
 

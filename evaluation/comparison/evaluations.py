@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from evaluation.features.candidates import choices_text
+from evaluation.features.chosen import choices_text
 from evaluation.protocols.variant import ProtocolVariant
 from evaluation.statistics.metrics import METRICS, PROBABILITY_METRICS, Statistic
 from infra.errors import UserError

@@ -8,8 +8,7 @@ n = training scans, m = test scans, C = covariates, R = readouts, K = targets.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -33,14 +32,6 @@ class FeatureChoice(NamedTuple):
 
     params: dict[str, str]
     table: FeatureTable
-
-
-def choices_text(choices: Sequence[Mapping[str, Any]]) -> str:
-    """Return which features were chosen in how many folds, the most frequent first; empty if none were chosen."""
-    names = [
-        " ".join(str(choice[key]) for key in ("layer", "pooling", "scale")) for choice in choices if "scale" in choice
-    ]
-    return ", ".join(f"{name} ({number} of {len(names)} folds)" for name, number in Counter(names).most_common())
 
 
 def candidate_blocks(network: nn.Module, sides: Sequence[int]) -> list[Block]:

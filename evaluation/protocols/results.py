@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from data_pipeline.storage.manifest import Manifest
-from evaluation.features.candidates import choices_text
+from evaluation.features.chosen import choices_text
 from evaluation.features.embedding import embedding_table
 from evaluation.protocols.context import EvaluationContext
 from evaluation.protocols.nested_cv import NestedCVResult, ResampledPredictions

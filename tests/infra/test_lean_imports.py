@@ -45,6 +45,12 @@ for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
     assert weight.requires_grad and weight.grad is None and torch.is_grad_enabled()
     print(kind.__name__, weight.tolist())
 """
+# What `shards build` and its Ray workers do before they read the first scan.
+BUILDING = """
+import data_pipeline.cli, data_pipeline.shards.build, data_pipeline.shards.writing
+from infra import ray_cluster
+ray_cluster.import_ray()
+"""
 HELP = """
 from contextlib import suppress
 from infra.cli import run
@@ -80,6 +86,11 @@ def large_modules(code: str) -> set[str]:
             {"torch", "pandas", "nibabel", "sklearn", "scipy.linalg", "scipy.ndimage", "scipy.spatial", "scipy.stats"},
         ),
         (OWN + STEP, {"torch"}),
+        (OWN + BUILDING, {"pandas", "nibabel", "ray", "jsonschema"}),
+        (
+            "import evaluation.comparison.comparison, evaluation.comparison.terminal",
+            {"pandas", "matplotlib.pyplot", "sklearn", "scipy.linalg", "scipy.ndimage", "scipy.spatial", "scipy.stats"},
+        ),
     ],
 )
 def test_an_entry_imports_only_what_it_needs(code, allowed):
@@ -110,6 +121,21 @@ def test_in_another_programs_process_nothing_is_hidden():
         assert not hasattr(torch.optim.Optimizer.zero_grad.__wrapped__, "__dynamo_disable")
     """
     printed(textwrap.dedent(code))
+
+
+def test_a_tar_is_written_without_torch_and_webdataset_reads_with_it_later():
+    code = """
+        import io, sys
+        from data_pipeline.shards.tar import tar_writer
+        stream = io.BytesIO()
+        writer = tar_writer()(stream, encoder=False)
+        writer.write({"__key__": "a", "bin": b"1"})
+        writer.close()
+        assert stream.getvalue() and "torch" not in sys.modules
+        import torch, webdataset
+        assert issubclass(webdataset.DataPipeline, torch.utils.data.IterableDataset)
+    """
+    printed(OWN + textwrap.dedent(code))
 
 
 def test_a_module_is_hidden_only_within_the_block():

@@ -9,7 +9,8 @@ import torch
 
 from data_pipeline.shards.build import build_shards
 from data_pipeline.storage.manifest import Manifest
-from evaluation.features.candidates import choices_text, spatial_block
+from evaluation.features.candidates import spatial_block
+from evaluation.features.chosen import choices_text
 from evaluation.protocols.context import Candidate, EvaluationContext
 from evaluation.protocols.features import cache_name, features_of, features_of_each
 from evaluation.protocols.inputs import joint_tables
