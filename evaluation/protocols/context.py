@@ -19,7 +19,9 @@ from data_pipeline.storage.manifest import Manifest
 from evaluation.external.given import GivenFeatures
 from evaluation.protocols.settings import EvaluationSettings
 from evaluation.protocols.variant import ProtocolVariant, unlike_published
+from evaluation.tasks.division import Division, divide
 from evaluation.tasks.published import PUBLISHED, SOURCE
+from evaluation.tasks.resamples import Resampling
 from evaluation.tasks.tasks import Task
 from infra.errors import UserError
 from infra.files import writable_folder
@@ -71,10 +73,23 @@ class EvaluationContext:
     uri: str
     experiment: str
     _work_folders: list[Path] = field(default_factory=list)
+    _divisions: dict[tuple[Any, ...], tuple[Task, Division]] = field(default_factory=dict)
 
     def positions_of(self, task: Task) -> NDArray[np.int64]:
         """Return the positions of a task's scans in ``rows``."""
         return np.asarray(np.searchsorted(self.rows, task.rows))
+
+    def division_of(self, task: Task, sizes: Sequence[int], resampling: Resampling) -> Division:
+        """Return folds, learning-curve draws and resamples of a task: made once, since all candidates have the same."""
+        settings = self.settings
+        division: dict[str, Any] = {
+            "folds": settings.folds, "sizes": tuple(sizes), "draws": settings.draws, "seed": settings.seed,
+            "by_site": settings.leave_site_out, "resampling": resampling,
+        }  # fmt: skip
+        key = (id(task), *division.values())
+        if key not in self._divisions:
+            self._divisions[key] = (task, divide(task, **division))  # with the task, so that no other one gets its id
+        return self._divisions[key][1]
 
     def work_folder(self, protocol: str, candidate: Candidate, params: Mapping[str, Any]) -> Path:
         """Create and return the folder of one unfinished result; its name is a digest of all that the result depends on."""

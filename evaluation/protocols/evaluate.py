@@ -36,7 +36,7 @@ from evaluation.protocols.candidates import (
 from evaluation.protocols.context import Candidate, EvaluationContext, feature_folder, print_tasks, search_folder
 from evaluation.protocols.finetune import FineTuning
 from evaluation.protocols.inputs import add_readouts, candidate_tables, joint_tables, spatial_block_of
-from evaluation.protocols.nested_cv import NestedCVResult, prepare
+from evaluation.protocols.nested_cv import NestedCVResult, prepared_for
 from evaluation.protocols.protocols import PROTOCOLS, check_search, checked_settings, decide_readouts
 from evaluation.protocols.record import log_result, open_run
 from evaluation.protocols.results import (
@@ -296,11 +296,11 @@ def compute_result(context: EvaluationContext, name: str, candidate: Candidate, 
         tables = {task.name: beside(tables[task.name], columns[context.positions_of(task)]) for task in context.tasks}
     choices = candidate_tables(context, candidate) if protocol.uses_layer and settings.layer == AUTO else {}
     curve = protocol.learning_curve(settings)
+    sizes, resampling = settings.n_train if curve else (), settings.resampling if protocol.resamples else NO_RESAMPLING
     prepared = {
-        task.name: prepare(
-            task, tables[task.name], folds=settings.folds, sizes=list(settings.n_train) if curve else [],
-            draws=settings.draws, seed=settings.seed, repeats=settings.inner_repeats, by_site=settings.leave_site_out,
-            resampling=settings.resampling if protocol.resamples else NO_RESAMPLING, candidates=choices.get(task.name, ()),
+        task.name: prepared_for(
+            context.division_of(task, sizes, resampling), tables[task.name], seed=settings.seed,
+            repeats=settings.inner_repeats, candidates=choices.get(task.name, ()),
         )
         for task in context.tasks
     }  # fmt: skip

@@ -30,8 +30,9 @@ from evaluation.protocols.probes import (
     perceptron,
 )
 from evaluation.statistics.metrics import auc
-from evaluation.tasks.folds import Draw, Fold, curve_draws, inner_folds, outer_folds
-from evaluation.tasks.resamples import NO_RESAMPLING, Resample, Resampling, make_resamples
+from evaluation.tasks.division import Division, divide
+from evaluation.tasks.folds import Draw, Fold, inner_folds
+from evaluation.tasks.resamples import NO_RESAMPLING, Resample, Resampling
 from evaluation.tasks.tasks import Task
 from infra import tuning
 
@@ -106,11 +107,18 @@ def prepare(
         resampling: how many repeats, halvings and permutations a grid search runs beside.
         candidates: features to choose from on inner folds, in place of ``features``.
     """
+    division = divide(task, folds=folds, sizes=sizes, draws=draws, seed=seed, by_site=by_site, resampling=resampling)
     table = features if isinstance(features, FeatureTable) else table_of(task, features, scale)
-    outer = outer_folds(task, folds, seed, by_site)
-    resamples = make_resamples(task, outer, resampling, count=folds, seed=seed, by_site=by_site)
-    drawn = curve_draws(task, outer, sizes, draws, seed)
-    return PreparedTask(table, outer, drawn, seed, repeats, resamples=resamples, candidates=list(candidates))
+    return prepared_for(division, table, seed=seed, repeats=repeats, candidates=candidates)
+
+
+def prepared_for(
+    division: Division, table: FeatureTable, *, seed: int, repeats: int = 1, candidates: Sequence[FeatureChoice] = ()
+) -> PreparedTask:
+    """Combine the division of a task with its features; see ``prepare``."""
+    return PreparedTask(
+        table, division.folds, division.draws, seed, repeats, resamples=division.resamples, candidates=list(candidates)
+    )
 
 
 def inner_scores(probe: Probe, prepared: PreparedTask, train: NDArray[Any]) -> NDArray[np.float64]:
