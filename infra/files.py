@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -133,7 +134,9 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(target.parent)
+    if (os.getpid(), target.parent) not in _cleaned:
+        _cleaned.add((os.getpid(), target.parent))
+        remove_left(target.parent)
     handle, new = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent)
     temporary = Path(new)
     try:
@@ -166,12 +169,12 @@ def host_tag() -> str:
     return hashlib.sha256(host).hexdigest()[:8]
 
 
-def _remove_left(folder: Path) -> None:
-    """Remove this host's temporary files in a folder that no process locks, once per process. Without locks they stay."""
-    if (os.getpid(), folder) in _cleaned:
-        return
-    _cleaned.add((os.getpid(), folder))
-    for path in folder.glob(f".*.{host_tag()}{UNFINISHED_FILE}"):
+def remove_left(folder: Path, name: str = "") -> None:
+    """Remove this host's temporary files in a folder that no process locks: killed ones left them. Without locks they stay.
+
+    ``name`` is the beginning of the names of the files that were being written.
+    """
+    for path in folder.glob(f".{glob.escape(name)}*.{host_tag()}{UNFINISHED_FILE}"):
         with suppress(OSError), path.open("r+b") as stream:  # locked, of another user, or removed meanwhile
             if lock(stream, wait=False):
                 path.unlink()

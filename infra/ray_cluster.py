@@ -198,7 +198,8 @@ def is_worker() -> bool:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return False
-    return bool(internal("ray", ray._private.worker.global_worker, "mode") == ray.WORKER_MODE)
+    worker = internal("ray", internal("ray", internal("ray", ray, "_private"), "worker"), "global_worker")
+    return bool(internal("ray", worker, "mode") == ray.WORKER_MODE)
 
 
 def is_small(total_bytes: float, workers: int | None) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.cli_arguments import add_layout_arguments, layout_options
-from data_pipeline.prepare.derivative import DESCRIPTION, read_timings
+from data_pipeline.prepare.derivative import DESCRIPTION, check_claim, read_timings
 from data_pipeline.prepare.driver import (
     PreparedCohort,
     RawCohort,
@@ -34,7 +34,7 @@ from infra.slurm.batch_script import RECIPE_COPY, CheckedCommand, JobSize
 from infra.slurm.parser import OneLineParser
 
 LISTED = 20  # scans that a dry run names
-TIMED = 2  # scans that a dry run prepares for its estimate
+TIMED, MOST_TIMED = 2, 10  # scans that a dry run prepares for its estimate; scans that it tries for that
 JOBS = ".jobs"  # folder of batch scripts and logs in OUT: hidden, as a new OUT may hold hidden files only
 
 
@@ -48,7 +48,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spacing", type=float, help="edge of a prepared voxel in mm (default 1 for quasiraw, 1.5 for vbm)"
     )
-    parser.add_argument("--rigid", action="store_true", help="register with 6 parameters instead of 12 (quasiraw only)")
+    parser.add_argument("--rigid", action="store_true", help="register with 6 parameters instead of 12 (not vbm)")
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE",
         help="YAML file with a section prepare:; --prepare.section.key=value sets a single parameter",
@@ -114,7 +114,8 @@ def recipe_of(options: argparse.Namespace, overrides: Sequence[str]) -> PrepareR
     for argument in overrides:
         if not argument.startswith("--prepare."):
             raise UserError(f"unrecognized argument: {argument}; parameters are set as --prepare.section.key=value")
-    own = [f"--prepare.{name}={getattr(options, name)}" for name in ("pipeline", "spacing") if getattr(options, name)]
+    given = {name: getattr(options, name) for name in ("pipeline", "spacing")}
+    own = [f"--prepare.{name}={value}" for name, value in given.items() if value is not None]
     own += ["--prepare.linear.kind=rigid"] if options.rigid else []
     return load_prepare_recipe(options.recipe, [*own, *overrides])
 
@@ -146,8 +147,11 @@ def _list_series(source: Path) -> int:
 
 def _dry_run(cohort: RawCohort, recipe: PrepareRecipe, options: argparse.Namespace) -> None:
     """Print what a run would do, and its cost: from the timings of earlier runs, or from the first scans."""
+    for root in cohort.roots.values():
+        check_claim(root, recipe)
     tasks = scan_tasks(cohort, recipe, options.gpu)
-    waiting = [task for task, outcome in zip(tasks, find_finished(tasks), strict=True) if outcome is None]
+    outcomes = find_finished(tasks)
+    waiting = [task for task, outcome in zip(tasks, outcomes, strict=True) if outcome is None]
     print(
         f"cohort: {len(tasks)} raw scans, {len(tasks) - len(waiting)} of them done; pipeline {recipe.pipeline}, {recipe.grid}"
     )
@@ -159,8 +163,13 @@ def _dry_run(cohort: RawCohort, recipe: PrepareRecipe, options: argparse.Namespa
         print(f"  left out: {scan.key}: {scan.unlisted or 'participant is not in participants.tsv'}")
     if not waiting:
         return
-    known = list(read_timings(options.out).values())
+    # Scans that are refused cost next to nothing.
+    refused = {task.scan.key for task, outcome in zip(tasks, outcomes, strict=True) if outcome and outcome.refused}
+    known = [seconds for key, seconds in read_timings(options.out).items() if key not in refused]
     timings = known or _time_first(waiting)
+    if not timings:
+        print(f"cohort: the first {min(MOST_TIMED, len(waiting))} scans are refused, so that there is no estimate")
+        return
     mean = sum(timings) / len(timings)
     cores = options.workers or usable_cores()
     where = (
@@ -173,7 +182,13 @@ def _dry_run(cohort: RawCohort, recipe: PrepareRecipe, options: argparse.Namespa
 
 
 def _time_first(tasks: Sequence[ScanTask]) -> list[float]:
-    """Prepare the first scans in a temporary folder; return the CPU seconds of each."""
+    """Prepare scans in a temporary folder until TIMED of them are not refused; return the CPU seconds of these."""
+    timings: list[float] = []
     with scratch_folder("prepare") as folder, ray_cluster.one_thread():
         print(f"cohort: preparing {min(TIMED, len(tasks))} scans to estimate the time", file=sys.stderr, flush=True)
-        return [prepare_one(replace(task, root=str(folder))).seconds for task in tasks[:TIMED]]
+        for task in tasks[:MOST_TIMED]:
+            outcome = prepare_one(replace(task, root=str(folder)))
+            timings += [outcome.seconds] if outcome.refused is None else []
+            if len(timings) == TIMED:
+                break
+    return timings

@@ -27,23 +27,7 @@ def claim(root: Path, recipe: PrepareRecipe, *, name: str, simulated: bool, lice
 
     Raises UserError if the folder holds other files, or scans that another recipe has prepared (its limits may differ).
     """
-    path = root / DESCRIPTION
-    own = recorded(recipe)
-    if path.is_file():
-        described_before = read_object(path, "choose another folder")
-        before = described_before.get("Preparation")
-        licence = licence or described_before.get("License", "")
-        if not isinstance(before, dict):
-            raise UserError(f"{root} holds another data set ({path.name} names no preparation); choose another folder")
-        changed = [key for key in own if key != "limits" and before.get(key) != own[key]]
-        if changed:
-            key = changed[0]
-            raise UserError(
-                f"{root} holds scans prepared otherwise ({key} was {before.get(key)!r}, now {own[key]!r}); choose another "
-                "folder, or remove that one"
-            )
-    elif root.is_dir() and any(not child.name.startswith(".") and child.name != DICOM for child in root.iterdir()):
-        raise UserError(f"{root} is not empty and holds no prepared scans; choose another folder")
+    licence = licence or check_claim(root, recipe).get("License", "")
     root.mkdir(parents=True, exist_ok=True)
     described = [
         {"Name": "yaware", "Version": metadata.version("yaware"), "Description": f"cohort prepare, {recipe.pipeline}"},
@@ -52,9 +36,34 @@ def claim(root: Path, recipe: PrepareRecipe, *, name: str, simulated: bool, lice
     content = {
         "Name": f"{name}, prepared", "BIDSVersion": "1.9.0", "DatasetType": "derivative", "GeneratedBy": described,
         "SpatialReference": f"{SPACE}: ICBM 2009a nonlinear symmetric, as nilearn ships it", "Simulated": simulated,
-        "Preparation": own, **({"License": licence} if licence else {}),
+        "Preparation": recorded(recipe), **({"License": licence} if licence else {}),
     }  # fmt: skip
-    write_json(path, content)
+    write_json(root / DESCRIPTION, content)
+
+
+def check_claim(root: Path, recipe: PrepareRecipe | None = None) -> dict[str, Any]:
+    """Return the description of a derivative in a folder; empty if the folder is new or empty.
+
+    Raises UserError as ``claim`` does; without ``recipe`` any recipe is allowed.
+    """
+    path = root / DESCRIPTION
+    if path.is_file():
+        described_before = read_object(path, "choose another folder")
+        before = described_before.get("Preparation")
+        if not isinstance(before, dict):
+            raise UserError(f"{root} holds another data set ({path.name} names no preparation); choose another folder")
+        own = {} if recipe is None else recorded(recipe)
+        changed = [key for key in own if key != "limits" and before.get(key) != own[key]]
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"{root} holds scans prepared otherwise ({key} was {before.get(key)!r}, now {own[key]!r}); choose another "
+                "folder, or remove that one"
+            )
+        return described_before
+    if root.is_dir() and any(not child.name.startswith(".") and child.name != DICOM for child in root.iterdir()):
+        raise UserError(f"{root} is not empty and holds no prepared scans; choose another folder")
+    return {}
 
 
 def write_tables(root: Path, scans: Sequence[Scan], outcomes: Mapping[str, Outcome]) -> None:

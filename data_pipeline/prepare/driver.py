@@ -15,8 +15,8 @@ import yaml
 from data_pipeline.cohort.pseudonyms import read_key
 from data_pipeline.cohort.read import DATA_SETS_FILE, SIGNS, is_simulated, licences_of, name_of, read_with_changes
 from data_pipeline.cohort.scan import Scan, safe_name
-from data_pipeline.prepare.derivative import DICOM, claim, read_timings, write_tables, write_timings
-from data_pipeline.prepare.job import MEMORY, RECORDS, Outcome, ScanTask, finished, prepare_one
+from data_pipeline.prepare.derivative import DICOM, check_claim, claim, read_timings, write_tables, write_timings
+from data_pipeline.prepare.job import MEMORY, RECORDS, Outcome, ScanTask, finished, prepare_one, settle
 from data_pipeline.prepare.page import write_page
 from data_pipeline.prepare.settings import PrepareRecipe
 from data_pipeline.prepare.steps.dicom import find_series, first_dicom
@@ -102,8 +102,11 @@ def _converted(source: Path, folder: Path, dataset: str, key_file: str | Path | 
     """Convert a folder of DICOM files to raw scans inside the derivative; return their folder."""
     home = folder / RECORDS / "dicom"
     key = None if key_file is None else read_key(Path(key_file))
-    series = find_series(source)
-    write_dicom_cohort(series, source, home, folder / DICOM, dataset=safe_name(dataset), key=key)
+    check_claim(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        series = find_series(source)
+        write_dicom_cohort(series, source, home, folder / DICOM, dataset=safe_name(dataset), key=key)
     return home
 
 
@@ -114,8 +117,8 @@ def prepare_cohort(
 ) -> PreparedCohort:  # fmt: skip
     """Prepare the raw scans of a cohort, and write them as a BIDS derivative that ``build_shards`` reads.
 
-    The same scans and recipe give the same bytes, whatever ``workers`` is. Scans that fail or look wrong are listed in
-    ``quarantine.tsv``. After a killed run the same call goes on where it stopped; new scans of the cohort are added.
+    The same scans and recipe give the same bytes on the CPU, whatever ``workers`` is. Scans that fail or look wrong are listed
+    in ``quarantine.tsv``. After a killed run the same call goes on where it stopped; new scans of the cohort are added.
 
     Args:
         raw: the cohort, see ``data_pipeline.cohort.read.read_cohort``; also for ``dataset``, ``layout``, ``columns`` and
@@ -123,7 +126,7 @@ def prepare_cohort(
         out: the folder to write.
         recipe: pipeline and parameters; None for the defaults.
         workers: CPUs; None for all, or for the cluster of RAY_ADDRESS. Each scan takes one, and up to 4 GB of memory.
-        gpu: find brains on a GPU, which four tasks share.
+        gpu: find brains on a GPU, which four tasks share. A mask may then differ from the CPU's by single voxels.
 
     Raises:
         UserError: the cohort or an option is wrong, a library is missing, or ``out`` holds something else.
@@ -169,6 +172,9 @@ def find_finished(tasks: Sequence[ScanTask]) -> list[Outcome | None]:
 
 def _run(cohort: RawCohort, folder: Path, tasks: list[ScanTask], workers: int | None) -> PreparedCohort:
     outcomes: list[Any] = find_finished(tasks)
+    for task, outcome in zip(tasks, outcomes, strict=True):
+        if outcome is not None:
+            settle(task, outcome)
     waiting = [number for number, outcome in enumerate(outcomes) if outcome is None]
     already = len(tasks) - len(waiting)
     seconds = read_timings(folder)
@@ -177,6 +183,8 @@ def _run(cohort: RawCohort, folder: Path, tasks: list[ScanTask], workers: int | 
     here = not ray_cluster.has_cluster() and (workers == 1 or len(waiting) <= 1)
     with ray_cluster.session_on_demand(workers), Progress(len(tasks), "scans", "preparing", already) as progress:
         cpus, needed = 1, {}
+        if waiting and tasks[0].gpu:
+            _check_gpu(here)
         if waiting and not here:
             cpus = int(ray_cluster.connect().cluster_resources().get("CPU", 1))
             # A task that asks for more than any node has would wait for ever.
@@ -206,6 +214,18 @@ def _run(cohort: RawCohort, folder: Path, tasks: list[ScanTask], workers: int | 
         recipe = tasks[0].recipe
         write_page(folder, cohort.name, recipe, cohort.scans, by_key, cohort.roots, simulated=cohort.simulated)
     return PreparedCohort(folder, by_key, removals, seconds, already)
+
+
+def _check_gpu(here: bool) -> None:
+    """Raise UserError if no GPU is there: a task that asks for one would wait for ever."""
+    if here:
+        import torch  # takes seconds
+
+        found = torch.cuda.is_available()
+    else:
+        found = ray_cluster.gpus() >= GPU_SHARE
+    if not found:
+        raise UserError("--gpu: no GPU was found that its tasks could use; leave it out to find brains on the CPU")
 
 
 def _write_data_sets(folder: Path, names: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """The preparation of one scan: a pure function of its file and the recipe. It runs in a Ray task with one thread.
 
 A scan that is done, or refused, has a record ``.prepare/<key>.json`` in the derivative: the digests of the recipe, of the raw
-file and of every file that was written. It is written last, so that what a killed run leaves is done again.
+file and of every file that was written. It is written last, so that what a killed run leaves is done again. If changed limits
+refuse a scan that is done, its files are moved to ``.prepare/withheld``, from where they come back if limits admit it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from data_pipeline.prepare.align import align
 from data_pipeline.prepare.judge import judge
 from data_pipeline.prepare.picture import draw
 from data_pipeline.prepare.pipelines import PIPELINES
-from data_pipeline.prepare.prepared import Prepared, stem_of, write_prepared
+from data_pipeline.prepare.prepared import ENDINGS, Prepared, stem_of, write_prepared
 from data_pipeline.prepare.raw import read_raw
 from data_pipeline.prepare.settings import SPACE, PrepareRecipe, recorded
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
-from infra.files import atomic_write, read_text, sha256_of, write_json
+from infra.files import atomic_write, read_text, remove_left, sha256_of, write_json
 
-RECORDS = ".prepare"
+RECORDS, WITHHELD = ".prepare", "withheld"
+FAILED = "failed"  # rule of a scan of which a step failed: that may be the machine's fault, so that it is tried again
 LIBRARIES = ("antspyx", "deepbet", "nibabel", "nilearn", "numpy", "scipy", "torch")
 MEMORY = 4 * 2**30  # bytes; the peak of one scan, see docs/prepare.md
 FIGURE_DIGITS = 6
@@ -74,6 +76,7 @@ def prepare_one(task: ScanTask) -> Outcome:
     if earlier is not None:
         return earlier
     started, root, key = time.process_time(), Path(task.root), task.scan.key
+    _clear(task)
     prepared, figures, error = _prepare(task)
     files: list[str] = []
     if prepared is not None:
@@ -86,21 +89,24 @@ def prepare_one(task: ScanTask) -> Outcome:
         write_json(root / files[-1], _sidecar(task, figures))
     refused = None if error is None else (str(error), error.rule, error.measured, error.threshold)
     outcome = Outcome(figures, refused, time.process_time() - started)
-    _write_record(task, outcome, files)
+    digests = {name: sha256_of(root / name) for name in files}
+    _write_record(task, outcome, digests, judged=prepared is not None)
     return outcome
 
 
 def finished(task: ScanTask) -> Outcome | None:
     """Return the outcome of an earlier run of the same task, or None if the scan must be prepared.
 
-    The limits of the recipe may have changed since: they are applied to the figures of the earlier run.
+    The limits of the recipe may have changed since: they are applied to the figures of the earlier run. Nothing is written; see
+    ``settle``.
     """
     root = Path(task.root)
     try:
         record = json.loads(read_text(record_path(root, task.scan.key)))
     except (OSError, ValueError):
         return None
-    if record["recipe"] != recipe_digest(task.recipe) or record["source"] != _digest(task.scan.path):
+    source = _digest(task.scan.path)
+    if not source or record["recipe"] != recipe_digest(task.recipe) or record["source"] != source:
         return None
     outcome = Outcome(record["figures"], None if record["refused"] is None else tuple(record["refused"]))
     if record["judged"]:
@@ -109,15 +115,47 @@ def finished(task: ScanTask) -> Outcome | None:
             outcome, refused=None if error is None else (str(error), error.rule, error.measured, error.threshold)
         )
     files: Mapping[str, str] = record["files"]
-    if outcome.refused is None and not files:
+    if (not files) if outcome.refused is None else outcome.refused[1] == FAILED:
         return None
-    if any(not (root / name).is_file() or sha256_of(root / name) != digest for name, digest in files.items()):
-        return None
-    if outcome.refused is not None and files:
-        for name in files:
-            (root / name).unlink()
-        _write_record(task, outcome, [])
+    for name, digest in files.items():
+        path = _place(root, name)
+        if not path.is_file() or sha256_of(path) != digest:
+            return None
     return outcome
+
+
+def settle(task: ScanTask, outcome: Outcome) -> None:
+    """Move the files of a finished scan out of the derivative if ``outcome`` refuses it now, and back if it does not."""
+    root = Path(task.root)
+    record = json.loads(read_text(record_path(root, task.scan.key)))
+    folder = root if outcome.refused is None else root / RECORDS / WITHHELD
+    for name in record["files"]:
+        source, target = _place(root, name), folder / name
+        if source != target:  # a run that was killed here may have moved some
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(target)
+    if (record["refused"] is None) == (outcome.refused is None):
+        return
+    _write_record(task, outcome, record["files"], judged=record["judged"])
+
+
+def _place(root: Path, name: str) -> Path:
+    """Where a file of a record is: in the derivative, or withheld."""
+    visible = root / name
+    return visible if visible.is_file() else root / RECORDS / WITHHELD / name
+
+
+def _clear(task: ScanTask) -> None:
+    """Remove what an earlier run wrote for a scan that is prepared again: if it is refused now, none of it stays."""
+    root, key = Path(task.root), task.scan.key
+    for path in (record_path(root, key), picture_path(root, key)):
+        path.unlink(missing_ok=True)
+    # A worker that writes here for the second time would leave what a killed one left.
+    for target in (root / RECORDS / key, root / stem_of(task.scan)):
+        remove_left(target.parent, target.name)
+    for ending in ENDINGS:
+        for folder in (root, root / RECORDS / WITHHELD):
+            (folder / f"{stem_of(task.scan)}_{ending}").unlink(missing_ok=True)
 
 
 def record_path(root: Path, key: str) -> Path:
@@ -165,7 +203,7 @@ def _prepare(task: ScanTask) -> tuple[Prepared | None, dict[str, float], BadScan
         raise
     except Exception as error:  # ANTs and torch raise many types of error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        return None, figures, BadScan(f"a step failed: {reason}", "failed")
+        return None, figures, BadScan(f"a step failed: {reason}", FAILED)
     figures = _rounded({**figures, **prepared.figures, "nonfinite_voxels": float(raw.nonfinite)})
     return prepared, figures, judge(figures, recipe.limits)
 
@@ -183,16 +221,15 @@ def _sidecar(task: ScanTask, figures: Mapping[str, float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_record(task: ScanTask, outcome: Outcome, files: list[str]) -> None:
-    root = Path(task.root)
+def _write_record(task: ScanTask, outcome: Outcome, files: Mapping[str, str], *, judged: bool) -> None:
+    """Write the record of a scan; ``files`` are the digests of its files, ``judged`` is whether it got to the late limits."""
     content = asdict(outcome)
     del content["seconds"]  # a run's own; the same input gives the same bytes
     write_json(
-        record_path(root, task.scan.key),
+        record_path(Path(task.root), task.scan.key),
         {
-            **content, "recipe": recipe_digest(task.recipe), "source": _digest(task.scan.path),
-            "files": {name: sha256_of(root / name) for name in files},
-            "judged": bool(files) or picture_path(root, task.scan.key).is_file(),
+            **content, "recipe": recipe_digest(task.recipe), "source": _digest(task.scan.path), "files": dict(files),
+            "judged": judged,
         },
     )  # fmt: skip
 

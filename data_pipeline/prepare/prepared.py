@@ -27,6 +27,10 @@ BRAIN = f"space-{SPACE}_desc-brain_mask"
 OWN_BRAIN = "desc-brain_mask"
 LINEAR = f"from-{SPACE}_to-T1w_mode-points_xfm"
 WARP = f"from-{SPACE}_to-affine_mode-points_xfm"
+ENDINGS = (
+    *(f"{name}.nii.gz" for name in (PREPROCESSED, GREY_MATTER, BRAIN, OWN_BRAIN, WARP)), f"{LINEAR}.txt",
+    *(f"{name}.json" for name in (PREPROCESSED, GREY_MATTER)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class Encoder(nn.Module):
                 ``predicted_age_low`` and ``predicted_age_high``. Scans of people whom the encoder or the readouts know are
                 counted in a warning.
             prepare: prepare raw scans as the training scans were, if ``cohort prepare`` made those; a scan whose JSON says
-                that it is prepared, or that lies on the grid of prepared ones, is taken as it is. Takes 25 to 110 CPU
+                that it is prepared, or that lies on the grid of prepared ones, is taken as it is. Takes 27 to 130 CPU
                 seconds for each; prepare many scans by ``yaware cohort prepare`` first.
             prepared: a folder in which prepared scans stay, to be found again; None keeps none.
 

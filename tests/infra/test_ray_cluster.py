@@ -228,6 +228,10 @@ from os.path import basename
 from infra import ray_cluster
 def niceness():
     return os.nice(0)
+def writer_without_torch():
+    from data_pipeline.shards.tar import tar_writer
+    tar_writer()
+    return ray_cluster.is_worker(), "torch" in sys.modules
 def state():
     return dict(os.environ), str(signal.getsignal(signal.SIGTERM)), sys.excepthook
 before = state()
@@ -235,6 +239,8 @@ for _ in range(2):
     with ray_cluster.session(1):
         assert list(ray_cluster.map_unordered(basename, [("a/b",)], in_flight=1)) == [(0, "b")]
         assert list(ray_cluster.map_unordered(niceness, [()], in_flight=1)) == [(0, niceness())]  # no worker starves
+        assert list(ray_cluster.map_unordered(writer_without_torch, [()], in_flight=1)) == [(0, (True, False))]
+    assert not ray_cluster.is_worker()
     for found, expected in zip(state(), before):
         assert found == expected, (found, expected)
 """

@@ -20,7 +20,7 @@ from tests.data_pipeline.prepare.phantoms import SMALL_OPTIONS, small_brain
 @pytest.mark.parametrize(
     ("participants", "spacing", "skull", "options"),
     [
-        pytest.param(5, 5.0, False, SMALL_OPTIONS, marks=pytest.mark.jobs, id="small"),
+        pytest.param(5, 5.0, False, SMALL_OPTIONS, id="small"),
         pytest.param(50, 2.0, True, ["--prepare.spacing=4"], marks=[pytest.mark.slow, pytest.mark.timeout(7200)], id="50"),
     ],
 )  # fmt: skip

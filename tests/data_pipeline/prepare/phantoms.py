@@ -62,3 +62,9 @@ def write_small_cohort(root: Path, participants: int = 3) -> Path:
         )
     (root / "participants.tsv").write_text("\n".join(lines) + "\n")
     return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a derivative but the timings."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "timings.tsv")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

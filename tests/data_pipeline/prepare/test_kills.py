@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -22,15 +23,17 @@ SECONDS = 300.0  # after which a run is stuck
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory):
-    return write_small_cohort(tmp_path_factory.mktemp("raw") / "small", participants=5)
+def cohort_for(tmp_path_factory):
+    """A function of the number of kills: the raw cohort, with more scans than are done between them, and what becomes of it."""
 
+    @cache
+    def made(kills):
+        raw = write_small_cohort(tmp_path_factory.mktemp("raw") / "small", participants=4 * kills)
+        out = tmp_path_factory.mktemp("whole") / "out"
+        assert start(raw, out, "--workers", "1").wait(SECONDS) == 0
+        return raw, contents(out)
 
-@pytest.fixture(scope="module")
-def undisturbed(raw, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "out"
-    assert start(raw, out, "--workers", "1").wait(SECONDS) == 0
-    return contents(out)
+    return made
 
 
 def start(raw: Path, out: Path, *options: str, **variables: str) -> subprocess.Popen[bytes]:
@@ -55,8 +58,9 @@ def records(out: Path) -> int:
 
 
 @pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.jobs), pytest.param(10, marks=pytest.mark.slow)])
-def test_a_killed_command_continues_to_the_same_bytes(raw, undisturbed, tmp_path, kills):
-    out, chance, done = tmp_path / "out", random.Random(kills), []
+def test_a_killed_command_continues_to_the_same_bytes(cohort_for, tmp_path, kills):
+    raw, undisturbed = cohort_for(kills)
+    out, chance, done, killed = tmp_path / "out", random.Random(kills), [], 0
     for _ in range(kills):
         running = start(raw, out, "--workers", "1")
         limit = time.monotonic() + SECONDS
@@ -65,10 +69,12 @@ def test_a_killed_command_continues_to_the_same_bytes(raw, undisturbed, tmp_path
         while running.poll() is None and records(out) < target and time.monotonic() < limit:
             time.sleep(0.02)
         with suppress(subprocess.TimeoutExpired):
-            running.wait(chance.uniform(0.0, 3.0))
+            running.wait(chance.uniform(0.0, 2.0))
+        killed += running.poll() is None
         running.send_signal(signal.SIGKILL)
         running.wait()
         done.append(records(out))
+    assert killed == kills
     assert done == sorted(done), "no scan is lost by a kill"
     assert start(raw, out, "--workers", "1").wait(SECONDS) == 0, out.with_name("log.txt").read_text()[-3000:]
     assert contents(out) == undisturbed
@@ -76,7 +82,8 @@ def test_a_killed_command_continues_to_the_same_bytes(raw, undisturbed, tmp_path
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.jobs), pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_workers_of_a_ray_cluster_are_replaced(raw, undisturbed, tmp_path, kills):
+def test_killed_workers_of_a_ray_cluster_are_replaced(cohort_for, tmp_path, kills):
+    raw, undisturbed = cohort_for(kills)
     out, chance, killed = tmp_path / "out", random.Random(kills), 0
     with head_node(cpus=2) as head:
         running = start(raw, out, **head.environment)
@@ -91,5 +98,5 @@ def test_killed_workers_of_a_ray_cluster_are_replaced(raw, undisturbed, tmp_path
                     killed += 1
             time.sleep(0.05)
         assert running.poll() == 0, out.with_name("log.txt").read_text()[-3000:]
-    assert killed >= 2
+    assert killed == kills
     assert contents(out) == undisturbed

@@ -21,27 +21,9 @@ from data_pipeline.volume.grid import Grid
 from infra import cli
 from infra.errors import UserError
 from tests.data_pipeline.prepare.heads import empty, four_dimensional
-from tests.data_pipeline.prepare.phantoms import SMALL_OPTIONS, small_recipe, write_small_cohort
+from tests.data_pipeline.prepare.phantoms import SMALL_OPTIONS, contents, small_recipe
 
 IMAGE = "space-MNI152NLin2009_desc-preproc_T1w"
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory):
-    return write_small_cohort(tmp_path_factory.mktemp("raw") / "small")
-
-
-@pytest.fixture(scope="module")
-def prepared(raw, tmp_path_factory):
-    out = tmp_path_factory.mktemp("prepared") / "out"
-    assert cli.run(["cohort", "prepare", str(raw), str(out), *SMALL_OPTIONS, "--workers", "1"]) == 0
-    return out
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a derivative but the timings."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "timings.tsv")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_the_derivative_has_a_row_a_volume_and_a_description_for_each_scan(prepared):
@@ -136,21 +118,6 @@ def test_new_scans_are_added_and_bad_ones_go_to_quarantine(raw, prepared, tmp_pa
     assert len(build_shards(out, tmp_path / "shards", modality="quasiraw").scans) == 5
 
 
-@pytest.mark.jobs
-def test_limits_may_change_between_runs(raw, prepared, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(prepared, out)
-    strict = driver.prepare_cohort(raw, out, small_recipe("limits.rotation=5"), workers=1)
-    refused = [key for key, outcome in strict.outcomes.items() if outcome.refused]
-    assert 0 < len(refused) < 5
-    assert {removal.rule for removal in strict.removals} == {"rotation"}
-    assert all(removal.measured > 5 == removal.threshold for removal in strict.removals)
-    assert len(list(out.rglob("*_T1w.nii.gz"))) == 5 - len(refused)
-    lenient = driver.prepare_cohort(raw, out, small_recipe(), workers=1)
-    assert (lenient.already, lenient.prepared) == (5 - len(refused), 5)
-    assert len(list(out.rglob("*_T1w.nii.gz"))) == 5
-
-
 def test_the_quality_page_needs_no_other_file_and_shows_the_worst_scan_first(prepared):
     page = (prepared / "prepare.html").read_text()
     assert not re.search(r"(src|href)=.(?!data:image/png;base64,)", page)
@@ -203,16 +170,6 @@ def test_another_recipe_needs_another_folder(raw, prepared, tmp_path):
         driver.prepare_cohort(raw, raw / "out", small_recipe(), workers=1)
 
 
-def test_a_changed_raw_file_is_prepared_again(raw, prepared, tmp_path):
-    cohort, out = tmp_path / "small", tmp_path / "out"
-    shutil.copytree(raw, cohort)
-    shutil.copytree(prepared, out)
-    tasks = driver.scan_tasks(driver.read_raw_cohort(cohort, out), small_recipe(), gpu=False)
-    assert [outcome is not None for outcome in driver.find_finished(tasks)] == [True] * 5
-    shutil.copy(tasks[1].scan.path, tasks[0].scan.path)
-    assert [outcome is not None for outcome in driver.find_finished(tasks)] == [False, True, True, True, True]
-
-
 def test_a_step_that_fails_refuses_the_scan_only(raw, tmp_path, monkeypatch):
     def broken(*_arguments, **_options):
         raise RuntimeError("no\nconvergence")
@@ -222,7 +179,7 @@ def test_a_step_that_fails_refuses_the_scan_only(raw, tmp_path, monkeypatch):
     outcome = prepare_one(task)
     assert str(outcome.error) == "a step failed: RuntimeError: no convergence"
     assert outcome.error.rule == "failed"
-    assert finished(task) is not None
+    assert finished(task) is None  # it may have been the machine's fault: the next run tries again
 
 
 def test_a_dry_run_lists_the_scans_and_their_cost_and_writes_nothing(raw, prepared, tmp_path, capsys):
@@ -272,6 +229,7 @@ def test_pseudonyms_leave_no_trace_of_the_ids(raw, tmp_path):
     [
         (["--pipeline", "vbm", "--rigid"], "pipeline vbm needs affine registration"),
         (["--pipeline", "fast"], "pipeline"),
+        (["--spacing", "0"], "spacing"),
         (["--pipeline", "deepmriprep"], "--pipeline=deepmriprep: it is not installed"),
         (["--quick"], "unrecognized argument: --quick"),
         (["--workers", "0"], "workers=0 must be at least 1"),
