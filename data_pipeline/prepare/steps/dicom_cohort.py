@@ -56,7 +56,7 @@ def write_dicom_cohort(
         key: replaces participants' ids by keyed hashes; None to keep them.
 
     Raises:
-        UserError: no series is a T1-weighted 3D scan, or a library is missing.
+        UserError: no series is a T1-weighted 3D scan, two patients' ids become one participant, or a library is missing.
     """
     places = place_series(series, root, dataset, key)
     with (
@@ -89,15 +89,24 @@ def place_series(series: Sequence[Series], root: Path, dataset: str, key: bytes 
     """Return the place of each series. Sessions are a participant's studies in order of date, runs the scans of a session.
 
     A header without a patient's id takes the name of the folder below ``root``.
+
+    Raises UserError if two patients' ids become one participant.
     """
     studies: dict[str, list[str]] = defaultdict(list)
     named = []
+    identities: dict[str, str] = {}
     for one in series:
         folders = one.files[0].relative_to(root).parts[:-1]
         identity = str(one.header.get("PatientID") or (folders[0] if folders else root.name)).strip()
         name = pseudonym(key, dataset, identity) if key is not None else safe_name(identity)
         study = str(one.header.get("StudyInstanceUID") or one.files[0].parent)
         named.append((one, name, study))
+        other = identity if one.reason else identities.setdefault(name, identity)
+        if other != identity:
+            raise UserError(
+                f"DICOM folder {root}: the patients {other!r} and {identity!r} both become sub-{name}, where letters other "
+                "than A-Z, 0-9, _ and - are replaced; change the PatientID of one of them, or use --pseudonymise KEYFILE"
+            )
         if not one.reason and study not in studies[name]:
             studies[name].append(study)
     count: dict[tuple[str, str], int] = defaultdict(int)
