@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
+from nibabel.analyze import AnalyzeHeader
 from numpy.typing import NDArray
+from scipy.io import whosmat
 
 from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.load import open_image
@@ -40,10 +43,14 @@ def read_raw(path: Path, orientation: str = "", *, most_voxel: float = 4.0) -> R
         most_voxel: the longest edge of a voxel in mm.
 
     Raises:
-        BadScan: it is not one whole head in 3D, or its header contradicts itself.
+        BadScan: it is not one whole head in 3D, or its header states no orientation or two.
     """
     check_header(path)
-    image = open_image(path, orientation)
+    try:
+        image = open_image(path, orientation)
+    except BadScan as error:  # quarantine.tsv and the quality page name the rule beside the reason
+        reason = str(error).removeprefix(f"{error.rule}: ")
+        raise BadScan(reason, error.rule, error.measured, error.threshold) from None
     lengths = np.linalg.norm(np.asarray(image.affine)[:3, :3], axis=0)
     extent = np.array(image.shape) * lengths
     if extent.min() < LEAST_EXTENT:
@@ -62,7 +69,7 @@ def read_raw(path: Path, orientation: str = "", *, most_voxel: float = 4.0) -> R
     try:
         voxels = np.array(image.dataobj, dtype=np.float32, order="C")
     except Exception as error:  # a truncated gzip stream raises only here
-        raise BadScan(f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:80]}") from None
+        raise BadScan(f"{type(error).__name__}: {' '.join(str(error).split())[:80]}") from None
     wrong = ~np.isfinite(voxels)
     count = int(wrong.sum())
     if count > MOST_NONFINITE * voxels.size:
@@ -75,13 +82,37 @@ def read_raw(path: Path, orientation: str = "", *, most_voxel: float = 4.0) -> R
 
 
 def check_header(path: Path) -> None:
-    """Raise BadScan if a NIfTI header does not say which side is left, or says two different things."""
+    """Raise BadScan if a NIfTI or Analyze file does not say which side is left, or says two different things."""
+    if path.suffix.lower() == ".npy":
+        return
     try:
-        header: Any = nibabel.load(regular_file(path)).header if path.suffix.lower() != ".npy" else None
+        image: Any = nibabel.load(regular_file(path))
     except Exception:  # `open_image` says what is wrong with the file
         return
-    if not isinstance(header, nibabel.Nifti1Header):
-        return
+    if isinstance(image.header, nibabel.Nifti1Header):  # in nibabel it is an AnalyzeHeader too
+        _check_nifti(image.header)
+    elif isinstance(image.header, AnalyzeHeader) and not _has_spm_matrix(image):
+        raise BadScan(
+            "its Analyze header states no orientation, so that left and right are unknown; NIfTI and MGH files state it, or "
+            "SPM's .mat file with `mat` beside the scan: convert the original DICOM files to NIfTI",
+            "header",
+        )
+
+
+def _has_spm_matrix(image: Any) -> bool:
+    """Whether SPM's .mat file states the orientation: its ``mat`` does, but the sides of an older ``M`` depend on a setting."""
+    if "mat" not in image.file_map:
+        return False
+    try:
+        with image.file_map["mat"].get_prepare_fileobj() as stream:
+            contents: Any = BytesIO(stream.read())
+            return any(name == "mat" for name, *_ in whosmat(contents))
+    except Exception:  # there is no such file, or it is empty; `nibabel.load` has refused a damaged one
+        return False
+
+
+def _check_nifti(header: Any) -> None:
+    """Raise BadScan if a NIfTI header states no orientation, or left and right of its two orientations differ."""
     (sform, scode), (qform, qcode) = header.get_sform(coded=True), header.get_qform(coded=True)
     if sform is None and qform is None:
         raise BadScan(

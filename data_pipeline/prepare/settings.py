@@ -115,11 +115,11 @@ class Intensity:
 class Limits:
     """A scan whose figures are outside goes to quarantine.tsv.
 
-    ``brain_ml`` is the volume of the brain's mask; ``correlation`` that of the prepared image with the template inside the
-    template's brain; ``overlap`` the Dice coefficient of the brain's mask and the template's; ``contrast`` how much brighter
-    white than grey matter is, as a share of the brain's intensities (negative in T2-weighted images); ``rotation`` the angle
-    in degrees between the header's axes and the template's; ``stretch`` the change of length along any axis; ``voxel_mm`` the
-    longest edge of a voxel.
+    ``brain_ml`` is the volume of the brain's mask; ``correlation`` that of the linearly registered brain with the template
+    over the whole box, zeros outside the brain included; ``overlap`` the Dice coefficient of the brain's mask and the
+    template's; ``contrast`` how much brighter white than grey matter is, as a share of the brain's intensities (negative in
+    T2-weighted images); ``rotation`` the angle in degrees between the header's axes and the template's; ``stretch`` the change
+    of length along any axis; ``voxel_mm`` the longest edge of a voxel.
     """
 
     brain_ml: tuple[float, float] = (800.0, 2200.0)

@@ -11,6 +11,9 @@ People: simulated T1-like brains get their head's size, skull, scalp and neck, a
 ``vbm``. The table compares grey matter with that of the simulator's own maps of the same people: its correlation, and the
 error of a ridge regression of age on both kinds of maps.
 
+The exit status is 1 if a variant is refused or a metric is outside its limits (``LEAST_CORRELATION`` and the constants after
+it); a line names each.
+
 Everything is prepared at 1.5 mm, with the default recipe. What is finished in OUT is not repeated. About 25 CPU seconds a scan
 by ``quasiraw``, 150 by ``vbm``.
 """
@@ -48,6 +51,16 @@ SEED = 31
 BLOCK = 4  # voxels of an edge over which maps are averaged before the regression of age
 PENALTIES = 10.0 ** np.arange(-4, 9)
 FOLDS = 10
+# Limits of the variants against the untouched head, and of prepared maps against the simulator's.
+LEAST_CORRELATION = 0.98
+MOST_TIV_CHANGE = 3.0  # %
+LEAST_COSINE = 0.99
+LEAST_GREY_CORRELATION = 0.9
+MOST_AGE_RATIO = 1.15
+VARIANT_LIMITS = {
+    "correlation": (LEAST_CORRELATION, np.inf), "tiv %": (-MOST_TIV_CHANGE, MOST_TIV_CHANGE), "cosine": (LEAST_COSINE, np.inf)
+}  # fmt: skip
+PEOPLE_LIMITS = {"r of grey matter": (LEAST_GREY_CORRELATION, np.inf), "ratio": (0.0, MOST_AGE_RATIO)}
 Map = NDArray[np.float32]
 
 
@@ -61,6 +74,11 @@ def features_of(encoder: torch.nn.Module, voxels: Map) -> NDArray[np.float64]:
     """The features (F,) of a prepared volume."""
     with torch.no_grad():
         return encoder(torch.from_numpy(zscore(voxels.astype(np.float16)))[None, None])[0].double().numpy()
+
+
+def cosine(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """The cosine of the angle between two feature vectors (F,)."""
+    return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
 
 
 def load_encoder(folder: Path | None) -> torch.nn.Module:
@@ -89,7 +107,6 @@ def variants_table(out: Path, pipeline: str, names: list[str], encoder: torch.nn
             table.append({"variant": name, "refused": "yes"})
             continue
         other, inside = volume(folder, name, MAIN[pipeline]), mask & (volume(folder, name, BRAIN) > 0)
-        features = features_of(encoder, other)
         change = {
             figure: 100 * (figures.loc[f"sub-{name}", figure] / figures.loc["sub-ch2", figure] - 1)
             for figure in ("tiv", "brain_ml", "grey_ml") if figure in figures
@@ -97,7 +114,7 @@ def variants_table(out: Path, pipeline: str, names: list[str], encoder: torch.nn
         table.append({
             "variant": name, "correlation": np.corrcoef(own[inside], other[inside])[0, 1],
             **{f"{figure} %": value for figure, value in change.items()},
-            "cosine": features @ own_features / np.linalg.norm(features) / np.linalg.norm(own_features),
+            "cosine": cosine(features_of(encoder, other), own_features),
         })  # fmt: skip
     return pd.DataFrame(table)
 
@@ -169,6 +186,20 @@ def people_table(out: Path, people: int, workers: int) -> pd.DataFrame:
     }])  # fmt: skip
 
 
+def misses(name: str, table: pd.DataFrame) -> list[str]:
+    """Return a line for each metric of a table that is missing or outside its limits, and for each refused variant."""
+    lines = []
+    for row in table.to_dict("records"):
+        subject = f"{name}, {row['variant']}" if "variant" in row else name
+        if "variant" in row and row.get("refused") == "yes":
+            lines.append(f"{subject}: is refused")
+            continue
+        for metric, (low, high) in (VARIANT_LIMITS if "variant" in row else PEOPLE_LIMITS).items():
+            if not low <= row[metric] <= high:
+                lines.append(f"{subject}: {metric} is {row[metric]:.4g}, allowed is {low:g} to {high:g}")
+    return lines
+
+
 def hardware() -> str:
     """The machine in a line."""
     names = [
@@ -180,8 +211,8 @@ def hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} cores, {name}, Python {platform.python_version()}"
 
 
-def main() -> None:
-    """Run the benchmark of the command line."""
+def main() -> int:
+    """Run the benchmark of the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--pipelines", default="quasiraw,vbm")
@@ -203,7 +234,10 @@ def main() -> None:
     for name, table in tables.items():
         table.to_csv(options.out / f"{name}.tsv", sep="\t", index=False)
         print(f"\n{name}\n{table.to_string(index=False, float_format=lambda value: f'{value:.4f}')}")
+    missed = [line for name, table in tables.items() for line in misses(name, table)]
+    print("".join(f"\n{line}" for line in missed))
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import nibabel
 import numpy as np
 import pytest
+from scipy.io import savemat
 
 from data_pipeline.prepare.raw import read_raw
 from data_pipeline.volume.errors import BadScan
@@ -72,12 +73,12 @@ def test_a_real_head_of_whole_numbers_is_read():
     assert raw.nonfinite == 0
 
 
-@pytest.mark.parametrize("number", [0, 13, 38])
-def test_every_orientation_becomes_ras(tmp_path, number):
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_every_orientation_becomes_ras(tmp_path, orientation):
     affine = np.diag([3.0, 3.0, 3.0, 1.0])
     voxels = smooth()
     voxels[:10] += 5  # left
-    raw = read_raw(written(tmp_path, reoriented(voxels, affine, *ORIENTATIONS[number])))
+    raw = read_raw(written(tmp_path, reoriented(voxels, affine, *orientation)))
     np.testing.assert_allclose(raw.voxels, voxels, atol=1e-4)
     np.testing.assert_allclose(raw.affine, affine)
 
@@ -106,3 +107,64 @@ def test_a_header_without_any_orientation_is_refused(tmp_path):
     image.set_qform(None, 0)
     error = refusal(written(tmp_path, image))
     assert (error.rule, "left and right are unknown" in str(error)) == ("header", True)
+
+
+LEFT_BRIGHT = np.diag([-3.0, 3, 3, 1])  # the first axis goes to the left
+
+
+def pair(tmp_path, kind):
+    """The paths of scan.img, its header and its .mat file, written by a class of nibabel; the left is the brighter side."""
+    voxels = smooth()
+    voxels[-10:] += 5
+    nibabel.save(kind(voxels, LEFT_BRIGHT), tmp_path / "scan.img")
+    return [tmp_path / f"scan.{suffix}" for suffix in ("img", "hdr", "mat")]
+
+
+def is_bright_on_the_left(path) -> bool:
+    raw = read_raw(path)
+    assert raw.affine[0, 0] > 0
+    return bool(raw.voxels[:10].mean() > raw.voxels[-10:].mean() + 4)
+
+
+@pytest.mark.parametrize("kind", [nibabel.AnalyzeImage, nibabel.Spm99AnalyzeImage, nibabel.Spm2AnalyzeImage])
+@pytest.mark.parametrize("matrix", ["none", "empty", "only M"])
+def test_analyze_files_without_orientation_are_refused(tmp_path, kind, matrix):
+    image, header, mat = pair(tmp_path, kind)
+    mat.unlink(missing_ok=True)
+    if matrix == "empty":
+        mat.touch()
+    elif matrix == "only M":  # as SPM99 writes it: whether it flips is a setting of SPM
+        savemat(mat, {"M": LEFT_BRIGHT}, format="4")
+    for path in (image, header):
+        error = refusal(path)
+        assert error.rule == "header"
+        assert str(error).startswith(
+            "its Analyze header states no orientation, so that left and right are unknown; NIfTI"
+        )
+
+
+@pytest.mark.parametrize(
+    "kind", [nibabel.Spm99AnalyzeImage, nibabel.Spm2AnalyzeImage, nibabel.Nifti1Pair, nibabel.Nifti2Pair]
+)
+def test_pairs_that_state_their_orientation_are_read(tmp_path, kind):
+    image, header, _ = pair(tmp_path, kind)
+    assert is_bright_on_the_left(image)
+    assert is_bright_on_the_left(header)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(nibabel.MGHImage, "scan.mgz"), (nibabel.Nifti2Image, "scan.nii")])
+def test_mgh_and_nifti2_files_are_read(tmp_path, kind, name):
+    voxels = smooth()
+    voxels[-10:] += 5
+    nibabel.save(kind(voxels, LEFT_BRIGHT), tmp_path / name)
+    assert is_bright_on_the_left(tmp_path / name)
+
+
+@pytest.mark.parametrize("kept", [30, 20_000])  # the stream ends in the header, or in the voxels
+def test_the_reason_of_a_truncated_file_does_not_repeat_the_rule(tmp_path, kept):
+    path = written(tmp_path, nibabel.Nifti1Image(smooth(), np.diag([3.0, 3, 3, 1])))
+    path.write_bytes(path.read_bytes()[:kept])
+    error = refusal(path)
+    assert error.rule == "unreadable"
+    assert "Error: " in str(error)
+    assert "unreadable" not in str(error)
