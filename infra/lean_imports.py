@@ -16,9 +16,8 @@ _own_process = False
 def own_process() -> None:
     """Say that this process runs a command of this project and nothing else; call it once, at its start.
 
-    `without_optional`, `pretrain.engine.importing.without_compiler` and `data_pipeline.shards.tar.tar_writer` then leave out what
-    no command uses. In the process of
-    another program, such as a notebook, they change nothing.
+    `without_optional`, `pretrain.engine.importing.without_compiler` and `data_pipeline.shards.tar.tar_writer` then leave out
+    what no command uses. In the process of another program, such as a notebook, they change nothing.
     """
     global _own_process
     _own_process = True

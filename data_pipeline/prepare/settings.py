@@ -47,7 +47,7 @@ class Bias:
     iterations: int = Field(default=50, ge=1, le=500)  # at most, at each resolution of the brain
     tolerance: float = Field(default=1e-3, gt=0.0, le=0.1)  # of a resolution's last change, where it ends
     spline: float = Field(default=150.0, ge=30.0, le=1000.0)  # mm between the control points of the first resolution
-    resolutions: int = Field(default=3, ge=1, le=6)  # each has half the distance between control points of the one before
+    resolutions: int = Field(default=3, ge=1, le=6)  # each halves the distance of the control points
 
 
 @dataclass(frozen=True, config=_strict)

@@ -14,8 +14,8 @@ error of a ridge regression of age on both kinds of maps.
 The exit status is 1 if a variant is refused or a metric is outside its limits (``LEAST_CORRELATION`` and the constants after
 it); a line names each.
 
-Everything is prepared at 1.5 mm, with the default recipe. What is finished in OUT is not repeated. About 25 CPU seconds a scan
-by ``quasiraw``, 150 by ``vbm``.
+Everything is prepared at 1.5 mm, with the default recipe. What is finished in OUT is not repeated. About 27 CPU seconds a scan
+by ``quasiraw``, 130 by ``vbm``.
 """
 
 from __future__ import annotations

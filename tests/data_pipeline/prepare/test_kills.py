@@ -20,6 +20,7 @@ from tests.ray_head import head_node
 from tests.runs import ROOT
 
 SECONDS = 300.0  # after which a run is stuck
+APART = 3  # scans that are done between two kills of workers
 
 
 @pytest.fixture(scope="module")
@@ -84,18 +85,18 @@ def test_a_killed_command_continues_to_the_same_bytes(cohort_for, tmp_path, kill
 @pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.jobs), pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_workers_of_a_ray_cluster_are_replaced(cohort_for, tmp_path, kills):
     raw, undisturbed = cohort_for(kills)
-    out, chance, killed = tmp_path / "out", random.Random(kills), 0
+    out, chance, killed, last = tmp_path / "out", random.Random(kills), 0, -APART
     with head_node(cpus=2) as head:
         running = start(raw, out, **head.environment)
         limit = time.monotonic() + SECONDS
         while running.poll() is None and time.monotonic() < limit:
             workers = head.workers("prepare_one")
-            # Ray gives a task up after three lost workers, so that they are spread over the scans.
-            if workers and killed < kills and killed <= 2 * records(out):
+            # Ray gives a task up after four lost workers. A lost scan is in a new worker, so that the oldest is killed.
+            if workers and killed < kills and records(out) >= last + APART:
                 time.sleep(chance.uniform(0.0, 0.7))
                 with suppress(psutil.NoSuchProcess):
-                    chance.choice(workers).kill()
-                    killed += 1
+                    min(workers, key=psutil.Process.create_time).kill()
+                    killed, last = killed + 1, records(out)
             time.sleep(0.05)
         assert running.poll() == 0, out.with_name("log.txt").read_text()[-3000:]
     assert killed == kills
