@@ -23,6 +23,7 @@ from data_pipeline.volume.grid import Grid
 UPRIGHT = Grid.of((200, 250, 240), np.array([[1.0, 0, 0, -100], [0, 1, 0, -145], [0, 0, 1, -125], [0, 0, 0, 1]]))
 JUDGED = 4.0  # mm: the voxels on which a scan is compared with the template
 ALONE = 0.8  # share of a coarse voxel that must be brain if the bias field of a brain alone is estimated from it
+NEAR = 1.1  # a brain whose volume is this near to the limits is registered, so that a wrong contrast is named first
 SURE = 0.8  # share of a tissue in the template's voxels by which the contrast is measured
 Affine = NDArray[np.float64]
 
@@ -88,7 +89,7 @@ def _millilitres(mask: NDArray[np.bool_], affine: Affine) -> float:
 
 def _check_volume(millilitres: float, recipe: PrepareRecipe) -> None:
     low, high = recipe.limits.brain_ml
-    if not low <= millilitres <= high:
+    if not low / NEAR <= millilitres <= high * NEAR:
         raise BadScan(
             f"its brain has {millilitres:.0f} ml, outside {low:g} to {high:g}: no whole human brain was found", "brain_ml",
             millilitres, low if millilitres < low else high,

@@ -27,9 +27,9 @@ def _rules(limits: Limits) -> list[tuple[str, float, float, str]]:
     short, long = limits.stretch
     stretched = "registration changed lengths by a factor of {value:.2f}, beyond {limit:g}"
     return [
-        ("brain_ml", low, high, "its brain has {value:.0f} ml, beyond {limit:g}: no whole human brain was found"),
         ("contrast", limits.contrast, 2.0, "white matter is not brighter than grey matter (contrast {value:.2f}, at least "
          "{limit:g}): not T1-weighted, or registered wrongly"),
+        ("brain_ml", low, high, "its brain has {value:.0f} ml, beyond {limit:g}: no whole human brain was found"),
         ("rotation", 0.0, limits.rotation, "the head is turned by {value:.0f} degrees against the axes of its header, more "
          "than {limit:g}: the header's axes may be wrong, and then left and right are unknown"),
         ("stretch_low", short, long, stretched),
