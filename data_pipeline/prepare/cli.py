@@ -23,7 +23,8 @@ from data_pipeline.prepare.driver import (
 from data_pipeline.prepare.job import ScanTask, prepare_one
 from data_pipeline.prepare.page import PAGE
 from data_pipeline.prepare.settings import PrepareRecipe, load_prepare_recipe
-from data_pipeline.prepare.steps.dicom import find_series
+from data_pipeline.prepare.steps.dicom import Series, find_series
+from data_pipeline.prepare.steps.dicom_cohort import write_dicom_cohort
 from infra import ray_cluster
 from infra.errors import UserError
 from infra.files import check_output, read_text
@@ -68,7 +69,7 @@ def run_prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         check_recipe(recipe)
         source = Path(options.raw).resolve()
         if is_dicom_folder(source, options.layout):
-            return _list_series(source)
+            return _list_series(source, recipe, options)
         _dry_run(read_raw_cohort(options.raw, options.out, **reading), recipe, options)
         return 0
     done = prepare_cohort(options.raw, options.out, recipe, workers=options.workers, gpu=options.gpu, **reading)
@@ -134,15 +135,31 @@ def _report(done: PreparedCohort) -> None:
         print(f"cohort: {quarantined} scans are in quarantine; the reasons are in {done.folder / 'quarantine.tsv'}")
 
 
-def _list_series(source: Path) -> int:
-    """Print the DICOM series of a folder; return the exit status."""
+def _list_series(source: Path, recipe: PrepareRecipe, options: argparse.Namespace) -> int:
+    """Print the DICOM series of a folder, and what preparing them would cost; return the exit status."""
+    check_claim(options.out, recipe)
     series = find_series(source)
     for one in series:
         outcome = f"left out: {one.reason}" if one.reason else "would be prepared"
         print(f"  {one.files[0].relative_to(source).parent}: {one.description} ({len(one.files)} files): {outcome}")
-    taken = sum(not one.reason for one in series)
-    print(f"cohort: {len(series)} DICOM series, {taken} of them T1-weighted 3D scans")
-    return 0 if taken else 1
+    taken = [one for one in series if not one.reason]
+    print(f"cohort: {len(series)} DICOM series, {len(taken)} of them T1-weighted 3D scans")
+    if not taken:
+        return 1
+    timings = read_timings(options.out)
+    if len(timings) < len(taken):
+        _print_cost(
+            list(timings.values()) or _time_series(taken[:TIMED], source, recipe), len(taken) - len(timings), options
+        )
+    return 0
+
+
+def _time_series(series: Sequence[Series], source: Path, recipe: PrepareRecipe) -> list[float]:
+    """Convert series and prepare them, both in a temporary folder; return the CPU seconds of each that is not refused."""
+    with scratch_folder("dicom") as folder:
+        raw = folder / "raw"
+        write_dicom_cohort(series, source, raw, folder / "dicom.tsv", dataset="first")
+        return _time_first(scan_tasks(read_raw_cohort(raw, folder / "out", layout="bids"), recipe, gpu=False))
 
 
 def _dry_run(cohort: RawCohort, recipe: PrepareRecipe, options: argparse.Namespace) -> None:
@@ -166,18 +183,19 @@ def _dry_run(cohort: RawCohort, recipe: PrepareRecipe, options: argparse.Namespa
     # Scans that are refused cost next to nothing.
     refused = {task.scan.key for task, outcome in zip(tasks, outcomes, strict=True) if outcome and outcome.refused}
     known = [seconds for key, seconds in read_timings(options.out).items() if key not in refused]
-    timings = known or _time_first(waiting)
+    _print_cost(known or _time_first(waiting), len(waiting), options)
+
+
+def _print_cost(timings: Sequence[float], count: int, options: argparse.Namespace) -> None:
+    """Print what so many scans will cost, from the CPU seconds of some."""
     if not timings:
-        print(f"cohort: the first {min(MOST_TIMED, len(waiting))} scans are refused, so that there is no estimate")
+        print("cohort: the first scans are refused, so that there is no estimate")
         return
     mean = sum(timings) / len(timings)
     cores = options.workers or usable_cores()
-    where = (
-        f"{clock(mean * len(waiting) / cores)} on {cores} cores" if not ray_cluster.has_cluster() else "on the cluster"
-    )
+    where = f"{clock(mean * count / cores)} on {cores} cores" if not ray_cluster.has_cluster() else "on the cluster"
     print(
-        f"cohort: {clock(mean)} of CPU for a scan (from {len(timings)} scans): "
-        f"{mean * len(waiting) / 3600:.2f} CPU hours, {where}"
+        f"cohort: {clock(mean)} of CPU for a scan (from {len(timings)} scans): {mean * count / 3600:.2f} CPU hours, {where}"
     )
 
 

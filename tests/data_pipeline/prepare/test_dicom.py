@@ -26,7 +26,7 @@ def write_series(folder: Path, image: nibabel.Nifti1Image, *, number: int = 1, s
     """Write an image as a series of one DICOM file for each axial slice."""
     voxels, affine = np.asarray(image.dataobj), FLIP @ image.affine
     folder.mkdir(parents=True, exist_ok=True)
-    series = generate_uid(entropy_srcs=[str(folder), str(number)])
+    series = generate_uid(entropy_srcs=[str(folder), str(number)])[:58].rstrip(".")  # room for the number of a file
     edges = np.linalg.norm(affine[:3, :3], axis=0)
     own = {
         "Modality": "MR", "SeriesDescription": "t1_mprage_sag", "PatientID": "anna", "PatientSex": "F", "PatientAge": "031Y",
@@ -239,6 +239,7 @@ def test_a_folder_of_dicom_is_prepared_and_resumed(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "11 DICOM series, 4 of them T1-weighted 3D scans" in printed
     assert "left out: derived images" in printed
+    assert "of CPU for a scan (from 2 scans): 0.00 CPU hours" in printed
     assert not (tmp_path / "out").exists()
     assert cli.run(command) == 0
     table = pd.read_csv(tmp_path / "out" / "participants.tsv", sep="\t", keep_default_na=False)
@@ -268,6 +269,16 @@ def test_a_folder_without_a_t1_weighted_series_is_refused(tmp_path):
     write_series(tmp_path / "raw", nibabel.Nifti1Image(np.ones((8, 8, 3), np.int16), np.diag([5, 5, 8, 1.0])))
     with pytest.raises(UserError, match="has no T1-weighted 3D scan among 1 DICOM series; the reasons are in"):
         read_raw_cohort(tmp_path / "raw", tmp_path / "out")
+
+
+def test_nothing_is_converted_into_a_folder_with_other_files(tmp_path, folder, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for more in ([], ["--dry-run"]):
+        assert cli.run(["cohort", "prepare", str(folder), str(out), *SMALL_OPTIONS, *more]) == 2
+        assert "is not empty and holds no prepared scans" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(("text", "age"), [("045Y", 45.0), ("018M", 1.5), ("", None), ("45", None), ("030W", 0.575)])
