@@ -76,7 +76,9 @@ def prepare_one(task: ScanTask) -> Outcome:
     if earlier is not None:
         return earlier
     started, root, key = time.process_time(), Path(task.root), task.scan.key
-    _clear(task)
+    there = bool(_digest(task.scan.path))
+    if there:
+        _clear(task)
     prepared, figures, error = _prepare(task)
     files: list[str] = []
     if prepared is not None:
@@ -89,6 +91,8 @@ def prepare_one(task: ScanTask) -> Outcome:
         write_json(root / files[-1], _sidecar(task, figures))
     refused = None if error is None else (str(error), error.rule, error.measured, error.threshold)
     outcome = Outcome(figures, refused, time.process_time() - started)
+    if not there and error is not None:
+        return outcome  # what an earlier run made of the file stays for the day when it can be read again
     digests = {name: sha256_of(root / name) for name in files}
     _write_record(task, outcome, digests, judged=prepared is not None)
     return outcome

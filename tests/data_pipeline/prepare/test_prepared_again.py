@@ -55,6 +55,18 @@ def test_of_a_scan_that_is_refused_later_nothing_stays(raw, prepared, tmp_path):
     assert finished(task).error.rule == "unreadable"
 
 
+def test_a_file_that_cannot_be_read_for_a_while_loses_nothing(raw, prepared, tmp_path):
+    cohort, out = tmp_path / "small", tmp_path / "out"
+    shutil.copytree(raw, cohort)
+    shutil.copytree(prepared, out)
+    task = driver.scan_tasks(driver.read_raw_cohort(cohort, out), small_recipe(), gpu=False)[0]
+    away = task.scan.path.rename(tmp_path / "away")
+    assert prepare_one(task).error is not None
+    assert contents(out) == contents(prepared)
+    away.rename(task.scan.path)
+    assert finished(task).error is None
+
+
 def test_the_next_attempt_removes_what_a_killed_worker_left(raw, tmp_path):
     out = tmp_path / "out"
     task = driver.scan_tasks(driver.read_raw_cohort(raw, out), small_recipe(), gpu=False)[0]
