@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
+from sklearn.model_selection import GroupKFold, StratifiedKFold
 
 from evaluation.tasks.columns import quintiles
+from evaluation.tasks.group_folds import stratified_group_folds
 from evaluation.tasks.tasks import Task
 from infra import random_streams
 from infra.errors import UserError
@@ -54,10 +55,8 @@ def make_folds(
         # With one scan per group StratifiedKFold is equivalent, and thirty times as fast.
         return list(StratifiedKFold(count, shuffle=True, random_state=seed).split(labels, strata))
     if smallest >= count:
-        splitter: Any = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-    else:
-        splitter = GroupKFold(count, shuffle=True, random_state=seed)
-    return list(splitter.split(labels, strata, groups))
+        return stratified_group_folds(strata, groups, count, seed)
+    return list(GroupKFold(count, shuffle=True, random_state=seed).split(labels, strata, groups))
 
 
 def _merge_small_strata(strata: NDArray[Any], classes: NDArray[Any], count: int) -> NDArray[Any]:
