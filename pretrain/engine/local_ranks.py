@@ -1,7 +1,8 @@
 """DeepSpeed's launcher of this host's ranks: ``python -m pretrain.engine.local_ranks --world_info=... --module NAME ...``.
 
-It is ``deepspeed.launcher.launch``, which the ``deepspeed`` command starts on every host, without the import of MLflow and with
-another answer to SIGTERM: the ranks are asked to save and end. DeepSpeed's handler would kill ranks that need more than 30 s.
+It is ``deepspeed.launcher.launch``, which the ``deepspeed`` command starts on every host, without the import of what it does not
+use, and with another answer to SIGTERM: the ranks are asked to save and end. DeepSpeed's handler would kill ranks that need more
+than 30 s.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from pretrain.engine.importing import import_deepspeed
+from pretrain.engine.launcher_import import import_launcher
 
 
 def stop_ranks(number: int, frame: Any) -> None:
@@ -37,7 +38,4 @@ def keep_handler(kept: int) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop_ranks)
     keep_handler(signal.SIGTERM)
-    import_deepspeed()
-    from deepspeed.launcher.launch import main
-
-    main()
+    import_launcher()()

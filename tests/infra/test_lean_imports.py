@@ -51,6 +51,14 @@ import data_pipeline.cli, data_pipeline.shards.build, data_pipeline.shards.writi
 from infra import ray_cluster
 ray_cluster.import_ray()
 """
+# What DeepSpeed's launcher of one host does before it starts the ranks; of deepspeed it imports only this launcher.
+LAUNCHER = """
+import os
+os.environ["DS_ACCELERATOR"] = "cpu"
+import pretrain.engine.local_ranks
+from pretrain.engine.launcher_import import import_launcher
+import_launcher()
+"""
 HELP = """
 from contextlib import suppress
 from infra.cli import run
@@ -73,6 +81,7 @@ def large_modules(code: str) -> set[str]:
         (HELP.format("pretrain"), set()),
         (HELP.format("evaluate"), set()),
         ("import pretrain.launch.start", set()),
+        (LAUNCHER, {"deepspeed"}),
         ("import pretrain.engine.importing as i; i.import_deepspeed()", {"torch", "deepspeed"}),
         (
             "import pretrain.engine.importing as i; i.import_deepspeed(); i.import_muon_uncompiled()",

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.cohort.read import read_cohort
 from data_pipeline.shards.build import build_shards
 from data_pipeline.simulation.cohort import simulate_cohort
+from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.remote import Access
 from data_pipeline.volume.grid import Grid
 from infra import ray_cluster
 from tests.benchmarks.bench_shards import write_large_manifest
@@ -27,6 +30,20 @@ def scans(data: str, name: str, scans: int, spacing: float) -> dict[str, float]:
     (folder / "npy").mkdir()
     for row in manifest.rows():
         np.save(folder / "npy" / f"{row:05d}.npy", np.asarray(manifest.read_volume(int(row)), dtype=np.float32))
+    return NOTHING
+
+
+def raw(data: str, spacing: float) -> dict[str, float]:
+    """Write the scans of the read rows raw: as shards of the codec npy, and unpacked beside the packed shards."""
+    folder = Path(data, "full")
+    with ray_cluster.session(1):
+        build_shards(
+            read_cohort(folder / "cohort"), folder / "shards-npy", grid=Grid.vbm(spacing), scans_per_shard=16,
+            splits={"pretrain": 1.0}, codec="npy",
+        )  # fmt: skip
+    kept = Manifest.load(folder / "shards", Access(unpacked=str(folder / "unpacked")))
+    for row in kept.rows():
+        kept.read_volume(int(row))
     return NOTHING
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import nibabel
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_pipeline.storage.manifest import Manifest
+from data_pipeline.storage.manifest_file import SCANS
+from data_pipeline.storage.remote import Access
 from tests.benchmarks.harness.measure import measured
 from tests.benchmarks.peers.reading import count, read_all, voxel
 
@@ -16,9 +24,50 @@ from tests.benchmarks.peers.reading import count, read_all, voxel
 def shards(data: str, cold: bool = False) -> dict[str, Any]:
     """Read, check and decode every scan from our shards."""
     folder = Path(data, "full", "shards")
-    manifest = Manifest.load(folder)
+    return _read_manifest(Manifest.load(folder), folder, cold)
+
+
+def raw_shards(data: str, cold: bool = False) -> dict[str, Any]:
+    """Read and check every scan from our shards of raw arrays."""
+    folder = Path(data, "full", "shards-npy")
+    return _read_manifest(Manifest.load(folder), folder, cold)
+
+
+def unpacked(data: str, cold: bool = False) -> dict[str, Any]:
+    """Read and check every scan from the file in which ``data.cache_unpacked`` keeps scans; measure its two parts apart."""
+    folder = Path(data, "full", "unpacked")
+    manifest = Manifest.load(Path(data, "full", "shards"), Access(unpacked=str(folder)))
+    found = _read_manifest(manifest, folder, cold)
+    return found if cold else {**found, **_parts_of_a_raw_read(manifest)}
+
+
+def _read_manifest(manifest: Manifest, folder: Path, cold: bool) -> dict[str, Any]:
     rows = range(len(manifest.scans))
     return read_all(folder, lambda: lambda: sum(voxel(manifest.read_volume(row)) for row in rows), len(rows), cold)
+
+
+def _parts_of_a_raw_read(manifest: Manifest) -> dict[str, float]:
+    """Return the CPU seconds of a scan's bytes copied from the page cache, and of their checksum."""
+    volumes = [np.ascontiguousarray(manifest.read_volume(row)).view(np.uint8).reshape(-1) for row in manifest.rows()]
+    with tempfile.NamedTemporaryFile(dir=manifest.root) as file:
+        for volume in volumes:
+            file.write(volume.data)
+        file.flush()
+
+        def copy() -> None:
+            for number, volume in enumerate(volumes):
+                place = np.empty_like(volume)
+                os.preadv(file.fileno(), [place.data], number * volume.nbytes)
+
+        def check() -> None:
+            for volume in volumes:
+                google_crc32c.value(volume)
+
+        parts = {}
+        for name, work in (("copy", copy), ("checksum", check)):
+            work()
+            parts[f"part_{name}"] = min(measured(work, len(volumes))["cpu"] for _ in range(5))
+    return parts
 
 
 def nifti(data: str, cold: bool = False) -> dict[str, Any]:
@@ -40,10 +89,17 @@ def npy(data: str, cold: bool = False) -> dict[str, Any]:
 
 
 def open_table(data: str, scans: int) -> dict[str, Any]:
-    """Load a manifest of many scans: open, check and parse it."""
+    """Load a manifest of many scans: open, check and parse it. The parts are what no loading of this table can leave out."""
+    folder = Path(data, "index", f"ours-{scans}")
     found: list[Manifest] = []
-    result = measured(lambda: found.append(Manifest.load(Path(data, "index", f"ours-{scans}"))))
-    return {**result, "check": float(len(found[0].scans))}
+    result = measured(lambda: found.append(Manifest.load(folder)))
+    table = folder / SCANS
+    parts = {
+        "part_SHA-256": lambda: hashlib.sha256(table.read_bytes()).hexdigest(),
+        "part_Parquet": lambda: pq.read_table(pa.BufferReader(table.read_bytes()), use_threads=False).to_pandas(),
+    }
+    costs = {name: min(measured(part)["cpu"] for _ in range(3)) for name, part in parts.items()}
+    return {**result, **costs, "check": float(len(found[0].scans))}
 
 
 def rows_of_a_split(data: str, scans: int) -> dict[str, Any]:

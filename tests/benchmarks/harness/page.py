@@ -9,9 +9,10 @@ from typing import Any
 
 from infra.files import atomic_write
 from tests.benchmarks.harness import figures, roofline
-from tests.benchmarks.harness.statistics import median_of, ratio, summary, values_of
+from tests.benchmarks.harness.statistics import chosen, median_of, ratio, summary, values_of
 
 MIB = 2**20
+PART = "part_"  # begins the names of numbers that are parts of a side's CPU seconds
 COMMAND = "make bench"
 HEAD = f"""# Performance
 
@@ -114,7 +115,10 @@ def _cells(row: Mapping[str, Any], side: Mapping[str, Any]) -> list[str]:
 
 
 def _more(row: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Yield what else was measured: memory, bytes, scans per second, the start."""
+    """Yield what else was measured: parts of the time, memory, bytes, scans per second, the start."""
+    for key in dict.fromkeys(key for found in chosen(row) for key in found.get(name, {}) if key.startswith(PART)):
+        seconds = median_of(row, name, key) or 0.0
+        yield f"{key.removeprefix(PART).replace('_', ' ')} {row['scale'] * seconds:.2g} {row['unit']}"
     if peak := median_of(row, name, "peak"):
         yield f"{peak / MIB:,.0f} MiB"
     if stored := median_of(row, name, "bytes"):

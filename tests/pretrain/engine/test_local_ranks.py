@@ -1,17 +1,26 @@
-"""DeepSpeed's launcher of one host at SIGTERM: the ranks may take their time to save."""
+"""DeepSpeed's launcher of one host: at SIGTERM the ranks may take their time to save; what it starts is what DeepSpeed starts."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
 
 from tests.runs import ROOT
 
+# A rank that notes what it was given, and fails if it is told to.
+NOTING = """
+import json, os, pathlib, sys
+given = {name: value for name, value in os.environ.items() if name not in ("PATH", "_", "DS_ACCELERATOR")}
+pathlib.Path(sys.argv[-1], "rank-" + os.environ["RANK"]).write_text(json.dumps([sys.argv[1:-1], given], sort_keys=True))
+sys.exit(int(sys.argv[-2]) * int(os.environ["RANK"]))
+"""
 # A rank that needs a while to save, and that notes the signals that it gets.
 RANK = """
 import pathlib, signal, sys, time
@@ -63,3 +72,55 @@ def test_sigterm_before_there_are_ranks_ends_the_launcher():
     finally:
         started.kill()
         started.wait()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("status", [0, 3])
+@pytest.mark.parametrize("visible", [None, "4,5"])
+def test_the_ranks_get_what_deepspeeds_own_launcher_gives_them(tmp_path, status, visible):
+    from pretrain.launch.launchers import LAUNCHERS, LOCAL_RANKS, Job
+
+    (tmp_path / "noting_rank.py").write_text(NOTING)
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path))), "DS_ACCELERATOR": "cpu"}
+    variables.pop("CUDA_VISIBLE_DEVICES", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            patch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        ours = LAUNCHERS["one-host"].command(Job(["demo-cpu"], {"localhost": 2}, master_port=29511))
+    del ours[ours.index("pretrain.train") :]
+    theirs = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", *ours[len(LOCAL_RANKS) :]]
+    found, output = {}, {}
+    for name, command in (("ours", ours), ("theirs", theirs)):
+        (tmp_path / name).mkdir()
+        done = subprocess.run(
+            [*command, "noting_rank", str(status), str(tmp_path / name)], cwd=tmp_path, env=variables, capture_output=True,
+            text=True, timeout=100,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        output[name] = [line.partition("] ")[2] for line in done.stdout.splitlines()]
+        notes = [json.loads((tmp_path / name / f"rank-{rank}").read_text()) for rank in (0, 1)]
+        for arguments, environment in notes:
+            # What deepspeed's import sets in its own process, and with it in the ranks, each rank sets itself.
+            for own in ("PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK"):
+                environment.pop(own, None)
+            assert arguments[0].startswith("--local_rank=")
+        found[name] = notes
+    assert found["ours"] == found["theirs"]
+    assert found["ours"][1][1]["CUDA_VISIBLE_DEVICES"] == (visible or "0,1")
+    assert [len(lines) for lines in output.values()] == [bool(status)] * 2
+
+
+def test_the_launcher_is_imported_whole_if_it_takes_more_than_is_known():
+    code = """
+        import os, sys
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        from pretrain.engine import launcher_import
+        assert launcher_import.import_launcher().__module__ == "deepspeed.launcher.launch" and "torch" not in sys.modules
+        for name in [name for name in sys.modules if name.startswith("deepspeed")]:
+            del sys.modules[name]
+        launcher_import._put = lambda name, content: sys.modules.update({name: type(sys)(name)}) or {}
+        assert launcher_import.import_launcher().__module__ == "deepspeed.launcher.launch"
+        assert sys.modules["deepspeed"].DeepSpeedEngine
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
