@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import Any, TextIO
 
+from infra.lean_imports import start_collecting
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -20,6 +22,7 @@ class Progress:
     """
 
     def __init__(self, total: int, unit: str, title: str, done: int = 0, stream: TextIO | None = None) -> None:
+        start_collecting()
         self.total, self.unit, self.title, self.done = total, unit, title, done
         self._first, self._stream = done, stream or sys.stdout
         self._started = self._last_line = time.monotonic()

@@ -11,12 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from infra.lean_imports import is_own_process, own_process
+
+if __name__ == "__main__":
+    own_process()
+
 import torch
 
 from infra import distributed, watchdog
 from infra.cli import print_any_text
 from infra.errors import STORAGE_ERRORS, LoaderError, UserError
-from infra.lean_imports import is_own_process, own_process
 from infra.processes.limits import raise_open_files
 from infra.processes.unchanged import unchanged_process
 from infra.processes.with_parent import end_with_parent
@@ -175,6 +179,5 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
-    own_process()
     print_any_text()
     sys.exit(main(sys.argv[1:]))

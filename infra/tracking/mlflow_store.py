@@ -14,7 +14,7 @@ from typing import Any
 from infra.errors import UserError
 from infra.files import locked_file
 from infra.internals import internal
-from infra.lean_imports import quiet_imports
+from infra.lean_imports import quiet_imports, without_optional
 from infra.tracking.database import check_schema, create_sqlite, reading_client
 from infra.tracking.faults import check_is_file, check_sqlite, describe_fault, hide_password, refuse_foreign
 from infra.tracking.spool import Entry, warn
@@ -145,7 +145,8 @@ class StoredRun:
 
         tags = {"yaware.checkpoint": entry["folder"], "yaware.checkpoint.sha256": entry["digest"]}
         name = re.sub(r"[/:.%\"']", "-", entry["name"])  # MLflow does not allow these in a model's name
-        with temporary_environment(MLFLOW_TRACKING_URI=self.uri):
+        # MLflow would import IPython to ask whether this is a notebook.
+        with temporary_environment(MLFLOW_TRACKING_URI=self.uri), without_optional("IPython"):
             model = mlflow.create_external_model(
                 name, source_run_id=self.run_id, model_type="encoder", params={"step": str(entry["step"])}, tags=tags,
                 experiment_id=self.experiment_id,

@@ -9,15 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from infra.internals import set_internal
 
 # Where the GPUs of the ranks are passed on in this variable.
 ACCELERATORS = ("cpu", "cuda")
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+LOOK_SECONDS = 0.05
 
 
 class VisibleDevices:
@@ -32,26 +37,52 @@ class VisibleDevices:
         environment[VISIBLE_DEVICES] = ",".join(map(str, devices))
 
 
+class Clock:
+    """The ``time`` of the launcher: it sleeps for a second between two looks at the ranks, and here only until one ends."""
+
+    strftime, localtime = staticmethod(time.strftime), staticmethod(time.localtime)
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        """Sleep for ``seconds``, or until a child of this process has ended and was not waited for, or there is none left."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not _child_ended():
+            time.sleep(LOOK_SECONDS)
+
+
+def _child_ended() -> bool:
+    """Return whether a child has ended, or all were waited for."""
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # there is no child
+        return True
+
+
 def import_launcher() -> Callable[[], None]:
     """Return ``main`` of ``deepspeed.launcher.launch``, in a process that needs no other part of DeepSpeed.
 
     The packages above the launcher are replaced by ones that hold what it takes from them. If the device is not known to be a
     CPU or CUDA (``DS_ACCELERATOR``), or if this version of the launcher takes more, DeepSpeed is imported whole.
     """
+    launcher = None
     if os.environ.get("DS_ACCELERATOR") in ACCELERATORS and "deepspeed" not in sys.modules:
         try:
-            return _import_alone()
+            launcher = _import_alone()
         except (ImportError, AttributeError):
             for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
                 del sys.modules[name]
-    from pretrain.engine.importing import import_deepspeed
+    if launcher is None:
+        from pretrain.engine.importing import import_deepspeed
 
-    import_deepspeed()
-    main: Callable[[], None] = import_module("deepspeed.launcher.launch").main
+        import_deepspeed()
+        launcher = import_module("deepspeed.launcher.launch")
+    if hasattr(os, "waitid"):
+        set_internal("deepspeed", launcher, "time", Clock)
+    main: Callable[[], None] = launcher.main
     return main
 
 
-def _import_alone() -> Callable[[], None]:
+def _import_alone() -> ModuleType:
     spec = find_spec("deepspeed")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("deepspeed is not installed")
@@ -59,15 +90,14 @@ def _import_alone() -> Callable[[], None]:
     devices = VisibleDevices()
     _put("deepspeed", {"__path__": [folder]})
     _put("deepspeed.accelerator", {"get_accelerator": lambda: devices})
-    utils = _put("deepspeed.utils", {"__path__": [os.path.join(folder, "utils")]})
+    utils = _put("deepspeed.utils", {"__path__": [str(Path(folder, "utils"))]})
     logger = _logger()
     utils |= {
         "logger": logger,
         "get_numactl_cmd": import_module("deepspeed.utils.numa").get_numactl_cmd,
         "set_log_level_from_string": lambda name: logger.setLevel(name.upper()),
     }
-    main: Callable[[], None] = import_module("deepspeed.launcher.launch").main
-    return main
+    return import_module("deepspeed.launcher.launch")
 
 
 def _put(name: str, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """DeepSpeed's launcher of this host's ranks: ``python -m pretrain.engine.local_ranks --world_info=... --module NAME ...``.
 
-It is ``deepspeed.launcher.launch``, which the ``deepspeed`` command starts on every host, without the import of what it does not
-use, and with another answer to SIGTERM: the ranks are asked to save and end. DeepSpeed's handler would kill ranks that need more
+It is ``deepspeed.launcher.launch``, which the ``deepspeed`` command starts on every host, without imports that it does not use,
+and with another answer to SIGTERM: the ranks are asked to save and end. DeepSpeed's handler would kill ranks that need more
 than 30 s.
 """
 

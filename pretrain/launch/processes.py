@@ -17,7 +17,9 @@ import psutil
 from infra.files import read_text
 from infra.processes.words import words_of
 
-LOOK_SECONDS, SEARCH_SECONDS = 0.1, 0.5
+LOOK_SECONDS = 0.1
+# Between two searches for new ranks, which read the table of processes: at first, and long after the last new rank.
+SEARCH_SECONDS, RARE_SEARCH_SECONDS = 0.5, 5.0
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,18 @@ class RankObserver:
         self._alive: dict[int, psutil.Process] = {}  # by process id
         self._descriptors: dict[int, int] = {}  # pidfd -> process id
         self._epoll = select.epoll() if hasattr(os, "pidfd_open") and hasattr(select, "epoll") else None
-        self._order, self._next_search = 0, 0.0
+        self._order, self._next_search, self._search_seconds = 0, 0.0, SEARCH_SECONDS
 
     def look(self) -> None:
         """Find new ranks and note the dead ones. Cheap enough to be called every ``LOOK_SECONDS``."""
         if time.monotonic() >= self._next_search:
-            self._next_search = time.monotonic() + SEARCH_SECONDS
+            known = len(self._ranks)
             for process in local_ranks(self._launcher):
                 if process.pid not in self._ranks:
                     self._add(process)
+            settled = self._ranks and len(self._ranks) == known
+            self._search_seconds = min(1.5 * self._search_seconds, RARE_SEARCH_SECONDS) if settled else SEARCH_SECONDS
+            self._next_search = time.monotonic() + self._search_seconds
         for descriptor, _ in self._epoll.poll(0) if self._epoll else []:
             self._order += 1
             self._note_death(self._descriptors.pop(descriptor))

@@ -13,6 +13,7 @@ import torch
 
 from data_pipeline.loading.loader import TwoViewLoader
 from infra import distributed, watchdog
+from infra.lean_imports import start_collecting
 from infra.settings import to_dict
 from pretrain.engine import engine
 from pretrain.engine.ema import Average
@@ -77,6 +78,7 @@ class TrainingLoop:
         self._monitor = OnlineMonitor(self.plan, self.trained, self.average, self.device, self._dtype, self._augment_on)
         self._clock.restart()
         self._stop.listen()
+        start_collecting()
         try:
             batches = iter(loader)
             for step in range(self.first_step, self.plan.total_steps):

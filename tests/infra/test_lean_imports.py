@@ -164,3 +164,47 @@ def test_a_module_that_the_block_imports_under_the_same_name_stays():
         del sys.modules["wave"]
         import wave
     assert sys.modules["wave"] is wave
+
+
+def test_a_command_collects_garbage_from_its_first_long_work_on():
+    code = """
+        import gc, weakref
+        from infra.lean_imports import own_process, start_collecting
+        usual = gc.get_threshold()
+        start_collecting()
+        assert gc.get_threshold() == usual and not gc.get_freeze_count()
+
+        class Node: ...
+
+        def cycle():
+            node = Node()
+            node.self = node
+            return weakref.ref(node)
+
+        own_process()
+        kept = cycle()
+        objects = [[] for _ in range(100_000)]
+        assert kept() is not None
+        from infra.progress import Progress
+        Progress(1, "scans", "reading")
+        assert gc.get_threshold() == usual and gc.get_freeze_count() > 100_000
+        later = cycle()
+        objects = [[] for _ in range(100_000)]
+        assert later() is None
+    """
+    printed(textwrap.dedent(code))
+
+
+def test_what_is_open_at_the_end_of_a_command_is_written(tmp_path):
+    code = f"""
+        import atexit, tempfile, weakref
+        from infra.lean_imports import own_process
+        own_process()
+        folder = tempfile.TemporaryDirectory(dir={str(tmp_path)!r})
+        file = open({str(tmp_path / "text")!r}, "w")
+        file.write("all of it")
+        atexit.register(print, "goodbye")
+    """
+    assert printed(textwrap.dedent(code)) == ["goodbye"]
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+    assert (tmp_path / "text").read_text() == "all of it"

@@ -68,7 +68,9 @@ def data_of(sizes: Sizes) -> dict[str, Data]:
         for kind, case in (("ours", "cases.data:table"), ("mds", "peers.reading:write_index"))
     }
     return scans | tables | {
-        "raw": Data("cases.data:raw", {"data": DATA, "spacing": sizes.full[1]}, ("full/shards-npy", "full/unpacked"), ("full",)),
+        "raw": Data(
+            "cases.data:raw", {"data": DATA, "spacing": sizes.full[1]}, ("full/shards-npy", "full/unpacked"), ("full",)
+        ),
         "litdata": Data("peers.reading:write_litdata", {"data": DATA}, ("full/litdata",), ("full",), peer=True),
         "mds": Data("peers.reading:write_streaming", {"data": DATA}, ("full/mds", "full/mds-zstd"), ("full",), peer=True),
         "startup": Data("cases.data:small_run", {"data": DATA}, ("startup",)),

@@ -1,4 +1,4 @@
-"""DeepSpeed's launcher of one host: at SIGTERM the ranks may take their time to save; what it starts is what DeepSpeed starts."""
+"""DeepSpeed's launcher of one host: at SIGTERM the ranks may take their time to save; they get what DeepSpeed gives them."""
 
 from __future__ import annotations
 
