@@ -26,23 +26,19 @@ from infra.trust.owners import own_folder
 from infra.trust.results import read_result, to_bytes
 
 Point = dict[str, Any]
+# A trial takes several points that take less time than the start of a process: Tune gives the next trial to a process that
+# has just finished one, and ends the process that was started for it. With a point a trial, one process would do all.
+SHORT_TRIALS_PER_CPU = 4
 
 
 def tune_grid(
-    trainable: Callable[[Point, dict[str, Any]], dict[str, Any]],
-    points: Sequence[Point],
-    *,
-    data: dict[str, Any],
-    storage: Path,
-    name: str,
-    concurrency: int | None = None,
-    resources: dict[str, float] | None = None,
-    in_process: bool = False,
-    title: str = "tuning",
-) -> list[dict[str, Any]]:
-    """Run ``trainable(point, data)`` for every point as a Ray Tune trial. Return the results in the order of the points.
+    trainable: Callable[[Point, dict[str, Any]], dict[str, Any]], points: Sequence[Point], *, data: dict[str, Any],
+    storage: Path, name: str, concurrency: int | None = None, resources: dict[str, float] | None = None,
+    in_process: bool = False, title: str = "tuning",
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Run ``trainable(point, data)`` for every point in Ray Tune. Return the results in the order of the points.
 
-    If ``storage`` has an unfinished search of the same name, only its unfinished trials run.
+    If ``storage`` has an unfinished search of the same name, only its unfinished points run.
 
     Args:
         trainable: a module-level function; its result is a dictionary of texts, numbers, lists and arrays. It may repeat
@@ -53,8 +49,9 @@ def tune_grid(
         name: name of the search within ``storage``.
         concurrency: the most trials that run at a time; None leaves it to the resources.
         resources: Ray resources of a trial; by default one CPU.
-        in_process: begin in this process; Tune takes over when the remaining trials would take longer here than Ray takes to
-            start. `search_place.searching` keeps all of them in this process, or gives all to Tune.
+        in_process: the points are short. Begin in this process; Tune takes over when the rest would take longer here than Ray
+            takes to start, with several points in a trial. `search_place.searching` keeps all of them in this process, or
+            gives all to Tune.
         title: label of the progress line.
 
     Raises:
@@ -69,7 +66,7 @@ def tune_grid(
         _run_here(trainable, points, data, files, title=title, name=name, limit=limit)
     if not all(file.is_file() for file in files):
         _run_in_tune(trainable, points, data, results, storage=storage, name=name, concurrency=concurrency,
-                     resources=resources, title=title)  # fmt: skip
+                     resources=resources, title=title, short=in_process)  # fmt: skip
     return [{**point, **read_result(file)} for point, file in zip(points, files, strict=True)]
 
 
@@ -98,8 +95,12 @@ def _run_here(
 def _run_in_tune(
     trainable: Callable[[Point, dict[str, Any]], dict[str, Any]], points: Sequence[Point], data: dict[str, Any],
     results: Path, *, storage: Path, name: str, concurrency: int | None, resources: dict[str, float] | None, title: str,
+    short: bool,
 ) -> None:  # fmt: skip
-    """Run the points in Ray Tune; those that have a file in ``results`` are not computed again."""
+    """Run the points in Ray Tune; those that have a file in ``results`` are not computed again.
+
+    A trial takes one point, or every n-th of them if they are ``short``.
+    """
     tune = import_tune()
     wrapped = tune.with_resources(
         tune.with_parameters(
@@ -107,25 +108,20 @@ def _run_in_tune(
         ),
         resources or {"cpu": 1},
     )
-    space = {"index": tune.grid_search(list(range(len(points))))}
+    trials = len(points)
+    if short:
+        trials = min(trials, SHORT_TRIALS_PER_CPU * int(ray_cluster.connect().cluster_resources().get("CPU", 1)))
+    space = {"trial": tune.grid_search([[number, trials] for number in range(trials)])}
     config = tune.TuneConfig(reuse_actors=True, max_concurrent_trials=concurrency)
-    _run(tune, wrapped, space, config=config, storage=storage, name=name, count=len(points), title=title)
+    # An unfinished search of an earlier version has another form of trial; of it, only the results are used.
+    _run(tune, wrapped, space, config=config, storage=storage, name=f"{name}-trials", count=len(points), title=title)
 
 
 def tune_search(
-    trainable: Callable[[Point, dict[str, Any]], Iterator[dict[str, float]]],
-    space: dict[str, tuple[Any, ...]],
-    *,
-    data: dict[str, Any],
-    samples: int,
-    storage: Path,
-    name: str,
-    seed: int,
-    halving: int | None = None,
-    resources: dict[str, float] | None = None,
-    concurrency: int | None = None,
-    title: str = "tuning",
-) -> list[dict[str, Any]]:
+    trainable: Callable[[Point, dict[str, Any]], Iterator[dict[str, float]]], space: dict[str, tuple[Any, ...]], *,
+    data: dict[str, Any], samples: int, storage: Path, name: str, seed: int, halving: int | None = None,
+    resources: dict[str, float] | None = None, concurrency: int | None = None, title: str = "tuning",
+) -> list[dict[str, Any]]:  # fmt: skip
     """Search ``space`` with Optuna's TPE sampler for the highest ``score``. Return a record of every trial with a score.
 
     A record holds ``point``, ``scores`` (one per yield) and ``done``, which is False if ASHA stopped the trial. A search
@@ -207,7 +203,7 @@ def _run(
     """Run or resume a search of ``count`` trials. Raises RuntimeError with the first cause if trials failed."""
     folder = storage.resolve()
     callback = _progress_callback(tune)
-    callback.progress = Progress(count, "trials", title)
+    callback.count, callback.progress = count, Progress(count, "trials", title)
     if tune.Tuner.can_restore(str(folder / name)):
         tuner = tune.Tuner.restore(str(folder / name), wrapped, resume_errored=True)
     else:
@@ -225,7 +221,7 @@ def _run(
     with callback.progress:
         grid = tuner.fit()
     if grid.num_errors:
-        raise RuntimeError(f"{name}: {grid.num_errors} of {count} trials failed; the first: {grid.errors[0]}")
+        raise RuntimeError(f"{name}: {grid.num_errors} of {len(grid)} trials failed; the first: {grid.errors[0]}")
 
 
 def _results_folder(storage: Path, name: str) -> Path:
@@ -246,26 +242,33 @@ def _write(target: Path, content: bytes) -> None:
     temporary.replace(target)
 
 
+def points_of(trial: Sequence[int], points: int) -> range:
+    """Return the numbers of the points of a trial, (its number, the number of trials), among ``points``."""
+    number, trials = trial
+    return range(number, points, trials)
+
+
 def _grid_class(tune: Any) -> type[Any]:
     class GridTrial(tune.Trainable):  # type: ignore[misc]
-        """One grid point. With ``reuse_actors`` a process runs many points, which saves a process start for each."""
+        """Some points of a grid. With ``reuse_actors`` a process runs many trials, which saves a process start for each."""
 
         def setup(self, config: Point, function: Any, data: dict[str, Any], out: str) -> None:
-            """Store the function, its data and the index of the first point."""
+            """Store the function, its data, and which points are meant."""
             self.function, self.points, self.data = function, data["points"], data["shared"]
-            self.out, self.index = Path(out), config["index"]
+            self.out, self.trial = Path(out), config["trial"]
 
         def reset_config(self, new_config: Point) -> bool:
-            """Switch to another point in the same process."""
-            self.index = new_config["index"]
+            """Switch to other points in the same process."""
+            self.trial = new_config["trial"]
             return True
 
         def step(self) -> dict[str, Any]:
-            """Compute the result of the point and write it, unless its file exists."""
+            """Compute the result of each point and write it, unless its file exists."""
             # Tune's own result files cannot hold arrays.
-            target, point = self.out / f"{self.index}.npz", self.points[self.index]
-            if not target.exists():
-                _write(target, _stored(point, self.function(point, self.data)))
+            for index in points_of(self.trial, len(self.points)):
+                target, point = self.out / f"{index}.npz", self.points[index]
+                if not target.exists():
+                    _write(target, _stored(point, self.function(point, self.data)))
             return {"done": True}
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -330,11 +333,13 @@ def _progress_callback(tune: Any) -> Any:
         """Advance the progress line at every finished trial."""
 
         progress: Progress | None = None
+        count = 0  # of all points
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            """Count one finished trial."""
+            """Count the points of a finished trial."""
             if self.progress:
-                self.progress.advance()
+                points = trial.config.get("trial")
+                self.progress.advance(1 if points is None else len(points_of(points, self.count)))
 
         def __getstate__(self) -> dict[str, Any]:
             return {}  # Tune pickles its callbacks to disk; a terminal cannot be pickled

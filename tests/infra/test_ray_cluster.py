@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,25 @@ def test_a_search_that_takes_longer_than_a_start_of_ray_is_handed_over(tmp_path,
     points, data = [{"seed": n, "sleep": 0.2} for n in range(6)], {"vector": np.ones(300)}
     rows = tuning.tune_grid(threads_and_product, points, data=data, storage=tmp_path, name="handed", in_process=True)
     assert [row["process"] == os.getpid() for row in rows] == [True] + [False] * 5
+
+
+def test_short_trials_keep_every_worker_busy_and_a_point_that_fails_loses_no_other(tmp_path, no_cluster, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "START_SECONDS", 0.0)
+    points, data = [{"seed": n, "sleep": 0.2} for n in range(40)], {"vector": np.ones(300)}
+    with searching("ray"):
+        rows = tuning.tune_grid(threads_and_product, points, data=data, storage=tmp_path, name="short", in_process=True)
+    assert [row["seed"] for row in rows] == list(range(40))
+    shares = Counter(row["process"] for row in rows)
+    # Two CPUs: with a point a trial, one process does nearly all while others are started and ended beside it.
+    assert max(shares.values()) <= 30
+    log = tmp_path / "log"
+    log.mkdir()
+    again = {"data": {"base": 1.0, "log": str(log)}, "storage": tmp_path, "name": "failing", "in_process": True}
+    with searching("ray"):
+        with pytest.raises(RuntimeError, match=r"(?s)failing-trials: 1 of 8 trials failed.*intended failure"):
+            tuning.tune_grid(trial, [{"c": c, "fail": c == 11} for c in range(20)], **again)
+        tuning.tune_grid(trial, [{"c": c} for c in range(20)], **again)
+    assert {int(p.name): p.read_text() for p in log.iterdir()} == dict.fromkeys(range(20), "ran\n")
 
 
 def test_the_place_of_a_search_can_be_chosen(tmp_path, no_cluster, monkeypatch):
