@@ -60,14 +60,24 @@ RUNS: dict[str, tuple[str, int, bool, list[str]]] = {
 }
 
 
+Mark = Callable[[str], None]
+
+
+def ignored(part: str) -> None:
+    """Do nothing at the end of a part of a step."""
+
+
 def benchmark_loss() -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss that both steps use: y-Aware InfoNCE with the paper's settings."""
     kernel = KERNELS["gaussian"](bandwidth=5.0)
     return lambda views_2BP, ages_B1: y_aware_infonce(views_2BP, ages_B1, kernel=kernel, temperature=0.1)
 
 
-def bare_step(device: torch.device) -> Callable[[dict[str, Tensor]], float]:
-    """Return a step of MONAI's DenseNet121 with the same projector and torch's Adam, without an engine."""
+def bare_step(device: torch.device, mark: Mark = ignored) -> Callable[[dict[str, Tensor]], float]:
+    """Return a step of MONAI's DenseNet121 with the same projector and torch's Adam, without an engine.
+
+    ``mark`` is called at the end of each part of a step with its name.
+    """
     from monai.networks.nets import DenseNet121
 
     encoder = DenseNet121(spatial_dims=3, in_channels=1, out_channels=512)
@@ -79,18 +89,24 @@ def bare_step(device: torch.device) -> Callable[[dict[str, Tensor]], float]:
         optimizer.zero_grad()
         embeddings = network(batch["views"].flatten(0, 1)).view(2, -1, 128)
         value = loss(embeddings, batch["proxies"])
+        mark("forward")
         value.backward()
+        mark("backward")
         optimizer.step()
+        mark("update")
         return value.item()
 
     return step
 
 
-def engine_step(scans: int) -> tuple[torch.device, Callable[[dict[str, Tensor]], float]]:
-    """Return a step as a recipe trains it: model, DeepSpeed engine, and train_step with its checks and metrics."""
+def engine_step(scans: int, mark: Mark = ignored) -> tuple[torch.device, Callable[[dict[str, Tensor]], float]]:
+    """Return a step as a recipe trains it: model, DeepSpeed engine, and train_step with its checks and metrics.
+
+    ``mark``: see `bare_step`.
+    """
     from pretrain.engine import engine
     from pretrain.model import build_model
-    from pretrain.run.step import train_step
+    from pretrain.run import step as steps
 
     recipe = Recipe(batch=BatchSection(global_=scans))
     device = engine.start_ranks()
@@ -98,9 +114,30 @@ def engine_step(scans: int) -> tuple[torch.device, Callable[[dict[str, Tensor]],
     trained.train()
     loss = benchmark_loss()
 
+    def passes(*arguments: Any) -> Any:
+        """Run the forward pass and return it, with marks."""
+        found = full_pass(*arguments)
+        mark("forward")
+
+        def backward() -> None:
+            found.backward()
+            mark("backward")
+
+        return found._replace(backward=backward)
+
+    def update(engine: Any) -> dict[str, float]:
+        """Update the weights, with a mark."""
+        metrics = engine_update(engine)
+        mark("update")
+        return metrics
+
     def step(batch: dict[str, Tensor]) -> float:
-        metrics, _ = train_step(trained, lambda z, _, b: loss(z, b["proxies"]), batch, 0, torch.float32)
+        metrics, _ = steps.train_step(trained, lambda z, _, b: loss(z, b["proxies"]), batch, 0, torch.float32)
         return metrics["loss"]
+
+    if mark is not ignored:
+        full_pass, engine_update = steps.full_pass, steps.update
+        steps.full_pass, steps.update = passes, update
 
     return device, step
 

@@ -61,16 +61,25 @@ def step(kind: str, sides: Sequence[int], batch: int, steps: int) -> dict[str, f
     Both keep freed memory, as every rank on a CPU does.
     """
     engine._keep_freed_memory()
+    parts: dict[str, float] = {}
+    clock = [time.process_time()]
+
+    def mark(part: str) -> None:
+        """Add the CPU seconds since the last mark to a part."""
+        clock.append(time.process_time())
+        parts[part] = parts.get(part, 0.0) + clock[-1] - clock[-2]
+
     if kind == "engine":
-        _, run = bench_training.engine_step(batch)
+        _, run = bench_training.engine_step(batch, mark)
     else:
-        run = bench_training.bare_step(torch.device("cpu"))
+        run = bench_training.bare_step(torch.device("cpu"), mark)
     source = torch.Generator().manual_seed(0)
     views = {"views": torch.randn(2, batch, 1, *sides, generator=source), "proxies": 6 + 82 * torch.rand(batch, 1)}
     run(views)
+    parts.clear()
     found = measured(lambda: [run(views) for _ in range(steps)], steps)
     engine.stop_ranks()
-    return found
+    return {**found, **{f"part_{name}": seconds / steps for name, seconds in parts.items()}}
 
 
 def loading(data: str, batch: int, steps: int) -> dict[str, float]:

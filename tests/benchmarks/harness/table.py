@@ -228,7 +228,9 @@ def training(sizes: Sizes) -> list[Row]:
     ]  # fmt: skip
     for ranks in sizes.worlds:
         sides = tuple(
-            Side(name, "cases.ranks:weak", {"kind": kind, "ranks": ranks, "steps": 3 * sizes.steps}, note=note)
+            Side(
+                name, "cases.ranks:weak", {"kind": kind, "ranks": ranks, "steps": 12 * sizes.steps // ranks}, note=note
+            )
             for name, kind, note in (
                 ("ours", "ours", "collectives of the loss and of the gradient apart"),
                 ("torch DDP", "ddp", "every rank computes the whole loss"),
