@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.cohort.read import read_cohort
 from data_pipeline.shards.build import build_shards
 from data_pipeline.simulation.cohort import simulate_cohort
 from data_pipeline.storage.manifest import Manifest
@@ -38,7 +37,7 @@ def raw(data: str, spacing: float) -> dict[str, float]:
     folder = Path(data, "full")
     with ray_cluster.session(1):
         build_shards(
-            read_cohort(folder / "cohort"), folder / "shards-npy", grid=Grid.vbm(spacing), scans_per_shard=16,
+            folder / "cohort", folder / "shards-npy", grid=Grid.vbm(spacing), scans_per_shard=16,
             splits={"pretrain": 1.0}, codec="npy",
         )  # fmt: skip
     kept = Manifest.load(folder / "shards", Access(unpacked=str(folder / "unpacked")))

@@ -132,10 +132,13 @@ def reading(sizes: Sizes) -> list[Row]:
         )  # fmt: skip
         rows.append(Row(f"open-{n}", "Reading", f"open {n:,} scans", "s", (ours, streaming), 20, rounds=sizes.rounds))
     largest = sizes.tables[-1]
-    listed = Side("ours", "cases.reading:rows_of_a_split", {"data": DATA, "scans": largest}, needs=(f"ours-{largest}",))
+    listed = tuple(
+        Side(name, f"cases.reading:{case}", {"data": DATA, "scans": largest}, needs=(f"ours-{largest}",))
+        for name, case in (("ours", "rows_of_a_split"), ("pandas", "rows_by_pandas"))
+    )
     return [
         *rows,
-        Row("rows", "Reading", f"list a split of {largest:,} scans", "s", (listed,), 15, rounds=sizes.rounds),
+        Row("rows", "Reading", f"list a split of {largest:,} scans", "s", listed, 10, rounds=sizes.rounds),
     ]
 
 
@@ -159,9 +162,9 @@ def augmenting(sizes: Sizes) -> list[Row]:
         Side("nidl", "peers.nidl_training:loading", nidl, True, "torch's DataLoader on .npy files"),
     )
     return [
-        Row("views", "Augmentation", "a view of 121 x 145 x 121, preset default, z-score included", "ms", views, 62,
+        Row("views", "Augmentation", "a view of 121 x 145 x 121, preset default, z-score included", "ms", views, 70,
             rounds=sizes.rounds),
-        Row("loader", "Augmentation", "read a scan and augment two views, preset paper-all, 4.5 mm", "ms", loader, 45,
+        Row("loader", "Augmentation", "read a scan and augment two views, preset paper-all, 4.5 mm", "ms", loader, 30,
             rounds=sizes.rounds, needs=("coarse",)),
     ]  # fmt: skip
 
@@ -219,7 +222,7 @@ def training(sizes: Sizes) -> list[Row]:
     network = "DenseNet121, " + " x ".join(map(str, sizes.sides))
     minutes = sizes.rounds * sizes.seconds / 60
     rows = [
-        Row("step", "Training", f"step of {sizes.batch} scans, {network}", "s", step, 150, rounds=sizes.rounds, threads=2),
+        Row("step", "Training", f"step of {sizes.batch} scans, {network}", "s", step, 120, rounds=sizes.rounds, threads=2),
         Row("command", "Training", "whole command, two steps, with its start", "s", whole, 80, rounds=sizes.rounds,
             threads=2, needs=("coarse",)),
         Row("end-to-end", "Training", "a scan, end to end: the same scans, encoder, batch and reader process", "s", end,
@@ -243,20 +246,34 @@ def training(sizes: Sizes) -> list[Row]:
 
 def commands(sizes: Sizes) -> list[Row]:
     """Start-up of commands, and the nested search."""
+    coarse = {"folder": f"{DATA}/coarse/npy", "batch": 4, "paper": operators("paper-all")}
+    bare = {name: Side("bare script", "cases.bare:script", {"data": DATA, "name": name}, note=note) for name, note in (
+        ("plan", "DeepSpeed's estimate of ZeRO's memory, MONAI's ResNet18"),
+        ("embed", "nibabel, MONAI's ResNet18, pandas"),
+        ("evaluate", "torch, MONAI, nibabel, pandas, scikit-learn, the table of the scans"),
+    )}  # fmt: skip
+    nidl = Side(
+        "nidl", "peers.nidl_training:start", coarse, True, "DenseNet121, without checkpoint and records", ("coarse",)
+    )
     names = {
-        "plan": ("plan", "yaware plan"), "pretrain-0": ("pretrain, 0 steps", "a pretraining of 0 steps"),
-        "embed": ("embed, one scan", "yaware embed of one scan"),
-        "evaluate": ("evaluate, first line", "first line of evaluate"),
+        "plan": ("plan", "yaware plan", "", bare["plan"]),
+        "pretrain-0": ("pretrain, 0 steps", "a pretraining of 0 steps", "ResNet18, with a checkpoint and MLflow", nidl),
+        "embed": ("embed, one scan", "yaware embed of one scan", "", bare["embed"]),
+        "evaluate": ("evaluate, first line", "first line of evaluate", "", bare["evaluate"]),
     }  # fmt: skip
     rows = [
-        Row(name, "Commands", title, "s", (Side("ours", "cases.startup:command", {"data": DATA, "name": command}),), 22,
+        Row(name, "Commands", title, "s",
+            (Side("ours", "cases.startup:command", {"data": DATA, "name": command}, note=note), peer), 20,
             rounds=sizes.rounds, needs=("startup",))
-        for name, (command, title) in names.items()
+        for name, (command, title, note, peer) in names.items()
     ]  # fmt: skip
-    further = Side("ours", "cases.startup:further_scans", {"data": DATA, "scans": sizes.further})
+    further = tuple(
+        Side(name, f"cases.{module}:further_scans", {"data": DATA, "scans": sizes.further}, note=note)
+        for name, module, note in (("ours", "startup", ""), ("bare torch", "bare", "MONAI's network, nibabel"))
+    )
     title = "embed: each further scan, DenseNet121, 121 x 145 x 121"
-    rows.append(Row("embed-further", "Commands", title, "s", (further,), 60, rounds=2, needs=("full",)))
-    for size, seconds in (("2,000 x 512", 90), ("10,000 x 2,560", 1500)):
+    rows.append(Row("embed-further", "Commands", title, "s", further, 75, rounds=2, needs=("full",)))
+    for size, seconds in (("2,000 x 512", 45), ("10,000 x 2,560", 1500)):
         case = {"size": size, "scans": sizes.searched}
         sides = tuple(
             Side(name, "cases.search:run_case", {"who": who, **case})

@@ -178,8 +178,26 @@ def end_to_end(
     }  # fmt: skip
 
 
+def no_steps(folder: str, batch: int, paper: Mapping[str, Any]) -> dict[str, float]:
+    """Come as far as the first step: libraries, scans, network and trainer."""
+    loader = torch.utils.data.DataLoader(scans_of(folder, batch, paper), batch)
+    train(loader, steps=0, folder=folder, precision="fp32")
+    return {"cpu": 0.0, "wall": 0.0}
+
+
+def start(folder: str, batch: int, paper: Mapping[str, Any]) -> dict[str, float]:
+    """Run `no_steps` in a new process; CPU and wall-clock seconds of the whole process."""
+    return _process("no_steps", {"folder": folder, "batch": batch, "paper": paper})
+
+
 def whole(folder: str, batch: int, workers: int, steps: int, paper: Mapping[str, Any]) -> dict[str, float]:
     """Train ``steps`` steps in a new process; CPU and wall-clock seconds of the whole process."""
+    arguments = {"folder": folder, "batch": batch, "workers": workers, "steps": steps, "paper": paper, "seconds": 1e9}
+    return _process("end_to_end", arguments)
+
+
+def _process(function: str, arguments: Mapping[str, Any]) -> dict[str, float]:
+    """Run a function of this module in a new process; CPU and wall-clock seconds of the whole process."""
     import json
     import resource
     import subprocess
@@ -188,14 +206,8 @@ def whole(folder: str, batch: int, workers: int, steps: int, paper: Mapping[str,
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
 
-    arguments = {"folder": folder, "batch": batch, "workers": workers, "steps": steps, "paper": paper, "seconds": 1e9}
-    command = [
-        sys.executable,
-        "-m",
-        "tests.benchmarks.harness.case",
-        "peers.nidl_training:end_to_end",
-        json.dumps(arguments),
-    ]
+    case = f"peers.nidl_training:{function}"
+    command = [sys.executable, "-m", "tests.benchmarks.harness.case", case, json.dumps(arguments)]
     run: Callable[..., Any] = subprocess.run
     before, started = used(), time.perf_counter()
     done = run(command, capture_output=True, text=True)
