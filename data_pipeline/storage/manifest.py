@@ -109,21 +109,27 @@ class Manifest:
             UserError: if a split is not in the data set or the query fails.
         """
         scans = self.scans
-        if split is not None:
-            names = [split] if isinstance(split, str) else list(split)
-            existing = sorted(scans["split"].unique())
-            for name in names:
-                if name not in existing:
-                    raise UserError(
-                        f"split {name!r} is not in {self.url}{nearest(name, existing)}; available: {', '.join(existing)}"
-                    )
-            scans = scans[scans["split"].isin(names)]
+        chosen = np.arange(len(scans)) if split is None else np.flatnonzero(self._in_splits(split))
         if query:
+            scans = scans if split is None else scans.iloc[chosen]
             try:
-                scans = scans[fulfilling(scans, query)]
+                chosen = chosen[np.asarray(fulfilling(scans, query), dtype=bool)]
             except Exception as error:  # pandas raises many types of errors for malformed queries
                 raise UserError(f"query {query!r} fails on {SCANS}: {' '.join(str(error).split())}") from None
-        return scans.index.to_numpy(dtype=np.int64)
+        return chosen.astype(np.int64, copy=False)
+
+    def _in_splits(self, split: str | Sequence[str]) -> NDArray[np.bool_]:
+        """Whether each scan is in one of the splits. Raises UserError if a split has no scan."""
+        column, found = self.scans["split"], np.zeros(len(self.scans), dtype=bool)
+        for name in [split] if isinstance(split, str) else list(split):
+            members = (column == name).to_numpy(dtype=bool)
+            if not members.any():
+                existing = sorted(column.unique())
+                raise UserError(
+                    f"split {name!r} is not in {self.url}{nearest(name, existing)}; available: {', '.join(existing)}"
+                )
+            found |= members
+        return found
 
     def proxies(self, names: Sequence[str], rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Return columns of the scan table as (N, P) float32, NaN where missing.
