@@ -51,7 +51,8 @@ RESAMPLES = 0x4A1F  # repeats, halves, permuted features of a cross-validation; 
 # torch: run.seed (weights: pretrain.model), a seed for each fit (evaluation.protocols.finetune), `resumed_seed`
 #     (pretrain.run.checkpoint), 0 (a network that is then filled from a file: pretrain.weights.import_weights,
 #     values of no importance: pretrain.forecast.fake_pass)
-# scikit-learn: the evaluation's seed and `inner_fold_seed` (evaluation.tasks.folds), 0 (pretrain.run.online_probes)
+# scikit-learn: the evaluation's seed and `inner_fold_seed` (evaluation.tasks.folds, and with the same numbers
+#     evaluation.tasks.group_folds), 0 (pretrain.run.online_probes)
 # umap: 0 (evaluation.features.embedding)
 # webdataset and DALI: `buffer_seed` (data_pipeline.loading.stream)
 # NumPy: `saliency_generator` (evaluation.protocols.saliency)

@@ -54,7 +54,7 @@ SEEDED = {
     "random_state": [
         "evaluation/features/embedding.py", "evaluation/tasks/folds.py", "pretrain/run/online_probes.py",
     ],
-    "RandomState": [],
+    "RandomState": ["evaluation/tasks/group_folds.py"],
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from data_pipeline.loading.loader import TwoViewLoader
 from data_pipeline.storage.manifest import Manifest
 from pretrain.engine import engine
 from tests import memory
-from tests.benchmarks import bench_augment, bench_training
+from tests.benchmarks import bench_augment, training_steps
 from tests.benchmarks.bench_loss import FORMS, inputs
 from tests.benchmarks.harness.measure import FIELDS, limit_memory, measured
 from tests.benchmarks.peers.nidl_training import WARM_UP, per_step
@@ -70,9 +70,9 @@ def step(kind: str, sides: Sequence[int], batch: int, steps: int) -> dict[str, f
         parts[part] = parts.get(part, 0.0) + clock[-1] - clock[-2]
 
     if kind == "engine":
-        _, run = bench_training.engine_step(batch, mark)
+        _, run = training_steps.engine_step(batch, mark)
     else:
-        run = bench_training.bare_step(torch.device("cpu"), mark)
+        run = training_steps.bare_step(torch.device("cpu"), mark)
     source = torch.Generator().manual_seed(0)
     views = {"views": torch.randn(2, batch, 1, *sides, generator=source), "proxies": 6 + 82 * torch.rand(batch, 1)}
     run(views)

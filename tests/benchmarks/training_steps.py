@@ -1,0 +1,94 @@
+"""A training step of DenseNet121, as a recipe trains it and as a plain loop does, with marks at the end of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import BatchSection, Recipe
+from pretrain.kernels import KERNELS
+from pretrain.losses.contrastive import y_aware_infonce
+
+Mark = Callable[[str], None]
+
+
+def ignored(part: str) -> None:
+    """Do nothing at the end of a part of a step."""
+
+
+def benchmark_loss() -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss that both steps use: y-Aware InfoNCE with the paper's settings."""
+    kernel = KERNELS["gaussian"](bandwidth=5.0)
+    return lambda views_2BP, ages_B1: y_aware_infonce(views_2BP, ages_B1, kernel=kernel, temperature=0.1)
+
+
+def bare_step(device: torch.device, mark: Mark = ignored) -> Callable[[dict[str, Tensor]], float]:
+    """Return a step of MONAI's DenseNet121 with the same projector and torch's Adam, without an engine.
+
+    ``mark`` is called at the end of each part of a step with its name.
+    """
+    from monai.networks.nets import DenseNet121
+
+    encoder = DenseNet121(spatial_dims=3, in_channels=1, out_channels=512)
+    network = nn.Sequential(encoder, nn.ReLU(), nn.Linear(512, 128)).to(device).train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, weight_decay=5e-5)
+    loss = benchmark_loss()
+
+    def step(batch: dict[str, Tensor]) -> float:
+        optimizer.zero_grad()
+        embeddings = network(batch["views"].flatten(0, 1)).view(2, -1, 128)
+        value = loss(embeddings, batch["proxies"])
+        mark("forward")
+        value.backward()
+        mark("backward")
+        optimizer.step()
+        mark("update")
+        return value.item()
+
+    return step
+
+
+def engine_step(scans: int, mark: Mark = ignored) -> tuple[torch.device, Callable[[dict[str, Tensor]], float]]:
+    """Return a step as a recipe trains it: model, DeepSpeed engine, and train_step with its checks and metrics.
+
+    ``mark``: see `bare_step`.
+    """
+    from pretrain.engine import engine
+    from pretrain.model import build_model
+    from pretrain.run import step as steps
+
+    recipe = Recipe(batch=BatchSection(global_=scans))
+    device = engine.start_ranks()
+    trained = engine.build_engine(recipe, build_model(recipe).to(device), lambda step: 1.0)
+    trained.train()
+    loss = benchmark_loss()
+
+    def passes(*arguments: Any) -> Any:
+        """Run the forward pass and return it, with marks."""
+        found = full_pass(*arguments)
+        mark("forward")
+
+        def backward() -> None:
+            found.backward()
+            mark("backward")
+
+        return found._replace(backward=backward)
+
+    def update(engine: Any) -> dict[str, float]:
+        """Update the weights, with a mark."""
+        metrics = engine_update(engine)
+        mark("update")
+        return metrics
+
+    def step(batch: dict[str, Tensor]) -> float:
+        metrics, _ = steps.train_step(trained, lambda z, _, b: loss(z, b["proxies"]), batch, 0, torch.float32)
+        return metrics["loss"]
+
+    if mark is not ignored:
+        full_pass, engine_update = steps.full_pass, steps.update
+        steps.full_pass, steps.update = passes, update
+
+    return device, step
