@@ -24,9 +24,10 @@ def own_process() -> None:
     `without_optional`, `pretrain.engine.importing.without_compiler` and `data_pipeline.shards.tar.tar_writer` then leave out
     what no command uses. In the process of another program, such as a notebook, they change nothing.
 
-    Python does not collect cyclic garbage until `start_collecting`: the imports of a rank make half a million objects that
-    stay, and searching them again and again takes a seventh of its start. Nor is garbage collected when the process ends,
-    which would take half a second.
+    Python does not collect cyclic garbage until `start_collecting` or two million objects: the imports of a rank make half a
+    million that stay, and searching them again and again takes a seventh of its start. Nor is garbage collected when the
+    process ends, which would take half a second; so close a file whose object is part of a reference cycle, or its last lines
+    are lost.
     """
     global _own_process
     if not _own_process:
@@ -36,8 +37,12 @@ def own_process() -> None:
 
 
 def start_collecting() -> None:
-    """Collect cyclic garbage as usual from now on, but leave out what there is already; long work calls it before it begins."""
+    """Collect cyclic garbage as usual from now on; long work calls it before it begins.
+
+    What is no garbage now is left out of later searches.
+    """
     if gc.get_threshold()[0] == OBJECTS_OF_IMPORTS:
+        gc.collect()
         gc.freeze()
         gc.set_threshold(*_usual_thresholds)
 

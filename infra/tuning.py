@@ -26,8 +26,8 @@ from infra.trust.owners import own_folder
 from infra.trust.results import read_result, to_bytes
 
 Point = dict[str, Any]
-# A trial takes several points that take less time than the start of a process: Tune gives the next trial to a process that
-# has just finished one, and ends the process that was started for it. With a point a trial, one process would do all.
+# Short points share a trial: Tune gives the next trial to a process that has just finished one, and ends the process that was
+# started for it. With a point a trial, one process would do all.
 SHORT_TRIALS_PER_CPU = 4
 
 
@@ -49,9 +49,8 @@ def tune_grid(
         name: name of the search within ``storage``.
         concurrency: the most trials that run at a time; None leaves it to the resources.
         resources: Ray resources of a trial; by default one CPU.
-        in_process: the points are short. Begin in this process; Tune takes over when the rest would take longer here than Ray
-            takes to start, with several points in a trial. `search_place.searching` keeps all of them in this process, or
-            gives all to Tune.
+        in_process: the points are short. Begin in this process; Tune takes over, with several points in a trial, when the rest
+            would take longer here than Ray takes to start. `search_place.searching` keeps all here, or gives all to Tune.
         title: label of the progress line.
 
     Raises:
@@ -97,10 +96,7 @@ def _run_in_tune(
     results: Path, *, storage: Path, name: str, concurrency: int | None, resources: dict[str, float] | None, title: str,
     short: bool,
 ) -> None:  # fmt: skip
-    """Run the points in Ray Tune; those that have a file in ``results`` are not computed again.
-
-    A trial takes one point, or every n-th of them if they are ``short``.
-    """
+    """Run the points without a file in ``results``; a trial takes one, or every n-th if they are ``short``."""
     tune = import_tune()
     wrapped = tune.with_resources(
         tune.with_parameters(
@@ -108,13 +104,13 @@ def _run_in_tune(
         ),
         resources or {"cpu": 1},
     )
-    trials = len(points)
-    if short:
-        trials = min(trials, SHORT_TRIALS_PER_CPU * int(ray_cluster.connect().cluster_resources().get("CPU", 1)))
+    # A cluster without a CPU starts its nodes when there are trials.
+    cpus = int(ray_cluster.connect().cluster_resources().get("CPU", len(points)))
+    trials = min(len(points), SHORT_TRIALS_PER_CPU * cpus) if short else len(points)
     space = {"trial": tune.grid_search([[number, trials] for number in range(trials)])}
     config = tune.TuneConfig(reuse_actors=True, max_concurrent_trials=concurrency)
-    # An unfinished search of an earlier version has another form of trial; of it, only the results are used.
-    _run(tune, wrapped, space, config=config, storage=storage, name=f"{name}-trials", count=len(points), title=title)
+    # Of an unfinished search with another number of trials only the results are used.
+    _run(tune, wrapped, space, config=config, storage=storage, name=f"{name}-{trials}", count=len(points), title=title)
 
 
 def tune_search(
@@ -265,10 +261,16 @@ def _grid_class(tune: Any) -> type[Any]:
         def step(self) -> dict[str, Any]:
             """Compute the result of each point and write it, unless its file exists."""
             # Tune's own result files cannot hold arrays.
+            faults = []
             for index in points_of(self.trial, len(self.points)):
                 target, point = self.out / f"{index}.npz", self.points[index]
-                if not target.exists():
-                    _write(target, _stored(point, self.function(point, self.data)))
+                try:
+                    if not target.exists():
+                        _write(target, _stored(point, self.function(point, self.data)))
+                except Exception as error:  # the other points do not depend on this one
+                    faults.append(error)
+            if faults:
+                raise faults[0]
             return {"done": True}
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:

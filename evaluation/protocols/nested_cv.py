@@ -1,8 +1,8 @@
 """Nested cross-validation of probes with Ray Tune.
 
-For a grid (penalties, numbers of neighbours) one trial takes one part of a task: its folds, its learning-curve draws or one of
-its resamples. All entries of the grid are scored on the inner folds of each training set, and the best one is fitted to it and
-predicts its test scans. For a perceptron Optuna proposes the
+For a grid (penalties, numbers of neighbours) a point of the search is one part of a task: its folds, its learning-curve draws
+or one of its resamples. All entries of the grid are scored on the inner folds of each training set, and the best one is fitted
+to it and predicts its test scans. For a perceptron Optuna proposes the
 settings from earlier scores, so every outer fold has a search of its own on its training scans.
 """
 
@@ -226,7 +226,7 @@ def _resampled(prepared: PreparedTask, resample: Resample) -> PreparedTask:
 def search_grid(
     prepared: dict[str, PreparedTask], probe: Probe, storage: Path, title: str
 ) -> dict[str, NestedCVResult]:  # fmt: skip
-    """Run nested cross-validation of a probe for every task, with one trial per task and part.
+    """Run nested cross-validation of a probe for every task, with one point per task and part.
 
     Args:
         prepared: tasks by name.

@@ -1,4 +1,4 @@
-"""Stratified folds of groups: those of scikit-learn's ``StratifiedGroupKFold``, in a quarter of the time.
+"""Stratified folds of groups: those of scikit-learn's ``StratifiedGroupKFold`` (1.8 and later), in a quarter of the time.
 
 A nested cross-validation divides some hundred training sets for every task. scikit-learn calls NumPy a dozen times for each
 group and fold; here one array holds all folds to which a group could go. K = strata, N = scans.

@@ -38,24 +38,31 @@ class VisibleDevices:
 
 
 class Clock:
-    """The ``time`` of the launcher: it sleeps for a second between two looks at the ranks, and here only until one ends."""
+    """The ``time`` of the launcher: it sleeps for a second between two looks at the ranks, and here only until one is done.
 
-    strftime, localtime = staticmethod(time.strftime), staticmethod(time.localtime)
+    A rank that has failed is noticed after the whole second, as before: the launcher then ends the others, which may still be
+    saying why.
+    """
 
-    @staticmethod
-    def sleep(seconds: float) -> None:
-        """Sleep for ``seconds``, or until a child of this process has ended and was not waited for, or there is none left."""
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep for ``seconds``, or until a child of this process has ended with status 0, or there is none left."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not _child_ended():
+        while time.monotonic() < until:
             time.sleep(LOOK_SECONDS)
+            if _child_done():
+                return
 
 
-def _child_ended() -> bool:
-    """Return whether a child has ended, or all were waited for."""
+def _child_done() -> bool:
+    """Return whether a child has ended with status 0 and was not waited for, or all were waited for."""
     try:
-        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:  # there is no child
         return True
+    return ended is not None and ended.si_code == os.CLD_EXITED and ended.si_status == 0
 
 
 def import_launcher() -> Callable[[], None]:
@@ -77,7 +84,7 @@ def import_launcher() -> Callable[[], None]:
         import_deepspeed()
         launcher = import_module("deepspeed.launcher.launch")
     if hasattr(os, "waitid"):
-        set_internal("deepspeed", launcher, "time", Clock)
+        set_internal("deepspeed", launcher, "time", Clock())
     main: Callable[[], None] = launcher.main
     return main
 
@@ -91,13 +98,22 @@ def _import_alone() -> ModuleType:
     _put("deepspeed", {"__path__": [folder]})
     _put("deepspeed.accelerator", {"get_accelerator": lambda: devices})
     utils = _put("deepspeed.utils", {"__path__": [str(Path(folder, "utils"))]})
-    logger = _logger()
+    get_numactl_cmd = import_module("deepspeed.utils.numa").get_numactl_cmd
+    logger = logging.getLogger("DeepSpeed")
     utils |= {
         "logger": logger,
-        "get_numactl_cmd": import_module("deepspeed.utils.numa").get_numactl_cmd,
+        "get_numactl_cmd": get_numactl_cmd,
         "set_log_level_from_string": lambda name: logger.setLevel(name.upper()),
     }
-    return import_module("deepspeed.launcher.launch")
+    launcher = import_module("deepspeed.launcher.launch")
+    # Last: DeepSpeed's own import, if one of those above fails, gives the logger a handler, too.
+    logger.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        logging.Formatter("[%(asctime)s] [%(levelname)s] [%(filename)s:%(lineno)d:%(funcName)s] %(message)s")
+    )
+    logger.addHandler(handler)
+    return launcher
 
 
 def _put(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,14 +122,3 @@ def _put(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     names = vars(module)
     names.update(content)
     return names
-
-
-def _logger() -> logging.Logger:
-    """Return a logger that writes to the standard output, as DeepSpeed's does."""
-    logger = logging.getLogger("DeepSpeed")
-    logger.propagate = False
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("[%(asctime)s] [%(levelname)s] [%(filename)s:%(lineno)d] %(message)s"))
-        logger.addHandler(handler)
-    return logger

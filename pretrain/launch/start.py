@@ -17,6 +17,7 @@ from infra.distributed import accelerator, loopback_of_gloo
 from infra.errors import UserError
 from infra.extensions import extensions_folder
 from infra.files import read_text
+from infra.lean_imports import start_collecting
 from infra.processes.allowance import usable_cores
 from infra.processes.scratch import scratch_folder
 from infra.processes.unchanged import unchanged_environment
@@ -108,6 +109,7 @@ def start(
         remove_notes(run_folder, host)
     process = subprocess.Popen(command_with_parent(command), env=environment)
     observer = RankObserver(process.pid)
+    start_collecting()  # this process may wait for days
 
     def pass_on(number: int, _: Any) -> None:
         """Ask the ranks to save and end."""

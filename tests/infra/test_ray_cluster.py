@@ -177,8 +177,9 @@ def test_short_trials_keep_every_worker_busy_and_a_point_that_fails_loses_no_oth
     log.mkdir()
     again = {"data": {"base": 1.0, "log": str(log)}, "storage": tmp_path, "name": "failing", "in_process": True}
     with searching("ray"):
-        with pytest.raises(RuntimeError, match=r"(?s)failing-trials: 1 of 8 trials failed.*intended failure"):
+        with pytest.raises(RuntimeError, match=r"(?s)failing-8: 1 of 8 trials failed.*intended failure"):
             tuning.tune_grid(trial, [{"c": c, "fail": c == 11} for c in range(20)], **again)
+        assert {int(p.name) for p in log.iterdir()} == {*range(20)} - {11}
         tuning.tune_grid(trial, [{"c": c} for c in range(20)], **again)
     assert {int(p.name): p.read_text() for p in log.iterdir()} == dict.fromkeys(range(20), "ran\n")
 

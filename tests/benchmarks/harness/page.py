@@ -12,7 +12,8 @@ from tests.benchmarks.harness import figures, roofline
 from tests.benchmarks.harness.statistics import chosen, median_of, ratio, summary, values_of
 
 MIB = 2**20
-PART = "part_"  # begins the names of numbers that are parts of a side's CPU seconds
+# Beginnings of the names of CPU seconds that are parts of a side's, or were measured apart for comparison.
+PART, BESIDE = "part_", "beside_"
 COMMAND = "make bench"
 HEAD = f"""# Performance
 
@@ -27,7 +28,8 @@ load meets all of them. The table shows the median of the rounds and their range
 than 15 % of the median in any of its programs is measured again, and marked with \\* if it stays so. *Ours / theirs*
 below 1 means that we are cheaper; it compares CPU seconds, or wall-clock seconds where the row says so. Reading,
 opening, augmentation, losses, ranks, start and search have one thread for each process; the training rows and the
-roofline have two.
+roofline have two. *Of this* are parts of the CPU time of a row; *alone* are costs of a piece of the same work that were
+measured apart.
 
 The others are installed into an environment of their own, with the versions of `tests/benchmarks/peers.txt` and the
 same torch, NumPy, SciPy and scikit-learn. Its torchvision is an empty package: the wheel of torchvision does not load
@@ -116,9 +118,11 @@ def _cells(row: Mapping[str, Any], side: Mapping[str, Any]) -> list[str]:
 
 def _more(row: Mapping[str, Any], name: str) -> Iterator[str]:
     """Yield what else was measured: parts of the time, memory, bytes, scans per second, the start."""
-    for key in dict.fromkeys(key for found in chosen(row) for key in found.get(name, {}) if key.startswith(PART)):
-        seconds = median_of(row, name, key) or 0.0
-        yield f"{key.removeprefix(PART).replace('_', ' ')} {row['scale'] * seconds:.2g} {row['unit']}"
+    for begins, label in ((PART, "of this"), (BESIDE, "alone")):
+        keys = dict.fromkeys(key for found in chosen(row) for key in found.get(name, {}) if key.startswith(begins))
+        costs = {key.removeprefix(begins): row["scale"] * (median_of(row, name, key) or 0.0) for key in keys}
+        if costs:
+            yield f"{label}: " + ", ".join(f"{part} {cost:.2g} {row['unit']}" for part, cost in costs.items())
     if peak := median_of(row, name, "peak"):
         yield f"{peak / MIB:,.0f} MiB"
     if stored := median_of(row, name, "bytes"):
