@@ -129,3 +129,26 @@ def test_the_launcher_is_imported_whole_if_it_takes_more_than_is_known():
         assert sys.modules["deepspeed"].DeepSpeedEngine
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
+
+
+def test_the_launchers_sleep_ends_early_for_a_rank_that_is_done_and_not_for_one_that_failed():
+    code = """
+        import subprocess, sys, time
+        from pretrain.engine.launcher_import import Clock
+
+        def slept(status):
+            child = subprocess.Popen([sys.executable, "-c", f"import sys; sys.exit({status})"])
+            started = time.monotonic()
+            Clock().sleep(20 if status == 0 else 1)
+            seconds = time.monotonic() - started
+            assert child.wait() == status
+            return seconds
+
+        assert slept(0) < 19
+        assert slept(3) >= 1
+        started = time.monotonic()
+        Clock().sleep(20)  # without a child
+        assert time.monotonic() - started < 19
+        assert Clock().strftime("%Y", Clock().localtime(0)) in ("1969", "1970")
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
