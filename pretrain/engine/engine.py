@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from infra.extensions import exclusive_build, hidden_compiler_checks
 from infra.internals import internal, library_changed, replaced_internal, set_internal
 from infra.lean_imports import is_own_process
 from infra.processes.allowance import usable_cores
+from infra.processes.kept_memory import keep_freed_memory
 from pretrain.config import Recipe
 from pretrain.engine.deepspeed_config import deepspeed_config, fit_bucket, zero_stage
 from pretrain.engine.importing import import_deepspeed, import_muon_uncompiled, without_compiler
@@ -31,8 +31,6 @@ from pretrain.engine.safe_load import no_code
 
 # The loss scaler needs 24 skipped steps to come down from 2^24 to 1. More than this many in a row mean a NaN.
 MAX_SKIPPED_IN_A_ROW = 30
-# Options of mallopt, from glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 class NotFinite(RuntimeError):
@@ -67,7 +65,7 @@ def start_ranks() -> torch.device:
         )
         torch.set_num_threads(max(1, usable_cores() // local_ranks))
         if is_own_process():  # it cannot be undone
-            _keep_freed_memory()
+            keep_freed_memory()
     warm()
     # Otherwise every rank prints that the collectives were built.
     with redirect_stdout(io.StringIO()), hidden_compiler_checks(), _no_shared_buffers(), taken_port_is_named():
@@ -88,18 +86,6 @@ def _no_shared_buffers() -> Iterator[None]:
     finally:
         if size is not None:
             os.environ["LOCAL_SIZE"] = size
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed activations for the next step instead of returning it to the kernel.
-
-    Otherwise the kernel clears ten gigabytes of pages in each step of DenseNet121 with two scans at 121 x 145 x 121: 7.2 s
-    instead of 4.2 s on two cores (tests/benchmarks/bench_training.py). The memory of a rank stays at its peak.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # only glibc has it
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def stop_ranks() -> None:

@@ -23,7 +23,9 @@ from torch import nn
 
 from data_pipeline.volume.errors import BadScan
 from infra.errors import UserError
+from infra.lean_imports import is_own_process
 from infra.processes.allowance import usable_cores
+from infra.processes.kept_memory import keep_freed_memory
 from infra.progress import Progress
 from pretrain.weights.layers import Block, features_of_blocks, intermediate_features
 from pretrain.weights.readouts import Readouts
@@ -63,6 +65,8 @@ def embed_source(
     if readouts is not None:
         compute = _with_readouts(network, (layer, poolings), readouts)
     target, threads = choose_device(device), default_workers(workers)
+    if target.type == "cpu" and is_own_process():
+        keep_freed_memory()
     stream = progress if not isinstance(progress, bool) else sys.stderr if progress else io.StringIO()
     with (
         _on_device(network, target),

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from infra.processes.kept_memory import keep_freed_memory
 from pretrain.encoders import ENCODERS, build_encoder
-from pretrain.engine import engine
 from tests.benchmarks.bench_loss import MIB, peak_bytes
 
 VBM = (121, 145, 121)
@@ -61,7 +61,7 @@ def measure(name: str, sides: tuple[int, ...], device: str, repeats: int) -> dic
     if device == "cpu":  # raise an error here before the kernel kills another process for lack of memory
         resource.setrlimit(resource.RLIMIT_DATA, (free, free))
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # return the memory of the first pass before the measurement
-        engine._keep_freed_memory()  # as ranks do
+        keep_freed_memory()  # as ranks do
     before = peak_bytes(device, reset=True)
     seconds = []
     try:

@@ -20,6 +20,7 @@ import torch
 from data_pipeline.loading.augment import PRESETS
 from data_pipeline.loading.loader import TwoViewLoader
 from data_pipeline.storage.manifest import Manifest
+from infra.processes.kept_memory import keep_freed_memory
 from pretrain.engine import engine
 from tests import memory
 from tests.benchmarks import bench_augment, training_steps
@@ -60,7 +61,7 @@ def step(kind: str, sides: Sequence[int], batch: int, steps: int) -> dict[str, f
 
     Both keep freed memory, as every rank on a CPU does.
     """
-    engine._keep_freed_memory()
+    keep_freed_memory()
     parts: dict[str, float] = {}
     clock = [time.process_time()]
 

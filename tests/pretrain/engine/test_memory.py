@@ -15,9 +15,9 @@ from infra.distributed import free_port
 ALLOCATE_REPEATEDLY = """
 import resource
 import torch
-from pretrain.engine import engine
+from infra.processes.kept_memory import keep_freed_memory
 if {keep}:
-    engine._keep_freed_memory()
+    keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     parts = [torch.ones(2**22) for _ in range(16)]  # 16 MiB each
