@@ -5,16 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import nibabel
 import numpy as np
-import psutil
 import torch
 
 from tests.benchmarks.cases.startup import until_first_line
-from tests.benchmarks.harness.measure import measured
+from tests.benchmarks.harness.measure import measured, run_measured
 
 # Read one scan, give its features to a table. MONAI's network has random weights.
 EMBED = """
@@ -62,11 +60,7 @@ def script(data: str, name: str) -> dict[str, float]:
         if name == "evaluate":
             used, seconds = until_first_line(command, "scans: ")
             return {"cpu": used, "wall": seconds}
-        before, started = psutil.Process().cpu_times(), time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds, after = time.perf_counter() - started, psutil.Process().cpu_times()
-    used = sum(getattr(after, part) - getattr(before, part) for part in ("children_user", "children_system"))
-    return {"cpu": used, "wall": seconds}
+        return run_measured(command, stdout=subprocess.DEVNULL)
 
 
 def further_scans(data: str, scans: int) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pretrain.engine import engine
 from tests import memory
 from tests.benchmarks import bench_augment, training_steps
 from tests.benchmarks.bench_loss import FORMS, inputs
-from tests.benchmarks.harness.measure import FIELDS, limit_memory, measured
+from tests.benchmarks.harness.measure import FIELDS, limit_memory, measured, run_measured
 from tests.benchmarks.peers.nidl_training import WARM_UP, per_step
 
 
@@ -121,7 +120,7 @@ def whole(data: str, batch: int, workers: int, steps: int) -> dict[str, float]:
     """Run `yaware pretrain` for a few steps, with its checkpoint and records; CPU and wall-clock seconds of the command."""
     with tempfile.TemporaryDirectory() as output:
         command = pretrain_command(data, output, batch, workers, steps)
-        found = measured(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL), cpu=_children)
+        found = run_measured(command, stdout=subprocess.DEVNULL)
     alone = {
         "a process that makes a store of MLflow and a run": _alone(MLFLOW),
         "one that imports DeepSpeed": _alone("import deepspeed"),
@@ -133,8 +132,7 @@ def whole(data: str, batch: int, workers: int, steps: int) -> dict[str, float]:
 def _alone(code: str) -> float:
     """Return the CPU seconds of a new process that runs some code."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", code, folder]
-        return measured(lambda: subprocess.run(command, check=True, capture_output=True), cpu=_children)["cpu"]
+        return run_measured([sys.executable, "-c", code, folder], capture_output=True)["cpu"]
 
 
 def end_to_end(data: str, batch: int, workers: int, seconds: float, steps: int = 100_000) -> dict[str, float]:
@@ -191,8 +189,3 @@ def _tree(process: subprocess.Popen[bytes]) -> float:
     except psutil.NoSuchProcess:
         return float("nan")
     return sum(float(getattr(times, field)) for times in used for field in FIELDS)
-
-
-def _children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.benchmarks.harness.measure import run_measured
 from tests.cohorts import write_cohort
 
 YAWARE = [sys.executable, "-m", "infra.cli"]
@@ -24,11 +25,8 @@ YAWARE = [sys.executable, "-m", "infra.cli"]
 
 def whole(command: list[str]) -> tuple[float, float]:
     """Run a command; return its CPU seconds and its seconds."""
-    before, started = psutil.Process().cpu_times(), time.perf_counter()
-    subprocess.run([*YAWARE, *command], check=True, stdout=subprocess.DEVNULL)
-    seconds, after = time.perf_counter() - started, psutil.Process().cpu_times()
-    used = (getattr(after, name) - getattr(before, name) for name in ("children_user", "children_system"))
-    return sum(used), seconds
+    found = run_measured([*YAWARE, *command], stdout=subprocess.DEVNULL)
+    return found["cpu"], found["wall"]
 
 
 def first_line(command: list[str]) -> tuple[float, float]:

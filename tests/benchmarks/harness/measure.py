@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,20 @@ def tree_cpu() -> float:
             times = process.cpu_times()
             seconds += sum(getattr(times, field) for field in FIELDS)
     return seconds
+
+
+def children_cpu() -> float:
+    """Return the CPU seconds of all processes that this one has started and waited for, and of those below them."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run_measured(command: Sequence[str], **options: Any) -> dict[str, float]:
+    """Run a program; return the CPU and wall-clock seconds of its process and of those below it.
+
+    ``options`` are those of `subprocess.run`. Raises subprocess.CalledProcessError if it fails.
+    """
+    return measured(lambda: subprocess.run(command, check=True, **options), cpu=children_cpu)
 
 
 def measured(work: Callable[[], Any], units: int = 1, cpu: Callable[[], float] = time.process_time) -> dict[str, float]:

@@ -130,7 +130,12 @@ def reading(sizes: Sizes) -> list[Row]:
             "index of the shards only: no key, age or split of a scan",
             (f"mds-{n}",),
         )  # fmt: skip
-        rows.append(Row(f"open-{n}", "Reading", f"open {n:,} scans", "s", (ours, streaming), 20, rounds=sizes.rounds))
+        pandas = Side(
+            "pandas", "cases.reading:open_with_pandas", {"data": DATA, "scans": n}, note="the same table, nothing checked",
+            needs=(f"ours-{n}",),
+        )  # fmt: skip
+        sides = (ours, streaming, pandas)
+        rows.append(Row(f"open-{n}", "Reading", f"open {n:,} scans", "s", sides, 25, rounds=sizes.rounds))
     largest = sizes.tables[-1]
     listed = tuple(
         Side(name, f"cases.reading:{case}", {"data": DATA, "scans": largest}, needs=(f"ours-{largest}",))

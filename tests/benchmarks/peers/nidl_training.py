@@ -5,10 +5,12 @@ Runs in the peers' environment, or where nidl is installed. ``paper`` holds the 
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ import numpy as np
 import psutil
 import torch
 
-from tests.benchmarks.harness.measure import tree_cpu
+from tests.benchmarks.harness.measure import run_measured, tree_cpu
 
 WARM_UP = 5  # first steps of a run, not counted
 # Our precision -> Lightning's.
@@ -198,19 +200,9 @@ def whole(folder: str, batch: int, workers: int, steps: int, paper: Mapping[str,
 
 def _process(function: str, arguments: Mapping[str, Any]) -> dict[str, float]:
     """Run a function of this module in a new process; CPU and wall-clock seconds of the whole process."""
-    import json
-    import resource
-    import subprocess
-
-    def used() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
     case = f"peers.nidl_training:{function}"
     command = [sys.executable, "-m", "tests.benchmarks.harness.case", case, json.dumps(arguments)]
-    run: Callable[..., Any] = subprocess.run
-    before, started = used(), time.perf_counter()
-    done = run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return {"cpu": used() - before, "wall": time.perf_counter() - started}
+    try:
+        return run_measured(command, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(error.stderr.strip().splitlines()[-1]) from None

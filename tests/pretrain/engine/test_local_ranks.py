@@ -14,11 +14,16 @@ import pytest
 
 from tests.runs import ROOT
 
-# A rank that notes what it was given, and fails if it is told to.
+# A rank that notes what it was given; rank 1 then fails, if it is told to, when rank 0 has done its part.
 NOTING = """
-import json, os, pathlib, sys
-pathlib.Path(sys.argv[-1], "rank-" + os.environ["RANK"]).write_text(json.dumps([sys.argv[1:-1], dict(os.environ)]))
-sys.exit(int(sys.argv[-2]) * int(os.environ["RANK"]))
+import json, os, pathlib, sys, time
+folder, status, rank = pathlib.Path(sys.argv[-1]), int(sys.argv[-2]), int(os.environ["RANK"])
+part = folder / f"rank-{rank}.part"
+part.write_text(json.dumps([sys.argv[1:-1], dict(os.environ)]))
+part.rename(folder / f"rank-{rank}")
+while status and rank and not (folder / "rank-0").exists():
+    time.sleep(0.05)
+sys.exit(status * rank)
 """
 # A rank that needs a while to save, and that notes the signals that it gets.
 RANK = """
