@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import BatchSection, Recipe
+from pretrain.config import BatchSection, EncoderSection, Recipe
 from pretrain.kernels import KERNELS
 from pretrain.losses.contrastive import y_aware_infonce
 
@@ -51,16 +51,18 @@ def bare_step(device: torch.device, mark: Mark = ignored) -> Callable[[dict[str,
     return step
 
 
-def engine_step(scans: int, mark: Mark = ignored) -> tuple[torch.device, Callable[[dict[str, Tensor]], float]]:
+def engine_step(
+    scans: int, mark: Mark = ignored, options: dict[str, Any] | None = None
+) -> tuple[torch.device, Callable[[dict[str, Tensor]], float]]:
     """Return a step as a recipe trains it: model, DeepSpeed engine, and train_step with its checks and metrics.
 
-    ``mark``: see `bare_step`.
+    ``mark``: see `bare_step`. ``options``: of the encoder.
     """
     from pretrain.engine import engine
     from pretrain.model import build_model
     from pretrain.run import step as steps
 
-    recipe = Recipe(batch=BatchSection(global_=scans))
+    recipe = Recipe(batch=BatchSection(global_=scans), encoder=EncoderSection(options=options or {}))
     device = engine.start_ranks()
     trained = engine.build_engine(recipe, build_model(recipe).to(device), lambda step: 1.0)
     trained.train()

@@ -55,8 +55,12 @@ def augmentation(preset: str, scans: int) -> dict[str, float]:
         return measured(lambda: [run() for _ in range(calls)], 2 * bench_augment.BATCH * calls)
 
 
-def step(kind: str, sides: Sequence[int], batch: int, steps: int) -> dict[str, float]:
+def step(
+    kind: str, sides: Sequence[int], batch: int, steps: int, options: dict[str, Any] | None = None
+) -> dict[str, float]:
     """Measure a training step of DenseNet121: ``engine`` as a recipe trains it, or ``bare``, a plain torch loop.
+
+    ``options`` are those of the recipe's encoder.
 
     Both keep freed memory, as every rank on a CPU does.
     """
@@ -70,7 +74,7 @@ def step(kind: str, sides: Sequence[int], batch: int, steps: int) -> dict[str, f
         parts[part] = parts.get(part, 0.0) + clock[-1] - clock[-2]
 
     if kind == "engine":
-        _, run = training_steps.engine_step(batch, mark)
+        _, run = training_steps.engine_step(batch, mark, options)
     else:
         run = training_steps.bare_step(torch.device("cpu"), mark)
     source = torch.Generator().manual_seed(0)
@@ -95,13 +99,14 @@ def loading(data: str, batch: int, steps: int) -> dict[str, float]:
 
 
 def pretrain_command(data: str, output: str, batch: int, workers: int, steps: int) -> list[str]:
-    """Return the command that trains DenseNet121 on the coarse scans."""
+    """Return the command that trains DenseNet121 on the coarse scans, in the layout that is faster on a CPU."""
     return [
         sys.executable, "-m", "infra.cli", "pretrain", "--config", "paper-bhb10k", f"--run.output={output}/run",
         f"--data.shards={Path(data, 'coarse', 'shards')}", f"--run.tracking_uri=sqlite:///{output}/mlflow.db",
         f"--batch.global={batch}", "--batch.micro=null", f"--data.workers={workers}", "--data.threads=1",
-        "--augmentation.preset=paper-all", "--monitor.every_epochs=0", "--readouts.fit=false", "--train.epochs=null",
-        f"--train.steps={steps}",
+        "--augmentation.preset=paper-all",
+        "--encoder.options={norm: batch, pooling: mean, channels_last: true}", "--monitor.every_epochs=0",
+        "--readouts.fit=false", "--train.epochs=null", f"--train.steps={steps}",
     ]  # fmt: skip
 
 
