@@ -25,7 +25,9 @@ def benchmark_loss() -> Callable[[Tensor, Tensor], Tensor]:
     return lambda views_2BP, ages_B1: y_aware_infonce(views_2BP, ages_B1, kernel=kernel, temperature=0.1)
 
 
-def bare_step(device: torch.device, mark: Mark = ignored) -> Callable[[dict[str, Tensor]], float]:
+def bare_step(
+    device: torch.device, mark: Mark = ignored, channels_last: bool = False
+) -> Callable[[dict[str, Tensor]], float]:
     """Return a step of MONAI's DenseNet121 with the same projector and torch's Adam, without an engine.
 
     ``mark`` is called at the end of each part of a step with its name.
@@ -34,12 +36,15 @@ def bare_step(device: torch.device, mark: Mark = ignored) -> Callable[[dict[str,
 
     encoder = DenseNet121(spatial_dims=3, in_channels=1, out_channels=512)
     network = nn.Sequential(encoder, nn.ReLU(), nn.Linear(512, 128)).to(device).train()
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    network.to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, weight_decay=5e-5)
     loss = benchmark_loss()
 
     def step(batch: dict[str, Tensor]) -> float:
         optimizer.zero_grad()
-        embeddings = network(batch["views"].flatten(0, 1)).view(2, -1, 128)
+        volumes = batch["views"].flatten(0, 1).contiguous(memory_format=layout)
+        embeddings = network(volumes).view(2, -1, 128)
         value = loss(embeddings, batch["proxies"])
         mark("forward")
         value.backward()
@@ -51,6 +56,17 @@ def bare_step(device: torch.device, mark: Mark = ignored) -> Callable[[dict[str,
     return step
 
 
+def trained_engine(recipe: Recipe) -> Any:
+    """Join the ranks and return the engine that trains a recipe, at its first step."""
+    from pretrain.engine import engine
+    from pretrain.model import build_model
+
+    device = engine.start_ranks()
+    trained = engine.build_engine(recipe, build_model(recipe).to(device), lambda step: 1.0)
+    trained.train()
+    return trained
+
+
 def engine_step(
     scans: int, mark: Mark = ignored, options: dict[str, Any] | None = None
 ) -> tuple[torch.device, Callable[[dict[str, Tensor]], float]]:
@@ -58,14 +74,9 @@ def engine_step(
 
     ``mark``: see `bare_step`. ``options``: of the encoder.
     """
-    from pretrain.engine import engine
-    from pretrain.model import build_model
     from pretrain.run import step as steps
 
-    recipe = Recipe(batch=BatchSection(global_=scans), encoder=EncoderSection(options=options or {}))
-    device = engine.start_ranks()
-    trained = engine.build_engine(recipe, build_model(recipe).to(device), lambda step: 1.0)
-    trained.train()
+    trained = trained_engine(Recipe(batch=BatchSection(global_=scans), encoder=EncoderSection(options=options or {})))
     loss = benchmark_loss()
 
     def passes(*arguments: Any) -> Any:
@@ -93,4 +104,4 @@ def engine_step(
         full_pass, engine_update = steps.full_pass, steps.update
         steps.full_pass, steps.update = passes, update
 
-    return device, step
+    return trained.device, step

@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import torch
 
+from infra.processes.kept_memory import keep_freed_memory
 from tests.benchmarks.cases.startup import until_first_line
 from tests.benchmarks.harness.measure import measured, run_measured
 
@@ -19,7 +20,7 @@ EMBED = """
 import sys
 import nibabel, numpy, pandas, torch
 from monai.networks.nets import resnet18
-network = resnet18(spatial_dims=3, n_input_channels=1, num_classes=128).eval()
+network = resnet18(spatial_dims=3, n_input_channels=1, num_classes=128, widen_factor=0.25).eval()
 volume = numpy.asarray(nibabel.load(sys.argv[1]).dataobj, dtype=numpy.float32)
 volume = torch.from_numpy((volume - volume.mean()) / volume.std())[None, None]
 with torch.no_grad():
@@ -30,8 +31,15 @@ pandas.DataFrame(features.numpy()).to_csv(sys.argv[2], sep="\\t")
 PLAN = """
 from monai.networks.nets import resnet18
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs_all_live
-network = resnet18(spatial_dims=3, n_input_channels=1, num_classes=128)
+network = resnet18(spatial_dims=3, n_input_channels=1, num_classes=128, widen_factor=0.25)
 estimate_zero2_model_states_mem_needs_all_live(network, num_gpus_per_node=2, num_nodes=1)
+"""
+# Write the weights of a network into a file.
+EXPORT = """
+import sys
+from monai.networks.nets import resnet18
+from safetensors.torch import save_file
+save_file(resnet18(spatial_dims=3, n_input_channels=1, num_classes=128, widen_factor=0.25).state_dict(), sys.argv[1])
 """
 # Come as far as the first scan of an evaluation: libraries, table and network.
 EVALUATE = """
@@ -41,7 +49,7 @@ from monai.networks.nets import resnet18
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 table = pandas.read_parquet(sys.argv[1])
-network = resnet18(spatial_dims=3, n_input_channels=1, num_classes=128).eval()
+network = resnet18(spatial_dims=3, n_input_channels=1, num_classes=128, widen_factor=0.25).eval()
 print("scans:", len(table), flush=True)
 """
 
@@ -53,6 +61,7 @@ def script(data: str, name: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as temporary:
         text, *arguments = {
             "plan": (PLAN,),
+            "export": (EXPORT, str(Path(temporary, "new.safetensors"))),
             "embed": (EMBED, str(scan), str(Path(temporary, "features.tsv"))),
             "evaluate": (EVALUATE, str(folder / "shards" / "scans.parquet")),
         }[name]
@@ -67,6 +76,7 @@ def further_scans(data: str, scans: int) -> dict[str, float]:
     """Measure MONAI's DenseNet121 on scans read with nibabel, one after another; the first is not counted."""
     from monai.networks.nets import DenseNet121
 
+    keep_freed_memory()  # as yaware embed does
     found = sorted(Path(data, "full", "cohort").glob("sub-*/**/*.nii.gz"))[: scans + 1]
     network = DenseNet121(spatial_dims=3, in_channels=1, out_channels=512).eval()
 

@@ -24,7 +24,8 @@ from pretrain.engine import engine
 from tests import memory
 from tests.benchmarks import bench_augment, training_steps
 from tests.benchmarks.bench_loss import FORMS, inputs
-from tests.benchmarks.harness.measure import FIELDS, limit_memory, measured, run_measured
+from tests.benchmarks.cases.preset import CHANNELS_LAST
+from tests.benchmarks.harness.measure import limit_memory, measured, run_measured, tree_cpu
 from tests.benchmarks.peers.nidl_training import WARM_UP, per_step
 
 
@@ -55,12 +56,8 @@ def augmentation(preset: str, scans: int) -> dict[str, float]:
         return measured(lambda: [run() for _ in range(calls)], 2 * bench_augment.BATCH * calls)
 
 
-def step(
-    kind: str, sides: Sequence[int], batch: int, steps: int, options: dict[str, Any] | None = None
-) -> dict[str, float]:
+def step(kind: str, sides: Sequence[int], batch: int, steps: int, channels_last: bool = False) -> dict[str, float]:
     """Measure a training step of DenseNet121: ``engine`` as a recipe trains it, or ``bare``, a plain torch loop.
-
-    ``options`` are those of the recipe's encoder.
 
     Both keep freed memory, as every rank on a CPU does.
     """
@@ -74,9 +71,9 @@ def step(
         parts[part] = parts.get(part, 0.0) + clock[-1] - clock[-2]
 
     if kind == "engine":
-        _, run = training_steps.engine_step(batch, mark, options)
+        _, run = training_steps.engine_step(batch, mark, {"channels_last": channels_last})
     else:
-        run = training_steps.bare_step(torch.device("cpu"), mark)
+        run = training_steps.bare_step(torch.device("cpu"), mark, channels_last)
     source = torch.Generator().manual_seed(0)
     views = {"views": torch.randn(2, batch, 1, *sides, generator=source), "proxies": 6 + 82 * torch.rand(batch, 1)}
     run(views)
@@ -104,8 +101,7 @@ def pretrain_command(data: str, output: str, batch: int, workers: int, steps: in
         sys.executable, "-m", "infra.cli", "pretrain", "--config", "paper-bhb10k", f"--run.output={output}/run",
         f"--data.shards={Path(data, 'coarse', 'shards')}", f"--run.tracking_uri=sqlite:///{output}/mlflow.db",
         f"--batch.global={batch}", "--batch.micro=null", f"--data.workers={workers}", "--data.threads=1",
-        "--augmentation.preset=paper-all",
-        "--encoder.options={norm: batch, pooling: mean, channels_last: true}", "--monitor.every_epochs=0",
+        "--augmentation.preset=paper-all", *CHANNELS_LAST, "--monitor.every_epochs=0",
         "--readouts.fit=false", "--train.epochs=null", f"--train.steps={steps}",
     ]  # fmt: skip
 
@@ -147,8 +143,9 @@ def end_to_end(data: str, batch: int, workers: int, seconds: float, steps: int =
         born, ends = time.perf_counter(), []
         with _process(command) as process:
             lines = _lines(Path(output, "run", "metrics.jsonl"), process)
+            tree = psutil.Process(process.pid)
             for _ in lines:
-                ends.append((time.perf_counter(), _tree(process)))
+                ends.append((time.perf_counter(), tree_cpu(tree)))
                 if ends[-1][0] - ends[0][0] > seconds:
                     break
     found = per_step(ends, min(WARM_UP, len(ends) - 2))
@@ -184,13 +181,3 @@ def _lines(path: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, A
                 return
             else:
                 time.sleep(0.02)
-
-
-def _tree(process: subprocess.Popen[bytes]) -> float:
-    """Return the CPU seconds of a process and of those below it."""
-    try:
-        parent = psutil.Process(process.pid)
-        used = [p.cpu_times() for p in (parent, *parent.children(recursive=True))]
-    except psutil.NoSuchProcess:
-        return float("nan")
-    return sum(float(getattr(times, field)) for times in used for field in FIELDS)

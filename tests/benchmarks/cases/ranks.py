@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.config import load_recipe
+from infra.processes.kept_memory import keep_freed_memory
+from pretrain.config import Recipe, load_recipe
 from pretrain.kernels import KERNELS
 from pretrain.losses.contrastive import y_aware_infonce
 from pretrain.losses.gather import AllGather
 from pretrain.model import build_model
+from pretrain.run.step import train_step
+from tests.benchmarks import training_steps
 from tests.benchmarks.bench_loss import SIGMA, TAU, inputs
-from tests.benchmarks.bench_scaling import GRID, SCANS, WARM, WIDTH, Case, steps_of_a_rank
+from tests.benchmarks.cases.preset import CHANNELS_LAST
 from tests.benchmarks.harness.group import on_ranks, together
 
+GRID, SCANS, WARM = (41, 49, 41), 4, 2  # of a step on several ranks; WARM steps are not counted
 Steps = list[tuple[float, float]]  # CPU and wall-clock seconds of each
 
 
@@ -44,32 +51,66 @@ def loss(kind: str, ranks: int, total: int, steps: int) -> dict[str, float]:
 
 
 def our_steps(rank: int, of: int, steps: int) -> Steps:
-    """Return the seconds of our steps on this rank."""
-    found = steps_of_a_rank(Case("weak", of, SCANS, steps), rank, parts=False)
-    return [(step["cpu"], step["step"]) for step in found]
+    """Return the seconds of steps on this rank as a recipe trains: DeepSpeed, train_step with its checks and metrics."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ.update(zip(names, map(str, (rank, rank, of, of)), strict=True))
+    keep_freed_memory()  # as every rank on a CPU does
+    batch, gather, loss = _batch(rank), AllGather() if of > 1 else None, _loss
+    trained = training_steps.trained_engine(_recipe(of))
+    torch.set_num_threads(1)
+
+    def step() -> None:
+        train_step(trained, lambda z, _, b: loss(z, b["proxies"], gather=gather), batch, 0, torch.float32)
+
+    return _timed(step, of, steps)
 
 
 def ddp_steps(rank: int, of: int, steps: int) -> Steps:
     """Return the seconds of steps with torch's DistributedDataParallel, where every rank computes the whole loss."""
-    found = []
-    recipe = load_recipe("demo-cpu", ["--encoder.name=resnet18", f"--encoder.options={{width: {WIDTH}, norm: group}}"])
-    model, source = build_model(recipe), torch.Generator().manual_seed(rank)
+    keep_freed_memory()
+    model, batch = build_model(_recipe(of)), _batch(rank)
     trained = DistributedDataParallel(model) if of > 1 else model
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    views, ages = torch.randn(2, SCANS, 1, *GRID, generator=source), torch.rand(SCANS, 1, generator=source)
-    kernel = KERNELS["gaussian"](bandwidth=5.0)
-    for _ in range(WARM + steps):
-        if of > 1:
-            dist.barrier()  # a step begins on all ranks at a time
-        started, used = time.perf_counter(), time.process_time()
-        z_2BD, _ = trained(views)
-        z_2GD, every = z_2BD, ages
+
+    def step() -> None:
+        z_2BD, _ = trained(batch["views"])
+        z_2GD, every = z_2BD, batch["proxies"]
         if of > 1:
             z_2GD = torch.stack([torch.cat(list(all_gather(z))) for z in z_2BD])
-            every = torch.cat(list(all_gather(ages)))
-        y_aware_infonce(z_2GD, every, kernel=kernel, tile=None).backward()
+            every = torch.cat(list(all_gather(every)))
+        _loss(z_2GD, every).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return _timed(step, of, steps)
+
+
+def _recipe(ranks: int) -> Recipe:
+    """The paper's recipe with SCANS scans a rank; its network has the layout that is faster on a CPU."""
+    return load_recipe("paper-bhb10k", [f"--batch.global={SCANS * ranks}", "--batch.micro=null", *CHANNELS_LAST])
+
+
+def _batch(rank: int) -> dict[str, Tensor]:
+    """Two views (2, SCANS, 1, D, H, W) and ages (SCANS, 1), others on each rank."""
+    source = torch.Generator().manual_seed(rank)
+    return {
+        "views": torch.randn(2, SCANS, 1, *GRID, generator=source),
+        "proxies": torch.rand(SCANS, 1, generator=source),
+    }
+
+
+def _loss(z_2BD: Tensor, ages_B1: Tensor, gather: AllGather | None = None) -> Tensor:
+    return y_aware_infonce(z_2BD, ages_B1, kernel=KERNELS["gaussian"](bandwidth=5.0), gather=gather)
+
+
+def _timed(step: Callable[[], None], ranks: int, steps: int) -> Steps:
+    """Return the seconds of each step after the first WARM; a step begins on all ranks at a time."""
+    found = []
+    for _ in range(WARM + steps):
+        if ranks > 1:
+            dist.barrier()
+        started, used = time.perf_counter(), time.process_time()
+        step()
         found.append((time.process_time() - used, time.perf_counter() - started))
     return found[WARM:]
 

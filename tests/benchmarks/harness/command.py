@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -64,11 +65,14 @@ class Bench:
             raise CaseFailed(text[:300]) from None
 
     def prepare(self, name: str) -> str:
-        """Prepare data if it is not there; return an empty text, or why it cannot be made."""
+        """Prepare data unless the same code has done so; return an empty text, or why it cannot be made."""
         stamp = self.out / "data" / f".{name}"
-        if stamp.is_file() or name in self.failed:
-            return self.failed.get(name, "")
         data: Data = data_of(self.sizes)[name]
+        key = hashlib.sha256(f"{self.sizes} {data} {self.kept}".encode()).hexdigest()
+        if name in self.failed:
+            return self.failed[name]
+        if stamp.is_file() and stamp.read_text() == key:
+            return ""
         for earlier in data.after:
             if reason := self.prepare(earlier):
                 return reason
@@ -80,7 +84,7 @@ class Bench:
         except CaseFailed as error:
             self.failed[name] = str(error)
             return str(error)
-        stamp.touch()
+        stamp.write_text(key)
         return ""
 
     def measure(self, row: Row) -> dict[str, Any]:
@@ -102,6 +106,9 @@ class Bench:
             return self.run(side.case, side.arguments, peer=side.peer, threads=row.threads)
 
         result = run_row(row, run, errors=errors, repeat=lambda: time.monotonic() < self.until)
+        if own_failures([result]):  # the disk may have been full: the next run tries again
+            path.unlink(missing_ok=True)
+            return result
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**result, "key": key})
         return dict(json.loads(path.read_text()))
@@ -122,7 +129,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=float,
-        default=40,
+        default=33,
         help=f"measure no row again (spread above {MAX_SPREAD:.0%}%) after this time",
     )
     parser.add_argument("--page", type=Path, metavar="JSON", help="write the page of this result into docs, and end")
@@ -177,8 +184,9 @@ def run_all(chosen: argparse.Namespace) -> int:
         results.append(bench.measure(row))
         print(line_of(results[-1]), flush=True)
     content = {
-        **about, "load": [list(load), list(os.getloadavg())], "started": started, "seconds": time.time() - started,
-        "data_errors": bench.failed, "rows": results, "roofline": counts_of(results),
+        **about, "load": [list(load), list(os.getloadavg())], "started": started,
+        "seconds": sum(row["seconds"] for row in results), "data_errors": bench.failed, "rows": results,
+        "roofline": counts_of(results),
     }  # fmt: skip
     write_json(bench.out / RESULT, content)
     page.write(content, bench.out / "performance.md", bench.out / "figures")
@@ -220,11 +228,16 @@ def command_of(chosen: argparse.Namespace) -> str:
     return " ".join(["python -m tests.benchmarks", *rows, *peers, *["--quick"] * chosen.quick])
 
 
+def own_failures(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each of our sides that failed."""
+    own = {(row["name"], side["name"]) for row in results for side in row["sides"] if not side["peer"]}
+    return [f"{row['name']}, {name}: {text}" for row in results for name, text in row["errors"].items()
+            if (row["name"], name) in own]  # fmt: skip
+
+
 def report_failures(results: Sequence[Mapping[str, Any]]) -> int:
     """Name our sides that failed; return 1 if there are some."""
-    own = {(row["name"], side["name"]) for row in results for side in row["sides"] if not side["peer"]}
-    failed = [f"{row['name']}, {name}: {text}" for row in results for name, text in row["errors"].items()
-              if (row["name"], name) in own]  # fmt: skip
+    failed = own_failures(results)
     for line in failed:
         print(f"bench: error: {line}", file=sys.stderr)
     return 1 if failed else 0

@@ -16,10 +16,10 @@ import psutil
 FIELDS = ("user", "system", "children_user", "children_system")
 
 
-def tree_cpu() -> float:
-    """Return the CPU seconds of this process, of the processes below it, and of those that have ended and were waited for."""
-    seconds = 0.0
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+def tree_cpu(root: psutil.Process | None = None) -> float:
+    """Return the CPU seconds of a process, by default this one, of those below it, and of those that they waited for."""
+    seconds, root = 0.0, root or psutil.Process()
+    for process in (root, *root.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             seconds += sum(getattr(times, field) for field in FIELDS)

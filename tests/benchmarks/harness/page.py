@@ -26,15 +26,16 @@ Every case is a new process that prints its result: CPU seconds, wall-clock seco
 matter. In each round every program of a row runs once, and the order is reversed from round to round, so that other
 load meets all of them. The table shows the median of the rounds and their range. A row whose CPU seconds vary by more
 than 15 % of the median in any of its programs is measured again, and marked with \\* if it stays so. Reads from the disk,
-training end to end and the roofline are measured once. *Ours / theirs* below 1 means that we are cheaper; it compares
-CPU seconds, or wall-clock seconds where the row says so. Reading, opening, augmentation, losses, ranks, start and
-search have one thread for each process; the training rows and the roofline have two. *Of this* are parts of the CPU
-time of a row; *alone* are costs of a piece of the same work that were measured apart.
+the two largest losses, training end to end and the roofline are not measured again. *Ours / theirs* below 1 means that
+we are cheaper; it compares CPU seconds, or wall-clock seconds where the row says so. Reading, opening, augmentation,
+losses, ranks, start and search have one thread for each process; steps, whole commands, training end to end and most
+stages of the roofline have two. *Of this* are parts of the CPU time of a row; *alone* are costs of pieces of the same
+work that were measured apart, and may overlap.
 
 The others are installed into an environment of their own, with the versions of `tests/benchmarks/peers.txt` and the
 same torch, NumPy, SciPy and scikit-learn. Its torchvision is an empty package: the wheel of torchvision does not load
-beside torch for CPUs, and no row needs it. MONAI's network and nibabel also run in our environment. Where a program
-fails, the table shows its own error.
+beside torch for CPUs, and no row needs it. MONAI's network and nibabel also run in our environment. Losses may use
+80 % of the free memory; where a program fails, the table shows its own error.
 
     make bench                                                            # all rows, under 40 minutes on two idle cores
     python -m tests.benchmarks --rows 'read*,loss-*' --peers none         # some rows, without the others

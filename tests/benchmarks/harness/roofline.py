@@ -137,7 +137,8 @@ def _head(result: Mapping[str, Any], both: Mapping[str, Mapping[str, float]]) ->
         "moved, the least time for it, and the time measured. Operations of the network are counted by",
         "torch.utils.flop_counter; its bytes are the inputs and outputs of every operation, as if none were fused and nothing",
         "stayed in a cache. Of the other stages count what must be read and written once. GradCache's first pass, a third more",
-        "operations of the network, is left out.",
+        "operations of the network, is left out. Reading and augmentation were measured with one thread, exchange with one on",
+        "each of two ranks; the best counts both cores.",
         "",
         f"- Here: {hardware['cores']} cores x {hardware['mhz'] / 1e3:.2f} GHz x {hardware['flops_per_cycle']} float32",
         f"  operations a cycle ({hardware['vectors'] or 'no vector unit known'}) = {here['flops'] / 1e9:,.0f} GFLOP/s; memory",
@@ -157,11 +158,13 @@ def _gap(result: Mapping[str, Any], count: Mapping[str, Mapping[str, float]], he
     if not wall or not products:
         return ["The network was not measured in this run, so that the gap cannot be explained."]
     traffic, arithmetic = network["bytes"] / here["memory"], network["flops"] / products
-    limit = (
-        "Memory is the limit: normalisation, activation and concatenation move whole feature maps for few operations each."
-        if traffic > arithmetic
-        else "Arithmetic is the limit, in convolutions with few channels."
-    )
+    if traffic > arithmetic:
+        limit = "Memory is the limit: normalisation, activation and concatenation move whole feature maps."
+    elif arithmetic < wall:
+        limit = "Arithmetic is the limit, in convolutions with few channels."
+    else:
+        share = network["flops"] / wall / here["flops"]
+        limit = f"It is faster than such a product: arithmetic is the limit, at {share:.0%} of the peak."
     lines = [
         f"**Network**: {wall / whole:.0%} of the sum of the stages. It reaches {network['flops'] / wall / 1e9:,.0f} GFLOP/s; a",
         f"large product of matrices reaches {products / 1e9:,.0f} GFLOP/s here, {products / here['flops']:.0%} of the peak. At",

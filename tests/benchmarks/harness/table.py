@@ -200,7 +200,7 @@ def losing(sizes: Sizes) -> list[Row]:
             ),
         )
         title = f"loss of {sizes.gathered:,} scans on {ranks} ranks, CPU time of all ranks"
-        rows.append(Row(f"loss-ranks-{ranks}", "Loss", title, "ms", sides, 35 * ranks, rounds=sizes.rounds))
+        rows.append(Row(f"loss-ranks-{ranks}", "Loss", title, "ms", sides, 22 * ranks, rounds=sizes.rounds))
     return rows
 
 
@@ -208,31 +208,27 @@ def training(sizes: Sizes) -> list[Row]:
     """A step, whole commands, and training end to end."""
     shape = {"sides": list(sizes.sides), "batch": sizes.batch, "steps": sizes.steps}
     step = (
-        Side(
-            "ours",
-            "cases.network:step",
-            {"kind": "engine", **shape, "options": {"channels_last": True}},
-            note="recipe with `channels_last: true`, DeepSpeed, train_step",
-        ),
-        Side("ours, torch's layout", "cases.network:step", {"kind": "engine", **shape}, note="`channels_last: false`"),
-        Side(
-            "bare torch", "cases.network:step", {"kind": "bare", **shape}, note="MONAI's network, Adam, the same malloc"
-        ),
-        Side("nidl", "peers.nidl_training:step", shape, True, "Lightning"),
-    )
+        Side("ours", "cases.network:step", {"kind": "engine", **shape, "channels_last": True},
+             note="recipe, DeepSpeed, train_step, `channels_last: true`"),
+        Side("bare torch", "cases.network:step", {"kind": "bare", **shape, "channels_last": True},
+             note="MONAI's network, Adam, the same malloc and layout"),
+        Side("bare, torch's layout", "cases.network:step", {"kind": "bare", **shape}, note="the same malloc"),
+        Side("nidl", "peers.nidl_training:step", shape, True, "Lightning, torch's layout and malloc"),
+    )  # fmt: skip
     paper, folder = operators("paper-all"), f"{DATA}/coarse/npy"
     run = {"batch": sizes.batch, "workers": 1}
     whole = (
         Side("ours", "cases.network:whole", {"data": DATA, **run, "steps": 2},
              note="`channels_last: true`, with a checkpoint and MLflow"),
         Side("nidl", "peers.nidl_training:whole", {"folder": folder, **run, "steps": 2, "paper": paper}, True,
-             "without a checkpoint"),
+             "torch's layout, without a checkpoint"),
     )  # fmt: skip
     timed = {**run, "seconds": sizes.seconds, "steps": sizes.run_steps}
     end = (
         Side("ours", "cases.network:end_to_end", {"data": DATA, **timed}, note="`channels_last: true`"),
-        Side("nidl", "peers.nidl_training:end_to_end", {"folder": folder, **timed, "paper": paper}, True),
-    )
+        Side("nidl", "peers.nidl_training:end_to_end", {"folder": folder, **timed, "paper": paper}, True,
+             "torch's layout and malloc, as in its examples"),
+    )  # fmt: skip
     network = "DenseNet121, " + " x ".join(map(str, sizes.sides))
     minutes = sizes.rounds * sizes.seconds / 60
     return [
@@ -249,17 +245,18 @@ def training_on_ranks(sizes: Sizes) -> list[Row]:
     """Training steps on several ranks, with as many scans for each."""
     rows = []
     for ranks in sizes.worlds:
+        steps = min(sizes.steps, 8 - ranks)
         sides = tuple(
-            Side(
-                name, "cases.ranks:weak", {"kind": kind, "ranks": ranks, "steps": 12 * sizes.steps // ranks}, note=note
-            )
+            Side(name, "cases.ranks:weak", {"kind": kind, "ranks": ranks, "steps": steps}, note=note)
             for name, kind, note in (
-                ("ours", "ours", "collectives of the loss and of the gradient apart"),
-                ("torch DDP", "ddp", "every rank computes the whole loss"),
+                ("ours", "ours", "recipe, DeepSpeed, train_step; a rank computes its own rows of the loss"),
+                ("torch DDP", "ddp", "same network, layout and malloc, Adam; every rank computes the whole loss"),
             )
         )
-        title = f"step of a small ResNet18 with 4 scans a rank, {ranks} rank{'s' * (ranks > 1)}, CPU time of all ranks"
-        rows.append(Row(f"weak-{ranks}", "Training", title, "ms", sides, 40 + 12 * ranks, rounds=sizes.rounds))
+        title = f"step of DenseNet121 with 4 scans a rank, {ranks} rank{'s' * (ranks > 1)}, CPU time of all ranks"
+        rows.append(
+            Row(f"weak-{ranks}", "Training", title, "ms", sides, 35 + 16 * ranks, rounds=max(2, sizes.rounds - 1))
+        )
     return rows
 
 
@@ -267,28 +264,38 @@ def commands(sizes: Sizes) -> list[Row]:
     """Start-up of commands, and the nested search."""
     coarse = {"folder": f"{DATA}/coarse/npy", "batch": 4, "paper": operators("paper-all")}
     bare = {name: Side("bare script", "cases.bare:script", {"data": DATA, "name": name}, note=note) for name, note in (
-        ("plan", "DeepSpeed's estimate of ZeRO's memory, MONAI's ResNet18"),
-        ("embed", "nibabel, MONAI's ResNet18, pandas"),
+        ("plan", "DeepSpeed's estimate of ZeRO's memory, MONAI's ResNet18, as wide"),
+        ("export", "MONAI's ResNet18, as wide, safetensors"),
+        ("embed", "nibabel, MONAI's ResNet18, as wide, pandas"),
         ("evaluate", "torch, MONAI, nibabel, pandas, scikit-learn, the table of the scans"),
     )}  # fmt: skip
-    nidl = Side(
-        "nidl", "peers.nidl_training:start", coarse, True, "DenseNet121, without checkpoint and records", ("coarse",)
-    )
     names = {
-        "plan": ("plan", "yaware plan", "", bare["plan"]),
-        "pretrain-0": ("pretrain, 0 steps", "a pretraining of 0 steps", "ResNet18, with a checkpoint and MLflow", nidl),
-        "embed": ("embed, one scan", "yaware embed of one scan", "", bare["embed"]),
-        "evaluate": ("evaluate, first line", "first line of evaluate", "", bare["evaluate"]),
-    }  # fmt: skip
+        "plan": ("plan", "yaware plan", "ResNet18 of a quarter of its width"),
+        "export": ("export", "yaware export", "ResNet18 of a quarter of its width"),
+        "embed": ("embed, one scan", "yaware embed of one scan", "ResNet18 of a quarter of its width"),
+        "evaluate": ("evaluate, first line", "first line of evaluate", ""),
+    }
     rows = [
         Row(name, "Commands", title, "s",
-            (Side("ours", "cases.startup:command", {"data": DATA, "name": command}, note=note), peer), 20,
+            (Side("ours", "cases.startup:command", {"data": DATA, "name": command}, note=note), bare[name]), 20,
             rounds=sizes.rounds, needs=("startup",))
-        for name, (command, title, note, peer) in names.items()
+        for name, (command, title, note) in names.items()
     ]  # fmt: skip
+    start = (
+        Side("ours", "cases.network:whole", {"data": DATA, "batch": 4, "workers": 1, "steps": 0},
+             note="with a checkpoint and MLflow"),
+        Side("nidl", "peers.nidl_training:start", coarse, True, "without checkpoint and records"),
+    )  # fmt: skip
+    rows.append(
+        Row("pretrain-0", "Commands", "a pretraining of 0 steps, DenseNet121", "s", start, 60, rounds=sizes.rounds,
+            needs=("coarse",))
+    )  # fmt: skip
     further = tuple(
         Side(name, f"cases.{module}:further_scans", {"data": DATA, "scans": sizes.further}, note=note)
-        for name, module, note in (("ours", "startup", ""), ("bare torch", "bare", "MONAI's network, nibabel"))
+        for name, module, note in (
+            ("ours", "startup", ""),
+            ("bare torch", "bare", "MONAI's network, nibabel, the same malloc"),
+        )
     )
     title = "embed: each further scan, DenseNet121, 121 x 145 x 121"
     rows.append(Row("embed-further", "Commands", title, "s", further, 75, rounds=2, needs=("full",)))

@@ -92,7 +92,10 @@ def test_the_roofline_compares_the_measured_time_with_the_larger_of_two_limits(c
     assert "| transfer | 0 | 10 | 2 (bytes) | 20 | 10% | 0.156 |" in text  # here a copy reads and writes
     # A product of matrices has 1e10 operations a second here: the operations would take 50 s, the bytes 2 s.
     assert "would take 50.00 s, and its bytes alone take 2.00 s, of 0.02 s" in text
-    assert "Arithmetic is the limit" in text
+    assert "It is faster than such a product: arithmetic is the limit, at 15625% of the peak." in text
+    for rounds in next(row for row in content["rows"] if row["name"] == "stages")["attempts"][0]["rounds"]:
+        rounds["network"]["wall"] = 60.0
+    assert "of 60.00 s\nmeasured. Arithmetic is the limit, in convolutions" in page.text_of(content)
 
 
 def test_the_page_and_its_figures_are_written(content, tmp_path):

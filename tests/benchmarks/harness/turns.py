@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 MAX_SPREAD = 0.15  # (largest - smallest) / median of the CPU seconds of a side's rounds
 TIMEOUT_S = 1800
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+ITK_THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"  # of TorchIO and nidl, which resample with SimpleITK
 Result = dict[str, Any]
 
 
@@ -35,7 +36,7 @@ def run_case(python: str, case: str, arguments: Mapping[str, Any], threads: int)
     command = [python, "-m", "tests.benchmarks.harness.case", case, json.dumps(arguments)]
     variables = {
         **os.environ,
-        **dict.fromkeys(THREADS, str(threads)),
+        **dict.fromkeys((*THREADS, ITK_THREADS), str(threads)),
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
     }
