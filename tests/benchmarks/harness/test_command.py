@@ -92,6 +92,27 @@ def test_data_is_prepared_once_and_its_failure_is_the_text_of_the_sides_that_nee
     assert [ran.count(case) for case in ("cases.data:scans", "peers.reading:write_litdata")] == [1, 1]
 
 
+def test_data_of_other_sizes_or_other_code_is_prepared_again(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(command, "run_case", lambda python, case, arguments, threads: ran.append(case) or RESULTS)
+    for sizes, kept in ((QUICK, "k"), (QUICK, "k"), (Sizes(), "k"), (Sizes(), "another commit")):
+        assert Bench(tmp_path, sizes, None, until=0.0, kept=kept).prepare("full") == ""
+    assert ran == ["cases.data:scans"] * 3
+
+
+def test_a_row_in_which_one_of_our_own_sides_failed_is_measured_again(tmp_path, monkeypatch):
+    def run_case(python, case, arguments, threads):
+        if case == failing:
+            raise CaseFailed("no space left")
+        return RESULTS
+
+    monkeypatch.setattr(command, "run_case", run_case)
+    row, failing = Row("r", "S", "t", "s", (Side("ours", "a:b"),), 1, rounds=1), "a:b"
+    assert bench(tmp_path).measure(row)["errors"] == {"ours": "no space left"}
+    failing = ""
+    assert bench(tmp_path).measure(row)["errors"] == {}
+
+
 def test_without_peers_their_sides_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "run_case", lambda *arguments: RESULTS)
     row = Row("r", "S", "t", "s", (Side("ours", "a:b"), Side("nidl", "peers.x:y", peer=True)), 1, rounds=1)
