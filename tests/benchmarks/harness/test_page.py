@@ -12,6 +12,7 @@ from pretrain.config import load_recipe
 from pretrain.forecast.operations import plain_model, scan_flops
 from tests.benchmarks.harness import page, roofline
 from tests.benchmarks.harness.command import RESULT
+from tests.benchmarks.harness.statistics import median_of
 from tests.benchmarks.harness.table import Sizes, rows_of
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
@@ -109,6 +110,25 @@ def test_the_page_and_its_figures_are_written(content, tmp_path):
 def test_a_page_without_results_has_no_tables():
     assert "|---" not in page.placeholder()
     assert page.EMPTY in page.placeholder()
+
+
+def test_the_costs_of_reading_in_docs_data_are_those_of_the_committed_result():
+    result = json.loads((DOCS / "benchmarks" / RESULT).read_text())
+    row = {row["name"]: row for row in result["rows"]}
+
+    def ms(name, side="ours", field="cpu"):
+        return f"{1e3 * median_of(row[name], side, field):.2f} ms"
+
+    checksum = f"of which {ms('read-raw', field='part_checksum')} is the checksum"
+    text = (DOCS / "data.md").read_text()
+    for line in (
+        f"| zstd (the default) | 1.18 MB | {ms('read')} | {ms('read-cold', field='wall')} |",
+        f"| `--codec npy` | 4.25 MB | {ms('read-raw', 'ours, shards')} | |",
+        f"| `data.cache_unpacked` | 1.18 + 4.25 MB | {ms('read-raw')}, {checksum} | {ms('read-raw-cold', field='wall')} |",
+        f"| read, verify and unpack | {ms('read')} a scan;",
+        f"| two views with preset `default` | {1e3 * median_of(row['views'], 'ours', 'cpu'):.0f} ms a view;",
+    ):
+        assert line in text
 
 
 def test_the_committed_page_is_that_of_the_committed_result():
