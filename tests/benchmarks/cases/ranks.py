@@ -55,12 +55,12 @@ def our_steps(rank: int, of: int, steps: int) -> Steps:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     os.environ.update(zip(names, map(str, (rank, rank, of, of)), strict=True))
     keep_freed_memory()  # as every rank on a CPU does
-    batch, gather, loss = _batch(rank), AllGather() if of > 1 else None, _loss
+    batch, gather = _batch(rank), AllGather() if of > 1 else None
     trained = training_steps.trained_engine(_recipe(of))
     torch.set_num_threads(1)
 
     def step() -> None:
-        train_step(trained, lambda z, _, b: loss(z, b["proxies"], gather=gather), batch, 0, torch.float32)
+        train_step(trained, lambda z, _, b: _loss(z, b["proxies"], gather), batch, 0, torch.float32)
 
     return _timed(step, of, steps)
 

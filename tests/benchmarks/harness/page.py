@@ -25,8 +25,8 @@ METHOD = """## How it is measured
 Every case is a new process that prints its result: CPU seconds, wall-clock seconds, and memory and bytes where they
 matter. In each round every program of a row runs once, and the order is reversed from round to round, so that other
 load meets all of them. The table shows the median of the rounds and their range. A row whose CPU seconds vary by more
-than 15 % of the median in any of its programs is measured again, and marked with \\* if it stays so. Reads from the disk,
-the two largest losses, training end to end and the roofline are not measured again. *Ours / theirs* below 1 means that
+than 15 % of the median in any of its programs is measured again, and marked with \\* if it stays so. The
+two largest losses, training end to end and the roofline are not measured again. *Ours / theirs* below 1 means that
 we are cheaper; it compares CPU seconds, or wall-clock seconds where the row says so. Reading, opening, augmentation,
 losses, ranks, start and search have one thread for each process; steps, whole commands, training end to end and most
 stages of the roofline have two. *Of this* are parts of the CPU time of a row; *alone* are costs of pieces of the same

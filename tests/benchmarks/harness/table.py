@@ -111,11 +111,9 @@ def _raw(sizes: Sizes, cold: bool) -> Row:
 
 def _read_row(sizes: Sizes, name: str, title: str, sides: tuple[Side, ...], cold: bool) -> Row:
     note = "Only the files leave the page cache; the disk's own cache stays." if cold else ""
-    # A disk shared with others stays uneven: another attempt would not calm it.
-    more = {"metric": "wall", "repeats": 0} if cold else {}
     return Row(
         name + "-cold" * cold, "Reading", f"{title}, from the {'disk' if cold else 'page cache'}", "ms", sides,
-        10 * len(sides), rounds=sizes.rounds, needs=("full",), note=note, **more,
+        10 * len(sides), metric="wall" if cold else "cpu", rounds=sizes.rounds, needs=("full",), note=note,
     )  # fmt: skip
 
 
