@@ -9,8 +9,9 @@ The watchdog ends the job, with one line on every host and exit status 75 (EX_TE
 
 - a rank's process died, or a rank failed with an exception that the others do not share: within ``GRACE_SECONDS``
 - a rank sends no message for T seconds: its process is stopped, or its host is lost or cut off
-- a rank hangs: it has begun fewer phases than any other, and it has been in its last phase for T seconds. Start-up, the
-  first step (which may compile) and checkpoints may take ``SLOW_SECONDS`` if that is longer.
+- a rank hangs: none has begun fewer phases, and it has been in its last phase for T seconds since the last rank began that
+  phase; before, it may have waited for that rank. Start-up, the first step (which may compile) and checkpoints may take
+  ``SLOW_SECONDS`` if that is longer.
 
 If the hanging code also holds Python's lock, ``faulthandler`` prints the stacks and ends the process after T seconds.
 """
@@ -95,6 +96,7 @@ class Watchdog:
         self._unknown: list[Wire] = []  # connections to rank 0 that have not yet sent their rank
         self._listener: socket.socket | None = None
         self._token = ""
+        self._fewest, self._all_there = -1, 0.0  # phases that every rank has begun, and since when, or a little later
         self._last_sent, self._phases_sent = 0.0, 0  # time of the last message, and phases begun by then
         self._verdict: tuple[str, list[int]] | None = None  # the line to print, and the ranks that it blames
         self._printed = ""
@@ -273,10 +275,12 @@ class Watchdog:
         if not running:
             return []
         fewest = min(s.phases_begun for s in running)
+        if fewest != self._fewest:  # the last rank has come: its phase, this one or a later one, began no earlier
+            self._fewest, self._all_there = fewest, max(s.phase_start for s in running)
         behind = [s for s in running if s.phases_begun == fewest]
         # If one of them has stopped sending messages, it is to blame; the others only wait in the same phase.
         behind = [s for s in behind if s is not self._own and now - s.last_message > 3 * self._every + 1] or behind
-        return behind if any(s.seconds_in_phase(now) > s.phase_limit for s in behind) else []
+        return behind if any(now - max(s.phase_start, self._all_there) > s.phase_limit for s in behind) else []
 
     def _decide(self, culprits: list[RankStatus], now: float) -> None:
         if self._own in culprits:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from infra.distributed import free_port
-from infra.watchdog import EXIT_STATUS
+from infra.watchdog import EXIT_STATUS, Watchdog
 from infra.watchdog.wire import RankStatus, describe
 from tests.runs import ROOT
 
@@ -123,6 +123,23 @@ def test_slow_ranks_that_make_progress_are_not_ended(tmp_path):
     ranks = start(2, {"1": "take twice as long but beat", "checkpoint": "slow"}, tmp_path)
     assert statuses(ranks) == [0, 0]
     assert all((tmp_path / f"rank{rank}.log").read_text().strip().endswith("done") for rank in range(2))
+
+
+def test_a_rank_that_waited_long_for_a_slow_one_is_not_blamed_when_that_one_comes():
+    watch, now = Watchdog(SECONDS), time.monotonic()
+    waiting, slow = (RankStatus(rank, "host", "the exchange of step 7", 9, SECONDS) for rank in (1, 2))
+    watch._own.phases_begun, watch._own.phase_limit = 9, SECONDS
+    watch._ranks |= {1: waiting, 2: slow}
+    watch._wires = {1: object(), 2: object()}
+    watch._own.phase_start = waiting.phase_start = now - 2 * SECONDS
+    slow.phases_begun, slow.phase_start = 8, now
+    assert watch._stuck(now) == [], "the slow rank is in its loading and has just beaten"
+    slow.phases_begun, slow.phase_start = 9, now + 0.1
+    assert watch._stuck(now + 0.1) == [], "all are in the exchange since a moment ago"
+    slow.phases_begun, watch._own.phases_begun = 10, 10
+    slow.phase_start = watch._own.phase_start = now + 0.2
+    assert watch._stuck(now + 0.3) == [], "rank 1 has left the exchange too, but its message is on its way"
+    assert watch._stuck(now + SECONDS + 0.2) == [waiting], "rank 1 hangs in the exchange"
 
 
 @pytest.mark.parametrize("late", ["0", pytest.param("1", marks=pytest.mark.jobs)])
