@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -164,15 +163,32 @@ def test_a_search_that_takes_longer_than_a_start_of_ray_is_handed_over(tmp_path,
     assert [row["process"] == os.getpid() for row in rows] == [True] + [False] * 5
 
 
-def test_short_trials_keep_every_worker_busy_and_a_point_that_fails_loses_no_other(tmp_path, no_cluster, monkeypatch):
+def process_when_two_are_there(point, data):
+    """Return the number of this process as soon as a second one has begun a point too."""
+    folder, limit = Path(data["folder"]), time.monotonic() + 240
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < 2:
+        assert time.monotonic() < limit, "no second process has begun a point"
+        time.sleep(0.05)
+    return {"process": os.getpid()}
+
+
+def test_short_points_share_trials_in_every_worker_and_a_point_that_fails_loses_no_other(
+    tmp_path, no_cluster, monkeypatch
+):
     monkeypatch.setattr(ray_cluster, "START_SECONDS", 0.0)
-    points, data = [{"seed": n, "sleep": 0.2} for n in range(40)], {"vector": np.ones(300)}
+    folder = tmp_path / "processes"
+    folder.mkdir()
+    points, data = [{"seed": n} for n in range(40)], {"folder": str(folder)}
     with searching("ray"):
-        rows = tuning.tune_grid(threads_and_product, points, data=data, storage=tmp_path, name="short", in_process=True)
+        rows = tuning.tune_grid(
+            process_when_two_are_there, points, data=data, storage=tmp_path, name="short", in_process=True
+        )
     assert [row["seed"] for row in rows] == list(range(40))
-    shares = Counter(row["process"] for row in rows)
-    # Two CPUs: with a point a trial, one process does nearly all while others are started and ended beside it.
-    assert max(shares.values()) <= 30
+    assert len(list((tmp_path / "short-8").glob("GridTrial_*"))) == 8  # four trials for each of the two CPUs
+    for first in range(8):  # the five points of a trial run in one process
+        assert len({row["process"] for row in rows[first::8]}) == 1
+    assert len({row["process"] for row in rows}) >= 2
     log = tmp_path / "log"
     log.mkdir()
     again = {"data": {"base": 1.0, "log": str(log)}, "storage": tmp_path, "name": "failing", "in_process": True}
