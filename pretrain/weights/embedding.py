@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -210,13 +210,42 @@ def _encode(compute: Features, volumes: list[NDArray[np.float32]], device: torch
 
 @contextmanager
 def _on_device(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put a network on ``device`` in evaluation mode; restore both at the end."""
+    """Put a network on ``device`` in evaluation mode, in the layout that is faster there; restore all at the end."""
     before, training = next(network.parameters()).device, network.training
     network.eval().to(device)
     try:
-        yield
+        with _channels_last(network) if _is_faster_in_channels_last(network, device) else nullcontext():
+            yield
     finally:
         network.train(training).to(before)
+
+
+def _is_faster_in_channels_last(network: nn.Module, device: torch.device) -> bool:
+    """Return whether convolutions of a network take less time in channels-last on this device.
+
+    Measured at 121 x 145 x 121 on an x86_64 CPU: DenseNet121, ResNet18 and U-Net with batch or group norm take 2 to 27 % less.
+    With instance norm, which loses the layout on a CPU, they take 3 to 18 % more.
+    """
+    x86 = "AVX" in torch.backends.cpu.get_cpu_capability()  # elsewhere it was not measured
+    return device.type == "cpu" and x86 and not any(isinstance(m, nn.InstanceNorm3d) for m in network.modules())
+
+
+@contextmanager
+def _channels_last(network: nn.Module) -> Iterator[None]:
+    """Replace the kernels of 3D convolutions by copies in channels-last within the block.
+
+    The layout of its kernel is that of a convolution's output. The kernels themselves stay as they are: they may be parts of
+    another tensor, and a file of weights cannot hold another layout.
+    """
+    kernels = [(weight, weight.data) for weight in network.parameters() if weight.ndim == 5]
+    try:
+        for weight, values in kernels:
+            # With one channel both layouts have the same order in memory, so that .contiguous() would change nothing.
+            weight.data = torch.empty_like(values, memory_format=torch.channels_last_3d).copy_(values)
+        yield
+    finally:
+        for weight, values in kernels:
+            weight.data = values
 
 
 def _read_ahead(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import threading
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -21,6 +23,8 @@ from data_pipeline.volume.load import load_volume
 from data_pipeline.volume.preparation import scale_factor
 from infra.errors import UserError
 from pretrain import Encoder, embed
+from pretrain.encoders import build_encoder
+from pretrain.weights import embedding
 from pretrain.weights.layers import intermediate_features
 from pretrain.weights.scan_source import check_preprocessing
 from tests.cohorts import GRID, blob, write_cohort
@@ -42,9 +46,17 @@ def folder(tmp_path_factory):
     return root / "encoder", write_scans(root / "scans", 11)
 
 
+def in_the_layout_of_embed(network):
+    """Return a copy of a network in the memory layout in which `embed` uses it on a CPU."""
+    fast = embedding._is_faster_in_channels_last(network, torch.device("cpu"))
+    layout = torch.channels_last_3d if fast else torch.contiguous_format
+    return copy.deepcopy(network).to(memory_format=layout)
+
+
 def features_of(network, volumes):
+    batch = torch.from_numpy(np.stack([zscore(volume)[None] for volume in volumes]))
     with torch.no_grad():
-        return network(torch.from_numpy(np.stack([zscore(volume)[None] for volume in volumes]))).numpy()
+        return in_the_layout_of_embed(network)(batch).numpy()
 
 
 @pytest.mark.parametrize(
@@ -117,6 +129,39 @@ def test_features_of_a_training_file_equal_those_from_its_shard(tmp_path, manife
         np.testing.assert_allclose(some.to_numpy(), from_shards.iloc[rows].to_numpy(), atol=1e-6)
 
 
+@pytest.mark.skipif(
+    "AVX" not in torch.backends.cpu.get_cpu_capability(), reason="the layout is changed on x86_64 CPUs only"
+)
+@pytest.mark.parametrize(("norm", "is_faster"), [("batch", True), ("group", True), ("instance", False)])
+def test_the_layout_changes_features_by_rounding_only_and_the_weights_not_at_all(norm, is_faster):
+    network = build_encoder("resnet18", {"width": 0.25, "norm": norm}).eval()
+    volumes = np.random.default_rng(0).normal(size=(3, 33, 35, 34)).astype(np.float32)
+    with torch.no_grad():
+        plain = network(torch.from_numpy(volumes[:, None])).numpy()
+    layouts, stored = [], [(weight.data_ptr(), weight.stride()) for weight in network.parameters()]
+
+    def note(module, inputs, output):
+        layouts.append(output.is_contiguous(memory_format=torch.channels_last_3d))
+
+    def read(position):
+        if position == 3:
+            raise RuntimeError("the disk has failed")
+        return volumes[position]
+
+    source = SimpleNamespace(names=["a", "b", "c", "d"], read=read)
+    with network.trunk.layer2.register_forward_hook(note):
+        (batch,) = embedding.embed_source(network, source, [0, 1, 2], device="cpu", progress=False)
+        np.testing.assert_allclose(batch.features, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
+        with pytest.raises(RuntimeError, match="the disk has failed"):
+            list(
+                embedding.embed_source(
+                    network, source, [0, 1, 3], batch_size=2, workers=0, device="cpu", progress=False
+                )
+            )
+    assert layouts == [is_faster] * 2
+    assert [(weight.data_ptr(), weight.stride()) for weight in network.parameters()] == stored
+
+
 def test_a_table_of_paths_brings_its_tiv(tmp_path):
     network = write_small_encoder(tmp_path / "encoder", scaling="tiv")
     paths, tiv = write_scans(tmp_path, 3), [1200.0, 1500.0, 1800.0]
@@ -147,7 +192,8 @@ def test_features_of_a_block_are_pooled_over_its_voxels(folder):
     encoder, paths = Encoder.from_pretrained(folder[0]), folder[1][:3]
     volumes = torch.from_numpy(np.stack([zscore(load_volume(path, GRID))[None] for path in paths]))
     with torch.no_grad():
-        expected = intermediate_features(encoder.network, "layer2", ["max", "std"])(volumes).numpy()
+        network = in_the_layout_of_embed(encoder.network)
+        expected = intermediate_features(network, "layer2", ["max", "std"])(volumes).numpy()
     table = encoder.embed(paths, layer="layer2", pooling=("max", "std"), progress=False)
     np.testing.assert_allclose(table.to_numpy(), expected, atol=1e-6)
     assert encoder.embed(paths, layer="layer2", progress=False).shape == (3, expected.shape[1] // 2)
