@@ -55,15 +55,15 @@ def _parts_of_a_raw_read(manifest: Manifest) -> dict[str, float]:
     """Return the CPU seconds of a scan's checksum where it is computed in a read, and of the rest of the read."""
     spent = [0.0]
 
-    def value(content: Any) -> int:
+    def extend(crc: int, content: Any) -> int:
         used = time.process_time()
-        found: int = google_crc32c.value(content)
+        found: int = google_crc32c.extend(crc, content)
         spent[0] += time.process_time() - used
         return found
 
     rows = manifest.rows()
     passes = 10
-    with mock.patch.object(unpacked_module, "google_crc32c", SimpleNamespace(value=value)):
+    with mock.patch.object(unpacked_module, "google_crc32c", SimpleNamespace(extend=extend)):
         found = measured(lambda: [voxel(manifest.read_volume(int(row))) for _ in range(passes) for row in rows])
     checksum, scans = spent[0], passes * len(rows)
     return {"part_checksum": checksum / scans, "part_rest": (found["cpu"] - checksum) / scans}

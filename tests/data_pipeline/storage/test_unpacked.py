@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.loading.loader import TwoViewLoader
+from data_pipeline.storage import unpacked
 from data_pipeline.storage.manifest import Manifest, digest_of
 from data_pipeline.storage.remote import Access
 from data_pipeline.storage.unpacked import UnpackedScans
@@ -92,6 +93,27 @@ def test_places_begin_at_pages_and_the_file_has_holes(tmp_path):
     assert scans.path.stat().st_blocks * 512 < 2 * scans.place_bytes
     assert scans.read(0) is None
     assert scans.read(8).min() == 1
+
+
+# Voxels take 210 bytes, with their checksum 214.
+@pytest.mark.parametrize("piece", [1, 7, 209, 210, 211, 212, 213, 214, 1000])
+def test_damage_in_any_piece_of_a_scan_is_noticed(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(unpacked, "PIECE", piece)
+    kept = scans_of(tmp_path)
+    for row, volume in enumerate(VOLUMES[:3]):
+        kept.keep(row, volume)
+        np.testing.assert_array_equal(kept.read(row), volume)
+    intact = kept.path.read_bytes()
+    for position in range(214):
+        damaged = bytearray(intact)
+        damaged[kept.place_bytes + position] ^= 0x10
+        kept.path.write_bytes(damaged)
+        found = [kept.read(row) for row in range(3)]
+        assert [volume is None for volume in found] == [False, True, False]
+    kept.path.write_bytes(intact)
+    os.truncate(kept.path, 2 * kept.place_bytes + 213)
+    assert kept.read(2) is None
+    np.testing.assert_array_equal(kept.read(1), VOLUMES[1])
 
 
 @settings(deadline=None, max_examples=60)
