@@ -126,9 +126,8 @@ class Trunk(nn.Sequential):
         kept: dict[str, torch.Tensor] = {}
         for name, block in self.named_children():
             features = run_block(block, features, name in self.recompute, self.recompute.get(name, False))
-            if (
-                self.channels_last
-            ):  # copies only if the block lost the layout, as average pooling and instance norm do on a CPU
+            # Copies only if the block lost the layout, as average pooling and instance norm do on a CPU.
+            if self.channels_last:
                 features = features.contiguous(memory_format=torch.channels_last_3d)
             if name in keep:
                 kept[name] = features
