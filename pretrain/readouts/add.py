@@ -17,7 +17,6 @@ from pretrain.losses.proxies import proxy_columns
 from pretrain.readouts.calibration import AUTO, MONITOR, CalibrationChoice, check_named_split
 from pretrain.readouts.fit import ReadoutSettings, fit_readouts
 from pretrain.readouts.targets import check_columns
-from pretrain.weights.embedding import BATCH_SIZE
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.readouts import Readouts, readouts_folder, write_readouts
 
@@ -27,7 +26,7 @@ WORK = ".readouts-unfinished"  # folder of features beside the readouts, until t
 def add_readouts(
     encoder: str | Path, shards: str | Path | Manifest, *, columns: Sequence[str] | None = None,
     split: Sequence[str] | None = None, query: str | None = None, calibration: str = AUTO, layer: str | None = None,
-    pooling: str | Sequence[str] = ("mean",), seed: int = 0, batch_size: int = BATCH_SIZE, device: str | None = None,
+    pooling: str | Sequence[str] = ("mean",), seed: int = 0, batch_size: int | None = None, device: str | None = None,
     workers: int | None = None, replace: bool = False, progress: bool = True,
 ) -> Readouts:  # fmt: skip
     """Fit readouts of an encoder to scans of shards, store them beside it and return them. A killed call is continued.
@@ -46,7 +45,7 @@ def add_readouts(
         layer: a block inside the network; None is its end.
         pooling: of that block.
         seed: of the folds of people.
-        batch_size: scans per forward pass.
+        batch_size: scans per forward pass; None is 8, and on a CPU fewer if they are large.
         device: None is the GPU if there is one.
         workers: threads that read ahead; None is one per core, at most 8.
         replace: whether readouts that are there are replaced.

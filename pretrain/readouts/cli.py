@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pooling", nargs="+", default=["mean"], help="of a block (default: mean)")
     add("--seed", type=int, default=0, help="seed of the folds of people (default: 0)")
     add("--replace", action="store_true", help="replace readouts that are there")
-    add("--batch-size", type=int, default=8, help="scans per forward pass (default: 8)")
+    add("--batch-size", type=int, help="scans per forward pass (default: 8, on a CPU fewer if they are large)")
     add("--device", help="cpu or cuda (default: the GPU if there is one)")
     add("--workers", type=int, help="threads that read ahead (default: one per core, at most 8)")
     return parser

@@ -35,7 +35,6 @@ from pretrain.readouts.solve import (
     nested_ridge,
 )
 from pretrain.readouts.targets import TargetGroup, Targets, read_targets
-from pretrain.weights.embedding import BATCH_SIZE
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.readouts import Readout, Readouts
 from pretrain.weights.scan_source import ShardSource
@@ -90,7 +89,7 @@ class ReadoutSettings:
         calibration: on whom scale and penalty are chosen and errors are measured.
         seed: of the folds of people.
         largest: most features, or scans if these are fewer.
-        batch_size: scans per forward pass.
+        batch_size: scans per forward pass; None is 8, and on a CPU fewer if they are large.
         workers: threads that read ahead; None is one per core, at most 8.
         device: to compute features on; None is the GPU if there is one.
         progress: whether to show progress on stderr, or the stream to show it on.
@@ -102,7 +101,7 @@ class ReadoutSettings:
     calibration: CalibrationChoice = field(default_factory=CalibrationChoice)
     seed: int = 0
     largest: int = LARGEST
-    batch_size: int = BATCH_SIZE
+    batch_size: int | None = None
     workers: int | None = None
     device: str | torch.device | None = None
     progress: bool | TextIO = True

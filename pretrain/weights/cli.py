@@ -168,7 +168,9 @@ def _embed_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --shards: --readouts, and gap_age: predicted minus true age, without its dependence on age",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="scans per forward pass (default: 8)")
+    parser.add_argument(
+        "--batch-size", type=int, help="scans per forward pass (default: 8, on a CPU fewer if they are large)"
+    )
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--workers", type=int, help="threads that read ahead (default: one per core, at most 8)")
     return parser

@@ -13,7 +13,6 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from data_pipeline.storage.manifest import Manifest
-from pretrain.weights.embedding import BATCH_SIZE
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.layers import OWN, intermediate_features
 from pretrain.weights.scan_source import EmbeddableScans
@@ -34,7 +33,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         layer: a block inside the network; None is its end.
         pooling: of the block's voxels: ``mean``, ``max``, ``std``, ``grid2`` to ``grid8``, ``none``, or several. Without a
             layer ``mean`` means the encoder's own features.
-        batch_size: scans per forward pass.
+        batch_size: scans per forward pass; None is 8, and on a CPU fewer if they are large.
         device: None is the GPU if there is one.
         workers: threads that read ahead; None is one per core, at most 8.
         orientation: of .npy files, for example ``LAS``; empty for that of the training scans.
@@ -53,7 +52,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         manifest: Manifest | str | Path | None = None,
         layer: str | None = None,
         pooling: str | Sequence[str] = "mean",
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         device: str | None = None,
         workers: int | None = None,
         orientation: str = "",

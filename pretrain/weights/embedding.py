@@ -27,11 +27,14 @@ from infra.lean_imports import is_own_process
 from infra.processes.allowance import usable_cores
 from infra.processes.kept_memory import keep_freed_memory
 from infra.progress import Progress
+from pretrain.encoders.layers import PooledEncoder
 from pretrain.weights.layers import Block, features_of_blocks, intermediate_features
 from pretrain.weights.readouts import Readouts
 from pretrain.weights.scan_source import ScanSource
 
-BATCH_SIZE = 8
+BATCH_SIZE = 8  # most scans of a batch if the caller gives no number
+# Most voxels of such a batch on a CPU, four scans at 121 x 145 x 121. More take as much time for each scan and more memory.
+BATCH_VOXELS = 10_000_000
 MOST_WORKERS = 8  # upper limit of the default number of threads
 Features = Callable[[torch.Tensor], torch.Tensor]  # (B, 1, D, H, W) -> (B, F)
 
@@ -47,7 +50,7 @@ class FeatureBatch:
 
 def embed_source(
     network: nn.Module, source: ScanSource, positions: Sequence[int], *, layer: str | None = None,
-    pooling: str | Sequence[str] = "mean", device: str | torch.device | None = None, batch_size: int = BATCH_SIZE,
+    pooling: str | Sequence[str] = "mean", device: str | torch.device | None = None, batch_size: int | None = None,
     workers: int | None = None, progress: bool | TextIO = True, readouts: Readouts | None = None,
 ) -> Generator[FeatureBatch, None, None]:  # fmt: skip
     """Yield the features of a source's scans at some positions, in their order; arguments as ``Encoder.embed``.
@@ -58,7 +61,7 @@ def embed_source(
 
     Raises UserError if the layer, pooling, batch size, device or number of workers is not possible.
     """
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size={batch_size} is too small; give 1 or more")
     poolings = (pooling,) if isinstance(pooling, str) else tuple(pooling)
     compute = _finite(intermediate_features(network, layer, poolings))
@@ -173,19 +176,22 @@ def _batches(
     positions: Sequence[int],
     device: torch.device,
     *,
-    batch_size: int,
+    batch_size: int | None,
     workers: int,
 ) -> Iterator[FeatureBatch]:
     volumes: list[NDArray[np.float32]] = []
     taken, unreadable = list[int](), dict[int, str]()
-    ahead = max(2 * workers, batch_size)
+    size = batch_size or BATCH_SIZE
+    ahead = max(2 * workers, size)
     for number, (position, volume) in enumerate(_read_ahead(source, positions, workers, ahead), 1):
         if isinstance(volume, str):
             unreadable[position] = volume
         else:
             taken.append(position)
             volumes.append(volume)
-        if len(volumes) == batch_size or number == len(positions):
+            if batch_size is None and device.type == "cpu":
+                size = min(BATCH_SIZE, max(1, BATCH_VOXELS // volume.size))
+        if len(volumes) == size or number == len(positions):
             yield FeatureBatch(taken, _encode(compute, volumes, device), unreadable)
             volumes, taken, unreadable = [], [], {}
 
@@ -224,10 +230,13 @@ def _is_faster_in_channels_last(network: nn.Module, device: torch.device) -> boo
     """Return whether convolutions of a network take less time in channels-last on this device.
 
     Measured at 121 x 145 x 121 on an x86_64 CPU: DenseNet121, ResNet18 and U-Net with batch or group norm take 2 to 27 % less.
-    With instance norm, which loses the layout on a CPU, they take 3 to 18 % more.
+    With instance norm, which loses the layout on a CPU, they take 3 to 18 % more. Networks of others may rely on torch's
+    layout, as ``x.view(n, -1)`` does.
     """
+    if device.type != "cpu" or not isinstance(network, PooledEncoder):
+        return False
     x86 = "AVX" in torch.backends.cpu.get_cpu_capability()  # elsewhere it was not measured
-    return device.type == "cpu" and x86 and not any(isinstance(m, nn.InstanceNorm3d) for m in network.modules())
+    return x86 and not any(isinstance(module, nn.InstanceNorm3d) for module in network.modules())
 
 
 @contextmanager

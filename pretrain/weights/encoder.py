@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data_pipeline.storage.manifest import Manifest
-from infra.errors import OPTIONAL_TEXT, OPTIONAL_WHOLE, WHOLE, UserError, check_arguments
+from infra.errors import OPTIONAL_TEXT, OPTIONAL_WHOLE, UserError, check_arguments
 from infra.files import regular_file, sha256_of
 from pretrain.encoders import TRAINING_ONLY, build_encoder
 from pretrain.hub.download import is_address
 from pretrain.weights import seen_scans
-from pretrain.weights.embedding import BATCH_SIZE, embed_table
+from pretrain.weights.embedding import embed_table
 from pretrain.weights.folder import FILES, find_encoder, read_json
 from pretrain.weights.readouts import Readouts, read_readouts
 from pretrain.weights.scan_source import EmbeddableScans, RawScans, ScanSource, scan_source, warning_lines
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
 
     def embed(
         self, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
-        tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE,
+        tiv: Sequence[float] | None = None, batch_size: int | None = None,
         device: str | torch.device | None = None, workers: int | None = None,
         layer: str | None = None, pooling: str | Sequence[str] = "mean", orientation: str = "",
         on_error: Literal["raise", "skip"] = "raise", progress: bool = True, readouts: bool = False,
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
                 with ``manifest``, rows of its table ``scans`` or row numbers (n,).
             manifest: the data set, or its folder or URL, that ``scans`` are rows of.
             tiv: total intracranial volumes in ml, one per path, if the training scans were scaled by them.
-            batch_size: scans per forward pass.
+            batch_size: scans per forward pass; None is 8, and on a CPU fewer if they are large.
             device: ``cpu``, ``cuda``, ...; None is the GPU if there is one. The encoder is moved back afterwards.
             workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
             layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.
@@ -174,8 +174,7 @@ class Encoder(nn.Module):
             UserError: if there are no scans, an argument is wrong, the encoder has no readouts that are asked for, shards or
                 a prepared scan were prepared otherwise, or, with ``on_error="raise"``, a scan cannot be read.
         """
-        check_arguments(WHOLE, batch_size=batch_size)
-        check_arguments(OPTIONAL_WHOLE, workers=workers)
+        check_arguments(OPTIONAL_WHOLE, batch_size=batch_size, workers=workers)
         check_arguments(OPTIONAL_TEXT, layer=layer)
         if on_error not in ON_ERROR:
             raise UserError(f"on_error={on_error!r} is not known; allowed: {', '.join(ON_ERROR)}")
@@ -219,7 +218,7 @@ def _check_files(folder: Path, fix: str) -> None:
 
 def embed(
     encoder: Encoder | str | Path, scans: EmbeddableScans, *, manifest: Manifest | str | Path | None = None,
-    tiv: Sequence[float] | None = None, batch_size: int = BATCH_SIZE, device: str | torch.device | None = None,
+    tiv: Sequence[float] | None = None, batch_size: int | None = None, device: str | torch.device | None = None,
     workers: int | None = None, layer: str | None = None, pooling: str | Sequence[str] = "mean", orientation: str = "",
     on_error: Literal["raise", "skip"] = "raise", progress: bool = True, readouts: bool = False,
     prepare: bool = True, prepared: str | Path | None = None,
@@ -232,7 +231,7 @@ def embed(
             with ``manifest``, rows of its table ``scans`` or row numbers (n,).
         manifest: the data set, or its folder or URL, that ``scans`` are rows of.
         tiv: total intracranial volumes in ml, one per path, if the training scans were scaled by them.
-        batch_size: scans per forward pass.
+        batch_size: scans per forward pass; None is 8, and on a CPU fewer if they are large.
         device: ``cpu``, ``cuda``, ...; None is the GPU if there is one.
         workers: threads that read ahead; 0 reads in the calling thread; None is one per core, at most 8.
         layer: a block of the network (``pretrain.weights.layers.block_names``); None is the encoder's end.

@@ -35,7 +35,7 @@ def encoder():
     [
         (5, {}, "scans=5 is of type int; allowed: paths, a manifest"),
         ([], {}, "there are no scans to embed"),
-        (["a.nii"], {"batch_size": "8"}, "batch_size='8' is of type str; allowed: a whole number"),
+        (["a.nii"], {"batch_size": "8"}, "batch_size='8' is of type str; allowed: a whole number or None"),
         (["a.nii"], {"on_error": "ignore"}, "on_error='ignore' is not known; allowed: raise, skip"),
         (["a.nii"], {"tiv": [1400.0], "layer": "nope"}, "layer='nope' is not a block of this encoder"),
         (["a.nii"], {"tiv": [1400.0], "pooling": "mena"}, "pooling='mena' is not known"),

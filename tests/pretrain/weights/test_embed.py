@@ -17,6 +17,7 @@ import torch
 
 from data_pipeline.cohort.read import read_cohort
 from data_pipeline.storage.manifest import Manifest
+from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import Grid
 from data_pipeline.volume.intensity import zscore
 from data_pipeline.volume.load import load_volume
@@ -160,6 +161,48 @@ def test_the_layout_changes_features_by_rounding_only_and_the_weights_not_at_all
             )
     assert layouts == [is_faster] * 2
     assert [(weight.data_ptr(), weight.stride()) for weight in network.parameters()] == stored
+
+
+class Theirs(torch.nn.Module):
+    """A network of others, which notes how many scans it gets at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.batches = torch.nn.Conv3d(1, 4, 3), []
+
+    def forward(self, volumes):
+        self.batches.append(len(volumes))
+        return self.conv(volumes).view(len(volumes), -1)
+
+
+def test_a_network_of_others_keeps_its_layout():
+    volumes = np.random.default_rng(0).normal(size=(2, 8, 9, 7)).astype(np.float32)
+    source, network = SimpleNamespace(names=["a", "b"], read=lambda position: volumes[position]), Theirs()
+    (batch,) = embedding.embed_source(network, source, [0, 1], device="cpu", progress=False)
+    with torch.no_grad():
+        np.testing.assert_array_equal(batch.features, network(torch.from_numpy(volumes[:, None])).numpy())
+
+
+@pytest.mark.parametrize(
+    ("most_voxels", "batch_size", "batches"),
+    [(10_000_000, None, [8, 3]), (2000, None, [3, 3, 3, 2]), (503, None, [1] * 11), (503, 5, [5, 5, 1])],
+)
+def test_large_scans_have_smaller_batches_on_a_cpu(monkeypatch, most_voxels, batch_size, batches):
+    monkeypatch.setattr(embedding, "BATCH_VOXELS", most_voxels)
+    volume = np.random.default_rng(0).normal(size=(8, 9, 7)).astype(np.float32)  # 504 voxels
+
+    def read(position):
+        if position == 0:
+            raise BadScan("damaged")
+        return volume
+
+    network, source = Theirs(), SimpleNamespace(names=[*"abcdefghijkl"], read=read)
+    found = list(
+        embedding.embed_source(network, source, range(12), batch_size=batch_size, device="cpu", progress=False)
+    )
+    assert network.batches == batches == [len(batch.positions) for batch in found]
+    assert [position for batch in found for position in batch.positions] == [*range(1, 12)]
+    assert found[0].unreadable == {0: "damaged"}
 
 
 def test_a_table_of_paths_brings_its_tiv(tmp_path):
