@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from data_pipeline.loading.loader import volumes
 from data_pipeline.storage.manifest import Manifest
 from infra.files import atomic_write, regular_file
 from infra.progress import Progress
+from pretrain.encoders.cpu_speed import fast_layout, scans_of_a_batch
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.layers import OWN, Block, features_of_blocks
 
-BATCH = 16
+BATCH = 16  # scans, at most
 
 
 def features_of(
@@ -54,10 +56,12 @@ def features_of_each(
     stored = {block: _read(cache) for block, cache in caches.items()}
     missing = np.array([row for row in rows if any(int(row) not in kept for kept in stored.values())], dtype=np.int64)
     if len(missing):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder.eval().to(device)
-        with torch.no_grad(), Progress(len(missing), "scans", title) as progress:
-            for batch_rows, batch in volumes(manifest, missing, BATCH):
+        size = scans_of_a_batch(device, prod(manifest.grid["shape"]), BATCH)
+        layout = fast_layout(encoder.network, device)
+        with torch.no_grad(), layout, Progress(len(missing), "scans", title) as progress:
+            for batch_rows, batch in volumes(manifest, missing, size):
                 for block, values in zip(blocks, compute(batch.to(device)), strict=True):
                     stored[block] |= zip(map(int, batch_rows), values.float().cpu().numpy(), strict=True)
                 progress.advance(len(batch_rows))

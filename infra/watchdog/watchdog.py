@@ -9,9 +9,9 @@ The watchdog ends the job, with one line on every host and exit status 75 (EX_TE
 
 - a rank's process died, or a rank failed with an exception that the others do not share: within ``GRACE_SECONDS``
 - a rank sends no message for T seconds: its process is stopped, or its host is lost or cut off
-- a rank hangs: none has begun fewer phases, and it has been in its last phase for T seconds since the last rank began that
-  phase; before, it may have waited for that rank. Start-up, the first step (which may compile) and checkpoints may take
-  ``SLOW_SECONDS`` if that is longer.
+- a rank hangs: no rank has begun fewer phases, and no rank of its phase has gone on for T seconds. They count from when the
+  last rank had come to that phase: until then the others may have waited for it. Start-up, the first step (which may compile)
+  and checkpoints may take ``SLOW_SECONDS`` if that is longer.
 
 If the hanging code also holds Python's lock, ``faulthandler`` prints the stacks and ends the process after T seconds.
 """
@@ -268,7 +268,7 @@ class Watchdog:
             self._decide(silent or stuck, now)
 
     def _stuck(self, now: float) -> list[RankStatus]:
-        """Return the ranks furthest behind if one of them has been in its phase for too long. Only rank 0 knows all."""
+        """Return the ranks furthest behind if none of them has gone on for too long. Only rank 0 knows all."""
         if self._own.rank != 0 and 0 in self._wires and self._ranks[0].ending != "left":
             return []
         running = [s for s in self._ranks.values() if not s.ending and (s is self._own or s.rank in self._wires)]
@@ -278,9 +278,10 @@ class Watchdog:
         if fewest != self._fewest:  # the last rank has come: its phase, this one or a later one, began no earlier
             self._fewest, self._all_there = fewest, max(s.phase_start for s in running)
         behind = [s for s in running if s.phases_begun == fewest]
-        # If one of them has stopped sending messages, it is to blame; the others only wait in the same phase.
+        # If one of them has stopped sending messages, it is to blame; the others only wait in the same phase. As long as one
+        # of them goes on, those that do not may wait for it.
         behind = [s for s in behind if s is not self._own and now - s.last_message > 3 * self._every + 1] or behind
-        return behind if any(now - max(s.phase_start, self._all_there) > s.phase_limit for s in behind) else []
+        return behind if all(now - max(s.phase_start, self._all_there) > s.phase_limit for s in behind) else []
 
     def _decide(self, culprits: list[RankStatus], now: float) -> None:
         if self._own in culprits:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from data_pipeline.storage.manifest import Manifest
 from infra.errors import UserError
 from infra.files import sha256_of
+from pretrain.encoders.cpu_speed import scans_of_a_batch
 from pretrain.readouts.calibration import Calibration, CalibrationChoice, choose_calibration
 from pretrain.readouts.errors import error_rows, summarise
 from pretrain.readouts.features import FeatureStore, embed_scans
@@ -35,6 +37,7 @@ from pretrain.readouts.solve import (
     nested_ridge,
 )
 from pretrain.readouts.targets import TargetGroup, Targets, read_targets
+from pretrain.weights.embedding import BATCH_SIZE, choose_device
 from pretrain.weights.encoder import Encoder
 from pretrain.weights.readouts import Readout, Readouts
 from pretrain.weights.scan_source import ShardSource
@@ -158,6 +161,9 @@ def fit_readouts(
     left_out, readouts = dict(targets.left_out), dict[str, Readout]()
     if targets.groups:
         about = {"weights": weights, "manifest": manifest.digest}
+        voxels, device = prod(manifest.grid["shape"]), choose_device(settings.device)
+        batch = settings.batch_size or scans_of_a_batch(device, voxels, BATCH_SIZE)
+        settings = replace(settings, batch_size=batch)  # a continued fit makes the same batches, or begins anew
         own = _embed_share(encoder, manifest, targets.rows, settings,
                            _store(work, about, targets.rows, settings, ranks=ranks), ranks=ranks, beat=beat)  # fmt: skip
         for group in targets.groups:

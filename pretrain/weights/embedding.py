@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -27,14 +27,12 @@ from infra.lean_imports import is_own_process
 from infra.processes.allowance import usable_cores
 from infra.processes.kept_memory import keep_freed_memory
 from infra.progress import Progress
-from pretrain.encoders.layers import PooledEncoder
+from pretrain.encoders.cpu_speed import fast_layout, scans_of_a_batch
 from pretrain.weights.layers import Block, features_of_blocks, intermediate_features
 from pretrain.weights.readouts import Readouts
 from pretrain.weights.scan_source import ScanSource
 
 BATCH_SIZE = 8  # most scans of a batch if the caller gives no number
-# Most voxels of such a batch on a CPU, four scans at 121 x 145 x 121. More take as much time for each scan and more memory.
-BATCH_VOXELS = 10_000_000
 MOST_WORKERS = 8  # upper limit of the default number of threads
 Features = Callable[[torch.Tensor], torch.Tensor]  # (B, 1, D, H, W) -> (B, F)
 
@@ -189,8 +187,7 @@ def _batches(
         else:
             taken.append(position)
             volumes.append(volume)
-            if batch_size is None and device.type == "cpu":
-                size = min(BATCH_SIZE, max(1, BATCH_VOXELS // volume.size))
+            size = batch_size or scans_of_a_batch(device, volume.size, BATCH_SIZE)
         if len(volumes) == size or number == len(positions):
             yield FeatureBatch(taken, _encode(compute, volumes, device), unreadable)
             volumes, taken, unreadable = [], [], {}
@@ -220,41 +217,10 @@ def _on_device(network: nn.Module, device: torch.device) -> Iterator[None]:
     before, training = next(network.parameters()).device, network.training
     network.eval().to(device)
     try:
-        with _channels_last(network) if _is_faster_in_channels_last(network, device) else nullcontext():
+        with fast_layout(network, device):
             yield
     finally:
         network.train(training).to(before)
-
-
-def _is_faster_in_channels_last(network: nn.Module, device: torch.device) -> bool:
-    """Return whether convolutions of a network take less time in channels-last on this device.
-
-    Measured at 121 x 145 x 121 on an x86_64 CPU: DenseNet121, ResNet18 and U-Net with batch or group norm take 2 to 27 % less.
-    With instance norm, which loses the layout on a CPU, they take 3 to 18 % more. Networks of others may rely on torch's
-    layout, as ``x.view(n, -1)`` does.
-    """
-    if device.type != "cpu" or not isinstance(network, PooledEncoder):
-        return False
-    x86 = "AVX" in torch.backends.cpu.get_cpu_capability()  # elsewhere it was not measured
-    return x86 and not any(isinstance(module, nn.InstanceNorm3d) for module in network.modules())
-
-
-@contextmanager
-def _channels_last(network: nn.Module) -> Iterator[None]:
-    """Replace the kernels of 3D convolutions by copies in channels-last within the block.
-
-    The layout of its kernel is that of a convolution's output. The kernels themselves stay as they are: they may be parts of
-    another tensor, and a file of weights cannot hold another layout.
-    """
-    kernels = [(weight, weight.data) for weight in network.parameters() if weight.ndim == 5]
-    try:
-        for weight, values in kernels:
-            # With one channel both layouts have the same order in memory, so that .contiguous() would change nothing.
-            weight.data = torch.empty_like(values, memory_format=torch.channels_last_3d).copy_(values)
-        yield
-    finally:
-        for weight, values in kernels:
-            weight.data = values
 
 
 def _read_ahead(

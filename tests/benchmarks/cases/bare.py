@@ -72,13 +72,14 @@ def script(data: str, name: str) -> dict[str, float]:
         return run_measured(command, stdout=subprocess.DEVNULL)
 
 
-def further_scans(data: str, scans: int) -> dict[str, float]:
+def further_scans(data: str, scans: int, channels_last: bool = False) -> dict[str, float]:
     """Measure MONAI's DenseNet121 on scans read with nibabel, one after another; the first is not counted."""
     from monai.networks.nets import DenseNet121
 
     keep_freed_memory()  # as yaware embed does
     found = sorted(Path(data, "full", "cohort").glob("sub-*/**/*.nii.gz"))[: scans + 1]
     network = DenseNet121(spatial_dims=3, in_channels=1, out_channels=512).eval()
+    network.to(memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format)  # type: ignore[call-overload]
 
     def embed(path: Path) -> None:
         volume = np.asarray(nibabel.load(path).dataobj, dtype=np.float32)

@@ -24,10 +24,10 @@ METHOD = """## How it is measured
 
 Every case is a new process that prints its result: CPU seconds, wall-clock seconds, and memory and bytes where they
 matter. In each round every program of a row runs once, and the order is reversed from round to round, so that other
-load meets all of them. The table shows the median of the rounds and their range. A row whose CPU seconds vary by more
-than 15 % of the median in any of its programs is measured again, and marked with \\* if it stays so. The
-two largest losses, training end to end and the roofline are not measured again. *Ours / theirs* below 1 means that
-we are cheaper; it compares CPU seconds, or wall-clock seconds where the row says so. Reading, opening, augmentation,
+load meets all of them. The table shows the median of the rounds, and the range of what is compared: CPU seconds, or
+wall-clock seconds where the row says so. A row in which these vary by more than 15 % of the median in any of its
+programs is measured again, and marked with \\* if they still do. The two largest losses, training end to end and the
+roofline are not measured again. *Ours / theirs* below 1 means that we are cheaper. Reading, opening, augmentation,
 losses, ranks, start and search have one thread for each process; steps, whole commands, training end to end and most
 stages of the roofline have two. *Of this* are parts of the CPU time of a row; *alone* are costs of pieces of the same
 work that were measured apart, and may overlap.
@@ -109,11 +109,13 @@ def _cells(row: Mapping[str, Any], side: Mapping[str, Any]) -> list[str]:
         return [shown, "-", "-", "-", "-", "; ".join(filter(None, [_escaped(row["errors"][name]), side["note"]]))]
     cpu = summary([scale * value for value in values_of(row, name, "cpu")])
     wall = scale * (median_of(row, name, "wall") or 0.0)
+    varied = summary([scale * value for value in values_of(row, name, row["metric"])])
+    unit = " (wall)" if row["metric"] == "wall" else ""
     share = ratio(row, name)
-    compared = "" if share is None else f"{share:.2f}" + (" (wall)" if row["metric"] == "wall" else "")
+    compared = "" if share is None else f"{share:.2f}{unit}"
     return [
-        shown, f"{cpu['median']:.3g} {row['unit']}", f"{cpu['min']:.3g} to {cpu['max']:.3g}", f"{wall:.3g}", compared,
-        "; ".join(filter(None, [side["note"], *_more(row, name)])),
+        shown, f"{cpu['median']:.3g} {row['unit']}", f"{varied['min']:.3g} to {varied['max']:.3g}{unit}",
+        f"{wall:.3g}", compared, "; ".join(filter(None, [side["note"], *_more(row, name)])),
     ]  # fmt: skip
 
 

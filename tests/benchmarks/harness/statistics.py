@@ -16,12 +16,12 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "min": low, "max": high, "spread": (high - low) / median if median > 0 else 0.0}
 
 
-def spread_of(rounds: Rounds) -> float:
-    """Return the largest spread of the CPU seconds over the sides of an attempt; 0 if nothing was measured."""
+def spread_of(rounds: Rounds, key: str = "cpu") -> float:
+    """Return the largest spread of a number (the CPU seconds) over the sides of an attempt; 0 if nothing was measured."""
     sides: dict[str, list[float]] = {}
     for found in rounds:
         for name, result in found.items():
-            sides.setdefault(name, []).append(result["cpu"])
+            sides.setdefault(name, []).append(result[key])
     return max((summary(values)["spread"] for values in sides.values()), default=0.0)
 
 

@@ -1,4 +1,4 @@
-"""Run the sides of a row in turns, each in a new process, and repeat a row whose CPU seconds vary too much."""
+"""Run the sides of a row in turns, each in a new process, and repeat a row whose seconds vary too much."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.benchmarks.harness.row import Row, Side
 from tests.benchmarks.harness.statistics import spread_of
 
 ROOT = Path(__file__).resolve().parents[3]
-MAX_SPREAD = 0.15  # (largest - smallest) / median of the CPU seconds of a side's rounds
+MAX_SPREAD = 0.15  # (largest - smallest) / median of the compared seconds of a side's rounds
 TIMEOUT_S = 1800
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 ITK_THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"  # of TorchIO and nidl, which resample with SimpleITK
@@ -89,7 +89,9 @@ def run_row(
                     failed[side.name] = str(error)
             rounds.append(found)
         rounds = [{name: result for name, result in found.items() if name not in failed} for found in rounds]
-        attempts.append({"load": [before, os.getloadavg()[0]], "spread": spread_of(rounds), "rounds": rounds})
+        attempts.append(
+            {"load": [before, os.getloadavg()[0]], "spread": spread_of(rounds, row.metric), "rounds": rounds}
+        )
     best = min(range(len(attempts)), key=lambda n: attempts[n]["spread"])
     return {
         **row.description(), "attempts": attempts, "chosen": best, "noisy": attempts[best]["spread"] > MAX_SPREAD,

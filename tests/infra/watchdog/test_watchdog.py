@@ -142,6 +142,21 @@ def test_a_rank_that_waited_long_for_a_slow_one_is_not_blamed_when_that_one_come
     assert watch._stuck(now + SECONDS + 0.2) == [waiting], "rank 1 hangs in the exchange"
 
 
+def test_a_rank_that_waits_is_not_blamed_while_another_goes_on_in_the_same_phase():
+    watch, now = Watchdog(SECONDS), time.monotonic()
+    waiting, slow = (RankStatus(rank, "host", "the fitting of the readouts", 9, SECONDS) for rank in (1, 2))
+    watch._own.phases_begun, watch._own.phase_limit = 9, SECONDS
+    watch._ranks |= {1: waiting, 2: slow}
+    watch._wires = {1: object(), 2: object()}
+    watch._own.phase_start = waiting.phase_start = slow.phase_start = now
+    waiting.last_message = slow.last_message = now + 5 * SECONDS  # they send messages all the time
+    assert watch._stuck(now) == []
+    for step in range(1, 4):  # rank 2 embeds its scans, the others have embedded theirs
+        slow.phase_start = now + step * SECONDS
+        assert watch._stuck(now + (step + 0.5) * SECONDS) == []
+    assert watch._stuck(now + 4.5 * SECONDS) == [watch._own, waiting, slow], "none of them has gone on"
+
+
 @pytest.mark.parametrize("late", ["0", pytest.param("1", marks=pytest.mark.jobs)])
 def test_a_rank_that_is_slow_to_connect_is_not_lost(tmp_path, late):
     ranks = start(2, {"late": late, "1": "take twice as long but beat"}, tmp_path, seconds=60)

@@ -7,7 +7,6 @@ import copy
 import inspect
 import io
 import threading
-from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -17,15 +16,13 @@ import torch
 
 from data_pipeline.cohort.read import read_cohort
 from data_pipeline.storage.manifest import Manifest
-from data_pipeline.volume.errors import BadScan
 from data_pipeline.volume.grid import Grid
 from data_pipeline.volume.intensity import zscore
 from data_pipeline.volume.load import load_volume
 from data_pipeline.volume.preparation import scale_factor
 from infra.errors import UserError
 from pretrain import Encoder, embed
-from pretrain.encoders import build_encoder
-from pretrain.weights import embedding
+from pretrain.encoders import cpu_speed
 from pretrain.weights.layers import intermediate_features
 from pretrain.weights.scan_source import check_preprocessing
 from tests.cohorts import GRID, blob, write_cohort
@@ -49,7 +46,7 @@ def folder(tmp_path_factory):
 
 def in_the_layout_of_embed(network):
     """Return a copy of a network in the memory layout in which `embed` uses it on a CPU."""
-    fast = embedding._is_faster_in_channels_last(network, torch.device("cpu"))
+    fast = cpu_speed.is_faster_in_channels_last(network, torch.device("cpu"))
     layout = torch.channels_last_3d if fast else torch.contiguous_format
     return copy.deepcopy(network).to(memory_format=layout)
 
@@ -128,81 +125,6 @@ def test_features_of_a_training_file_equal_those_from_its_shard(tmp_path, manife
     for scans, source in ((rows, manifest), (table, manifest), (table, shards)):
         some = encoder.embed(scans, manifest=source, progress=False)
         np.testing.assert_allclose(some.to_numpy(), from_shards.iloc[rows].to_numpy(), atol=1e-6)
-
-
-@pytest.mark.skipif(
-    "AVX" not in torch.backends.cpu.get_cpu_capability(), reason="the layout is changed on x86_64 CPUs only"
-)
-@pytest.mark.parametrize(("norm", "is_faster"), [("batch", True), ("group", True), ("instance", False)])
-def test_the_layout_changes_features_by_rounding_only_and_the_weights_not_at_all(norm, is_faster):
-    network = build_encoder("resnet18", {"width": 0.25, "norm": norm}).eval()
-    volumes = np.random.default_rng(0).normal(size=(3, 33, 35, 34)).astype(np.float32)
-    with torch.no_grad():
-        plain = network(torch.from_numpy(volumes[:, None])).numpy()
-    layouts, stored = [], [(weight.data_ptr(), weight.stride()) for weight in network.parameters()]
-
-    def note(module, inputs, output):
-        layouts.append(output.is_contiguous(memory_format=torch.channels_last_3d))
-
-    def read(position):
-        if position == 3:
-            raise RuntimeError("the disk has failed")
-        return volumes[position]
-
-    source = SimpleNamespace(names=["a", "b", "c", "d"], read=read)
-    with network.trunk.layer2.register_forward_hook(note):
-        (batch,) = embedding.embed_source(network, source, [0, 1, 2], device="cpu", progress=False)
-        np.testing.assert_allclose(batch.features, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
-        with pytest.raises(RuntimeError, match="the disk has failed"):
-            list(
-                embedding.embed_source(
-                    network, source, [0, 1, 3], batch_size=2, workers=0, device="cpu", progress=False
-                )
-            )
-    assert layouts == [is_faster] * 2
-    assert [(weight.data_ptr(), weight.stride()) for weight in network.parameters()] == stored
-
-
-class Theirs(torch.nn.Module):
-    """A network of others, which notes how many scans it gets at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.batches = torch.nn.Conv3d(1, 4, 3), []
-
-    def forward(self, volumes):
-        self.batches.append(len(volumes))
-        return self.conv(volumes).view(len(volumes), -1)
-
-
-def test_a_network_of_others_keeps_its_layout():
-    volumes = np.random.default_rng(0).normal(size=(2, 8, 9, 7)).astype(np.float32)
-    source, network = SimpleNamespace(names=["a", "b"], read=lambda position: volumes[position]), Theirs()
-    (batch,) = embedding.embed_source(network, source, [0, 1], device="cpu", progress=False)
-    with torch.no_grad():
-        np.testing.assert_array_equal(batch.features, network(torch.from_numpy(volumes[:, None])).numpy())
-
-
-@pytest.mark.parametrize(
-    ("most_voxels", "batch_size", "batches"),
-    [(10_000_000, None, [8, 3]), (2000, None, [3, 3, 3, 2]), (503, None, [1] * 11), (503, 5, [5, 5, 1])],
-)
-def test_large_scans_have_smaller_batches_on_a_cpu(monkeypatch, most_voxels, batch_size, batches):
-    monkeypatch.setattr(embedding, "BATCH_VOXELS", most_voxels)
-    volume = np.random.default_rng(0).normal(size=(8, 9, 7)).astype(np.float32)  # 504 voxels
-
-    def read(position):
-        if position == 0:
-            raise BadScan("damaged")
-        return volume
-
-    network, source = Theirs(), SimpleNamespace(names=[*"abcdefghijkl"], read=read)
-    found = list(
-        embedding.embed_source(network, source, range(12), batch_size=batch_size, device="cpu", progress=False)
-    )
-    assert network.batches == batches == [len(batch.positions) for batch in found]
-    assert [position for batch in found for position in batch.positions] == [*range(1, 12)]
-    assert found[0].unreadable == {0: "damaged"}
 
 
 def test_a_table_of_paths_brings_its_tiv(tmp_path):
