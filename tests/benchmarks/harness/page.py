@@ -15,6 +15,21 @@ MIB = 2**20
 # Beginnings of the names of CPU seconds that are parts of a side's, or were measured apart for comparison.
 PART, BESIDE = "part_", "beside_"
 COMMAND = "make bench"
+EQUAL = 1.005  # lower ratios are shown as 1.00
+_COMMAND = (
+    "nidl writes neither a checkpoint nor records. MLflow's store alone, which the rows show, takes longer than the "
+    "difference."
+)
+# By the beginning of a row's name: why another program can be cheaper.
+REASONS = {
+    "read-raw": "streaming checks nothing. Our read without its checksum, a part that the row shows, takes about as long.",
+    "open-": "streaming reads an index that has no table of the scans. pandas reads our table, but neither computes the "
+    "SHA-256 of the files nor checks any row; the rows show what both cost.",
+    "step": "ZeRO copies weights and gradients in each update. Forward and backward pass take no longer than theirs.",
+    "command": _COMMAND,
+    "pretrain-0": _COMMAND,
+    "embed-further": "the bare loop checks no scan, and ours uses new memory for its first batch.",
+}
 HEAD = f"""# Performance
 
 `{COMMAND}` measures this project beside the programs that do the same work, on the CPUs of one machine, and writes this
@@ -64,8 +79,30 @@ def text_of(content: Mapping[str, Any], images: Sequence[tuple[str, Path]] = ())
     for section in sections:
         lines += [f"## {section}", "", *_table([row for row in content["rows"] if row["section"] == section]), ""]
         lines += [f"![{title}]({image})\n" for title, image in images[1:] if title.startswith(section)]
-    lines += [*roofline.section(content), METHOD]
+    lines += [*cheaper(content), *roofline.section(content), METHOD]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def reason(name: str) -> str:
+    """Return why another program can be cheaper in the row of a name."""
+    found = (text for beginning, text in REASONS.items() if name.startswith(beginning))
+    return next(found, "not explained yet.")
+
+
+def cheaper(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines about rows in which others are cheaper: for each reason the rows and the ratios."""
+    by_reason: dict[str, list[str]] = {}
+    for row in content["rows"]:
+        if row["section"] == "Roofline":
+            continue
+        peers = [side["name"] for side in row["sides"][1:] if not side["name"].startswith("ours")]
+        above = [f"{name} ({value:.2f})" for name in peers if (value := ratio(row, name)) and value >= EQUAL]
+        if above:
+            by_reason.setdefault(reason(row["name"]), []).append(f"{row['title']}, beside {', '.join(above)}")
+    if by_reason:
+        yield from ("## Where others are cheaper", "")
+        yield from (f"- {'; '.join(rows)}: {text}" for text, rows in by_reason.items())
+        yield ""
 
 
 def placeholder() -> str:

@@ -12,7 +12,7 @@ from pretrain.config import load_recipe
 from pretrain.forecast.operations import plain_model, scan_flops
 from tests.benchmarks.harness import page, roofline
 from tests.benchmarks.harness.command import RESULT
-from tests.benchmarks.harness.statistics import median_of
+from tests.benchmarks.harness.statistics import median_of, ratio
 from tests.benchmarks.harness.table import Sizes, rows_of
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
@@ -143,6 +143,18 @@ def test_the_committed_page_is_that_of_the_committed_result():
 
 
 @pytest.mark.jobs
+def test_every_committed_row_in_which_another_is_cheaper_has_its_reason():
+    rows = [row for row in json.loads(RESULT.read_text())["rows"] if row["section"] != "Roofline"]
+    above = [row for row in rows for side in row["sides"][1:] if (ratio(row, side["name"]) or 0) >= page.EQUAL]
+    lines = list(page.cheaper({"rows": rows}))
+    for row in above:
+        (line,) = [line for line in lines if f"{row['title']}, beside" in line]
+        assert line.endswith(page.reason(row["name"]))
+        assert "not explained" not in line
+    assert all(" (0." not in line and " (1.00)" not in line for line in lines)
+    assert list(page.cheaper({"rows": [row for row in rows if row not in above]})) == []
+
+
 def test_operations_and_bytes_follow_from_the_recipe():
     grid, recipe = (33, 33, 33), load_recipe(roofline.RECIPE, [])
     count = roofline.counts(grid, stored=1000.0)
