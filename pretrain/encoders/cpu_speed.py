@@ -40,12 +40,12 @@ def fast_layout(network: nn.Module, device: torch.device) -> Iterator[None]:
     with _lock:
         users, kernels = _in_use.get(network, (0, []))
         if not users:
-            for weight in network.parameters():
-                if weight.ndim == 5:
-                    kernels.append((weight, weight.data))
-                    # With one channel both layouts have the same order in memory; .contiguous() would change nothing.
-                    copy = torch.empty_like(weight.data, memory_format=torch.channels_last_3d)
-                    weight.data = copy.copy_(weight.data)
+            kernels = [(weight, weight.data) for weight in network.parameters() if weight.ndim == 5]
+            # With one channel both layouts have the same order in memory; .contiguous() would change nothing. All copies are
+            # made before the first is used: if memory runs out, the network is as it was.
+            copies = [torch.empty_like(k, memory_format=torch.channels_last_3d).copy_(k) for _, k in kernels]
+            for (weight, _), copy in zip(kernels, copies, strict=True):
+                weight.data = copy
         _in_use[network] = users + 1, kernels
     try:
         yield

@@ -125,12 +125,18 @@ def test_slow_ranks_that_make_progress_are_not_ended(tmp_path):
     assert all((tmp_path / f"rank{rank}.log").read_text().strip().endswith("done") for rank in range(2))
 
 
-def test_a_rank_that_waited_long_for_a_slow_one_is_not_blamed_when_that_one_comes():
-    watch, now = Watchdog(SECONDS), time.monotonic()
-    waiting, slow = (RankStatus(rank, "host", "the exchange of step 7", 9, SECONDS) for rank in (1, 2))
+def watchdog_of_three():
+    """Return the watchdog of rank 0, and what it knows of ranks 1 and 2; all have begun nine phases."""
+    watch = Watchdog(SECONDS)
+    others = {rank: RankStatus(rank, "host", "the ninth phase", 9, SECONDS) for rank in (1, 2)}
     watch._own.phases_begun, watch._own.phase_limit = 9, SECONDS
-    watch._ranks |= {1: waiting, 2: slow}
-    watch._wires = {1: object(), 2: object()}
+    watch._ranks |= others
+    watch._wires = dict.fromkeys(others, object())
+    return watch, others[1], others[2]
+
+
+def test_a_rank_that_waited_long_for_a_slow_one_is_not_blamed_when_that_one_comes():
+    (watch, waiting, slow), now = watchdog_of_three(), time.monotonic()
     watch._own.phase_start = waiting.phase_start = now - 2 * SECONDS
     slow.phases_begun, slow.phase_start = 8, now
     assert watch._stuck(now) == [], "the slow rank is in its loading and has just beaten"
@@ -143,11 +149,7 @@ def test_a_rank_that_waited_long_for_a_slow_one_is_not_blamed_when_that_one_come
 
 
 def test_a_rank_that_waits_is_not_blamed_while_another_goes_on_in_the_same_phase():
-    watch, now = Watchdog(SECONDS), time.monotonic()
-    waiting, slow = (RankStatus(rank, "host", "the fitting of the readouts", 9, SECONDS) for rank in (1, 2))
-    watch._own.phases_begun, watch._own.phase_limit = 9, SECONDS
-    watch._ranks |= {1: waiting, 2: slow}
-    watch._wires = {1: object(), 2: object()}
+    (watch, waiting, slow), now = watchdog_of_three(), time.monotonic()
     watch._own.phase_start = waiting.phase_start = slow.phase_start = now
     waiting.last_message = slow.last_message = now + 5 * SECONDS  # they send messages all the time
     assert watch._stuck(now) == []

@@ -66,6 +66,23 @@ def test_uses_of_a_network_at_the_same_time_leave_its_weights_as_they_were(monke
     assert [(weight.data_ptr(), weight.stride()) for weight in network.parameters()] == stored
 
 
+def test_a_network_is_as_it_was_if_memory_runs_out(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    network, made = build_encoder("resnet10", {"width": 0.25}), []
+    stored = [(weight.data_ptr(), weight.stride()) for weight in network.parameters()]
+
+    def full(tensor, **options):
+        if len(made) == 3:
+            raise MemoryError
+        made.append(tensor.new_empty(tensor.shape))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty_like", full)
+    with pytest.raises(MemoryError), cpu_speed.fast_layout(network, torch.device("cpu")):
+        pytest.fail("the block ran")
+    assert [(weight.data_ptr(), weight.stride()) for weight in network.parameters()] == stored
+
+
 @pytest.mark.parametrize(
     ("capability", "device", "is_faster"),
     [("AVX512", "cpu", True), ("AVX2", "cpu", True), ("NO AVX", "cpu", False), ("DEFAULT", "cpu", False),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import io
 import threading
@@ -22,7 +21,7 @@ from data_pipeline.volume.load import load_volume
 from data_pipeline.volume.preparation import scale_factor
 from infra.errors import UserError
 from pretrain import Encoder, embed
-from pretrain.encoders import cpu_speed
+from pretrain.encoders.cpu_speed import fast_layout
 from pretrain.weights.layers import intermediate_features
 from pretrain.weights.scan_source import check_preprocessing
 from tests.cohorts import GRID, blob, write_cohort
@@ -44,17 +43,10 @@ def folder(tmp_path_factory):
     return root / "encoder", write_scans(root / "scans", 11)
 
 
-def in_the_layout_of_embed(network):
-    """Return a copy of a network in the memory layout in which `embed` uses it on a CPU."""
-    fast = cpu_speed.is_faster_in_channels_last(network, torch.device("cpu"))
-    layout = torch.channels_last_3d if fast else torch.contiguous_format
-    return copy.deepcopy(network).to(memory_format=layout)
-
-
 def features_of(network, volumes):
     batch = torch.from_numpy(np.stack([zscore(volume)[None] for volume in volumes]))
-    with torch.no_grad():
-        return in_the_layout_of_embed(network)(batch).numpy()
+    with torch.no_grad(), fast_layout(network, torch.device("cpu")):
+        return network(batch).numpy()
 
 
 @pytest.mark.parametrize(
@@ -156,9 +148,8 @@ def test_a_tiv_that_would_not_be_used_is_refused(folder, manifest):
 def test_features_of_a_block_are_pooled_over_its_voxels(folder):
     encoder, paths = Encoder.from_pretrained(folder[0]), folder[1][:3]
     volumes = torch.from_numpy(np.stack([zscore(load_volume(path, GRID))[None] for path in paths]))
-    with torch.no_grad():
-        network = in_the_layout_of_embed(encoder.network)
-        expected = intermediate_features(network, "layer2", ["max", "std"])(volumes).numpy()
+    with torch.no_grad(), fast_layout(encoder.network, torch.device("cpu")):
+        expected = intermediate_features(encoder.network, "layer2", ["max", "std"])(volumes).numpy()
     table = encoder.embed(paths, layer="layer2", pooling=("max", "std"), progress=False)
     np.testing.assert_allclose(table.to_numpy(), expected, atol=1e-6)
     assert encoder.embed(paths, layer="layer2", progress=False).shape == (3, expected.shape[1] // 2)
