@@ -54,6 +54,17 @@ def test_a_noisy_row_is_measured_again_and_the_quieter_attempt_counts():
     assert (len(found["attempts"]), found["chosen"], found["noisy"]) == (2, 0, True)
 
 
+@pytest.mark.parametrize(("metric", "attempts"), [("cpu", 1), ("wall", 2)])
+def test_the_noise_of_a_row_is_that_of_the_seconds_that_it_compares(metric, attempts):
+    seconds = iter([1.0, 2.0, 1.5, 1.5])
+
+    def run(side):
+        return {"cpu": 1.0, "wall": next(seconds) if side.name == "ours" else 4.0}
+
+    found = run_row(row(rounds=2, metric=metric), run)
+    assert (len(found["attempts"]), found["chosen"], found["noisy"]) == (attempts, attempts - 1, False)
+
+
 def test_a_noisy_row_is_not_measured_again_without_repeats_or_time():
     for more, repeat in (({"repeats": 0}, True), ({}, False)):
         run, ran = runner({"ours": [1.0, 2.0], "theirs": [4.0, 4.0]})
