@@ -25,7 +25,7 @@ from tests.benchmarks.harness.turns import MAX_SPREAD, CaseFailed, Result, run_c
 
 NO_PEERS = "none"
 NOT_MEASURED = "not measured: --peers none"
-RESULT = "performance.json"
+RESULT_FILENAME = "performance.json"
 
 
 @dataclass
@@ -188,9 +188,9 @@ def run_all(chosen: argparse.Namespace) -> int:
         "seconds": sum(row["seconds"] for row in results), "data_errors": bench.failed, "rows": results,
         "roofline": counts_of(results),
     }  # fmt: skip
-    write_json(bench.out / RESULT, content)
+    write_json(bench.out / RESULT_FILENAME, content)
     page.write(content, bench.out / "performance.md", bench.out / "figures")
-    print(f"bench: {bench.out / RESULT} and {bench.out / 'performance.md'} are written", flush=True)
+    print(f"bench: {bench.out / RESULT_FILENAME} and {bench.out / 'performance.md'} are written", flush=True)
     if chosen.rows is None and not chosen.quick and peers is not None:
         publish(content)
     return report_failures(results)
@@ -246,7 +246,7 @@ def report_failures(results: Sequence[Mapping[str, Any]]) -> int:
 def publish(content: Mapping[str, Any]) -> None:
     """Write the page, its figures and the result below docs."""
     docs = machine.ROOT / "docs"
-    result = docs / "benchmarks" / RESULT
+    result = docs / "benchmarks" / RESULT_FILENAME
     write_json(result, dict(content))
     # From the file, which has an order of its own: so the page can be made again from it.
     page.write(json.loads(result.read_text()), docs / "performance.md", docs / "figures")

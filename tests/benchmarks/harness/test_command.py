@@ -171,7 +171,7 @@ def test_the_command_measures_writes_and_continues(tmp_path):
 
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads((tmp_path / command.RESULT).read_text())
+    content = json.loads((tmp_path / command.RESULT_FILENAME).read_text())
     assert [row["name"] for row in content["rows"]] == rows.split(",")
     ours = ({"ours", "nibabel"}, {"ours", "ours, shards", "npy"})
     theirs = ({"webdataset", "streaming, unpacking"}, {"litdata", "streaming, raw", "streaming, unpacked"})
@@ -184,7 +184,7 @@ def test_the_command_measures_writes_and_continues(tmp_path):
     assert "## Roofline of the main recipe" in (tmp_path / "performance.md").read_text()
     again = run()
     assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / command.RESULT).read_text())["rows"] == content["rows"]
+    assert json.loads((tmp_path / command.RESULT_FILENAME).read_text())["rows"] == content["rows"]
 
 
 def test_the_help_can_be_shown(capsys):

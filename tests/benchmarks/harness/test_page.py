@@ -11,11 +11,12 @@ import pytest
 from pretrain.config import load_recipe
 from pretrain.forecast.operations import plain_model, scan_flops
 from tests.benchmarks.harness import page, roofline
-from tests.benchmarks.harness.command import RESULT
+from tests.benchmarks.harness.command import RESULT_FILENAME
 from tests.benchmarks.harness.statistics import median_of, ratio
 from tests.benchmarks.harness.table import Sizes, rows_of
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
+COMMITTED = DOCS / "benchmarks" / RESULT_FILENAME
 COUNT = {
     "read": {"flops": 0.0, "bytes": 5e6}, "augmentation": {"flops": 1e7, "bytes": 2e7},
     "transfer": {"flops": 0.0, "bytes": 1e7}, "network": {"flops": 5e11, "bytes": 2e10},
@@ -113,7 +114,7 @@ def test_a_page_without_results_has_no_tables():
 
 
 def test_the_costs_of_reading_in_docs_data_are_those_of_the_committed_result():
-    result = json.loads((DOCS / "benchmarks" / RESULT).read_text())
+    result = json.loads(COMMITTED.read_text())
     row = {row["name"]: row for row in result["rows"]}
 
     def ms(name, side="ours", field="cpu"):
@@ -132,18 +133,17 @@ def test_the_costs_of_reading_in_docs_data_are_those_of_the_committed_result():
 
 
 def test_the_committed_page_is_that_of_the_committed_result():
-    result = DOCS / "benchmarks" / RESULT
     text = (DOCS / "performance.md").read_text()
-    if not result.exists():
+    if not COMMITTED.exists():
         assert text == page.placeholder()
         return
     images = re.findall(r"!\[([^]]*)\]\(([^)]+)\)", text)
     assert all((DOCS / image).is_file() for _, image in images)
-    assert text == page.text_of(json.loads(result.read_text()), [(title, Path(image)) for title, image in images])
+    assert text == page.text_of(json.loads(COMMITTED.read_text()), [(title, Path(image)) for title, image in images])
 
 
 def test_every_committed_row_in_which_another_is_cheaper_has_its_reason():
-    rows = [row for row in json.loads((DOCS / "benchmarks" / RESULT).read_text())["rows"] if row["section"] != "Roofline"]
+    rows = [row for row in json.loads(COMMITTED.read_text())["rows"] if row["section"] != "Roofline"]
     above = [row for row in rows for side in row["sides"][1:] if (ratio(row, side["name"]) or 0) >= page.EQUAL]
     lines = list(page.cheaper({"rows": rows}))
     for row in above:
