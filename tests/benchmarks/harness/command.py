@@ -26,6 +26,7 @@ from tests.benchmarks.harness.turns import MAX_SPREAD, CaseFailed, Result, run_c
 NO_PEERS = "none"
 NOT_MEASURED = "not measured: --peers none"
 RESULT_FILENAME = "performance.json"
+APART = "performance_*.json"  # results of rows that run only if they are named
 
 
 @dataclass
@@ -191,8 +192,11 @@ def run_all(chosen: argparse.Namespace) -> int:
     write_json(bench.out / RESULT_FILENAME, content)
     page.write(content, bench.out / "performance.md", bench.out / "figures")
     print(f"bench: {bench.out / RESULT_FILENAME} and {bench.out / 'performance.md'} are written", flush=True)
-    if chosen.rows is None and not chosen.quick and peers is not None:
-        publish(content)
+    if not chosen.quick and peers is not None:
+        if chosen.rows is None:
+            publish(content)
+        elif [row.optional for row in rows] == [True]:
+            publish_apart(content)
     return report_failures(results)
 
 
@@ -243,14 +247,25 @@ def report_failures(results: Sequence[Mapping[str, Any]]) -> int:
     return 1 if failed else 0
 
 
-def publish(content: Mapping[str, Any]) -> None:
-    """Write the page, its figures and the result below docs."""
-    docs = machine.ROOT / "docs"
+def publish(content: Mapping[str, Any], docs: Path = machine.ROOT / "docs") -> None:
+    """Write the page, its figures and the result below docs; the page also shows the committed results of single rows."""
     result = docs / "benchmarks" / RESULT_FILENAME
     write_json(result, dict(content))
     # From the file, which has an order of its own: so the page can be made again from it.
-    page.write(json.loads(result.read_text()), docs / "performance.md", docs / "figures")
+    page.write(json.loads(result.read_text()), docs / "performance.md", docs / "figures", apart_in(docs))
     print("bench: docs/performance.md is written", flush=True)
+
+
+def publish_apart(content: Mapping[str, Any], docs: Path = machine.ROOT / "docs") -> None:
+    """Write the result of one row that ``make bench`` leaves out below docs, and the page with it."""
+    folder, name = docs / "benchmarks", content["rows"][0]["name"]
+    write_json(folder / APART.replace("*", name), dict(content))
+    publish(json.loads((folder / RESULT_FILENAME).read_text()), docs)
+
+
+def apart_in(docs: Path) -> list[dict[str, Any]]:
+    """Return the results below docs of the rows that ``make bench`` leaves out."""
+    return [json.loads(path.read_text()) for path in sorted((docs / "benchmarks").glob(APART))]
 
 
 def main(arguments: Sequence[str]) -> int:

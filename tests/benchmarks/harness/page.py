@@ -41,8 +41,8 @@ Every case is a new process that prints its result: CPU seconds, wall-clock seco
 matter. In each round every program of a row runs once, and the order is reversed from round to round, so that other
 load meets all of them. The table shows the median of the rounds, and the range of what is compared: CPU seconds, or
 wall-clock seconds where the row says so. A row in which these vary by more than 15 % of the median in any of its
-programs is measured again, and marked with \\* if they still do. The two largest losses, training end to end and the
-roofline are not measured again. *Ours / theirs* below 1 means that we are cheaper. Reading, opening, augmentation,
+programs is measured again, and marked with \\* if they still do. The two largest losses, training end to end, the
+roofline and what is measured apart are not measured again. *Ours / theirs* below 1 means that we are cheaper. Reading, opening, augmentation,
 losses, ranks, start and search have one thread for each process; steps, whole commands, training end to end and most
 stages of the roofline have two. *Of this* are parts of the CPU time of a row; *alone* are costs of pieces of the same
 work that were measured apart, and may overlap.
@@ -54,7 +54,8 @@ beside torch for CPUs, and no row needs it. MONAI's network and nibabel also run
 
     make bench                                                            # all rows, under 40 minutes on two idle cores
     python -m tests.benchmarks --rows 'read*,loss-*' --peers none         # some rows, without the others
-    python -m tests.benchmarks --list                                     # the rows; search-large runs only if it is named
+    python -m tests.benchmarks --list                                     # the rows and how long each takes
+    python -m tests.benchmarks --rows search-large                        # runs only if it is named (a quarter of an hour)
 
 Finished rows are kept in the folder of the results (`--out`, by default `bench`), so that a run that was cut off
 continues. They are measured again if the code, the versions or the machine have changed.
@@ -62,15 +63,20 @@ continues. They are measured again if the code, the versions or the machine have
 EMPTY = f"No result is here yet: `{COMMAND}` on idle cores replaces this page by its tables and figures.\n"
 
 
-def write(content: Mapping[str, Any], path: Path, images: Path) -> None:
-    """Write the page to ``path`` and its figures into the folder ``images`` beside or above it."""
+def write(content: Mapping[str, Any], path: Path, images: Path, apart: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write the page to ``path`` and its figures into the folder ``images`` beside or above it.
+
+    ``apart`` holds the results of runs of their own: rows that ``make bench`` leaves out because they take long.
+    """
     drawn = figures.draw(content, images)
     folder = Path("figures") if images.name == "figures" else images
     with atomic_write(path, "w") as stream:
-        stream.write(text_of(content, [(title, folder / name) for title, name in drawn]))
+        stream.write(text_of(content, [(title, folder / name) for title, name in drawn], apart))
 
 
-def text_of(content: Mapping[str, Any], images: Sequence[tuple[str, Path]] = ()) -> str:
+def text_of(
+    content: Mapping[str, Any], images: Sequence[tuple[str, Path]] = (), apart: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """Return the page as Markdown."""
     lines = [HEAD, *_machine(content)]
     for title, image in images[:1]:
@@ -79,7 +85,10 @@ def text_of(content: Mapping[str, Any], images: Sequence[tuple[str, Path]] = ())
     for section in sections:
         lines += [f"## {section}", "", *_table([row for row in content["rows"] if row["section"] == section]), ""]
         lines += [f"![{title}]({image})\n" for title, image in images[1:] if title.startswith(section)]
-    lines += [*cheaper(content), *roofline.section(content), METHOD]
+    for other in apart:
+        lines += ["## Measured apart", "", *_measured(other), *_table(other["rows"]), ""]
+    rows = [row for result in (content, *apart) for row in result["rows"]]
+    lines += [*cheaper(rows), *roofline.section(content), METHOD]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -89,10 +98,10 @@ def reason(name: str) -> str:
     return next(found, "not explained yet.")
 
 
-def cheaper(content: Mapping[str, Any]) -> Iterator[str]:
+def cheaper(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the lines about rows in which others are cheaper: for each reason the rows and the ratios."""
     by_reason: dict[str, list[str]] = {}
-    for row in content["rows"]:
+    for row in rows:
         if row["section"] == "Roofline":
             continue
         peers = [side["name"] for side in row["sides"][1:] if not side["name"].startswith("ours")]
@@ -101,7 +110,7 @@ def cheaper(content: Mapping[str, Any]) -> Iterator[str]:
             by_reason.setdefault(reason(row["name"]), []).append(f"{row['title']}, beside {', '.join(above)}")
     if by_reason:
         yield from ("## Where others are cheaper", "")
-        yield from (f"- {'; '.join(rows)}: {text}" for text, rows in by_reason.items())
+        yield from (f"- {'; '.join(found)}: {text}" for text, found in by_reason.items())
         yield ""
 
 
@@ -110,7 +119,8 @@ def placeholder() -> str:
     return f"{HEAD}\n{EMPTY}\n{METHOD}".rstrip() + "\n"
 
 
-def _machine(content: Mapping[str, Any]) -> Iterator[str]:
+def _measured(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield when, where, with which commit and by which command."""
     hardware, load = content["hardware"], content["load"]
     date = time.strftime("%Y-%m-%d", time.gmtime(content["started"]))
     changed = ", with changes that are not committed" if content["dirty"] == "true" else ""
@@ -121,6 +131,10 @@ def _machine(content: Mapping[str, Any]) -> Iterator[str]:
         f"{content['seconds'] / 60:.0f} minutes."
     )
     yield ""
+
+
+def _machine(content: Mapping[str, Any]) -> Iterator[str]:
+    yield from _measured(content)
     for whose, versions in (("Ours", content["versions"]), ("The others", content["peers"])):
         if versions:
             yield f"{whose}: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."

@@ -11,7 +11,7 @@ import pytest
 from pretrain.config import load_recipe
 from pretrain.forecast.operations import plain_model, scan_flops
 from tests.benchmarks.harness import page, roofline
-from tests.benchmarks.harness.command import RESULT_FILENAME
+from tests.benchmarks.harness.command import RESULT_FILENAME, apart_in, publish_apart
 from tests.benchmarks.harness.statistics import median_of, ratio
 from tests.benchmarks.harness.table import Sizes, rows_of
 
@@ -139,19 +139,37 @@ def test_the_committed_page_is_that_of_the_committed_result():
         return
     images = re.findall(r"!\[([^]]*)\]\(([^)]+)\)", text)
     assert all((DOCS / image).is_file() for _, image in images)
-    assert text == page.text_of(json.loads(COMMITTED.read_text()), [(title, Path(image)) for title, image in images])
+    shown = [(title, Path(image)) for title, image in images]
+    assert text == page.text_of(json.loads(COMMITTED.read_text()), shown, apart_in(DOCS))
+
+
+def test_a_row_that_runs_only_if_it_is_named_joins_the_page(content, tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / RESULT_FILENAME).write_text(json.dumps(content))
+    (row,) = [row for row in rows_of(Sizes()) if row.name == "search-large"]
+    command = "python -m tests.benchmarks --rows 'search-large'"
+    result = measured(row, {"ours": [12.0], "scikit-learn": [10.0]})
+    for seconds in (1.0, 1500.0):  # the second takes the place of the first
+        publish_apart({**content, "rows": [result], "command": command, "seconds": seconds}, tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    assert text.count("## Measured apart") == 1
+    assert f"`{command}`, 25 minutes." in text
+    assert "| nested tuned probe, 10,000 x 2,560 | **ours** | 12 s |" in text
+    assert "- nested tuned probe, 10,000 x 2,560, beside scikit-learn (1.20): not explained yet." in text
+    assert (tmp_path / "figures").is_dir()
 
 
 def test_every_committed_row_in_which_another_is_cheaper_has_its_reason():
-    rows = [row for row in json.loads(COMMITTED.read_text())["rows"] if row["section"] != "Roofline"]
+    results = [json.loads(COMMITTED.read_text()), *apart_in(DOCS)]
+    rows = [row for result in results for row in result["rows"] if row["section"] != "Roofline"]
     above = [row for row in rows for side in row["sides"][1:] if (ratio(row, side["name"]) or 0) >= page.EQUAL]
-    lines = list(page.cheaper({"rows": rows}))
+    lines = list(page.cheaper(rows))
     for row in above:
         (line,) = [line for line in lines if f"{row['title']}, beside" in line]
         assert line.endswith(page.reason(row["name"]))
         assert "not explained" not in line
     assert all(" (0." not in line and " (1.00)" not in line for line in lines)
-    assert list(page.cheaper({"rows": [row for row in rows if row not in above]})) == []
+    assert list(page.cheaper([row for row in rows if row not in above])) == []
 
 
 @pytest.mark.jobs
