@@ -44,10 +44,10 @@ def single(settings: Augmentation, operator: str, p: float) -> Augmentation:
 
 @contextmanager
 def graph(
-    settings: Augmentation, device: str, shape: tuple[int, ...] = SHAPE, batch: int = BATCH
+    settings: Augmentation, device: str, shape: tuple[int, ...] = SHAPE, batch: int = BATCH, seed: int = 0
 ) -> Iterator[Callable[[], Any]]:
     """Give a function that augments the two views of a batch of scans in the DALI graph, after its first calls."""
-    voxels, sampler = volume(shape), ViewSampler(settings, shape, 0)
+    voxels, sampler = volume(shape), ViewSampler(settings, shape, seed)
     noise_bank(shape, 0)  # built once per run, so it is not measured
 
     def source(step: int) -> list[list[Any]]:

@@ -33,7 +33,7 @@ def scans(data: str, name: str, scans: int, spacing: float) -> dict[str, float]:
 
 
 def raw(data: str, spacing: float) -> dict[str, float]:
-    """Write the scans of the read rows raw: as shards of the codec npy, and unpacked beside the packed shards."""
+    """Write the scans of the read rows raw: as shards of the codec npy, unpacked beside the packed shards, and as .npy."""
     folder = Path(data, "full")
     with ray_cluster.session(1):
         build_shards(
@@ -41,8 +41,9 @@ def raw(data: str, spacing: float) -> dict[str, float]:
             splits={"pretrain": 1.0}, codec="npy",
         )  # fmt: skip
     kept = Manifest.load(folder / "shards", Access(unpacked=str(folder / "unpacked")))
+    (folder / "npy-float16").mkdir()
     for row in kept.rows():
-        kept.read_volume(int(row))
+        np.save(folder / "npy-float16" / f"{row:05d}.npy", kept.read_volume(int(row)))
     return NOTHING
 
 

@@ -48,11 +48,11 @@ def loss(scans: int, repeats: int, form: str = "tiled") -> dict[str, Any]:
     return {**measured(work, repeats), "peak": memory.peak_bytes() - before, "check": values[-1]}
 
 
-def augmentation(preset: str, scans: int) -> dict[str, float]:
+def augmentation(preset: str, scans: int, seed: int = 0) -> dict[str, float]:
     """Measure two views of ``scans`` scans of 121 x 145 x 121 in the DALI graph; seconds of a view."""
     torch.set_num_threads(1)
     calls = max(1, scans // bench_augment.BATCH)
-    with bench_augment.graph(PRESETS[preset], "cpu") as run:
+    with bench_augment.graph(PRESETS[preset], "cpu", seed=seed) as run:
         return measured(lambda: [run() for _ in range(calls)], 2 * bench_augment.BATCH * calls)
 
 

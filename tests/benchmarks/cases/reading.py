@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -80,15 +79,15 @@ def nifti(data: str, cold: bool = False) -> dict[str, Any]:
     return read_all(folder, lambda: read, len(paths), cold)
 
 
-def npy(data: str, cold: bool = False) -> dict[str, Any]:
-    """Read every scan from a float32 .npy file."""
-    folder = Path(data, "full", "npy")
-    paths = sorted(folder.glob("*.npy"))
-    return read_all(folder, lambda: lambda: sum(voxel(np.load(path)) for path in paths), count(data), cold)
+def npy(data: str, cold: bool = False, folder: str = "npy") -> dict[str, Any]:
+    """Read every scan from a .npy file: float32, or float16 with the folder ``npy-float16``."""
+    place = Path(data, "full", folder)
+    paths = sorted(place.glob("*.npy"))
+    return read_all(place, lambda: lambda: sum(voxel(np.load(path)) for path in paths), count(data), cold)
 
 
 def open_table(data: str, scans: int) -> dict[str, Any]:
-    """Load a manifest of many scans: open, check and parse it. Its parts are seconds outside the kernel, and the kernel's."""
+    """Load a manifest of many scans: open, check and parse it. Its parts are CPU seconds, those in the kernel too."""
     folder = Path(data, "index", f"ours-{scans}")
     parts = {"files, SHA-256": 0.0, "table": 0.0, "checks": 0.0}
     spots = (
@@ -100,7 +99,7 @@ def open_table(data: str, scans: int) -> dict[str, Any]:
     with ExitStack() as stack:
         for part, module, name in spots:
             stack.enter_context(mock.patch.object(module, name, _timed(getattr(module, name), parts, part)))
-        result = _with_kernel(lambda: found.append(Manifest.load(folder)))
+        result = measured(lambda: found.append(Manifest.load(folder)))
     parts["table"] -= parts["checks"]
     return {
         **result,
@@ -115,27 +114,20 @@ def open_with_pandas(data: str, scans: int) -> dict[str, Any]:
 
     found: list[pd.DataFrame] = []
     path = Path(data, "index", f"ours-{scans}", SCANS)
-    result = _with_kernel(lambda: found.append(pd.read_parquet(path, engine="pyarrow")))
+    result = measured(lambda: found.append(pd.read_parquet(path, engine="pyarrow")))
     return {**result, "check": float(len(found[0]))}
 
 
 def _timed(function: Callable[..., Any], parts: dict[str, float], part: str) -> Callable[..., Any]:
-    """Return a function that adds its CPU seconds outside the kernel to a part."""
+    """Return a function that adds its CPU seconds to a part."""
 
     def call(*arguments: Any) -> Any:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+        before = time.process_time()
         result = function(*arguments)
-        parts[part] += resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
+        parts[part] += time.process_time() - before
         return result
 
     return call
-
-
-def _with_kernel(work: Callable[[], Any]) -> dict[str, float]:
-    """Return what `measured` returns, and the part that the kernel takes, most of it for memory that is used the first time."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_stime
-    found = measured(work)
-    return {**found, "part_kernel": resource.getrusage(resource.RUSAGE_SELF).ru_stime - before}
 
 
 def rows_of_a_split(data: str, scans: int) -> dict[str, Any]:

@@ -11,13 +11,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
-from tests.benchmarks.harness.measure import run_measured
+from tests.benchmarks.harness.measure import run_measured, until_first_line
 from tests.cohorts import write_cohort
 
 YAWARE = [sys.executable, "-m", "infra.cli"]
@@ -32,19 +29,6 @@ def whole(command: list[str]) -> tuple[float, float]:
 def first_line(command: list[str]) -> tuple[float, float]:
     """Start a command and stop it at its first line; return its CPU seconds and its seconds until then."""
     return until_first_line([*YAWARE, *command], "evaluate:")
-
-
-def until_first_line(command: list[str], beginning: str) -> tuple[float, float]:
-    """Start a process and stop it at its first line; return its CPU seconds and its seconds until then."""
-    started = time.perf_counter()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        line = process.stdout.readline() if process.stdout else ""
-        seconds, used = time.perf_counter() - started, psutil.Process(process.pid).cpu_times()
-        process.terminate()
-        if not line.startswith(beginning):
-            raise RuntimeError(f"the first line of {command} is {line!r}")
-    return used.user + used.system, seconds
 
 
 def pretraining(folder: Path) -> list[str]:

@@ -26,6 +26,7 @@ from tests.benchmarks.harness.turns import MAX_SPREAD, CaseFailed, Result, run_c
 NO_PEERS = "none"
 NOT_MEASURED = "not measured: --peers none"
 RESULT_FILENAME = "performance.json"
+SOME = "some_rows"  # name of the result of rows that were named
 APART = "performance_*.json"  # results of rows that run only if they are named
 
 
@@ -82,6 +83,7 @@ class Bench:
         (self.out / "data").mkdir(parents=True, exist_ok=True)
         try:
             self.run(data.case, data.arguments, peer=data.peer, threads=os.cpu_count() or 1)
+            os.sync()  # the disk is idle again when the first row is measured
         except CaseFailed as error:
             self.failed[name] = str(error)
             return str(error)
@@ -169,13 +171,16 @@ def run_all(chosen: argparse.Namespace) -> int:
     sizes = QUICK if chosen.quick else Sizes()
     rows = chosen_rows(rows_of(sizes), chosen.rows)
     if chosen.list:
-        for row in rows:
-            print(f"{row.name:<16}{row.seconds:>6.0f} s  {row.title}: {', '.join(side.name for side in row.sides)}")
+        for row in rows_of(sizes) if chosen.rows is None else rows:
+            named = " (runs only if it is named)" if row.optional else ""
+            print(
+                f"{row.name:<16}{row.seconds:>6.0f} s  {row.title}: {', '.join(side.name for side in row.sides)}{named}"
+            )
         print(f"{'all':<16}{sum(row.seconds for row in rows):>6.0f} s, without preparing data and the peers")
         return 0
     check_output(chosen.out, "--out")
-    peers = None
-    if chosen.peers != NO_PEERS:
+    peers, needed = None, any(side.peer for row in rows for side in row.sides)
+    if needed and chosen.peers != NO_PEERS:
         own = writable_folder("bench", programs=True) / "peers" if chosen.peers is None else Path(chosen.peers)
         peers = environment.make(own.absolute())
     about = describe(chosen, peers)
@@ -186,18 +191,21 @@ def run_all(chosen: argparse.Namespace) -> int:
         print(line_of(results[-1]), flush=True)
     content = {
         **about, "load": [list(load), list(os.getloadavg())], "started": started,
-        "seconds": sum(row["seconds"] for row in results), "data_errors": bench.failed, "rows": results,
-        "roofline": counts_of(results),
+        # A run that continues has kept rows of the run before.
+        "seconds": max(time.time() - started, sum(row["seconds"] for row in results)),
+        "data_errors": bench.failed, "rows": results, "roofline": counts_of(results),
     }  # fmt: skip
-    write_json(bench.out / RESULT_FILENAME, content)
-    page.write(content, bench.out / "performance.md", bench.out / "figures")
-    print(f"bench: {bench.out / RESULT_FILENAME} and {bench.out / 'performance.md'} are written", flush=True)
-    if not chosen.quick and peers is not None:
+    name = Path(RESULT_FILENAME).stem if chosen.rows is None else SOME
+    write_json(bench.out / f"{name}.json", content)
+    page.write(content, bench.out / f"{name}.md", bench.out / "figures")
+    print(f"bench: {bench.out / name}.json and {name}.md are written", flush=True)
+    failed = report_failures(results)
+    if not (failed or chosen.quick or (needed and peers is None)):
         if chosen.rows is None:
             publish(content)
         elif [row.optional for row in rows] == [True]:
             publish_apart(content)
-    return report_failures(results)
+    return failed
 
 
 def describe(chosen: argparse.Namespace, peers: Path | None) -> dict[str, Any]:
@@ -248,7 +256,15 @@ def report_failures(results: Sequence[Mapping[str, Any]]) -> int:
 
 
 def publish(content: Mapping[str, Any], docs: Path = machine.ROOT / "docs") -> None:
-    """Write the page, its figures and the result below docs; the page also shows the committed results of single rows."""
+    """Write the page, its figures and the result below docs; the page also shows the results of rows measured apart.
+
+    Raises:
+        UserError: if the result lacks rows that the page shows.
+    """
+    if "--rows" in content["command"] or content["quick"]:
+        raise UserError(
+            f"the result of `{content['command']}` is not that of all rows; only that becomes docs/performance.md"
+        )
     result = docs / "benchmarks" / RESULT_FILENAME
     write_json(result, dict(content))
     # From the file, which has an order of its own: so the page can be made again from it.
@@ -260,7 +276,8 @@ def publish_apart(content: Mapping[str, Any], docs: Path = machine.ROOT / "docs"
     """Write the result of one row that ``make bench`` leaves out below docs, and the page with it."""
     folder, name = docs / "benchmarks", content["rows"][0]["name"]
     write_json(folder / APART.replace("*", name), dict(content))
-    publish(json.loads((folder / RESULT_FILENAME).read_text()), docs)
+    if (folder / RESULT_FILENAME).is_file():
+        publish(json.loads((folder / RESULT_FILENAME).read_text()), docs)
 
 
 def apart_in(docs: Path) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ OURS = (
     "pandas",
     "ray",
 )
+WRITTEN = (":!docs/performance.md", ":!docs/figures/performance_*.png", ":!docs/benchmarks/performance*.json")
 ROOT = Path(__file__).resolve().parents[3]
 # Float32 operations of a core and clock cycle: two fused multiply-adds on vectors of 8 or 16 numbers.
 PER_CYCLE = {"avx512f": 64, "avx2": 32}
@@ -50,11 +51,16 @@ def versions() -> dict[str, str]:
 
 def commit() -> tuple[str, str]:
     """Return the commit of the checkout and whether files differ from it ("true", "false" or "unknown")."""
-    tags = git_tags(ROOT)
-    return tags.get("mlflow.source.git.commit", "unknown"), tags.get("yaware.git_dirty", "unknown")
+    found = git_tags(ROOT).get("mlflow.source.git.commit", "unknown")
+    return found, "unknown" if found == "unknown" else str(bool(_git("status", "--porcelain"))).lower()
 
 
 def difference() -> str:
     """Return the text of what differs from the commit, so that a continued run notices a change."""
-    done = subprocess.run(["git", "diff", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return _git("diff", "HEAD")
+
+
+def _git(*command: str) -> str:
+    """Return what git prints about all files but those that a benchmark itself writes into docs."""
+    done = subprocess.run(["git", *command, "--", ".", *WRITTEN], cwd=ROOT, capture_output=True, text=True)
     return done.stdout

@@ -40,6 +40,19 @@ def run_measured(command: Sequence[str], **options: Any) -> dict[str, float]:
     return measured(lambda: subprocess.run(command, check=True, **options), cpu=children_cpu)
 
 
+def until_first_line(command: list[str], beginning: str) -> tuple[float, float]:
+    """Start a process and stop it at its first line; return its CPU seconds and its seconds until then."""
+    started = time.perf_counter()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        line = process.stdout.readline() if process.stdout else ""
+        seconds, used = time.perf_counter() - started, psutil.Process(process.pid).cpu_times()
+        process.terminate()
+        if not line.startswith(beginning):
+            raise RuntimeError(f"the first line of {command} is {line!r}")
+    return used.user + used.system, seconds
+
+
 def measured(work: Callable[[], Any], units: int = 1, cpu: Callable[[], float] = time.process_time) -> dict[str, float]:
     """Run ``work``, which does ``units`` units; return CPU and wall-clock seconds of one of them."""
     started, used = time.perf_counter(), cpu()

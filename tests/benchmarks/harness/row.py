@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+ROUND = "{round}"  # as an argument: the number of the round, from 0
 UNITS = {"s": 1.0, "ms": 1e3}  # a second
 
 
@@ -17,7 +18,7 @@ class Side:
     Attributes:
         name: short name, for example ``nidl``.
         case: MODULE:FUNCTION below tests.benchmarks.
-        arguments: of the function. ``{data}`` in a text is the folder of the prepared data.
+        arguments: of the function. ``{data}`` in a text is the folder of the prepared data; ROUND is the round's number.
         peer: it runs in the peers' environment.
         note: what differs from the other sides, for the page.
         needs: prepared data (`tests.benchmarks.harness.table.DATA`) that this side reads, beside the row's.

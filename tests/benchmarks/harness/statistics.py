@@ -43,6 +43,12 @@ def median_of(row: Mapping[str, Any] | None, side: str, key: str) -> float | Non
     return statistics.median(values) if values else None
 
 
+def ratios(row: Mapping[str, Any], side: str) -> list[float]:
+    """Return ours / theirs for the row's metric in each round in which both ran."""
+    first, metric = row["sides"][0]["name"], row["metric"]
+    return [found[first][metric] / found[side][metric] for found in chosen(row) if {first, side} <= found.keys()]
+
+
 def ratio(row: Mapping[str, Any], side: str) -> float | None:
     """Return ours / theirs for the row's metric; None for our own side, and if one of them has no result."""
     first = row["sides"][0]["name"]

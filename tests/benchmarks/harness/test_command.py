@@ -11,7 +11,7 @@ from importlib import import_module
 import pytest
 
 from infra.errors import UserError
-from tests.benchmarks.harness import command, environment
+from tests.benchmarks.harness import command, environment, machine
 from tests.benchmarks.harness.command import Bench, chosen_rows, command_of, main, parse
 from tests.benchmarks.harness.row import Row, Side
 from tests.benchmarks.harness.table import QUICK, Sizes, data_of, rows_of
@@ -50,6 +50,74 @@ def test_patterns_choose_rows_and_optional_ones_must_be_named():
 def test_a_wrong_pattern_ends_with_status_2(capsys, tmp_path):
     assert main(["--rows", "nothing", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("bench: error: --rows=nothing matches no row")
+
+
+def test_all_rows_are_listed_with_those_that_run_only_if_they_are_named(capsys):
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rows_of(Sizes())) + 1
+    (named,) = [line for line in lines if line.endswith("(runs only if it is named)")]
+    assert named.startswith("search-large ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fails", "published"),
+    [
+        ([], "", "whole"),
+        (["--quick"], "", None),
+        (["--peers", "none"], "", None),
+        (["--rows", "search-large"], "", "apart"),
+        (["--rows", "search-large", "--peers", "none"], "", "apart"),  # none of its sides needs the peers
+        (["--rows", "search*"], "", None),
+        (["--rows", "read"], "", None),
+        ([], "cases.search:run_case", None),
+        (["--rows", "search-large"], "cases.search:run_case", None),
+        ([], "peers.reading:litdata", "whole"),  # a peer's own error is a result
+    ],
+)
+def test_only_whole_results_without_failures_of_ours_go_into_docs(tmp_path, monkeypatch, arguments, fails, published):
+    def run_case(python, case, arguments, threads):
+        if case == fails:
+            raise CaseFailed("no space left")
+        return {**RESULTS, "rate": 1.0, "peak": 1e6}
+
+    went, made = [], []
+    monkeypatch.setattr(command, "run_case", run_case)
+    monkeypatch.setattr(command, "counts_of", lambda results: None)
+    monkeypatch.setattr(command.environment, "make", lambda folder: made.append(folder) or folder / "bin" / "python")
+    monkeypatch.setattr(command.environment, "versions", lambda python: {"nidl": "0"})
+    monkeypatch.setattr(command, "publish", lambda content: went.append("whole"))
+    monkeypatch.setattr(command, "publish_apart", lambda content: went.append("apart"))
+    assert main([*arguments, "--out", str(tmp_path)]) == int(fails.startswith("cases."))
+    assert went == [published] * (published is not None)
+    assert len(made) == int("none" not in arguments and "search" not in " ".join(arguments))
+    name = command.SOME if "--rows" in arguments else "performance"
+    assert (tmp_path / f"{name}.json").is_file()
+    assert (tmp_path / f"{name}.md").is_file()
+
+
+def test_what_a_benchmark_writes_into_docs_is_no_change_of_the_code(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    written = ("docs/performance.md", "docs/benchmarks/performance.json", "docs/figures/performance_loss.png")
+    for name in (*written, "code.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    git("add", ".")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    git(*author, "commit", "-m", "one")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "git_tags", lambda folder: {"mlflow.source.git.commit": "abc"})
+    for name in (*written, "docs/benchmarks/performance_search-large.json"):
+        (tmp_path / name).write_text("another result")
+    assert machine.difference() == ""
+    assert machine.commit()[1] == "false"
+    (tmp_path / "code.py").write_text("y")
+    assert "+y" in machine.difference()
+    assert machine.commit()[1] == "true"
 
 
 def test_the_recorded_command_names_no_folder():
@@ -171,20 +239,27 @@ def test_the_command_measures_writes_and_continues(tmp_path):
 
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads((tmp_path / command.RESULT_FILENAME).read_text())
+    written = tmp_path / f"{command.SOME}.json"
+    content = json.loads(written.read_text())
     assert [row["name"] for row in content["rows"]] == rows.split(",")
-    ours = ({"ours", "nibabel"}, {"ours", "ours, shards", "npy"})
+    ours = ({"ours", "nibabel"}, {"ours", "ours, shards", "npy", "npy, float16"})
     theirs = ({"webdataset", "streaming, unpacking"}, {"litdata", "streaming, raw", "streaming, unpacked"})
     checks = []
     for read, measured, lacking in zip(content["rows"], ours, theirs, strict=False):
         assert {side for results in read["attempts"][0]["rounds"] for side in results} == measured
         assert read["errors"].keys() == lacking
         checks += [result["check"] for result in read["attempts"][0]["rounds"][0].values()]
-    assert checks == pytest.approx([checks[0]] * 5, rel=1e-3)  # all have decoded the same scans
-    assert "## Roofline of the main recipe" in (tmp_path / "performance.md").read_text()
+    assert checks == pytest.approx([checks[0]] * 6, rel=1e-3)  # all have decoded the same scans
+    assert "## Roofline of the main recipe" in (tmp_path / f"{command.SOME}.md").read_text()
     again = run()
     assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / command.RESULT_FILENAME).read_text())["rows"] == content["rows"]
+    assert json.loads(written.read_text())["rows"] == content["rows"]
+    assert "--rows" in content["command"]
+    refused = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks", "--page", str(written)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "is not that of all rows; only that becomes docs/performance.md" in refused.stderr
 
 
 def test_the_help_can_be_shown(capsys):

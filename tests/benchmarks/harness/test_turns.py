@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.harness.row import Row, Side
-from tests.benchmarks.harness.statistics import ratio, spread_of, summary
+from tests.benchmarks.harness.row import ROUND, Row, Side
+from tests.benchmarks.harness.statistics import ratio, ratios, spread_of, summary
 from tests.benchmarks.harness.turns import CaseFailed, run_case, run_row
 
 SIDES = (Side("ours", "a:b"), Side("theirs", "c:d", peer=True))
@@ -43,6 +43,21 @@ def test_sides_alternate_and_a_quiet_row_is_measured_once():
     assert (len(found["attempts"]), found["noisy"], found["errors"]) == (1, False, {})
     assert ratio(found, "theirs") == pytest.approx(0.25)
     assert ratio(found, "ours") is None
+    assert ratios(found, "theirs") == pytest.approx([0.25, 1.1 / 4.1, 0.25])
+
+
+def test_a_side_gets_the_number_of_the_round():
+    drawn = []
+
+    def run(side):
+        drawn.append((side.name, side.arguments))
+        return {"cpu": 1.0, "wall": 1.0}
+
+    sides = (Side("ours", "a:b", {"seed": ROUND, "scans": 4}), Side("theirs", "c:d", {"kind": "x"}))
+    found = run_row(Row("r", "S", "title", "ms", sides, 10, rounds=2), run)
+    first, second = ({"seed": number, "scans": 4} for number in (0, 1))
+    assert drawn == [("ours", first), ("theirs", {"kind": "x"}), ("theirs", {"kind": "x"}), ("ours", second)]
+    assert found["sides"][0]["arguments"]["seed"] == ROUND
 
 
 def test_a_noisy_row_is_measured_again_and_the_quieter_attempt_counts():

@@ -7,12 +7,13 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from infra.processes.with_parent import command_with_parent
 from tests.benchmarks.harness.case import MARK
-from tests.benchmarks.harness.row import Row, Side
+from tests.benchmarks.harness.row import ROUND, Row, Side
 from tests.benchmarks.harness.statistics import spread_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -84,7 +85,7 @@ def run_row(
                 if side.name in failed:
                     continue
                 try:
-                    found[side.name] = run(side)
+                    found[side.name] = run(_of_round(side, number))
                 except CaseFailed as error:
                     failed[side.name] = str(error)
             rounds.append(found)
@@ -97,3 +98,9 @@ def run_row(
         **row.description(), "attempts": attempts, "chosen": best, "noisy": attempts[best]["spread"] > MAX_SPREAD,
         "errors": failed, "seconds": time.perf_counter() - started,
     }  # fmt: skip
+
+
+def _of_round(side: Side, number: int) -> Side:
+    """Return the side with the number of a round in place of ROUND."""
+    arguments = {name: number if value == ROUND else value for name, value in side.arguments.items()}
+    return replace(side, arguments=arguments)

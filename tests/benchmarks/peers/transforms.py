@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,14 +59,14 @@ def by_transforms(build: Callable[[Any], Transform], settings: Any, scans: int, 
     return (clock(device) - started) / (2 * scans)
 
 
-def monai_transform(settings: Any) -> Transform:
+def monai_transform(settings: Any, seed: int = 0) -> Transform:
     """Return MONAI's transforms for the operators in ``settings``."""
     from monai import transforms as m
     from monai.utils import set_determinism
 
-    set_determinism(0)
+    set_determinism(seed)
     flip, affine, crop, blur, noise, cutout = (settings[name] for name in OPERATORS)
-    draw, steps = np.random.default_rng(0), []
+    draw, steps = np.random.default_rng(seed), []
     box = m.Compose([
         m.RandSpatialCrop([round(n * crop.side) for n in SHAPE], random_size=False), m.Resize(SHAPE, mode="trilinear"),
     ])  # fmt: skip
@@ -89,13 +90,13 @@ def monai_transform(settings: Any) -> Transform:
     return m.Compose(steps)  # type: ignore[no-any-return]
 
 
-def torchio_transform(settings: Any) -> Transform:
+def torchio_transform(settings: Any, seed: int = 0) -> Transform:
     """Return TorchIO's transforms for the operators in ``settings``; TorchIO has no cutout."""
     import torchio as t
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     flip, affine, crop, blur, noise, _ = (settings[name] for name in OPERATORS)
-    draw, steps = np.random.default_rng(0), []
+    draw, steps = np.random.default_rng(seed), []
 
     def boxed(view: torch.Tensor) -> torch.Tensor:
         if draw.random() >= crop.p:
@@ -127,9 +128,10 @@ def torchio_transform(settings: Any) -> Transform:
     return all_of
 
 
-def cost(kind: str, settings: dict[str, dict[str, Any]], scans: int) -> dict[str, float]:
+def cost(kind: str, settings: dict[str, dict[str, Any]], scans: int, seed: int = 0) -> dict[str, float]:
     """Measure two views of ``scans`` scans with the transforms of ``kind``, "monai" or "torchio"; seconds of a view."""
     torch.set_num_threads(1)
     build = {"monai": monai_transform, "torchio": torchio_transform}[kind]
+    build = partial(build, seed=seed)
     run = two_views(build, {name: SimpleNamespace(**values) for name, values in settings.items()}, "cpu")
     return measured(lambda: [run() for _ in range(scans)], 2 * scans)
