@@ -21,8 +21,8 @@ from data_pipeline.storage import unpacked as unpacked_module
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.manifest_file import SCANS
 from data_pipeline.storage.remote import Access
-from tests.benchmarks.harness.measure import measured
-from tests.benchmarks.peers.reading import count, read_all, voxel
+from tests.benchmarks.harness.measure import back_memory, measured
+from tests.benchmarks.peers.reading import count, memory_of_table, read_all, voxel
 
 
 def shards(data: str, cold: bool = False) -> dict[str, Any]:
@@ -96,6 +96,7 @@ def open_table(data: str, scans: int) -> dict[str, Any]:
         ("checks", table_schema, "_check_locations"),
     )
     found: list[Manifest] = []
+    back_memory(memory_of_table(scans))
     with ExitStack() as stack:
         for part, module, name in spots:
             stack.enter_context(mock.patch.object(module, name, _timed(getattr(module, name), parts, part)))
@@ -114,6 +115,7 @@ def open_with_pandas(data: str, scans: int) -> dict[str, Any]:
 
     found: list[pd.DataFrame] = []
     path = Path(data, "index", f"ours-{scans}", SCANS)
+    back_memory(memory_of_table(scans))
     result = measured(lambda: found.append(pd.read_parquet(path, engine="pyarrow")))
     return {**result, "check": float(len(found[0]))}
 

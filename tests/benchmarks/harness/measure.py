@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 import subprocess
@@ -58,6 +59,19 @@ def measured(work: Callable[[], Any], units: int = 1, cpu: Callable[[], float] =
     started, used = time.perf_counter(), cpu()
     work()
     return {"cpu": (cpu() - used) / units, "wall": (time.perf_counter() - started) / units}
+
+
+def back_memory(size: int) -> None:
+    """Use ``size`` bytes in huge pages and free them, so that memory taken within the next two seconds costs what it should.
+
+    The kernel of a virtual machine reports free huge pages to the host, which takes them back; the first process that uses
+    such a page again waits for the host. Which process that is would be chance.
+    """
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        for page in range(0, size, mmap.PAGESIZE):
+            memory[page] = 1
 
 
 def evict(paths: Iterable[Path]) -> None:

@@ -44,10 +44,12 @@ matter. In each round every program of a row runs once, and the order is reverse
 load meets all of them. The table shows the median of the rounds, and the range of what is compared: CPU seconds, or
 wall-clock seconds where the row says so. A row in which these vary by more than 15 % of the median in any of its
 programs is measured again, and marked with \\* if they still do. The two largest losses, training end to end, the
-roofline, tables, cold reads and what is measured apart are not measured again. *Ours / theirs* below 1 means that we
+roofline, cold reads and what is measured apart are not measured again. *Ours / theirs* below 1 means that we
 are cheaper. Reading, opening, augmentation, losses, ranks, start and search have one thread for each process; steps,
 whole commands, training end to end and most stages of the roofline have two. *Of this* are parts of the CPU time of a
-row; *alone* are costs of pieces of the same work that were measured apart, and may overlap.
+row; *alone* are costs of pieces of the same work that were measured apart, and may overlap. Before a table is opened,
+the process uses and frees more memory than that needs: the host of a virtual machine takes back memory that is free for
+two seconds, and the next use of it would cost one program or another up to a second.
 
 The others are installed into an environment of their own, with the versions of `tests/benchmarks/peers.txt` and the
 same torch, NumPy, SciPy and scikit-learn. Its torchvision is an empty package: the wheel of torchvision does not load

@@ -131,10 +131,7 @@ def reading(sizes: Sizes) -> list[Row]:
                  "index of the shards only: no key, age or split of a scan", (f"mds-{n}",)),
             Side("pandas", "cases.reading:open_with_pandas", own, note="the same table, nothing checked", needs=needed),
         )  # fmt: skip
-        # New memory costs more or less from one process to the next: more rounds, in place of another attempt.
-        rows.append(
-            Row(f"open-{n}", "Reading", f"open {n:,} scans", "s", sides, 28, rounds=sizes.rounds + 2, repeats=0)
-        )
+        rows.append(Row(f"open-{n}", "Reading", f"open {n:,} scans", "s", sides, 28, rounds=sizes.rounds))
     largest = sizes.tables[-1]
     listed = tuple(
         Side(name, f"cases.reading:{case}", {"data": DATA, "scans": largest}, needs=(f"ours-{largest}",))
