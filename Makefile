@@ -54,7 +54,7 @@ check: $(STAMP)  ## run ruff and mypy
 docs: $(STAMP)  ## build the documentation into site/ (start with site/index.html)
 	@$(BIN)/mkdocs build
 
-bench: $(STAMP)  ## measure every row beside its peers and write docs/performance.md (two idle cores: under 40 minutes)
+bench: $(STAMP)  ## measure every row beside its peers and write docs/performance.md (two idle cores: about 40 minutes)
 	@$(BIN)/python -m tests.benchmarks
 
 bench-gpu: $(STAMP)  ## run the benchmarks on a CUDA device

@@ -132,7 +132,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=float,
-        default=33,
+        default=25,
         help=f"measure no row again (spread above {MAX_SPREAD:.0%}%) after this time",
     )
     parser.add_argument("--page", type=Path, metavar="JSON", help="write the page of this result into docs, and end")

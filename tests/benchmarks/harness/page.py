@@ -44,7 +44,7 @@ matter. In each round every program of a row runs once, and the order is reverse
 load meets all of them. The table shows the median of the rounds, and the range of what is compared: CPU seconds, or
 wall-clock seconds where the row says so. A row in which these vary by more than 15 % of the median in any of its
 programs is measured again, and marked with \\* if they still do. The two largest losses, training end to end, the
-roofline, cold reads and what is measured apart are not measured again. *Ours / theirs* below 1 means that we
+roofline, views, cold reads and what is measured apart are not measured again. *Ours / theirs* below 1 means that we
 are cheaper. Reading, opening, augmentation, losses, ranks, start and search have one thread for each process; steps,
 whole commands, training end to end and most stages of the roofline have two. *Of this* are parts of the CPU time of a
 row; *alone* are costs of pieces of the same work that were measured apart, and may overlap. Before a table is opened,
@@ -57,7 +57,7 @@ beside torch for CPUs, and no row needs it. MONAI and nidl start faster with it 
 nibabel and NumPy, pandas, the bare script of plan, bare torch, DistributedDataParallel and scikit-learn run in our
 environment. Losses may use 80 % of the free memory; where a program fails, the table shows its own error.
 
-    make bench                                                            # all rows, under 40 minutes on two idle cores
+    make bench                                                            # all rows, about 40 minutes on two idle cores
     python -m tests.benchmarks --rows 'read*,loss-*' --peers none         # some rows, without the others
     python -m tests.benchmarks --list                                     # the rows and how long each takes
     python -m tests.benchmarks --rows search-large                        # runs only if it is named (a quarter of an hour)
