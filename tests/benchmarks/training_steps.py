@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -67,17 +68,11 @@ def trained_engine(recipe: Recipe) -> Any:
     return trained
 
 
-def engine_step(
-    scans: int, mark: Mark = ignored, options: dict[str, Any] | None = None
-) -> tuple[torch.device, Callable[[dict[str, Tensor]], float]]:
-    """Return a step as a recipe trains it: model, DeepSpeed engine, and train_step with its checks and metrics.
-
-    ``mark``: see `bare_step`. ``options``: of the encoder.
-    """
+def mark_parts(mark: Mark) -> None:
+    """Let every later `train_step` of this process call ``mark`` at the end of each part, as `bare_step` does."""
     from pretrain.run import step as steps
 
-    trained = trained_engine(Recipe(batch=BatchSection(global_=scans), encoder=EncoderSection(options=options or {})))
-    loss = benchmark_loss()
+    full_pass, engine_update = steps.full_pass, steps.update
 
     def passes(*arguments: Any) -> Any:
         """Run the forward pass and return it, with marks."""
@@ -96,12 +91,51 @@ def engine_step(
         mark("update")
         return metrics
 
+    steps.full_pass, steps.update = passes, update
+
+
+class PartTimes:
+    """CPU seconds of this process in each part of its steps; a mark for `bare_step` and `mark_parts`."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def __call__(self, part: str) -> None:
+        """Add the CPU seconds since the last mark to a part."""
+        now = time.process_time()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def clear(self) -> None:
+        """Forget all parts; the next one begins now."""
+        self.seconds: dict[str, float] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Let the next part begin now."""
+        self._last = time.process_time()
+
+    def of_a_step(self, steps: int) -> dict[str, float]:
+        """Return the seconds of each part of one of so many steps, under the names of parts of a row."""
+        return {f"part_{part}": seconds / steps for part, seconds in self.seconds.items()}
+
+
+def engine_step(
+    scans: int, mark: Mark = ignored, options: dict[str, Any] | None = None
+) -> tuple[torch.device, Callable[[dict[str, Tensor]], float]]:
+    """Return a step as a recipe trains it: model, DeepSpeed engine, and train_step with its checks and metrics.
+
+    ``mark``: see `bare_step`. ``options``: of the encoder.
+    """
+    from pretrain.run import step as steps
+
+    trained = trained_engine(Recipe(batch=BatchSection(global_=scans), encoder=EncoderSection(options=options or {})))
+    loss = benchmark_loss()
+    if mark is not ignored:
+        mark_parts(mark)
+
     def step(batch: dict[str, Tensor]) -> float:
         metrics, _ = steps.train_step(trained, lambda z, _, b: loss(z, b["proxies"]), batch, 0, torch.float32)
         return metrics["loss"]
-
-    if mark is not ignored:
-        full_pass, engine_update = steps.full_pass, steps.update
-        steps.full_pass, steps.update = passes, update
 
     return trained.device, step

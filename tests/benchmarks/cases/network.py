@@ -62,14 +62,7 @@ def step(kind: str, sides: Sequence[int], batch: int, steps: int, channels_last:
     Both keep freed memory, as every rank on a CPU does.
     """
     keep_freed_memory()
-    parts: dict[str, float] = {}
-    clock = [time.process_time()]
-
-    def mark(part: str) -> None:
-        """Add the CPU seconds since the last mark to a part."""
-        clock.append(time.process_time())
-        parts[part] = parts.get(part, 0.0) + clock[-1] - clock[-2]
-
+    mark = training_steps.PartTimes()
     if kind == "engine":
         _, run = training_steps.engine_step(batch, mark, {"channels_last": channels_last})
     else:
@@ -77,10 +70,10 @@ def step(kind: str, sides: Sequence[int], batch: int, steps: int, channels_last:
     source = torch.Generator().manual_seed(0)
     views = {"views": torch.randn(2, batch, 1, *sides, generator=source), "proxies": 6 + 82 * torch.rand(batch, 1)}
     run(views)
-    parts.clear()
+    mark.clear()
     found = measured(lambda: [run(views) for _ in range(steps)], steps)
     engine.stop_ranks()
-    return {**found, **{f"part_{name}": seconds / steps for name, seconds in parts.items()}}
+    return {**found, **mark.of_a_step(steps)}
 
 
 def loading(data: str, batch: int, steps: int) -> dict[str, float]:

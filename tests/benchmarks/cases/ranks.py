@@ -27,6 +27,7 @@ from tests.benchmarks.harness.group import on_ranks, together
 
 GRID, SCANS, WARM = (41, 49, 41), 4, 2  # of a step on several ranks; WARM steps are not counted
 Steps = list[tuple[float, float]]  # CPU and wall-clock seconds of each
+Parts = dict[str, float]  # CPU seconds of each part of a step
 
 
 def loss_of_a_rank(rank: int, kind: str, scans: int, steps: int) -> Steps:
@@ -51,28 +52,34 @@ def loss(kind: str, ranks: int, total: int, steps: int) -> dict[str, float]:
     return together(on_ranks(loss_of_a_rank, ranks, kind=kind, scans=total // ranks, steps=steps))
 
 
-def our_steps(rank: int, of: int, steps: int) -> Steps:
-    """Return the seconds of steps on this rank as a recipe trains: DeepSpeed, train_step with its checks and metrics."""
+def our_steps(rank: int, of: int, steps: int) -> tuple[Steps, Parts]:
+    """Return the seconds of steps on this rank as a recipe trains: DeepSpeed, train_step with its checks and metrics.
+
+    The second value are their parts.
+    """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     os.environ.update(zip(names, map(str, (rank, rank, of, of)), strict=True))
     keep_freed_memory()  # as every rank on a CPU does
     batch, gather = _batch(rank), AllGather() if of > 1 else None
     trained = training_steps.trained_engine(_recipe(of))
     torch.set_num_threads(1)
+    mark = training_steps.PartTimes()
+    training_steps.mark_parts(mark)
 
     def step() -> None:
         train_step(trained, lambda z, _, b: _loss(z, b["proxies"], gather), batch, 0, torch.float32)
 
-    return _timed(step, of, steps)
+    return _timed(step, of, steps, mark)
 
 
-def ddp_steps(rank: int, of: int, steps: int) -> Steps:
-    """Return the seconds of steps with torch's DistributedDataParallel, where every rank computes the whole loss."""
+def ddp_steps(rank: int, of: int, steps: int) -> tuple[Steps, Parts]:
+    """Return the seconds of steps, and of their parts, with DistributedDataParallel and the whole loss on every rank."""
     keep_freed_memory()
     model, batch = build_model(_recipe(of)), _batch(rank)
     make_contiguous(model)  # as our engine does; with channels-last kernels a step takes a tenth longer
     trained = DistributedDataParallel(model) if of > 1 else model
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    mark = training_steps.PartTimes()
 
     def step() -> None:
         z_2BD, _ = trained(batch["views"])
@@ -80,11 +87,15 @@ def ddp_steps(rank: int, of: int, steps: int) -> Steps:
         if of > 1:
             z_2GD = torch.stack([torch.cat(list(all_gather(z))) for z in z_2BD])
             every = torch.cat(list(all_gather(every)))
-        _loss(z_2GD, every).backward()
+        loss = _loss(z_2GD, every)
+        mark("forward")
+        loss.backward()
+        mark("backward")
         optimizer.step()
         optimizer.zero_grad()
+        mark("update")
 
-    return _timed(step, of, steps)
+    return _timed(step, of, steps, mark)
 
 
 def _recipe(ranks: int) -> Recipe:
@@ -105,18 +116,23 @@ def _loss(z_2BD: Tensor, ages_B1: Tensor, gather: AllGather | None = None) -> Te
     return y_aware_infonce(z_2BD, ages_B1, kernel=KERNELS["gaussian"](bandwidth=5.0), gather=gather)
 
 
-def _timed(step: Callable[[], None], ranks: int, steps: int) -> Steps:
-    """Return the seconds of each step after the first WARM; a step begins on all ranks at a time."""
+def _timed(step: Callable[[], None], ranks: int, steps: int, parts: training_steps.PartTimes) -> tuple[Steps, Parts]:
+    """Return the seconds of each step after the first WARM, and of their parts; a step begins on all ranks at a time."""
     found = []
-    for _ in range(WARM + steps):
+    for number in range(WARM + steps):
+        if number == WARM:
+            parts.clear()
         if ranks > 1:
             dist.barrier()
         started, used = time.perf_counter(), time.process_time()
+        parts.begin()
         step()
         found.append((time.process_time() - used, time.perf_counter() - started))
-    return found[WARM:]
+    return found[WARM:], parts.of_a_step(steps)
 
 
 def weak(kind: str, ranks: int, steps: int) -> dict[str, float]:
     """Measure steps with SCANS scans on each rank, ours or torch's DistributedDataParallel; CPU seconds of all ranks a step."""
-    return together(on_ranks({"ours": our_steps, "ddp": ddp_steps}[kind], ranks, of=ranks, steps=steps))
+    found = on_ranks({"ours": our_steps, "ddp": ddp_steps}[kind], ranks, of=ranks, steps=steps)
+    parts = {part: sum(seconds[part] for _, seconds in found) for part in found[0][1]}
+    return {**together([of_rank for of_rank, _ in found]), **parts}

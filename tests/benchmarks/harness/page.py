@@ -16,7 +16,10 @@ MIB = 2**20
 PART, BESIDE = "part_", "beside_"
 COMMAND = "make bench"
 EQUAL = 1.005  # lower ratios are shown as 1.00
-_UPDATE = "ZeRO copies weights and gradients in each update, and our step measures norms and checks for errors."
+_ZERO = (
+    "ZeRO copies gradients into one block during the backward pass and weights in the update, and our step measures norms "
+    "and checks for errors."
+)
 _COMMAND = (
     "nidl writes neither a checkpoint nor records. MLflow's store alone, which the rows show, takes longer than the "
     "difference."
@@ -26,8 +29,8 @@ REASONS = {
     "read-raw": "they check nothing; the row shows what our checksum costs.",
     "open-": "streaming reads an index that has no table of the scans. pandas reads our table, but no manifest.json, and "
     "neither computes the SHA-256 of the files nor checks any row; the rows show what these cost.",
-    "step": _UPDATE,
-    "weak-": _UPDATE,
+    "step": _ZERO,
+    "weak-": _ZERO,
     "command": _COMMAND,
     "pretrain-0": _COMMAND,
     "embed-further": "the bare loop checks no scan.",
