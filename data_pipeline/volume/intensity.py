@@ -90,11 +90,23 @@ def as_float16(voxels: NDArray[np.float32]) -> NDArray[np.float16]:
     return half
 
 
+def as_float32(voxels: NDArray[Any]) -> NDArray[np.float32]:
+    """Return a float32 copy of voxels; with torch, if the process has imported it, in a tenth of the time (see as_float16)."""
+    torch = sys.modules.get("torch")
+    if torch is None or voxels.dtype != np.float16 or not (voxels.flags.writeable and voxels.flags.c_contiguous):
+        return voxels.astype(np.float32)
+    wide: NDArray[np.float32] = torch.from_numpy(voxels).to(torch.float32).numpy()
+    return wide
+
+
 def zscore(voxels: NDArray[Any]) -> NDArray[np.float32]:
     """Return (voxels - mean) / standard deviation over the whole volume (D, H, W), float32, as in the paper's code.
 
     A deviation below 1e-8 counts as 1e-8, so a constant volume becomes 0.
     """
-    wide = voxels.astype(np.float32)
-    mean, deviation = float(wide.mean(dtype=np.float64)), float(wide.std(dtype=np.float64))
-    return (wide - np.float32(mean)) / np.float32(max(deviation, 1e-8))
+    wide = as_float32(voxels)
+    mean = wide.mean(dtype=np.float64, keepdims=True)
+    deviation = float(wide.std(dtype=np.float64, mean=mean))
+    wide -= np.float32(mean.item())
+    wide /= np.float32(max(deviation, 1e-8))
+    return wide

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data_pipeline.quality.rules import coarse_volume
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.volume.grid import Grid
+from data_pipeline.volume.intensity import as_float32
 from infra.errors import UserError
 
 SCANS = 32  # training scans that are read
@@ -83,7 +84,7 @@ class Likeness:
 
         Raises UserError if the stored mean scan has another number of values than a scan on its grid.
         """
-        voxels = stored.astype(np.float32)
+        voxels = as_float32(stored)
         if not self._measure:
             peak = float(voxels.max())
             too_bright = self._modality == "vbm" and peak > GREATEST_GREY_MATTER

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.volume.errors import BadScan
-from data_pipeline.volume.intensity import as_float16, robust_intensity
+from data_pipeline.volume.intensity import as_float16, as_float32, robust_intensity, zscore
 from data_pipeline.volume.preparation import check_preparation
 from infra.errors import UserError
 
@@ -50,3 +50,38 @@ def test_torch_and_numpy_round_to_the_same_float16(monkeypatch):
     with_torch = as_float16(values.copy())
     monkeypatch.delitem(sys.modules, "torch")
     assert np.array_equal(with_torch.view(np.uint16), as_float16(values.copy()).view(np.uint16))
+
+
+def test_torch_and_numpy_widen_every_float16_to_the_same_float32(monkeypatch):
+    import torch  # noqa: F401
+
+    values = np.arange(2**16, dtype=np.uint32).astype(np.uint16).view(np.float16)
+    values = values[~np.isnan(values)]
+    with_torch = as_float32(values)
+    assert with_torch.base is None or not np.shares_memory(with_torch, values)
+    monkeypatch.delitem(sys.modules, "torch")
+    assert np.array_equal(with_torch.view(np.uint32), as_float32(values).view(np.uint32))
+
+
+@pytest.mark.parametrize("torch_is_there", [True, False])
+@pytest.mark.parametrize("kind", ["float16", "float32", "read-only", "not in C order", "constant"])
+def test_the_zscore_is_that_of_the_plain_formula_to_the_last_bit(kind, torch_is_there, monkeypatch):
+    import torch  # noqa: F401
+
+    voxels = (
+        np.random.default_rng(0).gamma(2.0, 0.3, (31, 37, 29)).astype(np.float32 if kind == "float32" else np.float16)
+    )
+    if kind == "constant":
+        voxels[:] = 0.7
+    if kind == "not in C order":
+        voxels = voxels.transpose(2, 0, 1)
+    voxels.flags.writeable = kind != "read-only"
+    before = voxels.copy()
+    if not torch_is_there:
+        monkeypatch.delitem(sys.modules, "torch")
+    found = zscore(voxels)
+    wide = before.astype(np.float32)
+    mean, deviation = float(wide.mean(dtype=np.float64)), max(float(wide.std(dtype=np.float64)), 1e-8)
+    assert np.array_equal(found, (wide - np.float32(mean)) / np.float32(deviation))
+    assert found.dtype == np.float32
+    assert np.array_equal(voxels, before)  # the caller's voxels stay as they are
