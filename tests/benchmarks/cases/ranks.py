@@ -53,10 +53,7 @@ def loss(kind: str, ranks: int, total: int, steps: int) -> dict[str, float]:
 
 
 def our_steps(rank: int, of: int, steps: int) -> tuple[Steps, Parts]:
-    """Return the seconds of steps on this rank as a recipe trains: DeepSpeed, train_step with its checks and metrics.
-
-    The second value are their parts.
-    """
+    """Return the seconds of steps, and of their parts, as a recipe trains: DeepSpeed, train_step with checks and metrics."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     os.environ.update(zip(names, map(str, (rank, rank, of, of)), strict=True))
     keep_freed_memory()  # as every rank on a CPU does

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from infra.errors import UserError
 from pretrain.config import load_recipe
 from pretrain.forecast.operations import plain_model, scan_flops
 from tests.benchmarks.harness import page, roofline
-from tests.benchmarks.harness.command import RESULT_FILENAME, apart_in, publish_apart
+from tests.benchmarks.harness.command import RESULT_FILENAME, apart_in, publish, publish_apart
 from tests.benchmarks.harness.statistics import median_of, ratio
 from tests.benchmarks.harness.table import Sizes, rows_of
 
@@ -175,6 +176,21 @@ def test_every_committed_row_in_which_another_is_cheaper_has_its_reason():
     assert all(" (0." not in line and " (1.00)" not in line for line in sure)
     rest = list(page.cheaper([row for row in rows if row not in above]))
     assert all(line in ("", "## Where others are cheaper") or line.startswith("- In some rounds") for line in rest)
+
+
+@pytest.mark.parametrize("more", ["--rows 'read'", "--peers none", "--quick"])
+def test_a_result_without_all_rows_and_peers_does_not_become_the_page(content, tmp_path, more):
+    with pytest.raises(
+        UserError, match=f"^the result is that of `python -m tests.benchmarks {more}`; docs/performance"
+    ):
+        publish({**content, "command": f"python -m tests.benchmarks {more}"}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_channels_last_saves_in_docs_encoders_is_that_of_the_committed_result():
+    (row,) = [row for row in json.loads(COMMITTED.read_text())["rows"] if row["name"] == "step"]
+    share = median_of(row, "bare torch", "cpu") / median_of(row, "bare, torch's layout", "cpu")
+    assert f"in a plain torch loop takes {share:.2f} of the time" in (DOCS / "encoders.md").read_text()
 
 
 def test_a_row_that_is_cheaper_in_some_rounds_only_is_named_with_their_range():
