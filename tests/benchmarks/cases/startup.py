@@ -72,22 +72,3 @@ def command(data: str, name: str) -> dict[str, float]:
         measure, arguments = commands(folder)[name]
         used, seconds = measure(arguments)
     return {"cpu": used, "wall": seconds}
-
-
-def further_scans(data: str, scans: int) -> dict[str, float]:
-    """Return the seconds of a further scan of DenseNet121 at full size: those of ``scans`` + 1 less those of one, shared."""
-    found = sorted(Path(data, "full", "cohort").glob("sub-*/**/*.nii.gz"))[: scans + 1]
-    with tempfile.TemporaryDirectory() as temporary:
-        run = Path(temporary, "run")
-        whole([
-            "pretrain", "--config", "paper-bhb10k", f"--data.shards={Path(data, 'full', 'shards')}", "--batch.global=2",
-            "--batch.micro=null", "--train.epochs=null", "--train.steps=0", "--monitor.every_epochs=0", "--readouts.fit=false",
-            f"--run.output={run}", f"--run.tracking_uri=sqlite:///{temporary}/mlflow.db",
-        ])  # fmt: skip
-        out = str(Path(temporary, "new.tsv"))
-        for _ in range(2):  # the first time files may come from the disk
-            one = whole(["embed", str(run), str(found[0]), "--out", out])
-            Path(out).unlink()
-        all_of = whole(["embed", str(run), *map(str, found), "--out", out])
-    cpu, wall = ((many - single) / (len(found) - 1) for many, single in zip(all_of, one, strict=True))
-    return {"cpu": cpu, "wall": wall, "start": one[1], "start_cpu": one[0]}

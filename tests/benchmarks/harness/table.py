@@ -297,7 +297,7 @@ def commands(sizes: Sizes) -> list[Row]:
     )  # fmt: skip
     scans = {"data": DATA, "scans": sizes.further}
     further = (
-        Side("ours", "cases.startup:further_scans", scans, note="channels-last, read and checked in the background"),
+        Side("ours", "cases.embedding:further_scans", scans, note="channels-last, read and checked in the background"),
         Side("bare torch", "cases.bare:further_scans", scans, note="MONAI's network, nibabel, the same malloc"),
         Side("bare, channels-last", "cases.bare:further_scans", {**scans, "channels_last": True}, note="the same otherwise"),
     )  # fmt: skip
