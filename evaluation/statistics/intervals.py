@@ -103,22 +103,24 @@ def limits_in_range(value: float, half: float, bounds: tuple[float, float] = UNB
     Between two bounds a and b the interval is symmetric on the logit scale, log((v - a) / (b - v)); with one bound, on the
     logarithm of the distance from it. Its half width there is ``half`` times the derivative (the delta method; for the AUC see
     Pepe, The Statistical Evaluation of Medical Tests, 2003, Section 5.2; on (-1, 1) it is Fisher's z). A value at a bound has
-    the plain limits, cut off there.
+    the plain limits, cut off there; so has one that is nearer than ``half`` to its only bound, where the derivative says
+    nothing about so wide an interval and the logarithm would give limits a thousand times the value.
     """
     low, high = bounds
     if not (np.isfinite(low) or np.isfinite(high)) or not np.isfinite(half):
         return value - half, value + half
-    if not low < value < high:
+    both = np.isfinite(low) and np.isfinite(high)
+    if not low < value < high or (not both and min(value - low, high - value) <= half):
         return max(value - half, low), min(value + half, high)
-    if np.isfinite(low) and np.isfinite(high):
+    if both:
         share = (value - low) / (high - low)
         centre, reach = float(special.logit(share)), half / (high - low) / (share * (1 - share))
         limits = special.expit(np.array([centre - reach, centre + reach]))
         return float(low + (high - low) * limits[0]), float(low + (high - low) * limits[1])
     if np.isfinite(low):
-        factor = float(np.exp(min(half / (value - low), 700.0)))
+        factor = float(np.exp(half / (value - low)))
         return low + (value - low) / factor, low + (value - low) * factor
-    factor = float(np.exp(min(half / (high - value), 700.0)))
+    factor = float(np.exp(half / (high - value)))
     return high - (high - value) * factor, high - (high - value) / factor
 
 

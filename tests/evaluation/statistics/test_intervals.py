@@ -84,7 +84,7 @@ def test_limits_stay_in_the_range_and_are_symmetric_on_its_scale(bounds):
             return np.log((v - low) / (high - v))
         return np.log(v - low) if np.isfinite(low) else -np.log(high - v) if np.isfinite(high) else v
 
-    value, half, step = 0.7, 0.45, 1e-6
+    value, half, step = (0.7, 0.29 if bounds == (-np.inf, 1.0) else 0.45, 1e-6)
     low, high = limits_in_range(value, half, bounds)
     assert bounds[0] < low < value < high < bounds[1]
     slope = (scale(value + step) - scale(value - step)) / (2 * step)
@@ -93,6 +93,33 @@ def test_limits_stay_in_the_range_and_are_symmetric_on_its_scale(bounds):
     np.testing.assert_allclose(narrow, [value - 1e-5, value + 1e-5], rtol=1e-8)
     assert limits_in_range(1.0, 0.2, (0.0, 1.0)) == (0.8, 1.0)
     assert np.isnan(limits_in_range(0.7, float("nan"), bounds)).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "bounds", "expected"),
+    [
+        (8.0, 90.0, (0.0, np.inf), (0.0, 98.0)),
+        (0.7, 4.0, (-np.inf, 1.0), (-3.3, 1.0)),
+        (8.0, 8.0, (0.0, np.inf), (0.0, 16.0)),
+    ],
+)
+def test_an_interval_wider_than_the_distance_to_the_only_bound_is_the_plain_one_cut_off_there(
+    value, half, bounds, expected
+):
+    assert limits_in_range(value, half, bounds) == pytest.approx(expected)
+
+
+def test_intervals_of_errors_from_few_splits_cover_their_mean():
+    """Errors of two or three independent splits: half widths above the mean, in part."""
+    generator, truth = np.random.default_rng(3), 8.0
+    for splits in (2, 3):
+        found = [
+            corrected_interval(generator.gamma(4, truth / 4, splits), 10**9, 1, bounds=(0.0, np.inf))
+            for _ in range(2000)
+        ]
+        lows, highs = np.array([(low, high) for _, low, high, _ in found]).T
+        assert 0.93 <= np.mean((lows <= truth) & (truth <= highs)) <= 0.97
+        assert highs.max() < 1000  # the logarithm's limits are up to 10^20 times the mean
 
 
 @pytest.mark.parametrize("mean", [0.3, 0.8, 1.2])
