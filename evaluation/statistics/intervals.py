@@ -19,6 +19,7 @@ from infra import random_streams
 RESAMPLES = 2000
 LEVEL = 0.95
 UNBOUNDED = (-np.inf, np.inf)
+WIDEST = 3.0  # half width of an interval on the scale of its bounds: 20 times the distance from the bound, or its odds
 MOST_WEIGHTS = 4_000_000  # held in memory at a time: 32 MB
 
 
@@ -102,26 +103,33 @@ def limits_in_range(value: float, half: float, bounds: tuple[float, float] = UNB
 
     Between two bounds a and b the interval is symmetric on the logit scale, log((v - a) / (b - v)); with one bound, on the
     logarithm of the distance from it. Its half width there is ``half`` times the derivative (the delta method; for the AUC see
-    Pepe, The Statistical Evaluation of Medical Tests, 2003, Section 5.2; on (-1, 1) it is Fisher's z). A value at a bound has
-    the plain limits, cut off there; so has one that is nearer than ``half`` to its only bound, where the derivative says
-    nothing about so wide an interval and the logarithm would give limits a thousand times the value.
+    Pepe, The Statistical Evaluation of Medical Tests, 2003, Section 5.2; on (-1, 1) it is Fisher's z). The derivative says
+    little about an interval whose half width is above WIDEST on the scale: its limits are no farther from the value than
+    ``half``, or than those of the half width WIDEST if these are farther. A value at a bound has the plain limits, cut off at
+    the bounds.
     """
     low, high = bounds
-    if not (np.isfinite(low) or np.isfinite(high)) or not np.isfinite(half):
-        return value - half, value + half
-    both = np.isfinite(low) and np.isfinite(high)
-    if not low < value < high or (not both and min(value - low, high - value) <= half):
-        return max(value - half, low), min(value + half, high)
-    if both:
-        share = (value - low) / (high - low)
-        centre, reach = float(special.logit(share)), half / (high - low) / (share * (1 - share))
-        limits = special.expit(np.array([centre - reach, centre + reach]))
-        return float(low + (high - low) * limits[0]), float(low + (high - low) * limits[1])
-    if np.isfinite(low):
-        factor = float(np.exp(half / (value - low)))
-        return low + (value - low) / factor, low + (value - low) * factor
-    factor = float(np.exp(half / (high - value)))
-    return high - (high - value) * factor, high - (high - value) / factor
+    if np.isnan(value) or np.isnan(half):
+        return float("nan"), float("nan")
+    if not low < value < high or np.isinf(half) or not (np.isfinite(low) or np.isfinite(high)):
+        return float(np.clip(value - half, low, high)), float(np.clip(value + half, low, high))
+    reach = half * (1 / (value - low) + 1 / (high - value))  # on the scale; a bound that is infinite adds nothing
+    lower, upper = _at_reach(value, -reach, bounds), _at_reach(value, reach, bounds)
+    if reach > WIDEST:
+        lower = max(lower, min(value - half, _at_reach(value, -WIDEST, bounds)))
+        upper = min(upper, max(value + half, _at_reach(value, WIDEST, bounds)))
+    return lower, upper
+
+
+def _at_reach(value: float, reach: float, bounds: tuple[float, float]) -> float:
+    """The point whose distance from ``value`` is ``reach`` on the scale of the bounds, one of which is finite at least."""
+    low, high = bounds
+    if np.isinf(high):
+        return low + (value - low) * float(np.exp(min(reach, 700.0)))
+    if np.isinf(low):
+        return high - (high - value) * float(np.exp(min(-reach, 700.0)))
+    share = (value - low) / (high - low)
+    return float(low + (high - low) * special.expit(special.logit(share) + reach))
 
 
 def corrected_interval(

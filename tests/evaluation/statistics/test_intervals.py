@@ -84,7 +84,7 @@ def test_limits_stay_in_the_range_and_are_symmetric_on_its_scale(bounds):
             return np.log((v - low) / (high - v))
         return np.log(v - low) if np.isfinite(low) else -np.log(high - v) if np.isfinite(high) else v
 
-    value, half, step = (0.7, 0.29 if bounds == (-np.inf, 1.0) else 0.45, 1e-6)
+    value, half, step = 0.7, 0.45, 1e-6
     low, high = limits_in_range(value, half, bounds)
     assert bounds[0] < low < value < high < bounds[1]
     slope = (scale(value + step) - scale(value - step)) / (2 * step)
@@ -98,28 +98,48 @@ def test_limits_stay_in_the_range_and_are_symmetric_on_its_scale(bounds):
 @pytest.mark.parametrize(
     ("value", "half", "bounds", "expected"),
     [
-        (8.0, 90.0, (0.0, np.inf), (0.0, 98.0)),
-        (0.7, 4.0, (-np.inf, 1.0), (-3.3, 1.0)),
-        (8.0, 8.0, (0.0, np.inf), (0.0, 16.0)),
+        (8.0, 900.0, (0.0, np.inf), (8 * np.exp(-900 / 8), 908.0)),
+        (
+            8.0,
+            30.0,
+            (0.0, np.inf),
+            (8 * np.exp(-30 / 8), 8 * np.exp(3)),
+        ),  # a half width of 3 on the scale reaches farther
+        (0.7, 9.0, (-np.inf, 1.0), (-8.3, 1 - 0.3 * np.exp(-9 / 0.3))),
+        (0.98, 0.1, (0.0, 1.0), tuple(1 / (1 + np.exp(-(np.log(49) + reach))) for reach in (-3, 0.1 / (0.98 * 0.02)))),
+        (1.2, 0.5, (0.0, 1.0), (0.7, 1.0)),
+        (-1.0, 0.5, (0.0, np.inf), (0.0, 0.0)),
+        (0.7, np.inf, (0.0, 1.0), (0.0, 1.0)),
+        (8.0, 0.0, (0.0, np.inf), (8.0, 8.0)),
     ],
 )
-def test_an_interval_wider_than_the_distance_to_the_only_bound_is_the_plain_one_cut_off_there(
-    value, half, bounds, expected
-):
-    assert limits_in_range(value, half, bounds) == pytest.approx(expected)
+def test_wide_intervals_reach_no_farther_than_plain_ones_or_than_the_widest_on_the_scale(value, half, bounds, expected):
+    assert limits_in_range(value, half, bounds) == pytest.approx(expected, rel=1e-9)
 
 
-def test_intervals_of_errors_from_few_splits_cover_their_mean():
-    """Errors of two or three independent splits: half widths above the mean, in part."""
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (0.0, np.inf), (-np.inf, 1.0), (-np.inf, np.inf)])
+@pytest.mark.parametrize("value", [0.02, 0.5, 0.7, 0.98])
+def test_a_wider_interval_contains_the_narrower_one_without_a_jump(bounds, value):
+    limits = np.array([limits_in_range(value, half, bounds) for half in np.linspace(0, 3, 3001)])
+    steps = np.diff(limits, axis=0)
+    assert (steps[:, 0] <= 1e-12).all()
+    assert (steps[:, 1] >= -1e-12).all()
+    assert np.abs(steps).max() < 0.0202  # exp(3) times the step of ``half``
+    assert bounds[0] <= limits.min()
+    assert limits.max() <= bounds[1]
+
+
+@pytest.mark.parametrize("shape", [1, 2, 4])  # of a gamma distribution; 1 is the exponential
+@pytest.mark.parametrize("splits", [2, 3])
+def test_intervals_of_errors_from_few_splits_cover_their_mean(shape, splits):
     generator, truth = np.random.default_rng(3), 8.0
-    for splits in (2, 3):
-        found = [
-            corrected_interval(generator.gamma(4, truth / 4, splits), 10**9, 1, bounds=(0.0, np.inf))
-            for _ in range(2000)
-        ]
-        lows, highs = np.array([(low, high) for _, low, high, _ in found]).T
-        assert 0.93 <= np.mean((lows <= truth) & (truth <= highs)) <= 0.97
-        assert highs.max() < 1000  # the logarithm's limits are up to 10^20 times the mean
+    found = [
+        corrected_interval(generator.gamma(shape, truth / shape, splits), 10**9, 1, bounds=(0.0, np.inf))
+        for _ in range(2000)
+    ]
+    lows, highs = np.array([(low, high) for _, low, high, _ in found]).T
+    assert 0.93 <= np.mean((lows <= truth) & (truth <= highs)) <= 0.97
+    assert highs.max() < 1000  # the logarithm's limits are up to 10^20 times the mean
 
 
 @pytest.mark.parametrize("mean", [0.3, 0.8, 1.2])
