@@ -13,11 +13,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from data_pipeline.storage.open_files import OpenFiles
+from data_pipeline.storage.pieces import read_into
 from data_pipeline.storage.remote import ShardStore
 from data_pipeline.storage.unpacked import UnpackedScans
 from data_pipeline.volume.decoders import decode
 from data_pipeline.volume.limits import MAX_VOXELS
 from infra.files import regular_file
+
+TRUNCATED = "is truncated"
 
 
 @dataclass(kw_only=True)
@@ -72,8 +75,14 @@ class VolumeReader:
         if self.store is None:
             descriptor = self._open.get(number, lambda: Path(self.root) / self.names[number])
             assert descriptor is not None
-            payload = os.pread(descriptor, size, offset)
-            fault = self._fault(row, payload)
+            payload: bytes | NDArray[np.uint8]
+            if self.codecs[number] == "npy":  # into the memory in which the voxels stay
+                payload = np.empty(size, np.uint8)
+                crc = read_into(descriptor, offset, payload)
+                fault = TRUNCATED if crc is None else self._wrong(row, crc)
+            else:
+                payload = os.pread(descriptor, size, offset)
+                fault = self._fault(row, payload)
             if fault:
                 raise OSError(f"{self._name(row)} {fault}; run `yaware shards verify {self.root}`")
         else:
@@ -82,9 +91,11 @@ class VolumeReader:
 
     def _fault(self, row: int, payload: bytes) -> str | None:
         """Return what is wrong with a scan's bytes, None if they are intact."""
-        if len(payload) != self.size[row]:
-            return "is truncated"
-        return None if google_crc32c.value(payload) == self.crc32c[row] else "fails its checksum"
+        return TRUNCATED if len(payload) != self.size[row] else self._wrong(row, google_crc32c.value(payload))
+
+    def _wrong(self, row: int, crc: int) -> str | None:
+        """Return that a checksum is not that of a scan; None if it is."""
+        return None if crc == self.crc32c[row] else "fails its checksum"
 
     def _name(self, row: int) -> str:
         key = str(pd.read_parquet(regular_file(self.table), columns=["key"])["key"].iloc[row])

@@ -20,12 +20,10 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.storage.pieces import read_into
 from infra.files import open_for_update
 
 PAGE = 4096
-# Bytes of one call that reads. The disk fetches the next piece while the checksum of this one is computed: a scan of 4.25 MB
-# takes a tenth less time than in one call. From the page cache it takes 2 % more.
-PIECE = 512 * 1024
 CRC = np.dtype("<u4")
 
 
@@ -66,21 +64,16 @@ class UnpackedScans:
         """Return a scan's voxels, (D, H, W) float16, if the file holds them intact; None if not, or if its disk fails."""
         if row >= self.kept or self._broken:
             return None
-        place, crc = np.empty(self._voxel_bytes + CRC.itemsize, np.uint8), 0
-        voxels, beginning = place[: self._voxel_bytes], row * self.place_bytes
+        place = np.empty(self._voxel_bytes + CRC.itemsize, np.uint8)
         try:
-            for start in range(0, place.nbytes, PIECE):
-                piece = place[start : start + PIECE]
-                if os.preadv(self._file(), [piece.data], beginning + start) != piece.nbytes:
-                    return None
-                crc = google_crc32c.extend(crc, voxels[start : start + PIECE])
+            crc = read_into(self._file(), row * self.place_bytes, place, self._voxel_bytes)
         except OSError as error:  # a fault of this disk is none of the scan
             self._broken = True
             self._give_up(f"cannot be read ({error.strerror})")
             return None
         if crc != int(place[self._voxel_bytes :].view(CRC)[0]):
             return None
-        return voxels.view(np.float16).reshape(tuple(self.shape))
+        return place[: self._voxel_bytes].view(np.float16).reshape(tuple(self.shape))
 
     def keep(self, row: int, voxels: NDArray[np.float16]) -> None:
         """Keep a scan's voxels, (D, H, W) float16; do nothing if they do not fit.

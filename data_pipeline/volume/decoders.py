@@ -22,12 +22,12 @@ ENDINGS = {"npy.zst": "zst", "npy": "npy", "npy.gz": "npy.gz", "nii.gz": "nii.gz
 
 
 def decode(
-    payload: bytes, codec: str, orientation: str = "RAS", voxels: int = MAX_VOXELS
+    payload: bytes | NDArray[np.uint8], codec: str, orientation: str = "RAS", voxels: int = MAX_VOXELS
 ) -> NDArray[np.float16]:  # fmt: skip
     """Decode a member to a volume.
 
     Args:
-        payload: the bytes of the member.
+        payload: the bytes of the member, as an array only with the codec ``npy``, whose volume then shares its memory.
         codec: a key of ``DECODERS``.
         orientation: of the stored axes of arrays; NIfTI files are reoriented by their headers instead.
         voxels: of the grid. A member that claims more is refused before memory is taken for it.
@@ -145,7 +145,7 @@ def _nifti(raw: bytes, voxels: int) -> tuple[NDArray[np.float32], NDArray[np.flo
 
 # Codec -> function from bytes and the grid's number of voxels to the array and its affine: NIfTI in RAS with an affine,
 # .npy as stored with None.
-DECODERS: dict[str, Callable[[bytes, int], tuple[NDArray[Any], NDArray[np.float64] | None]]] = {
+DECODERS: dict[str, Callable[[Any, int], tuple[NDArray[Any], NDArray[np.float64] | None]]] = {
     "zst": _npy_zst,
     "npy": _npy,
     "npy.gz": lambda payload, voxels: _npy(_gunzip(payload, voxels), voxels),

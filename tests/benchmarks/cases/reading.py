@@ -16,8 +16,7 @@ import numpy as np
 import pandas as pd
 
 from data_pipeline.storage import manifest as manifest_module
-from data_pipeline.storage import table_schema
-from data_pipeline.storage import unpacked as unpacked_module
+from data_pipeline.storage import pieces, table_schema
 from data_pipeline.storage.manifest import Manifest
 from data_pipeline.storage.manifest_file import SCANS
 from data_pipeline.storage.remote import Access
@@ -32,17 +31,23 @@ def shards(data: str, cold: bool = False) -> dict[str, Any]:
 
 
 def raw_shards(data: str, cold: bool = False) -> dict[str, Any]:
-    """Read and check every scan from our shards of raw arrays."""
+    """Read and check every scan from our shards of raw arrays; measure the checksum apart."""
     folder = Path(data, "full", "shards-npy")
-    return _read_manifest(Manifest.load(folder), folder, cold)
+    return _read_raw(Manifest.load(folder), folder, cold)
 
 
 def unpacked(data: str, cold: bool = False) -> dict[str, Any]:
-    """Read and check every scan from the file in which ``data.cache_unpacked`` keeps scans; measure its two parts apart."""
+    """Read and check every scan from the file in which ``data.cache_unpacked`` keeps scans; measure the checksum apart."""
     folder = Path(data, "full", "unpacked")
-    manifest = Manifest.load(Path(data, "full", "shards"), Access(unpacked=str(folder)))
+    return _read_raw(Manifest.load(Path(data, "full", "shards"), Access(unpacked=str(folder))), folder, cold)
+
+
+def _read_raw(manifest: Manifest, folder: Path, cold: bool) -> dict[str, Any]:
     found = _read_manifest(manifest, folder, cold)
-    return found if cold else {**found, **_parts_of_a_raw_read(manifest)}
+    if cold:
+        return found
+    checksum = _checksum_of_a_read(manifest)
+    return {**found, "part_checksum": checksum, "part_rest": found["cpu"] - checksum}
 
 
 def _read_manifest(manifest: Manifest, folder: Path, cold: bool) -> dict[str, Any]:
@@ -50,8 +55,8 @@ def _read_manifest(manifest: Manifest, folder: Path, cold: bool) -> dict[str, An
     return read_all(folder, lambda: lambda: sum(voxel(manifest.read_volume(row)) for row in rows), len(rows), cold)
 
 
-def _parts_of_a_raw_read(manifest: Manifest) -> dict[str, float]:
-    """Return the CPU seconds of a scan's checksum where it is computed in a read, and of the rest of the read."""
+def _checksum_of_a_read(manifest: Manifest) -> float:
+    """Return the CPU seconds of a scan's checksum where it is computed in a read: on bytes that the kernel has just copied."""
     spent = [0.0]
 
     def extend(crc: int, content: Any) -> int:
@@ -60,12 +65,12 @@ def _parts_of_a_raw_read(manifest: Manifest) -> dict[str, float]:
         spent[0] += time.process_time() - used
         return found
 
-    rows = manifest.rows()
-    passes = 10
-    with mock.patch.object(unpacked_module, "google_crc32c", SimpleNamespace(extend=extend)):
-        found = measured(lambda: [voxel(manifest.read_volume(int(row))) for _ in range(passes) for row in rows])
-    checksum, scans = spent[0], passes * len(rows)
-    return {"part_checksum": checksum / scans, "part_rest": (found["cpu"] - checksum) / scans}
+    rows, passes = manifest.rows(), 10
+    with mock.patch.object(pieces, "google_crc32c", SimpleNamespace(extend=extend)):
+        for _ in range(passes):
+            for row in rows:
+                voxel(manifest.read_volume(int(row)))
+    return spent[0] / (passes * len(rows))
 
 
 def nifti(data: str, cold: bool = False) -> dict[str, Any]:

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import google_crc32c
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from data_pipeline.shards.tar import encode
-from data_pipeline.storage import open_files
+from data_pipeline.storage import open_files, pieces
 from data_pipeline.storage.manifest import VolumeReader
 from data_pipeline.volume.decoders import DECODERS, as_volume, decode
 from data_pipeline.volume.grid import Grid
@@ -121,6 +123,50 @@ def test_a_reader_opens_few_files_and_a_pickled_one_opens_its_own(manifest, monk
     assert np.array_equal(other.read(17), expected[17])
     del reader, other
     assert count_open_files() <= before
+
+
+RAW = [
+    np.random.default_rng(row).normal(size=(3, 4, 5)).astype(kind) for row, kind in enumerate((np.float16, "f4", ">i2"))
+]
+
+
+def reader_of_raw_arrays(folder: Path) -> VolumeReader:
+    """Three .npy files one after another, behind 11 bytes of something else."""
+    members = [npy(volume) for volume in RAW]
+    (folder / "a.tar").write_bytes(b"x" * 11 + b"".join(members))
+    keys = pd.DataFrame({"key": [f"scan-{row}" for row in range(3)]})
+    keys.to_parquet(folder / "scans.parquet")
+    sizes = np.array([len(member) for member in members])
+    sums = np.array([google_crc32c.value(member) for member in members])
+    return VolumeReader(
+        root=str(folder), names=["a.tar"], shard=np.zeros(3, np.int64), offset=11 + np.cumsum(sizes) - sizes, size=sizes,
+        crc32c=sums, codecs=["npy"], table=str(folder / "scans.parquet"), voxels=60,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", [1, 100, 188, 248, 1 << 20])
+def test_raw_arrays_of_a_shard_are_read_in_pieces_into_memory_of_their_own(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(pieces, "PIECE", piece)
+    reader = reader_of_raw_arrays(tmp_path)
+    for row, volume in enumerate(RAW):
+        found = reader.read(row)
+        assert np.array_equal(found, volume.astype(np.float16))
+        found += 1  # writable, and no other reader's
+        assert np.array_equal(reader.read(row), volume.astype(np.float16))
+    intact = (tmp_path / "a.tar").read_bytes()
+    end = int(reader.offset[1] + reader.size[1])
+    for position in range(int(reader.offset[1]), end):
+        damaged = bytearray(intact)
+        damaged[position] ^= 1
+        (tmp_path / "a.tar").write_bytes(damaged)
+        with pytest.raises(OSError, match=r"^shard a.tar, scan scan-1 fails its checksum; run `yaware shards verify"):
+            reader.read(1)
+        assert np.array_equal(reader.read(2), RAW[2].astype(np.float16))
+    for length in (end, len(intact) - 1):
+        (tmp_path / "a.tar").write_bytes(intact[:length])
+        with pytest.raises(OSError, match=r"^shard a.tar, scan scan-2 is truncated; run"):
+            reader.read(2)
+        assert np.array_equal(reader.read(1), RAW[1].astype(np.float16))
 
 
 def test_local_shards_are_read_without_fsspec(manifest):

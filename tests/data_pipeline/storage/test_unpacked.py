@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.loading.loader import TwoViewLoader
-from data_pipeline.storage import unpacked
+from data_pipeline.storage import pieces
 from data_pipeline.storage.manifest import Manifest, digest_of
 from data_pipeline.storage.remote import Access
 from data_pipeline.storage.unpacked import UnpackedScans
@@ -98,7 +98,7 @@ def test_places_begin_at_pages_and_the_file_has_holes(tmp_path):
 # Voxels take 210 bytes, with their checksum 214.
 @pytest.mark.parametrize("piece", [1, 7, 209, 210, 211, 212, 213, 214, 1000])
 def test_damage_in_any_piece_of_a_scan_is_noticed(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(unpacked, "PIECE", piece)
+    monkeypatch.setattr(pieces, "PIECE", piece)
     kept = scans_of(tmp_path)
     for row, volume in enumerate(VOLUMES[:3]):
         kept.keep(row, volume)
