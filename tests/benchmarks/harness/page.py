@@ -33,8 +33,9 @@ REASONS = {
     "weak-": _ZERO,
     "command": _COMMAND,
     "pretrain-0": _COMMAND,
-    "embed-further": "the bare loops check no scan. Ours reads the next scans while the network computes, which costs both "
-    "some CPU time: the row shows what they take one after another.",
+    "embed-further": "the bare loops check no scan, and read one after another. Ours reads the next scans while the network "
+    "computes, which saves time with slow disks and small networks; here each costs the other some CPU time: the row shows "
+    "what they take one after another.",
 }
 HEAD = f"""# Performance
 
@@ -48,12 +49,14 @@ matter. In each round every program of a row runs once, and the order is reverse
 load meets all of them. The table shows the median of the rounds, and the range of what is compared: CPU seconds, or
 wall-clock seconds where the row says so. A row in which these vary by more than 15 % of the median in any of its
 programs is measured again, and marked with \\* if they still do. The two largest losses, training end to end, the
-roofline, views, cold reads and what is measured apart are not measured again. *Ours / theirs* below 1 means that we
-are cheaper. Reading, opening, augmentation, losses, ranks, start and search have one thread for each process; steps,
-whole commands, training end to end and most stages of the roofline have two. *Of this* are parts of the CPU time of a
-row; *alone* are costs of pieces of the same work that were measured apart, and may overlap. Before a table is opened,
-the process uses and frees more memory than that needs: the host of a virtual machine takes back memory that is free for
-two seconds, and the next use of it would cost one program or another up to a second.
+roofline, views, cold reads and what is measured apart are not measured again. *Ours / theirs* below 1 means that we are
+cheaper; a ratio of wall-clock seconds follows that of CPU seconds if the two differ by more than 2 %. Reading, opening,
+augmentation, losses, ranks, start and search have one thread for each process; steps, whole commands, training end to
+end and most stages of the roofline have two. *Of this* are parts of the CPU time of a row; *alone* are costs of pieces
+of the same work that were measured apart: they are no parts of the row, and processes hold the start of Python. The
+scans of training end to end are small, and always in the page cache. Before a table is opened, the process uses and
+frees more memory than that needs: the host of a virtual machine takes back memory that is free for two seconds, and the
+next use of it would cost one program or another up to a second.
 
 The others are installed into an environment of their own, with the versions of `tests/benchmarks/peers.txt` and the
 same torch, NumPy, SciPy and scikit-learn. Its torchvision is an empty package: the wheel of torchvision does not load
@@ -184,11 +187,24 @@ def _cells(row: Mapping[str, Any], side: Mapping[str, Any]) -> list[str]:
     varied = summary([scale * value for value in values_of(row, name, row["metric"])])
     unit = " (wall)" if row["metric"] == "wall" else ""
     share = ratio(row, name)
-    compared = "" if share is None else f"{share:.2f}{unit}"
+    compared = "" if share is None else f"{share:.2f}{unit}{_wall_ratio(row, name, share)}"
     return [
-        shown, f"{cpu['median']:.3g} {row['unit']}", f"{varied['min']:.3g} to {varied['max']:.3g}{unit}",
-        f"{wall:.3g}", compared, "; ".join(filter(None, [side["note"], *_more(row, name)])),
+        shown, f"{_digits(cpu['median'])} {row['unit']}", f"{_digits(varied['min'])} to {_digits(varied['max'])}{unit}",
+        _digits(wall), compared, "; ".join(filter(None, [side["note"], *_more(row, name)])),
     ]  # fmt: skip
+
+
+def _wall_ratio(row: Mapping[str, Any], name: str, share: float) -> str:
+    """Return ours / theirs by the wall clock, if that differs from the ratio of CPU seconds by more than 2 %."""
+    ours, theirs = (median_of(row, side, "wall") for side in (row["sides"][0]["name"], name))
+    if row["metric"] != "cpu" or not ours or not theirs or abs(ours / theirs / share - 1) <= 0.02:
+        return ""
+    return f", {ours / theirs:.2f} (wall)"
+
+
+def _digits(number: float) -> str:
+    """Return a positive number with three digits, or as a whole number, never with an exponent of ten."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:#.3g}" if number else "0"
 
 
 def _more(row: Mapping[str, Any], name: str) -> Iterator[str]:
@@ -197,7 +213,7 @@ def _more(row: Mapping[str, Any], name: str) -> Iterator[str]:
         keys = dict.fromkeys(key for found in chosen(row) for key in found.get(name, {}) if key.startswith(begins))
         costs = {key.removeprefix(begins): row["scale"] * (median_of(row, name, key) or 0.0) for key in keys}
         if costs:
-            yield f"{label}: " + ", ".join(f"{part} {cost:.2g} {row['unit']}" for part, cost in costs.items())
+            yield f"{label}: " + ", ".join(f"{part} {_digits(cost)} {row['unit']}" for part, cost in costs.items())
     if peak := median_of(row, name, "peak"):
         yield f"{peak / MIB:,.0f} MiB"
     if stored := median_of(row, name, "bytes"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -15,7 +16,7 @@ from pretrain.config import load_recipe
 from pretrain.forecast.hardware import GPUS
 from pretrain.forecast.operations import plain_model, scan_flops
 from pretrain.forecast.traffic import collectives_of_step, sent_bytes
-from tests.benchmarks.harness.statistics import chosen, median_of, values_of
+from tests.benchmarks.harness.statistics import median_of, values_of
 
 RECIPE, GRID, RANKS = "paper-bhb10k", (121, 145, 121), 2
 STAGES = ("read", "augmentation", "transfer", "network", "loss", "exchange")
@@ -123,7 +124,7 @@ def section(result: Mapping[str, Any]) -> list[str]:
         gpu = "host" if stage == "read" else f"{1e3 * best_seconds(stage, count[stage], both['h100'])[0]:.3g}"
         cells = [
             stage, f"{count[stage]['flops'] / 1e9:.3g}", f"{count[stage]['bytes'] / 1e6:,.3g}",
-            f"{1e3 * best:.3g} ({limit})", f"{1e3 * wall:.3g}" if wall else "-", f"{best / wall:.0%}" if wall else "-", gpu,
+            f"{1e3 * best:.3g} ({limit})", _shown(result, stage), f"{best / wall:.0%}" if wall else "-", gpu,
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, "", *_gap(result, count, both["here"]), ""]
@@ -139,7 +140,7 @@ def _head(result: Mapping[str, Any], both: Mapping[str, Mapping[str, float]]) ->
         "torch.utils.flop_counter; its bytes are the inputs and outputs of every operation, as if none were fused and nothing",
         "stayed in a cache. Of the other stages count what must be read and written once. GradCache's first pass, a third more",
         "operations of the network, is left out. Reading and augmentation were measured with one thread, exchange with one on",
-        "each of two ranks; the best counts both cores.",
+        "each of two ranks; the best counts both cores. In brackets: the fastest and the slowest round.",
         "",
         f"- Here: {hardware['cores']} cores x {hardware['mhz'] / 1e3:.2f} GHz x {hardware['flops_per_cycle']} float32",
         f"  operations a cycle ({hardware['vectors'] or 'no vector unit known'}) = {here['flops'] / 1e9:,.0f} GFLOP/s; memory",
@@ -181,13 +182,26 @@ def _gap(result: Mapping[str, Any], count: Mapping[str, Mapping[str, float]], he
 
 
 def _stages(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    return next((row for row in result["rows"] if row["name"] == "stages"), None)
+    return _row(result, "stages")
+
+
+def _row(result: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    return next((row for row in result["rows"] if row["name"] == name), None)
 
 
 def _measured(result: Mapping[str, Any], stage: str) -> float | None:
     """Return the median wall-clock seconds of a scan in a stage."""
-    if stage == "read":
-        row = next((row for row in result["rows"] if row["name"] == "read"), None)
-        return median_of(row, "ours", "wall")
-    row = _stages(result)
-    return median_of(row, stage, "wall") if row is not None and chosen(row) else None
+    values = _rounds(result, stage)
+    return statistics.median(values) if values else None
+
+
+def _shown(result: Mapping[str, Any], stage: str) -> str:
+    """Return the median, the fastest and the slowest round of a stage in ms."""
+    values = [1e3 * value for value in _rounds(result, stage)]
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if values else "-"
+
+
+def _rounds(result: Mapping[str, Any], stage: str) -> list[float]:
+    """Return the wall-clock seconds of a scan in a stage, of each round; empty if the stage was not measured."""
+    row, side = (_stages(result), stage) if stage != "read" else (_row(result, "read"), "ours")
+    return values_of(row, side, "wall")

@@ -91,7 +91,7 @@ def scans_of(folder: str | Path, length: int, paper: Mapping[str, Any]) -> Scans
 
 
 def train(
-    loader: Any, *, steps: int, folder: str, precision: str, seconds: float | None = None
+    loader: Any, *, steps: int, folder: str, precision: str, seconds: float | None = None, channels_last: bool = False
 ) -> list[tuple[float, float]]:
     """Train with nidl; return wall-clock and CPU seconds at the end of each step.
 
@@ -101,6 +101,7 @@ def train(
         folder: where Lightning may write.
         precision: ours.
         seconds: stop at the first step that ends so long after the first one; None trains ``steps`` steps.
+        channels_last: give the network that layout; its kernels have it, too.
     """
     import pytorch_lightning as pl
     from nidl.estimators.ssl import YAwareContrastiveLearning
@@ -121,6 +122,8 @@ def train(
         callbacks=[Clock()], enable_checkpointing=False, enable_progress_bar=False, logger=False, num_sanity_val_steps=0,
         lr_scheduler="none", default_root_dir=folder,
     )  # fmt: skip
+    if channels_last:
+        method.to(memory_format=torch.channels_last_3d)
     method.fit(loader)
     return ends
 
@@ -147,10 +150,10 @@ def per_step(ends: list[tuple[float, float]], skip: int) -> dict[str, float]:
     return {"wall": (counted[-1][0] - counted[0][0]) / steps, "cpu": (counted[-1][1] - counted[0][1]) / steps}
 
 
-def step(sides: list[int], batch: int, steps: int) -> dict[str, float]:
+def step(sides: list[int], batch: int, steps: int, channels_last: bool = False) -> dict[str, float]:
     """Measure a training step on views that lie in memory; CPU and wall-clock seconds of a step."""
     loader = torch.utils.data.DataLoader(Noise(tuple(sides), batch, batch * (steps + 2)), batch)
-    return per_step(train(loader, steps=steps + 2, folder=".", precision="fp32"), 1)
+    return per_step(train(loader, steps=steps + 2, folder=".", precision="fp32", channels_last=channels_last), 1)
 
 
 def loading(folder: str, batch: int, steps: int, paper: Mapping[str, Any]) -> dict[str, float]:

@@ -95,15 +95,14 @@ def write_litdata(data: str) -> dict[str, Any]:
 
 
 def litdata(data: str, cold: bool = False) -> dict[str, Any]:
-    """Read litdata's raw float16 arrays into memory of their own."""
+    """Read litdata's raw float16 arrays, which it copies out of its mapped files."""
     from litdata import StreamingDataset
 
     folder, scans = Path(data, "full", "litdata"), count(data)
 
     def reader() -> Read:
         dataset = StreamingDataset(str(folder))
-        # The arrays are views of a mapped file; only the copy reads the whole scan every time.
-        return lambda: sum(voxel(np.array(dataset[i]["voxels"])) for i in range(scans))
+        return lambda: sum(voxel(dataset[i]["voxels"]) for i in range(scans))
 
     return read_all(folder, reader, scans, cold)
 
