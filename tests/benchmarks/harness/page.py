@@ -54,9 +54,10 @@ cheaper; a ratio of wall-clock seconds follows that of CPU seconds if the two di
 augmentation, losses, ranks, start and search have one thread for each process; steps, whole commands, training end to
 end and most stages of the roofline have two. *Of this* are parts of the CPU time of a row; *alone* are costs of pieces
 of the same work that were measured apart: they are no parts of the row, and processes hold the start of Python. The
-scans of training end to end are small, and always in the page cache. Before a table is opened, the process uses and
-frees more memory than that needs: the host of a virtual machine takes back memory that is free for two seconds, and the
-next use of it would cost one program or another up to a second.
+scans of training end to end are small, and always in the page cache. What is read from the page cache was brought there
+by an earlier pass of the same program. Before a table is opened, the process uses and frees more memory than that
+needs: the host of a virtual machine takes back memory that is free for two seconds, and the next use of it would cost
+one program or another up to a second.
 
 The others are installed into an environment of their own, with the versions of `tests/benchmarks/peers.txt` and the
 same torch, NumPy, SciPy and scikit-learn. Its torchvision is an empty package: the wheel of torchvision does not load

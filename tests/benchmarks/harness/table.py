@@ -209,11 +209,11 @@ def training(sizes: Sizes) -> list[Row]:
         Side("ours", "cases.network:step", {"kind": "engine", **shape, "channels_last": True},
              note="recipe, DeepSpeed, train_step, `channels_last: true`"),
         Side("bare torch", "cases.network:step", {"kind": "bare", **shape, "channels_last": True},
-             note="MONAI's network, Adam, the same malloc, layout and kernels"),
+             note="MONAI's network, Adam, the same malloc and layout, kernels in it, too"),
         Side("bare, torch's layout", "cases.network:step", {"kind": "bare", **shape}, note="the same malloc"),
         Side("nidl", "peers.nidl_training:step", shape, True, "Lightning, torch's layout and malloc"),
         Side("nidl, channels-last", "peers.nidl_training:step", {**shape, "channels_last": True}, True,
-             "the same otherwise, kernels in this layout, too"),
+             "the same otherwise, kernels in it, too"),
     )  # fmt: skip
     paper, folder = operators("paper-all"), f"{DATA}/coarse/npy"
     run = {"batch": sizes.batch, "workers": 1}
