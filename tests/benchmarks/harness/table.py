@@ -232,7 +232,7 @@ def training(sizes: Sizes) -> list[Row]:
     network = "DenseNet121, " + " x ".join(map(str, sizes.sides))
     minutes = sizes.rounds * sizes.seconds / 60
     return [
-        Row("step", "Training", f"step of {sizes.batch} scans, {network}", "s", step, 172, rounds=sizes.rounds, threads=2),
+        Row("step", "Training", f"step of {sizes.batch} scans, {network}", "s", step, 125, rounds=2, threads=2),
         Row("command", "Training", "whole command, two steps, with its start", "s", whole, 54, rounds=2,
             threads=2, needs=("coarse",)),
         Row("end-to-end", "Training", "a scan, end to end: the same scans, encoder, batch and reader process", "s", end,

@@ -193,6 +193,15 @@ def test_what_channels_last_saves_in_docs_encoders_is_that_of_the_committed_resu
     assert f"in a plain torch loop takes {share:.2f} of the time" in (DOCS / "encoders.md").read_text()
 
 
+def test_the_cost_of_densenet_in_docs_encoders_is_that_of_the_roofline():
+    (row,) = [row for row in json.loads(COMMITTED.read_text())["rows"] if row["name"] == "stages"]
+    cells = next(
+        line for line in (DOCS / "encoders.md").read_text().splitlines() if line.startswith("| `densenet121` | 11")
+    )
+    for cell, field in zip(cells.split("|")[5:7], ("wall", "cpu"), strict=True):
+        assert float(cell) == pytest.approx(median_of(row, "network", field), rel=0.25)  # measured at another time
+
+
 def test_a_row_that_is_cheaper_in_some_rounds_only_is_named_with_their_range():
     (row,) = [row for row in rows_of(Sizes()) if row.name == "loader"]
     lines = list(page.cheaper([measured(row, {"ours": [1.0, 1.0, 1.2], "nidl": [1.1, 1.1, 1.0]})]))
