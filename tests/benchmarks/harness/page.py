@@ -26,8 +26,8 @@ _COMMAND = (
 )
 # By the beginning of a row's name: why another program can be cheaper.
 REASONS = {
-    "read-raw": "they check nothing; the rows show what our checksum costs. Raw shards are read in pieces, which is faster from "
-    "a disk, and their headers are checked.",
+    "read-raw": "they check nothing; the rows show what our checksum costs. Raw shards are read in pieces, which is faster "
+    "from a disk, and their headers are checked.",
     "open-": "streaming reads an index that has no table of the scans. pandas reads our table, but no manifest.json, and "
     "neither computes the SHA-256 of the files nor checks any row; the rows show what these cost.",
     "step": _ZERO,
