@@ -36,7 +36,7 @@ def _ratios(rows: list[Mapping[str, Any]]) -> Any:
     from matplotlib.figure import Figure
 
     found = [
-        (f"{row['name']}: {side['name']}", share)
+        (f"{row['name']}: {side['name']}{' *' * row['noisy']}", share)
         for row in rows
         if row["section"] != "Roofline"
         for side in row["sides"]
@@ -52,7 +52,7 @@ def _ratios(rows: list[Mapping[str, Any]]) -> Any:
     )
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("ours / theirs; left of 1: ours is cheaper")
+    axes.set_xlabel("ours / theirs; left of 1: ours is cheaper\n*: a program of the row varied by more than 15 %")
     axes.tick_params(axis="y", labelsize=7)
     axes.margins(y=0.01)
     return figure
