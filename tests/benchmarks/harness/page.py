@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,9 @@ def _wall_ratio(row: Mapping[str, Any], name: str, share: float) -> str:
 
 def _digits(number: float) -> str:
     """Return a positive number with three digits, or as a whole number, never with an exponent of ten."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:#.3g}" if number else "0"
+    if number >= 99.95:
+        return f"{number:,.0f}"
+    return format(Decimal(f"{number:.2e}"), "f") if number else "0"
 
 
 def _more(row: Mapping[str, Any], name: str) -> Iterator[str]:

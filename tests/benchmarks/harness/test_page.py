@@ -79,6 +79,12 @@ def test_the_tables_hold_medians_ranges_ratios_and_errors(content):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
+def test_numbers_have_three_digits_and_no_exponent():
+    numbers = [0, 0.0000123456, 0.00296, 0.3, 1.0, 9.999, 99.94, 99.96, 101.4, 31_049.6]
+    shown = ["0", "0.0000123", "0.00296", "0.300", "1.00", "10.0", "99.9", "100", "101", "31,050"]
+    assert [page._digits(number) for number in numbers] == shown
+
+
 def test_small_sizes_are_said_to_say_nothing(content):
     assert "say nothing about speed" not in page.text_of(content)
     assert "say nothing about speed" in page.text_of({**content, "quick": True})

@@ -99,12 +99,8 @@ def test_limits_stay_in_the_range_and_are_symmetric_on_its_scale(bounds):
     ("value", "half", "bounds", "expected"),
     [
         (8.0, 900.0, (0.0, np.inf), (8 * np.exp(-900 / 8), 908.0)),
-        (
-            8.0,
-            30.0,
-            (0.0, np.inf),
-            (8 * np.exp(-30 / 8), 8 * np.exp(3)),
-        ),  # a half width of 3 on the scale reaches farther
+        # A half width of 3 on the scale reaches farther than the plain limit.
+        (8.0, 30.0, (0.0, np.inf), (8 * np.exp(-30 / 8), 8 * np.exp(3))),
         (0.7, 9.0, (-np.inf, 1.0), (-8.3, 1 - 0.3 * np.exp(-9 / 0.3))),
         (0.98, 0.1, (0.0, 1.0), tuple(1 / (1 + np.exp(-(np.log(49) + reach))) for reach in (-3, 0.1 / (0.98 * 0.02)))),
         (1.2, 0.5, (0.0, 1.0), (0.7, 1.0)),
